@@ -1,0 +1,43 @@
+"""What the trainer asks of an objective, whatever it learns.
+
+Shape legend: B images, C channels, H and W pixels, K context tokens, M target blocks,
+T tokens of a block, D width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+Batch = dict[str, Tensor]
+"""`images` uint8 [B, C, H, W], `context_ids` int64 [B, K], `target_ids` int64 [B, M, T]."""
+
+
+@dataclass
+class Output:
+    """One evaluation of an objective."""
+
+    loss: Tensor
+    """Scalar to descend, fp32."""
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """Detached scalars to log; reading them is the caller's host sync."""
+    monitored: dict[str, Tensor] = field(default_factory=dict)
+    """Detached fp32 features; `target_pooled` [B, D] is what the collapse watch judges."""
+
+
+class Objective(nn.Module, ABC):
+    """Holds every network of a method; `forward` is the loss, so that DDP can wrap it."""
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> Output:
+        """Returns the loss of a batch."""
+
+    def after_step(self, step: int, total_steps: int) -> None:
+        """Called after optimizer step `step` (0-based) of `total_steps`; EMA goes here."""
+
+    @property
+    @abstractmethod
+    def feature_encoder(self) -> nn.Module:
+        """The network to evaluate, export and serve."""

@@ -1,0 +1,74 @@
+"""The deterministic transform that evaluation, embedding and serving share.
+
+Shape legend: B images, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+RESAMPLING = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """Everything between a decoded image and the encoder's input."""
+
+    image_size: int
+    """Pixels on a side of the square input."""
+    mean: tuple[float, float, float]
+    """Channel means of values in [0, 1]."""
+    std: tuple[float, float, float]
+    """Channel standard deviations of values in [0, 1]."""
+    interpolation: str = "bicubic"
+    """Row of `RESAMPLING`."""
+    crop_fraction: float = 1.0
+    """Side of the centre crop over the resized short side (timm's crop_pct)."""
+
+    def __post_init__(self) -> None:
+        if self.interpolation not in RESAMPLING:
+            raise ValueError(f"interpolation must be one of {sorted(RESAMPLING)}")
+        if not 0 < self.crop_fraction <= 1:
+            raise ValueError(f"crop_fraction must be in (0, 1], got {self.crop_fraction}")
+
+
+def eval_transform(image: Image.Image, prep: Preprocessing) -> npt.NDArray[np.uint8]:
+    """Resizes the short side and crops the centre, in one resampling pass.
+
+    Args:
+        image: an RGB image of any size.
+        prep: the transform.
+
+    Returns:
+        uint8 [H, W, 3] with H = W = `prep.image_size`.
+    """
+    side = min(image.size) * prep.crop_fraction
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    size = (prep.image_size, prep.image_size)
+    box = (left, top, left + side, top + side)
+    if image.size != size or prep.crop_fraction != 1:
+        image = image.resize(size, RESAMPLING[prep.interpolation], box=box)
+    return np.asarray(image, dtype=np.uint8)
+
+
+Statistics = tuple[float, ...] | torch.Tensor
+
+
+def normalize(images_BCHW: torch.Tensor, mean: Statistics, std: Statistics) -> torch.Tensor:
+    """uint8 in [0, 255] to float32 with the given statistics removed, on the images' device.
+
+    Statistics that are already tensors there cost no copy.
+    """
+    mean_C = torch.as_tensor(mean, dtype=torch.float32, device=images_BCHW.device)
+    std_C = torch.as_tensor(std, dtype=torch.float32, device=images_BCHW.device)
+    scale_C = 1.0 / (255.0 * std_C)
+    return images_BCHW.float() * scale_C[:, None, None] - (mean_C / std_C)[:, None, None]

@@ -1,0 +1,263 @@
+"""JOB 4: a whole data set through an exported encoder into Parquet, by a Ray Data actor pool.
+
+    python -m pipelines.embed --artifact artifact --data shards/train --out embeddings
+
+    OUT/part-<key>-00000.parquet ...   rows in the order of the data set
+    OUT/embed.json                     written last: a folder without it is not finished
+
+Columns: sample_id, embedding (fixed-size list of float32), label, source_uri. Run again it does
+only what is missing; killed anywhere, it leaves no file half-written. The files do not depend on
+the number of workers.
+
+Shape suffixes: N rows, T patches, D feature width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+# Lets `python pipelines/embed.py` work from an uninstalled checkout, as `ray job submit` runs it.
+if __name__ == "__main__" and not __package__:
+    sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import torch
+import tyro
+from ray.data import ActorPoolStrategy, DataContext
+from rich.console import Console
+
+from models.vit import VisionTransformer
+from models.weights import Artifact, load_artifact
+from pipelines.config import EmbedConfig
+from pipelines.features import compute_features, decode_batches, encoder_features
+from pipelines.progress import Meter
+from pipelines.shards import (
+    Manifest,
+    hash_bytes,
+    open_shards,
+    put_atomic,
+    read_manifest,
+    read_row_group,
+)
+from pipelines.storage import absolute_uri
+
+RECORD = "embed.json"
+SCHEMA_VERSION = 1
+FILE_ROWS = (1024, 8192)
+"""Rows of a file: a 32nd of the data set within these bounds, and no more than `FILE_BYTES`."""
+FILE_BYTES = 268_435_456
+COLUMNS = ("sample_id", "image", "label", "source_uri")
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One output file: a run of row groups."""
+
+    file: str
+    groups: tuple[tuple[str, int], ...]
+    """(shard file, row group) in order."""
+    rows: int
+
+
+def embed(cfg: EmbedConfig) -> dict[str, Any]:
+    """Embeds every image of `cfg.data`, or finds that it is done already.
+
+    Returns:
+        What embed.json holds: counts, shape, files, and where encoder and data come from.
+
+    Raises:
+        ValueError: no artifact or no shards there, or `cfg.out` holds anything else than an
+            unfinished or finished run of this very job.
+    """
+    cfg = dataclasses.replace(
+        cfg,
+        artifact=absolute_uri(cfg.artifact),
+        data=absolute_uri(cfg.data),
+        out=absolute_uri(cfg.out),
+    )
+    console = Console()
+    artifact, manifest = load_artifact(cfg.artifact), read_manifest(cfg.data)
+    record = _describe(cfg, artifact, manifest)
+    pieces = plan_pieces(manifest, record)
+    missing = _missing(cfg.out, record, pieces)
+    if missing:
+        if len(missing) < len(pieces):
+            console.print(f"going on: {len(pieces) - len(missing)} of {len(pieces)} files are done")
+        _run(missing, cfg, manifest, console)
+    record |= {"files": _files(cfg.out, pieces)}
+    record |= {"rows": sum(file["rows"] for file in record["files"])}
+    if record["rows"] != manifest.num_samples:
+        raise RuntimeError(f"{record['rows']} embeddings of {manifest.num_samples} images")
+    fs, root = open_shards(cfg.out)
+    put_atomic(fs, f"{root}/{RECORD}", (json.dumps(record, indent=1) + "\n").encode())
+    console.print(f"{cfg.out}: {record['rows']:,} embeddings of shape {record['shape']}")
+    return record
+
+
+def _describe(cfg: EmbedConfig, artifact: Artifact, manifest: Manifest) -> dict[str, Any]:
+    """What is being made, and `key`, the hash of everything that decides the values."""
+    encoder, prep = artifact.encoder, artifact.preprocessing
+    patches = cfg.pooling == "patches"
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        "pooling": cfg.pooling,
+        "shape": [encoder.num_patches, encoder.width] if patches else [encoder.width],
+        "preprocessing": dataclasses.asdict(prep),
+        "weights_hash": weights_hash(encoder),
+        "manifest_hash": manifest.manifest_hash,
+        "classes": list(manifest.classes),
+    }
+    key = hash_bytes(json.dumps(content, sort_keys=True).encode()).hex()[:12]
+    return {"key": key, **content, "provenance": artifact.provenance}
+
+
+def weights_hash(encoder: VisionTransformer) -> str:
+    """32 hex digits of an encoder's weights."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(encoder.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def plan_pieces(manifest: Manifest, record: dict[str, Any]) -> list[Piece]:
+    """Divides the row groups of a data set into output files, whoever will write them."""
+    share = -(-manifest.num_samples // 32)
+    most = min(max(share, FILE_ROWS[0]), FILE_ROWS[1])
+    most = min(most, FILE_BYTES // (4 * int(np.prod(record["shape"]))))
+    pieces: list[Piece] = []
+    groups: list[tuple[str, int]] = []
+    rows = 0
+    row_groups = [*manifest.row_groups(), None]
+    for entry in row_groups:
+        if groups and (entry is None or rows + entry[2] > most):
+            file = f"part-{record['key']}-{len(pieces):05d}.parquet"
+            pieces.append(Piece(file, tuple(groups), rows))
+            groups, rows = [], 0
+        if entry is not None:
+            groups.append((manifest.shards[entry[0]].file, entry[1]))
+            rows += entry[2]
+    return pieces
+
+
+def _missing(out: str, record: dict[str, Any], pieces: list[Piece]) -> list[Piece]:
+    """The pieces still to be made; refuses a folder that holds anything else."""
+    fs, root = open_shards(out)
+    fs.invalidate_cache()
+    there = {n.rpartition("/")[2] for n in fs.ls(root, detail=False)} if fs.exists(root) else set()
+    there = {name for name in there if not name.startswith(".")}
+    foreign = sorted(there - {piece.file for piece in pieces} - {RECORD})
+    if RECORD in there and json.loads(fs.cat_file(f"{root}/{RECORD}"))["key"] != record["key"]:
+        foreign.append(f"{RECORD} of another encoder, data set or pooling")
+    if foreign:
+        shown = ", ".join(foreign[:3])
+        raise ValueError(f"--out: {out} holds something else ({shown}); give an empty folder")
+    return [piece for piece in pieces if piece.file not in there]
+
+
+def _run(pieces: list[Piece], cfg: EmbedConfig, manifest: Manifest, console: Console) -> None:
+    _start_ray()
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = False  # ours counts images and bytes
+    context.print_on_execution_start = False
+    items = [{"piece": json.dumps(dataclasses.asdict(piece))} for piece in pieces]
+    with DataContext.current(context):
+        dataset = ray.data.from_items(items, override_num_blocks=len(items))
+        results = dataset.map(
+            Embedder,  # type: ignore[arg-type]  # a class, as its documentation asks for
+            fn_constructor_kwargs={"cfg": cfg},
+            compute=ActorPoolStrategy(size=min(cfg.workers, len(items))),
+            num_gpus=1 if cfg.gpu else 0,
+        )
+    share = sum(piece.rows for piece in pieces) / max(manifest.num_samples, 1)
+    with Meter(console, "embedding", int(manifest.num_bytes * share)) as meter:
+        for result in results.iter_rows():
+            meter.advance(result["rows"], result["bytes"])
+
+
+def _start_ray() -> None:
+    """Starts a local Ray or joins the one that RAY_ADDRESS names, unless there is one already."""
+    if ray.is_initialized():
+        return
+    # Inside a Ray job its runtime environment already brings this code to every worker.
+    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    root = str(pathlib.Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
+    ray.init(runtime_env=None if in_job else {"env_vars": {"PYTHONPATH": path}})
+
+
+class Embedder:
+    """An actor of the pool: holds the encoder, makes one file at a time."""
+
+    def __init__(self, cfg: EmbedConfig) -> None:
+        if not cfg.gpu:  # Ray gives an actor one thread; the machine's cores are for the pool
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // cfg.workers))
+        artifact = load_artifact(cfg.artifact)
+        self._cfg, self._prep = cfg, artifact.preprocessing
+        encoder = artifact.encoder.to("cuda" if cfg.gpu else "cpu")
+        self._featurize = encoder_features(encoder, self._prep, pooling=cfg.pooling)
+
+    def __call__(self, item: dict[str, str]) -> dict[str, int]:
+        """Writes the file of a piece; returns its rows and the bytes of its images."""
+        piece = json.loads(item["piece"])
+        fs, root = open_shards(self._cfg.data)
+        kept: list[pa.Table] = []
+        num_bytes = 0
+
+        def tables() -> Iterator[pa.Table]:
+            nonlocal num_bytes
+            for file, group in piece["groups"]:
+                table = read_row_group(fs, root, file, group, COLUMNS)
+                num_bytes += table["image"].nbytes
+                kept.append(table.drop_columns(["image"]))
+                yield table
+
+        batches = decode_batches(tables(), self._prep, self._cfg.batch_size)
+        features = compute_features({"embedding": self._featurize}, batches)["embedding"]
+        fs, root = open_shards(self._cfg.out)
+        put_atomic(fs, f"{root}/{piece['file']}", to_parquet(pa.concat_tables(kept), features))
+        return {"rows": len(features), "bytes": num_bytes}
+
+
+def to_parquet(rows: pa.Table, features: np.ndarray) -> bytes:
+    """Joins row data and their embeddings, [N, D] or [N, T, D], into one Parquet file.
+
+    The shape of one embedding stands in the metadata of its field.
+    """
+    shape = list(features.shape[1:])
+    values = pa.array(np.ascontiguousarray(features, dtype=np.float32).reshape(-1))
+    column = pa.FixedSizeListArray.from_arrays(values, int(np.prod(shape)))
+    field = pa.field("embedding", column.type, False, {"shape": json.dumps(shape)})
+    table = rows.combine_chunks().add_column(1, field, column)
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="ZSTD", use_dictionary=False, write_statistics=False)
+    return bytes(sink.getvalue())
+
+
+def _files(out: str, pieces: list[Piece]) -> list[dict[str, Any]]:
+    fs, root = open_shards(out)
+    files = []
+    for piece in pieces:
+        with fs.open(f"{root}/{piece.file}", "rb") as handle:
+            rows = pq.ParquetFile(handle).metadata.num_rows
+        files.append({"file": piece.file, "rows": rows})
+    return files
+
+
+def main() -> None:
+    """Entry point of `python -m pipelines.embed`."""
+    embed(tyro.cli(EmbedConfig, description=__doc__))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""JOB 3: what did the encoder learn? Probes beside two baselines, a table and an HTML report.
+
+    python -m pipelines.evaluate --checkpoint runs/demo --data shards/train --test shards/test
+
+Writes OUT/results.json and OUT/report.html. Every number stands beside the same probe on a randomly
+initialised encoder of the same shape and on raw pixels: an accuracy alone says nothing.
+docs/evaluation.md states the protocol of each number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import pathlib
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+# Lets `python pipelines/evaluate.py` work from an uninstalled checkout, as `ray job submit` runs it.
+if __name__ == "__main__" and not __package__:
+    sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
+
+import numpy as np
+import pyarrow as pa
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from models.preprocessing import Preprocessing
+from models.vit import VisionTransformer
+from models.weights import load_artifact
+from pipelines.checkpoints import CheckpointError, load_encoder
+from pipelines.config import EvaluateConfig
+from pipelines.features import (
+    PLACE,
+    Featurizer,
+    compute_features,
+    decode_batches,
+    encoder_features,
+    iter_labelled,
+    pixel_features,
+    table_labels,
+)
+from pipelines.metrics import rankme
+from pipelines.probes import few_shot, knn_accuracy, linear_probe
+from pipelines.report import ProbeSet, Subject, write_report
+from pipelines.shards import Manifest, read_manifest
+from pipelines.storage import open_uri
+
+ROWS = {"encoder": "encoder", "random_init": "random init", "raw_pixels": "raw pixels"}
+RANKME_ROWS = 10_000
+PACKAGES = ("torch", "timm", "numpy", "pyarrow")
+
+
+def load_subject(uri: str) -> Subject:
+    """Loads a checkpoint, a run's best checkpoint, an artifact, or a foreign model.
+
+    Raises:
+        ValueError: none of these, saying what it was tried as.
+    """
+    fs, path = open_uri(uri)
+    if fs.isfile(path) or _is_artifact(fs, path):
+        artifact = load_artifact(uri)
+        provenance = {"artifact": uri, **artifact.provenance}
+        return Subject(artifact.encoder, artifact.preprocessing, provenance, None, None)
+    try:
+        encoder, config, info = load_encoder(uri)
+    except CheckpointError as error:
+        raise ValueError(f"--checkpoint: no artifact, and {error}") from error
+    encoder.eval().requires_grad_(False)
+    model = config.model
+    prep = Preprocessing(image_size=model.image_size, mean=model.mean, std=model.std)
+    checkpoint = str(info["uri"]).rstrip("/")
+    provenance = {
+        "run": config.run.name,
+        "step": info["step"],
+        "epoch": info["epoch"],
+        "manifest_hash": info["manifest_hash"],
+        "checkpoint": checkpoint.rpartition("/")[2],
+    }
+    return Subject(encoder, prep, provenance, checkpoint.rpartition("/")[0], config)
+
+
+def _is_artifact(fs: Any, path: str) -> bool:
+    if not fs.isfile(f"{path}/config.json"):
+        return False
+    keys = json.loads(fs.cat_file(f"{path}/config.json")).keys()
+    return bool(keys & {"rayjepa", "architecture", "model_type"})
+
+
+def random_init(encoder: VisionTransformer, seed: int) -> VisionTransformer:
+    """Builds an untrained encoder of the same shape; the global RNG stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return VisionTransformer(
+            image_size=encoder.image_size,
+            patch_size=encoder.patch_size,
+            width=encoder.width,
+            depth=encoder.depth,
+            heads=encoder.heads,
+            mlp_ratio=encoder.mlp_ratio,
+            patch_std=encoder.patch_std,
+        ).eval()
+
+
+def evaluate(cfg: EvaluateConfig, *, console: Console | None = None) -> dict[str, Any]:
+    """Evaluates an encoder; writes results.json and report.html under `cfg.out`.
+
+    Args:
+        cfg: the job.
+        console: where progress and the table go; None for stdout.
+
+    Returns:
+        What results.json holds: `rows` (per row of the table: knn, linear, few_shot_1pct,
+        few_shot_10, rankme), provenance, settings, data, versions.
+
+    Raises:
+        ValueError: sets without labels or with other classes than each other, or no such encoder.
+    """
+    console, start = console or Console(), time.time()
+    manifests = _manifests(cfg)
+    subject = load_subject(cfg.checkpoint)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    subject.encoder.to(device)
+    baseline = random_init(subject.encoder, cfg.seed).to(device)
+    train, test = _probe_sets(cfg, subject, baseline, console)
+    rows = {}
+    with console.status("probing") as status:
+        for row, name in ROWS.items():
+            status.update(f"probing {name}")
+            rows[row] = probe(train, test, row, cfg)
+    results = {
+        "rows": rows,
+        "provenance": subject.provenance,
+        "settings": dataclasses.asdict(cfg),
+        "data": {
+            name: {"manifest_hash": manifest.manifest_hash, "images": len(part.labels_N)}
+            for name, manifest, part in zip(("data", "test"), manifests, (train, test), strict=True)
+        },
+        "classes": list(manifests[0].classes),
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start)),
+        "seconds": round(time.time() - start, 1),
+    }
+    console.print(results_table(results))
+    _write(cfg.out, "results.json", json.dumps(results, indent=2).encode())
+    html = write_report(results, subject, train, test, baseline)
+    console.print(f"report: {_write(cfg.out, 'report.html', html.encode())}")
+    return results
+
+
+def probe(train: ProbeSet, test: ProbeSet, row: str, cfg: EvaluateConfig) -> dict[str, Any]:
+    """All numbers of one row of the table, as results.json holds them."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    bank_ND = torch.from_numpy(train.features[row]).to(device)
+    sets = (bank_ND, train.labels_N, torch.from_numpy(test.features[row]), test.labels_N)
+    linear = linear_probe(*sets, epochs=cfg.probe_epochs, seed=cfg.seed)
+    return {
+        "knn": knn_accuracy(*sets, k=cfg.knn_k, temperature=cfg.knn_temperature),
+        "linear": dataclasses.asdict(linear),
+        "few_shot_1pct": dataclasses.asdict(few_shot(*sets, share=0.01, seed=cfg.seed)),
+        "few_shot_10": dataclasses.asdict(few_shot(*sets, per_class=10, seed=cfg.seed)),
+        "width": bank_ND.shape[1],
+    } | (_ranks(bank_ND[:RANKME_ROWS]) if row != "raw_pixels" else {})
+
+
+def _ranks(features_ND: torch.Tensor) -> dict[str, float]:
+    # Not of raw pixels: it would say nothing of the encoder, and thousands of dimensions take long.
+    return {"rankme": rankme(features_ND), "rankme_centred": rankme(features_ND, centred=True)}
+
+
+def _manifests(cfg: EvaluateConfig) -> tuple[Manifest, Manifest]:
+    data, test = read_manifest(cfg.data), read_manifest(cfg.test)
+    for flag, manifest in (("data", data), ("test", test)):
+        if not manifest.classes:
+            raise ValueError(f"--{flag}: these shards have no labels, which every probe needs")
+    if data.classes != test.classes:
+        differing = sorted(set(data.classes) ^ set(test.classes))[:6]
+        raise ValueError(f"--data and --test have different classes: {', '.join(differing)}")
+    return data, test
+
+
+def _probe_sets(
+    cfg: EvaluateConfig, subject: Subject, baseline: VisionTransformer, console: Console
+) -> tuple[ProbeSet, ProbeSet]:
+    prep = subject.preprocessing
+    featurizers = {
+        "encoder": encoder_features(subject.encoder, prep),
+        "random_init": encoder_features(baseline, prep),
+        "raw_pixels": pixel_features(prep),
+    }
+    with Progress(console=console, transient=True) as progress:
+
+        def read(uri: str) -> ProbeSet:
+            total = min(read_manifest(uri).num_samples, cfg.limit or sys.maxsize)
+            task = progress.add_task(f"features of {uri}", total=total)
+            return probe_set(
+                uri,
+                featurizers,
+                prep,
+                batch_size=cfg.batch_size,
+                limit=cfg.limit,
+                advance=lambda rows: progress.advance(task, rows),
+            )
+
+        return read(cfg.data), read(cfg.test)
+
+
+def probe_set(
+    uri: str,
+    featurizers: dict[str, Featurizer],
+    prep: Preprocessing,
+    *,
+    batch_size: int,
+    limit: int | None = None,
+    advance: Callable[[int], object] = lambda rows: None,
+) -> ProbeSet:
+    """Computes every featurizer's features of a labelled set in one pass over its images.
+
+    Raises:
+        ValueError: no row has a label.
+    """
+    seen: list[pa.Table] = []
+
+    def watched() -> Iterator[pa.Table]:
+        for table in iter_labelled(uri, limit):
+            seen.append(table.drop_columns(["image"]))
+            advance(table.num_rows)
+            yield table
+
+    features = compute_features(featurizers, decode_batches(watched(), prep, batch_size))
+    rows = pa.concat_tables(seen)
+    places_N3 = np.stack([rows[name].to_numpy() for name in PLACE], axis=1)
+    return ProbeSet(uri, features, table_labels(rows), places_N3)
+
+
+def results_table(results: dict[str, Any]) -> Table:
+    """The results as a table for a terminal."""
+    title = " ".join(str(results["provenance"].get(k, "")) for k in ("run", "checkpoint")).strip()
+    table = Table(title=title or "evaluation", title_justify="left")
+    for name in ("", "kNN", "linear", "1% labels", "10 per class", "RankMe"):
+        table.add_column(name, justify="left" if not name else "right")
+    for row, name in ROWS.items():
+        r = results["rows"][row]
+        table.add_row(
+            name,
+            f"{100 * r['knn']:.1f}",
+            f"{100 * r['linear']['accuracy']:.1f}",
+            *(
+                f"{100 * r[k]['mean']:.1f} +- {100 * r[k]['std']:.1f}"
+                for k in ("few_shot_1pct", "few_shot_10")
+            ),
+            f"{r['rankme']:.1f} of {r['width']}" if "rankme" in r else "-",
+        )
+    gain = results["rows"]["encoder"]["knn"] - results["rows"]["random_init"]["knn"]
+    table.caption = f"accuracy in %; kNN is {100 * gain:+.1f} points over random init"
+    return table
+
+
+def _write(out: str, name: str, data: bytes) -> str:
+    fs, path = open_uri(out)
+    fs.makedirs(path, exist_ok=True)
+    fs.pipe_file(f"{path}/{name}", data)
+    return f"{out.rstrip('/')}/{name}"
+
+
+def main() -> None:
+    """Entry point of `python -m pipelines.evaluate`."""
+    evaluate(tyro.cli(EvaluateConfig, description=__doc__))
+
+
+if __name__ == "__main__":
+    main()

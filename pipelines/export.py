@@ -1,0 +1,92 @@
+"""JOB 5: a checkpoint's target encoder as an artifact that timm and transformers load.
+
+    python -m pipelines.export --checkpoint runs/demo --out artifact
+
+    timm.create_model("local-dir:artifact", pretrained=True)
+    transformers.IJepaModel.from_pretrained("artifact/transformers")
+
+The artifact is read back and its features compared before it is published.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import pathlib
+import sys
+import tempfile
+import time
+from typing import Any
+
+# Lets `python pipelines/export.py` work from an uninstalled checkout, as `ray job submit` runs it.
+if __name__ == "__main__" and not __package__:
+    sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
+
+import tyro
+
+from models.preprocessing import Preprocessing
+from models.weights import save_artifact
+from pipelines.checkpoints import load_encoder
+from pipelines.config import ExportConfig
+from pipelines.storage import is_local, open_uri
+
+PACKAGES = ("torch", "timm")
+
+
+def export(cfg: ExportConfig) -> str:
+    """Writes the artifact of a checkpoint.
+
+    Returns:
+        `cfg.out`.
+
+    Raises:
+        CheckpointError: no such checkpoint, or it does not load.
+        ValueError: `cfg.out` holds something that is no artifact.
+        RuntimeError: the artifact read back gives other features (nothing is published).
+    """
+    encoder, config, info = load_encoder(cfg.checkpoint)
+    encoder.eval()
+    model = config.model
+    prep = Preprocessing(image_size=model.image_size, mean=model.mean, std=model.std)
+    provenance = {
+        "run": config.run.name,
+        "step": info["step"],
+        "epoch": info["epoch"],
+        "manifest_hash": info["manifest_hash"],
+        "objective": config.objective.name,
+        "preset": model.encoder,
+        "metrics": info["metrics"],
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    fs, path = open_uri(cfg.out)
+    if is_local(fs):
+        save_artifact(pathlib.Path(path), encoder, prep, provenance)
+        return cfg.out
+    with tempfile.TemporaryDirectory(prefix="export-") as scratch:
+        built = pathlib.Path(scratch) / "artifact"
+        save_artifact(built, encoder, prep, provenance)
+        _upload(built, fs, path, cfg.out)
+    return cfg.out
+
+
+def _upload(built: pathlib.Path, fs: Any, path: str, uri: str) -> None:
+    """Replaces the prefix by the artifact; config.json, without which it is none, goes last."""
+    if fs.exists(path) and fs.ls(path):
+        config = f"{path}/config.json"
+        if not fs.exists(config) or "rayjepa" not in json.loads(fs.cat_file(config)):
+            raise ValueError(f"{uri} holds something that is not an artifact; not replacing it")
+        fs.rm_file(config)
+    files = [file.relative_to(built).as_posix() for file in built.rglob("*") if file.is_file()]
+    for name in sorted(files, key=lambda name: name == "config.json"):
+        fs.pipe_file(f"{path}/{name}", (built / name).read_bytes())
+
+
+def main() -> None:
+    """Entry point of `python -m pipelines.export`."""
+    out = export(tyro.cli(ExportConfig, description=__doc__))
+    print(f"artifact: {out}")
+
+
+if __name__ == "__main__":
+    main()

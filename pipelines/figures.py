@@ -1,0 +1,131 @@
+"""Pictures of a report: charts as SVG text, images and masks as data URIs. No external resource.
+
+Shape suffixes: N images, T tokens (patches), D feature width, H and W pixels, C channels.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+Points = Sequence[tuple[float, float]]
+
+WIDTH, HEIGHT = 340, 190
+LEFT, RIGHT, TOP, BOTTOM = 48, 12, 10, 24
+MOST_POINTS = 400
+BLOCK_COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (204, 121, 167))  # Okabe and Ito
+
+
+def image_uri(image_HWC: np.ndarray) -> str:
+    """A uint8 picture as a PNG data URI, at its own size (the page scales it up in hard pixels)."""
+    sink = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(image_HWC)).save(sink, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(sink.getvalue()).decode()
+
+
+def context_picture(image_HWC: np.ndarray, context_K: np.ndarray, grid: int) -> np.ndarray:
+    """The picture with every patch but the context's faded to grey."""
+    shown = _patch_mask(image_HWC, context_K, grid)
+    return np.where(shown[..., None], image_HWC, 0.12 * image_HWC + 112).astype(np.uint8)
+
+
+def target_picture(image_HWC: np.ndarray, targets_MT: np.ndarray, grid: int) -> np.ndarray:
+    """The picture with each target block tinted in a colour of its own, over a faded rest."""
+    picture = 0.3 * image_HWC + 90
+    for index, block_T in enumerate(targets_MT):
+        tint = 0.5 * image_HWC + 0.5 * np.array(BLOCK_COLOURS[index % len(BLOCK_COLOURS)])
+        picture = np.where(_patch_mask(image_HWC, block_T, grid)[..., None], tint, picture)
+    return picture.astype(np.uint8)
+
+
+def _patch_mask(image_HWC: np.ndarray, tokens: np.ndarray, grid: int) -> np.ndarray:
+    """Which pixels belong to these patches: bool [H, W]."""
+    chosen = np.zeros(grid * grid, dtype=bool)
+    chosen[tokens] = True
+    patch = image_HWC.shape[0] // grid
+    return np.kron(chosen.reshape(grid, grid), np.ones((patch, patch), dtype=bool))
+
+
+def pca_pictures(tokens_NTD: np.ndarray, shown: int) -> np.ndarray:
+    """The three main directions of patch features as red, green and blue.
+
+    The mean of every position is taken out first, so that colour tells what is there, not where.
+
+    Args:
+        tokens_NTD: patch features; all images fit the directions.
+        shown: how many of the first images to draw.
+
+    Returns:
+        uint8 [shown, G, G, 3], G = sqrt(T).
+    """
+    centred = tokens_NTD - tokens_NTD.mean(axis=0, keepdims=True)
+    flat = centred.reshape(-1, centred.shape[-1]).astype(np.float64)
+    _, directions = np.linalg.eigh(flat.T @ flat)
+    scores = flat @ directions[:, :-4:-1]
+    # A direction's sign is arbitrary; fixing it makes the picture the same on every machine.
+    scores *= np.sign((scores**3).sum(axis=0) + 1e-30)
+    low, high = np.percentile(scores, (2, 98), axis=0)
+    values = np.clip((scores - low) / np.maximum(high - low, 1e-12), 0, 1)
+    side = math.isqrt(tokens_NTD.shape[1])
+    pictures: np.ndarray = (255 * values).reshape(len(tokens_NTD), side, side, 3).astype(np.uint8)
+    return pictures[:shown]
+
+
+def line_chart(points: Points, label: str, *, scale: float = 1.0) -> str:
+    """One curve as an SVG that takes its colours from the page.
+
+    Args:
+        points: (step, value), at least one; not-a-number values are left out.
+        label: what a screen reader says.
+        scale: values are multiplied by this (100 for per cent).
+    """
+    points = [(x, scale * y) for x, y in points if math.isfinite(y)]
+    points = points[:: max(1, math.ceil(len(points) / MOST_POINTS))]
+    if not points:
+        return ""
+    x_ticks = _ticks(0.0, max(x for x, _ in points), 4)
+    y_ticks = _ticks(min(y for _, y in points), max(y for _, y in points), 4)
+    x_range = (0.0, max(x_ticks[-1], max(x for x, _ in points)))
+    y_range = (y_ticks[0], y_ticks[-1])
+
+    def px(x: float) -> float:
+        return LEFT + (x - x_range[0]) / (x_range[1] - x_range[0]) * (WIDTH - LEFT - RIGHT)
+
+    def py(y: float) -> float:
+        return (
+            HEIGHT - BOTTOM - (y - y_range[0]) / (y_range[1] - y_range[0]) * (HEIGHT - TOP - BOTTOM)
+        )
+
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(label)}">']
+    for y in y_ticks:
+        parts.append(f'<path class="rule" d="M{LEFT} {py(y):.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{py(y) + 4:.1f}" text-anchor="end">{y:g}</text>')
+    for x in x_ticks:
+        if x <= x_range[1]:
+            at = f'x="{px(x):.1f}" y="{HEIGHT - 6}"'
+            parts.append(f'<text {at} text-anchor="middle">{_short(x)}</text>')
+    path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in points)
+    parts.append(f'<polyline class="curve" points="{path}"/>')
+    x, y = points[-1]
+    parts.append(f'<circle class="end" cx="{px(x):.1f}" cy="{py(y):.1f}" r="3.5"/></svg>')
+    return "".join(parts)
+
+
+def _ticks(low: float, high: float, count: int) -> list[float]:
+    """Round numbers from at or below `low` to at or above `high`, about `count` steps apart."""
+    spread = high - low or abs(high) or 1.0
+    rough = spread / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
+
+
+def _short(value: float) -> str:
+    return f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"

@@ -1,0 +1,284 @@
+"""JOB 1: raw images of any source to validated, deduplicated Parquet shards, on Ray Data.
+
+    python -m pipelines.ingest --source data/cifar10/train --out shards/train
+    python -m pipelines.ingest --source s3://bucket/raw --out s3://bucket/shards --short-side 256
+
+Two stages. Tasks first turn chunks of the source into staging parts (staging.py); the driver then
+finds duplicates among all sample ids (about 100 bytes of memory an image; no image passes through
+it), and a second set of tasks copies the surviving rows, in order, into shards. The manifest comes
+last. Killed anywhere and run again, ingest does only what is missing and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+# Lets `python pipelines/ingest.py` work from an uninstalled checkout, as `ray job submit` runs it.
+if __name__ == "__main__" and not __package__:
+    sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
+
+import pyarrow as pa
+import ray
+from ray.data import DataContext
+from rich.console import Console
+from rich.table import Table
+
+from pipelines.config import IngestConfig
+from pipelines.merging import (
+    build_index,
+    choose_classes,
+    first_occurrences,
+    marker_path,
+    merge_shard,
+    plan_shards,
+    read_shard_note,
+)
+from pipelines.progress import Meter
+from pipelines.shards import (
+    QUARANTINE,
+    QUARANTINE_SCHEMA,
+    Manifest,
+    encode_table,
+    hash_bytes,
+    open_shards,
+    put_atomic,
+    read_manifest,
+    write_manifest,
+)
+from pipelines.sources import Listing, list_source
+from pipelines.staging import (
+    STAGING,
+    chunk_key,
+    chunk_to_json,
+    items_path,
+    read_items,
+    stage_chunk,
+)
+
+IO_THREADS = 16
+
+
+def ingest(cfg: IngestConfig) -> Manifest:
+    """Turns `cfg.source` into shards at `cfg.out`, or finds that it is done already.
+
+    Every source item ends in exactly one of: a shard, the count of duplicates, the quarantine.
+
+    Raises:
+        ValueError: nothing to read at the source, or not one good image in it.
+        ray.exceptions.RayTaskError: the storage failed; run again to go on.
+    """
+    started = time.monotonic()
+    console = Console()
+    listing = list_source(cfg)
+    chunks = [chunk_to_json(chunk) for chunk in listing.chunks]
+    keys = [chunk_key(chunk, cfg) for chunk in chunks]
+    fingerprint = _fingerprint(keys, listing, cfg)
+    finished = _finished(cfg, fingerprint)
+    if finished is not None:
+        _clean_up(cfg, finished)
+        console.print(f"{cfg.out}: {finished.num_samples:,} images, up to date")
+        return finished
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False)
+    items = _stage(chunks, keys, listing, cfg, console)
+    manifest = _merge(keys, items, listing, fingerprint, cfg, console)
+    write_manifest(cfg.out, manifest)
+    _clean_up(cfg, manifest)
+    _summary(manifest, listing, time.monotonic() - started, console)
+    return manifest
+
+
+def _fingerprint(keys: Sequence[str], listing: Listing, cfg: IngestConfig) -> str:
+    packing = [cfg.shard_bytes, cfg.row_group_rows, listing.classes]
+    return hash_bytes(json.dumps([keys, packing]).encode()).hex()
+
+
+def _finished(cfg: IngestConfig, fingerprint: str) -> Manifest | None:
+    """Returns the manifest at `cfg.out` if it is of this very source and configuration."""
+    try:
+        manifest = read_manifest(cfg.out)
+    except ValueError:
+        return None
+    there = _file_names(cfg.out, "")
+    complete = all(shard.file in there for shard in manifest.shards)
+    return manifest if complete and manifest.fingerprint == fingerprint else None
+
+
+def _file_names(uri: str, folder: str) -> set[str]:
+    fs, root = open_shards(uri)
+    path = f"{root}/{folder}".rstrip("/")
+    fs.invalidate_cache()
+    try:
+        return {name.rpartition("/")[2] for name in fs.ls(path, detail=False)}
+    except FileNotFoundError:
+        return set()
+
+
+def _run(
+    function: Callable[..., dict[str, Any]],
+    rows: list[dict[str, Any]],
+    cfg: IngestConfig,
+    meter: Meter,
+) -> None:
+    """Maps `function` over `rows` with Ray Data, one task a row, and shows what comes back."""
+    if not rows:
+        return
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = False  # ours counts images and bytes
+    context.print_on_execution_start = False
+    with DataContext.current(context):
+        dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+        results = dataset.map(function, fn_kwargs={"cfg": cfg}, num_cpus=1)
+    for result in results.iter_rows():
+        meter.advance(result["items"], result["bytes"])
+
+
+def _stage(
+    chunks: list[str], keys: list[str], listing: Listing, cfg: IngestConfig, console: Console
+) -> list[pa.Table]:
+    """Does the chunks that are not done and returns the items of all, in source order."""
+    fs, root = open_shards(cfg.out)
+    there = _file_names(cfg.out, STAGING)
+    missing = [
+        {"chunk": chunk, "key": key}
+        for chunk, key in zip(chunks, keys, strict=True)
+        if items_path(key) not in there
+    ]
+    if len(missing) < len(chunks):
+        console.print(f"going on: {len(chunks) - len(missing)} of {len(chunks)} chunks are done")
+    share = len(missing) / len(chunks)
+    with Meter(console, "reading", int(listing.num_bytes * share)) as meter:
+        _run(stage_chunk, missing, cfg, meter)
+    with ThreadPoolExecutor(IO_THREADS) as pool:
+        return list(pool.map(lambda key: read_items(fs, f"{root}/{STAGING}/{key}"), keys))
+
+
+def _merge(
+    keys: list[str],
+    tables: list[pa.Table],
+    listing: Listing,
+    fingerprint: str,
+    cfg: IngestConfig,
+    console: Console,
+) -> Manifest:
+    """Writes quarantine and shards, and returns the manifest that describes them."""
+    items = sum(table.num_rows for table in tables)
+    if listing.num_items not in (None, items):
+        raise ValueError(f"{cfg.source}: {items} items, {listing.num_items} when it was listed")
+    quarantined = _write_quarantine(tables, cfg)
+    if sum(quarantined.values()) == items:
+        raise ValueError(f"{cfg.source}: not one good image among {items}: {quarantined}")
+    index = build_index(keys, tables)
+    keep_N = first_occurrences(index.ids_N16)
+    classes = choose_classes(tables, listing.classes)
+    plans = plan_shards(index, keep_N, classes, cfg)
+    num_bytes = int(index.sizes_N[keep_N].sum())
+    with Meter(console, "writing", num_bytes) as meter:
+        _write_shards(plans, cfg, meter)
+    fs, root = open_shards(cfg.out)
+    notes = [read_shard_note(fs, root, plan) for plan in plans]
+    num_samples = sum(shard.rows for shard, _ in notes)
+    duplicates = int((~keep_N).sum())
+    assert num_samples + duplicates + sum(quarantined.values()) == items, "an item was lost"
+    mean, std = _mean_std([moments for _, moments in notes], num_samples)
+    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k != "out"}
+    return Manifest(
+        classes=classes.names,
+        num_samples=num_samples,
+        num_bytes=num_bytes,
+        shards=tuple(shard for shard, _ in notes),
+        mean=mean,
+        std=std,
+        quarantined=quarantined,
+        duplicates=duplicates,
+        ingest=settings,
+        fingerprint=fingerprint,
+    )
+
+
+def _write_quarantine(tables: list[pa.Table], cfg: IngestConfig) -> dict[str, int]:
+    refused = pa.concat_tables([table.filter(table["reason"].is_valid()) for table in tables])
+    table = refused.select(QUARANTINE_SCHEMA.names).cast(QUARANTINE_SCHEMA)
+    fs, root = open_shards(cfg.out)
+    put_atomic(fs, f"{root}/{QUARANTINE}", encode_table(table, 2**16))
+    return dict(sorted(Counter(table["reason"].to_pylist()).items()))
+
+
+def _write_shards(plans: list[str], cfg: IngestConfig, meter: Meter) -> None:
+    _, root = open_shards(cfg.out)
+    notes, there = _file_names(cfg.out, STAGING), _file_names(cfg.out, "")
+    missing = []
+    for plan in plans:
+        done = marker_path(root, plan).rpartition("/")[2] in notes
+        if not done or _shard_file(plan, cfg) not in there:
+            missing.append({"plan": plan})
+    _run(merge_shard, missing, cfg, meter)
+
+
+def _shard_file(plan: str, cfg: IngestConfig) -> str:
+    fs, root = open_shards(cfg.out)
+    return read_shard_note(fs, root, plan)[0].file
+
+
+Rgb = tuple[float, float, float]
+
+
+def _mean_std(moments: list[list[float]], count: int) -> tuple[Rgb, Rgb]:
+    """Returns channel means and standard deviations to 6 decimals, every image weighing the same."""
+    sums = [math.fsum(column) / count for column in zip(*moments, strict=True)]
+    stds = [math.sqrt(max(sums[c + 3] - sums[c] ** 2, 0.0)) for c in range(3)]
+    mean = (round(sums[0], 6), round(sums[1], 6), round(sums[2], 6))
+    return mean, (round(stds[0], 6), round(stds[1], 6), round(stds[2], 6))
+
+
+def _clean_up(cfg: IngestConfig, manifest: Manifest) -> None:
+    """Removes staging, files a killed ingest was writing, and shards the manifest does not name."""
+    fs, root = open_shards(cfg.out)
+    if fs.exists(f"{root}/{STAGING}"):
+        fs.rm(f"{root}/{STAGING}", recursive=True)
+    named = {shard.file for shard in manifest.shards}
+    for name in sorted(_file_names(cfg.out, "")):
+        orphan = name.startswith("part-") and name.endswith(".parquet") and name not in named
+        if orphan or (name.startswith(".part-") and name.endswith(".tmp")):
+            fs.rm(f"{root}/{name}")
+
+
+def _summary(manifest: Manifest, listing: Listing, seconds: float, console: Console) -> None:
+    items = manifest.num_samples + manifest.duplicates + sum(manifest.quarantined.values())
+    table = Table("ingested", "", title=None)
+    table.columns[1].justify = "right"
+    table.add_row("images", f"{manifest.num_samples:,}")
+    table.add_row("classes", f"{len(manifest.classes):,}")
+    table.add_row("duplicates dropped", f"{manifest.duplicates:,}")
+    table.add_row("quarantined", f"{sum(manifest.quarantined.values()):,}")
+    for reason, count in manifest.quarantined.items():
+        table.add_row(f"  {reason}", f"{count:,}")
+    table.add_row("files ignored by name", f"{listing.ignored:,}")
+    table.add_row("shards", f"{len(manifest.shards):,}")
+    table.add_row("MB", f"{manifest.num_bytes / 1e6:,.1f}")
+    table.add_row("seconds", f"{seconds:.1f}")
+    table.add_row("images/s", f"{items / seconds:,.0f}")
+    console.print(table)
+
+
+def main() -> None:
+    """Command line."""
+    import tyro
+
+    try:
+        ingest(tyro.cli(IngestConfig))
+    except ValueError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""Stage 2 of ingest: which rows survive, in which shard, and the task that writes one shard.
+
+Array suffixes: N good items in source order, K those kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.config import IngestConfig
+from pipelines.shards import (
+    IMAGE_SCHEMA,
+    Shard,
+    hash_bytes,
+    open_shards,
+    put_atomic,
+    sample_ids_array,
+    write_shard,
+)
+from pipelines.staging import STAGING, part_path
+
+
+@dataclass(frozen=True)
+class Classes:
+    """How labels become indices.
+
+    Attributes:
+        names: class names by index.
+        by_name: labels are looked up in `names`; otherwise they are indices already.
+    """
+
+    names: tuple[str, ...]
+    by_name: bool
+
+
+def choose_classes(tables: Sequence[pa.Table], declared: tuple[str, ...]) -> Classes:
+    """Decides the class list from every label seen.
+
+    Integers alone are indices, named by `declared` where the source declares names; as soon as one
+    label is a name, all of them are names, in sorted order.
+
+    Args:
+        tables: items of all chunks, `label_index` and `label_name`.
+        declared: class names the source declares, or nothing.
+    """
+    names: set[str] = set()
+    indices: set[int] = set()
+    for table in tables:
+        names.update(table["label_name"].unique().drop_null().to_pylist())
+        indices.update(table["label_index"].unique().drop_null().to_pylist())
+    if names:
+        return Classes(tuple(sorted(names | {str(index) for index in indices})), True)
+    count = max(indices, default=-1) + 1
+    if declared and count <= len(declared):
+        return Classes(declared, False)
+    return Classes(tuple(str(index) for index in range(count)), False)
+
+
+def first_occurrences(ids_N16: np.ndarray) -> np.ndarray:
+    """Returns a bool array [N]: True for the first row with its id, False for later ones.
+
+    Args:
+        ids_N16: uint8 [N, 16].
+    """
+    halves = np.ascontiguousarray(ids_N16).view(np.uint64)
+    order = np.lexsort((halves[:, 1], halves[:, 0]))  # stable: equal ids stay in source order
+    equal = (halves[order[1:]] == halves[order[:-1]]).all(axis=1)
+    keep_N = np.ones(len(ids_N16), bool)
+    keep_N[order[1:][equal]] = False
+    return keep_N
+
+
+@dataclass(frozen=True)
+class Index:
+    """All good items in source order, without their images.
+
+    Attributes:
+        keys: staging key of each chunk that has good items.
+        parts: rows in each staging part, by chunk.
+        starts: position of the first row of each chunk, and of the end.
+        ids_N16: sample ids.
+        sizes_N: bytes of the encoded image.
+    """
+
+    keys: list[str]
+    parts: list[list[int]]
+    starts: np.ndarray
+    ids_N16: np.ndarray
+    sizes_N: np.ndarray
+
+
+def build_index(keys: Sequence[str], tables: Sequence[pa.Table]) -> Index:
+    """Gathers the good items of all chunks.
+
+    Args:
+        keys: staging key of each chunk.
+        tables: items of each chunk (`staging.ITEMS_SCHEMA`).
+    """
+    filtered = [table.filter(table["reason"].is_null()) for table in tables]
+    good = [(key, table) for key, table in zip(keys, filtered, strict=True) if table.num_rows]
+    return Index(
+        keys=[key for key, _ in good],
+        parts=[np.bincount(table["part"].to_numpy()).tolist() for _, table in good],
+        starts=np.cumsum([0] + [table.num_rows for _, table in good]),
+        ids_N16=np.concatenate([sample_ids_array(table) for _, table in good]),
+        sizes_N=np.concatenate([table["size"].to_numpy() for _, table in good]),
+    )
+
+
+def plan_shards(index: Index, keep_N: np.ndarray, classes: Classes, cfg: IngestConfig) -> list[str]:
+    """Cuts the kept rows into shards of whole row groups and about `cfg.shard_bytes`.
+
+    Returns:
+        One plan a shard, as JSON: what travels to the task, and what its result is named after.
+    """
+    kept_K = np.flatnonzero(keep_N)
+    firsts = np.arange(0, len(kept_K), cfg.row_group_rows)
+    group_bytes = np.add.reduceat(index.sizes_N[kept_K], firsts)
+    cuts, size = [0], 0
+    for group, bytes_ in enumerate(group_bytes.tolist()):
+        if size and size + bytes_ > cfg.shard_bytes:
+            cuts.append(group * cfg.row_group_rows)
+            size = 0
+        size += bytes_
+    cuts.append(len(kept_K))
+    plans = []
+    for start, stop in itertools.pairwise(cuts):
+        segments = _segments(index, keep_N, int(kept_K[start]), int(kept_K[stop - 1]) + 1)
+        plan = {**dataclasses.asdict(classes), "rows": stop - start, "segments": segments}
+        plans.append(json.dumps({**plan, "row_group_rows": cfg.row_group_rows}, sort_keys=True))
+    return plans
+
+
+def _segments(index: Index, keep_N: np.ndarray, start: int, stop: int) -> list[dict[str, Any]]:
+    """Returns rows [start, stop) by chunk: rows of the chunk, and which of them are dropped."""
+    segments = []
+    first = int(np.searchsorted(index.starts, start, side="right")) - 1
+    for chunk in range(first, len(index.keys)):
+        origin = int(index.starts[chunk])
+        low, high = max(start, origin), min(stop, int(index.starts[chunk + 1]))
+        if low >= high:
+            break
+        drop = (np.flatnonzero(~keep_N[low:high]) + low - origin).tolist()
+        segments.append(
+            {
+                "key": index.keys[chunk],
+                "parts": index.parts[chunk],
+                "rows": [low - origin, high - origin],
+                "drop": drop,
+            }
+        )
+    return segments
+
+
+def marker_path(root: str, plan: str) -> str:
+    """Returns where the result of a shard's plan is noted."""
+    return f"{root}/{STAGING}/shard-{hash_bytes(plan.encode()).hex()}.json"
+
+
+def merge_shard(row: dict[str, Any], cfg: IngestConfig) -> dict[str, Any]:
+    """Writes one shard from staging parts (a Ray Data `map` function).
+
+    Args:
+        row: `plan` (JSON).
+        cfg: the ingest configuration.
+
+    Returns:
+        `items` and `bytes` done, for the progress bar; the result itself lies at `marker_path`.
+    """
+    fs, root = open_shards(cfg.out)
+    plan = json.loads(row["plan"])
+    staged = pa.concat_tables([_read_segment(fs, root, s) for s in plan["segments"]])
+    assert staged.num_rows == plan["rows"], f"{staged.num_rows} rows, planned {plan['rows']}"
+    moments = np.asarray(staged["moments"].combine_chunks().flatten()).reshape(-1, 6)
+    columns = [_labels(staged, plan) if n == "label" else staged[n] for n in IMAGE_SCHEMA.names]
+    table = pa.Table.from_arrays(columns, IMAGE_SCHEMA.names)
+    shard = write_shard(fs, root, table, plan["row_group_rows"])
+    note = {"shard": dataclasses.asdict(shard), "moments": moments.sum(axis=0).tolist()}
+    put_atomic(fs, marker_path(root, row["plan"]), json.dumps(note).encode())
+    return {"items": shard.rows, "bytes": shard.bytes}
+
+
+def _read_segment(fs: Any, root: str, segment: dict[str, Any]) -> pa.Table:
+    start, stop = segment["rows"]
+    tables, first = [], 0
+    for number, rows in enumerate(segment["parts"]):
+        if first < stop and first + rows > start:
+            path = part_path(f"{root}/{STAGING}/{segment['key']}", number)
+            part = pq.read_table(io.BytesIO(fs.cat_file(path)))
+            low = max(start - first, 0)
+            tables.append(part.slice(low, min(stop - first, rows) - low))
+        first += rows
+    table = pa.concat_tables(tables)
+    if not segment["drop"]:
+        return table
+    keep = np.ones(stop - start, bool)
+    keep[np.array(segment["drop"]) - start] = False
+    return table.filter(pa.array(keep))
+
+
+def _labels(staged: pa.Table, plan: dict[str, Any]) -> pa.Array:
+    if not plan["by_name"]:
+        return staged["label_index"]
+    index_of = {name: index for index, name in enumerate(plan["names"])}
+    names = staged["label_name"].to_pylist()
+    indices = staged["label_index"].to_pylist()
+    texts = [
+        str(index) if name is None and index is not None else name
+        for name, index in zip(names, indices, strict=True)
+    ]
+    return pa.array([None if t is None else index_of[t] for t in texts], pa.int32())
+
+
+def read_shard_note(fs: Any, root: str, plan: str) -> tuple[Shard, list[float]]:
+    """Returns the finished shard of `plan`, and the sums of its images' moments.
+
+    Raises:
+        FileNotFoundError: it is not finished.
+    """
+    note = json.loads(fs.cat_file(marker_path(root, plan)))
+    shard = {**note["shard"], "row_groups": tuple(note["shard"]["row_groups"])}
+    return Shard(**shard), note["moments"]

@@ -1,0 +1,217 @@
+"""Has the encoder collapsed? RankMe, spread and cosine, gathered without a host sync.
+
+Shape suffixes: B local batch, N rows, D feature width.
+
+JEPA losses do not say whether a run is healthy: they fall when it collapses and may rise when it
+learns. These numbers do. RankMe is Garrido et al. 2023 (arXiv 2210.02885), section 3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipelines.config import WatchConfig
+
+RANKME_EPS = 1e-7
+
+
+def rankme(features_ND: Tensor, *, centred: bool = False) -> float:
+    """Effective rank of a feature matrix: exp of the entropy of its normalised singular values.
+
+    Args:
+        features_ND: [N, D] features; the value cannot exceed min(N, D).
+        centred: Subtract the mean row first. The paper does not; a large common mean then hides
+            (as one dominant direction) whatever the rest does.
+
+    Returns:
+        Between 1 (a single direction) and D.
+    """
+    features = torch.as_tensor(features_ND).double()
+    if centred:
+        features = features - features.mean(dim=0)
+    return _effective_rank(torch.linalg.svdvals(features))
+
+
+def _effective_rank(singular_values: Tensor) -> float:
+    total = singular_values.sum()
+    if not total > 0:  # nothing there (or NaN): no direction at all counts as one
+        return float("nan") if torch.isnan(total) else 1.0
+    p = singular_values / total + RANKME_EPS
+    return float(torch.exp(-(p * torch.log(p)).sum()))
+
+
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """Sums `values` in place over the training processes, if there are several."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+class MeanMeter:
+    """Running means of scalar tensors, kept on their device until asked for."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    def update(self, values: dict[str, Tensor]) -> None:
+        """Adds one step's scalars; no host sync."""
+        for name, value in values.items():
+            value = value.detach().double()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+        self._count += 1
+
+    def reading(self) -> dict[str, float]:
+        """Means over steps and processes since the last reading, and starts afresh."""
+        if not self._count:
+            return {}
+        names = sorted(self._sums)
+        sums = torch.stack([self._sums[name] for name in names])
+        total = torch.full_like(sums[:1], self._count)
+        *means, count = all_reduce_sum(torch.cat([sums, total])).tolist()
+        self._sums, self._count = {}, 0
+        return {name: mean / count for name, mean in zip(names, means, strict=True)}
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps so that the next reading is the uninterrupted run's."""
+        count = torch.tensor(float(self._count), dtype=torch.float64)
+        return {"count": count, **{f"sum.{name}": s.clone() for name, s in self._sums.items()}}
+
+    def load(self, states: Iterable[dict[str, Tensor]], device: torch.device) -> None:
+        """Takes over the sums of one or several processes' `state`."""
+        self._sums, self._count = {}, 0
+        for state in states:
+            self._count += int(state["count"])
+            for key, value in state.items():
+                name = key.removeprefix("sum.")
+                if key != "count":
+                    value = value.to(device)
+                    self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+
+class CollapseWatch:
+    """Moments of a [B, D] feature since the last reading, and a verdict on them.
+
+    Spread and cosine are taken within each update (one step's rows of one process): a collapsed
+    encoder maps all images to one vector, but to another one after every step, and across steps
+    that drift would pass for variety.
+
+    All in fp64: close to collapse the variance is a small difference of large numbers, which fp32
+    would lose. That costs D*D*B multiply-adds a step, nothing beside an encoder.
+    """
+
+    def __init__(self, cfg: WatchConfig, dim: int, device: torch.device | str = "cpu") -> None:
+        self.cfg = cfg
+        self.strikes = 0
+        """Readings in a row that looked collapsed."""
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+        self._moments = {
+            "counts": zeros(3),  # rows, updates, ordered pairs of different rows in one update
+            "pair_sum": zeros(1),  # of the cosines of those pairs
+            "gram": zeros(dim, dim),  # sum over rows of x x^T
+            "means": zeros(dim, dim),  # sum over updates of B mean mean^T
+        }
+
+    def update(self, pooled_BD: Tensor) -> None:
+        """Adds the rows of one step; no host sync."""
+        pooled_BD = pooled_BD.detach().double()
+        rows = pooled_BD.shape[0]
+        sum_D = pooled_BD.sum(dim=0)
+        unit_sum_D = torch.nn.functional.normalize(pooled_BD, dim=1).sum(dim=0)
+        moments = self._moments
+        for index, count in enumerate((rows, 1, rows * (rows - 1))):
+            moments["counts"][index] += count
+        moments["pair_sum"] += unit_sum_D @ unit_sum_D - rows
+        moments["gram"].addmm_(pooled_BD.T, pooled_BD)
+        moments["means"].addr_(sum_D, sum_D, alpha=1 / rows)
+
+    def reading(self) -> dict[str, float]:
+        """Reads over all processes since the last reading, and starts afresh.
+
+        Returns:
+            `rankme` (the paper's: uncentred, over all rows), and of the features centred within
+            each update `rankme_centred`, `std` (mean per-dimension standard deviation) and
+            `cosine` (mean over pairs of different rows). Empty if there were no such pairs.
+        """
+        packed = all_reduce_sum(torch.cat([m.flatten() for m in self._moments.values()])).cpu()
+        parts = torch.split(packed, [m.numel() for m in self._moments.values()])
+        shapes = [m.shape for m in self._moments.values()]
+        counts, pair_sum, gram_DD, means_DD = (
+            part.view(shape) for part, shape in zip(parts, shapes, strict=True)
+        )
+        self._reset()
+        rows, updates, pairs = counts.tolist()
+        if not pairs:
+            return {}
+        scatter_DD = gram_DD - means_DD
+        variance_D = (scatter_DD.diagonal() / (rows - updates)).clamp(min=0)
+        # Below this the scatter is the rounding noise of equal fp32 rows, whose rank looks high.
+        is_noise = scatter_DD.trace() <= 1e-12 * gram_DD.trace()
+        return {
+            "rankme": _rankme_of_gram(gram_DD),
+            "rankme_centred": 1.0 if is_noise else _rankme_of_gram(scatter_DD),
+            "std": float(variance_D.sqrt().mean()),
+            "cosine": float(pair_sum) / pairs,
+        }
+
+    def _reset(self) -> None:
+        for moment in self._moments.values():
+            moment.zero_()
+
+    def judge(self, reading: dict[str, float], step: int) -> str | None:
+        """Counts a reading and says what is wrong once enough of them in a row are bad.
+
+        Returns:
+            None, or a sentence that names the reading, the flag it crossed, the step and what to
+            try.
+        """
+        if not reading or step <= self.cfg.grace_steps:
+            return None
+        crossed = self._crossed(reading)
+        self.strikes = self.strikes + 1 if crossed else 0
+        if not crossed or self.strikes < self.cfg.patience:
+            return None
+        return (
+            f"the encoder has collapsed at step {step}: {'; '.join(crossed)} "
+            f"({self.strikes} readings in a row). Try a lower --optim.lr, a longer "
+            "--optim.warmup-steps or --objective.target ema; --watch.action warn goes on regardless."
+        )
+
+    def _crossed(self, reading: dict[str, float]) -> list[str]:
+        cfg = self.cfg
+        bounds = [
+            ("rankme_centred", "RankMe of the centred features", "below", cfg.min_rankme),
+            ("std", "mean per-dimension standard deviation", "below", cfg.min_std),
+            ("cosine", "mean pairwise cosine", "above", cfg.max_cosine),
+        ]
+        flags = {"rankme_centred": "min-rankme", "std": "min-std", "cosine": "max-cosine"}
+        crossed = []
+        for key, name, side, bound in bounds:
+            value = reading[key]
+            bad = value < bound if side == "below" else value > bound
+            if bad or not math.isfinite(value):
+                crossed.append(f"{name} {value:.5g} is not within --watch.{flags[key]} {bound:g}")
+        return crossed
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps so that the next reading is the uninterrupted run's."""
+        return {name: moment.clone() for name, moment in self._moments.items()}
+
+    def load(self, states: Iterable[dict[str, Tensor]]) -> None:
+        """Takes over the moments of one or several processes' `state`."""
+        self._reset()
+        for state in states:
+            for name, moment in self._moments.items():
+                moment += state[name].to(moment.device)
+
+
+def _rankme_of_gram(gram_DD: Tensor) -> float:
+    if not torch.isfinite(gram_DD).all():
+        return float("nan")
+    return _effective_rank(torch.linalg.eigvalsh(gram_DD).clamp(min=0).sqrt())

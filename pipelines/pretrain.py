@@ -1,0 +1,289 @@
+"""JOB 2: pretrain an encoder on ingested shards, on one machine or a cluster.
+
+    python -m pipelines.pretrain RECIPE --data.train URI [overrides]
+
+The same name and storage again resumes the run, exactly; see docs/checkpoints.md.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+if __name__ == "__main__" and not __package__:  # `python pipelines/pretrain.py`, uninstalled
+    sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
+
+import dataclasses
+import functools
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.checkpoints import (
+    CheckpointError,
+    check_resumable,
+    committed_checkpoints,
+    read_config,
+    read_state,
+    resolve_checkpoint,
+)
+from pipelines.config import PretrainConfig
+from pipelines.storage import absolute_uri, join_uri, local_copy, ray_storage
+
+if TYPE_CHECKING:
+    from ray.util.queue import Queue
+
+    from pipelines.trainer import Outcome
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA_CPUS = 0.5
+"""CPUs that must be left for Ray Data's tasks; with none the loader would wait for ever."""
+
+
+class CollapseError(RuntimeError):
+    """The encoder collapsed or the loss diverged, and `watch.action` is `stop`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainResult:
+    """Where a finished (or stopped) run is, and its newest numbers."""
+
+    run_uri: str
+    best_checkpoint: str
+    last_checkpoint: str
+    step: int
+    metrics: dict[str, float]
+
+
+def pretrain(cfg: PretrainConfig) -> PretrainResult:
+    """Trains `cfg` through Ray Train and waits for the end.
+
+    Uses the Ray that this process has, or RAY_ADDRESS names, or `ray start` left on this machine;
+    else (or with RAY_ADDRESS=local) one of its own.
+
+    Raises:
+        ValueError: no training data named, or the cluster cannot fit the run.
+        CheckpointError: an earlier run of the name exists and cannot be continued.
+        CollapseError: the run was stopped because it collapsed.
+    """
+    if not cfg.data.train:
+        raise ValueError("--data.train: name the folder or s3:// prefix of ingested shards")
+    cfg = _with_absolute_paths(cfg)
+    run_uri = join_uri(cfg.run.storage, cfg.run.name)
+    _check_early(cfg, run_uri)
+    _start_ray(cfg)
+    check_fits(cfg)
+    outcome = _fit(cfg)
+    if outcome.refused:
+        raise CheckpointError(outcome.refused)
+    if outcome.collapsed:
+        raise CollapseError(outcome.collapsed)
+    return PretrainResult(
+        run_uri=run_uri,
+        best_checkpoint=resolve_checkpoint(run_uri),
+        last_checkpoint=committed_checkpoints(run_uri)[-1][0],
+        step=outcome.step,
+        metrics=outcome.metrics,
+    )
+
+
+def _with_absolute_paths(cfg: PretrainConfig) -> PretrainConfig:
+    data = dataclasses.replace(
+        cfg.data, train=absolute_uri(cfg.data.train), test=absolute_uri(cfg.data.test)
+    )
+    run = dataclasses.replace(
+        cfg.run,
+        storage=absolute_uri(cfg.run.storage),
+        init_from=absolute_uri(cfg.run.init_from) if cfg.run.init_from else None,
+    )
+    return dataclasses.replace(cfg, data=data, run=run)
+
+
+def _check_early(cfg: PretrainConfig, run_uri: str) -> None:
+    """Finds in a second what workers would find in twenty: bad data, a run of other settings."""
+    from models.vit import find_preset
+    from pipelines.masking import mask_lengths
+    from pipelines.plan import make_plan
+    from pipelines.shards import read_manifest
+
+    manifest = read_manifest(cfg.data.train)
+    make_plan(manifest.row_groups(), cfg.data, cfg.run.seed)  # refuses too few rows for a batch
+    find_preset(cfg.model.encoder)
+    if cfg.mask.truncate == "random":
+        mask_lengths(cfg.model.image_size // cfg.model.patch_size, cfg.mask)
+    checkpoints = committed_checkpoints(run_uri)
+    if checkpoints:
+        with local_copy(checkpoints[-1][0], "*.json") as folder:
+            check_resumable(read_config(folder), read_state(folder), cfg, manifest.manifest_hash)
+    elif cfg.run.init_from:
+        resolve_checkpoint(cfg.run.init_from)
+
+
+def _start_ray(cfg: PretrainConfig) -> None:
+    import ray
+
+    if ray.is_initialized():
+        return
+    # Inside a Ray job its runtime environment already brings this code to every worker.
+    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
+    runtime_env = None if in_job else {"env_vars": {"PYTHONPATH": path}}
+    if os.environ.get("RAY_ADDRESS", "local") != "local":
+        ray.init(runtime_env=runtime_env)
+        return
+    # A Ray of our own: CPUs are only a count here, so one with too few cores still gets room.
+    cpus = max(os.cpu_count() or 1, math.ceil(_worker_cpus(cfg) + DATA_CPUS))
+    try:
+        ray.init(num_cpus=cpus, runtime_env=runtime_env)
+    except ValueError as error:
+        if "existing cluster" not in str(error):
+            raise
+        ray.init(runtime_env=runtime_env)  # Ray found the one that `ray start` left
+
+
+def _worker_cpus(cfg: PretrainConfig) -> float:
+    return cfg.run.workers * cfg.run.cpus_per_worker
+
+
+def check_fits(cfg: PretrainConfig) -> None:
+    """Refuses a run whose workers and Ray Data tasks cannot both get CPUs (or GPUs).
+
+    On an autoscaling cluster what counts is the size it may grow to.
+
+    Raises:
+        ValueError: naming what there is, what is needed and the flags.
+    """
+    import ray
+    from ray._private.state import state  # no public way to the autoscaler's limits in 2.60
+
+    there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    may_grow = state.get_max_resources_from_cluster_config() or {}
+    cpus = max(there.get("CPU", 0.0), may_grow.get("CPU", 0.0))
+    needed = _worker_cpus(cfg) + DATA_CPUS
+    if cpus < needed:
+        raise ValueError(
+            f"the Ray cluster has {cpus:g} CPUs; {cfg.run.workers} workers at "
+            f"--run.cpus-per-worker {cfg.run.cpus_per_worker:g} and {DATA_CPUS:g} for the data "
+            f"tasks need {needed:g}. Lower --run.cpus-per-worker or --run.workers, or add nodes."
+        )
+    gpus = max(there.get("GPU", 0.0), may_grow.get("GPU", 0.0))
+    if cfg.run.gpu and gpus < cfg.run.workers:
+        raise ValueError(
+            f"the Ray cluster has {gpus:g} GPUs; --run.workers {cfg.run.workers} with --run.gpu "
+            "needs one each."
+        )
+
+
+def _fit(cfg: PretrainConfig) -> Outcome:
+    from ray.train import ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from pipelines.trainer import train_worker
+
+    resources = {"CPU": cfg.run.cpus_per_worker} | ({"GPU": 1} if cfg.run.gpu else {})
+    with _progress(sys.stdout) as queue:
+        trainer = TorchTrainer(
+            functools.partial(train_worker, cfg, queue),  # type: ignore[arg-type]
+            # With GPUs too, gloo for what lives on the CPU: messages and the moments of the watch.
+            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if cfg.run.gpu else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=cfg.run.workers, use_gpu=cfg.run.gpu, resources_per_worker=resources
+            ),
+            run_config=_run_config(cfg),
+        )
+        # Typed as Ray Train V1 when imported from its public place; it is V2.
+        result: Any = trainer.fit()
+        outcome: Outcome = result.return_value
+    return outcome
+
+
+def _run_config(cfg: PretrainConfig) -> Any:
+    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig
+
+    path, filesystem = ray_storage(cfg.run.storage)
+    return RunConfig(  # type: ignore[call-arg]  # as above
+        name=cfg.run.name,
+        storage_path=path,
+        storage_filesystem=filesystem,
+        failure_config=FailureConfig(max_failures=cfg.run.max_failures),
+        checkpoint_config=CheckpointConfig(
+            # The newest is always kept besides, since it is where a lost worker resumes.
+            num_to_keep=cfg.run.keep_checkpoints,
+            checkpoint_score_attribute="score" if cfg.run.probe_every else None,
+        ),
+        logging_config=LoggingConfig(log_level="WARNING"),
+    )
+
+
+@contextmanager
+def _progress(stream: Any) -> Iterator[Queue]:
+    """Yields a queue whose lines appear on the driver's `stream` until the block ends."""
+    from ray.util.queue import Queue
+
+    queue = Queue(actor_options={"num_cpus": 0})
+    printer = LinePrinter(stream)
+    done = threading.Event()
+    thread = threading.Thread(target=_drain, args=(queue, printer.show, done), daemon=True)
+    thread.start()
+    try:
+        yield queue
+    finally:
+        done.set()
+        thread.join()
+        printer.end()
+        queue.shutdown()
+
+
+def _drain(queue: Queue, show: Callable[[str], None], done: threading.Event) -> None:
+    finished = False
+    while not finished:
+        finished = done.wait(0.3)  # one look more after the end
+        while not queue.empty():
+            show(queue.get())
+
+
+class LinePrinter:
+    """Shows lines: on a terminal a progress line is rewritten in place, other lines stay."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._terminal = bool(stream.isatty())
+        self._open = False
+
+    def show(self, line: str) -> None:
+        """Shows one line."""
+        in_place = self._terminal and line.startswith("step ")
+        before = "\r\x1b[K" if self._open else ""
+        self._stream.write(before + line + ("" if in_place else "\n"))
+        self._stream.flush()
+        self._open = in_place
+
+    def end(self) -> None:
+        """Leaves the last progress line standing."""
+        if self._open:
+            self._stream.write("\n")
+            self._stream.flush()
+
+
+def main() -> None:
+    """Parses a recipe and overrides, trains, prints where the result is."""
+    import tyro
+
+    from pipelines.recipes import RECIPES
+
+    cfg = tyro.extras.overridable_config_cli(RECIPES, description=__doc__)
+    try:
+        result = pretrain(cfg)
+    except (CollapseError, CheckpointError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    print(f"run {result.run_uri} at step {result.step}")
+    print(f"best checkpoint {result.best_checkpoint}")
+    print(f"last checkpoint {result.last_checkpoint}")
+
+
+if __name__ == "__main__":
+    main()

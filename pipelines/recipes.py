@@ -1,0 +1,238 @@
+"""Named complete runs. Each opens with its command, the time to expect and the result to expect.
+
+A variant is a function that replaces fields of another. `python -m pipelines.pretrain RECIPE --help`
+lists every field; recipes without a measured result say "not run".
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pipelines.config import (
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    PretrainConfig,
+    RunConfig,
+)
+
+CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+
+# ImageNet-1k's 1,281,167 images at 2,048 a batch: 625 steps an epoch.
+IN1K_STEPS_PER_EPOCH = 625
+
+
+def debug() -> PretrainConfig:
+    """Does everything once, learns nothing.
+
+    python -m pipelines.pretrain debug --data.train SHARDS
+
+    Seconds on one CPU core once the workers are up. Expect: it ends.
+    """
+    return PretrainConfig(
+        data=DataConfig(batch_size=32, lanes=4, shuffle_window=64),
+        model=ModelConfig(encoder="vit_micro32", image_size=32, patch_size=8),
+        optim=OptimConfig(warmup_steps=2),
+        run=RunConfig(name="debug", steps=10, log_every=2, checkpoint_every=5),
+    )
+
+
+def cifar10_demo() -> PretrainConfig:
+    """I-JEPA on the shipped CIFAR-10 sample, small enough for two CPU cores.
+
+    python -m pipelines.pretrain cifar10_demo --data.train SHARDS --data.test TEST_SHARDS
+
+    About 4 to 5 minutes on two cores with bf16 (2 cores of an AMD EPYC, 2026-11-22). At 3,200
+    steps kNN on the 800 test images was 36.5, 33.4, 34.1 for seeds 0 to 2, from random weights' 24.8,
+    23.5, 25.9 (benchmarks/pretraining.md).
+    """
+    return PretrainConfig(
+        data=DataConfig(batch_size=64, lanes=8, flip=True),
+        model=ModelConfig(
+            encoder="vit_tiny32",
+            image_size=32,
+            patch_size=8,
+            mean=CIFAR10_MEAN,
+            std=CIFAR10_STD,
+            patch_std=0.14,
+        ),
+        # A run this short ends in mid-flight on purpose: with the rate annealed to nothing and the
+        # target frozen (momentum 1), accuracy stood still for its last two thirds (docs/log.md).
+        objective=ObjectiveConfig(ema=(0.99, 0.992)),
+        optim=OptimConfig(
+            lr=5e-4, start_lr=1e-4, final_lr=4e-4, warmup_steps=500, final_weight_decay=0.05
+        ),
+        # One thread: matrices this small gain little from a second, which decoding can use.
+        run=RunConfig(
+            name="cifar10_demo",
+            steps=2800,
+            threads=1,
+            log_every=50,
+            probe_every=700,
+            checkpoint_every=700,
+        ),
+    )
+
+
+def cifar10_vits() -> PretrainConfig:
+    """I-JEPA on all of CIFAR-10 for about ten minutes of one data-centre GPU.
+
+    python -m pipelines.pretrain cifar10_vits --data.train SHARDS --data.test TEST_SHARDS
+
+    Expected time and result: not run.
+    """
+    base = cifar10_demo()
+    return replace(
+        base,
+        data=replace(base.data, batch_size=1024, decode_threads=8),
+        model=replace(base.model, encoder="vit_small32", patch_size=4),
+        objective=ObjectiveConfig(ema=(0.996, 1.0)),
+        optim=OptimConfig(warmup_steps=1000, final_weight_decay=0.4),
+        run=RunConfig(
+            name="cifar10_vits",
+            steps=10_000,
+            gpu=True,
+            cpus_per_worker=1.0,
+            precision="bf16",
+            compile=True,
+            log_every=50,
+            probe_every=1000,
+            checkpoint_every=1000,
+        ),
+    )
+
+
+def ijepa_vith14_in1k() -> PretrainConfig:
+    """The paper's ViT-H/14: 300 epochs of ImageNet-1k at 2,048 a batch (Assran et al. 2023, A.1).
+
+    python -m pipelines.pretrain ijepa_vith14_in1k --data.train s3://BUCKET/in1k/train \\
+        --data.test s3://BUCKET/in1k/val --run.storage s3://BUCKET/runs
+
+    The paper: less than 72 h on 16 A100, linear probe 79.3%. Here: not run.
+    """
+    return PretrainConfig(
+        data=DataConfig(batch_size=2048, lanes=64, shuffle_window=4096, decode_threads=8),
+        model=ModelConfig(encoder="vit_h", image_size=224, patch_size=14),
+        objective=ObjectiveConfig(ema=(0.996, 1.0)),
+        optim=OptimConfig(
+            lr=1e-3,
+            start_lr=2e-4,
+            final_lr=1e-6,
+            warmup_steps=40 * IN1K_STEPS_PER_EPOCH,
+            weight_decay=0.04,
+            final_weight_decay=0.4,
+        ),
+        run=RunConfig(
+            name="ijepa_vith14_in1k",
+            steps=300 * IN1K_STEPS_PER_EPOCH,
+            workers=16,
+            gpu=True,
+            cpus_per_worker=4.0,
+            precision="bf16",
+            compile=True,
+            log_every=50,
+            probe_every=5 * IN1K_STEPS_PER_EPOCH,
+            checkpoint_every=IN1K_STEPS_PER_EPOCH,
+            keep_checkpoints=3,
+        ),
+    )
+
+
+def ijepa_vitl16() -> PretrainConfig:
+    """The paper's ViT-L/16: 600 epochs of ImageNet-1k.
+
+    python -m pipelines.pretrain ijepa_vitl16 --data.train URI --data.test URI --run.storage URI
+
+    The paper: linear probe 77.5%. Here: not run.
+    """
+    return _in1k_variant("ijepa_vitl16", encoder="vit_l", patch_size=16, epochs=600, workers=16)
+
+
+def ijepa_vitb16() -> PretrainConfig:
+    """The paper's ViT-B/16: 600 epochs of ImageNet-1k.
+
+    python -m pipelines.pretrain ijepa_vitb16 --data.train URI --data.test URI --run.storage URI
+
+    The paper: linear probe 72.9%. Here: not run.
+    """
+    return _in1k_variant("ijepa_vitb16", encoder="vit_b", patch_size=16, epochs=600, workers=8)
+
+
+def ijepa_vits16() -> PretrainConfig:
+    """A ViT-S/16 on ImageNet-1k, 300 epochs; the paper has none.
+
+    python -m pipelines.pretrain ijepa_vits16 --data.train URI --data.test URI --run.storage URI
+
+    Expected time and result: not run.
+    """
+    return _in1k_variant("ijepa_vits16", encoder="vit_s", patch_size=16, epochs=300, workers=8)
+
+
+def ijepa_vith16_448() -> PretrainConfig:
+    """The paper's ViT-H/16 at 448 pixels: 300 epochs of ImageNet-1k.
+
+    python -m pipelines.pretrain ijepa_vith16_448 --data.train URI --data.test URI --run.storage URI
+
+    The paper: linear probe 81.1%. Here: not run.
+    """
+    base = _in1k_variant("ijepa_vith16_448", encoder="vit_h", patch_size=16, epochs=300, workers=32)
+    return replace(
+        base,
+        model=replace(base.model, image_size=448),
+        run=replace(base.run, accumulate=2),
+    )
+
+
+def ijepa_vitg16_in22k() -> PretrainConfig:
+    """The paper's ViT-g/16: 44 epochs of ImageNet-22k (14.2M images, 6,933 steps an epoch).
+
+    python -m pipelines.pretrain ijepa_vitg16_in22k --data.train URI --data.test URI \\
+        --run.storage URI
+
+    Expected time and result: not run.
+    """
+    base = ijepa_vith14_in1k()
+    steps_per_epoch = 6933
+    return replace(
+        base,
+        model=replace(base.model, encoder="vit_g", patch_size=16),
+        optim=replace(base.optim, warmup_steps=3 * steps_per_epoch),
+        run=replace(
+            base.run,
+            name="ijepa_vitg16_in22k",
+            steps=44 * steps_per_epoch,
+            workers=64,
+            probe_every=5000,
+            checkpoint_every=1000,
+        ),
+    )
+
+
+def _in1k_variant(
+    name: str, *, encoder: str, patch_size: int, epochs: int, workers: int
+) -> PretrainConfig:
+    base = ijepa_vith14_in1k()
+    return replace(
+        base,
+        model=replace(base.model, encoder=encoder, patch_size=patch_size),
+        run=replace(base.run, name=name, steps=epochs * IN1K_STEPS_PER_EPOCH, workers=workers),
+    )
+
+
+RECIPES: dict[str, tuple[str, PretrainConfig]] = {
+    recipe.__name__: ((recipe.__doc__ or "").partition("\n")[0], recipe())
+    for recipe in (
+        debug,
+        cifar10_demo,
+        cifar10_vits,
+        ijepa_vits16,
+        ijepa_vitb16,
+        ijepa_vitl16,
+        ijepa_vith14_in1k,
+        ijepa_vith16_448,
+        ijepa_vitg16_in22k,
+    )
+}
+"""Name to (one line, configuration): the subcommands of `python -m pipelines.pretrain`."""

@@ -1,0 +1,107 @@
+"""Runs live at a URI, local or `s3://`: how the trainer's files get there and back.
+
+Everything goes through fsspec, which takes S3 credentials and endpoint from the environment; Ray
+wants the same file system in pyarrow's clothes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow.fs
+
+
+def open_uri(uri: str) -> tuple[Any, str]:
+    """Returns (fsspec file system, path in it); nothing about the remote side is cached."""
+    fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+    return fs, str(path).rstrip("/")
+
+
+def is_local(fs: Any) -> bool:
+    """Whether a file system's paths are paths of this machine."""
+    return "file" in (fs.protocol if isinstance(fs.protocol, tuple | list) else (fs.protocol,))
+
+
+def absolute_uri(uri: str) -> str:
+    """Makes a local path absolute (Ray Train workers run in another directory)."""
+    if not uri:
+        return uri
+    fs, path = open_uri(uri)
+    return str(Path(path).resolve()) if is_local(fs) else uri.rstrip("/")
+
+
+def join_uri(uri: str, *names: str) -> str:
+    """Appends path components to a URI."""
+    return "/".join([uri.rstrip("/"), *names])
+
+
+def ray_storage(uri: str) -> tuple[str, pyarrow.fs.FileSystem | None]:
+    """Returns what Ray's `storage_path` and `storage_filesystem` want for a URI."""
+    fs, path = open_uri(uri)
+    if is_local(fs):
+        return str(Path(path).resolve()), None
+    return path, pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs))
+
+
+@contextlib.contextmanager
+def local_copy(uri: str, pattern: str = "*") -> Iterator[Path]:
+    """Yields a local folder with the files of a folder URI that match `pattern`.
+
+    Local folders are yielded as they are; remote ones are downloaded and removed afterwards.
+    """
+    fs, path = open_uri(uri)
+    if is_local(fs):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="rayjepa-") as folder:
+        for remote in fs.glob(f"{path}/{pattern}"):
+            fs.get_file(remote, str(Path(folder) / Path(remote).name))
+        yield Path(folder)
+
+
+class RunFolder:
+    """A run's folder that can be appended to: the place itself if local, else a spool beside it.
+
+    Object stores cannot append, so files of a remote run are written here and uploaded whole by
+    `sync`.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._fs, self._root = open_uri(uri)
+        self.remote = not is_local(self._fs)
+        self._uploaded: dict[str, tuple[int, int]] = {}
+        if self.remote:
+            self.local = Path(tempfile.mkdtemp(prefix="rayjepa-run-"))
+        else:
+            self.local = Path(self._root)
+            self.local.mkdir(parents=True, exist_ok=True)
+
+    def fetch(self, name: str) -> Path:
+        """Returns the local path of a file, downloaded first if only the remote side has it."""
+        path = self.local / name
+        if self.remote and not path.exists() and self._fs.exists(f"{self._root}/{name}"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._fs.get_file(f"{self._root}/{name}", str(path))
+        return path
+
+    def sync(self) -> None:
+        """Uploads what has changed since the last time (nothing to do for a local run)."""
+        if not self.remote:
+            return
+        for path in sorted(p for p in self.local.rglob("*") if p.is_file()):
+            name, stat = path.relative_to(self.local).as_posix(), path.stat()
+            if self._uploaded.get(name) != (stat.st_size, stat.st_mtime_ns):
+                self._fs.put_file(str(path), f"{self._root}/{name}")
+                self._uploaded[name] = (stat.st_size, stat.st_mtime_ns)
+
+    def close(self) -> None:
+        """Removes the spool of a remote run."""
+        if self.remote:
+            shutil.rmtree(self.local, ignore_errors=True)

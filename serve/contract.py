@@ -1,0 +1,33 @@
+"""What passes between the ingress and the embedder.
+
+Apart from both, so that an ingress replica does not import the model code: that would double the
+time until it answers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from models.preprocessing import Preprocessing
+
+Pooling = Literal["mean", "patches"]
+Pixels = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+
+EMBEDDER = "Embedder"
+"""Name of the embedder deployment."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """What the ingress needs to know about the model behind it."""
+
+    name: str
+    created: int
+    dimensions: int
+    num_patches: int
+    preprocessing: Preprocessing

@@ -1,0 +1,102 @@
+"""Arguments of `serve.app:build_app`: typed, with a default for everything but the artifact.
+
+`serve run serve.app:build_app key=value ...` sends every value as text; `serve/config.yaml` sends
+YAML values. Both land here, and a key that is not here is refused by name.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+# [private:]host[:port]; a leading dot means "any subdomain of", a lone * any public host.
+_HOST_RULE = re.compile(
+    r"^(private:)?(\*|\.?[a-z0-9_-]+(\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\])(:\d{1,5})?$"
+)
+
+
+def _split_hosts(value: object) -> object:
+    """Turns the command line's `a.org,b.org` into a list, and checks every entry's shape."""
+    hosts = [part for part in value.split(",") if part] if isinstance(value, str) else value
+    if not isinstance(hosts, list | tuple):
+        return hosts
+    cleaned = tuple(str(host).strip().lower() for host in hosts)
+    for host in cleaned:
+        if not _HOST_RULE.match(host):
+            raise ValueError(f"{host!r} is not `[private:]host[:port]`")
+    return cleaned
+
+
+class ServeSettings(BaseModel):
+    """What to serve, how it batches, and every limit."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    artifact: str = Field(min_length=1)
+    """Folder or `s3://` prefix of an exported artifact (`python -m pipelines.export`)."""
+    model: str | None = None
+    """Name clients ask for; None takes the artifact folder's name."""
+
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type of weights and activations in the forward pass; embeddings are float32 either way."""
+    batch_size: int = Field(32, ge=1)
+    """Images in one forward pass at most."""
+    max_wait_ms: float = Field(2.0, ge=0)
+    """How long an idle embedder waits for company before it starts a batch that is not full."""
+    threads: int | None = Field(None, ge=1)
+    """Torch threads of an embedder on CPU; None takes every core the process may use."""
+    decode_threads: int = Field(2, ge=1)
+    """Threads of an ingress replica that decode and resize images."""
+
+    num_replicas: int = Field(1, ge=1)
+    """Embedder replicas; with `max_replicas`, the least there are."""
+    max_replicas: int | None = None
+    """Autoscale up to this many embedder replicas; None keeps `num_replicas`."""
+    target_ongoing: float = Field(8.0, gt=0)
+    """Requests in flight per embedder replica that autoscaling aims at."""
+    ingress_replicas: int = Field(1, ge=1)
+    """HTTP replicas: parsing, decoding, resizing."""
+    cpus: float = Field(1.0, ge=0)
+    """CPUs Ray reserves per embedder replica (a reservation; `threads` is what is used)."""
+    gpus: float = Field(0.0, ge=0)
+    """GPUs per embedder replica; 0 runs on CPU."""
+    ingress_cpus: float = Field(0.5, ge=0)
+    """CPUs Ray reserves per ingress replica."""
+
+    max_request_bytes: int = Field(67_108_864, ge=1)
+    """Bytes of one request body; more is a 413, read no further."""
+    max_image_bytes: int = Field(20_971_520, ge=1)
+    """Encoded bytes of one image, inline or fetched; more is a 413."""
+    max_pixels: int = Field(50_000_000, ge=1)
+    """Pixels of one image; more is a 400, decided from its header."""
+    max_items: int = Field(64, ge=1)
+    """Images in one request."""
+    max_queued: int = Field(256, ge=1)
+    """Images an ingress replica holds at once, waiting or running; more is a 429."""
+    timeout_s: float = Field(60.0, gt=0)
+    """Seconds for one request, body and fetches included; then a 504."""
+
+    allow_hosts: Annotated[tuple[str, ...], BeforeValidator(_split_hosts)] = ()
+    """Hosts images may be fetched from; empty turns fetching off. `cdn.example.org` is that host,
+    `.example.org` its subdomains, `*` any public host; `:port` allows a port beside 80 and 443;
+    `private:` in front also allows addresses that are not public."""
+    fetch_timeout_s: float = Field(10.0, gt=0)
+    """Seconds for one fetch, redirects included."""
+
+    api_key_env: str | None = None
+    """Environment variable, in the ingress replicas, that holds the API key; None serves anyone.
+    Named but unset or empty, the replica refuses to start."""
+    access_log: bool = False
+    """One log line per request from Ray Serve (costs throughput)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.max_items > self.max_queued:
+            raise ValueError(f"max_items ({self.max_items}) exceeds max_queued ({self.max_queued})")
+        if self.max_replicas is not None and self.max_replicas < self.num_replicas:
+            raise ValueError("max_replicas is less than num_replicas")
+        if self.max_image_bytes > self.max_request_bytes:
+            raise ValueError("max_image_bytes exceeds max_request_bytes")
+        return self

@@ -1,0 +1,85 @@
+"""Fixtures shared by every test: one Ray for the session, the shipped sample, one torch thread."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[None]:
+    """Starts Ray once for the session: 4 logical CPUs, whatever the machine has."""
+    import ray
+
+    os.environ.pop("RAY_ADDRESS", None)
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=True)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def cifar_sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder `{train,test}/<class>/<index>.png` of the shipped CIFAR-10 sample: 2,500 and 800."""
+    from pipelines.fetch import sample_folder
+
+    return sample_folder(tmp_path_factory.mktemp("cifar10"))
+
+
+@pytest.fixture(scope="session")
+def cifar_shards(
+    ray_local: None, cifar_sample: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, str]:
+    """Labelled shards (train, test) of 512 and 200 CIFAR-10 images, ingested once a session.
+
+    Row groups of 16 and shards of 256 KiB, so that small tests meet several of each.
+    """
+    from pipelines.config import IngestConfig
+    from pipelines.ingest import ingest
+
+    root = tmp_path_factory.mktemp("cifar-shards")
+    for split, count in (("train", 512), ("test", 200)):
+        paths = sorted(cifar_sample.glob(f"{split}/*/*.png"), key=lambda path: path.name)
+        for path in paths[:count]:
+            copy = root / "raw" / path.relative_to(cifar_sample)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+        source, out = str(root / "raw" / split), str(root / split)
+        ingest(IngestConfig(source=source, out=out, shard_bytes=262_144, row_group_rows=16))
+    return str(root / "train"), str(root / "test")
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Checkpoint, in a run folder with metrics, of an untrained I-JEPA for 32-pixel images."""
+    import dataclasses
+    import json
+
+    from models.objectives import build_objective
+    from pipelines.checkpoints import CheckpointState, save_checkpoint
+    from pipelines.config import ModelConfig, PretrainConfig, RunConfig
+
+    run = tmp_path_factory.mktemp("runs") / "small"
+    model = ModelConfig(encoder="vit_micro32", image_size=32, patch_size=8)
+    cfg = PretrainConfig(model=model, run=RunConfig(name="small", storage=str(run.parent)))
+    torch.manual_seed(1)
+    objective = build_objective(
+        "ijepa", model=dataclasses.asdict(cfg.model), objective=dataclasses.asdict(cfg.objective)
+    )
+    (run / "checkpoint_0").mkdir(parents=True)
+    tensors = {"model": objective.state_dict(), "optimizer": {}, "loop": {}}
+    state = CheckpointState(step=30, position=7680, epoch=15.0, manifest_hash="abc")
+    save_checkpoint(run / "checkpoint_0", tensors, state, cfg)
+    lines = [{"step": s, "loss": 1 / s, "rankme": float(s), "knn": s / 100} for s in (10, 20, 30)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(run / "checkpoint_0")

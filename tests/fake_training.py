@@ -1,0 +1,98 @@
+"""Stand-ins for the loader and for Ray Train's checkpoints, so that the loop runs in-process."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipelines.config import (
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    PretrainConfig,
+    RunConfig,
+    WatchConfig,
+)
+from pipelines.recorder import DataSource
+
+NUM_SAMPLES = 40  # five batches of eight an epoch
+
+
+def tiny_config(storage: Path, **run) -> PretrainConfig:
+    """A model of some 0.3M weights on 32-pixel images: a few milliseconds a step."""
+    run = {"steps": 12, "log_every": 5, "checkpoint_every": 4, "threads": 1, **run}
+    return PretrainConfig(
+        data=DataConfig(train="memory", batch_size=8, lanes=2),
+        model=ModelConfig(encoder="vit_micro32", image_size=32, patch_size=8),
+        objective=ObjectiveConfig(ema=(0.9, 1.0)),
+        optim=OptimConfig(warmup_steps=3),
+        watch=WatchConfig(action="off"),
+        run=RunConfig(storage=str(storage), **run),
+    )
+
+
+def change(cfg: PretrainConfig, **sections) -> PretrainConfig:
+    """Replaces fields: `change(cfg, run={"steps": 3})`."""
+    replaced = {
+        name: dataclasses.replace(getattr(cfg, name), **fields) for name, fields in sections.items()
+    }
+    return dataclasses.replace(cfg, **replaced)
+
+
+def memory_batches(cfg, *, rank, world_size, start_step, end_step):
+    """Same signature and guarantees as `loading.train_batches`, on made-up pictures."""
+    grid = (cfg.model.image_size // cfg.model.patch_size) ** 2
+    per_epoch = NUM_SAMPLES // cfg.data.batch_size
+    for step in range(start_step, end_step):
+        epoch, index = divmod(step, per_epoch)
+        order = np.random.default_rng([cfg.run.seed, epoch]).permutation(NUM_SAMPLES)
+        rows = order[index * cfg.data.batch_size : (index + 1) * cfg.data.batch_size]
+        local = cfg.data.batch_size // world_size
+        rows = rows[rank * local : (rank + 1) * local]
+        made = [_sample(cfg, epoch, int(row), grid) for row in rows]
+        images, context, targets = (torch.stack(parts) for parts in zip(*made, strict=True))
+        yield {
+            "images": images,
+            "context_ids": context,
+            "target_ids": targets,
+            "sample_ids": [int(row).to_bytes(16, "big") for row in rows],
+            "step": step,
+        }
+
+
+def _sample(cfg, epoch, row, grid):
+    pixels = np.random.default_rng([7, row]).integers(0, 256, (3, 2, 2), dtype=np.uint8)
+    size = cfg.model.image_size
+    image = torch.from_numpy(pixels.repeat(size // 2, axis=1).repeat(size // 2, axis=2))
+    ids = np.random.default_rng([cfg.run.seed, epoch, row]).permutation(grid)
+    parts = np.sort(ids[:6]), np.sort(ids[6:12].reshape(2, 3), axis=1)
+    return image, *(torch.from_numpy(part.astype(np.int64)) for part in parts)
+
+
+MEMORY = DataSource(memory_batches, 5, "memory-hash")
+
+
+class FolderStore:
+    """Checkpoints in a local folder, committed by a rename."""
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.reported = []
+
+    @contextlib.contextmanager
+    def latest(self):
+        found = sorted(self.folder.glob("checkpoint_*"))
+        yield found[-1] if found else None
+
+    def save(self, write, metrics):
+        staged = Path(tempfile.mkdtemp(dir=self.folder))
+        write(staged)
+        staged.rename(self.folder / f"checkpoint_{metrics['step']:08d}")
+        self.reported.append(metrics)

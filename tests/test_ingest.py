@@ -1,0 +1,579 @@
+"""Ingest: formats come out right, bad files are named, nothing is lost, a kill leaves no trace."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import logging
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from benchmarks.ingest import (
+    encoded,
+    kill_when_staged,
+    noise,
+    png,
+    start_ingest,
+    write_broken,
+)
+from models.images import ImageError, decode_image
+from pipelines import ingest as ingest_module
+from pipelines.config import IngestConfig
+from pipelines.ingest import ingest
+from pipelines.merging import choose_classes, first_occurrences
+from pipelines.shards import MANIFEST, hash_bytes, read_manifest, read_rows, verify_shards
+from pipelines.staging import ITEMS_SCHEMA, STAGING, prepare_image
+
+CFG = IngestConfig(source="/x", out="/y")
+
+
+def settings(source: Path, out: Path, **changes: object) -> IngestConfig:
+    base = {"shard_bytes": 65_536, "row_group_rows": 8}
+    return IngestConfig(source=str(source), out=str(out), **{**base, **changes})  # type: ignore[arg-type]
+
+
+def save(image: Image.Image, target: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, target, **options)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def exif(orientation: int) -> Image.Exif:
+    values = Image.Exif()
+    values[0x0112] = orientation
+    return values
+
+
+def pixels(data: bytes) -> np.ndarray:
+    """What a decoder sees that knows nothing of EXIF, colour spaces and bit depths."""
+    image = Image.open(io.BytesIO(data))
+    assert image.mode in ("RGB", "L")
+    return np.asarray(image.convert("RGB")).astype(int)
+
+
+# -------------------------------------------------------------------------------- one image
+
+RGB = noise(0)
+GREY = RGB.convert("L")
+RAMP16 = np.linspace(0, 65535, 48 * 64).reshape(48, 64).astype(np.uint16)
+RGBA = RGB.copy()
+RGBA.putalpha(GREY)
+
+# Name, encoded image, the RGB it must come out as, mean difference allowed, bytes kept?
+FORMATS = [
+    ("png", save(RGB, "PNG"), RGB, 0, True),
+    ("jpeg", save(RGB, "JPEG"), RGB, 8, True),
+    ("webp_lossless", save(RGB, "WEBP", lossless=True), RGB, 0, True),
+    ("grey_png", save(GREY, "PNG"), GREY.convert("RGB"), 0, True),
+    ("grey_jpeg", save(GREY, "JPEG"), GREY.convert("RGB"), 8, True),
+    ("bmp", save(RGB, "BMP"), RGB, 0, False),
+    ("tiff", save(RGB, "TIFF"), RGB, 0, False),
+    ("gif", save(GREY, "GIF"), GREY.convert("RGB"), 0, False),
+    ("bilevel", save(RGB.convert("1"), "PNG"), RGB.convert("1").convert("RGB"), 0, False),
+    ("cmyk", save(RGB.convert("CMYK"), "JPEG", quality=95), RGB, 8, False),
+    (
+        "grey_16bit",
+        save(Image.fromarray(RAMP16), "PNG"),
+        Image.fromarray((RAMP16 / 257.0).round().astype(np.uint8)).convert("RGB"),
+        1,
+        False,
+    ),
+    (
+        "rgba",
+        save(RGBA, "PNG"),
+        Image.composite(RGB, Image.new("RGB", RGB.size), GREY),
+        1,
+        False,
+    ),
+    ("exif_upright", save(RGB, "JPEG", exif=exif(1)), RGB, 8, True),
+    (
+        "exif_90",
+        save(RGB, "JPEG", exif=exif(6)),
+        RGB.transpose(Image.Transpose.ROTATE_270),
+        40,
+        False,
+    ),
+    (
+        "exif_png",
+        save(RGB, "PNG", exif=exif(3)),
+        RGB.transpose(Image.Transpose.ROTATE_180),
+        0,
+        False,
+    ),
+    (
+        "exif_webp",
+        save(RGB, "WEBP", lossless=True, exif=exif(8)),
+        RGB.rotate(90, expand=True),
+        30,
+        False,
+    ),
+]
+IDS = [name for name, *_ in FORMATS]
+
+
+@pytest.mark.parametrize(("name", "data", "expected", "tolerance", "kept"), FORMATS, ids=IDS)
+def test_every_format_comes_out_right_for_any_decoder(
+    name: str, data: bytes, expected: Image.Image, tolerance: int, kept: bool
+) -> None:
+    prepared = prepare_image(data, CFG)
+    seen = pixels(prepared.data)
+    assert (prepared.height, prepared.width) == seen.shape[:2] == expected.size[::-1]
+    assert np.abs(seen - np.asarray(expected).astype(int)).mean() <= tolerance
+    assert (prepared.data == data) == kept
+    assert np.abs(np.asarray(decode_image(prepared.data)).astype(int) - seen).max() == 0
+
+
+def test_animation_becomes_its_first_frame() -> None:
+    data = save(RGB, "WEBP", save_all=True, append_images=[noise(1), noise(2)], lossless=True)
+    prepared = prepare_image(data, CFG)
+    assert getattr(Image.open(io.BytesIO(prepared.data)), "n_frames", 1) == 1
+    assert np.abs(pixels(prepared.data) - np.asarray(RGB).astype(int)).mean() < 3
+
+
+def test_16_bit_rgb_becomes_8_bit() -> None:
+    """Pillow cannot write such a file, so it is put together here."""
+    values = np.random.default_rng(0).integers(0, 65536, (5, 7, 3), np.uint16)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    data = png(7, 5, bits=16, body=zlib.compress(rows))
+    prepared = prepare_image(data, CFG)
+    assert prepared.data[24] == 8
+    assert np.abs(pixels(prepared.data) - values / 257.0).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("size", "short", "expected"),
+    [
+        ((64, 48), 24, (32, 24)),
+        ((48, 64), 24, (24, 32)),
+        ((64, 48), 48, (64, 48)),
+        ((64, 48), 200, (64, 48)),
+    ],
+)
+def test_short_side(size: tuple[int, int], short: int, expected: tuple[int, int]) -> None:
+    data = save(RGB.resize(size), "JPEG")
+    prepared = prepare_image(data, dataclasses.replace(CFG, short_side=short))
+    assert (prepared.width, prepared.height) == expected
+    assert Image.open(io.BytesIO(prepared.data)).size == expected
+    assert (prepared.data == data) == (size == expected)
+
+
+def test_short_side_of_a_large_rotated_jpeg_looks_like_a_plain_resize() -> None:
+    image = noise(3).resize((1200, 800), Image.Resampling.BICUBIC)
+    data = save(image, "JPEG", exif=exif(6), quality=95)
+    prepared = prepare_image(data, dataclasses.replace(CFG, short_side=100))
+    assert (prepared.width, prepared.height) == (100, 150)
+    upright = image.transpose(Image.Transpose.ROTATE_270).resize(
+        (100, 150), Image.Resampling.BICUBIC
+    )
+    assert np.abs(pixels(prepared.data) - np.asarray(upright).astype(int)).mean() < 3
+
+
+@pytest.mark.parametrize("target", ["jpeg", "png", "webp"])
+def test_encode_rewrites_other_formats_only(target: str) -> None:
+    cfg = dataclasses.replace(CFG, encode=target)
+    for source in ("jpeg", "png", "webp"):
+        data = save(RGB, source)
+        prepared = prepare_image(data, cfg)
+        assert (Image.open(io.BytesIO(prepared.data)).format or "").lower() == target
+        assert (prepared.data == data) == (source == target)
+
+
+def test_moments_are_those_of_the_pixels() -> None:
+    values = np.asarray(RGB).reshape(-1, 3) / 255.0
+    expected = [*values.mean(axis=0), *(values**2).mean(axis=0)]
+    np.testing.assert_allclose(prepare_image(save(RGB, "PNG"), CFG).moments, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("data", "changes", "reason"),
+    [
+        (save(RGB, "PNG"), {"max_pixels": 48 * 64 - 1}, "too_many_pixels"),
+        (save(RGB, "PNG"), {"max_bytes": 10}, "too_many_bytes"),
+        (save(noise(0, 8, 16384), "PNG"), {"encode": "webp"}, "encode_error"),
+        (save(RGB, "JPEG")[:-200], {}, "truncated"),
+        (b"", {}, "empty"),
+        (b"<html>", {}, "not_an_image"),
+    ],
+)
+def test_refusals_have_reasons(data: bytes, changes: dict[str, object], reason: str) -> None:
+    with pytest.raises(ImageError) as caught:
+        prepare_image(data, dataclasses.replace(CFG, **changes))  # type: ignore[arg-type]
+    assert caught.value.reason == reason
+
+
+# -------------------------------------------------------------------------------- merging
+
+
+def test_first_of_equal_ids_stays() -> None:
+    rng = np.random.default_rng(0)
+    distinct = rng.integers(0, 256, (50, 16), np.uint8)
+    picks = rng.integers(0, 50, 1000)
+    keep = first_occurrences(distinct[picks])
+    expected = [index == picks.tolist().index(value) for index, value in enumerate(picks.tolist())]
+    assert keep.tolist() == expected
+    assert first_occurrences(distinct[:1]).tolist() == [True]
+
+
+@pytest.mark.parametrize(
+    ("labels", "declared", "names", "by_name"),
+    [
+        ([], (), (), False),
+        ([None, None], (), (), False),
+        ([2, 0, None], (), ("0", "1", "2"), False),
+        ([1], ("zebra", "ant"), ("zebra", "ant"), False),
+        ([2], ("zebra", "ant"), ("0", "1", "2"), False),
+        (["dog", "cat", None], (), ("cat", "dog"), True),
+        (["dog", 3], (), ("3", "dog"), True),
+    ],
+)
+def test_classes(
+    labels: list[object], declared: tuple[str, ...], names: tuple[str, ...], by_name: bool
+) -> None:
+    rows = [
+        {
+            "label_index": value if isinstance(value, int) else None,
+            "label_name": value if isinstance(value, str) else None,
+        }
+        for value in labels
+    ]
+    tables = [pa.Table.from_pylist([row], ITEMS_SCHEMA) for row in rows]
+    classes = choose_classes(tables, declared)
+    assert (classes.names, classes.by_name) == (names, by_name)
+
+
+# -------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
+    """A folder of 40 + 16 good images, 5 of them twice, and 24 broken files; reasons by count."""
+    root = tmp_path_factory.mktemp("mixed")
+    (root / "class3").mkdir()
+    for index in range(40):
+        suffix = ("jpeg", "png", "webp")[index % 3]
+        path = root / f"class{index % 4}" / f"{index:03d}.{suffix}"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(encoded(noise(index), suffix.upper()))
+        if index < 5:
+            (root / "class3" / f"again{index}").write_bytes(path.read_bytes())
+    for name, data, *_ in FORMATS[1:]:  # the first is noise(0) as PNG, which stands above as JPEG
+        (root / name).write_bytes(data)
+    return root, write_broken(root / "class1", 24)
+
+
+def run_quietly(cfg: IngestConfig) -> bytes:
+    ingest(cfg)
+    verify_shards(cfg.out)
+    names = {path.name for path in Path(cfg.out).iterdir()}
+    assert STAGING not in names
+    assert not [name for name in names if name.endswith(".tmp")]
+    return Path(cfg.out, MANIFEST).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def mixed_run(mixed: tuple[Path, dict[str, int]], ray_local: None, tmp_path_factory) -> Path:  # type: ignore[no-untyped-def]
+    out = tmp_path_factory.mktemp("out") / "shards"
+    run_quietly(settings(mixed[0], out))
+    return out
+
+
+@pytest.mark.ray
+def test_every_item_is_kept_a_duplicate_or_in_quarantine(
+    mixed: tuple[Path, dict[str, int]], mixed_run: Path
+) -> None:
+    root, reasons = mixed
+    manifest, rows = read_manifest(mixed_run), read_rows(mixed_run)
+    good = {p: p.read_bytes() for p in root.rglob("*") if p.is_file() and "_" not in p.name[3:]}
+    good |= {root / name: data for name, data, *_ in FORMATS[1:]}
+    distinct = {hash_bytes(data) for data in good.values()}
+    assert manifest.quarantined == reasons
+    assert manifest.num_samples == rows.num_rows == len(distinct)
+    assert manifest.duplicates == len(good) - len(distinct) == 5
+    assert set(rows["sample_id"].to_pylist()) == distinct
+    assert manifest.num_bytes == sum(map(len, rows["image"].to_pylist()))
+    assert len(manifest.shards) > 1
+    quarantine = pq.read_table(mixed_run / "quarantine.parquet").to_pylist()
+    for row in quarantine:
+        kind = Path(row["source_uri"]).name.rpartition("_")[0]
+        assert row["detail"]
+        assert (kind, row["reason"]) in {
+            *(("empty", "empty"), ("text", "not_an_image"), ("cut_jpeg", "truncated")),
+            *(("cut_png", "truncated"), ("corrupt_png", "decode_error")),
+            *(("bomb", "too_many_pixels"), ("large", "too_many_bytes")),
+            ("lost_link", "unreadable"),
+        }
+    assert len(quarantine) == 24
+    assert len({row["source_uri"] for row in quarantine}) == 24
+
+
+@pytest.mark.ray
+def test_rows_say_what_they_hold(mixed: tuple[Path, dict[str, int]], mixed_run: Path) -> None:
+    manifest = read_manifest(mixed_run)
+    assert manifest.classes == ("class0", "class1", "class2", "class3")
+    sums = np.zeros(6)
+    for row in read_rows(mixed_run).to_pylist():
+        path = Path(row["source_uri"])
+        assert hash_bytes(path.read_bytes()) == row["sample_id"]
+        label = None if path.parent == mixed[0] else manifest.classes.index(path.parent.name)
+        assert row["label"] == label
+        values = np.asarray(decode_image(row["image"])).astype(float)
+        assert (row["height"], row["width"]) == values.shape[:2]
+        expected = np.asarray(decode_image(path.read_bytes())).astype(float)
+        assert np.abs(values - expected).mean() < 3
+        sums += [*(expected / 255).mean((0, 1)), *((expected / 255) ** 2).mean((0, 1))]
+    sums /= manifest.num_samples
+    np.testing.assert_allclose(manifest.mean, sums[:3], atol=1e-3)
+    np.testing.assert_allclose(manifest.std, np.sqrt(sums[3:] - sums[:3] ** 2), atol=1e-3)
+
+
+@pytest.mark.ray
+def test_same_input_same_bytes_whatever_the_tasks(
+    mixed: tuple[Path, dict[str, int]],
+    mixed_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ingest_module, "_run", run_backwards)
+    assert run_quietly(settings(mixed[0], tmp_path / "b")) == (mixed_run / MANIFEST).read_bytes()
+
+
+def run_backwards(function, rows, cfg, meter) -> None:  # type: ignore[no-untyped-def]
+    """Stands in for Ray Data: one process, the last task first."""
+    for row in reversed(rows):
+        function(row, cfg)
+
+
+@pytest.mark.ray
+def test_done_is_done(mixed: tuple[Path, dict[str, int]], mixed_run: Path) -> None:
+    before = {p.name: p.stat().st_mtime_ns for p in mixed_run.iterdir()}
+    run_quietly(settings(mixed[0], mixed_run))
+    assert {p.name: p.stat().st_mtime_ns for p in mixed_run.iterdir()} == before
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingest_module, "_run", run_backwards)
+    monkeypatch.setattr(ingest_module.ray, "is_initialized", lambda: True)
+
+
+class Crash(Exception):
+    """Stands for the kill."""
+
+
+def crash(*_: object, **__: object) -> None:
+    raise Crash
+
+
+CRASHES = {
+    "while chunks are staged": "stage_chunk",
+    "before the quarantine": "_write_quarantine",
+    "while shards are written": "merge_shard",
+    "after the shards": "read_shard_note",
+    "before the manifest": "write_manifest",
+    "after the manifest": "_clean_up",
+}
+
+
+@pytest.mark.parametrize("where", CRASHES)
+def test_crash_anywhere_then_again_gives_the_same_bytes(
+    where: str,
+    in_process: None,
+    cifar_sample: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In one process, so that the crash falls exactly there."""
+    source = cifar_sample / "test" / "cat"
+    monkeypatch.setattr("pipelines.sources.CHUNK_ITEMS", 16)
+    expected = run_quietly(settings(source, tmp_path / "whole"))
+    cfg = settings(source, tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".part-0.parquet.1.tmp").write_bytes(b"what a kill leaves in mid-write")
+    name = CRASHES[where]
+    with monkeypatch.context() as patch:
+        third = crash_at_third(getattr(ingest_module, name))
+        patch.setattr(ingest_module, name, third if name.endswith(("chunk", "shard")) else crash)
+        with pytest.raises(Crash):
+            ingest(cfg)
+    if where == "after the manifest":
+        assert read_manifest(cfg.out).num_samples == 80
+    else:
+        with pytest.raises(ValueError, match="not finished"):
+            read_manifest(cfg.out)
+    assert any((tmp_path / "out" / STAGING).iterdir())
+    assert run_quietly(cfg) == expected
+
+
+def crash_at_third(function):  # type: ignore[no-untyped-def]
+    calls: list[None] = []
+
+    def wrapped(row, cfg):  # type: ignore[no-untyped-def]
+        calls.append(None)
+        if len(calls) == 3:
+            raise Crash
+        return function(row, cfg)
+
+    return wrapped
+
+
+def test_changed_source_is_ingested_again(
+    in_process: None, cifar_sample: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "raw"
+    source.mkdir()
+    paths = sorted((cifar_sample / "test" / "cat").iterdir())
+    for path in paths[:40]:
+        (source / path.name).write_bytes(path.read_bytes())
+    cfg = settings(source, tmp_path / "out")
+    run_quietly(cfg)
+    (source / paths[40].name).write_bytes(paths[40].read_bytes())
+    (source / paths[0].name).unlink()
+    (source / paths[1].name).write_bytes(b"broken now")
+    run_quietly(cfg)
+    rows = read_rows(cfg.out)
+    assert {Path(uri).name for uri in rows["source_uri"].to_pylist()} == {
+        p.name for p in paths[2:41]
+    }
+    manifest = read_manifest(cfg.out)
+    assert manifest.quarantined == {"not_an_image": 1}
+    parts = {path.name for path in Path(cfg.out).glob("part-*")}
+    assert parts == {shard.file for shard in manifest.shards}, "old shards must not pile up"
+
+
+def test_settings_that_only_pack_reuse_staged_chunks(
+    in_process: None, cifar_sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = settings(cifar_sample / "test" / "dog", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(ingest_module, "write_manifest", crash)
+        with pytest.raises(Crash):
+            ingest(cfg)
+    monkeypatch.setattr(ingest_module, "stage_chunk", crash)
+    ingest(dataclasses.replace(cfg, row_group_rows=32))
+    assert read_manifest(cfg.out).shards[0].row_groups[0] == 32
+
+
+def test_nothing_good_is_an_error_and_no_data_set(in_process: None, tmp_path: Path) -> None:
+    write_broken(tmp_path / "raw", 8)
+    cfg = settings(tmp_path / "raw", tmp_path / "out")
+    with pytest.raises(ValueError, match=r"not one good image among 8: \{'decode_error': 1"):
+        ingest(cfg)
+    assert not (tmp_path / "out" / MANIFEST).exists()
+    assert pq.read_table(tmp_path / "out" / "quarantine.parquet").num_rows == 8
+
+
+@pytest.mark.ray
+def test_tars_and_parquet_give_the_same_data(
+    ray_local: None, cifar_sample: Path, tmp_path: Path
+) -> None:
+    paths = sorted(cifar_sample.glob("test/*/*.png"))[::10]
+    rows = [
+        {"image": {"bytes": p.read_bytes(), "path": p.name}, "label": p.parent.name} for p in paths
+    ]
+    pq.write_table(
+        pa.Table.from_pylist([*rows, {"image": None, "label": None}]), tmp_path / "a.parquet"
+    )
+    (tmp_path / "tars").mkdir()
+    for half in (0, 1):
+        with tarfile.open(tmp_path / "tars" / f"{half}.tar", "w") as tar:
+            for row in rows[half::2]:
+                name = row["image"]["path"].removesuffix(".png")  # type: ignore[index,call-overload]
+                data = {
+                    "png": row["image"]["bytes"],
+                    "json": json.dumps({"label": row["label"]}).encode(),
+                }  # type: ignore[index,call-overload]
+                for suffix, content in data.items():
+                    info = tarfile.TarInfo(f"{name}.{suffix}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    tables = []
+    for source in ("a.parquet", "tars"):
+        cfg = settings(tmp_path / source, tmp_path / f"{source}-out")
+        run_quietly(cfg)
+        tables.append(read_rows(cfg.out).drop_columns("source_uri").sort_by("sample_id"))
+        assert len(read_manifest(cfg.out).classes) == 10
+    assert tables[0].num_rows == len(paths)
+    assert tables[0].equals(tables[1])
+    assert read_manifest(tmp_path / "a.parquet-out").quarantined == {"missing_image": 1}
+
+
+@pytest.mark.ray
+def test_killed_at_half_and_run_again(ray_local: None, cifar_sample: Path, tmp_path: Path) -> None:
+    """SIGKILL to `python -m pipelines.ingest` and to its Ray; the rest in this process."""
+    source, out = cifar_sample / "train", tmp_path / "out"
+    process = start_ingest(source, out, tmp_path / "log")
+    assert 2 <= kill_when_staged(process, out, 2) < 8, (tmp_path / "log").read_text()
+    with pytest.raises(ValueError, match="not finished"):
+        read_manifest(out)
+    staged = {path.name: path.stat().st_mtime_ns for path in (out / STAGING).glob("*.items.*")}
+    keep = {}
+
+    def remember(cfg: IngestConfig, manifest: object) -> None:
+        keep.update({n: (out / STAGING / n).stat().st_mtime_ns for n in staged})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ingest_module, "_clean_up", remember)
+        ingest(IngestConfig(source=str(source), out=str(out)))
+    assert keep == staged, "finished chunks are not done again"
+    ingest(IngestConfig(source=str(source), out=str(tmp_path / "whole")))
+    assert (out / MANIFEST).read_bytes() == (tmp_path / "whole" / MANIFEST).read_bytes()
+    ids = read_rows(out)["sample_id"]
+    assert len(ids) == len(ids.unique()) == 2500
+
+
+@pytest.mark.ray
+def test_s3_to_s3_by_the_command(
+    mixed: tuple[Path, dict[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fsspec
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    monkeypatch.setattr(logging.getLogger("werkzeug"), "disabled", True)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for key, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(key, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    try:
+        fs = fsspec.filesystem("s3")
+        fs.mkdir("bucket")
+        count = 0
+        for path in mixed[0].rglob("*"):
+            if path.is_file() and path.stat().st_size < 10**6:
+                fs.pipe_file(f"bucket/raw/{path.relative_to(mixed[0])}", path.read_bytes())
+                count += 1
+        source, out = "s3://bucket/raw", "s3://bucket/out"
+        process = start_ingest(source, out, tmp_path / "log", ("pipelines/ingest.py",))
+        assert process.wait() == 0, (tmp_path / "log").read_text()
+        manifest = verify_shards(out)
+        total = manifest.num_samples + manifest.duplicates + sum(manifest.quarantined.values())
+        assert total == count
+        assert not fs.exists("bucket/out/_staging")
+        uris = read_rows(out)["source_uri"].to_pylist()
+        assert all(uri.startswith("s3://bucket/raw/") for uri in uris)
+    finally:
+        server.stop()
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_command_line_reports_errors_without_a_traceback(tmp_path: Path) -> None:
+    process = start_ingest(tmp_path / "nothing", tmp_path / "out", tmp_path / "log")
+    assert process.wait() == 1
+    text = (tmp_path / "log").read_text()
+    assert "--source: no images" in text
+    assert "Traceback" not in text

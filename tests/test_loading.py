@@ -1,0 +1,504 @@
+"""Batches: the same pixels, masks and order for any number of workers and either decoder place."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+
+from models.images import decode_image
+from pipelines import loading
+from pipelines.config import DataConfig, MaskConfig, ModelConfig, PretrainConfig
+from pipelines.crops import DecodeError, decode_rows
+from pipelines.loading import StarvedError, ahead, cluster_share, train_batches
+from pipelines.masking import multiblock_masks, sample_keys
+from pipelines.reading import random_crops
+from pipelines.shards import (
+    IMAGE_SCHEMA,
+    Manifest,
+    hash_bytes,
+    open_shards,
+    read_manifest,
+    write_manifest,
+    write_shard,
+)
+
+ROWS = 150
+
+
+def encode(image: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def picture(seed: int, width: int, height: int) -> Image.Image:
+    """Smooth colours with structure at several scales, unlike any other seed's."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    return small.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def variants() -> list[bytes]:
+    """Every kind that ingest may store, and some that it would have re-encoded."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees when shown
+    return [
+        encode(picture(1, 40, 30), "PNG"),
+        encode(picture(2, 40, 30), "JPEG", quality=95),
+        encode(picture(3, 40, 30).convert("L"), "PNG"),
+        encode(picture(4, 40, 30).convert("L"), "JPEG", quality=95),
+        encode(picture(5, 40, 30).convert("CMYK"), "JPEG", quality=95),
+        encode(picture(6, 40, 30), "JPEG", quality=95, exif=exif),
+        encode(picture(7, 40, 30), "WEBP", lossless=True),
+        encode(picture(8, 40, 30).convert("RGBA"), "PNG"),
+        encode(picture(9, 40, 30).convert("P"), "PNG"),
+        encode(picture(10, 600, 400), "JPEG", quality=95),  # decoded at reduced scale
+        encode(picture(11, 9, 120), "PNG"),  # no crop of an allowed ratio fits by chance
+        encode(picture(12, 32, 32), "PNG"),
+    ]
+
+
+def row_of(data: bytes, name: str, label: int | None = None) -> dict:
+    image = decode_image(data)
+    return {
+        "sample_id": hash_bytes(data),
+        "image": data,
+        "height": image.height,
+        "width": image.width,
+        "label": label,
+        "source_uri": name,
+    }
+
+
+def write_rows(folder: Path, rows: list[dict]) -> str:
+    fs, root = open_shards(folder)
+    table = pa.Table.from_pylist(rows, IMAGE_SCHEMA)
+    shards = [
+        write_shard(fs, root, table.slice(first, 70), 16) for first in range(0, len(rows), 70)
+    ]
+    manifest = Manifest(
+        num_samples=len(rows),
+        num_bytes=sum(len(row["image"]) for row in rows),
+        shards=tuple(shards),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+        quarantined={},
+        duplicates=0,
+        ingest={},
+        fingerprint="made by a test",
+    )
+    write_manifest(folder, manifest)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    rows = [row_of(data, f"kind-{i}") for i, data in enumerate(variants())]
+    for i in range(len(rows), ROWS):
+        rows.append(row_of(encode(picture(100 + i, 20, 24), "PNG"), f"plain-{i}", i % 10))
+    return write_rows(tmp_path_factory.mktemp("shards"), rows)
+
+
+def config(data: str, mask: MaskConfig | None = None, **fields) -> PretrainConfig:
+    settings = {"batch_size": 32, "lanes": 8, "shuffle_window": 9, "flip": True, **fields}
+    return PretrainConfig(
+        data=DataConfig(train=data, **settings),
+        mask=mask or MaskConfig(),
+        model=ModelConfig(image_size=32, patch_size=4),
+    )
+
+
+def global_batches(cfg: PretrainConfig, world_size: int, start: int, end: int) -> list[dict]:
+    ranks = [
+        train_batches(cfg, rank=rank, world_size=world_size, start_step=start, end_step=end)
+        for rank in range(world_size)
+    ]
+    return [join(parts) for parts in zip(*ranks, strict=True)]
+
+
+def join(parts: tuple[dict, ...]) -> dict:
+    joined = {}
+    for key, first in parts[0].items():
+        values = [part[key] for part in parts]
+        if isinstance(first, torch.Tensor):
+            joined[key] = torch.cat(values)
+        elif isinstance(first, np.ndarray):
+            joined[key] = np.concatenate(values)
+        else:
+            joined[key] = list(itertools.chain(*values)) if isinstance(first, list) else first
+    return joined
+
+
+def assert_equal(found: list[dict], expected: list[dict]) -> None:
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            same = a[key] == b[key]
+            assert np.all(np.asarray(same)), (key, a["step"])
+
+
+@pytest.fixture(scope="module")
+def alone(data: str, ray_local: None) -> list[dict]:
+    """Ten steps, over two epoch borders (4 batches each), from one worker."""
+    return global_batches(config(data), 1, 0, 10)
+
+
+# --- what a batch is
+
+
+@pytest.mark.ray
+def test_shapes_and_types(alone: list[dict]) -> None:
+    assert [batch["step"] for batch in alone] == list(range(10))
+    assert [batch["epoch"] for batch in alone] == [0] * 4 + [1] * 4 + [2] * 2
+    for batch in alone:
+        assert batch["images"].shape == (32, 3, 32, 32)
+        assert batch["images"].dtype == torch.uint8
+        assert batch["images"].is_contiguous()
+        assert batch["context_ids"].shape == (32, 16)
+        assert batch["target_ids"].shape == (32, 4, 9)
+        assert batch["context_ids"].dtype == batch["target_ids"].dtype == torch.int64
+        assert len(set(batch["sample_ids"])) == 32
+        assert {len(sample) for sample in batch["sample_ids"]} == {16}
+        assert batch["labels"].min() >= -1
+        assert batch["crop_boxes"].shape == (32, 4)
+        assert batch["crop_boxes"].dtype == np.float32
+
+
+@pytest.mark.ray
+def test_masks_are_those_of_the_sample(alone: list[dict]) -> None:
+    for batch in alone:
+        keys = sample_keys(batch["sample_ids"], 0, batch["epoch"])
+        context, target = multiblock_masks(keys, 8, MaskConfig())
+        assert (batch["context_ids"].numpy() == context).all()
+        assert (batch["target_ids"].numpy() == target).all()
+
+
+@pytest.mark.ray
+def test_an_epoch_repeats_no_sample(alone: list[dict]) -> None:
+    for epoch in (0, 1):
+        seen = [s for batch in alone if batch["epoch"] == epoch for s in batch["sample_ids"]]
+        assert len(seen) == len(set(seen)) == 128
+
+
+@pytest.mark.ray
+def test_labels_and_pixels_belong_to_the_sample(alone: list[dict], data: str) -> None:
+    from pipelines.shards import read_rows
+
+    rows = {row["sample_id"]: row for row in read_rows(data).to_pylist()}
+    for batch in alone:
+        for i, sample in enumerate(batch["sample_ids"]):
+            row = rows[sample]
+            assert batch["labels"][i] == (-1 if row["label"] is None else row["label"])
+            assert_near_reference(row, batch, i)
+
+
+def assert_near_reference(row: dict, batch: dict, i: int) -> None:
+    """Pillow's decoder and resize; other implementations of both, so not equal to the last bit."""
+    box = batch["crop_boxes"][i]
+    image = decode_image(row["image"]).resize((32, 32), Image.Resampling.BICUBIC, box=tuple(box))
+    expected = np.asarray(image).transpose(2, 0, 1).astype(np.int64)
+    if batch["flipped"][i]:
+        expected = expected[:, :, ::-1]
+    difference = np.abs(batch["images"][i].numpy() - expected)
+    assert difference.mean() < 3, row["source_uri"]
+    assert np.quantile(difference, 0.99) < 16, row["source_uri"]
+
+
+@pytest.mark.ray
+def test_all_kinds_were_seen(alone: list[dict]) -> None:
+    seen = {sample for batch in alone for sample in batch["sample_ids"]}
+    missing = [i for i, data in enumerate(variants()) if hash_bytes(data) not in seen]
+    assert not missing
+
+
+# --- what it depends on
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_number_of_workers_changes_nothing(alone: list[dict], data: str, world_size: int) -> None:
+    assert_equal(global_batches(config(data), world_size, 0, 10), alone)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_place_of_decoding_changes_nothing(alone: list[dict], data: str, world_size: int) -> None:
+    assert_equal(global_batches(config(data, decode_in="data"), world_size, 0, 10), alone)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("start", [3, 4, 7])
+def test_resume_equals_the_tail(alone: list[dict], data: str, start: int) -> None:
+    assert_equal(global_batches(config(data), 1, start, 10), alone[start:])
+
+
+@pytest.mark.ray
+def test_threads_prefetch_and_segments_change_nothing(
+    alone: list[dict], data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "SEGMENT_PIECES", 2)
+    cfg = config(data, decode_threads=4, prefetch_batches=1)
+    assert_equal(global_batches(cfg, 1, 0, 10), alone)
+
+
+@pytest.mark.ray
+def test_seed_and_epoch_change_order_crops_and_masks(alone: list[dict], data: str) -> None:
+    cfg = config(data)
+    cfg = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, seed=1))
+    for other in (global_batches(cfg, 1, 0, 4), alone[4:8]):
+        first = {s: i for i, s in enumerate(alone[0]["sample_ids"])}
+        again = {s: (b, i) for b in other for i, s in enumerate(b["sample_ids"]) if s in first}
+        assert other[0]["sample_ids"] != alone[0]["sample_ids"]
+        moved = [
+            (b["crop_boxes"][i] != alone[0]["crop_boxes"][first[s]]).any()
+            and (b["context_ids"][i] != alone[0]["context_ids"][first[s]]).any()
+            for s, (b, i) in again.items()
+        ]
+        assert len(moved) > 15
+        assert np.mean(moved) > 0.8
+
+
+@pytest.mark.ray
+def test_legacy_masks_follow_the_global_batch(data: str, ray_local: None) -> None:
+    cfg = config(data, mask=MaskConfig(truncate="legacy"))
+    one, two = (global_batches(cfg, world_size, 2, 7) for world_size in (1, 2))
+    assert_equal(two, one)
+    assert len({batch["context_ids"].shape[1] for batch in one}) > 1
+    assert_equal(global_batches(cfg, 1, 4, 7), one[2:])
+
+
+# --- where it runs
+
+
+@pytest.mark.ray
+def test_workers_that_leave_a_quarter_cpu(alone: list[dict], data: str) -> None:
+    """Actors in place of Ray Train's workers, in lockstep: what deadlocks when shares overlap."""
+    import ray
+
+    @ray.remote(num_cpus=1.75)
+    class Worker:
+        def start(self, cfg: PretrainConfig, rank: int) -> None:
+            torch.set_num_threads(1)
+            self.share = cluster_share(cfg, 2)
+            self.batches = train_batches(cfg, rank=rank, world_size=2, start_step=0, end_step=10)
+
+        def cpus(self) -> float:
+            return self.share.cpus
+
+        def next(self) -> dict:
+            return next(self.batches)
+
+    workers = [Worker.remote() for _ in range(2)]
+    try:
+        ray.get([worker.start.remote(config(data), rank) for rank, worker in enumerate(workers)])
+        assert ray.get(workers[0].cpus.remote()) == pytest.approx(0.25)
+        found = [
+            join(ray.get([worker.next.remote() for worker in workers], timeout=90))
+            for _ in range(10)
+        ]
+    finally:
+        for worker in workers:
+            ray.kill(worker)
+    assert_equal(found, alone)
+
+
+@pytest.mark.ray
+def test_workers_that_leave_no_cpu_fail_at_once(data: str, ray_local: None) -> None:
+    import ray
+
+    @ray.remote(num_cpus=4)
+    def work(cfg: PretrainConfig) -> None:
+        next(train_batches(cfg, rank=0, world_size=1, start_step=0, end_step=1))
+
+    with pytest.raises(StarvedError, match=r"--run\.cpus-per-worker"):
+        ray.get(work.remote(config(data)), timeout=90)
+
+
+@pytest.mark.ray
+def test_cpus_taken_by_others_fail_soon(
+    data: str, ray_local: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    @ray.remote(num_cpus=4)
+    class Hog:
+        def hold(self) -> None:
+            pass
+
+    hog = Hog.remote()
+    ray.get(hog.hold.remote())
+    monkeypatch.setattr(loading, "STARVED_SECONDS", 1.0)
+    batches = train_batches(config(data), rank=0, world_size=1, start_step=0, end_step=4)
+    try:
+        with pytest.raises(StarvedError, match=r"--run\.cpus-per-worker"):
+            next(batches)
+    finally:
+        ray.kill(hog)
+
+
+@pytest.mark.ray
+def test_closing_early_frees_the_cluster(data: str, ray_local: None) -> None:
+    import ray
+
+    batches = train_batches(config(data), rank=0, world_size=1, start_step=0, end_step=100_000)
+    next(batches)
+    batches.close()
+    deadline = time.monotonic() + 20
+    while ray.available_resources().get("CPU") != 4:
+        assert time.monotonic() < deadline, "tasks still running"
+        time.sleep(0.2)
+
+
+# --- what goes wrong
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("place", ["trainer", "data"])
+def test_corrupt_image_names_the_sample(tmp_path: Path, ray_local: None, place: str) -> None:
+    rows = [row_of(encode(picture(i, 20, 24), "JPEG"), f"file-{i}") for i in range(32)]
+    rows[7]["image"] = rows[7]["image"][:-40]  # inside the pixels, past the headers
+    data = write_rows(tmp_path, rows)
+    with pytest.raises(DecodeError, match=rows[7]["sample_id"].hex() + r" \(file-7\): truncated"):
+        list(
+            train_batches(
+                config(data, decode_in=place), rank=0, world_size=1, start_step=0, end_step=1
+            )
+        )
+
+
+@pytest.mark.ray
+def test_missing_shard_surfaces(tmp_path: Path, ray_local: None) -> None:
+    rows = [row_of(encode(picture(i, 20, 24), "PNG"), f"file-{i}") for i in range(32)]
+    data = write_rows(tmp_path, rows)
+    shard = read_manifest(data).shards[0].file
+    (tmp_path / shard).unlink()
+    with pytest.raises(Exception, match=shard):
+        list(train_batches(config(data), rank=0, world_size=1, start_step=0, end_step=1))
+
+
+@pytest.mark.parametrize(
+    ("change", "flag"),
+    [
+        ({"batch_size": 160}, "--data.batch-size"),
+        ({"mask": MaskConfig(context_keep=60)}, "--mask.context-keep"),
+    ],
+)
+def test_impossible_settings_name_the_flag(data: str, change: dict, flag: str) -> None:
+    with pytest.raises(ValueError, match=flag):
+        next(train_batches(config(data, **change), rank=0, world_size=1, start_step=0, end_step=1))
+
+
+def test_no_manifest(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not ingested"):
+        next(train_batches(config(str(tmp_path)), rank=0, world_size=1, start_step=0, end_step=1))
+
+
+def test_no_steps(data: str) -> None:
+    assert not list(train_batches(config(data), rank=0, world_size=1, start_step=5, end_step=5))
+
+
+def test_size_that_contradicts_the_manifest_is_refused() -> None:
+    row = {**row_of(variants()[0], "kind-0"), "height": 31, "crop": [0, 0, 8, 8], "flipped": False}
+    with pytest.raises(DecodeError, match="stored as 31x40, decodes to 30x40"):
+        decode_rows(pa.Table.from_pylist([row]), np.empty((1, 3, 32, 32), np.uint8))
+
+
+# --- crops
+
+
+def test_crops_lie_inside_and_follow_scale_and_ratio() -> None:
+    keys = sample_keys([i.to_bytes(16, "little") for i in range(20_000)], 0, 0)
+    sizes = np.tile(np.array([[400, 500]], np.int32), (len(keys), 1))
+    left, top, right, bottom = random_crops(keys, sizes, (0.3, 1.0), (3 / 4, 4 / 3)).T
+    assert left.min() == top.min() == 0
+    assert right.max() == 500
+    assert bottom.max() == 400
+    width, height = right - left, bottom - top
+    area, ratio = width * height / 200_000, width / height
+    assert 0.295 < area.min() < 0.31
+    assert area.max() > 0.95
+    assert ratio.min() == pytest.approx(3 / 4, abs=0.01)
+    assert ratio.max() == pytest.approx(4 / 3, abs=0.01)
+    # The same distribution as torchvision's, which is the usual one.
+    reference = torchvision_areas(2000)
+    for q in (0.1, 0.5, 0.9):
+        assert np.quantile(area, q) == pytest.approx(np.quantile(reference, q), abs=0.03)
+
+
+def torchvision_areas(count: int) -> np.ndarray:
+    from torchvision.transforms import RandomResizedCrop
+
+    image = torch.empty(3, 400, 500)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        drawn = [
+            RandomResizedCrop.get_params(image, [0.3, 1.0], [3 / 4, 4 / 3]) for _ in range(count)
+        ]
+    return np.array([h * w for _, _, h, w in drawn]) / 200_000
+
+
+def test_crop_of_extreme_shapes_is_centred() -> None:
+    keys = sample_keys([i.to_bytes(16, "little") for i in range(3)], 0, 0)
+    sizes = np.array([[10, 1000], [1000, 10], [1, 1]], np.int32)
+    boxes = random_crops(keys, sizes, (1.0, 1.0), (3 / 4, 4 / 3))
+    assert boxes.tolist() == [[493, 0, 506, 10], [0, 493, 10, 506], [0, 0, 1, 1]]
+
+
+# --- running ahead
+
+
+def test_ahead_passes_items_and_errors_on() -> None:
+    def source() -> Iterator[int]:
+        yield from range(3)
+        raise KeyError("boom")
+
+    items = ahead(source(), 2, lambda: None)
+    assert [next(items) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(KeyError, match="boom"):
+        next(items)
+
+
+def test_ahead_stops_its_source_when_closed() -> None:
+    closed = []
+
+    def source() -> Iterator[int]:
+        try:
+            while True:
+                yield 1
+        finally:
+            closed.append(True)
+
+    items = ahead(source(), 2, lambda: None)
+    next(items)
+    items.close()
+    assert closed == [True]
+
+
+@pytest.mark.parametrize("count", [130])
+def test_benchmark_pictures_and_plain_loader_still_work(tmp_path: Path, count: int) -> None:
+    """The parts of benchmarks/loader.py that need no measurement: it must not rot unseen."""
+    import importlib.util
+
+    path = Path(loading.__file__).resolve().parents[1] / "benchmarks" / "loader.py"
+    spec = importlib.util.spec_from_file_location("loader_benchmark", path)
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    bench.make_photos(tmp_path, count)
+    files = sorted(tmp_path.glob("*.jpg"))
+    assert len({file.read_bytes() for file in files}) == count
+    assert {Image.open(file).size for file in files} == {(500, 400)}
+    assert bench.Photos(files)[0].shape == (3, 224, 224)
+    before = bench.tree_cpu_seconds()
+    sum(range(2_000_000))
+    assert bench.tree_cpu_seconds() > before > 0

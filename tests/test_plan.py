@@ -1,0 +1,136 @@
+"""The order of samples: exactly once, the same for any number of workers, resumable anywhere."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pipelines.config import DataConfig
+from pipelines.plan import Piece, Plan, lane_windows, make_plan, pieces, rank_lanes
+
+# Uneven row groups in uneven shards, 1,000 rows.
+GROUPS = [(shard, group, rows) for shard in range(5) for group, rows in enumerate((64, 64, 50, 22))]
+DATA = DataConfig(batch_size=40, lanes=8, shuffle_window=21)
+
+
+def plan_of(seed: int = 0, data: DataConfig = DATA, groups: list = GROUPS) -> Plan:
+    return make_plan(groups, data, seed)
+
+
+def steps(plan: Plan, start: int, end: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
+    """Rows of every step, [steps, local batch, 3], as a loader would walk through them."""
+    lanes = rank_lanes(plan, rank, world_size)
+    parts = [lane_windows(plan, piece, lanes) for piece in pieces(plan, start, end)]
+    local = plan.batch_size // world_size
+    return np.concatenate(parts).reshape(-1, local, 3)
+
+
+def as_set(rows: np.ndarray) -> set[tuple[int, int, int]]:
+    return {tuple(row) for row in rows.reshape(-1, 3).tolist()}
+
+
+ALL = {(shard, group, row) for shard, group, rows in GROUPS for row in range(rows)}
+
+
+def test_every_row_exactly_once_in_an_epoch() -> None:
+    plan = plan_of()
+    assert plan.batches_per_epoch == 25  # 1,000 rows: nothing is left over
+    for epoch in range(3):
+        rows = steps(plan, epoch * 25, (epoch + 1) * 25)
+        assert rows.size == 3 * 1000
+        assert as_set(rows) == ALL
+
+
+def test_leftover_rows_differ_between_epochs() -> None:
+    plan = plan_of(data=DataConfig(batch_size=48, lanes=8, shuffle_window=21))
+    assert plan.batches_per_epoch == 20
+    left = []
+    for epoch in range(3):
+        rows = steps(plan, epoch * 20, (epoch + 1) * 20)
+        assert len(as_set(rows)) == 960 == rows.size // 3
+        left.append(ALL - as_set(rows))
+    assert left[0] != left[1] != left[2]
+    assert len(left[0] & left[1] & left[2]) < 10
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_ranks_share_the_same_global_batches(world_size: int) -> None:
+    plan = plan_of()
+    alone = steps(plan, 3, 40)
+    ranks = [steps(plan, 3, 40, rank, world_size) for rank in range(world_size)]
+    assert (np.concatenate(ranks, axis=1) == alone).all()
+
+
+def test_resume_equals_the_tail() -> None:
+    plan = plan_of()
+    whole = steps(plan, 0, 60)
+    for start in (1, 4, 5, 24, 25, 26, 37, 59):
+        assert (steps(plan, start, 60) == whole[start:]).all()
+        assert (steps(plan, 0, start) == whole[:start]).all()
+    assert pieces(plan, 60, 60) == []
+
+
+def test_order_depends_on_epoch_and_seed_only() -> None:
+    plan = plan_of()
+    first, second = steps(plan, 0, 25), steps(plan, 25, 50)
+    assert (first == second).all(-1).mean() < 0.05
+    assert (steps(plan_of(seed=1), 0, 25) == first).all(-1).mean() < 0.05
+    assert (steps(plan_of(), 0, 25) == first).all()
+
+
+def test_order_is_frozen() -> None:
+    # Other numbers here mean that a run resumed by this version would see other data.
+    plan = make_plan([(0, 0, 8), (0, 1, 8)], DataConfig(batch_size=4, lanes=2, shuffle_window=4), 0)
+    found = steps(plan, 0, 2)[:, :, 1:].tolist()
+    assert found == [[[0, 0], [0, 2], [1, 2], [1, 3]], [[0, 3], [0, 1], [1, 0], [1, 1]]]
+
+
+def test_pieces_cut_at_windows_and_epochs() -> None:
+    plan = plan_of()
+    assert plan.window_batches == 4  # 21 rows of a lane are 4 batches of 5
+    found = pieces(plan, 6, 30)
+    assert found[0] == Piece(epoch=0, window=1, start=6, stop=8, step=6)
+    assert found[-1] == Piece(epoch=1, window=1, start=4, stop=5, step=29)
+    assert [p.step for p in found] == np.cumsum([6, *(p.stop - p.start for p in found)])[
+        :-1
+    ].tolist()
+    assert all(p.stop <= 25 for p in found)
+
+
+def test_no_read_amplification() -> None:
+    """Row groups read by all tasks of an epoch: each once, but for cuts at lane and window ends."""
+    groups = [(0, i, 64) for i in range(256)]
+    plan = plan_of(data=DataConfig(batch_size=256, lanes=8, shuffle_window=1024), groups=groups)
+    reads = 0
+    for rank in range(4):
+        lanes = rank_lanes(plan, rank, 4)
+        for piece in pieces(plan, 0, plan.batches_per_epoch):
+            rows = lane_windows(plan, piece, lanes)
+            reads += len(np.unique(rows[:, :2], axis=0))
+    assert reads <= 1.1 * len(groups)
+
+
+def test_shuffle_reaches_across_the_data() -> None:
+    """Neighbours in the data set do not stay together: a batch mixes many row groups."""
+    groups = [(0, i, 64) for i in range(256)]
+    plan = plan_of(data=DataConfig(batch_size=256, lanes=8, shuffle_window=1024), groups=groups)
+    batch = steps(plan, 0, 1)[0]
+    assert len(np.unique(batch[:, 1])) > 80
+
+
+def test_window_smaller_than_a_lane_batch() -> None:
+    plan = plan_of(data=DataConfig(batch_size=400, lanes=8, shuffle_window=1))
+    assert plan.window_batches == 1
+    assert as_set(steps(plan, 0, 2)) <= ALL
+    assert len(as_set(steps(plan, 0, 2))) == 800
+
+
+def test_impossible_plans_name_the_flag() -> None:
+    with pytest.raises(ValueError, match=r"--data\.batch-size"):
+        plan_of(data=DataConfig(batch_size=1008, lanes=8))
+    with pytest.raises(ValueError, match=r"--data\.batch-size"):
+        plan_of(groups=[])
+    with pytest.raises(ValueError, match=r"--run\.workers"):
+        rank_lanes(plan_of(), 0, 3)
+    with pytest.raises(ValueError, match=r"--run\.workers"):
+        rank_lanes(plan_of(), 2, 2)

@@ -1,0 +1,244 @@
+"""The FastAPI application around a fake model: what needs no Ray to be true."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from ray.exceptions import ActorDiedError
+from ray.serve.exceptions import BackPressureError
+from serve_helpers import PATCHES, SIZE, WIDTH, png_uri, unit
+
+from models.preprocessing import Preprocessing
+from serve.app import EmbedderClient, read_api_key
+from serve.contract import ModelCard
+from serve.http_api import Limits, Parts, create_http_app
+from serve.schemas import ApiError
+from serve.service import EmbeddingService
+from serve.settings import ServeSettings
+
+CARD = ModelCard(
+    name="tiny",
+    created=1,
+    dimensions=WIDTH,
+    num_patches=PATCHES,
+    preprocessing=Preprocessing(image_size=SIZE, mean=(0.5,) * 3, std=(0.5,) * 3),
+)
+URI = png_uri(0)
+
+
+async def fake_embed(pixels: np.ndarray, pooling: str) -> np.ndarray:
+    """The image's mean colour times a ramp: enough to follow values to the reply."""
+    colour = pixels.mean(axis=(1, 2, 3)).astype(np.float32)
+    ramp = np.arange(1, WIDTH + 1, dtype=np.float32)
+    mean = colour[:, None] * ramp
+    return mean if pooling == "mean" else np.repeat(mean[:, None], PATCHES, axis=1)
+
+
+def make_parts(
+    embed: Callable[..., Awaitable[np.ndarray]] = fake_embed,
+    api_key: str | None = None,
+    ready: bool = True,
+    **settings: Any,
+) -> Parts:
+    full = ServeSettings(artifact="a", **settings)
+
+    async def is_ready() -> bool:
+        return ready
+
+    async def scrape() -> str:
+        return "metrics"
+
+    return Parts(
+        service=EmbeddingService(full, CARD, embed),
+        limits=Limits(full.max_request_bytes, full.timeout_s),
+        scrape=scrape,
+        is_ready=is_ready,
+        api_key=api_key,
+    )
+
+
+def call(parts: Parts, *requests: tuple[str, str, dict[str, Any]]) -> list[httpx.Response]:
+    """Sends requests (method, path, httpx arguments), all at once."""
+
+    async def run() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(create_http_app(parts), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            calls = [client.request(method, path, **kw) for method, path, kw in requests]
+            return await asyncio.gather(*calls)
+
+    return asyncio.run(run())
+
+
+def embed(parts: Parts, **body: Any) -> httpx.Response:
+    return call(parts, ("POST", "/v1/embeddings", {"json": body}))[0]
+
+
+def test_truncates_first_then_normalises() -> None:
+    ramp = np.arange(1, WIDTH + 1, dtype=np.float32)
+    for dimensions in (1, 5, WIDTH, None):
+        body = {"input": URI} | ({"dimensions": dimensions} if dimensions else {})
+        vector = embed(make_parts(), **body).json()["data"][0]["embedding"]
+        np.testing.assert_allclose(vector, unit(ramp[:dimensions]), rtol=1e-5)
+    raw = embed(make_parts(), input=URI, normalize=False, dimensions=3).json()
+    vector = np.array(raw["data"][0]["embedding"])
+    np.testing.assert_allclose(vector / vector[0], [1, 2, 3], rtol=1e-5)
+    assert vector[0] > 2  # the mean colour itself, not a unit vector
+
+
+def test_usage_counts_patches() -> None:
+    reply = embed(make_parts(), input=[URI, URI, URI]).json()
+    assert reply["usage"] == {"prompt_tokens": 3 * PATCHES, "total_tokens": 3 * PATCHES}
+    assert [entry["index"] for entry in reply["data"]] == [0, 1, 2]
+
+
+def test_api_key_guards_v1_and_nothing_else() -> None:
+    parts = make_parts(api_key="s3cret")
+    good = {"headers": {"Authorization": "Bearer s3cret"}}
+    bad = [
+        {},
+        {"headers": {"Authorization": "Bearer s3cre"}},
+        {"headers": {"Authorization": "Bearer s3cret2"}},
+        {"headers": {"Authorization": "s3cret"}},
+        {"headers": {"Authorization": "Basic s3cret"}},
+    ]
+    requests = [("GET", "/v1/models", good), ("GET", "/healthz", {}), ("GET", "/metrics", {})]
+    replies = call(parts, *requests, *(("GET", "/v1/models", kw) for kw in bad))
+    assert [reply.status_code for reply in replies[:3]] == [200, 200, 200]
+    for reply in replies[3:]:
+        assert reply.status_code == 401
+        assert reply.json()["error"]["code"] == "invalid_api_key"
+        assert reply.headers["www-authenticate"] == "Bearer"
+    assert "s3cret" not in replies[3].text
+
+
+def test_a_key_that_is_asked_for_but_missing_stops_the_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = ServeSettings(artifact="a", api_key_env="RAYJEPA_TEST_KEY")
+    monkeypatch.delenv("RAYJEPA_TEST_KEY", raising=False)
+    with pytest.raises(ValueError, match="RAYJEPA_TEST_KEY"):
+        read_api_key(settings)
+    monkeypatch.setenv("RAYJEPA_TEST_KEY", "k")
+    assert read_api_key(settings) == "k"
+    assert read_api_key(ServeSettings(artifact="a")) is None
+
+
+def test_overload_is_shed_with_429_and_the_rest_served() -> None:
+    async def slow(pixels: np.ndarray, pooling: str) -> np.ndarray:
+        await asyncio.sleep(0.2)
+        return await fake_embed(pixels, pooling)
+
+    parts = make_parts(slow, max_queued=4, max_items=4)
+    post = ("POST", "/v1/embeddings", {"json": {"input": [URI, URI]}})
+    replies = call(parts, *([post] * 10))
+    statuses = sorted(reply.status_code for reply in replies)
+    assert statuses == [200] * 2 + [429] * 8  # two requests of two images fit
+    refused = next(reply for reply in replies if reply.status_code == 429)
+    assert refused.headers["retry-after"] == "1"
+    assert refused.json()["error"]["type"] == "rate_limit_error"
+    assert refused.json()["error"]["code"] == "queue_full"
+    assert call(parts, post)[0].status_code == 200  # the places are free again
+    assert parts.service.admission.images == 0
+
+
+def test_slow_model_gets_a_504() -> None:
+    async def hang(pixels: np.ndarray, pooling: str) -> np.ndarray:
+        await asyncio.sleep(60)
+        return await fake_embed(pixels, pooling)
+
+    parts = make_parts(hang, timeout_s=0.2)
+    reply = embed(parts, input=URI)
+    assert reply.status_code == 504
+    assert reply.json()["error"]["code"] == "timeout"
+    assert parts.service.admission.images == 0
+
+
+def test_an_unexpected_error_tells_the_client_nothing() -> None:
+    async def broken(pixels: np.ndarray, pooling: str) -> np.ndarray:
+        raise RuntimeError("secret path /private/weights")
+
+    parts = make_parts(broken)
+    reply = embed(parts, input=URI)
+    assert reply.status_code == 500
+    assert reply.json()["error"]["type"] == "server_error"
+    assert "secret" not in reply.text
+    labels = {"route": "/v1/embeddings", "status": "500"}
+    assert parts.metrics.registry.get_sample_value("rayjepa_requests_total", labels) == 1
+
+
+def test_unready_is_a_503() -> None:
+    (reply,) = call(make_parts(ready=False), ("GET", "/healthz", {}))
+    assert reply.status_code == 503
+    assert reply.json()["error"]["code"] == "not_ready"
+
+
+def test_scanners_do_not_grow_the_metrics() -> None:
+    parts = make_parts()
+    call(parts, *(("GET", f"/wp-admin/{number}", {}) for number in range(20)))
+    labels = {"route": "other", "status": "404"}
+    assert parts.metrics.registry.get_sample_value("rayjepa_requests_total", labels) == 20
+
+
+def test_a_leaving_client_frees_its_places() -> None:
+    started = asyncio.Event
+
+    async def run() -> None:
+        entered = started()
+
+        async def hang(pixels: np.ndarray, pooling: str) -> np.ndarray:
+            entered.set()
+            await asyncio.sleep(60)
+            return pixels
+
+        parts = make_parts(hang)
+        request = asyncio.create_task(parts.service.answer(json.dumps({"input": URI}).encode()))
+        await entered.wait()
+        assert parts.service.admission.images == 1
+        request.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await request
+        assert parts.service.admission.images == 0
+
+    asyncio.run(run())
+
+
+class _Handle:
+    """A Serve handle whose calls fail as told before they succeed."""
+
+    def __init__(self, *failures: Exception) -> None:
+        self.failures = list(failures)
+        self.embed = self
+
+    async def remote(self, pixels: np.ndarray, pooling: str) -> np.ndarray:
+        if self.failures:
+            raise self.failures.pop(0)
+        return await fake_embed(pixels, pooling)
+
+
+def test_a_dying_replica_is_retried_a_full_queue_is_not() -> None:
+    pixels = np.zeros((1, SIZE, SIZE, 3), np.uint8)
+
+    def run(*failures: Exception) -> np.ndarray:
+        return asyncio.run(EmbedderClient(_Handle(*failures)).embed(pixels, "mean"))
+
+    assert run(ActorDiedError(), ActorDiedError()).shape == (1, WIDTH)
+    with pytest.raises(ApiError) as gone:
+        run(*[ActorDiedError()] * 3)
+    assert (gone.value.status, gone.value.code) == (503, "no_replica")
+    with pytest.raises(ApiError) as full:
+        run(BackPressureError(1, 1))
+    assert (full.value.status, full.value.code) == (429, "queue_full")
+
+
+def test_openapi_describes_the_request() -> None:
+    (reply,) = call(make_parts(), ("GET", "/openapi.json", {}))
+    operation = reply.json()["paths"]["/v1/embeddings"]["post"]
+    schema = operation["requestBody"]["content"]["application/json"]["schema"]
+    assert set(schema["properties"]) >= {"input", "model", "encoding_format", "dimensions"}
+    assert schema["additionalProperties"] is False
