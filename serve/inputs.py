@@ -20,7 +20,6 @@ from models.images import ImageError, decode_image
 from models.preprocessing import Preprocessing, eval_transform
 from serve.schemas import ApiError
 
-# Pillow reads many more; some of those (EPS) run other programs on the bytes they are given.
 _DATA_URI = re.compile(r"data:([^;,]*)((?:;[^;,]+)*?)(;base64)?,", re.IGNORECASE)
 _MEDIA_TYPE = re.compile(r"(image/[a-z0-9.+-]+|application/octet-stream)?", re.IGNORECASE)
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
