@@ -67,11 +67,11 @@ def cifar10_demo() -> PretrainConfig:
         # One thread: matrices this small gain little from a second, which decoding can use.
         run=RunConfig(
             name="cifar10_demo",
-            steps=2800,
+            steps=2000,
             threads=1,
             log_every=50,
-            probe_every=700,
-            checkpoint_every=700,
+            probe_every=500,
+            checkpoint_every=500,
         ),
     )
 

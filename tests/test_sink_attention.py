@@ -247,7 +247,7 @@ def test_export_restore_and_copy_go_on_bitwise() -> None:
         assert torch.equal(torch.cat(again), torch.cat(expected))
     assert slabs.length(third) == 60
     state["keys"] = state["keys"].float()
-    with pytest.raises(ValueError, match="keys are torch.float32"):
+    with pytest.raises(ValueError, match="keys are"):
         slabs.restore(third, state)
 
 

@@ -11,6 +11,7 @@ C slots of a slab, S sinks, P ring slots in use, K = S + P + T keys of a chunk.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -146,7 +147,7 @@ class _Run:
 def neighbours(slots: Sequence[int]) -> list[range]:
     """Splits ascending slab numbers into ranges of rows whose slabs are neighbours."""
     starts = [0, *(i for i in range(1, len(slots)) if slots[i] != slots[i - 1] + 1), len(slots)]
-    return [range(a, b) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    return [range(start, stop) for start, stop in itertools.pairwise(starts)]
 
 
 class ChunkAttention(SinkAttention):
@@ -224,18 +225,21 @@ class ChunkAttention(SinkAttention):
             window_q @ new_keys_HTD.mT,
         ]
         scores_HRK = torch.cat(parts, dim=-1)
-        scores_HGTK = scores_HRK.unflatten(1, (-1, len(q_THD)))
-        scores_HGTK.masked_fill_(self._is_hidden_TK, -torch.inf)
-        weights = self.softmax(scores_HRK).split([part.shape[-1] for part in parts], dim=-1)
-        out_HRD = weights[0] @ values_HCD[:, : self._sinks]
-        out_HRD += weights[1] @ values_HCD[:, held]
-        out_HRD += weights[2] @ new_values_HTD
+        by_token_HGTK = scores_HRK.view(len(keys_HCD), -1, *self._is_hidden_TK.shape)
+        by_token_HGTK.masked_fill_(self._is_hidden_TK, -torch.inf)
+        sizes = [part.shape[-1] for part in parts]
+        on_sinks, on_held, on_new = torch.split(self.softmax(scores_HRK), sizes, dim=-1)
+        out_HRD = on_sinks @ values_HCD[:, : self._sinks]
+        out_HRD += on_held @ values_HCD[:, held]
+        out_HRD += on_new @ new_values_HTD
 
         keys_HCD[:, self._ring_slots] = new_keys_HTD[:, self._ring_rows]
         values_HCD[:, self._ring_slots] = new_values_HTD[:, self._ring_rows]
-        return out_HRD.unflatten(1, (-1, len(q_THD))).permute(2, 0, 1, 3).flatten(1)
+        out_HGTD = out_HRD.view(len(keys_HCD), -1, len(q_THD), out_HRD.shape[-1])
+        return out_HGTD.permute(2, 0, 1, 3).flatten(1)
 
     @staticmethod
     def _grouped(q_THD: Tensor, heads: int) -> Tensor:
         """[T, H * G, D] to [H, G * T, D]."""
-        return q_THD.unflatten(1, (heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+        q_THGD = q_THD.view(len(q_THD), heads, -1, q_THD.shape[-1])
+        return q_THGD.permute(1, 2, 0, 3).flatten(1, 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -165,7 +165,7 @@ def _rope(config: Mapping[str, Any]) -> RopeConfig:
     simple = ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
     return RopeConfig(
         theta=float(theta),
-        kind=kind,
+        kind=cast(RopeKind, kind),
         original_max_positions=int(trained or config.get("max_position_embeddings") or 0),
         attention_factor=_attention_factor(found),
         truncate=bool(found.get("truncate", True)),

@@ -71,6 +71,7 @@ class Llama(nn.Module):
         if not cfg.tie_embeddings:
             self.head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
         self._scale = attention_scale(cfg.rope)
+        self._frequencies_F: Tensor | None = None
 
     def slabs(self, *, sessions: int, capacity: int) -> Slabs:
         """Cache memory in the type and on the device of the weights; see `Slabs`."""
@@ -147,12 +148,12 @@ class Llama(nn.Module):
     def _frequencies(self, slabs: Slabs) -> Tensor:
         """Made when first needed: as a buffer they would be cast along with the weights."""
         device = slabs.keys_LNHCD.device
-        if getattr(self, "_frequencies_F", None) is None or self._frequencies_F.device != device:
+        if self._frequencies_F is None or self._frequencies_F.device != device:
             self._frequencies_F = frequencies(self.cfg.rope, self.cfg.head_dim).to(device)
         return self._frequencies_F
 
     def _run(self, tokens_B: Tensor, attend: Attend) -> Tensor:
-        x_BE = self.embed(tokens_B)
+        x_BE: Tensor = self.embed(tokens_B)
         for layer in self.layers:
             x_BE = layer(x_BE, attend)
         return x_BE
