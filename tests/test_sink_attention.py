@@ -7,6 +7,7 @@ the weights.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -116,14 +117,21 @@ def reference_logits(
         return torch.stack([reference.feed(int(token)) for token in stream])
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2, 1], ids=["mha", "gqa", "mqa"])
-@pytest.mark.parametrize("sinks", [0, 1, SINKS])
+@functools.cache
+def long_stream(kv_heads: int, sinks: int) -> tuple[Llama, Tensor, Tensor]:
+    """A model, ten caches of tokens, and the paper's logits for them."""
+    model, stream = build(small(num_kv_heads=kv_heads)), tokens(10 * CACHE + 1)
+    return model, stream, reference_logits(model, stream, sinks, CACHE - sinks)
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "sinks"),
+    [(4, SINKS), (2, 0), (2, 1), (2, SINKS), (1, SINKS)],
+    ids=["mha", "gqa-window", "gqa-1", "gqa", "mqa"],
+)
 def test_token_by_token_equals_the_paper(kv_heads: int, sinks: int) -> None:
     """Every t from 0 to 10 C: {0, S-1, S, C-1, C, C+1, 2C, 10C} among them."""
-    model = build(small(num_kv_heads=kv_heads))
-    stream = tokens(10 * CACHE + 1)
-    window = CACHE - sinks
-    expected = reference_logits(model, stream, sinks, window)
+    model, stream, expected = long_stream(kv_heads, sinks)
     slabs = model.slabs(sessions=1, capacity=CAPACITY)
     slot = slabs.allocate(sinks)
     found = torch.cat([model.decode(token[None], slabs, [slot]) for token in stream])
@@ -133,9 +141,7 @@ def test_token_by_token_equals_the_paper(kv_heads: int, sinks: int) -> None:
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, CAPACITY, 64, 10 * CACHE + 1])
 @pytest.mark.parametrize("sinks", [0, SINKS])
 def test_every_chunk_size_equals_the_paper(chunk: int, sinks: int) -> None:
-    model = build(small())
-    stream = tokens(10 * CACHE + 1)
-    expected = reference_logits(model, stream, sinks, CACHE - sinks)
+    model, stream, expected = long_stream(2, sinks)
     slabs = model.slabs(sessions=1, capacity=CAPACITY)
     slot = slabs.allocate(sinks)
     parts = [model.prefill(part, slabs, slot, logits="all") for part in stream.split(chunk)]

@@ -28,6 +28,8 @@ class Slabs:
             cache size plus one (its cache of 4 + 1020 attends to 1,025 keys).
         dtype: of keys and values; the model's own.
         device: where they lie.
+        beyond_training: let `capacity` exceed the trained context, to see what dense attention
+            does there.
 
     Raises:
         ValueError: a capacity the model was not trained for.
@@ -41,9 +43,10 @@ class Slabs:
         capacity: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        beyond_training: bool = False,
     ) -> None:
         limit = min(cfg.max_positions, cfg.sliding_window or cfg.max_positions)
-        if not 2 <= capacity <= limit:
+        if capacity < 2 or (capacity > limit and not beyond_training):
             raise ValueError(
                 f"capacity {capacity}: positions inside the cache must lie within the {limit} the "
                 "model was trained on"

@@ -73,7 +73,7 @@ class Llama(nn.Module):
         self._scale = attention_scale(cfg.rope)
         self._frequencies_F: Tensor | None = None
 
-    def slabs(self, *, sessions: int, capacity: int) -> Slabs:
+    def slabs(self, *, sessions: int, capacity: int, beyond_training: bool = False) -> Slabs:
         """Cache memory in the type and on the device of the weights; see `Slabs`."""
         weight = self.embed.weight
         return Slabs(
@@ -82,6 +82,7 @@ class Llama(nn.Module):
             capacity=capacity,
             dtype=weight.dtype,
             device=weight.device,
+            beyond_training=beyond_training,
         )
 
     @torch.inference_mode()
