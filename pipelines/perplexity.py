@@ -212,7 +212,7 @@ def write_results(
     width = max(tokens // 40, 1)
     for name, losses in curves.items():
         if not name.startswith("recompute"):
-            means = [float(part.mean().exp()) for part in losses.split(width)]
+            means = [float(part.mean().exp()) for part in torch.split(losses, width)]
             axes.plot([width * (i + 0.5) for i in range(len(means))], means, label=name)
     axes.set(xlabel="tokens read", ylabel=f"perplexity of the last {width}", yscale="log")
     axes.legend(title="mode sinks+window", fontsize=8)

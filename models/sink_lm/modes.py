@@ -103,7 +103,7 @@ def seconds_per_token(model: Llama, tokens_T: Tensor, mode: Mode, *, steps: int 
     slabs = mode.slabs(model)
     slot = slabs.allocate(mode.sinks)
     held_T = tokens_T[: mode.cache + 1][:-steps] if mode.name == "dense" else tokens_T[: mode.cache]
-    for part_T in held_T.split(256):
+    for part_T in torch.split(held_T, 256):
         model.prefill(part_T, slabs, slot, logits="none")
     times: list[float] = []
     for step in range(max(steps // 8, 3) if mode.name == "recompute" else steps):

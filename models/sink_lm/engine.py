@@ -1,0 +1,381 @@
+"""Many endless sessions in one decode batch: continuous batching over static slabs.
+
+A session's stream is the list of all its tokens, prompt and sampled ones; its cache is a function of
+a beginning of it. What was accepted but not yet read by the model waits in `pending`: the prompt,
+or the token sampled last, so that nothing is ever missing from the cache. One tick reads at most
+one chunk of one prompt and then one token of every session that generates. Nothing here grows
+with a stream: its tokens are in the journal.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from models.sink_lm.cache import NoFreeSlab
+from models.sink_lm.generation import EndEvent, Generation, GenerationRequest, TokenEvent
+from models.sink_lm.llama import Llama
+from models.sink_lm.sampling import choose
+from models.sink_lm.tokenizer import Tokenizer
+
+Journal = Callable[[str, Sequence[int]], None]
+
+
+class UnknownSession(KeyError):
+    """No such session here."""
+
+
+class SessionExists(ValueError):
+    """A session of that name is here already."""
+
+
+class SessionBusy(RuntimeError):
+    """The session is generating."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionInfo:
+    """A session, seen from outside.
+
+    Attributes:
+        position: tokens in the stream.
+        cached_tokens: of those, the ones in the cache or about to be.
+        evicted_tokens: the others.
+        sinks: tokens at the start that stay.
+        window: recent tokens a new one sees besides itself.
+        bytes: of its slab.
+        busy: whether it generates.
+        idle_s: seconds since it last did anything.
+    """
+
+    position: int
+    cached_tokens: int
+    evicted_tokens: int
+    sinks: int
+    window: int
+    bytes: int
+    busy: bool
+    idle_s: float
+
+
+@dataclass
+class _Session:
+    slot: int
+    pending: deque[int] = field(default_factory=deque)
+    generation: Generation | None = None
+    used_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def busy(self) -> bool:
+        return self.generation is not None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the next tick has work for it."""
+        generation = self.generation
+        return generation is not None and (generation.cancelled or not generation.is_paused)
+
+
+class Engine:
+    """Owns the cache. One thread calls `tick`, any thread calls the rest.
+
+    Args:
+        model: the decoder.
+        tokenizer: its tokenizer.
+        sessions: slabs.
+        capacity: tokens a session sees at most, see `Slabs`.
+        prefill_chunk: prompt tokens read between two decode steps.
+        max_buffered: unread events of an answer at which its session pauses.
+        journal: called with a session's name and new tokens before anyone sees them.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        tokenizer: Tokenizer,
+        *,
+        sessions: int,
+        capacity: int,
+        prefill_chunk: int = 128,
+        max_buffered: int = 256,
+        journal: Journal | None = None,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.slabs = model.slabs(sessions=sessions, capacity=capacity)
+        self._prefill_chunk, self._max_buffered = prefill_chunk, max_buffered
+        self._journal = journal
+        self._sessions: dict[str, _Session] = {}
+        self._turn: deque[str] = deque()  # sessions whose prompt is being read, in turn
+        self._lock = threading.RLock()
+        self._work = threading.Event()
+
+    def open(self, session_id: str, *, sinks: int = 4) -> None:
+        """Starts an empty stream.
+
+        Raises:
+            SessionExists: the name is taken.
+            NoFreeSlab: every slab is in use.
+            ValueError: more sinks than leave a window.
+        """
+        with self._lock:
+            if session_id in self._sessions:
+                raise SessionExists(session_id)
+            self._sessions[session_id] = _Session(self.slabs.allocate(sinks))
+
+    def close(self, session_id: str) -> None:
+        """Ends a session; what it generates ends as cancelled.
+
+        Raises:
+            UnknownSession: there is none.
+        """
+        with self._lock:
+            session = self._get(session_id)
+            if session.generation is not None:
+                session.generation.end("cancelled")
+            self.slabs.release(session.slot)
+            del self._sessions[session_id]
+
+    def sessions(self) -> list[str]:
+        """Names, longest unused first."""
+        with self._lock:
+            return sorted(self._sessions, key=lambda name: self._sessions[name].used_at)
+
+    def info(self, session_id: str) -> SessionInfo:
+        """Describes a session.
+
+        Raises:
+            UnknownSession: there is none.
+        """
+        with self._lock:
+            session = self._get(session_id)
+            sinks, capacity = self.slabs.sinks(session.slot), self.slabs.capacity
+            position = self._position(session)
+            cached = min(position, capacity - 1)
+            return SessionInfo(
+                position=position,
+                cached_tokens=cached,
+                evicted_tokens=position - cached,
+                sinks=sinks,
+                window=capacity - 1 - sinks,
+                bytes=self.slabs.bytes_per_session,
+                busy=session.busy,
+                idle_s=0.0 if session.busy else time.monotonic() - session.used_at,
+            )
+
+    def submit(
+        self, session_id: str, tokens: Sequence[int], request: GenerationRequest
+    ) -> Generation:
+        """Appends a prompt and generates after it.
+
+        Args:
+            session_id: an open session.
+            tokens: may be empty where the stream is not: then it goes on.
+            request: how.
+
+        Raises:
+            UnknownSession: there is none.
+            SessionBusy: it is generating.
+            ValueError: a token there is not, nothing to go on from, or rules that name such.
+        """
+        with self._lock:
+            session = self._get(session_id)
+            if session.busy:
+                raise SessionBusy(session_id)
+            self._check_tokens(tokens)
+            if not tokens and not session.pending:
+                raise ValueError("an empty prompt needs a stream to go on from")
+            generation = Generation(
+                request,
+                self.tokenizer,
+                prompt_tokens=len(tokens),
+                vocab_size=self.model.cfg.vocab_size,
+                max_buffered=self._max_buffered,
+                on_room=self._work.set,
+            )
+            self._append(session_id, session, tokens)
+            session.generation, session.used_at = generation, time.monotonic()
+        self._work.set()
+        return generation
+
+    def extend(self, session_id: str, tokens: Sequence[int]) -> None:
+        """Appends tokens and reads them, in the caller's thread, between the engine's ticks.
+
+        Raises:
+            UnknownSession: there is none.
+            SessionBusy: it is generating.
+            ValueError: a token there is not.
+        """
+        with self._lock:
+            session = self._idle(session_id)
+            self._check_tokens(tokens)
+            self._append(session_id, session, tokens)
+        while session.pending:
+            with self._lock:
+                self._read(self._idle(session_id), min(self._prefill_chunk, len(session.pending)))
+
+    def fork(self, session_id: str, new_id: str) -> None:
+        """Opens a second session with the same stream.
+
+        Raises:
+            UnknownSession: there is none.
+            SessionBusy: it is generating.
+            SessionExists: the new name is taken.
+            NoFreeSlab: every slab is in use.
+        """
+        with self._lock:
+            source = self._idle(session_id)
+            self.open(new_id, sinks=self.slabs.sinks(source.slot))
+            target = self._sessions[new_id]
+            self.slabs.copy(source.slot, target.slot)
+            target.pending = source.pending.copy()
+
+    def export(self, session_id: str) -> dict[str, Tensor]:
+        """A copy of a session's state, busy or not, as of the last tick.
+
+        Returns:
+            What `Slabs.export` returns, and `pending` int64: accepted tokens not yet read.
+
+        Raises:
+            UnknownSession: there is none.
+        """
+        with self._lock:
+            session = self._get(session_id)
+            pending = torch.tensor(list(session.pending), dtype=torch.long)
+            return self.slabs.export(session.slot) | {"pending": pending}
+
+    def restore(self, session_id: str, state: dict[str, Tensor], tail: Sequence[int] = ()) -> None:
+        """Opens a session from an exported state and the tokens the journal has after it.
+
+        Args:
+            session_id: a new name.
+            state: from `export`.
+            tail: tokens after the state's position (its pending ones included in that position).
+
+        Raises:
+            SessionExists: the name is taken.
+            NoFreeSlab: every slab is in use.
+            ValueError: the state is of another model or cache.
+        """
+        with self._lock:
+            self.open(session_id, sinks=int(state["sinks"]))
+            session = self._sessions[session_id]
+            try:
+                self.slabs.restore(session.slot, state)
+            except ValueError:
+                self.close(session_id)
+                raise
+            session.pending = deque([*state["pending"].tolist(), *tail])
+
+    def wait_for_work(self, timeout: float | None = None) -> bool:
+        """Blocks until a tick has something to do, or may have."""
+        return self._work.wait(timeout)
+
+    def tick(self) -> bool:
+        """Reads one chunk of a prompt and one token of every session that generates.
+
+        Returns:
+            Whether there was anything to do.
+        """
+        with self._lock:
+            self._work.clear()
+            self._end_cancelled()
+            running = {name: s for name, s in self._sessions.items() if s.is_running}
+            if not running:
+                return False
+            self._prefill(running)
+            self._decode(running)
+            self._work.set()
+            return True
+
+    def _prefill(self, running: dict[str, _Session]) -> None:
+        """Reads one chunk of the prompt whose turn it is; leaves its last token to the decoder."""
+        waiting = [name for name, session in running.items() if len(session.pending) > 1]
+        self._turn = deque(name for name in self._turn if name in waiting)
+        self._turn.extend(name for name in waiting if name not in self._turn)
+        if not self._turn:
+            return
+        self._turn.rotate(-1)
+        session = running[self._turn[-1]]
+        self._read(session, min(self._prefill_chunk, len(session.pending) - 1))
+
+    def _read(self, session: _Session, count: int) -> None:
+        """Moves that many pending tokens into the cache."""
+        tokens_T = torch.tensor([session.pending[i] for i in range(count)])
+        self.model.prefill(self._put(tokens_T), self.slabs, session.slot, logits="none")
+        for _ in range(count):
+            session.pending.popleft()
+
+    def _decode(self, running: dict[str, _Session]) -> None:
+        """Feeds the last pending token of each session, and samples the next."""
+        ready = [(name, s) for name, s in running.items() if len(s.pending) == 1]
+        if not ready:
+            return
+        ready.sort(key=lambda item: item[1].slot)
+        tokens_B = torch.tensor([session.pending[0] for _, session in ready])
+        slots = [session.slot for _, session in ready]
+        logits_BV = self.model.decode(self._put(tokens_B), self.slabs, slots)
+        generations = [s.generation for _, s in ready if s.generation is not None]
+        choices = choose(logits_BV, [generation.sampler for generation in generations])
+        for (name, session), choice in zip(ready, choices, strict=True):
+            session.pending.clear()
+            self._append(name, session, [choice.token])
+            session.used_at = time.monotonic()
+            assert session.generation is not None
+            session.generation.accept(choice, self._position(session))
+            if session.generation.ended:
+                session.generation = None
+
+    def _append(self, name: str, session: _Session, tokens: Sequence[int]) -> None:
+        """Accepts tokens into a stream: the journal has them before anyone else."""
+        if self._journal is not None and tokens:
+            self._journal(name, tokens)
+        session.pending.extend(tokens)
+
+    def _end_cancelled(self) -> None:
+        for session in self._sessions.values():
+            if session.generation is not None and session.generation.cancelled:
+                session.generation.end("cancelled")
+                session.generation = None
+
+    def _check_tokens(self, tokens: Sequence[int]) -> None:
+        vocab = self.model.cfg.vocab_size
+        wrong = [token for token in tokens if not 0 <= token < vocab]
+        if wrong:
+            raise ValueError(f"token {wrong[0]} is not below {vocab}")
+
+    def _position(self, session: _Session) -> int:
+        return self.slabs.length(session.slot) + len(session.pending)
+
+    def _put(self, tokens: Tensor) -> Tensor:
+        return tokens.to(self.slabs.keys_LNHCD.device)
+
+    def _get(self, session_id: str) -> _Session:
+        if session_id not in self._sessions:
+            raise UnknownSession(session_id)
+        return self._sessions[session_id]
+
+    def _idle(self, session_id: str) -> _Session:
+        session = self._get(session_id)
+        if session.busy:
+            raise SessionBusy(session_id)
+        return session
+
+
+__all__ = [
+    "EndEvent",
+    "Engine",
+    "Generation",
+    "GenerationRequest",
+    "NoFreeSlab",
+    "SessionBusy",
+    "SessionExists",
+    "SessionInfo",
+    "TokenEvent",
+    "UnknownSession",
+]

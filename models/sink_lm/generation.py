@@ -1,0 +1,184 @@
+"""One answer being made: its rules, its text, and a bounded queue towards its reader."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from models.sink_lm.sampling import Choice, Sampler, Sampling
+from models.sink_lm.stops import StopMatcher
+from models.sink_lm.tokenizer import Tokenizer
+
+EndReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest:
+    """What to generate after the prompt."""
+
+    sampling: Sampling = field(default_factory=Sampling)
+    """How to choose tokens."""
+    max_tokens: int | None = None
+    """End after this many; None goes on until cancelled."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the answer and are not part of it."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the answer, besides the model's own."""
+    ignore_eos: bool = False
+    """Go on after the model's end token."""
+    min_tokens: int = 0
+    """End tokens are ignored before this many."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One generated token.
+
+    Attributes:
+        position: tokens in the stream, this one included.
+        token: its id.
+        text: what became readable; empty within a character or a possible stop string.
+        logprob: its log probability, if asked for.
+        top: the likeliest (id, log probability).
+    """
+
+    position: int
+    token: int
+    text: str
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EndEvent:
+    """The end of an answer.
+
+    Attributes:
+        reason: why.
+        stop: the stop string or token that ended it.
+        text: what had been held back and is part of the answer.
+        prompt_tokens: tokens of the prompt.
+        completion_tokens: tokens generated, an end token included.
+        message: of an error.
+    """
+
+    reason: EndReason
+    stop: str | int | None
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+    message: str | None = None
+
+
+Event = TokenEvent | EndEvent
+
+
+class Generation:
+    """Handed to whoever asked; thread-safe.
+
+    Args:
+        request: what to generate.
+        tokenizer: turns tokens into text.
+        prompt_tokens: for the count at the end.
+        vocab_size: token ids are below it.
+        max_buffered: unread events at most; a full queue pauses the session.
+        on_room: called when a full queue has room again, or on a cancel.
+
+    Raises:
+        ValueError: rules that name what there is not.
+    """
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        tokenizer: Tokenizer,
+        *,
+        prompt_tokens: int,
+        vocab_size: int,
+        max_buffered: int,
+        on_room: Callable[[], None],
+    ) -> None:
+        self.request = request
+        self.sampler = Sampler(request.sampling, vocab_size)
+        self.notify: Callable[[], None] | None = None
+        """Called, from the engine's thread, when events are there to take."""
+        self.cancelled = False
+        self._text = tokenizer.stream()
+        self._stops = StopMatcher(request.stop)
+        self._end_ids = set(request.stop_token_ids)
+        self._eos_ids = set() if request.ignore_eos else set(tokenizer.eos_ids)
+        self._prompt_tokens, self._tokens = prompt_tokens, 0
+        self._max_buffered, self._on_room = max_buffered, on_room
+        self._events: deque[Event] = deque()
+        self._ready = threading.Condition()
+        self._ended = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last event was made (it may still wait to be taken)."""
+        return self._ended
+
+    @property
+    def done(self) -> bool:
+        """Whether everything was made and taken."""
+        return self._ended and not self._events
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether the reader is so far behind that nothing more may be made."""
+        return len(self._events) >= self._max_buffered
+
+    def take(self, max_events: int = 64, timeout: float | None = 0.0) -> list[Event]:
+        """Takes events, oldest first; waits for the first one.
+
+        Args:
+            max_events: no more than this.
+            timeout: seconds to wait; None for ever, 0 not at all.
+        """
+        with self._ready:
+            self._ready.wait_for(lambda: bool(self._events) or self._ended, timeout)
+            was_paused = self.is_paused
+            count = min(max_events, len(self._events))
+            taken = [self._events.popleft() for _ in range(count)]
+        if was_paused and taken:
+            self._on_room()
+        return taken
+
+    def cancel(self) -> None:
+        """Ends the answer at the next token; the session stays."""
+        self.cancelled = True
+        self._on_room()
+
+    def accept(self, choice: Choice, position: int) -> None:
+        """Takes the engine's next token; may end the answer."""
+        self._tokens += 1
+        token = choice.token
+        may_end = self._tokens > self.request.min_tokens
+        if may_end and (token in self._end_ids or token in self._eos_ids):
+            self._put(TokenEvent(position, token, "", choice.logprob, choice.top))
+            self.end("stop", stop=token if token in self._end_ids else None)
+            return
+        text, stop = self._stops.push(self._text.push(token))
+        self._put(TokenEvent(position, token, text, choice.logprob, choice.top))
+        if stop is not None:
+            self.end("stop", stop=stop)
+        elif self._tokens == self.request.max_tokens:
+            self.end("length")
+
+    def end(
+        self, reason: EndReason, *, stop: str | int | None = None, message: str | None = None
+    ) -> None:
+        """Closes the answer with what was held back."""
+        held = "" if isinstance(stop, str) else self._stops.flush()
+        self._ended = True
+        self._put(EndEvent(reason, stop, held, self._prompt_tokens, self._tokens, message))
+
+    def _put(self, event: Event) -> None:
+        with self._ready:
+            self._events.append(event)
+            self._ready.notify_all()
+        if self.notify is not None:
+            self.notify()

@@ -1,0 +1,255 @@
+"""The engine: batching changes nothing, sessions are independent, nothing grows."""
+
+from __future__ import annotations
+
+import pytest
+from lm_helpers import EOS, ByteTokenizer, scripted_llama, tiny_llama
+
+from models.sink_lm.cache import NoFreeSlab
+from models.sink_lm.engine import Engine, SessionBusy, SessionExists, UnknownSession
+from models.sink_lm.generation import EndEvent, Generation, GenerationRequest, TokenEvent
+from models.sink_lm.llama import Llama
+from models.sink_lm.sampling import Sampling
+
+GREEDY = Sampling(temperature=0)
+
+
+def make(model: Llama | None = None, **changes: object) -> Engine:
+    settings = {"sessions": 4, "capacity": 24, "prefill_chunk": 5} | changes
+    return Engine(model or tiny_llama(), ByteTokenizer(), **settings)  # type: ignore[arg-type]
+
+
+def ask(count: int | None = 12, **changes: object) -> GenerationRequest:
+    settings = {"sampling": GREEDY, "max_tokens": count, "ignore_eos": True} | changes
+    return GenerationRequest(**settings)  # type: ignore[arg-type]
+
+
+def run(engine: Engine, *generations: Generation) -> list[list[TokenEvent | EndEvent]]:
+    found: list[list] = [[] for _ in generations]
+    for _ in range(2000):
+        worked = engine.tick()
+        for events, generation in zip(found, generations, strict=True):
+            events += generation.take()
+        if not worked or all(generation.done for generation in generations):
+            return found
+    raise AssertionError("the engine does not come to an end")
+
+
+def ids(events: list) -> list[int]:
+    return [event.token for event in events if isinstance(event, TokenEvent)]
+
+
+def alone(prompt: bytes | list[int], count: int, sinks: int = 4) -> list[int]:
+    """Greedy tokens by nothing but `decode`, one token at a time."""
+    import torch
+
+    model = tiny_llama()
+    slabs = model.slabs(sessions=1, capacity=24)
+    slot, out = slabs.allocate(sinks), list(prompt)
+    for index in range(len(prompt) + count - 1):
+        logits = model.decode(torch.tensor(out[index : index + 1]), slabs, [slot])
+        if index >= len(prompt) - 1:
+            out.append(int(logits.argmax()))
+    return out[len(prompt) :]
+
+
+def test_sessions_together_say_what_each_says_alone() -> None:
+    """Prompts shorter and longer than the cache, in chunks, joined at different times."""
+    engine = make()
+    prompts = [b"a", b"hello there", b"x" * 23 + b"yz", bytes(range(100))]
+    generations = []
+    for number, prompt in enumerate(prompts):
+        engine.open(f"s{number}")
+        generations.append(engine.submit(f"s{number}", list(prompt), ask(30)))
+        engine.tick()
+    for prompt, events in zip(prompts, run(engine, *generations), strict=True):
+        assert ids(events) == alone(prompt, 30)
+        assert events[-1] == EndEvent("length", None, events[-1].text, len(prompt), 30)
+    assert engine.info("s3").position == 130
+    assert engine.info("s3").evicted_tokens == 130 - 23
+
+
+def test_two_turns_equal_one_long_prompt() -> None:
+    """The last token of a turn is read before the next prompt: nothing is missing."""
+    engine = make()
+    engine.open("a")
+    first = ids(run(engine, engine.submit("a", list(b"first"), ask(9)))[0])
+    second = ids(run(engine, engine.submit("a", list(b"second"), ask(9)))[0])
+    assert second == alone([*b"first", *first, *b"second"], 9)
+    more = ids(run(engine, engine.submit("a", [], ask(5)))[0])
+    assert more == alone([*b"first", *first, *b"second", *second], 5)
+
+
+def test_the_journal_knows_first() -> None:
+    log: list[int] = []
+    engine = make(journal=lambda name, tokens: log.extend(tokens))
+    engine.open("a")
+    generation = engine.submit("a", list(b"prompt"), ask(5))
+    assert log == list(b"prompt")
+    seen: list[int] = []
+    generation.notify = lambda: seen.append(len(log))
+    events = run(engine, generation)[0]
+    assert log == [*b"prompt", *ids(events)]
+    assert seen[:5] == [7, 8, 9, 10, 11]
+
+
+def test_snapshot_and_tail_go_on_as_if_nothing_happened() -> None:
+    log: list[int] = []
+    engine = make(journal=lambda name, tokens: log.extend(tokens))
+    engine.open("a", sinks=2)
+    generation = engine.submit("a", list(b"a long enough prompt to evict something"), ask(40))
+    for _ in range(15):
+        engine.tick()
+    state = engine.export("a")
+    kept = int(state["length"]) + len(state["pending"])
+    run(engine, generation)
+    written, expected = list(log), ids(run(engine, engine.submit("a", [], ask(20)))[0])
+    other = make()
+    other.restore("b", state, written[kept:])
+    assert other.info("b").position == len(written)
+    assert ids(run(other, other.submit("b", [], ask(20)))[0]) == expected
+
+
+def test_fork_says_the_same_and_is_its_own() -> None:
+    engine = make()
+    engine.open("a")
+    run(engine, engine.submit("a", list(b"shared prompt, longer than the cache is"), ask(7)))
+    engine.fork("a", "b")
+    a, b = run(engine, engine.submit("a", [], ask(9)), engine.submit("b", [], ask(9)))
+    assert ids(a) == ids(b)
+    run(engine, engine.submit("a", list(b"only a"), ask(3)))
+    assert engine.info("a").position == engine.info("b").position + 9
+
+
+def test_extend_reads_without_an_answer() -> None:
+    engine = make()
+    engine.open("a")
+    engine.extend("a", list(b"a prompt that is read before it is forke"))
+    engine.fork("a", "b")
+    rest = [engine.submit(name, list(b"d"), ask(6)) for name in "ab"]
+    expected = alone(b"a prompt that is read before it is forked", 6)
+    assert [ids(events) for events in run(engine, *rest)] == [expected, expected]
+    with pytest.raises(ValueError, match="token 300"):
+        engine.extend("a", [300])
+
+
+def test_a_slow_reader_pauses_only_itself() -> None:
+    engine = make(max_buffered=6)
+    for name in "ab":
+        engine.open(name)
+    slow = engine.submit("a", list(b"aa"), ask(None))
+    fast = engine.submit("b", list(b"bb"), ask(50))
+    events = run(engine, fast)[0]
+    assert len(ids(events)) == 50
+    assert engine.info("a").position == 2 + 6
+    assert len(slow.take(4)) == 4
+    for _ in range(20):
+        engine.tick()
+    assert engine.info("a").position == 2 + 10
+
+
+def test_cancel_leaves_the_session() -> None:
+    engine = make()
+    engine.open("a")
+    generation = engine.submit("a", list(b"prompt"), ask(None))
+    with pytest.raises(SessionBusy):
+        engine.submit("a", [1], ask())
+    with pytest.raises(SessionBusy):
+        engine.fork("a", "b")
+    for _ in range(8):
+        engine.tick()
+    generation.cancel()
+    events = run(engine, generation)[0]
+    assert events[-1].reason == "cancelled"
+    assert not engine.tick()
+    rest = ids(run(engine, engine.submit("a", [], ask(5)))[0])
+    assert rest == alone(b"prompt", len(ids(events)) + 5)[-5:]
+
+
+def test_cancel_in_the_middle_of_a_prompt_loses_nothing_of_it() -> None:
+    engine = make()
+    engine.open("a")
+    prompt = b"a prompt of several chunks that is cancelled in between"
+    generation = engine.submit("a", list(prompt), ask())
+    engine.tick()
+    generation.cancel()
+    engine.tick()
+    assert ids(run(engine, engine.submit("a", [], ask(5)))[0]) == alone(prompt, 5)
+
+
+def test_slabs_and_names_are_finite() -> None:
+    engine = make(sessions=2)
+    engine.open("a")
+    engine.open("b")
+    with pytest.raises(SessionExists):
+        engine.open("b")
+    with pytest.raises(NoFreeSlab):
+        engine.open("c")
+    generation = engine.submit("a", [1], ask(None))
+    engine.tick()
+    engine.close("a")
+    assert generation.take()[-1].reason == "cancelled"
+    with pytest.raises(UnknownSession):
+        engine.submit("a", [1], ask())
+    engine.open("c")
+    assert engine.sessions() == ["b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sampling", "message"),
+    [
+        ([300], GREEDY, "token 300"),
+        ([-1], GREEDY, "token -1"),
+        ([], GREEDY, "empty prompt"),
+        ([1], Sampling(logit_bias={999: 1.0}), "logit_bias: token 999"),
+    ],
+)
+def test_a_refused_request_leaves_no_trace(
+    tokens: list[int], sampling: Sampling, message: str
+) -> None:
+    log: list[int] = []
+    engine = make(journal=lambda name, new: log.extend(new))
+    engine.open("a")
+    with pytest.raises(ValueError, match=message):
+        engine.submit("a", tokens, ask(sampling=sampling))
+    assert (engine.info("a").position, engine.info("a").busy, log) == (0, False, [])
+
+
+def test_text_ends_at_a_stop_string_across_tokens_and_at_the_end_token() -> None:
+    engine = make(scripted_llama("abcdefg"))
+    engine.open("a")
+    events = run(engine, engine.submit("a", list(b"a"), ask(None, stop=("def",))))[0]
+    assert "".join(event.text for event in events) == "bc"
+    assert events[-1] == EndEvent("stop", "def", "", 1, 5)
+    engine.open("b")
+    events = run(engine, engine.submit("b", list(b"a"), ask(None, ignore_eos=False)))[0]
+    assert "".join(event.text for event in events) == "bcdefg"
+    assert events[-1] == EndEvent("stop", None, "", 1, 7)
+    assert events[-2].token == EOS
+
+
+def test_held_back_text_comes_out_at_the_end() -> None:
+    engine = make(scripted_llama("abcdefg"))
+    engine.open("a")
+    events = run(engine, engine.submit("a", list(b"a"), ask(4, stop=("exx",))))[0]
+    assert [event.text for event in events] == ["b", "c", "d", "", "e"]
+
+
+def test_characters_come_whole() -> None:
+    engine = make(scripted_llama("aé☃"))
+    engine.open("a")
+    events = run(engine, engine.submit("a", list(b"a"), ask(None, ignore_eos=False)))[0]
+    assert [event.text for event in events[:5]] == ["", "é", "", "", "☃"]
+
+
+def test_seeds_repeat_whoever_shares_the_batch() -> None:
+    def tokens(others: int) -> list[int]:
+        engine = make()
+        sampling = Sampling(seed=7, temperature=1.5)
+        for number in range(others):
+            engine.open(f"o{number}")
+            engine.submit(f"o{number}", list(b"other"), ask(30, sampling=Sampling(seed=number)))
+        engine.open("me")
+        return ids(run(engine, engine.submit("me", list(b"me"), ask(20, sampling=sampling)))[0])
+
+    assert tokens(0) == tokens(3)

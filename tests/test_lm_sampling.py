@@ -1,0 +1,135 @@
+"""Sampling rules against closed forms, and stop strings across token borders."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from models.sink_lm.sampling import Sampler, Sampling, allowed, choose
+from models.sink_lm.stops import StopMatcher
+
+LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5])
+
+
+def one(sampling: Sampling, logits: torch.Tensor = LOGITS) -> int:
+    return choose(logits[None], [Sampler(sampling, len(logits))])[0].token
+
+
+def frequencies(sampling: Sampling, draws: int = 4000) -> torch.Tensor:
+    sampler = Sampler(sampling, len(LOGITS))
+    found = [choose(LOGITS[None], [sampler])[0].token for _ in range(draws)]
+    return torch.bincount(torch.tensor(found), minlength=len(LOGITS)) / draws
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_draws_follow_the_softmax(temperature: float) -> None:
+    expected = torch.softmax(LOGITS / temperature, 0)
+    found = frequencies(Sampling(temperature=temperature, seed=1))
+    chi2 = (4000 * (found - expected) ** 2 / expected).sum()
+    assert chi2 < 20.5  # 4 degrees of freedom, one in 2,500
+    wrong = torch.softmax(LOGITS / (temperature * 1.3), 0)
+    assert (4000 * (found - wrong) ** 2 / wrong).sum() > 20.5
+
+
+@pytest.mark.parametrize(
+    ("rules", "kept"),
+    [
+        ({"top_k": 2}, {0, 1}),
+        ({"top_k": 1}, {0}),
+        ({"top_p": 0.5}, {0}),
+        ({"top_p": 0.6}, {0, 1}),
+        ({"top_p": 1e-9}, {0}),
+        ({"min_p": 0.3}, {0, 1}),
+        ({"min_p": 1.0}, {0}),
+        ({"top_k": 3, "top_p": 0.99}, {0, 1, 4}),
+        ({}, {0, 1, 2, 3, 4}),
+    ],
+)
+def test_cuts_keep_exactly_these(rules: dict, kept: set[int]) -> None:
+    """Probabilities are 0.549, 0.202, 0.074, 0.027, 0.122 + rest."""
+    probabilities = allowed(LOGITS[None], [Sampling(**rules)])[0]
+    assert set(probabilities.nonzero().flatten().tolist()) == kept
+    mine = torch.softmax(LOGITS, 0)[sorted(kept)]
+    torch.testing.assert_close(probabilities[sorted(kept)], mine)
+
+
+def test_rows_keep_their_own_rules_and_noise() -> None:
+    """What a row draws does not depend on who shares its batch."""
+    rules = [Sampling(seed=1), Sampling(temperature=0), Sampling(seed=2, top_k=3)]
+    logits = torch.stack([LOGITS, LOGITS.flip(0), LOGITS * 0.1])
+    together = [Sampler(rule, 5) for rule in rules]
+    batch = [[c.token for c in choose(logits, together)] for _ in range(20)]
+    for row, rule in enumerate(rules):
+        alone = Sampler(rule, 5)
+        single = [choose(logits[row : row + 1], [alone])[0].token for _ in range(20)]
+        assert single == [tokens[row] for tokens in batch]
+
+
+def test_bias_and_penalties() -> None:
+    greedy = {"temperature": 0.0}
+    assert one(Sampling(**greedy)) == 0
+    assert one(Sampling(**greedy, logit_bias={3: 100.0})) == 3
+    assert one(Sampling(**greedy, logit_bias={0: -100.0})) == 1
+    sampler = Sampler(Sampling(**greedy, frequency_penalty=0.6), 5)
+    # 2 - 0.6 n against 1 - 0.6 m, 0.5 - 0.6 l: 0, 0, then ties broken by what is highest.
+    assert [choose(LOGITS[None], [sampler])[0].token for _ in range(4)] == [0, 0, 1, 0]
+    sampler = Sampler(Sampling(**greedy, presence_penalty=1.2), 5)
+    assert [choose(LOGITS[None], [sampler])[0].token for _ in range(4)] == [0, 1, 0, 0]
+
+
+def test_logprobs_are_of_the_untouched_logits() -> None:
+    sampling = Sampling(temperature=0, logit_bias={3: 100.0}, logprobs=2)
+    choice = choose(LOGITS[None], [Sampler(sampling, 5)])[0]
+    expected = torch.log_softmax(LOGITS, 0)
+    assert choice.token == 3
+    assert math.isclose(choice.logprob or 0, float(expected[3]), rel_tol=1e-6)
+    assert [token for token, _ in choice.top] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"temperature": -1},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"min_p": 2},
+        {"top_k": -1},
+        {"logprobs": -1},
+    ],
+)
+def test_rules_out_of_range_are_refused_by_name(bad: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        Sampling(**bad)
+
+
+def test_bias_of_an_unknown_token_is_refused() -> None:
+    with pytest.raises(ValueError, match="logit_bias: token 9"):
+        Sampler(Sampling(logit_bias={9: 1.0}), 5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
+def test_stop_strings_cross_any_border(size: int) -> None:
+    text = "one END? no, EN, and then ENDING it"
+    matcher, shown, stop = StopMatcher(["ENDI", "zzz"]), "", None
+    for start in range(0, len(text), size):
+        part, stop = matcher.push(text[start : start + size])
+        shown += part
+        assert "ENDI" not in shown
+        if stop:
+            break
+    assert (shown, stop) == ("one END? no, EN, and then ", "ENDI")
+
+
+def test_nothing_is_lost_without_a_stop() -> None:
+    matcher = StopMatcher(["abcabd"])
+    shown = "".join(matcher.push(char)[0] for char in "xabcabcab")
+    assert shown == "xabc"
+    assert shown + matcher.flush() == "xabcabcab"
+
+
+def test_first_stop_wins_and_empty_ones_are_refused() -> None:
+    assert StopMatcher(["cd", "b", "bc"]).push("abcd") == ("a", "bc")
+    with pytest.raises(ValueError, match="stop"):
+        StopMatcher([""])
