@@ -49,7 +49,7 @@ def cifar10_demo() -> PretrainConfig:
     23.5, 25.9 (benchmarks/pretraining.md).
     """
     return PretrainConfig(
-        data=DataConfig(batch_size=64, lanes=8, flip=True),
+        data=DataConfig(batch_size=48, lanes=8, flip=True),
         model=ModelConfig(
             encoder="vit_tiny32",
             image_size=32,
@@ -62,16 +62,16 @@ def cifar10_demo() -> PretrainConfig:
         # target frozen (momentum 1), accuracy stood still for its last two thirds (docs/log.md).
         objective=ObjectiveConfig(ema=(0.99, 0.992)),
         optim=OptimConfig(
-            lr=5e-4, start_lr=1e-4, final_lr=4e-4, warmup_steps=500, final_weight_decay=0.05
+            lr=5e-4, start_lr=1e-4, final_lr=4e-4, warmup_steps=100, final_weight_decay=0.05
         ),
         # One thread: matrices this small gain little from a second, which decoding can use.
         run=RunConfig(
             name="cifar10_demo",
-            steps=2000,
+            steps=1600,
             threads=1,
             log_every=50,
-            probe_every=500,
-            checkpoint_every=500,
+            probe_every=400,
+            checkpoint_every=400,
         ),
     )
 

@@ -24,6 +24,7 @@ from ray.serve.exceptions import (
 
 from serve.contract import EMBEDDER, Floats, Pixels, Pooling
 from serve.http_api import Limits, Parts, create_http_app
+from serve.lm_settings import LMSettings
 from serve.schemas import queue_full, server_error
 from serve.service import EmbeddingService
 from serve.settings import ServeSettings
@@ -65,19 +66,20 @@ class EmbedderClient:
 
 
 class Readiness:
-    """Whether an embedder replica is running, looked up at most once a second.
+    """Whether a model replica is running, looked up at most once a second.
 
-    Serve's controller is asked first: under load a question to the embedder would queue behind the
-    images, and busy is not the same as unready. But the controller forgets the deployments of an
+    Serve's controller is asked first: under load a question to the model would queue behind the
+    requests, and busy is not the same as unready. But the controller forgets the deployments of an
     application whose latest config it could not build, while they go on serving; so a no from it
-    is checked with the embedder.
+    is checked with the model.
 
     Args:
-        embedder: handle of `Embedder`.
+        model: handle of the deployment; it has `describe`.
+        name: of the deployment.
     """
 
-    def __init__(self, embedder: Any) -> None:
-        self._embedder = embedder
+    def __init__(self, model: Any, name: str = EMBEDDER) -> None:
+        self._model, self._name = model, name
         self._app_name = ray_serve.get_replica_context().app_name
         self._checked_at = -READY_CACHE_S
         self._ready = False
@@ -92,14 +94,14 @@ class Readiness:
     async def _answers(self) -> bool:
         try:
             async with asyncio.timeout(READY_CACHE_S):
-                await self._embedder.describe.remote()
+                await self._model.describe.remote()
         except (TimeoutError, RayError, RayServeException):
             return False
         return True
 
     def _is_listed(self) -> bool:
         application = ray_serve.status().applications.get(self._app_name)
-        deployment = application and application.deployments.get(EMBEDDER)
+        deployment = application and application.deployments.get(self._name)
         # Annotated as an enum, but the controller sends plain strings.
         states: dict[Any, int] = dict(deployment.replica_states) if deployment else {}
         return states.get("RUNNING", 0) > 0
@@ -138,7 +140,7 @@ class Ingress:
         return await self._reporter.scrape()
 
 
-def read_api_key(settings: ServeSettings) -> str | None:
+def read_api_key(settings: ServeSettings | LMSettings) -> str | None:
     """The key clients must send, or None when none is asked for.
 
     Raises:

@@ -27,7 +27,7 @@ from serve.schemas import (
 from serve.service import EmbeddingService
 from serve.telemetry import LATENCY_BUCKETS_S
 
-_PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
+PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,6 @@ class RequestMetrics:
             ["route"],
             buckets=LATENCY_BUCKETS_S,
             registry=self.registry,
-        )
-        self.images = Gauge(
-            "rayjepa_images_in_flight", "Images waiting or running", registry=self.registry
         )
 
 
@@ -97,11 +94,14 @@ def create_http_app(parts: Parts) -> FastAPI:
         redirect_slashes=False,
         responses={"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}},
     )
-    _add_error_handlers(app)
+    add_error_handlers(app)
     _add_embedding_routes(app, parts)
     _add_operation_routes(app, parts)
-    app.add_middleware(Gate, parts=parts)
-    parts.metrics.images.set_function(lambda: parts.service.admission.images)
+    app.add_middleware(Gate, metrics=parts.metrics, api_key=parts.api_key)
+    images = Gauge(
+        "rayjepa_images_in_flight", "Images waiting or running", registry=parts.metrics.registry
+    )
+    images.set_function(lambda: parts.service.admission.images)
     return app
 
 
@@ -121,11 +121,11 @@ def _add_embedding_routes(app: FastAPI, parts: Parts) -> None:
     )
     async def create_embeddings(request: Request) -> Response:
         """Embeds one image or a list of them."""
-        _check_content_type(request)
+        check_content_type(request)
         service.admission.check(1)  # shed load before reading a body
         try:
             async with asyncio.timeout(parts.limits.timeout_s):
-                body = await _read_body(request, parts.limits.max_request_bytes)
+                body = await read_body(request, parts.limits.max_request_bytes)
                 reply = await service.answer(body)
         except TimeoutError as error:
             message = f"no reply within {parts.limits.timeout_s:g} s"
@@ -155,7 +155,7 @@ def _add_operation_routes(app: FastAPI, parts: Parts) -> None:
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Prometheus text, summed over all replicas."""
-        return Response(await parts.scrape(), media_type=_PROMETHEUS_TEXT)
+        return Response(await parts.scrape(), media_type=PROMETHEUS_TEXT)
 
 
 def _model(service: EmbeddingService) -> Model:
@@ -169,7 +169,8 @@ def _model(service: EmbeddingService) -> Model:
     )
 
 
-def _check_content_type(request: Request) -> None:
+def check_content_type(request: Request) -> None:
+    """Raises a 415 for anything but plain JSON."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         message = f"send application/json, not {content_type or 'an unlabelled body'}"
@@ -178,7 +179,7 @@ def _check_content_type(request: Request) -> None:
         raise ApiError(415, "unsupported_content_encoding", "send the body uncompressed")
 
 
-async def _read_body(request: Request, max_bytes: int) -> bytes:
+async def read_body(request: Request, max_bytes: int) -> bytes:
     """Reads a body, and stops where it gets too long: a declared length may be absent or wrong."""
     too_long = ApiError(413, "request_too_large", f"the body has more than {max_bytes} bytes")
     length = request.headers.get("content-length", "")
@@ -193,27 +194,30 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
     return b"".join(chunks)
 
 
-def _error_response(error: ApiError) -> Response:
+def error_response(error: ApiError) -> Response:
+    """The reply that tells a client of an error."""
     return Response(error.body(), error.status, error.headers, media_type="application/json")
 
 
-def _add_error_handlers(app: FastAPI) -> None:
+def add_error_handlers(app: FastAPI) -> None:
+    """Makes every error of an application a typed one."""
+
     @app.exception_handler(ApiError)
     async def typed(_: Request, error: ApiError) -> Response:
-        return _error_response(error)
+        return error_response(error)
 
     @app.exception_handler(HTTPException)
     async def routing(request: Request, error: HTTPException) -> Response:
         code = {404: "route_not_found", 405: "method_not_allowed"}.get(error.status_code, "http")
         message = f"{error.detail}: {request.method} {request.url.path}"
         headers = dict(error.headers or {})
-        return _error_response(ApiError(error.status_code, code, message, headers=headers))
+        return error_response(ApiError(error.status_code, code, message, headers=headers))
 
     @app.exception_handler(Exception)
     async def unexpected(_: Request, error: Exception) -> Response:
         # Starlette raises the error again once this is sent, and Serve logs it under the request's
         # id, which the client has; its text may hold anything and stays with us.
-        return _error_response(server_error(500, "internal_error", "internal error"))
+        return error_response(server_error(500, "internal_error", "internal error"))
 
 
 class Gate:
@@ -222,10 +226,10 @@ class Gate:
     Plain ASGI: Starlette's function middleware costs a task per request.
     """
 
-    def __init__(self, app: ASGIApp, parts: Parts) -> None:
+    def __init__(self, app: ASGIApp, metrics: RequestMetrics, api_key: str | None) -> None:
         self._app = app
-        self._metrics = parts.metrics
-        self._api_key = parts.api_key.encode() if parts.api_key is not None else None
+        self._metrics = metrics
+        self._api_key = api_key.encode() if api_key is not None else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one request."""
@@ -244,7 +248,7 @@ class Gate:
             if self._is_allowed(scope):
                 await self._app(scope, receive, watched_send)
             else:
-                await _error_response(_unauthorized())(scope, receive, watched_send)
+                await error_response(_unauthorized())(scope, receive, watched_send)
         except Exception:
             status = 500  # sent by the handler outside of us
             raise

@@ -6,12 +6,13 @@ full-length embeddings.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic_core
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
 ErrorType = Literal["invalid_request_error", "rate_limit_error", "server_error"]
+Body = TypeVar("Body", bound=BaseModel)
 
 
 class ApiError(Exception):
@@ -188,6 +189,11 @@ class ErrorResponse(BaseModel):
 
 
 def parse_request(body: bytes) -> EmbeddingRequest:
+    """Parses and validates the body of an embedding request; raises as `parse_body` does."""
+    return parse_body(body, EmbeddingRequest)
+
+
+def parse_body(body: bytes, kind: type[Body]) -> Body:
     """Parses and validates a request body.
 
     Raises:
@@ -201,20 +207,21 @@ def parse_request(body: bytes) -> EmbeddingRequest:
     if not isinstance(values, dict):
         raise ApiError(400, "invalid_type", "the body must be a JSON object")
     try:
-        return EmbeddingRequest.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise _field_error(error) from error
+        raise _field_error(error, kind) from error
 
 
-def _field_error(error: ValidationError) -> ApiError:
+def _field_error(error: ValidationError, kind: type[BaseModel]) -> ApiError:
     # A stray field is reported before a missing one: it is usually the missing one, misspelt.
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     problem = problems[0]
     param = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        known = ", ".join(EmbeddingRequest.model_fields)
-        return ApiError(
-            400, "unknown_field", f"unknown field {param!r}; known: {known}", param=param
-        )
+        known = f"; known: {', '.join(kind.model_fields)}" if len(problem["loc"]) == 1 else ""
+        return ApiError(400, "unknown_field", f"unknown field {param!r}{known}", param=param)
+    if not problem["loc"]:  # a check of several fields; its message names the one at fault
+        message = str(problem["ctx"]["error"])
+        return ApiError(400, "invalid_value", message, param=message.partition(":")[0])
     code = "missing_field" if problem["type"] == "missing" else "invalid_value"
     return ApiError(400, code, f"{param}: {problem['msg']}", param=param)

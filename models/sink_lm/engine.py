@@ -204,7 +204,7 @@ class Engine:
         return generation
 
     def extend(self, session_id: str, tokens: Sequence[int]) -> None:
-        """Appends tokens and reads them, in the caller's thread, between the engine's ticks.
+        """Appends tokens and reads all but the last, in the caller's thread, between ticks.
 
         Raises:
             UnknownSession: there is none.
@@ -215,9 +215,9 @@ class Engine:
             session = self._idle(session_id)
             self._check_tokens(tokens)
             self._append(session_id, session, tokens)
-        while session.pending:
+        while len(session.pending) > 1:
             with self._lock:
-                self._read(self._idle(session_id), min(self._prefill_chunk, len(session.pending)))
+                self._read(session, min(self._prefill_chunk, len(session.pending) - 1))
 
     def fork(self, session_id: str, new_id: str) -> None:
         """Opens a second session with the same stream.
