@@ -1,0 +1,189 @@
+"""The ingress's side of a generation: starts it, pulls what it makes, survives its replica.
+
+Batches are pulled by unary calls. A streaming call would be eager: the replica would run ahead of a
+slow reader without bound, while a generation that nobody pulls pauses by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import dataclasses
+import uuid
+from collections.abc import AsyncGenerator
+from typing import Any, TypeVar
+
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+from serve.lm_contract import LMCard, Piece, Refused, Start, Started, Taken
+from serve.schemas import ApiError, ErrorType, queue_full, server_error
+
+TAKE_WAIT_S = 1.0
+TAKE_TOKENS = 64
+ATTEMPTS = 60
+"""Calls made for one step when replicas die under it; about as many seconds."""
+Result = TypeVar("Result")
+
+
+class LMClient:
+    """Calls the deployment and turns its refusals and failures into API errors.
+
+    Args:
+        handle: Serve handle of `LanguageModel`.
+        persistent: whether sessions outlive a replica.
+    """
+
+    def __init__(self, handle: Any, *, persistent: bool) -> None:
+        self._handle = handle
+        self._persistent = persistent
+        self._cancels: set[asyncio.Task[None]] = set()
+
+    async def describe(self) -> LMCard:
+        """What is served."""
+        card: LMCard = await self._handle.describe.remote()
+        return card
+
+    async def call(self, session_id: str, method: str, *args: Any) -> Any:
+        """Calls a method on the replica that a session belongs to.
+
+        A replica that dies meanwhile is replaced, and the call repeated on the next: every method
+        is safe to repeat (`start` by its request id).
+
+        Raises:
+            ApiError: a refusal, or no replica.
+        """
+        for attempt in range(ATTEMPTS):
+            try:
+                result = await self._call_once(session_id, method, *args)
+            except (RayActorError, DeploymentUnavailableError):
+                if not self._persistent and attempt:
+                    break
+                await asyncio.sleep(min(1.0, 0.05 * 2**attempt))
+                continue
+            except BackPressureError as error:
+                raise queue_full() from error
+            if isinstance(result, Refused):
+                raise api_error(result)
+            return result
+        raise server_error(503, "no_replica", "no model replica could take the request")
+
+    async def answer(self, start: Start) -> Answer:
+        """Starts a generation; raises `ApiError` before anything is generated."""
+        key = start.session_id or uuid.uuid4().hex
+        started: Started = await self.call(key, "start", start)
+        return Answer(self, key, start, started)
+
+    async def take(self, key: str, answer: str) -> Taken | None:
+        """Pulls once; None when the replica that made the answer is gone."""
+        try:
+            taken: Taken | None = await self._call_once(
+                key, "take", answer, TAKE_TOKENS, TAKE_WAIT_S
+            )
+        except (RayActorError, DeploymentUnavailableError):
+            return None
+        return taken
+
+    def cancel(self, key: str, answer: str) -> None:
+        """Ends a generation without waiting for it.
+
+        In a context of its own: what is called from a cancelled request would be cancelled too.
+        """
+
+        async def send() -> None:
+            try:
+                await self._call_once(key, "cancel", answer)
+            except (RayActorError, DeploymentUnavailableError, BackPressureError):
+                return  # gone with its replica, or reaped there for want of a reader
+
+        task = asyncio.get_running_loop().create_task(send(), context=contextvars.Context())
+        self._cancels.add(task)
+        task.add_done_callback(self._cancels.discard)
+
+    async def _call_once(self, session_id: str, method: str, *args: Any) -> Any:
+        handle = self._handle.options(session_id=session_id, method_name=method)
+        return await handle.remote(*args)
+
+
+class Answer:
+    """A generation in progress, whichever replica it runs on.
+
+    Args:
+        client: calls the deployment.
+        key: what routes to the replica.
+        start: how it was started.
+        started: what the replica said.
+    """
+
+    def __init__(self, client: LMClient, key: str, start: Start, started: Started) -> None:
+        self._client, self._key, self._start = client, key, start
+        self.started = started
+        self.session = started.session
+        self._made = 0
+        self._ended: set[int] = set()
+
+    async def pieces(self) -> AsyncGenerator[tuple[Piece, ...], None]:
+        """Yields what is new, nothing where nothing is, until every choice has ended.
+
+        Leaving early cancels the generation, at a token boundary; the session stays.
+        """
+        choices = max(1, len(self._start.feeds) * self._start.n)
+        try:
+            while len(self._ended) < choices:
+                taken = await self._client.take(self._key, self.started.answer)
+                if taken is None or _is_lost(taken):
+                    await self._go_on()
+                    continue
+                self._note(taken)
+                yield taken.pieces
+        finally:
+            if len(self._ended) < choices:
+                self._client.cancel(self._key, self.started.answer)
+
+    def _note(self, taken: Taken) -> None:
+        self.session = taken.session or self.session
+        for piece in taken.pieces:
+            self._made += len(piece.tokens)
+            if piece.tokens:
+                self._position = piece.tokens[-1].position
+            if piece.end is not None:
+                self._ended.add(piece.index)
+
+    async def _go_on(self) -> None:
+        """Starts again where the client stands, on the replica that has the session now."""
+        session_id, limit = self._start.session_id, self._start.options.max_tokens
+        if session_id is None or self.session is None:
+            raise server_error(503, "replica_lost", "the model replica died; send it again")
+        options = self._start.options
+        if limit is not None:
+            options = dataclasses.replace(options, max_tokens=max(1, limit - self._made))
+        position = self.started.position if not self._made else self._position
+        again = Start(
+            request_id=uuid.uuid4().hex,
+            session_id=session_id,
+            feeds=(),
+            options=options,
+            resume_at=position,
+        )
+        self.started = await self._client.call(self._key, "start", again)
+
+
+def _is_lost(taken: Taken) -> bool:
+    return any(piece.end is not None and piece.end.reason == "lost" for piece in taken.pieces)
+
+
+def api_error(refused: Refused) -> ApiError:
+    """The client's view of a refusal."""
+    kind: ErrorType = "invalid_request_error"
+    if refused.status == 429:
+        kind = "rate_limit_error"
+    elif refused.status >= 500:
+        kind = "server_error"
+    return ApiError(
+        refused.status,
+        refused.code,
+        refused.message,
+        param=refused.param,
+        error_type=kind,
+        headers=dict(refused.headers),
+    )

@@ -1,0 +1,239 @@
+"""From a request's body to what the replicas are asked; knows nothing of HTTP or Ray."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from models.sink_lm.tokenizer import Tokenizer
+from serve.lm_contract import Feed, LMCard, Options, Start, is_session_id
+from serve.lm_replies import ChatShape, CompletionShape, Shape
+from serve.lm_schemas import ChatRequest, CompletionRequest, CreateSession, Generate, Message
+from serve.lm_settings import LMSettings
+from serve.schemas import ApiError
+
+DEFAULT_COMPLETION_TOKENS = 16
+_STUB = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A checked request.
+
+    Attributes:
+        start: what to ask the replica.
+        shape: how to write the reply.
+        stream: whether it is streamed.
+        include_usage: whether a stream ends with its usage.
+    """
+
+    start: Start
+    shape: Shape
+    stream: bool
+    include_usage: bool
+
+
+class LanguageService:
+    """Checks requests against the model and makes token ids of prompts.
+
+    Args:
+        settings: the limits.
+        card: the model.
+        tokenizer: the model's.
+    """
+
+    def __init__(self, settings: LMSettings, card: LMCard, tokenizer: Tokenizer) -> None:
+        self.card, self.tokenizer = card, tokenizer
+        self._settings = settings
+
+    def completion(self, request: CompletionRequest, header: str | None) -> Job:
+        """Plans a completion; raises `ApiError` for what is wrong with it."""
+        session_id = self._session(request, header)
+        feeds = tuple(map(self._text_feed, self._prompts(request, session_id)))
+        limit = request.max_tokens
+        if "max_tokens" not in request.model_fields_set:
+            limit = DEFAULT_COMPLETION_TOKENS
+        elif limit is None and not request.stream:
+            raise _invalid("max_tokens", "null, until cancelled, needs stream: true")
+        start = self._start(request, session_id, feeds, limit, request.logprobs)
+        return self._job(request, start, CompletionShape, logprobs=request.logprobs is not None)
+
+    def chat(self, request: ChatRequest, header: str | None) -> Job:
+        """Plans a chat turn; raises `ApiError` for what is wrong with it."""
+        session_id = self._session(request, header)
+        if not request.messages and session_id is None:
+            raise ApiError(400, "empty_input", "messages: none, and no session", param="messages")
+        if request.messages and request.resume_at is not None:
+            raise _invalid("resume_at", "goes on with an answer; send no messages with it")
+        feeds = (self._chat_feed(request.messages),) if request.messages else ()
+        limit = request.max_completion_tokens or request.max_tokens
+        if limit is None and not request.stream:
+            limit = self._settings.max_reply_tokens
+        logprobs = request.top_logprobs if request.logprobs else None
+        start = self._start(request, session_id, feeds, limit, logprobs)
+        return self._job(request, start, ChatShape, logprobs=request.logprobs)
+
+    def pinned(self, request: CreateSession) -> tuple[int, ...]:
+        """Token ids of a session's pinned prefix."""
+        prefix = request.pin_prefix
+        if prefix is None:
+            return ()
+        if isinstance(prefix, str):
+            ids = self._text_feed(prefix).start
+        else:
+            ids = self._template(prefix, add_generation_prompt=False)
+        self._check_length(ids, "pin_prefix")
+        if not 0 < len(ids) <= self.card.capacity - 2:
+            limit = self.card.capacity - 2
+            raise _invalid("pin_prefix", f"{len(ids)} tokens; 1 to {limit} can be pinned")
+        return ids
+
+    def check_model(self, name: str | None) -> None:
+        """Raises a 404 for any name but the served model's."""
+        if name is not None and name != self.card.name:
+            message = f"the model {name!r} does not exist; this server has {self.card.name!r}"
+            raise ApiError(404, "model_not_found", message, param="model")
+
+    def check_tokens(self, ids: Sequence[int], param: str) -> None:
+        """Raises a 400 for a token id the model does not have."""
+        for index, token in enumerate(ids):
+            if token >= self.card.vocab_size:
+                where = f"{param}[{index}]"
+                raise _invalid(where, f"{token} is not below {self.card.vocab_size}")
+
+    def tokenize(self, prompt: str | None, messages: Sequence[Message] | None, **how: bool) -> Any:
+        """Token ids of a text or of messages."""
+        if messages is not None:
+            return self._template(messages, add_generation_prompt=how["add_generation_prompt"])
+        bos = how["add_special_tokens"] and self.tokenizer.adds_bos
+        return self.tokenizer.encode(prompt or "", bos=bos)
+
+    def _session(self, request: Generate, header: str | None) -> str | None:
+        self.check_model(request.model)
+        session_id = request.session_id or header
+        if request.session_id and header and request.session_id != header:
+            raise _invalid("session_id", "differs from the header X-Session-ID")
+        if session_id is not None and not is_session_id(session_id):
+            raise _invalid("session_id", f"{session_id[:40]!r} cannot be a session's name")
+        if session_id is not None and request.n > 1:
+            raise _invalid("n", "a session has one stream; fork it for more answers")
+        if session_id is None and request.resume_at is not None:
+            raise _invalid("resume_at", "needs a session")
+        return session_id
+
+    def _prompts(self, request: CompletionRequest, session_id: str | None) -> list[Any]:
+        """The prompts, as text or ids; empty to go on with a session."""
+        prompt = request.prompt
+        several = isinstance(prompt, list) and any(isinstance(part, str | list) for part in prompt)
+        prompts: list[Any] = list(prompt) if several else [prompt]
+        if several and session_id is not None:
+            raise _invalid("prompt", "a session takes one prompt at a time")
+        if not any(prompts) and session_id is not None:
+            return []
+        if request.resume_at is not None:
+            raise _invalid("resume_at", "goes on with an answer; send no prompt with it")
+        for index, part in enumerate(prompts):
+            if not part:
+                where = f"prompt[{index}]" if several else "prompt"
+                raise ApiError(400, "empty_input", f"{where} is empty", param=where)
+        return prompts
+
+    def _text_feed(self, prompt: str | list[int]) -> Feed:
+        if isinstance(prompt, str):
+            ids = tuple(self.tokenizer.encode(prompt, bos=False))
+            start = tuple(self.tokenizer.encode(prompt, bos=self.tokenizer.adds_bos))
+        else:
+            self.check_tokens(prompt, "prompt")
+            ids = start = tuple(prompt)  # ids are taken as they are
+        self._check_length(ids, "prompt")
+        return Feed(start=start, follow=ids)
+
+    def _chat_feed(self, messages: Sequence[Message]) -> Feed:
+        """What follows an earlier turn is the template's text after that turn's last words.
+
+        Found by rendering the messages behind a made-up exchange, whose own text is then cut off:
+        so the template's default system prompt and its start tokens are not sent again.
+        """
+        start = self._template(messages)
+        stub = tuple(self.tokenizer.chat(list(_STUB), add_generation_prompt=False))
+        both = tuple(self.tokenizer.chat([*_STUB, *(m.plain() for m in messages)]))
+        if both[: len(stub)] != stub:
+            raise _invalid("messages", "this model's template cannot go on after earlier messages")
+        ends = [i for i, token in enumerate(stub) if token in self.tokenizer.eos_ids]
+        cut = ends[-1] if ends else len(stub)
+        self._check_length(start, "messages")
+        return Feed(start=start, follow=both[cut:], ending=stub[cut:])
+
+    def _template(self, messages: Sequence[Message], **how: bool) -> tuple[int, ...]:
+        plain = [message.plain() for message in messages]
+        try:
+            return tuple(self.tokenizer.chat(plain, **how))
+        except ValueError as error:
+            raise ApiError(400, "invalid_messages", str(error), param="messages") from error
+
+    def _check_length(self, ids: Sequence[int], param: str) -> None:
+        limit = self._settings.max_prompt_tokens
+        if len(ids) > limit:
+            message = f"{param}: {len(ids)} tokens; this server takes {limit}"
+            raise ApiError(400, "prompt_too_long", message, param=param)
+
+    def _start(
+        self,
+        request: Generate,
+        session_id: str | None,
+        feeds: tuple[Feed, ...],
+        limit: int | None,
+        logprobs: int | None,
+    ) -> Start:
+        self._check_limits(request, len(feeds), limit)
+        bias = {int(token): value for token, value in request.logit_bias.items()}
+        self.check_tokens(tuple(bias), "logit_bias")
+        self.check_tokens(request.stop_token_ids, "stop_token_ids")
+        options = Options(
+            max_tokens=limit,
+            stop=request.stops(),
+            stop_token_ids=tuple(request.stop_token_ids),
+            logit_bias=bias,
+            logprobs=logprobs,
+            **{name: getattr(request, name) for name in _PLAIN_OPTIONS},
+        )
+        return Start(
+            request_id=uuid.uuid4().hex,
+            session_id=session_id,
+            feeds=feeds,
+            options=options,
+            n=request.n,
+            resume_at=request.resume_at,
+        )
+
+    def _check_limits(self, request: Generate, prompts: int, limit: int | None) -> None:
+        settings = self._settings
+        if prompts * request.n > settings.max_choices:
+            param = "n" if request.n > 1 else "prompt"
+            raise _invalid(param, f"more than {settings.max_choices} answers in one request")
+        if not request.stream and limit is not None and limit > settings.max_reply_tokens:
+            message = f"more than {settings.max_reply_tokens} need stream: true"
+            raise _invalid("max_tokens", message)
+        if limit is not None and request.min_tokens > limit:
+            raise _invalid("min_tokens", f"{request.min_tokens} exceed max_tokens {limit}")
+
+    def _job(self, request: Generate, start: Start, kind: type[Shape], *, logprobs: bool) -> Job:
+        card = self.card
+        return Job(
+            start=start,
+            shape=kind(card.name, card.fingerprint, self.tokenizer.token_bytes, logprobs=logprobs),
+            stream=request.stream,
+            include_usage=request.stream_options.include_usage,
+        )
+
+
+_PLAIN_OPTIONS = (
+    *("ignore_eos", "min_tokens", "temperature", "top_p", "top_k", "min_p", "seed"),
+    *("presence_penalty", "frequency_penalty"),
+)
+
+
+def _invalid(param: str, message: str) -> ApiError:
+    return ApiError(400, "invalid_value", f"{param}: {message}", param=param)

@@ -1,0 +1,89 @@
+"""Arguments of `serve.lm_app:build_app`: typed, with a default for everything but the model.
+
+`serve run serve.lm_app:build_app model=DIR key=value ...`, or `args` in serve/lm_config.yaml. A key
+that is not here is refused by name.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class LMSettings(BaseModel):
+    """What to serve, how much of it, and every limit."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    model: str = Field(min_length=1)
+    """Hugging Face folder or hub id (safetensors), `.gguf` file, or a folder that holds one."""
+    name: str | None = None
+    """Name clients ask for; None takes the model's last path component."""
+    store: str | None = None
+    """Folder on all nodes, or fsspec URL (`s3://...`), where sessions are kept. None keeps them in
+    memory: they then end with their replica, and none can be resumed or swapped out."""
+
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Type of weights, keys and values."""
+    sessions: int = Field(16, ge=1)
+    """Slabs: sessions one replica can generate for at the same time."""
+    cache: int = Field(1024, ge=2)
+    """Tokens a session sees at most: sinks and window."""
+    sinks: int = Field(4, ge=0)
+    """Sink tokens of a session that does not choose."""
+    prefill_chunk: int = Field(256, ge=1)
+    """Prompt tokens processed at once, between two decode steps of the other sessions."""
+    threads: int | None = Field(None, ge=1)
+    """Torch threads of a replica on CPU; None takes every core the process may use."""
+
+    num_replicas: int = Field(1, ge=1)
+    """Model replicas; a session stays with one."""
+    ingress_replicas: int = Field(1, ge=1)
+    """HTTP replicas."""
+    cpus: float = Field(1.0, ge=0)
+    """CPUs Ray reserves per model replica (a reservation; `threads` is what is used)."""
+    gpus: float = Field(0.0, ge=0)
+    """GPUs per model replica; 0 runs on CPU."""
+    ingress_cpus: float = Field(0.5, ge=0)
+    """CPUs Ray reserves per ingress replica."""
+
+    snapshot_every: int = Field(4096, ge=1)
+    """Tokens between two snapshots of a session's keys and values."""
+    session_ttl_s: float | None = Field(86_400.0, gt=0)
+    """Idle seconds until a session is deleted, unless it chose; None keeps them."""
+    max_buffered: int = Field(64, ge=1)
+    """Tokens a generation may be ahead of its reader before it pauses."""
+    reader_timeout_s: float = Field(30.0, gt=0)
+    """A generation that nobody reads for so long is cancelled (its ingress died)."""
+
+    max_request_bytes: int = Field(8_388_608, ge=1)
+    """Bytes of one request body; more is a 413."""
+    max_prompt_tokens: int = Field(1_000_000, ge=1)
+    """Tokens of one prompt; more is a 400."""
+    max_reply_tokens: int = Field(4096, ge=1)
+    """Tokens of a reply that is not streamed, and its limit where none is given."""
+    max_choices: int = Field(8, ge=1)
+    """Answers of one request: prompts times `n`."""
+    max_stream_bytes: int | None = Field(16_777_216, ge=1)
+    """Bytes of one streamed reply; then it ends with `length` and the session can go on. Bounds
+    what a client that does not read costs (docs/streaming_http.md); None for no limit."""
+    max_requests: int = Field(256, ge=1)
+    """Requests an ingress replica holds at once."""
+    timeout_s: float = Field(600.0, gt=0)
+    """Seconds for a reply that is not streamed; then a 504."""
+    ping_s: float = Field(15.0, gt=0)
+    """Silence after which a stream sends a comment, so that proxies keep it open."""
+
+    api_key_env: str | None = None
+    """Environment variable, in the ingress replicas, that holds the API key; None serves anyone."""
+    access_log: bool = False
+    """One log line per request from Ray Serve."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.sinks > self.cache - 2:
+            raise ValueError(f"sinks ({self.sinks}) leave no window in a cache of {self.cache}")
+        if self.max_choices > self.sessions:
+            raise ValueError(f"max_choices ({self.max_choices}) exceeds sessions ({self.sessions})")
+        return self
