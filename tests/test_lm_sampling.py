@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from models.sink_lm.sampling import Sampler, Sampling, allowed, choose
+from models.sink_lm.sampling import Sampler, Sampling, allowed, choose, draw
 from models.sink_lm.stops import StopMatcher
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5])
@@ -55,6 +55,48 @@ def test_cuts_keep_exactly_these(rules: dict, kept: set[int]) -> None:
     torch.testing.assert_close(probabilities[sorted(kept)], mine)
 
 
+def reference_nucleus(logits: torch.Tensor, top_k: int, top_p: float) -> set[int]:
+    """Token by token: take the likeliest until they are top_k, or sum to top_p of the top_k."""
+    order = sorted(range(len(logits)), key=lambda token: -float(logits[token]))[: top_k or None]
+    weights = torch.softmax(logits.double(), 0)[order]
+    kept, total = set[int](), 0.0
+    for token, weight in zip(order, (weights / weights.sum()).tolist(), strict=True):
+        if total >= top_p:
+            break
+        kept.add(token)
+        total += weight
+    return kept
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 4.0])
+@pytest.mark.parametrize(
+    "rules", [(0, 0.9), (0, 0.3), (5, 0.9), (1500, 1.0), (1500, 0.95), (40, 1.0)]
+)
+def test_cuts_of_a_large_vocabulary(spread: float, rules: tuple[int, float]) -> None:
+    """Nuclei within the sorted head, and far beyond it, beside a row of another kind."""
+    torch.manual_seed(0)
+    logits, (top_k, top_p) = torch.randn(2, 5000) * spread, rules
+    found = allowed(logits, [Sampling(top_k=top_k, top_p=top_p), Sampling()])
+    assert (found[1] > 0).all()
+    kept, mine = (
+        reference_nucleus(logits[0], top_k, top_p),
+        set(found[0].nonzero().flatten().tolist()),
+    )
+    # Float32 weights may put the border one token further.
+    assert len(kept ^ mine) <= 1
+
+
+def test_draws_use_the_whole_range() -> None:
+    weights = torch.tensor([[0.0, 1.0, 0.0, 3.0, 0.0]])
+    for uniform, token in [(0.0, 1), (0.2499, 1), (0.2501, 3), (1 - 2**-53, 3)]:
+        assert draw(weights, [uniform]) == [token]
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-6])
+def test_next_to_no_temperature_is_greedy(temperature: float) -> None:
+    assert one(Sampling(temperature=temperature, seed=0), LOGITS * 100) == 0
+
+
 def test_rows_keep_their_own_rules_and_noise() -> None:
     """What a row draws does not depend on who shares its batch."""
     rules = [Sampling(seed=1), Sampling(temperature=0), Sampling(seed=2, top_k=3)]
@@ -97,6 +139,11 @@ def test_logprobs_are_of_the_untouched_logits() -> None:
         {"min_p": 2},
         {"top_k": -1},
         {"logprobs": -1},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"presence_penalty": math.nan},
+        {"frequency_penalty": math.inf},
+        {"logit_bias": {1: math.nan}},
     ],
 )
 def test_rules_out_of_range_are_refused_by_name(bad: dict) -> None:

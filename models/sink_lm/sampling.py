@@ -1,19 +1,23 @@
 """From logits to the next token, each row of a batch by its own rules.
 
 Order, as the OpenAI-compatible servers have it: logit bias and penalties, temperature, min_p, top_k,
-top_p. Noise comes from a generator of each answer, so what a session draws does not depend on who
-shares its batch.
+top_p. A draw takes one random number, from a generator of each answer, so what a session draws does
+not depend on who shares its batch.
 
-Legend: B rows, V vocabulary, K rows that draw.
+Legend: B rows, V vocabulary, K rows that draw, C likeliest tokens.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+HEAD = 1024
+"""Likeliest tokens that are sorted for top_k and top_p; the rest only where these are too few."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +49,11 @@ class Sampling:
         Raises:
             ValueError: names the field.
         """
+        for name in ("temperature", "presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
+        if not all(map(math.isfinite, self.logit_bias.values())):
+            raise ValueError("logit_bias must be finite")
         if self.temperature < 0:
             raise ValueError(f"temperature must be at least 0, got {self.temperature}")
         if not 0 < self.top_p <= 1:
@@ -86,11 +95,15 @@ class Sampler:
         self._bias = torch.tensor(list(sampling.logit_bias.values()))
         self._penalised = bool(sampling.presence_penalty or sampling.frequency_penalty)
         self._counts: dict[int, int] = {}
-        self.generator = torch.Generator()
+        self._generator = torch.Generator()
         if sampling.seed is None:
-            self.generator.seed()
+            self._generator.seed()
         else:
-            self.generator.manual_seed(sampling.seed % 2**63)
+            self._generator.manual_seed(sampling.seed % 2**63)
+
+    def uniform(self) -> float:
+        """The answer's next random number, in [0, 1)."""
+        return torch.rand((), dtype=torch.float64, generator=self._generator).item()
 
     @property
     def is_plain(self) -> bool:
@@ -140,14 +153,19 @@ def _choose_by_rules(logits_BV: Tensor, samplers: Sequence[Sampler]) -> list[int
     drawing = [row for row, s in enumerate(samplers) if s.sampling.temperature > 0]
     if drawing:
         probabilities_KV = allowed(adjusted_BV[drawing], [samplers[i].sampling for i in drawing])
-        noise_KV = torch.empty_like(probabilities_KV)
-        for noise_V, row in zip(noise_KV, drawing, strict=True):
-            noise_V.exponential_(generator=samplers[row].generator)
-        # The smallest of independent exponential times with these rates: a draw without a sum.
-        drawn = (probabilities_KV / noise_KV).argmax(-1).tolist()
-        for row, token in zip(drawing, drawn, strict=True):
+        uniform_K = [samplers[row].uniform() for row in drawing]
+        for row, token in zip(drawing, draw(probabilities_KV, uniform_K), strict=True):
             tokens[row] = token
     return tokens
+
+
+def draw(weights_KV: Tensor, uniform_K: Sequence[float]) -> list[int]:
+    """Draws a token a row in proportion to its weights, from a random number in [0, 1) each."""
+    sums_KV = weights_KV.double().cumsum(-1)
+    aim_K1 = torch.tensor(uniform_K, dtype=torch.float64)[:, None] * sums_KV[:, -1:]
+    # The first sum above the aim: never a token of weight 0, which adds nothing to the one before.
+    drawn_K1 = torch.searchsorted(sums_KV, aim_K1, right=True)
+    return drawn_K1.clamp(max=weights_KV.shape[1] - 1).flatten().tolist()
 
 
 def allowed(logits_KV: Tensor, rules: Sequence[Sampling]) -> Tensor:
@@ -164,21 +182,33 @@ def allowed(logits_KV: Tensor, rules: Sequence[Sampling]) -> Tensor:
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=logits_KV.dtype)[:, None]
 
-    vocab = logits_KV.shape[1]
-    probabilities_KV = torch.softmax(logits_KV / column([r.temperature for r in rules]), dim=-1)
-    floor = column([r.min_p for r in rules]) * probabilities_KV.amax(-1, keepdim=True)
-    probabilities_KV = probabilities_KV.masked_fill(probabilities_KV < floor, 0)
-    if all(not rule.top_k and rule.top_p == 1 for rule in rules):
-        return probabilities_KV
-    sorted_KV, order_KV = probabilities_KV.sort(stable=True, dim=-1, descending=True)
-    rank_V = torch.arange(vocab)
-    cut_KV = rank_V >= column([rule.top_k or vocab for rule in rules])
-    kept_KV = sorted_KV.masked_fill(cut_KV, 0)
-    kept_KV = kept_KV / kept_KV.sum(-1, keepdim=True)
-    before_KV = kept_KV.cumsum(-1) - kept_KV
-    # The likeliest always stays: nothing comes before it.
-    cut_KV |= (before_KV >= column([rule.top_p for rule in rules])) & (rank_V > 0)
-    return torch.zeros_like(sorted_KV).scatter(-1, order_KV, sorted_KV.masked_fill(cut_KV, 0))
+    # Less the largest, so that no temperature makes an infinity; 1e-30 is as good as zero.
+    logits_KV = logits_KV - logits_KV.amax(-1, keepdim=True)
+    temperatures_K1 = column([max(rule.temperature, 1e-30) for rule in rules])
+    probabilities_KV = torch.softmax(logits_KV / temperatures_K1, dim=-1)
+    if any(rule.min_p for rule in rules):
+        floor_K1 = column([rule.min_p for rule in rules]) * probabilities_KV.amax(-1, keepdim=True)
+        probabilities_KV = probabilities_KV.masked_fill(probabilities_KV < floor_K1, 0)
+    ranked = [row for row, rule in enumerate(rules) if rule.top_k or rule.top_p < 1]
+    for row in ranked:  # each by itself: who shares the batch must not decide how ties are sorted
+        probabilities_KV[row] = _cut(probabilities_KV[row], rules[row])
+    return probabilities_KV
+
+
+def _cut(probabilities_V: Tensor, rule: Sampling) -> Tensor:
+    """Zeroes what top_k and then top_p cut; the likeliest always stays."""
+    vocab = len(probabilities_V)
+    top_k = min(rule.top_k or vocab, vocab)
+    kept_C, ids_C = probabilities_V.topk(min(HEAD, top_k))
+    if len(kept_C) < top_k and kept_C.sum() < rule.top_p * probabilities_V.sum():
+        sorted_V, order_V = probabilities_V.sort(descending=True, stable=True)
+        kept_C, ids_C = sorted_V[:top_k], order_V[:top_k]
+    if rule.top_p < 1:
+        mass = kept_C.sum() if len(kept_C) == top_k else probabilities_V.sum()
+        before_C = kept_C.cumsum(-1, dtype=torch.float64) - kept_C
+        before_C[0] = -1
+        kept_C = kept_C.masked_fill(before_C >= rule.top_p * mass, 0)
+    return torch.zeros_like(probabilities_V).scatter(-1, ids_C, kept_C)
 
 
 def _with_logprobs(logits_V: Tensor, count: int | None, token: int) -> Choice:
