@@ -33,6 +33,9 @@ class ByteTokenizer:
     def encode(self, text: str, *, bos: bool = False) -> list[int]:
         return list(text.encode())
 
+    def decode(self, ids: list[int]) -> str:
+        return bytes(token for token in ids if token < EOS).decode(errors="replace")
+
     def stream(self) -> ByteStream:
         return ByteStream()
 
