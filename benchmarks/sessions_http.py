@@ -1,0 +1,154 @@
+"""Endless sessions over HTTP: errors, time between tokens, memory.
+
+    PYTHONPATH=. python benchmarks/sessions_http.py --model data/smollm2 --sessions 32 --seconds 300
+
+Starts the language model's Serve application, opens that many sessions with a pinned prefix each,
+streams all of them at once without a token limit for the given time, then disconnects. Resident
+memory is that of the model's and the ingress's replica and of the proxy, read every few seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import ray
+import torch
+import tyro
+from ray import serve as ray_serve
+
+from serve.lm_app import build_app
+from serve.lm_settings import LMSettings
+
+PROMPT = "Once upon a time, in a town by the sea, there lived a girl number "
+PROCESSES = ("LanguageModel", "LMIngress", "ProxyActor")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    model: str
+    sessions: int = 32
+    seconds: float = 300
+    cache: int = 256
+    threads: int = 2
+    port: int = 8123
+    json: Path | None = None
+
+
+@dataclass
+class Readings:
+    gaps_s: list[float] = field(default_factory=list)
+    tokens: int = 0
+    errors: list[str] = field(default_factory=list)
+    memory_mib: list[dict[str, float]] = field(default_factory=list)
+
+
+def resident_mib() -> dict[str, float]:
+    """Resident memory of the Serve processes, by the name Ray gives them."""
+    found = dict.fromkeys(PROCESSES, 0.0)
+    for process in Path("/proc").iterdir():
+        try:
+            title = (process / "cmdline").read_bytes().decode(errors="replace")
+            pages = int((process / "statm").read_text().split()[1])
+        except (OSError, ValueError, IndexError):
+            continue
+        for name in PROCESSES:
+            if title.startswith("ray::") and name in title:
+                found[name] += pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return found
+
+
+async def stream(client: httpx.AsyncClient, number: int, until: float, readings: Readings) -> None:
+    body = {
+        "prompt": f"{PROMPT}{number}.",
+        "session_id": f"bench-{number}",
+        "max_tokens": None,
+        "stream": True,
+        "temperature": 0.8,
+        "seed": number,
+    }
+    last: float | None = None
+    async with client.stream("POST", "/v1/completions", json=body) as reply:
+        if reply.status_code != 200:
+            readings.errors.append(f"{reply.status_code} {await reply.aread()!r}")
+            return
+        async for line in reply.aiter_lines():
+            now = time.perf_counter()
+            if line.startswith("data: {"):
+                data = json.loads(line[6:])
+                if "error" in data:
+                    readings.errors.append(line)
+                    return
+                if last is not None:
+                    readings.gaps_s.append(now - last)
+                last = now
+                readings.tokens += 1
+            if now > until:
+                return
+
+
+async def watch(until: float, readings: Readings) -> None:
+    while time.perf_counter() < until:
+        readings.memory_mib.append(resident_mib())
+        await asyncio.sleep(5)
+
+
+async def measure(cfg: Config) -> Readings:
+    readings = Readings()
+    limits = httpx.Limits(max_connections=cfg.sessions + 1)
+    base = f"http://127.0.0.1:{cfg.port}"
+    async with httpx.AsyncClient(base_url=base, timeout=None, limits=limits) as client:
+        until = time.perf_counter() + cfg.seconds
+        tasks = [stream(client, number, until, readings) for number in range(cfg.sessions)]
+        await asyncio.gather(watch(until, readings), *tasks)
+    return readings
+
+
+def summary(cfg: Config, readings: Readings) -> dict[str, object]:
+    gaps = torch.tensor(readings.gaps_s).sort().values
+    steady = readings.memory_mib[len(readings.memory_mib) // 5 :]
+    return {
+        "sessions": cfg.sessions,
+        "seconds": cfg.seconds,
+        "events": readings.tokens,
+        "events_per_s": readings.tokens / cfg.seconds,
+        "errors": readings.errors,
+        "gap_ms": {
+            str(q): float(gaps[min(int(q * len(gaps)), len(gaps) - 1)]) * 1e3
+            for q in (0.5, 0.9, 0.99, 1.0)
+        },
+        "memory_mib": {
+            name: {"after_a_fifth": steady[0][name], "end": steady[-1][name]} for name in PROCESSES
+        },
+    }
+
+
+def main(cfg: Config) -> None:
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    with tempfile.TemporaryDirectory() as store:
+        settings = LMSettings(
+            model=cfg.model,
+            store=store,
+            sessions=cfg.sessions,
+            cache=cfg.cache,
+            threads=cfg.threads,
+            max_requests=cfg.sessions + 8,
+        )
+        ray_serve.start(http_options={"port": cfg.port})
+        ray_serve.run(build_app(settings), name="lm")
+        report = summary(cfg, asyncio.run(measure(cfg)))
+        print(json.dumps(report, indent=2))
+        if cfg.json:
+            cfg.json.write_text(json.dumps(report, indent=2) + "\n")
+        ray_serve.shutdown()
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
