@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+import time
+import tracemalloc
+
 import pytest
 from lm_helpers import EOS, ByteTokenizer, scripted_llama, tiny_llama
 
@@ -253,3 +258,154 @@ def test_seeds_repeat_whoever_shares_the_batch() -> None:
         return ids(run(engine, engine.submit("me", list(b"me"), ask(20, sampling=sampling)))[0])
 
     assert tokens(0) == tokens(3)
+
+
+def test_nothing_ends_an_answer_before_min_tokens() -> None:
+    engine = make(scripted_llama("abcdefg"))
+    engine.open("a")
+    rules = ask(20, stop=("b", "fg"), min_tokens=4, ignore_eos=False)
+    events = run(engine, engine.submit("a", list(b"a"), rules))[0]
+    assert "".join(event.text for event in events) == "bcde"
+    assert events[-1] == EndEvent("stop", "fg", "", 1, 6)
+    engine.open("b")
+    rules = ask(7, min_tokens=3, ignore_eos=False, stop_token_ids=(ord("g"), 99_999))
+    found = ids(run(engine, engine.submit("b", list(b"e"), rules))[0])
+    assert found[0] == ord("f")
+    assert not {ord("g"), EOS} & set(found[:3])
+    assert len(found) > 3
+
+
+@pytest.mark.parametrize("bad", [{"max_tokens": 0}, {"max_tokens": -1}, {"min_tokens": -1}])
+def test_requests_out_of_range_are_refused_by_name(bad: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        GenerationRequest(**bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bad", ["prefill_chunk", "max_buffered"])
+def test_sizes_that_would_stand_still_are_refused(bad: str) -> None:
+    with pytest.raises(ValueError, match=bad):
+        make(**{bad: 0})
+
+
+def test_a_journal_that_fails_ends_one_answer_and_shows_nothing_unwritten() -> None:
+    log: dict[str, list[int]] = {name: [] for name in ("one", "two", "three")}
+
+    def journal(name: str, tokens: list[int]) -> None:
+        if name == "two" and len(log["two"]) == 8:
+            raise OSError("disk full")
+        log[name] += tokens
+
+    engine = make(journal=journal)
+    generations = []
+    for name in log:
+        engine.open(name)
+        generations.append(engine.submit(name, list(b"hello"), ask(10)))
+    one, two, three = run(engine, *generations)
+    assert ids(one) == ids(three) == alone(b"hello", 10)
+    assert ids(two) == log["two"][5:] == alone(b"hello", 3)
+    assert (two[-1].reason, two[-1].message) == ("error", "OSError: disk full")
+    assert engine.info("two").position == 8
+    log["two"].pop()  # the disk has room again
+    more = ids(run(engine, engine.submit("two", list(b"more"), ask(4)))[0])
+    assert more == alone(b"hello" + bytes(ids(two)) + b"more", 4)
+
+
+def test_a_reader_that_cannot_be_told_is_gone() -> None:
+    def notify() -> None:
+        raise RuntimeError("Event loop is closed")
+
+    engine = make()
+    engine.open("a")
+    engine.open("b")
+    gone, here = engine.submit("a", [1], ask(None)), engine.submit("b", [1], ask(9))
+    gone.notify = notify
+    assert len(ids(run(engine, here)[0])) == 9
+    assert gone.take()[-1].reason == "cancelled"
+    assert not engine.info("a").busy
+
+
+def test_a_damaged_state_takes_no_slab() -> None:
+    engine, other = make(), make(sessions=1)
+    engine.open("a")
+    run(engine, engine.submit("a", list(b"prompt"), ask(3)))
+    state = engine.export("a")
+    for name in state:
+        with pytest.raises(ValueError, match=name):
+            other.restore("b", {key: value for key, value in state.items() if key != name})
+    with pytest.raises(ValueError, match="keys"):
+        other.restore("b", state | {"keys": state["keys"].half()})
+    with pytest.raises(ValueError, match="token 999"):
+        other.restore("b", state, [999])
+    assert (other.slabs.free, other.sessions()) == (1, [])
+
+
+def test_a_restored_tail_is_read_before_anyone_asks() -> None:
+    engine = make()
+    engine.open("a")
+    engine.restore("b", engine.export("a"), list(b"a tail of several chunks"))
+    while engine.tick():
+        pass
+    assert engine.slabs.length(1) == 23
+    assert engine.info("b").position == 24
+    found = ids(run(engine, engine.submit("b", [], ask(5)))[0])
+    assert found == alone(b"a tail of several chunks", 5)
+
+
+def test_a_busy_loop_of_ticks_lets_others_in() -> None:
+    """Without the door a caller waits for dozens of ticks, now and then for hundreds."""
+    engine, seen, stop = make(), [0], threading.Event()
+    decode = engine.model.decode
+
+    def slow(*args: object) -> object:
+        seen[0] += 1
+        time.sleep(0.005)
+        return decode(*args)  # type: ignore[arg-type]
+
+    engine.model.decode = slow  # type: ignore[assignment,method-assign]
+    engine.open("a")
+    generation = engine.submit("a", [1], ask(None))
+
+    def loop() -> None:
+        while not stop.is_set():
+            engine.tick()
+            generation.take(1000)
+
+    thread = threading.Thread(target=loop)
+    thread.start()
+    try:
+        waited = []
+        for _ in range(20):
+            before = seen[0]
+            engine.info("a")
+            waited.append(seen[0] - before)
+            time.sleep(0.003)
+    finally:
+        stop.set()
+        thread.join()
+    assert seen[0] > 10
+    assert max(waited) <= 3
+
+
+def test_nothing_grows_with_a_stream() -> None:
+    rules = Sampling(seed=1, temperature=1.5, frequency_penalty=0.1, top_p=0.9, logprobs=2)
+    engine = make()
+    engine.open("a")
+    generation = engine.submit("a", [1], ask(None, sampling=rules, stop=("never", "nor this")))
+
+    def go_on(count: int) -> int:
+        for _ in range(count):
+            engine.tick()
+            generation.take()
+        gc.collect()
+        # Ours alone: in a whole run of the suite, Ray's threads allocate in this process too.
+        ours = tracemalloc.Filter(inclusive=True, filename_pattern="*/sink_lm/*")
+        traces = tracemalloc.take_snapshot().filter_traces([ours])
+        return sum(trace.size for trace in traces.traces)
+
+    tracemalloc.start()
+    try:
+        before = go_on(400)
+        assert go_on(800) - before < 20_000
+    finally:
+        tracemalloc.stop()
+    assert engine.info("a").position == 1 + 1200

@@ -9,11 +9,12 @@ with a stream: its tokens are in the journal.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -21,65 +22,19 @@ from torch import Tensor
 from models.sink_lm.cache import NoFreeSlab
 from models.sink_lm.generation import EndEvent, Generation, GenerationRequest, TokenEvent
 from models.sink_lm.llama import Llama
-from models.sink_lm.sampling import choose
+from models.sink_lm.sampling import Choice, choose
+from models.sink_lm.session import (
+    Session,
+    SessionBusy,
+    SessionExists,
+    SessionInfo,
+    UnknownSession,
+)
 from models.sink_lm.tokenizer import Tokenizer
 
 Journal = Callable[[str, Sequence[int]], None]
 
-
-class UnknownSession(KeyError):
-    """No such session here."""
-
-
-class SessionExists(ValueError):
-    """A session of that name is here already."""
-
-
-class SessionBusy(RuntimeError):
-    """The session is generating."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SessionInfo:
-    """A session, seen from outside.
-
-    Attributes:
-        position: tokens in the stream.
-        cached_tokens: of those, the ones in the cache or about to be.
-        evicted_tokens: the others.
-        sinks: tokens at the start that stay.
-        window: recent tokens a new one sees besides itself.
-        bytes: of its slab.
-        busy: whether it generates.
-        idle_s: seconds since it last did anything.
-    """
-
-    position: int
-    cached_tokens: int
-    evicted_tokens: int
-    sinks: int
-    window: int
-    bytes: int
-    busy: bool
-    idle_s: float
-
-
-@dataclass
-class _Session:
-    slot: int
-    pending: deque[int] = field(default_factory=deque)
-    generation: Generation | None = None
-    used_at: float = field(default_factory=time.monotonic)
-
-    @property
-    def busy(self) -> bool:
-        return self.generation is not None
-
-    @property
-    def is_running(self) -> bool:
-        """Whether the next tick has work for it."""
-        generation = self.generation
-        return generation is not None and (generation.cancelled or not generation.is_paused)
+log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -92,7 +47,12 @@ class Engine:
         capacity: tokens a session sees at most, see `Slabs`.
         prefill_chunk: prompt tokens read between two decode steps.
         max_buffered: unread events of an answer at which its session pauses.
-        journal: called with a session's name and new tokens before anyone sees them.
+        journal: called with a session's name and new tokens before anyone sees them. If it raises,
+            they are not in the stream: `submit` and `extend` raise too, an answer ends as `error`.
+            Like an answer's `notify` it may be called within a tick and must not call the engine.
+
+    Raises:
+        ValueError: a size below 1.
     """
 
     def __init__(
@@ -106,14 +66,26 @@ class Engine:
         max_buffered: int = 256,
         journal: Journal | None = None,
     ) -> None:
+        for name, size in (("prefill_chunk", prefill_chunk), ("max_buffered", max_buffered)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
         self.model, self.tokenizer = model, tokenizer
         self.slabs = model.slabs(sessions=sessions, capacity=capacity)
         self._prefill_chunk, self._max_buffered = prefill_chunk, max_buffered
         self._journal = journal
-        self._sessions: dict[str, _Session] = {}
+        self._sessions: dict[str, Session] = {}
         self._turn: deque[str] = deque()  # sessions whose prompt is being read, in turn
-        self._lock = threading.RLock()
+        self._door, self._lock = threading.RLock(), threading.RLock()
         self._work = threading.Event()
+
+    @contextmanager
+    def _between_ticks(self) -> Iterator[None]:
+        """The engine to oneself, after the tick in progress: the next one waits at the door.
+
+        With the lock alone, a loop of ticks takes it again before any other thread wakes up.
+        """
+        with self._door, self._lock:
+            yield
 
     def open(self, session_id: str, *, sinks: int = 4) -> None:
         """Starts an empty stream.
@@ -123,10 +95,10 @@ class Engine:
             NoFreeSlab: every slab is in use.
             ValueError: more sinks than leave a window.
         """
-        with self._lock:
+        with self._between_ticks():
             if session_id in self._sessions:
                 raise SessionExists(session_id)
-            self._sessions[session_id] = _Session(self.slabs.allocate(sinks))
+            self._sessions[session_id] = Session(self.slabs.allocate(sinks))
 
     def close(self, session_id: str) -> None:
         """Ends a session; what it generates ends as cancelled.
@@ -134,7 +106,7 @@ class Engine:
         Raises:
             UnknownSession: there is none.
         """
-        with self._lock:
+        with self._between_ticks():
             session = self._get(session_id)
             if session.generation is not None:
                 session.generation.end("cancelled")
@@ -143,7 +115,7 @@ class Engine:
 
     def sessions(self) -> list[str]:
         """Names, longest unused first."""
-        with self._lock:
+        with self._between_ticks():
             return sorted(self._sessions, key=lambda name: self._sessions[name].used_at)
 
     def info(self, session_id: str) -> SessionInfo:
@@ -152,7 +124,7 @@ class Engine:
         Raises:
             UnknownSession: there is none.
         """
-        with self._lock:
+        with self._between_ticks():
             session = self._get(session_id)
             sinks, capacity = self.slabs.sinks(session.slot), self.slabs.capacity
             position = self._position(session)
@@ -183,7 +155,7 @@ class Engine:
             SessionBusy: it is generating.
             ValueError: a token there is not, nothing to go on from, or rules that name such.
         """
-        with self._lock:
+        with self._between_ticks():
             session = self._get(session_id)
             if session.busy:
                 raise SessionBusy(session_id)
@@ -207,17 +179,17 @@ class Engine:
         """Appends tokens and reads all but the last, in the caller's thread, between ticks.
 
         Raises:
-            UnknownSession: there is none.
+            UnknownSession: there is none, or it was closed meanwhile.
             SessionBusy: it is generating.
             ValueError: a token there is not.
         """
-        with self._lock:
+        with self._between_ticks():
             session = self._idle(session_id)
             self._check_tokens(tokens)
             self._append(session_id, session, tokens)
         while len(session.pending) > 1:
-            with self._lock:
-                self._read(session, min(self._prefill_chunk, len(session.pending) - 1))
+            with self._between_ticks():
+                self._read_chunk(self._idle(session_id))
 
     def fork(self, session_id: str, new_id: str) -> None:
         """Opens a second session with the same stream.
@@ -228,7 +200,7 @@ class Engine:
             SessionExists: the new name is taken.
             NoFreeSlab: every slab is in use.
         """
-        with self._lock:
+        with self._between_ticks():
             source = self._idle(session_id)
             self.open(new_id, sinks=self.slabs.sinks(source.slot))
             target = self._sessions[new_id]
@@ -244,7 +216,7 @@ class Engine:
         Raises:
             UnknownSession: there is none.
         """
-        with self._lock:
+        with self._between_ticks():
             session = self._get(session_id)
             pending = torch.tensor(list(session.pending), dtype=torch.long)
             return self.slabs.export(session.slot) | {"pending": pending}
@@ -260,17 +232,23 @@ class Engine:
         Raises:
             SessionExists: the name is taken.
             NoFreeSlab: every slab is in use.
-            ValueError: the state is of another model or cache.
+            ValueError: the state is damaged, or of another model or cache.
         """
-        with self._lock:
+        with self._between_ticks():
+            missing = {"keys", "values", "length", "sinks", "pending"} - state.keys()
+            if missing:
+                raise ValueError(f"state has no {', '.join(sorted(missing))}")
+            pending = [*state["pending"].tolist(), *tail]
+            self._check_tokens(pending)
             self.open(session_id, sinks=int(state["sinks"]))
             session = self._sessions[session_id]
             try:
                 self.slabs.restore(session.slot, state)
-            except ValueError:
+            except BaseException:
                 self.close(session_id)
                 raise
-            session.pending = deque([*state["pending"].tolist(), *tail])
+            session.pending = deque(pending)
+        self._work.set()
 
     def wait_for_work(self, timeout: float | None = None) -> bool:
         """Blocks until a tick has something to do, or may have."""
@@ -282,56 +260,70 @@ class Engine:
         Returns:
             Whether there was anything to do.
         """
-        with self._lock:
+        with self._door:
+            self._lock.acquire()
+        try:
             self._work.clear()
             self._end_cancelled()
-            running = {name: s for name, s in self._sessions.items() if s.is_running}
-            if not running:
-                return False
-            self._prefill(running)
-            self._decode(running)
-            self._work.set()
-            return True
+            worked = self._prefill() | self._decode()
+            if worked:
+                self._work.set()
+            return worked
+        finally:
+            self._lock.release()
 
-    def _prefill(self, running: dict[str, _Session]) -> None:
-        """Reads one chunk of the prompt whose turn it is; leaves its last token to the decoder."""
-        waiting = [name for name, session in running.items() if len(session.pending) > 1]
+    def _prefill(self) -> bool:
+        """Reads one chunk of the prompt whose turn it is; restored streams have one to read too."""
+        waiting = {name for name, session in self._sessions.items() if len(session.pending) > 1}
         self._turn = deque(name for name in self._turn if name in waiting)
-        self._turn.extend(name for name in waiting if name not in self._turn)
+        self._turn.extend(sorted(waiting.difference(self._turn)))
         if not self._turn:
-            return
+            return False
         self._turn.rotate(-1)
-        session = running[self._turn[-1]]
-        self._read(session, min(self._prefill_chunk, len(session.pending) - 1))
+        self._read_chunk(self._sessions[self._turn[-1]])
+        return True
 
-    def _read(self, session: _Session, count: int) -> None:
-        """Moves that many pending tokens into the cache."""
+    def _read_chunk(self, session: Session) -> None:
+        """Moves pending tokens into the cache; leaves the last one to the decoder."""
+        count = min(self._prefill_chunk, len(session.pending) - 1)
+        if count < 1:
+            return
         tokens_T = torch.tensor([session.pending[i] for i in range(count)])
         self.model.prefill(self._put(tokens_T), self.slabs, session.slot, logits="none")
         for _ in range(count):
             session.pending.popleft()
 
-    def _decode(self, running: dict[str, _Session]) -> None:
+    def _decode(self) -> bool:
         """Feeds the last pending token of each session, and samples the next."""
-        ready = [(name, s) for name, s in running.items() if len(s.pending) == 1]
+        running = [(name, s) for name, s in self._sessions.items() if s.is_running]
+        ready = [(name, session) for name, session in running if len(session.pending) == 1]
         if not ready:
-            return
+            return False
         ready.sort(key=lambda item: item[1].slot)
         tokens_B = torch.tensor([session.pending[0] for _, session in ready])
         slots = [session.slot for _, session in ready]
         logits_BV = self.model.decode(self._put(tokens_B), self.slabs, slots)
         generations = [s.generation for _, s in ready if s.generation is not None]
         choices = choose(logits_BV, [generation.sampler for generation in generations])
-        for (name, session), choice in zip(ready, choices, strict=True):
+        for _, session in ready:
             session.pending.clear()
-            self._append(name, session, [choice.token])
-            session.used_at = time.monotonic()
-            assert session.generation is not None
-            session.generation.accept(choice, self._position(session))
-            if session.generation.ended:
-                session.generation = None
+        for (name, session), generation, choice in zip(ready, generations, choices, strict=True):
+            self._deliver(name, session, generation, choice)
+        return True
 
-    def _append(self, name: str, session: _Session, tokens: Sequence[int]) -> None:
+    def _deliver(self, name: str, session: Session, generation: Generation, choice: Choice) -> None:
+        """Hands an answer its token; what fails here ends this answer and no other."""
+        session.used_at = time.monotonic()
+        try:
+            self._append(name, session, [choice.token])
+            generation.accept(choice, self._position(session))
+        except Exception as error:
+            log.exception("session %s: the answer ends", name)
+            generation.end("error", message=f"{type(error).__name__}: {error}")
+        if generation.ended:
+            session.generation = None
+
+    def _append(self, name: str, session: Session, tokens: Sequence[int]) -> None:
         """Accepts tokens into a stream: the journal has them before anyone else."""
         if self._journal is not None and tokens:
             self._journal(name, tokens)
@@ -349,18 +341,18 @@ class Engine:
         if wrong:
             raise ValueError(f"token {wrong[0]} is not below {vocab}")
 
-    def _position(self, session: _Session) -> int:
+    def _position(self, session: Session) -> int:
         return self.slabs.length(session.slot) + len(session.pending)
 
     def _put(self, tokens: Tensor) -> Tensor:
         return tokens.to(self.slabs.keys_LNHCD.device)
 
-    def _get(self, session_id: str) -> _Session:
+    def _get(self, session_id: str) -> Session:
         if session_id not in self._sessions:
             raise UnknownSession(session_id)
         return self._sessions[session_id]
 
-    def _idle(self, session_id: str) -> _Session:
+    def _idle(self, session_id: str) -> Session:
         session = self._get(session_id)
         if session.busy:
             raise SessionBusy(session_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from typing import Literal
 from models.sink_lm.sampling import Choice, Sampler, Sampling
 from models.sink_lm.stops import StopMatcher
 from models.sink_lm.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 EndReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -30,7 +33,18 @@ class GenerationRequest:
     ignore_eos: bool = False
     """Go on after the model's end token."""
     min_tokens: int = 0
-    """End tokens are ignored before this many."""
+    """End tokens are not drawn and stop strings not looked for in this many first tokens."""
+
+    def __post_init__(self) -> None:
+        """Checks the ranges.
+
+        Raises:
+            ValueError: names the field.
+        """
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if self.min_tokens < 0:
+            raise ValueError(f"min_tokens must be at least 0, got {self.min_tokens}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +116,17 @@ class Generation:
         on_room: Callable[[], None],
     ) -> None:
         self.request = request
-        self.sampler = Sampler(request.sampling, vocab_size)
+        self._end_ids = set(request.stop_token_ids)
+        self._eos_ids = set() if request.ignore_eos else set(tokenizer.eos_ids)
+        ends = self._end_ids | self._eos_ids
+        self.sampler = Sampler(
+            request.sampling, vocab_size, banned=ends, banned_for=request.min_tokens
+        )
         self.notify: Callable[[], None] | None = None
-        """Called, from the engine's thread, when events are there to take."""
+        """Called within a tick when events are there to take; if it raises, nobody reads any more."""
         self.cancelled = False
         self._text = tokenizer.stream()
         self._stops = StopMatcher(request.stop)
-        self._end_ids = set(request.stop_token_ids)
-        self._eos_ids = set() if request.ignore_eos else set(tokenizer.eos_ids)
         self._prompt_tokens, self._tokens = prompt_tokens, 0
         self._max_buffered, self._on_room = max_buffered, on_room
         self._events: deque[Event] = deque()
@@ -156,12 +173,13 @@ class Generation:
         """Takes the engine's next token; may end the answer."""
         self._tokens += 1
         token = choice.token
-        may_end = self._tokens > self.request.min_tokens
-        if may_end and (token in self._end_ids or token in self._eos_ids):
+        if token in self._end_ids or token in self._eos_ids:
             self._put(TokenEvent(position, token, "", choice.logprob, choice.top))
             self.end("stop", stop=token if token in self._end_ids else None)
             return
-        text, stop = self._stops.push(self._text.push(token))
+        text, stop = self._text.push(token), None
+        if self._tokens > self.request.min_tokens:
+            text, stop = self._stops.push(text)
         self._put(TokenEvent(position, token, text, choice.logprob, choice.top))
         if stop is not None:
             self.end("stop", stop=stop)
@@ -180,5 +198,10 @@ class Generation:
         with self._ready:
             self._events.append(event)
             self._ready.notify_all()
-        if self.notify is not None:
-            self.notify()
+        try:
+            if self.notify is not None:
+                self.notify()
+        except Exception:
+            log.exception("nobody can be told of the answer: it is cancelled")
+            self.notify = None
+            self.cancel()

@@ -10,7 +10,7 @@ Legend: B rows, V vocabulary, K rows that draw, C likeliest tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -81,12 +81,21 @@ class Sampler:
     Args:
         sampling: the rules.
         vocab_size: token ids are below it.
+        banned: token ids that are not drawn at first; those there are not do not matter.
+        banned_for: for so many tokens.
 
     Raises:
         ValueError: `logit_bias` names a token there is not.
     """
 
-    def __init__(self, sampling: Sampling, vocab_size: int) -> None:
+    def __init__(
+        self,
+        sampling: Sampling,
+        vocab_size: int,
+        *,
+        banned: Iterable[int] = (),
+        banned_for: int = 0,
+    ) -> None:
         self.sampling = sampling
         unknown = [token for token in sampling.logit_bias if not 0 <= token < vocab_size]
         if unknown:
@@ -95,6 +104,8 @@ class Sampler:
         self._bias = torch.tensor(list(sampling.logit_bias.values()))
         self._penalised = bool(sampling.presence_penalty or sampling.frequency_penalty)
         self._counts: dict[int, int] = {}
+        self._banned = torch.tensor(sorted(t for t in set(banned) if 0 <= t < vocab_size)).long()
+        self._banned_for = banned_for
         self._generator = torch.Generator()
         if sampling.seed is None:
             self._generator.seed()
@@ -108,10 +119,11 @@ class Sampler:
     @property
     def is_plain(self) -> bool:
         """Whether the likeliest token of the untouched logits is the choice."""
-        return self.sampling.temperature == 0 and not self._penalised and not len(self._biased)
+        ruled = self._penalised or len(self._biased) or self._banned_for
+        return self.sampling.temperature == 0 and not ruled
 
     def adjust(self, logits_V: Tensor) -> None:
-        """Applies bias and penalties in place."""
+        """Applies bans, bias and penalties in place."""
         if len(self._biased):
             logits_V[self._biased] += self._bias.to(logits_V)
         if self._penalised and self._counts:
@@ -119,9 +131,12 @@ class Sampler:
             counts = torch.tensor(list(self._counts.values())).to(logits_V)
             rules = self.sampling
             logits_V[seen] -= rules.presence_penalty + rules.frequency_penalty * counts
+        if self._banned_for:
+            logits_V[self._banned] = -math.inf
 
     def count(self, token: int) -> None:
         """Remembers a token of the answer."""
+        self._banned_for = max(0, self._banned_for - 1)
         if self._penalised:
             self._counts[token] = self._counts.get(token, 0) + 1
 
