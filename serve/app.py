@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
+from prometheus_client import Gauge
 from ray import serve as ray_serve
 from ray.exceptions import RayActorError, RayError
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
@@ -133,7 +134,10 @@ class Ingress:
             is_ready=Readiness(self._embedder),
             api_key=read_api_key(settings),
         )
-        self._reporter = Reporter(parts.metrics.registry, self._telemetry)
+        registry, admission = parts.metrics.registry, parts.service.admission
+        images = Gauge("rayjepa_images_in_flight", "Images waiting or running", registry=registry)
+        images.set_function(lambda: admission.images)
+        self._reporter = Reporter(registry, self._telemetry)
         return create_http_app(parts)
 
     async def _scrape(self) -> str:

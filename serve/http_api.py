@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import PlainTextResponse
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -98,10 +98,6 @@ def create_http_app(parts: Parts) -> FastAPI:
     _add_embedding_routes(app, parts)
     _add_operation_routes(app, parts)
     app.add_middleware(Gate, metrics=parts.metrics, api_key=parts.api_key)
-    images = Gauge(
-        "rayjepa_images_in_flight", "Images waiting or running", registry=parts.metrics.registry
-    )
-    images.set_function(lambda: parts.service.admission.images)
     return app
 
 
