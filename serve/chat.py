@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
@@ -15,9 +14,8 @@ import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from models.sink_lm.engine import Engine
-from models.sink_lm.generation import Generation, GenerationRequest
+from models.sink_lm.generation import Generation
 from models.sink_lm.llama import Llama
-from models.sink_lm.sampling import Sampling
 from models.sink_lm.tokenizer import load_tokenizer
 from models.sink_lm.weights import load_model
 from serve.lm_answers import AnswerText, RunningAnswer, Source
@@ -35,7 +33,9 @@ from serve.lm_contract import (
     Taken,
 )
 from serve.lm_engine_thread import EngineThread
-from serve.lm_sessions import NO_RETRY, Held, Refusal, SessionTable, io
+from serve.lm_model import fingerprint, generation_request
+from serve.lm_refusals import NO_RETRY, Refusal, check_resume, session_busy
+from serve.lm_sessions import Held, SessionTable, io
 from serve.lm_settings import LMSettings
 from serve.session_store import SessionStore, Turn
 from serve.telemetry import Reporter
@@ -208,7 +208,7 @@ class LanguageModel:
     async def _idle(self, session_id: str) -> Held:
         held = await self._sessions.take(session_id, create=False)
         if held.answer is not None:
-            raise _busy(session_id)
+            raise session_busy(session_id)
         return held
 
     async def _start_temporary(self, start: Start) -> Started:
@@ -228,6 +228,7 @@ class LanguageModel:
         return Started(
             answer=self._register(RunningAnswer(sources, kept=None)),
             prompt_tokens=sum(len(feed.start) for feed in start.feeds),
+            cached_tokens=0,
             session=None,
             position=len(start.feeds[0].start),
         )
@@ -262,26 +263,23 @@ class LanguageModel:
         if held.answer is not None:
             # Whoever resumes is the reader whose stream broke: the old answer has none.
             if start.resume_at is None and not repeated:
-                raise _busy(held.session_id)
+                raise session_busy(held.session_id)
             await self.cancel(held.answer)
         if repeated and held.log.position >= held.turn.answer_from:
             return await self._resume(held, start, held.turn.answer_from)
         if start.resume_at is not None:
-            self._check_resume(held, start.resume_at)
+            check_resume(start.resume_at, held.log.position, held.turn.answer_from)
             return await self._resume(held, start, start.resume_at)
         tokens = await self._begin_turn(held, start, repeated=repeated)
         state = await self._sessions.state(held, extra=len(tokens))
-        text = None if start.feeds else self._going_on(held, start.options)
+        before = (*held.tail, *tokens)[-TAIL:]  # may end inside a character
+        text = AnswerText(self._tokenizer, start.options, before, answering=False)
         generation = await self._submit(held.session_id, tokens, start.options)
         if held.failure is not None:
             message = f"the session's log cannot be written: {held.failure}"
             raise Refusal(503, "log_failed", message, headers={"Retry-After": "1"})
         source = Source(held.session_id, generation, held, text)
         return self._started(held, source, len(tokens), state)
-
-    def _going_on(self, held: Held, options: Options) -> AnswerText:
-        """Text that begins with the rest of a character, if the last answer was cut inside one."""
-        return AnswerText(self._tokenizer, options, tuple(held.tail), answering=False)
 
     async def _begin_turn(self, held: Held, start: Start, *, repeated: bool) -> tuple[int, ...]:
         """The tokens to feed, once the store knows where they and their answer will lie."""
@@ -301,18 +299,6 @@ class LanguageModel:
         if held.stored is not None:
             await io(partial(held.stored.begin_turn, held.turn))
         return tokens
-
-    def _check_resume(self, held: Held, resume_at: int) -> None:
-        position, answer_from = held.log.position, held.turn.answer_from
-        if resume_at > position:
-            message = f"resume_at: the stream has {position} tokens, not {resume_at}"
-            raise Refusal(400, "invalid_value", message, param="resume_at")
-        if resume_at < answer_from:
-            message = (
-                f"resume_at: the latest answer begins at {answer_from}; what lies before it, or is "
-                "still missing of its prompt, is not the model's"
-            )
-            raise Refusal(409, "resume_in_prompt", message, param="resume_at", headers=NO_RETRY)
 
     async def _resume(self, held: Held, start: Start, position: int) -> Started:
         """Shows again what the log has after `position`, then goes on from its end."""
@@ -353,6 +339,7 @@ class LanguageModel:
         return Started(
             answer=held.answer,
             prompt_tokens=prompt_tokens,
+            cached_tokens=min(state.stream_position - prompt_tokens, self._settings.cache - 1),
             session=state,
             position=state.stream_position,
         )
@@ -424,48 +411,6 @@ class LanguageModel:
         held = Gauge("rayjepa_sessions_in_memory", "Sessions with a slab", registry=registry)
         held.set_function(lambda: len(self._sessions.held()))
         self._reporter = Reporter(registry, telemetry)
-
-
-def generation_request(options: Options) -> GenerationRequest:
-    """The engine's form of the API's options."""
-    sampling = Sampling(
-        temperature=options.temperature,
-        top_p=options.top_p,
-        top_k=options.top_k,
-        min_p=options.min_p,
-        seed=options.seed,
-        logit_bias=dict(options.logit_bias),
-        presence_penalty=options.presence_penalty,
-        frequency_penalty=options.frequency_penalty,
-        logprobs=options.logprobs,
-    )
-    return GenerationRequest(
-        sampling=sampling,
-        max_tokens=options.max_tokens,
-        stop=options.stop,
-        stop_token_ids=options.stop_token_ids,
-        ignore_eos=options.ignore_eos,
-        min_tokens=options.min_tokens,
-    )
-
-
-def fingerprint(model: Llama, capacity: int) -> str:
-    """Names weights and cache shape: 64 values of every tensor, its type and shape, the capacity.
-
-    Not a checksum of every byte, which would take a minute for a large model.
-    """
-    digest = hashlib.sha256(f"{model.cfg} {capacity}".encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().reshape(-1)
-        some = flat[:: max(1, len(flat) // 64)][:64].float().cpu()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(some.numpy().tobytes())
-    return f"sink-{digest.hexdigest()[:16]}"
-
-
-def _busy(session_id: str) -> Refusal:
-    message = f"the session {session_id!r} is generating; cancel that, or resume it (resume_at)"
-    return Refusal(409, "session_busy", message, param="session_id", headers=NO_RETRY)
 
 
 def _seeded(options: Options, number: int) -> Options:

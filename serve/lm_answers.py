@@ -34,17 +34,17 @@ class AnswerText:
         self._options, self._eos_ids = options, tokenizer.eos_ids
         self._decoder = tokenizer.stream()
         self._stops = StopMatcher(options.stop)
+        self._over: End | None = None  # an answer that the reader has all of but its end
         for token in before:
             text = self._decoder.push(token)
             if answering:
-                self._stops.push(text)
+                stop = self._ends(token) or self._stops.push(text)[1]
+                self._over = End(reason="stop") if stop else None
 
     def show(self, position: int, token: int, number: int) -> tuple[Token, End | None]:
         """One more token, the answer's `number`th (from 1), and the end if it is the last."""
         options = self._options
-        may_end = number > options.min_tokens
-        eos = token in self._eos_ids and not options.ignore_eos
-        if may_end and (eos or token in options.stop_token_ids):
+        if number > options.min_tokens and self._ends(token):
             named = token if token in options.stop_token_ids else None
             return Token(position, token, ""), End(
                 reason="stop", stop=named, text=self._stops.flush()
@@ -55,6 +55,10 @@ class AnswerText:
             end = End(reason="length", text=self._stops.flush())
         return Token(position, token, text), end
 
+    def _ends(self, token: int) -> bool:
+        eos = token in self._eos_ids and not self._options.ignore_eos
+        return eos or token in self._options.stop_token_ids
+
     def flush(self) -> str:
         """What was held back, once nothing follows."""
         return self._stops.flush()
@@ -62,6 +66,8 @@ class AnswerText:
     def replay(self, tokens: Sequence[int], position: int) -> tuple[list[Token], End | None]:
         """Tokens that the log has after `position`, and the end if the answer ended there."""
         shown: list[Token] = []
+        if self._over is not None and not tokens:
+            return shown, self._over
         for token in tokens:
             one, end = self.show(position + len(shown) + 1, token, len(shown) + 1)
             shown.append(one)

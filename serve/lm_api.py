@@ -141,7 +141,7 @@ class Replies:
         except TimeoutError as error:
             message = f"no reply within {self._settings.timeout_s:g} s"
             raise server_error(504, "timeout", message) from error
-        counts = usage(answer.started.prompt_tokens, made, answer.session)
+        counts = usage(answer.started, made)
         return JSONResponse(job.shape.whole(choices, counts) | _session(answer.session))
 
     async def _stream(self, job: Job, answer: Answer) -> AsyncGenerator[bytes, None]:
@@ -180,7 +180,7 @@ class Replies:
             yield lm_sse.failure(error)
             return
         if job.include_usage:
-            counts = usage(started.prompt_tokens, made, answer.session)
+            counts = usage(started, made)
             yield lm_sse.event(shape.only_usage(counts) | _session(answer.session))
         yield lm_sse.DONE
 

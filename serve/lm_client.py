@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from serve.lm_contract import LMCard, Piece, Refused, Start, Started, Taken
+from serve.lm_contract import End, LMCard, Piece, Refused, Start, Started, Taken
 from serve.schemas import ApiError, ErrorType, queue_full, server_error
 
 TAKE_WAIT_S = 1.0
@@ -132,7 +132,11 @@ class Answer:
             while len(self._ended) < choices:
                 taken = await self._client.take(self._key, self.started.answer)
                 if taken is None or _is_lost(taken):
-                    await self._go_on()
+                    if self._made == self._start.options.max_tokens:  # only its end was lost
+                        self._ended.add(0)
+                        yield (Piece(index=0, tokens=(), end=End(reason="length")),)
+                    else:
+                        await self._go_on()
                     continue
                 self._note(taken)
                 yield taken.pieces
@@ -156,7 +160,7 @@ class Answer:
             raise server_error(503, "replica_lost", "the model replica died; send it again")
         options = self._start.options
         if limit is not None:
-            options = dataclasses.replace(options, max_tokens=max(1, limit - self._made))
+            options = dataclasses.replace(options, max_tokens=limit - self._made)
         position = self.started.position if not self._made else self._position
         again = Start(
             request_id=uuid.uuid4().hex,

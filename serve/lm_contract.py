@@ -168,12 +168,14 @@ class Started:
     Attributes:
         answer: its name, for `take` and `cancel`.
         prompt_tokens: tokens that are fed now.
+        cached_tokens: tokens the session had in its cache before.
         session: as it will be once they are in; None for temporary ones.
         position: stream position at which the answer begins (or goes on).
     """
 
     answer: str
     prompt_tokens: int
+    cached_tokens: int
     session: SessionState | None
     position: int
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from serve.lm_contract import End, SessionState, Token
+from serve.lm_contract import End, SessionState, Started, Token
 
 TokenBytes = Callable[[int], bytes]
 
@@ -32,14 +32,13 @@ class Choice:
             self.end = end
 
 
-def usage(prompt_tokens: int, completion_tokens: int, session: SessionState | None) -> Any:
-    """OpenAI's usage; cached are the tokens of the session that were not sent again."""
-    cached = max(0, session.cached_tokens - prompt_tokens - completion_tokens) if session else 0
+def usage(started: Started, completion_tokens: int) -> dict[str, Any]:
+    """OpenAI's usage; cached are the tokens of a session that were not sent again."""
     return {
-        "prompt_tokens": prompt_tokens,
+        "prompt_tokens": started.prompt_tokens,
         "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": cached},
+        "total_tokens": started.prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": started.cached_tokens},
     }
 
 

@@ -20,31 +20,13 @@ from torch import Tensor
 
 from models.sink_lm.cache import NoFreeSlab
 from models.sink_lm.engine import Engine
-from serve.lm_contract import TAIL, Refused, SessionState
+from serve.lm_contract import TAIL, SessionState
 from serve.lm_engine_thread import EngineThread
+from serve.lm_refusals import NO_RETRY, Refusal, no_slab, session_exists, unknown_session
 from serve.session_store import OtherModel, SessionStore, StoredSession, Turn
 from serve.token_log import LostSession, MemoryLog, TokenLog
 
 Result = TypeVar("Result")
-NO_RETRY = {"x-should-retry": "false"}
-
-
-class Refusal(Exception):
-    """Carries a `Refused` out of nested calls."""
-
-    def __init__(
-        self,
-        status: int,
-        code: str,
-        message: str,
-        *,
-        param: str | None = None,
-        headers: dict[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.refused = Refused(
-            status=status, code=code, message=message, param=param, headers=headers or {}
-        )
 
 
 @dataclass(eq=False, kw_only=True)
@@ -424,21 +406,3 @@ async def io(work: Callable[[], Result]) -> Result:
 def state_position(state: dict[str, Tensor]) -> int:
     """Tokens of the stream that an exported state has seen."""
     return int(state["length"]) + len(state["pending"])
-
-
-def unknown_session(session_id: str) -> Refusal:
-    """404."""
-    message = f"the session {session_id!r} does not exist"
-    return Refusal(404, "session_not_found", message, param="session_id")
-
-
-def session_exists(session_id: str) -> Refusal:
-    """409: the name is taken."""
-    message = f"the session {session_id!r} exists already"
-    return Refusal(409, "session_exists", message, param="session_id", headers=NO_RETRY)
-
-
-def no_slab() -> Refusal:
-    """429: every slab belongs to a session that generates, or that is stored nowhere."""
-    message = "every slab is in use; retry after the given delay"
-    return Refusal(429, "no_free_slab", message, headers={"Retry-After": "1"})

@@ -84,6 +84,10 @@ class LMSettings(BaseModel):
     def _consistent(self) -> Self:
         if self.sinks > self.cache - 2:
             raise ValueError(f"sinks ({self.sinks}) leave no window in a cache of {self.cache}")
+        if self.num_replicas > 1 and self.store is None:
+            raise ValueError(
+                "num_replicas: several need a store, or sessions are lost when one comes or goes"
+            )
         if self.max_choices > self.sessions:
             raise ValueError(f"max_choices ({self.max_choices}) exceeds sessions ({self.sessions})")
         return self

@@ -1,0 +1,69 @@
+"""What a replica says no to: the refusals that several places share."""
+
+from __future__ import annotations
+
+from serve.lm_contract import Refused
+
+NO_RETRY = {"x-should-retry": "false"}
+"""OpenAI's clients repeat a 409 unless told not to."""
+
+
+class Refusal(Exception):
+    """Carries a `Refused` out of nested calls."""
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.refused = Refused(
+            status=status, code=code, message=message, param=param, headers=headers or {}
+        )
+
+
+def unknown_session(session_id: str) -> Refusal:
+    """404."""
+    message = f"the session {session_id!r} does not exist"
+    return Refusal(404, "session_not_found", message, param="session_id")
+
+
+def session_exists(session_id: str) -> Refusal:
+    """409: the name is taken."""
+    message = f"the session {session_id!r} exists already"
+    return Refusal(409, "session_exists", message, param="session_id", headers=NO_RETRY)
+
+
+def no_slab() -> Refusal:
+    """429: every slab belongs to a session that generates, or that is stored nowhere."""
+    message = "every slab is in use; retry after the given delay"
+    return Refusal(429, "no_free_slab", message, headers={"Retry-After": "1"})
+
+
+def session_busy(session_id: str) -> Refusal:
+    """409: one request at a time."""
+    message = f"the session {session_id!r} is generating; cancel that, or resume it (resume_at)"
+    return Refusal(409, "session_busy", message, param="session_id", headers=NO_RETRY)
+
+
+def check_resume(resume_at: int, position: int, answer_from: int) -> None:
+    """Refuses to go on from where there is nothing, or nothing of the model's.
+
+    Args:
+        resume_at: what the client has.
+        position: tokens of the stream.
+        answer_from: where its latest answer begins.
+    """
+    if resume_at > position:
+        message = f"resume_at: the stream has {position} tokens, not {resume_at}"
+        raise Refusal(400, "invalid_value", message, param="resume_at")
+    if resume_at < answer_from:
+        message = (
+            f"resume_at: the latest answer begins at {answer_from}; what lies before it, or is "
+            "still missing of its prompt, is not the model's"
+        )
+        raise Refusal(409, "resume_in_prompt", message, param="resume_at", headers=NO_RETRY)
