@@ -190,7 +190,7 @@ def documents() -> list[Path]:
 
 def test_documents_that_text_and_code_point_to_exist() -> None:
     for path in [*documents(), *source_files(), ROOT / "cluster.yaml"]:
-        for name in re.findall(r"\bdocs/[a-z_]+\.md", path.read_text()):
+        for name in re.findall(r"(?<!/)\bdocs/[a-z_]+\.md", path.read_text()):
             assert (ROOT / name).is_file(), f"{path.relative_to(ROOT)} points to {name}"
 
 
