@@ -49,7 +49,7 @@ def cifar10_demo() -> PretrainConfig:
     23.5, 25.9 (benchmarks/pretraining.md).
     """
     return PretrainConfig(
-        data=DataConfig(batch_size=48, lanes=8, flip=True),
+        data=DataConfig(batch_size=64, lanes=8, flip=True),
         model=ModelConfig(
             encoder="vit_tiny32",
             image_size=32,
@@ -67,11 +67,11 @@ def cifar10_demo() -> PretrainConfig:
         # One thread: matrices this small gain little from a second, which decoding can use.
         run=RunConfig(
             name="cifar10_demo",
-            steps=1600,
+            steps=2800,
             threads=1,
             log_every=50,
-            probe_every=400,
-            checkpoint_every=400,
+            probe_every=700,
+            checkpoint_every=700,
         ),
     )
 

@@ -1,0 +1,107 @@
+"""The demo's claim, and two runs that must fail it: kNN beats its own random init by 3 points.
+
+Slow: two whole runs of `cifar10_demo` on the shipped sample. `pytest -m slow tests/test_demo_margin.py`
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fake_training import FolderStore, change
+
+from pipelines.checkpoints import load_encoder
+from pipelines.config import IngestConfig, PretrainConfig
+from pipelines.evaluate import random_init
+from pipelines.features import extract_features, load_labelled, table_labels
+from pipelines.ingest import ingest
+from pipelines.loading import train_batches
+from pipelines.plan import make_plan
+from pipelines.probes import knn_accuracy
+from pipelines.recipes import cifar10_demo
+from pipelines.recorder import DataSource, Worker
+from pipelines.shards import read_manifest
+from pipelines.tracking import read_metrics
+from pipelines.trainer import train
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+MARGIN = 0.03
+
+
+@pytest.fixture(scope="module")
+def sample_shards(ray_local, cifar_sample, tmp_path_factory) -> tuple[str, str]:
+    """All of the shipped sample: 2,500 training and 800 test images."""
+    root = tmp_path_factory.mktemp("sample-shards")
+    for split in ("train", "test"):
+        ingest(IngestConfig(source=str(cifar_sample / split), out=str(root / split)))
+    return str(root / "train"), str(root / "test")
+
+
+def _recipe(shards: tuple[str, str], storage: Path) -> PretrainConfig:
+    run = {"storage": str(storage), "probe_every": 0}
+    return change(cifar10_demo(), data=dict(zip(("train", "test"), shards, strict=True)), run=run)
+
+
+def _train(cfg: PretrainConfig) -> tuple[float, float]:
+    """Trains in this process; returns kNN accuracy of (trained, its random init)."""
+    manifest = read_manifest(cfg.data.train)
+    plan = make_plan(manifest.row_groups(), cfg.data, cfg.run.seed)
+    data = DataSource(train_batches, plan.batches_per_epoch, manifest.manifest_hash)
+    store = FolderStore(Path(cfg.run.storage) / "checkpoints")
+    outcome = train(cfg, Worker(), data, store, say=lambda line: None)
+    assert outcome.step == (cfg.run.stop_after or cfg.run.steps)
+    encoder, *_ = load_encoder(str(store.folder / f"checkpoint_{outcome.step:08d}"))
+    return _knn(encoder, cfg), _knn(random_init(encoder, cfg.run.seed), cfg)
+
+
+def _knn(encoder, cfg: PretrainConfig) -> float:
+    from models.preprocessing import Preprocessing
+
+    model = cfg.model
+    prep = Preprocessing(image_size=model.image_size, mean=model.mean, std=model.std)
+    bank, query = (load_labelled(uri) for uri in (cfg.data.train, cfg.data.test))
+    features = (extract_features(encoder, prep, rows) for rows in (bank, query))
+    bank_ND, query_QD = features
+    return knn_accuracy(bank_ND, table_labels(bank), query_QD, table_labels(query))
+
+
+def _beats_random_init(trained: float, random: float) -> None:
+    assert trained - random >= MARGIN, f"kNN {trained:.4f}, its random init {random:.4f}"
+
+
+def _show(capsys, name: str, trained: float, random: float) -> None:
+    with capsys.disabled():
+        print(f"\n{name}: kNN {trained:.4f}, its random init {random:.4f}")
+
+
+def test_the_demo_recipe_beats_its_random_init(sample_shards, tmp_path, capsys):
+    trained, random = _train(_recipe(sample_shards, tmp_path))
+    _show(capsys, "cifar10_demo", trained, random)
+    _beats_random_init(trained, random)
+
+
+def test_a_frozen_random_encoder_fails_the_same_assertion(sample_shards, tmp_path, capsys):
+    # At rate 0 no number of steps changes a weight, so few are as good as all.
+    cfg = change(
+        _recipe(sample_shards, tmp_path),
+        optim={"lr": 0.0, "start_lr": 0.0, "final_lr": 0.0},
+        run={"stop_after": 50},
+    )
+    trained, random = _train(cfg)
+    _show(capsys, "frozen", trained, random)
+    with pytest.raises(AssertionError, match="its random init"):
+        _beats_random_init(trained, random)
+
+
+def test_without_a_stopped_target_it_fails_the_same_assertion(sample_shards, tmp_path, capsys):
+    # As long as the run that passes; the watch would end it early, which is tested elsewhere.
+    cfg = change(
+        _recipe(sample_shards, tmp_path), objective={"target": "self"}, watch={"action": "off"}
+    )
+    trained, random = _train(cfg)
+    _show(capsys, "target=self", trained, random)
+    rows = read_metrics(tmp_path / cfg.run.name / "metrics.jsonl")
+    assert rows[-1]["std"] < 0.1 * rows[0]["std"]
+    with pytest.raises(AssertionError, match="its random init"):
+        _beats_random_init(trained, random)
