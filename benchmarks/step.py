@@ -27,7 +27,7 @@ from rich.table import Table
 from models.objectives import build_objective
 from models.objectives.ijepa import IJEPA
 from models.preprocessing import normalize
-from models.vit import find_preset
+from models.vit import find_preset, use_plain_attention
 from pipelines.config import IMAGENET_MEAN, IMAGENET_STD, MaskConfig, ModelConfig, ObjectiveConfig
 from pipelines.masking import multiblock_masks
 
@@ -88,6 +88,8 @@ class OurLoop:
 
     def __init__(self, objective: IJEPA, bf16: bool, compiled: bool = False) -> None:
         self.objective, self.bf16 = objective, bf16
+        if bf16 and next(objective.parameters()).device.type == "cpu":
+            use_plain_attention(objective)  # as the trainer does
         self.forward = torch.compile(objective) if compiled else objective
         trained = [p for p in objective.parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block
 from torch import nn
 from torch.nn import functional
@@ -181,6 +182,17 @@ def transformer_blocks(width: int, depth: int, heads: int, mlp_ratio: float) -> 
     norm: Any = partial(nn.LayerNorm, eps=LN_EPS)  # timm's annotation knows only classes
     make = partial(Block, dim=width, num_heads=heads, mlp_ratio=mlp_ratio, qkv_bias=True)
     return nn.ModuleList([make(norm_layer=norm) for _ in range(depth)])
+
+
+def use_plain_attention(module: nn.Module) -> None:
+    """Makes every attention two matrix products and a softmax instead of the fused kernel.
+
+    The same function. On CPUs the fused kernel's backward pass takes ten times as long in bfloat16
+    (a whole step of ViT-S/16: 1.93 s against 1.45 s; benchmarks/step.md); elsewhere it is the faster.
+    """
+    for part in module.modules():
+        if isinstance(part, Attention):
+            part.fused_attn = False  # type: ignore[misc]  # final for TorchScript only
 
 
 def gather_tokens(tokens_BND: torch.Tensor, ids_BK: torch.Tensor) -> torch.Tensor:

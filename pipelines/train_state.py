@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.objectives import Objective, build_objective
+from models.vit import use_plain_attention
 from pipelines.checkpoints import (
     CheckpointError,
     CheckpointState,
@@ -96,6 +97,8 @@ def new_state(cfg: PretrainConfig, device: torch.device) -> TrainState:
         model=dataclasses.asdict(cfg.model),
         objective=dataclasses.asdict(cfg.objective),
     ).to(device)
+    if device.type == "cpu" and cfg.run.precision == "bf16":
+        use_plain_attention(objective)
     width = objective.feature_encoder.width
     assert isinstance(width, int)
     return TrainState(
