@@ -94,7 +94,7 @@ def processor_config(prep: Preprocessing) -> dict[str, Any]:
 
 
 def vjepa2_config(encoder: VisionTransformer, predictor: Predictor | None) -> dict[str, Any]:
-    """The config.json of a `transformers.VJEPA2Model`; without a predictor, its own has no layer."""
+    """The config.json of a `transformers.VJEPA2Model`; its predictor has no layers if not given."""
     config = {
         "model_type": "vjepa2",
         "architectures": ["VJEPA2Model"],
@@ -124,7 +124,7 @@ def vjepa2_config(encoder: VisionTransformer, predictor: Predictor | None) -> di
 
 
 def video_processor_config(prep: Preprocessing) -> dict[str, Any]:
-    """LLaVA-OneVision's processor: V-JEPA 2's own takes no other crop than 7/8 of the short side."""
+    """LLaVA-OneVision's processor: V-JEPA 2's own always crops 7/8 of the short side."""
     config = processor_config(prep)
     del config["image_processor_type"]
     return config | {"video_processor_type": "LlavaOnevisionVideoProcessor"}

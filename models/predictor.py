@@ -84,8 +84,8 @@ class Predictor(nn.Module):
         """
         B, K, _ = context_BKD.shape
         M, T = target_ids_BMT.shape[1:]
-        # In the weights' dtype at once: under autocast, bf16 would narrow the residual stream and the
-        # sum of the blocks' gradients.
+        # In the weights' dtype at once: under autocast, bf16 would narrow the residual stream and
+        # the sum of the blocks' gradients.
         context_BKP = self.embed(context_BKD).to(self.norm.weight.dtype)
         context_BMKP = context_BKP[:, None].expand(-1, M, -1, -1)
         queries_BMTP = self.mask_token[mask].expand(B, M, T, -1)

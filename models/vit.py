@@ -1,4 +1,4 @@
-"""The encoder of images and clips: a plain vision transformer that computes only the tokens asked for.
+"""The encoder of images and clips: a plain ViT that computes only the tokens it is asked for.
 
 A token is a patch of an image or a tubelet of a clip, that is, one patch of a few frames.
 

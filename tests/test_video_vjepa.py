@@ -53,7 +53,7 @@ def make_batch(seed: int = 0, size: int = 3) -> dict[str, Tensor]:
 
 
 def disturb(objective: VJEPA) -> None:
-    """A target that differs from the encoder, and no weight at 0 or 1 for a fault to hide behind."""
+    """A target unlike the encoder, and no weight at 0 or 1 for a fault to hide behind."""
     with torch.no_grad():
         for p in objective.parameters():
             if p.requires_grad:
