@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.blocks import use_plain_attention
 from models.objectives import Objective, build_objective
-from models.vit import use_plain_attention
 from pipelines.checkpoints import (
     CheckpointError,
     CheckpointState,

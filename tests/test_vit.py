@@ -5,13 +5,8 @@ import copy
 import pytest
 import torch
 
-from models.vit import (
-    PRESETS,
-    VisionTransformer,
-    build_encoder,
-    gather_tokens,
-    use_plain_attention,
-)
+from models.blocks import use_plain_attention
+from models.vit import PRESETS, VisionTransformer, build_encoder, gather_tokens
 
 
 def small() -> VisionTransformer:
@@ -89,5 +84,14 @@ def test_plain_attention_is_the_same_function() -> None:
     use_plain_attention(plain)
     assert all(block.attn.fused_attn for block in fused.blocks)
     assert not any(block.attn.fused_attn for block in plain.blocks)
+    images = torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(plain(images), fused(images), rtol=0, atol=1e-5)
+
+
+def test_plain_rotary_attention_is_the_same_function() -> None:
+    torch.manual_seed(0)
+    fused = build_encoder("video_micro", image_size=32, patch_size=8, positions="rope")
+    plain = copy.deepcopy(fused)
+    use_plain_attention(plain)
     images = torch.randn(3, 3, 32, 32)
     torch.testing.assert_close(plain(images), fused(images), rtol=0, atol=1e-5)
