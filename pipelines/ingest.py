@@ -202,6 +202,7 @@ def _merge(
     mean, std = _mean_std([moments for _, moments in notes], num_samples)
     settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k != "out"}
     return Manifest(
+        modality=cfg.modality,
         classes=classes.names,
         num_samples=num_samples,
         num_bytes=num_bytes,

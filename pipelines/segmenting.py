@@ -64,7 +64,7 @@ class Segmenter:
         self._convert = RgbConverter()
         self._held: TimedFrame | None = None
         self._pixels: U8 | None = None  # of the held frame, once it has been shown
-        self._origin, self._shown = Fraction(0), 0
+        self._origin, self._shown, self._gap = Fraction(0), 0, Fraction(0)
         self._encoder: SegmentEncoder | None = None
 
     def push(self, frame: TimedFrame) -> Iterator[Segment]:
@@ -76,10 +76,10 @@ class Segmenter:
         if self._held is not None and self._breaks(self._held, frame):
             yield from self.finish()
         if self._held is None:
-            self._origin, self._shown = frame.time, 0
+            self._origin, self._shown, self._gap = frame.time, 0, Fraction(0)
         else:
-            gap = frame.time - self._held.time
-            yield from self._show_until(frame.time - min(gap, self._tick) / 2)
+            self._gap = min(frame.time - self._held.time, self._tick)
+            yield from self._show_until(frame.time - self._gap / 2)
         self._held, self._pixels = frame, None
 
     def finish(self) -> Iterator[Segment]:
@@ -90,7 +90,8 @@ class Segmenter:
         """
         if self._held is None:
             return
-        stays = min(self._held.duration, Fraction(self._cfg.max_gap))
+        # Some files give their last frame hardly any time.
+        stays = max(min(self._held.duration, Fraction(self._cfg.max_gap)), self._gap)
         end = self._held.time + stays - self._tick / 2
         if self._shown == 0:
             end = max(end, self._origin + self._tick / 2)  # one frame is shown in any case

@@ -83,7 +83,7 @@ class FrameReader:
         self._start: Fraction | None = None
         self._last = Fraction(0)
         self._end = Fraction(0)
-        self._count = 0
+        self._count, self._index, self._delay = 0, -1, 0
         self._open_damage: list[str] = []  # since the last good frame
         self._damage: list[str] = []
         self._dropped = self._out_of_order = 0
@@ -154,7 +154,7 @@ class FrameReader:
         if time > self._limit:
             self._too_long = True
             return None
-        index = self._count if self._times is None or stamp is None else self._rank(stamp)
+        self._index = self._next_index(stamp)
         duration = frame.duration * base if frame.duration and base else self._period
         self._last, self._count, self._end = time, self._count + 1, time + duration
         self._damage += self._open_damage
@@ -164,13 +164,17 @@ class FrameReader:
             time=time,
             duration=duration,
             aspect=self._aspect,
-            index=index,
+            index=self._index,
             after_loss=after_loss,
         )
 
-    def _rank(self, stamp: int) -> int:
-        assert self._times is not None
-        return bisect.bisect_left(self._times, stamp)
+    def _next_index(self, stamp: int | None) -> int:
+        if self._times is None or stamp is None:
+            return self._index + 1
+        rank = bisect.bisect_left(self._times, stamp)
+        if self._avi and self._count == 0:
+            self._delay = rank  # of the decoder, in frames
+        return rank - self._delay
 
     @property
     def losses(self) -> list[Loss]:

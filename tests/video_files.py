@@ -1,6 +1,6 @@
 """Small real video files for tests, written with PyAV; frame number and time can be read back.
 
-Every frame is one flat grey, 16 + 4 times its number, except for a white band along the top third of its
+Every frame is one flat grey, 16 + 6 times its number (modulo `CYCLE`), except for a white band along the top third of its
 left half, which tells which way up it is.
 """
 
@@ -14,18 +14,20 @@ from typing import Any
 import av
 import numpy as np
 
+CYCLE = 39
+
 
 def picture(number: int, height: int = 48, width: int = 64) -> np.ndarray:
     """Returns uint8 [H, W, 3]."""
-    pixels = np.full((height, width, 3), 16 + 4 * (number % 50), np.uint8)
+    pixels = np.full((height, width, 3), 16 + 6 * (number % CYCLE), np.uint8)
     pixels[: height // 3, : width // 2] = 255
     return pixels
 
 
 def number_of(pixels: np.ndarray) -> int:
-    """Reads the number, modulo 50, of an upright picture back from its bottom right quarter."""
+    """Reads the number, modulo `CYCLE`, of an upright picture back from its bottom right quarter."""
     height, width = pixels.shape[:2]
-    return round((float(pixels[height // 2 :, width // 2 :].mean()) - 16) / 4)
+    return round((float(pixels[height // 2 :, width // 2 :].mean()) - 16) / 6)
 
 
 def write_video(
@@ -68,7 +70,13 @@ def write_video(
         stream.pix_fmt = {"gif": "rgb8", "mjpeg": "yuvj420p"}.get(codec, "yuv420p")
         stream.options = {"threads": "1", **(options or {})}
         if codec == "libx264":
-            stream.options = {"crf": "1", "g": "10", "bf": "2", **stream.options}
+            stream.options = {
+                "crf": "1",
+                "g": "10",
+                "bf": "2",
+                "sc_threshold": "0",
+                **stream.options,
+            }
         stream.codec_context.time_base = Fraction(1, 1000 if times else rate)
         if aspect:
             stream.sample_aspect_ratio = aspect
