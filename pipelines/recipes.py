@@ -44,9 +44,8 @@ def cifar10_demo() -> PretrainConfig:
 
     python -m pipelines.pretrain cifar10_demo --data.train SHARDS --data.test TEST_SHARDS
 
-    About 4 to 5 minutes on two cores with bf16 (2 cores of an AMD EPYC, 2026-11-22). At 3,200
-    steps kNN on the 800 test images was 36.5, 33.4, 34.1 for seeds 0 to 2, from random weights' 24.8,
-    23.5, 25.9 (benchmarks/pretraining.md).
+    About 3 to 4 minutes on two cores of an AMD EPYC with bf16. kNN on the 800 test images: 33.5, 34.2,
+    34.0 for seeds 0 to 2, from random weights' 24.8, 23.5, 25.9 (benchmarks/pretraining.md).
     """
     return PretrainConfig(
         data=DataConfig(batch_size=64, lanes=8, flip=True),
