@@ -33,6 +33,9 @@ from pipelines.config import IngestConfig
 
 CHUNK_ITEMS = 512
 CHUNK_BYTES = 64 * 2**20
+# A second of video costs as much as many images: about a minute of one core a chunk.
+VIDEO_CHUNK_ITEMS = 32
+VIDEO_CHUNK_BYTES = 8 * 2**20
 
 SUFFIXES = {
     "image": frozenset(
@@ -219,7 +222,10 @@ def _list_files(kind: Kind, files: list[tuple[str, str, Entry]], cfg: IngestConf
     keyed.sort(key=lambda file: (file[0], file[2].path))
     size = sum(max(entry.size, 0) for _, _, entry in keyed)
     # A power of two, cut by hash: a few new files change a few chunks, not all those after them.
-    needed = max(len(keyed) / CHUNK_ITEMS, size / CHUNK_BYTES, 1)
+    items, bytes_ = CHUNK_ITEMS, CHUNK_BYTES
+    if modality == "video":
+        items, bytes_ = VIDEO_CHUNK_ITEMS, VIDEO_CHUNK_BYTES
+    needed = max(len(keyed) / items, size / bytes_, 1)
     count = 1 << (int(needed - 1e-9)).bit_length()
     buckets: dict[tuple[int, str], list[Entry]] = {}
     for key, protocol, entry in keyed:
