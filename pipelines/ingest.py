@@ -15,6 +15,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 import sys
 import time
 from collections import Counter
@@ -65,6 +66,8 @@ from pipelines.staging import (
 )
 
 IO_THREADS = 16
+# A shard, and a shard that a killed ingest was writing: names only `shards.write_shard` gives.
+_SHARD = re.compile(r"part-[0-9a-f]{16}\.parquet|\.part-[0-9a-f]{16}\.parquet\.\d+\.tmp")
 
 
 def ingest(cfg: IngestConfig) -> Manifest:
@@ -73,11 +76,13 @@ def ingest(cfg: IngestConfig) -> Manifest:
     Every source item ends in exactly one of: a shard, the count of duplicates, the quarantine.
 
     Raises:
-        ValueError: nothing to read at the source, or not one good image in it.
+        ValueError: nothing to read at the source, not one good image in it, or `cfg.out` holds
+            something else than a data set of ours.
         ray.exceptions.RayTaskError: the storage failed; run again to go on.
     """
     started = time.monotonic()
     console = Console()
+    _check_out(cfg.out)
     listing = list_source(cfg)
     chunks = [chunk_to_json(chunk) for chunk in listing.chunks]
     keys = [chunk_key(chunk, cfg) for chunk in chunks]
@@ -111,6 +116,20 @@ def _finished(cfg: IngestConfig, fingerprint: str) -> Manifest | None:
     there = _file_names(cfg.out, "")
     complete = all(shard.file in there for shard in manifest.shards)
     return manifest if complete and manifest.fingerprint == fingerprint else None
+
+
+def _check_out(out: str) -> None:
+    """Refuses a folder that somebody else filled: what is ours in it could not be told apart."""
+    # Consoles make an object named "" to show an empty folder on S3.
+    visible = sorted(name for name in _file_names(out, "") if name and not name.startswith("."))
+    if not visible or STAGING in visible:
+        return
+    try:
+        read_manifest(out)
+    except ValueError as error:
+        shown = ", ".join(visible[:3])
+        message = f"--out: {out} holds something else ({shown}); give an empty folder ({error})"
+        raise ValueError(message) from error
 
 
 def _file_names(uri: str, folder: str) -> set[str]:
@@ -247,8 +266,7 @@ def _clean_up(cfg: IngestConfig, manifest: Manifest) -> None:
         fs.rm(f"{root}/{STAGING}", recursive=True)
     named = {shard.file for shard in manifest.shards}
     for name in sorted(_file_names(cfg.out, "")):
-        orphan = name.startswith("part-") and name.endswith(".parquet") and name not in named
-        if orphan or (name.startswith(".part-") and name.endswith(".tmp")):
+        if _SHARD.fullmatch(name) and name not in named:
             fs.rm(f"{root}/{name}")
 
 
