@@ -135,7 +135,6 @@ def _check_out(out: str) -> None:
 def _file_names(uri: str, folder: str) -> set[str]:
     fs, root = open_shards(uri)
     path = f"{root}/{folder}".rstrip("/")
-    fs.invalidate_cache()
     try:
         return {name.rpartition("/")[2] for name in fs.ls(path, detail=False)}
     except FileNotFoundError:

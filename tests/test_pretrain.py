@@ -78,18 +78,6 @@ def _cli(arguments: list[str], cwd: Path, env: dict[str, str]) -> subprocess.Com
 
 
 @pytest.fixture(scope="module")
-def s3():
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
-    yield keys | {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_DEFAULT_REGION": "us-east-1"}
-    server.stop()
-
-
-@pytest.fixture(scope="module")
 def one_worker(cifar_shards, s3, tmp_path_factory):
     """One worker, from the command line, checkpoints on S3, stopped at step 7 and run again."""
     folder = tmp_path_factory.mktemp("one_worker")
