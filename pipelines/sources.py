@@ -149,12 +149,15 @@ def _entry(path: str, info: dict[str, Any], label: str | None) -> Entry:
 
 def _kind(entries: list[Entry], cfg: IngestConfig) -> Kind:
     names = [entry.path.lower() for entry in entries]
-    kinds: dict[Kind, bool] = {
-        "folder": any(_is_image(name) for name in names),
-        "webdataset": any(name.endswith(TAR_SUFFIXES) for name in names),
-        "parquet": any(name.endswith(".parquet") for name in names),
-    }
-    for kind, present in kinds.items():
+    suffixes = {suffix_of(name) for name in names}
+    kinds: list[tuple[Kind, bool]] = [
+        ("folder", bool(suffixes & IMAGE_SUFFIXES)),
+        ("webdataset", any(name.endswith(TAR_SUFFIXES) for name in names)),
+        ("parquet", ".parquet" in suffixes),
+        # Last, because tars and Parquet files have company without a suffix, like Spark's _SUCCESS.
+        ("folder", "" in suffixes),
+    ]
+    for kind, present in kinds:
         if present and cfg.format in ("auto", kind):
             return kind
     wanted = "images, tars or Parquet files" if cfg.format == "auto" else cfg.format
