@@ -93,7 +93,7 @@ def train_batches(
         DecodeError: a stored image does not decode; the sample is named.
     """
     reader = make_reader(cfg, rank, world_size)
-    todo = pieces(reader.plan, start_step, end_step)
+    todo = pieces(reader.plan, start_step, end_step, reader.most_batches)
     if not todo:
         return
     share = cluster_share(cfg, world_size)
@@ -123,6 +123,7 @@ def make_reader(cfg: PretrainConfig, rank: int, world_size: int) -> Reader:
         grid=grid,
         mask=cfg.mask,
         data=cfg.data,
+        row_bytes=max(1.0, manifest.num_bytes / manifest.num_samples),
     )
 
 

@@ -222,9 +222,13 @@ def _run_config(cfg: PretrainConfig) -> Any:
 @contextmanager
 def _progress(stream: Any) -> Iterator[Queue]:
     """Yields a queue whose lines appear on the driver's `stream` until the block ends."""
+    import ray
     from ray.util.queue import Queue
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    queue = Queue(actor_options={"num_cpus": 0})
+    # With the driver, not on a node that may be lost while the run goes on.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     printer = LinePrinter(stream)
     done = threading.Event()
     thread = threading.Thread(target=_drain, args=(queue, printer.show, done), daemon=True)
@@ -239,11 +243,17 @@ def _progress(stream: Any) -> Iterator[Queue]:
 
 
 def _drain(queue: Queue, show: Callable[[str], None], done: threading.Event) -> None:
+    from ray.exceptions import RayActorError
+
     finished = False
     while not finished:
         finished = done.wait(0.3)  # one look more after the end
-        while not queue.empty():
-            show(queue.get())
+        try:
+            while not queue.empty():
+                show(queue.get())
+        except RayActorError as error:
+            show(f"no more progress lines, the run goes on: {error}")
+            return
 
 
 class LinePrinter:

@@ -38,6 +38,9 @@ COLUMNS = ("sample_id", "image", "height", "width", "label", "source_uri")
 BLOCK_BYTES = 4 * 2**20
 """Encoded bytes of one block: small enough for a quick first batch, large enough that Ray's cost
 for each block (about 5 ms) does not show."""
+PIECE_BYTES = 256 * 2**20
+"""Encoded bytes of one piece. A larger window is cut into pieces which all read the window's row groups
+and keep their own rows: memory stays bounded, at the price of reading the window once a piece."""
 REMOTE_READS = 8  # row groups fetched at once from object storage
 CROP_TRIES = 10
 STREAM_LEGACY = 103
@@ -57,6 +60,13 @@ class Reader:
     """Patches on a side."""
     mask: MaskConfig
     data: DataConfig
+    row_bytes: float
+    """Mean encoded bytes of an image."""
+
+    @property
+    def most_batches(self) -> int:
+        """Batches of this rank that make up a piece of PIECE_BYTES."""
+        return max(1, int(PIECE_BYTES / (self.row_bytes * self.local_batch)))
 
     @property
     def local_batch(self) -> int:
@@ -84,7 +94,7 @@ def read_piece(reader: Reader, piece: Piece) -> Iterator[pa.Table]:
         `crop` (left, top, right, bottom, in pixels), `flipped`, `context`, `targets` (flattened).
     """
     rows_N3 = lane_windows(reader.plan, piece, reader.lanes)
-    table, index_N = _read_groups(reader, rows_N3)
+    table, index_N = _read_rows(reader, rows_N3)
     row_bytes = max(1, table.column("image").nbytes // max(1, table.num_rows))
     batches = max(1, BLOCK_BYTES // (row_bytes * reader.local_batch))
     for first in range(piece.start, piece.stop, batches):
@@ -94,21 +104,30 @@ def read_piece(reader: Reader, piece: Piece) -> Iterator[pa.Table]:
         yield _with_draws(reader, block, piece, first, stop)
 
 
-def _read_groups(reader: Reader, rows_N3: I64) -> tuple[pa.Table, I64]:
-    """All row groups that hold the rows, each read once, and where the rows stand in them."""
-    groups, inverse_N = np.unique(rows_N3[:, :2], axis=0, return_inverse=True)
+def _read_rows(reader: Reader, rows_N3: I64) -> tuple[pa.Table, I64]:
+    """The rows as one chunk, each row group read once, and where each of them stands in it."""
+    order_N = np.lexsort(rows_N3.T[::-1])  # by shard, row group, row
+    groups_G2, starts_G = np.unique(rows_N3[order_N, :2], axis=0, return_index=True)
+    wanted = np.split(rows_N3[order_N, 2], starts_G[1:])
     fs, root = open_shards(reader.uri)
 
-    def read(group: I64) -> Any:
-        return read_row_group(fs, root, reader.files[group[0]], int(group[1]), COLUMNS)
+    def read(group: I64, rows: I64) -> pa.Table:
+        table = read_row_group(fs, root, reader.files[group[0]], int(group[1]), COLUMNS)
+        # Arrow's `binary` counts bytes in 32 bits: with more than 2 GiB of images, taking or joining
+        # rows fails.
+        place = table.schema.get_field_index("image")
+        images = table.column("image").cast(pa.large_binary())
+        return table.set_column(place, "image", images).take(pa.array(rows))
 
     if "file" in fs.protocol:
-        tables = [read(group) for group in groups]
+        tables = list(map(read, groups_G2, wanted))
     else:
         with ThreadPoolExecutor(REMOTE_READS) as pool:
-            tables = list(pool.map(read, groups))
-    starts = np.cumsum([0, *(table.num_rows for table in tables[:-1])])
-    return pa.concat_tables(tables), starts[inverse_N.reshape(-1)] + rows_N3[:, 2]
+            tables = list(pool.map(read, groups_G2, wanted))
+    index_N = np.empty(len(order_N), np.int64)
+    index_N[order_N] = np.arange(len(order_N))
+    # One chunk: `take` joins all chunks of a binary column first, and would for every block.
+    return pa.concat_tables(tables).combine_chunks(), index_N
 
 
 def _with_draws(reader: Reader, block: pa.Table, piece: Piece, first: int, stop: int) -> pa.Table:

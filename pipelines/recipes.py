@@ -112,7 +112,7 @@ def ijepa_vith14_in1k() -> PretrainConfig:
     The paper: less than 72 h on 16 A100, linear probe 79.3%. Here: not run.
     """
     return PretrainConfig(
-        data=DataConfig(batch_size=2048, lanes=64, shuffle_window=4096, decode_threads=8),
+        data=DataConfig(batch_size=2048, lanes=64, shuffle_window=256, decode_threads=8),
         model=ModelConfig(encoder="vit_h", image_size=224, patch_size=14),
         objective=ObjectiveConfig(ema=(0.996, 1.0)),
         optim=OptimConfig(

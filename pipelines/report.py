@@ -29,6 +29,7 @@ from pipelines.figures import (
 )
 from pipelines.masking import key_of, legacy_masks, multiblock_masks, sample_keys
 from pipelines.probes import knn_predict, nearest
+from pipelines.reading import STREAM_LEGACY
 from pipelines.storage import local_copy, open_uri
 from pipelines.tracking import METRICS, read_metrics
 
@@ -240,8 +241,11 @@ def _masks(subject: Subject, rows: pa.Table, images_NCHW: Tensor) -> list[dict[s
     ids = rows["sample_id"].to_pylist()[:MASKED]
     if grid < 2:
         return []
-    if config.truncate == "legacy":
-        context_BK, targets_BMT = legacy_masks(key_of(seed, 0, 0), len(ids), grid, config)
+    if subject.config and config.truncate == "legacy":
+        # Drawn for the whole batch, whose shortest lists decide how much of every mask is left.
+        key, batch = key_of(seed, STREAM_LEGACY, 0, 0), subject.config.data.batch_size
+        masks = legacy_masks(key, batch, grid, config)
+        context_BK, targets_BMT = masks[0][:MASKED], masks[1][:MASKED]
     else:
         context_BK, targets_BMT = multiblock_masks(sample_keys(ids, seed, 0), grid, config)
     return [
@@ -257,4 +261,8 @@ def _masks(subject: Subject, rows: pa.Table, images_NCHW: Tensor) -> list[dict[s
 
 
 def _mask_note(config: PretrainConfig | None) -> str:
-    return "the run's own settings" if config else "default settings; an artifact has none"
+    if config is None:
+        return "default settings; an artifact has none"
+    if config.mask.truncate == "legacy":
+        return "the run's own settings; legacy masks belong to places in a batch, here its first"
+    return "the run's own settings"

@@ -174,13 +174,16 @@ def _entry(path: str, info: dict[str, Any], label: str | None) -> Entry:
 
 def _kind(entries: list[Entry], cfg: IngestConfig) -> Kind:
     names = [entry.path.lower() for entry in entries]
-    kinds: dict[Kind, bool] = {
-        "list": len(names) == 1 and names[0].endswith(".csv"),
-        "folder": any(_is_media(name) for name in names),
-        "webdataset": any(name.endswith(TAR_SUFFIXES) for name in names),
-        "parquet": any(name.endswith(".parquet") for name in names),
-    }
-    for kind, present in kinds.items():
+    suffixes = {suffix_of(name) for name in names}
+    kinds: list[tuple[Kind, bool]] = [
+        ("list", len(names) == 1 and names[0].endswith(".csv")),
+        ("folder", any(suffixes & known for known in SUFFIXES.values())),
+        ("webdataset", any(name.endswith(TAR_SUFFIXES) for name in names)),
+        ("parquet", ".parquet" in suffixes),
+        # Last, because tars and Parquet files have company without a suffix, like Spark's _SUCCESS.
+        ("folder", "" in suffixes),
+    ]
+    for kind, present in kinds:
         if present and cfg.format in ("auto", kind):
             return kind
     wanted = "images, tars or Parquet files, nor videos," if cfg.format == "auto" else cfg.format

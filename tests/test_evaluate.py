@@ -5,6 +5,7 @@ N images, D features.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
@@ -19,7 +20,8 @@ from models.preprocessing import Preprocessing, normalize
 from models.vit import VisionTransformer
 from models.weights import save_artifact
 from pipelines import evaluate as job
-from pipelines.config import EvaluateConfig
+from pipelines import reading, report
+from pipelines.config import EvaluateConfig, MaskConfig
 from pipelines.evaluate import evaluate, load_subject, random_init
 from pipelines.features import (
     PLACE,
@@ -35,6 +37,7 @@ from pipelines.features import (
     table_labels,
 )
 from pipelines.figures import line_chart, pca_pictures
+from pipelines.loading import make_reader
 from pipelines.probes import knn_accuracy
 
 PREP = Preprocessing(image_size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
@@ -220,6 +223,33 @@ def test_the_report_is_self_contained_and_complete(evaluation: tuple[dict, Path]
     assert page.tags.count("svg") == 3  # loss, RankMe, kNN of metrics.jsonl
     assert f"{100 * results['rows']['raw_pixels']['knn']:.1f}" in html
     assert "vit_micro32" in html  # the training configuration
+
+
+def test_legacy_masks_shown_are_those_of_the_first_batch(
+    cifar_shards: Shards, small_checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = load_subject(small_checkpoint)
+    assert subject.config
+    config = dataclasses.replace(subject.config, mask=MaskConfig(truncate="legacy"))
+    subject = dataclasses.replace(subject, config=config)
+    rows = load_labelled(cifar_shards[1], 16)
+    drawn: list[tuple[int, np.ndarray]] = []
+    for name, seen in (("context_picture", 0), ("target_picture", 1)):
+
+        def picture(image: np.ndarray, ids: np.ndarray, grid: int, seen: int = seen) -> np.ndarray:
+            drawn.append((seen, ids))
+            return image
+
+        monkeypatch.setattr(report, name, picture)
+    assert len(report._masks(subject, rows, decode_all(rows, PREP))) == 8
+
+    data = dataclasses.replace(config.data, train=cifar_shards[0])
+    reader = make_reader(dataclasses.replace(config, data=data), 0, 1)
+    trained = reading._masks(reader, np.zeros(0, np.uint64), 0, range(1))
+    for seen in (0, 1):
+        shown = np.stack([ids for which, ids in drawn if which == seen])
+        np.testing.assert_array_equal(shown, trained[seen][0][:8])
+    assert "first" in report._mask_note(config)
 
 
 def test_class_names_cannot_inject_markup(
