@@ -10,6 +10,7 @@ objects however it came; memory holds the tokens that are not stored yet and one
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import threading
 import time
@@ -29,6 +30,8 @@ WAIT_S = 60.0
 """How long `wait` lets a store take for a segment."""
 
 _PUT_ATTEMPTS = 3
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -144,13 +147,14 @@ class SegmentedLog:
                 self._segments.append(segment)
                 self._durable = segment.stop
                 del self._waiting[: len(tokens)]
-            self._merge()
         except Exception as error:  # kept: the next `append` raises it where tokens are made
             self._failed = error
         with self._stored:
             self._stored.notify_all()
         if self._tell is not None:
             self._tell()
+        if self._failed is None:
+            self._tidy()
 
     def _put(self, start: int, tokens: Sequence[int]) -> Segment:
         path = f"{self._folder}/{start:015d}-{self._epoch:06d}.i32"
@@ -162,6 +166,12 @@ class SegmentedLog:
                 if attempt + 1 == _PUT_ATTEMPTS:
                     raise
         return Segment(start, start + len(tokens), path)
+
+    def _tidy(self) -> None:
+        try:
+            self._merge()
+        except Exception:  # nothing is lost by it; the next segment tries again
+            log.exception("%s: segments are not merged", self._folder)
 
     def _merge(self) -> None:
         """Makes one object of many small ones at the end, so that a log stays quick to open."""
@@ -204,15 +214,14 @@ def list_segments(fs: Any, folder: str) -> list[Segment]:
 
 def _in_order(by_epoch: dict[int, list[Segment]]) -> list[Segment]:
     """What counts of every owner's segments, the latest owner's first."""
-    log: list[Segment] = []
+    found: list[Segment] = []
     for epoch in sorted(by_epoch, reverse=True):
-        border = log[0].start if log else None
-        older = _without_pieces(by_epoch[epoch], border)
-        log = older + log
-    for earlier, later in zip([Segment(0, 0, ""), *log], log, strict=False):
+        border = found[0].start if found else None
+        found = _without_pieces(by_epoch[epoch], border) + found
+    for earlier, later in zip([Segment(0, 0, ""), *found], found, strict=False):
         if earlier.stop != later.start:
             raise OSError(f"{later.path}: {earlier.stop} tokens lie before it, not {later.start}")
-    return log
+    return found
 
 
 def _without_pieces(mine: Iterable[Segment], border: int | None) -> list[Segment]:

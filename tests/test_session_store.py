@@ -215,6 +215,26 @@ def test_segments_go_out_together_and_are_merged(monkeypatch: pytest.MonkeyPatch
     assert read_log(fs, folder) == list(range(20))
 
 
+def test_segments_that_cannot_be_merged_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segmented_log, "GATHER_S", 0.0)
+    monkeypatch.setattr(segmented_log, "MERGE_SEGMENTS", 3)
+    fs = fsspec.filesystem("memory")
+    folder = f"/{uuid.uuid4().hex}"
+    log = SegmentedLog(fs, folder, epoch=1)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("slow down")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fs, "rm", fail)
+        for token in range(10):
+            log.append([token])
+            log.wait(token + 1)
+    log.append([10])
+    log.close()
+    assert read_log(fs, folder) == list(range(11))
+
+
 def test_a_long_log_is_few_objects_and_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Through many owners, each of which leaves some small segments."""
     monkeypatch.setattr(segmented_log, "GATHER_S", 0.0)
