@@ -167,7 +167,7 @@ class Cluster:
 async def cluster(folder: Path, **settings: Any) -> AsyncIterator[Cluster]:
     """One replica, without Ray."""
     defaults = {"sessions": 2, "cache": 32, "max_choices": 2, "threads": 1, "prefill_chunk": 16}
-    made = Cluster(LMSettings(model=str(folder), **(defaults | settings)))
+    made = Cluster(LMSettings(model=str(folder), name=MODEL, **(defaults | settings)))
     try:
         yield made
     finally:
