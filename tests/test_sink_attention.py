@@ -223,18 +223,53 @@ def test_a_billion_tokens_down_the_stream_nothing_has_drifted() -> None:
     ).max() > 0.1
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.3)])
-def test_other_types_follow(dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float32, 1e-3), (torch.float16, 0.05), (torch.bfloat16, 0.3)],
+)
+@pytest.mark.parametrize("chunk", [1, 7, 5 * CACHE])
+def test_other_types_follow(dtype: torch.dtype, tolerance: float, chunk: int) -> None:
     model = build(small())
     stream = tokens(5 * CACHE)
     expected = reference_logits(model, stream)
     model = model.to(dtype)
     slabs = model.slabs(sessions=1, capacity=CAPACITY)
     slot = slabs.allocate(SINKS)
-    found = torch.cat([model.decode(token[None], slabs, [slot]) for token in stream])
+    assert slabs.keys_LNHCD.dtype == slabs.values_LNHCD.dtype == dtype
+    if chunk == 1:
+        found = torch.cat([model.decode(token[None], slabs, [slot]) for token in stream])
+    else:
+        parts = [model.prefill(part, slabs, slot, logits="all") for part in stream.split(chunk)]
+        found = torch.cat(parts)
     assert found.dtype == torch.float32
     error = (found.double() - expected).abs().mean() / expected.abs().mean()
     assert error < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_what_an_overflow_left_in_a_slab_does_not_reach_its_next_session(
+    dtype: torch.dtype,
+) -> None:
+    """A chunk shorter than the sinks, and a young session that decodes beside an old one."""
+    model = build(small()).to(dtype)
+    stream = tokens(4 * CACHE)
+
+    def run(*, poisoned: bool) -> Tensor:
+        slabs = model.slabs(sessions=2, capacity=CAPACITY)
+        old, young = slabs.allocate(SINKS), slabs.allocate(SINKS)
+        model.prefill(stream, slabs, old, logits="none")
+        if poisoned:
+            slabs.keys_LNHCD[:, young] = torch.nan
+            slabs.values_LNHCD[:, young] = torch.inf
+        slabs.release(young)
+        young = slabs.allocate(SINKS)
+        chunk = model.prefill(stream[: SINKS - 1], slabs, young, logits="all")
+        batch = model.decode(stream[:2], slabs, [old, young])
+        return torch.cat((chunk, batch))
+
+    found = run(poisoned=True)
+    assert found.isfinite().all()
+    assert torch.equal(found, run(poisoned=False))
 
 
 def test_export_restore_and_copy_go_on_bitwise() -> None:
