@@ -62,7 +62,7 @@ class AttentiveProbes(nn.Module):
             return nn.Parameter(values.repeat(count, *(1 for _ in shape)))
 
         def constant(value: float, size: int) -> nn.Parameter:
-            return nn.Parameter(torch.full((count, size), value))
+            return nn.Parameter(torch.full((count, size), float(value)))
 
         self.query = normal(width)
         self.norm_tokens_weight, self.norm_tokens_bias = constant(1, width), constant(0, width)
@@ -135,9 +135,9 @@ def attentive_probe(
     grid = [(lr, decay) for lr in lrs for decay in weight_decays]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        probes = AttentiveProbes(
-            len(grid), train.shape[-1], heads, int(labels_N.max()) + 1
-        ).to(device)
+        probes = AttentiveProbes(len(grid), train.shape[-1], heads, int(labels_N.max()) + 1).to(
+            device
+        )
     fits = np.sort(order[count:])
     batches = _epochs(fits, epochs, batch_size, seed)
     _fit(probes, train, labels_N, grid, list(batches))
@@ -209,9 +209,7 @@ class _AdamW:
 
 
 @torch.no_grad()
-def _accuracy(
-    probes: AttentiveProbes, tokens: Array, labels_N: Tensor, rows: np.ndarray
-) -> Tensor:
+def _accuracy(probes: AttentiveProbes, tokens: Array, labels_N: Tensor, rows: np.ndarray) -> Tensor:
     """Share of the rows that each probe classifies right, [P]."""
     hits = torch.zeros(len(probes.query))
     for chunk in np.array_split(rows, math.ceil(len(rows) / 256)):

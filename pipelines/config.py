@@ -485,8 +485,10 @@ class EvaluateConfig:
     """Epochs of the linear probe."""
     attentive_epochs: int = 20
     """Epochs of the attentive probe of clips; 0 leaves it out, and is what images get."""
-    clip: ClipConfig | None = None
-    """Which frames a clip is made of; None is what the encoder was trained on."""
+    fps: float | None = None
+    """Frames a second of clips; None, unless --stride is given, is what the encoder was trained on."""
+    stride: int | None = None
+    """Frames of a segment from one frame of a clip to the next; None as above."""
     batch_size: int = 256
     """Images, or frames of clips, per forward pass."""
     limit: int | None = None

@@ -30,7 +30,12 @@ I64 = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 Shapes = tuple[tuple[tuple[int, int], ...], tuple[float, ...]]  # (height, width)s, probabilities
 
-STREAM_CROP, STREAM_FLIP, STREAM_MASK = 1, 2, 16  # masks use STREAM_MASK + 3 * attempt + {0, 1, 2}
+STREAM_CROP, STREAM_FLIP, STREAM_CLIP, STREAM_MASK = (
+    1,
+    2,
+    3,
+    16,
+)  # masks use STREAM_MASK + 3 * attempt + {0, 1, 2}
 ATTEMPTS = 24  # redraws of a sample with too small a context; at 10% misses 1e-24 reach the end
 CALIBRATION_DRAWS = 2048
 MOST_MISSES = 0.1

@@ -263,6 +263,7 @@ def _features(values: Array) -> Tensor:
 
 
 def as_labels(values: Array) -> Tensor:
+    """Returns class indices from 0 as int64 [N]; a ValueError if any is negative."""
     labels_N = torch.as_tensor(values).long()
     if labels_N.numel() and int(labels_N.min()) < 0:
         raise ValueError("labels must be class indices from 0; drop the unlabelled rows first")

@@ -37,6 +37,7 @@ from pipelines.train_state import TrainState, new_state
 if TYPE_CHECKING:
     from ray.util.queue import Queue
 
+
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """How training ended; returned, not raised, where starting again could not help."""
