@@ -119,6 +119,7 @@ def write_report(
         pca=_pca(subject, baseline, pixels),
         masks=_masks(subject, shown, pixels),
         noun="clip" if subject.sampler else "image",
+        counts=[len(part.labels_N) for part in (train, test)],
         columns=[name for name, _ in _columns(results)],
         mask_note=_mask_note(subject.config),
         provenance=json.dumps(results["provenance"], indent=2),
