@@ -55,7 +55,9 @@ class ClipSampler:
         offset_BT = np.floor(np.arange(self.frames) * step_B[:, None] + 1e-6).astype(np.int64)
         starts_B = np.maximum(count_B - offset_BT[:, -1], 1)
         first_B = (place_B * starts_B).astype(np.int64)
-        return np.minimum(first_B[:, None] + offset_BT, count_B[:, None] - 1).astype(np.int32)
+        number_BT = np.minimum(first_B[:, None] + offset_BT, count_B[:, None] - 1)
+        frames_BT: I32 = number_BT.astype(np.int32)
+        return frames_BT
 
 
 def training_sampler(cfg: PretrainConfig) -> ClipSampler | None:

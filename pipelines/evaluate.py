@@ -42,6 +42,7 @@ from pipelines.config import ClipConfig, EvaluateConfig
 from pipelines.features import (
     PLACE,
     Featurizer,
+    Pooling,
     compute_features,
     decode_batches,
     encoder_features,
@@ -266,7 +267,8 @@ def _featurizers(
     subject: Subject, baseline: VisionTransformer, attentive: bool
 ) -> dict[str, Featurizer]:
     """By row of the table; for attentive probes of all tokens, which are averaged later."""
-    prep, pooling = subject.preprocessing, "patches" if attentive else "mean"
+    prep = subject.preprocessing
+    pooling: Pooling = "patches" if attentive else "mean"
     encoder = encoder_features(subject.encoder, prep, pooling=pooling)
     featurizers = {
         "encoder": encoder,
