@@ -106,15 +106,16 @@ def _with_absolute_paths(cfg: PretrainConfig) -> PretrainConfig:
 def _check_early(cfg: PretrainConfig, run_uri: str) -> None:
     """Finds in a second what workers would find in twenty: bad data, a run of other settings."""
     from models.vit import find_preset
-    from pipelines.masking import mask_lengths
+    from pipelines.loading import check_modality
+    from pipelines.maskers import make_masker
     from pipelines.plan import make_plan
     from pipelines.shards import read_manifest
 
     manifest = read_manifest(cfg.data.train)
+    check_modality(cfg, manifest)
     make_plan(manifest.row_groups(), cfg.data, cfg.run.seed)  # refuses too few rows for a batch
     find_preset(cfg.model.encoder)
-    if cfg.mask.truncate == "random":
-        mask_lengths(cfg.model.image_size // cfg.model.patch_size, cfg.mask)
+    make_masker(cfg).check()
     checkpoints = committed_checkpoints(run_uri)
     if checkpoints:
         with local_copy(checkpoints[-1][0], "*.json") as folder:
