@@ -342,6 +342,6 @@ def _default_config(subject: Subject) -> PretrainConfig:
 def _mask_note(config: PretrainConfig | None) -> str:
     if config is None:
         return "default settings; an artifact has none"
-    if config.mask.truncate == "legacy":
+    if make_masker(config).legacy:
         return "the run's own settings; legacy masks belong to places in a batch, here its first"
     return "the run's own settings"
