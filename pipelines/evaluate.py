@@ -39,6 +39,7 @@ from pipelines.config import EvaluateConfig
 from pipelines.features import (
     PLACE,
     Featurizer,
+    check_classes,
     compute_features,
     decode_batches,
     encoder_features,
@@ -177,12 +178,7 @@ def _ranks(features_ND: torch.Tensor) -> dict[str, float]:
 
 def _manifests(cfg: EvaluateConfig) -> tuple[Manifest, Manifest]:
     data, test = read_manifest(cfg.data), read_manifest(cfg.test)
-    for flag, manifest in (("data", data), ("test", test)):
-        if not manifest.classes:
-            raise ValueError(f"--{flag}: these shards have no labels, which every probe needs")
-    if data.classes != test.classes:
-        differing = sorted(set(data.classes) ^ set(test.classes))[:6]
-        raise ValueError(f"--data and --test have different classes: {', '.join(differing)}")
+    check_classes({"--data": data, "--test": test})
     return data, test
 
 
