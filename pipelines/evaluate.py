@@ -43,6 +43,7 @@ from pipelines.features import (
     PLACE,
     Featurizer,
     Pooling,
+    check_classes,
     compute_features,
     decode_batches,
     encoder_features,
@@ -229,12 +230,7 @@ def _manifests(cfg: EvaluateConfig) -> tuple[Manifest, Manifest]:
     data, test = read_manifest(cfg.data), read_manifest(cfg.test)
     if data.modality != test.modality:
         raise ValueError(f"--data holds {data.modality}s, --test {test.modality}s")
-    for flag, manifest in (("data", data), ("test", test)):
-        if not manifest.classes:
-            raise ValueError(f"--{flag}: these shards have no labels, which every probe needs")
-    if data.classes != test.classes:
-        differing = sorted(set(data.classes) ^ set(test.classes))[:6]
-        raise ValueError(f"--data and --test have different classes: {', '.join(differing)}")
+    check_classes({"--data": data, "--test": test})
     return data, test
 
 

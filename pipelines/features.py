@@ -9,12 +9,13 @@ T tokens (patches), F frames of a clip, D feature width.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Literal, TypeAlias, TypeVar
 
@@ -31,7 +32,7 @@ from models.preprocessing import Preprocessing, eval_transform, normalize
 from models.video_decode import decode_frames
 from models.vit import VisionTransformer
 from pipelines.clip_sampling import ClipSampler
-from pipelines.shards import open_shards, read_manifest, read_row_group
+from pipelines.shards import Manifest, open_shards, read_manifest, read_row_group
 
 Pooling: TypeAlias = Literal["mean", "patches"]
 Featurizer: TypeAlias = Callable[[Tensor], Tensor]
@@ -54,10 +55,34 @@ CLIP_NUMBERS = 12_288
 """And those of a clip shrunk to no more than this many numbers."""
 
 
-def load_labelled(uri: str, limit: int | None = None, *, seed: int = 0) -> pa.Table:
-    """Reads labelled rows of ingested shards into memory: all, or a random `limit` of them.
+Place: TypeAlias = tuple[int, int, np.ndarray | None]
+"""Shard, row group, and rows of it; None for all that have a label."""
 
-    Random, because files are often in class order; the same ones every time, in file order.
+
+def check_classes(sets: Mapping[str, Manifest]) -> None:
+    """Refuses labelled sets that a probe cannot compare: label indices must mean the same.
+
+    Args:
+        sets: manifests by the flag that names them.
+
+    Raises:
+        ValueError: one has no labels, or their classes differ.
+    """
+    for flag, manifest in sets.items():
+        if not manifest.classes:
+            raise ValueError(f"{flag}: these shards have no labels, which every probe needs")
+    first, second = (manifest.classes for manifest in sets.values())
+    if first != second:
+        differing = ", ".join(sorted(set(first) ^ set(second))[:6]) or "their order"
+        raise ValueError(f"{' and '.join(sets)} have different classes: {differing}")
+
+
+def load_labelled(uri: str, limit: int | None = None, *, seed: int = 0) -> pa.Table:
+    """Reads labelled rows of ingested shards into memory: all, or `limit` of them (all if fewer).
+
+    Those of random row groups, because files are often in class order and a row group is the least
+    that can be read; the same ones every time, in file order. Ingest mixes the classes of a folder's
+    row groups, not those of tars and Parquet files.
 
     Returns:
         Table with `COLUMNS`, and `PLACE`: where in the shards each row stands.
@@ -76,26 +101,44 @@ def iter_labelled(uri: str, limit: int | None = None, *, seed: int = 0) -> Itera
     manifest = read_manifest(uri)
     fs, root = open_shards(uri)
     columns = COLUMNS[manifest.modality]
-    keep_N = np.ones(manifest.num_samples, dtype=bool)
-    if limit is not None and limit < manifest.num_samples:
-        keep_N[np.random.default_rng(seed).permutation(manifest.num_samples)[limit:]] = False
 
-    def read(place: tuple[int, int, np.ndarray]) -> pa.Table:
+    def find(group: tuple[int, int, int]) -> Place:
+        file = manifest.shards[group[0]].file
+        labels = read_row_group(fs, root, file, group[1], ["label"])["label"]
+        return group[0], group[1], np.flatnonzero(labels.is_valid().to_numpy())
+
+    def read(place: Place) -> pa.Table:
         shard, group, rows = place
-        table = read_row_group(fs, root, manifest.shards[shard].file, group, columns).take(rows)
-        places = (np.full_like(rows, shard), np.full_like(rows, group), rows)
-        for name, column in zip(PLACE, places, strict=True):
+        table = read_row_group(fs, root, manifest.shards[shard].file, group, columns)
+        if rows is None:
+            rows = np.flatnonzero(table["label"].is_valid().to_numpy())
+        stands = (np.full_like(rows, shard), np.full_like(rows, group), rows)
+        table = table.take(rows)
+        for name, column in zip(PLACE, stands, strict=True):
             table = table.append_column(name, pa.array(column))
-        return table.filter(table["label"].is_valid())
+        return table
 
-    wanted: list[tuple[int, int, np.ndarray]] = []
-    start = 0
-    for shard, group, count in manifest.row_groups():
-        rows = np.flatnonzero(keep_N[start : start + count])
-        wanted += [(shard, group, rows)] if len(rows) else []
-        start += count
+    groups = manifest.row_groups()
     with ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="read") as pool:
-        yield from _in_order(pool, read, wanted, READ_AHEAD)
+        places: list[Place] = [(shard, group, None) for shard, group, _ in groups]
+        if limit is not None and limit < manifest.num_samples:
+            order = np.random.default_rng(seed).permutation(len(groups))
+            drawn = _in_order(pool, find, (groups[i] for i in order), READ_AHEAD)
+            with contextlib.closing(drawn):
+                places = _first_rows(drawn, limit)
+        yield from _in_order(pool, read, places, READ_AHEAD)
+
+
+def _first_rows(drawn: Iterable[Place], limit: int) -> list[Place]:
+    """Of the rows drawn the first `limit`, in file order."""
+    places: list[Place] = []
+    for shard, group, rows in drawn:
+        assert rows is not None
+        places += [(shard, group, rows[:limit])] if len(rows) else []
+        limit -= len(rows)
+        if limit <= 0:
+            break
+    return sorted(places, key=lambda place: place[:2])
 
 
 def read_places(uri: str, places_N3: np.ndarray) -> pa.Table:
@@ -316,7 +359,7 @@ def _clips(
 
 def _in_order(
     pool: ThreadPoolExecutor, function: Callable[[In], Out], items: Iterable[In], ahead: int
-) -> Iterator[Out]:
+) -> Generator[Out]:
     """Maps in the pool, in order, never more than `ahead` items before the consumer."""
     pending: deque[Future[Out]] = deque()
     try:

@@ -24,8 +24,11 @@ class OnlineProbe:
 
     def __init__(self, cfg: PretrainConfig) -> None:
         # Here, because only rank 0 of a run that probes needs it.
-        from pipelines.features import decode_all, load_labelled, table_labels
+        from pipelines.features import check_classes, decode_all, load_labelled, table_labels
+        from pipelines.shards import read_manifest
 
+        train, test = read_manifest(cfg.data.train), read_manifest(cfg.data.test)
+        check_classes({"--data.train": train, "--data.test": test})
         self._autocast = cfg.run.precision == "bf16"
         self._prep = Preprocessing(
             image_size=cfg.model.image_size, mean=cfg.model.mean, std=cfg.model.std

@@ -21,7 +21,14 @@ from models.vit import VisionTransformer
 from models.weights import save_artifact
 from pipelines import evaluate as job
 from pipelines import reading, report
-from pipelines.config import EvaluateConfig, MaskConfig
+from pipelines.config import (
+    DataConfig,
+    EvaluateConfig,
+    MaskConfig,
+    ModelConfig,
+    PretrainConfig,
+    RunConfig,
+)
 from pipelines.evaluate import evaluate, load_subject, random_init
 from pipelines.features import (
     PLACE,
@@ -38,7 +45,16 @@ from pipelines.features import (
 )
 from pipelines.figures import line_chart, pca_pictures
 from pipelines.loading import make_reader
+from pipelines.online_probe import build_probe
 from pipelines.probes import knn_accuracy
+from pipelines.shards import (
+    open_shards,
+    read_manifest,
+    read_row_group,
+    read_rows,
+    write_manifest,
+    write_shard,
+)
 
 PREP = Preprocessing(image_size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 Shards = tuple[str, str]
@@ -59,6 +75,57 @@ def test_limited_rows_are_a_fixed_random_subset_in_order(cifar_shards: Shards) -
     assert positions == sorted(positions)
     assert max(positions) > everything.num_rows // 2  # not the first hundred
     assert len(set(table_labels(some))) == 10
+
+
+def _with_few_labels(uri: str, folder: Path) -> str:
+    """The data set with every tenth row labelled, in a single shard."""
+    fs, root = open_shards(folder)
+    rows = read_rows(uri)
+    labels = [v if i % 10 == 3 else None for i, v in enumerate(rows["label"].to_pylist())]
+    table = rows.set_column(4, "label", pa.array(labels, pa.int32()))
+    shard = write_shard(fs, root, table, 16)
+    write_manifest(folder, dataclasses.replace(read_manifest(uri), shards=(shard,)))
+    return str(folder)
+
+
+def test_limit_counts_labelled_rows_and_reads_few_row_groups(
+    cifar_shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = _with_few_labels(cifar_shards[0], tmp_path)  # 51 of 512 rows
+    everything, some = load_labelled(uri), load_labelled(uri, 20)
+    assert everything.num_rows == 51
+    assert some.num_rows == 20
+    assert min(table_labels(some)) >= 0
+    assert set(some["sample_id"].to_pylist()) < set(everything["sample_id"].to_pylist())
+    assert load_labelled(uri, 60).equals(everything)
+
+    whole = []
+
+    def counted(fs, root, file, group, columns):  # type: ignore[no-untyped-def]
+        whole.append(group) if "image" in columns else None
+        return read_row_group(fs, root, file, group, columns)
+
+    monkeypatch.setattr("pipelines.features.read_row_group", counted)
+    load_labelled(cifar_shards[0], 100)  # 32 row groups of 16
+    assert len(whole) == 7
+
+
+def test_classes_that_differ_leave_no_online_probe(cifar_shards: Shards, tmp_path: Path) -> None:
+    train, test = cifar_shards
+    for path in Path(test).glob("*.parquet"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    manifest = read_manifest(test)
+    said: list[str] = []
+    for classes in (manifest.classes, manifest.classes[::-1], manifest.classes[1:]):
+        write_manifest(tmp_path, dataclasses.replace(manifest, classes=classes))
+        cfg = PretrainConfig(
+            data=DataConfig(train=train, test=str(tmp_path)),
+            model=ModelConfig(image_size=32, patch_size=8),
+            run=RunConfig(probe_every=5),
+        )
+        assert bool(build_probe(cfg, said.append)) == (classes == manifest.classes)
+    shared = "no online kNN: --data.train and --data.test have different classes: "
+    assert said == [shared + "their order", shared + "airplane"]
 
 
 def test_rows_are_found_again_by_their_place(cifar_shards: Shards) -> None:
