@@ -36,7 +36,7 @@ class LMClient:
 
     def __init__(self, handle: Any, *, persistent: bool) -> None:
         self._handle = handle
-        self._persistent = persistent
+        self.persistent = persistent
         self._cancels: set[asyncio.Task[None]] = set()
 
     async def describe(self) -> LMCard:
@@ -70,7 +70,7 @@ class LMClient:
             try:
                 return await self._call_once(session_id, method, *args), attempt + 1
             except (RayActorError, DeploymentUnavailableError):
-                if not self._persistent and attempt:
+                if not self.persistent and attempt:
                     break
                 await asyncio.sleep(min(1.0, 0.05 * 2**attempt))
                 continue
@@ -179,7 +179,7 @@ class Answer:
         """Starts again where the client stands, on the replica that has the session now."""
         session_id, limit = self._start.session_id, self._start.options.max_tokens
         if session_id is None or self.session is None:
-            raise server_error(503, "replica_lost", "the model replica died; send it again")
+            raise _replica_lost()
         options = self._start.options
         options = dataclasses.replace(
             options,
@@ -189,7 +189,20 @@ class Answer:
         again = dataclasses.replace(
             self._start, feeds=(), options=options, resume_at=self._position, goes_on=True
         )
-        await self._client.start(self._key, again)
+        for attempt in range(ATTEMPTS):
+            try:
+                await self._client.start(self._key, again)
+                return
+            except ApiError as error:
+                if error.status == 404 and not self._client.persistent:  # it ended with its replica
+                    raise _replica_lost() from error
+                if error.status != 429 or attempt + 1 == ATTEMPTS:
+                    raise
+            await asyncio.sleep(1)  # the replicas that are left have no slab free yet
+
+
+def _replica_lost() -> ApiError:
+    return server_error(503, "replica_lost", "the model replica died; send it again")
 
 
 def _is_lost(taken: Taken) -> bool:

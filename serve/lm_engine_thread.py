@@ -51,8 +51,9 @@ class EngineThread:
             raise RuntimeError(f"a tick has been running for over {STUCK_AFTER_S:.0f} s")
 
     def stop(self) -> None:
-        """Ends the thread after the tick in progress."""
+        """Ends the thread after the tick in progress, and waits for that."""
         self._stopping = True
+        self._thread.join()
 
     def _run(self) -> None:
         if self._threads is not None:

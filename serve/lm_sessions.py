@@ -261,10 +261,15 @@ class SessionTable:
 
     async def expire_held(self, held: Held) -> None:
         """Deletes an idle session with a slab here if its time is over."""
-        over = held.ttl_s is not None and time.monotonic() - held.last_used > held.ttl_s
-        if over and held.answer is None and not self.is_locked(held.session_id):
+
+        def is_over() -> bool:
+            over = held.ttl_s is not None and time.monotonic() - held.last_used > held.ttl_s
+            return over and held.answer is None and self._held.get(held.session_id) is held
+
+        if is_over() and not self.is_locked(held.session_id):
             async with self.locked(held.session_id):
-                await self.delete(held.session_id)
+                if is_over():  # still: another request may have come first
+                    await self.delete(held.session_id)
 
     async def expire_stored(self, session_id: str) -> None:
         """Deletes a session without a slab here if its time is over; call it with it locked."""
@@ -325,7 +330,9 @@ class SessionTable:
                     raise no_slab() from error
                 oldest = min(idle, key=lambda held: held.last_used)
                 async with self.locked(oldest.session_id):
-                    await self._evict(oldest)
+                    # Still: another request may have come first.
+                    if self._held.get(oldest.session_id) is oldest and oldest.answer is None:
+                        await self._evict(oldest)
 
     async def _evict(self, held: Held) -> None:
         """Takes an idle session's slab; where there can be no snapshot, its log is enough."""

@@ -29,6 +29,17 @@ def ray_local() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def tiny_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random Llama of bytes; see `lm_serving`."""
+    from lm_serving import MODEL, save_tiny_lm
+
+    folder = tmp_path_factory.mktemp("lm") / MODEL
+    folder.mkdir()
+    save_tiny_lm(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def cifar_sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder `{train,test}/<class>/<index>.png` of the shipped CIFAR-10 sample: 2,500 and 800."""
     from pipelines.fetch import sample_folder

@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+import uuid
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import tokenizers
 import torch
 import transformers
@@ -22,7 +24,7 @@ from models.sink_lm.tokenizer import load_tokenizer
 from serve.chat import LanguageModel
 from serve.lm_api import LMParts, create_lm_app
 from serve.lm_client import LMClient
-from serve.lm_contract import Options, Start
+from serve.lm_contract import Feed, Options, Refused, Start
 from serve.lm_service import LanguageService
 from serve.lm_settings import LMSettings
 
@@ -99,7 +101,7 @@ def replica_pids(app: str, name: str) -> list[int]:
     return found
 
 
-def wait_until(condition: Any, seconds: float = 10) -> None:
+def wait_until(condition: Any, seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
@@ -199,8 +201,6 @@ async def web(made: Cluster) -> AsyncIterator[httpx.AsyncClient]:
 
 def ask(request_id: str, session_id: str | None, prompt: str = "", **more: Any) -> Start:
     """A greedy request; without a prompt it goes on."""
-    from serve.lm_contract import Feed
-
     ids = tuple(load_ids(prompt))
     names = ("n", "resume_at", "goes_on")
     fields = {name: more.pop(name) for name in names if name in more}
@@ -233,8 +233,36 @@ async def read(replica: LanguageModel, request_id: str) -> tuple[list[int], str]
                 return tokens, piece.end.reason
 
 
-async def eventually(condition: Callable[[], bool], seconds: float = 5) -> None:
+async def eventually(condition: Callable[[], bool], seconds: float = 20) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
         await asyncio.sleep(0.01)
+
+
+def run(test: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(test, 120))
+
+
+async def say(replica: LanguageModel, session_id: str, prompt: str, **more: Any) -> list[int]:
+    """A whole turn."""
+    start = ask(uuid.uuid4().hex, session_id, prompt, **more)
+    started = await replica.start(start)
+    assert not isinstance(started, Refused), started
+    tokens, reason = await read(replica, start.request_id)
+    assert reason == "length"
+    return tokens
+
+
+def slabs(replica: LanguageModel) -> set[str]:
+    return set(replica._engine.sessions())
+
+
+def slow(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, seconds: float) -> None:
+    real = getattr(owner, name)
+
+    def slowed(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(seconds)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, slowed)

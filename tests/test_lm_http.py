@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from lm_serving import MODEL, events, replica_pids, save_tiny_lm, wait_until
+from lm_serving import MODEL, events, replica_pids, wait_until
 
 pytestmark = pytest.mark.ray
 
@@ -30,20 +30,20 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(
+    ray_local: None, tiny_lm: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
     from ray import serve as ray_serve
 
     from serve.lm_app import build_app
     from serve.lm_settings import LMSettings
 
-    folder, store = tmp_path_factory.mktemp("lm") / MODEL, tmp_path_factory.mktemp("sessions")
-    folder.mkdir()
-    save_tiny_lm(folder)
+    store = tmp_path_factory.mktemp("sessions")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     settings = LMSettings(
-        model=str(folder),
+        model=str(tiny_lm),
         store=str(store),
         sessions=3,
         cache=32,

@@ -6,27 +6,14 @@ import asyncio
 import threading
 import time
 import uuid
-from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from lm_serving import MODEL, Cluster, cluster, events, eventually, save_tiny_lm, web
+from lm_serving import MODEL, Cluster, cluster, events, eventually, run, web
 
 GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0, "ignore_eos": True}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("lm") / MODEL
-    path.mkdir()
-    save_tiny_lm(path)
-    return path
-
-
-def run(test: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(test, 60))
 
 
 async def stream(http: httpx.AsyncClient, **body: Any) -> list[tuple[int | None, Any]]:
@@ -37,12 +24,12 @@ async def stream(http: httpx.AsyncClient, **body: Any) -> list[tuple[int | None,
 
 @pytest.mark.parametrize("session_id", [None, "s"])
 def test_after_a_5xx_a_session_s_prompt_is_not_to_be_sent_again(
-    session_id: str | None, folder: Path, tmp_path: Path
+    session_id: str | None, tiny_lm: Path, tmp_path: Path
 ) -> None:
     """OpenAI's clients repeat a 5xx: the prompt would be in the stream twice."""
 
     async def test() -> None:
-        async with cluster(folder, store=str(tmp_path), timeout_s=0.3) as made, web(made) as http:
+        async with cluster(tiny_lm, store=str(tmp_path), timeout_s=0.3) as made, web(made) as http:
             body = GREEDY | {"prompt": "a", "max_tokens": 4}
             if session_id is not None:
                 body["session_id"] = session_id
@@ -70,13 +57,13 @@ def test_after_a_5xx_a_session_s_prompt_is_not_to_be_sent_again(
     run(test())
 
 
-def test_a_long_stream_ends_where_it_can_be_resumed(folder: Path, tmp_path: Path) -> None:
+def test_a_long_stream_ends_where_it_can_be_resumed(tiny_lm: Path, tmp_path: Path) -> None:
     """The replica is up to 64 tokens ahead of what was sent; they are not lost."""
 
     async def test() -> None:
         limit = 3_000
         settings = {"store": str(tmp_path), "max_stream_bytes": limit}
-        async with cluster(folder, **settings) as made, web(made) as http:
+        async with cluster(tiny_lm, **settings) as made, web(made) as http:
             text, position, pieces = "", None, 0
             body: dict[str, Any] = {"prompt": "ab", "session_id": "s"}
             while len(text) < 150:
@@ -100,9 +87,9 @@ def test_a_long_stream_ends_where_it_can_be_resumed(folder: Path, tmp_path: Path
     run(test())
 
 
-def test_a_long_stream_closes_every_choice_and_counts(folder: Path) -> None:
+def test_a_long_stream_closes_every_choice_and_counts(tiny_lm: Path) -> None:
     async def test() -> None:
-        async with cluster(folder, max_stream_bytes=3_000) as made, web(made) as http:
+        async with cluster(tiny_lm, max_stream_bytes=3_000) as made, web(made) as http:
             usage = {"include_usage": True}
             data = await stream(http, prompt="ab", n=2, max_tokens=None, stream_options=usage)
             ends = {
@@ -118,13 +105,13 @@ def test_a_long_stream_closes_every_choice_and_counts(folder: Path) -> None:
     run(test())
 
 
-def test_a_fork_s_name_may_come_in_pieces(folder: Path) -> None:
+def test_a_fork_s_name_may_come_in_pieces(tiny_lm: Path) -> None:
     async def body() -> Any:
         yield b'{"session_id":'
         yield b' "twin"}'
 
     async def test() -> None:
-        async with cluster(folder) as made, web(made) as http:
+        async with cluster(tiny_lm) as made, web(made) as http:
             await http.post("/v1/sessions", json={"session_id": "s", "pin_prefix": "ab"})
             headers = {"content-type": "application/json"}
             forked = await http.post("/v1/sessions/s/fork", content=body(), headers=headers)
@@ -137,9 +124,9 @@ def test_a_fork_s_name_may_come_in_pieces(folder: Path) -> None:
     run(test())
 
 
-def test_offsets_belong_to_their_choice(folder: Path) -> None:
+def test_offsets_belong_to_their_choice(tiny_lm: Path) -> None:
     async def test() -> None:
-        async with cluster(folder) as made, web(made) as http:
+        async with cluster(tiny_lm) as made, web(made) as http:
             body = GREEDY | {"prompt": "ab", "max_tokens": 5, "logprobs": 1}
             one = (await http.post("/v1/completions", json=body)).json()["choices"]
             two = (await http.post("/v1/completions", json=body | {"n": 2})).json()["choices"]
@@ -150,7 +137,7 @@ def test_offsets_belong_to_their_choice(folder: Path) -> None:
     run(test())
 
 
-def test_usage_after_a_failover_is_that_of_the_request(folder: Path, tmp_path: Path) -> None:
+def test_usage_after_a_failover_is_that_of_the_request(tiny_lm: Path, tmp_path: Path) -> None:
     async def test(made: Cluster, http: httpx.AsyncClient) -> None:
         real = made.replica.take
         calls = 0
@@ -172,37 +159,36 @@ def test_usage_after_a_failover_is_that_of_the_request(folder: Path, tmp_path: P
         assert reply["choices"][0]["text"] == whole.json()["choices"][0]["text"]
 
     async def tests() -> None:
-        async with cluster(folder, store=str(tmp_path)) as made, web(made) as http:
+        async with cluster(tiny_lm, store=str(tmp_path)) as made, web(made) as http:
             await test(made, http)
 
     run(tests())
 
 
 def test_a_long_prompt_does_not_hold_up_the_others(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_lm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is tokenized once, and not in the loop that serves everybody."""
     seen: list[str] = []
     main = threading.current_thread()
 
     async def test() -> None:
-        async with cluster(folder) as made, web(made) as http:
+        async with cluster(tiny_lm) as made, web(made) as http:
             tokenizer_type = type(made.replica._tokenizer)
             real = tokenizer_type.encode
 
             def slow(self: Any, text: str, **how: Any) -> list[int]:
                 seen.append(text)
                 assert threading.current_thread() is not main
-                time.sleep(0.3)
+                time.sleep(0.5)
                 return real(self, text, **how)
 
             monkeypatch.setattr(tokenizer_type, "encode", slow)
             body = GREEDY | {"prompt": "ab", "max_tokens": 1}
             call = asyncio.ensure_future(http.post("/v1/completions", json=body))
             await asyncio.sleep(0.05)
-            started = time.monotonic()
             assert (await http.get("/healthz")).status_code == 200
-            assert time.monotonic() - started < 0.2
+            assert not call.done()
             assert (await call).status_code == 200
             assert seen == ["ab"]
 
