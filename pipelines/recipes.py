@@ -77,6 +77,24 @@ def cifar10_demo() -> PretrainConfig:
     )
 
 
+def laptop() -> PretrainConfig:
+    """I-JEPA on any images on one machine without a GPU: a ViT-Ti/16 at 128 pixels.
+
+    python -m pipelines.pretrain laptop --data.train URI --data.test URI --run.storage URI
+
+    Expected time and result: not run.
+    """
+    base = cifar10_demo()
+    return replace(
+        base,
+        data=DataConfig(batch_size=64, lanes=8, shuffle_window=256, flip=True),
+        model=ModelConfig(encoder="vit_ti", image_size=128, patch_size=16, patch_std=0.14),
+        run=RunConfig(
+            name="laptop", steps=5000, log_every=10, probe_every=500, checkpoint_every=100
+        ),
+    )
+
+
 def cifar10_vits() -> PretrainConfig:
     """I-JEPA on all of CIFAR-10 for about ten minutes of one data-centre GPU.
 
@@ -366,6 +384,7 @@ RECIPES: dict[str, tuple[str, PretrainConfig]] = {
     for recipe in (
         debug,
         cifar10_demo,
+        laptop,
         cifar10_vits,
         ijepa_vits16,
         ijepa_vitb16,
