@@ -43,7 +43,12 @@ from serve.telemetry import Reporter
 KEEP_HOUSE_S = 1.0
 RESUME_CONTEXT = 512
 """Tokens before a resumed position that are decoded again: a stop string's length and more."""
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int8": torch.int8,
+}
 Args = ParamSpec("Args")
 Result = TypeVar("Result")
 
