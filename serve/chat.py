@@ -28,7 +28,12 @@ from serve.lm_starts import Starter
 from serve.session_store import SessionStore
 from serve.telemetry import Reporter
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int8": torch.int8,
+}
 
 
 class LanguageModel:

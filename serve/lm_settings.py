@@ -24,8 +24,9 @@ class LMSettings(BaseModel):
     """Folder on all nodes, or fsspec URL (`s3://...`), where sessions are kept. None keeps them in
     memory: they then end with their replica, and none can be resumed or swapped out."""
 
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Type of weights, keys and values."""
+    dtype: Literal["fp32", "bf16", "fp16", "int8"] = "fp32"
+    """Type of weights, keys and values; `int8` rounds the linear layers to 8 bits and keeps the rest
+    in bf16 (docs/streaming.md has the numbers)."""
     sessions: int = Field(16, ge=1)
     """Slabs: sessions one replica can generate for at the same time."""
     cache: int = Field(1024, ge=2)

@@ -60,6 +60,16 @@ class Slabs:
         self._free = list(reversed(range(sessions)))
 
     @property
+    def count(self) -> int:
+        """Slabs in all."""
+        return len(self._lengths)
+
+    @property
+    def device(self) -> torch.device:
+        """Where keys and values lie."""
+        return self.keys_LNHCD.device
+
+    @property
     def free(self) -> int:
         """Slabs without a session."""
         return len(self._free)
@@ -93,6 +103,7 @@ class Slabs:
         """Gives a slab back."""
         if slot in self._free:
             raise ValueError(f"slab {slot} is free already")
+        self._lengths[slot], self._sinks[slot] = 0, 0
         self._free.append(slot)
 
     def length(self, slot: int) -> int:
