@@ -187,5 +187,6 @@ def test_pretrain_commands_fit_as_printed(
             ("cluster", "ijepa_vitb16"),
         ]
         assert not RECIPES["laptop"][1].run.gpu
+        monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 64.0, "GPU": 1.0})
         with pytest.raises(ValueError, match=r"--run\.workers 8"):  # what README printed before
             check_fits(RECIPES["ijepa_vits16"][1])
