@@ -313,9 +313,9 @@ def test_legacy_masks_shown_are_those_of_the_first_batch(
     data = dataclasses.replace(config.data, train=cifar_shards[0])
     reader = make_reader(dataclasses.replace(config, data=data), 0, 1)
     trained = reading._masks(reader, np.zeros(0, np.uint64), 0, range(1))
-    for seen in (0, 1):
+    for seen, name in enumerate(("context_ids", "target_ids")):
         shown = np.stack([ids for which, ids in drawn if which == seen])
-        np.testing.assert_array_equal(shown, trained[seen][0][:8])
+        np.testing.assert_array_equal(shown, trained[name][0][:8])
     assert "first" in report._mask_note(config)
 
 
