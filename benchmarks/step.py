@@ -24,6 +24,7 @@ from reference_loop import Encoder, Predictor, ReferenceLoop, collate_masks
 from rich.console import Console
 from rich.table import Table
 
+from models.blocks import use_plain_attention
 from models.objectives import build_objective
 from models.objectives.ijepa import IJEPA
 from models.preprocessing import normalize
@@ -88,6 +89,8 @@ class OurLoop:
 
     def __init__(self, objective: IJEPA, bf16: bool, compiled: bool = False) -> None:
         self.objective, self.bf16 = objective, bf16
+        if bf16 and next(objective.parameters()).device.type == "cpu":
+            use_plain_attention(objective)  # as the trainer does
         self.forward = torch.compile(objective) if compiled else objective
         trained = [p for p in objective.parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [

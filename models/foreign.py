@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from models.key_maps import from_meta, from_transformers
+from models.blocks import LN_EPS
+from models.key_maps import from_meta, from_transformers, from_vjepa2
 from models.preprocessing import RESAMPLING, Preprocessing
-from models.vit import LN_EPS, PRESETS
+from models.vit import PRESETS
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -33,6 +34,26 @@ IJEPA_DEFAULTS = {
     "patch_size": 16,
     "qkv_bias": True,
 }
+# VJEPA2Config's own.
+VJEPA2_DEFAULTS = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "mlp_ratio": 4.0,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-6,
+    "crop_size": 256,
+    "patch_size": 16,
+    "frames_per_clip": 64,
+    "tubelet_size": 2,
+    "in_chans": 3,
+    "qkv_bias": True,
+    "pred_hidden_size": 384,
+    "pred_num_attention_heads": 12,
+    "pred_num_hidden_layers": 12,
+    "pred_num_mask_tokens": 10,
+    "pred_mlp_ratio": 4.0,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +61,7 @@ class Source:
     """What was read: enough to build our encoder."""
 
     shape: dict[str, Any]
-    """Arguments of `models.vit.VisionTransformer`."""
+    """Arguments of `models.vit.VisionTransformer` (or of `models.predictor.Predictor`)."""
     preprocessing: Preprocessing
     state: dict[str, Tensor]
     """Under our names."""
@@ -129,7 +150,63 @@ def read_transformers(folder: Path, config: Mapping[str, Any], uri: str) -> Sour
     return Source(shape, prep, from_transformers(read_state(folder, uri)), c["layer_norm_eps"])
 
 
-def _processor(path: Path, image_size: int) -> Preprocessing:
+def read_vjepa2(folder: Path, config: Mapping[str, Any], uri: str) -> Source:
+    """Reads the encoder of a `transformers.VJEPA2Model` or `VJEPA2ForVideoClassification` folder.
+
+    Raises:
+        ValueError: an activation other than exact GELU, no qkv bias, or not three channels.
+    """
+    c = _vjepa2_settings(config, uri)
+    shape = {
+        "image_size": c["crop_size"],
+        "patch_size": c["patch_size"],
+        "width": c["hidden_size"],
+        "depth": c["num_hidden_layers"],
+        "heads": c["num_attention_heads"],
+        "mlp_ratio": c["mlp_ratio"],
+        "frames": c["frames_per_clip"],
+        "tubelet": c["tubelet_size"],
+        "positions": "rope_released",
+    }
+    prep = _processor(folder / "video_preprocessor_config.json", c["crop_size"], "bilinear")
+    encoder, _ = from_vjepa2(read_state(folder, uri))
+    return Source(shape, prep, encoder, c["layer_norm_eps"])
+
+
+def read_vjepa2_predictor(folder: Path, config: Mapping[str, Any], uri: str) -> Source:
+    """Reads the predictor of a `transformers.VJEPA2Model` folder.
+
+    Raises:
+        ValueError: as `read_vjepa2`, or no predictor in it.
+    """
+    c = _vjepa2_settings(config, uri)
+    _, predictor = from_vjepa2(read_state(folder, uri))
+    if not predictor:
+        raise ValueError(f"{uri}: this VJEPA2Model has no predictor weights")
+    shape = {
+        "grid": c["crop_size"] // c["patch_size"],
+        "encoder_width": c["hidden_size"],
+        "width": c["pred_hidden_size"],
+        "depth": c["pred_num_hidden_layers"],
+        "heads": c["pred_num_attention_heads"],
+        "mlp_ratio": c["pred_mlp_ratio"],
+        "tubes": c["frames_per_clip"] // c["tubelet_size"],
+        "positions": "rope_released",
+        "mask_tokens": c["pred_num_mask_tokens"],
+    }
+    prep = _processor(folder / "video_preprocessor_config.json", c["crop_size"], "bilinear")
+    return Source(shape, prep, predictor, c["layer_norm_eps"])
+
+
+def _vjepa2_settings(config: Mapping[str, Any], uri: str) -> dict[str, Any]:
+    c: dict[str, Any] = VJEPA2_DEFAULTS | dict(config)
+    if (c["hidden_act"], c["qkv_bias"], c["in_chans"]) != ("gelu", True, 3):
+        found = f"{c['hidden_act']}, {c['qkv_bias']} and {c['in_chans']}"
+        raise ValueError(f"{uri}: needs hidden_act gelu, qkv_bias true, in_chans 3, has {found}")
+    return c
+
+
+def _processor(path: Path, image_size: int, resampling: str = "bicubic") -> Preprocessing:
     c = json.loads(path.read_text()) if path.is_file() else {}
     names = {int(v): k for k, v in RESAMPLING.items()}
     # ViT's processor gives height and width instead: it squashes; we crop the centre.
@@ -138,7 +215,7 @@ def _processor(path: Path, image_size: int) -> Preprocessing:
         image_size=image_size,
         mean=tuple(c.get("image_mean", IMAGENET_MEAN)),
         std=tuple(c.get("image_std", IMAGENET_STD)),
-        interpolation=names[c.get("resample", int(RESAMPLING["bicubic"]))],
+        interpolation=names[c.get("resample", int(RESAMPLING[resampling]))],
         crop_fraction=min(1.0, image_size / short_side),
     )
 
@@ -158,8 +235,9 @@ def read_meta(path: Path, uri: str) -> Source:
     _, num_patches, width = state["pos_embed"].shape
     patch = state["patch_embed.proj.weight"].shape[-1]
     depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
-    # The one number that the weights do not show.
-    heads = {(p.width, p.depth): p.heads for p in PRESETS.values()}.get((width, depth))
+    # The one number that the weights do not show; V-JEPA 2's giant has others.
+    images = [p for name, p in PRESETS.items() if name.startswith("vit_")]
+    heads = {(p.width, p.depth): p.heads for p in images}.get((width, depth))
     if heads is None:
         raise ValueError(f"{uri}: no preset is {width} wide and {depth} deep; heads unknown")
     size = math.isqrt(num_patches) * patch

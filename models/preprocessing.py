@@ -63,12 +63,18 @@ def eval_transform(image: Image.Image, prep: Preprocessing) -> npt.NDArray[np.ui
 Statistics = tuple[float, ...] | torch.Tensor
 
 
-def normalize(images_BCHW: torch.Tensor, mean: Statistics, std: Statistics) -> torch.Tensor:
-    """uint8 in [0, 255] to float32 with the given statistics removed, on the images' device.
+def normalize(pixels_BCHW: torch.Tensor, mean: Statistics, std: Statistics) -> torch.Tensor:
+    """uint8 in [0, 255] to float32 with the given statistics removed, on the input's device.
 
     Statistics that are already tensors there cost no copy.
+
+    Args:
+        pixels_BCHW: images [B, C, H, W] or clips [B, C, T, H, W].
+        mean: of the channels, of values in [0, 1].
+        std: of the channels.
     """
-    mean_C = torch.as_tensor(mean, dtype=torch.float32, device=images_BCHW.device)
-    std_C = torch.as_tensor(std, dtype=torch.float32, device=images_BCHW.device)
-    scale_C = 1.0 / (255.0 * std_C)
-    return images_BCHW.float() * scale_C[:, None, None] - (mean_C / std_C)[:, None, None]
+    mean_C = torch.as_tensor(mean, dtype=torch.float32, device=pixels_BCHW.device)
+    std_C = torch.as_tensor(std, dtype=torch.float32, device=pixels_BCHW.device)
+    scale_C, shift_C = 1.0 / (255.0 * std_C), mean_C / std_C
+    channels = (-1,) + (1,) * (pixels_BCHW.ndim - 2)
+    return pixels_BCHW.float() * scale_C.view(channels) - shift_C.view(channels)

@@ -1,23 +1,21 @@
-"""The image encoder: a plain vision transformer that computes only the patches it is asked for.
+"""The encoder of images and clips: a plain ViT that computes only the tokens it is asked for.
 
-Shape legend: B images, C channels, H and W pixels, N patches of the grid, K kept patches,
-P pixel values of one patch, D width.
+A token is a patch of an image or a tubelet of a clip, that is, one patch of a few frames.
+
+Shape legend: B images or clips, C channels, T frames, H and W pixels, N tokens of the grid (time
+first, then row, then column), K kept tokens, P pixel values of one token, D width.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import nn
 from torch.nn import functional
 
-from models.positions import sincos_2d
-
-LN_EPS = 1e-6
+from models.blocks import LN_EPS, init_weights, run_blocks, transformer_blocks
+from models.positions import make_positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,24 +46,54 @@ PRESETS = {
     "vit_micro32": Preset(width=96, depth=4, heads=3, predictor_width=48, predictor_depth=2, predictor_heads=3),
     "vit_tiny32": Preset(width=128, depth=4, heads=4, predictor_width=64, predictor_depth=2, predictor_heads=2),
     "vit_small32": Preset(width=192, depth=6, heads=6, predictor_width=96, predictor_depth=4, predictor_heads=3),
+    # For clips. V-JEPA 2's shapes (arXiv 2506.09985, section 2): its giant has 22 heads, and every
+    # predictor is 12 deep.
+    "video_b": Preset(width=768, depth=12, heads=12, predictor_width=384, predictor_depth=12, predictor_heads=12),
+    "video_l": Preset(width=1024, depth=24, heads=16, predictor_width=384, predictor_depth=12, predictor_heads=12),
+    "video_h": Preset(width=1280, depth=32, heads=16, predictor_width=384, predictor_depth=12, predictor_heads=12),
+    "video_g": Preset(width=1408, depth=40, heads=22, mlp_ratio=48 / 11, predictor_width=384, predictor_depth=12, predictor_heads=12),
+    # For clips of 32 or 64 pixels on a few CPU cores; heads of 24 or 32 suit the three axes of RoPE.
+    "video_micro": Preset(width=96, depth=4, heads=3, predictor_width=48, predictor_depth=2, predictor_heads=2),
+    "video_tiny": Preset(width=128, depth=4, heads=4, predictor_width=64, predictor_depth=2, predictor_heads=2),
+    "video_small": Preset(width=192, depth=6, heads=6, predictor_width=96, predictor_depth=4, predictor_heads=4),
 }  # fmt: skip
 
 
 class PatchEmbed(nn.Module):
-    """Patches to tokens; the convolution's weight, applied as the matrix product it is."""
+    """Patches or tubelets to tokens; the convolution's weight, applied as the matrix product it is.
 
-    def __init__(self, patch_size: int, width: int, channels: int = 3) -> None:
+    Args:
+        patch_size: pixels on a side of a patch.
+        width: D.
+        channels: C.
+        tubelet: frames in a token.
+    """
+
+    def __init__(self, patch_size: int, width: int, channels: int = 3, tubelet: int = 1) -> None:
         super().__init__()
-        self.patch_size = patch_size
-        # Kept as a Conv2d so that names and shapes are timm's.
-        self.proj = nn.Conv2d(channels, width, kernel_size=patch_size, stride=patch_size)
+        self.patch_size, self.tubelet = patch_size, tubelet
+        # Kept as a convolution so that names and shapes are timm's, and V-JEPA 2's for tubelets.
+        self.proj: nn.Conv2d | nn.Conv3d
+        if tubelet == 1:
+            self.proj = nn.Conv2d(channels, width, kernel_size=patch_size, stride=patch_size)
+        else:
+            size = (tubelet, patch_size, patch_size)
+            self.proj = nn.Conv3d(channels, width, kernel_size=size, stride=size)
 
-    def patchify(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        """[B, C, H, W] to raster-order patches [B, N, P], P ordered as the convolution's weight."""
-        B, C, H, W = images_BCHW.shape
-        p = self.patch_size
-        grid = images_BCHW.reshape(B, C, H // p, p, W // p, p)
-        return grid.permute(0, 2, 4, 1, 3, 5).reshape(B, (H // p) * (W // p), C * p * p)
+    def patchify(self, clips_BCTHW: torch.Tensor) -> torch.Tensor:
+        """Clips or images to patches [B, N, P], P ordered as the convolution's weight.
+
+        Args:
+            clips_BCTHW: [B, C, T, H, W]; or images [B, C, H, W], which are clips of one token in
+                time, the image repeated to fill it (as `transformers.VJEPA2Model` does).
+        """
+        if clips_BCTHW.ndim == 4:
+            clips_BCTHW = clips_BCTHW[:, :, None].expand(-1, -1, self.tubelet, -1, -1)
+        B, C, T, H, W = clips_BCTHW.shape
+        s, p = self.tubelet, self.patch_size
+        grid = clips_BCTHW.reshape(B, C, T // s, s, H // p, p, W // p, p)
+        tokens_first = grid.permute(0, 2, 4, 6, 1, 3, 5, 7)
+        return tokens_first.reshape(B, (T // s) * (H // p) * (W // p), C * s * p * p)
 
     def forward(self, patches_BKP: torch.Tensor) -> torch.Tensor:
         """[B, K, P] to [B, K, D]."""
@@ -73,9 +101,9 @@ class PatchEmbed(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Pre-norm ViT without a class token, fixed sine-cosine positions, final LayerNorm.
+    """Pre-norm ViT without a class token, fixed positions, final LayerNorm.
 
-    State-dict keys are those of timm's `VisionTransformer`.
+    State-dict keys are those of timm's `VisionTransformer`; rotary positions have none.
 
     Args:
         image_size: pixels on a side of the square input.
@@ -85,6 +113,10 @@ class VisionTransformer(nn.Module):
         heads: attention heads; divides `width`.
         mlp_ratio: hidden width of the MLP over D.
         patch_std: standard deviation of the initial patch embedding.
+        frames: frames of the longest clip; 1 for images.
+        tubelet: frames in a token; divides `frames`.
+        positions: row of `models.positions.POSITIONS`.
+        activation_checkpointing: compute activations twice rather than keep them.
     """
 
     def __init__(
@@ -97,65 +129,100 @@ class VisionTransformer(nn.Module):
         heads: int,
         mlp_ratio: float = 4.0,
         patch_std: float = 0.02,
+        frames: int = 1,
+        tubelet: int = 1,
+        positions: str = "sincos",
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if image_size % patch_size:
             raise ValueError(f"patch size {patch_size} does not divide image size {image_size}")
+        if frames % tubelet:
+            raise ValueError(f"--model.tubelet: {tubelet} frames do not divide a clip of {frames}")
         self.image_size, self.patch_size = image_size, patch_size
+        self.frames, self.tubelet, self.positions = frames, tubelet, positions
         self.width, self.depth, self.heads, self.mlp_ratio = width, depth, heads, mlp_ratio
-        self.patch_std = patch_std
-        self.grid = image_size // patch_size
-        self.num_patches = self.grid * self.grid
-        self.patch_embed = PatchEmbed(patch_size, width)
-        self.pos_embed = nn.Parameter(sincos_2d(width, self.grid)[None], requires_grad=False)
-        self.blocks = transformer_blocks(width, depth, heads, mlp_ratio)
+        self.patch_std, self.activation_checkpointing = patch_std, activation_checkpointing
+        self.grid, self.tubes = image_size // patch_size, frames // tubelet
+        self.num_patches = self.tubes * self.grid * self.grid
+        self.patch_embed = PatchEmbed(patch_size, width, tubelet=tubelet)
+        self.pos_embed, self.rope = make_positions(
+            positions, width=width, heads=heads, side=self.grid, tubes=self.tubes
+        )
+        rotary = self.rope is not None
+        self.blocks = transformer_blocks(width, depth, heads, mlp_ratio, rotary=rotary)
         self.norm = nn.LayerNorm(width, eps=LN_EPS)
         init_weights(self)
         with torch.no_grad():
             self.patch_embed.proj.weight.mul_(patch_std / 0.02)
 
     def forward(
-        self, images_BCHW: torch.Tensor, keep_BK: torch.Tensor | None = None
+        self, clips_BCTHW: torch.Tensor, keep_BK: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Encodes normalised float images.
+        """Encodes normalised float clips or images.
 
         Args:
-            images_BCHW: [B, 3, image_size, image_size].
-            keep_BK: int64 raster indices of the patches to compute; None for all of them.
+            clips_BCTHW: [B, 3, T, image_size, image_size] with T a multiple of `tubelet` up to
+                `frames`; or images [B, 3, image_size, image_size], clips of one token in time.
+            keep_BK: int64 numbers of the tokens to compute; None for all of them.
 
         Returns:
             Tokens after the final LayerNorm, [B, K, D] (or [B, N, D]).
+
+        Raises:
+            ValueError: another shape.
         """
-        self._check(images_BCHW)
-        return self.forward_patches(self.patch_embed.patchify(images_BCHW), keep_BK)
+        self._check(clips_BCTHW)
+        return self.forward_patches(self.patch_embed.patchify(clips_BCTHW), keep_BK)
 
     def forward_patches(
         self, patches_BNP: torch.Tensor, keep_BK: torch.Tensor | None = None
     ) -> torch.Tensor:
         """As `forward`, from `patch_embed.patchify`'s output, so that two encoders can share it."""
-        positions_BND: torch.Tensor = self.pos_embed
-        if keep_BK is not None:
-            patches_BNP = gather_tokens(patches_BNP, keep_BK)
-            positions_BND = self.pos_embed[0][keep_BK]
-        tokens = self.patch_embed(patches_BNP) + positions_BND
-        for block in self.blocks:
-            tokens = block(tokens)
+        if keep_BK is None:
+            ids_BK = torch.arange(patches_BNP.shape[1], device=patches_BNP.device)[None]
+        else:
+            ids_BK, patches_BNP = keep_BK, gather_tokens(patches_BNP, keep_BK)
+        tokens = self.patch_embed(patches_BNP)
+        if self.pos_embed is not None:
+            tokens = tokens + self.pos_embed[0][ids_BK]
+        rotation = None if self.rope is None else self.rope(ids_BK)
+        # The residual stream has the weights' dtype; autocast would leave it in bf16 under RoPE.
+        tokens = tokens.to(self.norm.weight.dtype)
+        tokens = run_blocks(self.blocks, tokens, rotation, recompute=self.activation_checkpointing)
         normed: torch.Tensor = self.norm(tokens)
         return normed
 
-    def _check(self, images_BCHW: torch.Tensor) -> None:
-        expected = (3, self.image_size, self.image_size)
-        if tuple(images_BCHW.shape[1:]) != expected:
-            raise ValueError(f"expected images [B, {expected}], got {tuple(images_BCHW.shape)}")
+    def _check(self, clips_BCTHW: torch.Tensor) -> None:
+        shape, picture = tuple(clips_BCTHW.shape), (3, self.image_size, self.image_size)
+        if len(shape) != 5:
+            if shape[1:] != picture:
+                raise ValueError(f"expected images [B, {picture}], got {shape}")
+            return
+        length = shape[2]
+        fits = 0 < length <= self.frames and length % self.tubelet == 0
+        if (shape[1], *shape[3:]) != picture or not fits:
+            raise ValueError(
+                f"expected clips [B, 3, T, {self.image_size}, {self.image_size}] with T a multiple "
+                f"of {self.tubelet} up to {self.frames}, got {shape}"
+            )
 
 
 def build_encoder(
-    preset: str, *, image_size: int, patch_size: int, patch_std: float = 0.02
+    preset: str,
+    *,
+    image_size: int,
+    patch_size: int,
+    patch_std: float = 0.02,
+    frames: int = 1,
+    tubelet: int = 1,
+    positions: str = "sincos",
+    activation_checkpointing: bool = False,
 ) -> VisionTransformer:
-    """Builds the encoder of a row of `PRESETS`.
+    """Builds the encoder of a row of `PRESETS`; the other arguments are `VisionTransformer`'s.
 
     Raises:
-        ValueError: no such preset.
+        ValueError: no such preset, or sizes that do not fit.
     """
     shape = find_preset(preset)
     return VisionTransformer(
@@ -166,6 +233,10 @@ def build_encoder(
         heads=shape.heads,
         mlp_ratio=shape.mlp_ratio,
         patch_std=patch_std,
+        frames=frames,
+        tubelet=tubelet,
+        positions=positions,
+        activation_checkpointing=activation_checkpointing,
     )
 
 
@@ -176,29 +247,6 @@ def find_preset(name: str) -> Preset:
     return PRESETS[name]
 
 
-def transformer_blocks(width: int, depth: int, heads: int, mlp_ratio: float) -> nn.ModuleList:
-    """timm's pre-norm blocks: fused SDPA attention with qkv bias, exact GELU, no dropout."""
-    norm: Any = partial(nn.LayerNorm, eps=LN_EPS)  # timm's annotation knows only classes
-    make = partial(Block, dim=width, num_heads=heads, mlp_ratio=mlp_ratio, qkv_bias=True)
-    return nn.ModuleList([make(norm_layer=norm) for _ in range(depth)])
-
-
 def gather_tokens(tokens_BND: torch.Tensor, ids_BK: torch.Tensor) -> torch.Tensor:
     """Picks tokens [B, K, D] by index; the index is expanded, not copied."""
     return torch.gather(tokens_BND, 1, ids_BK[..., None].expand(-1, -1, tokens_BND.shape[-1]))
-
-
-def init_weights(module: nn.Module) -> None:
-    """Normal weights of std 0.02 cut at +-2, zero biases, LayerNorm at identity.
-
-    The released I-JEPA code divides the residual projections by sqrt(2 * layer) and then
-    overwrites them with this same rule; so the effective rule is this one.
-    """
-    for part in module.modules():
-        if isinstance(part, nn.Linear | nn.Conv2d):
-            nn.init.trunc_normal_(part.weight, std=0.02)
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)
-        elif isinstance(part, nn.LayerNorm) and part.elementwise_affine:
-            nn.init.ones_(part.weight)
-            nn.init.zeros_(part.bias)

@@ -5,6 +5,11 @@
     DIR/transformers/                 the same encoder for `transformers.IJepaModel`, with its
                                       config.json and preprocessor_config.json
 
+Encoders of clips, and image encoders with rotary positions, have no form in timm: config.json is our
+section alone. With the rotary layout of V-JEPA 2's published weights, DIR/transformers/ is a
+`transformers.VJEPA2Model`, predictor included if given; with other positions there is none, because
+no model there computes the same.
+
 `load_artifact` reads these folders, foreign ones in either form, and Meta's checkpoint files.
 """
 
@@ -16,27 +21,40 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from models.foreign import Source, read_meta, read_state, read_timm, read_transformers
-from models.key_maps import to_transformers
-from models.preprocessing import RESAMPLING, Preprocessing, normalize
-from models.vit import LN_EPS, VisionTransformer
+from models.blocks import LN_EPS
+from models.foreign import (
+    Source,
+    read_meta,
+    read_state,
+    read_timm,
+    read_transformers,
+    read_vjepa2,
+    read_vjepa2_predictor,
+)
+from models.foreign_configs import (
+    ijepa_config,
+    processor_config,
+    timm_config,
+    video_processor_config,
+    vjepa2_config,
+)
+from models.key_maps import to_transformers, to_vjepa2
+from models.predictor import Predictor
+from models.preprocessing import Preprocessing, normalize
+from models.vit import VisionTransformer
 
 SCHEMA_VERSION = 1
-# timm's own names of these shapes; any other shape goes under the first with its arguments spelt
-# out, which timm applies on top.
-TIMM_DEFAULT = "vit_base_patch16_gap_224"
-TIMM_NAMES = {
-    (1280, 32, 14, 224): "vit_huge_patch14_gap_224",
-    (1280, 32, 16, 448): "vit_huge_patch16_gap_448",
-    (1408, 40, 16, 224): "vit_giant_patch16_gap_224",
-}
+METADATA = {"format": "pt"}  # transformers refuses a file without it
+
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +78,18 @@ def save_artifact(
     encoder: VisionTransformer,
     preprocessing: Preprocessing,
     provenance: Mapping[str, Any],
+    predictor: Predictor | None = None,
 ) -> None:
     """Writes the artifact, reads it back and only then publishes it.
 
     Args:
         folder: does not exist, is empty, or holds an earlier artifact, which is replaced.
         provenance: run, step, manifest_hash and whatever else JSON can hold.
+        predictor: for the `VJEPA2Model`, where one is written.
 
     Raises:
-        ValueError: the folder holds something else, or the encoder is not timm's plain ViT.
+        ValueError: the folder holds something else, or the encoder is not timm's plain ViT,
+            or the predictor has other positions.
         RuntimeError: the artifact read back gives other features.
     """
     if encoder.norm.eps != LN_EPS:
@@ -76,11 +97,14 @@ def save_artifact(
     if encoder.image_size != preprocessing.image_size:
         sizes = f"{preprocessing.image_size} and {encoder.image_size}"
         raise ValueError(f"preprocessing and encoder differ in image size: {sizes}")
+    if predictor is not None and predictor.positions != encoder.positions:
+        kinds = f"{encoder.positions} and {predictor.positions}"
+        raise ValueError(f"encoder and predictor differ in positions: {kinds}")
     _require_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         new = Path(scratch) / "artifact"
-        _write_files(new, encoder, preprocessing, provenance)
+        _write_files(new, encoder, preprocessing, provenance, predictor)
         _verify(new, encoder, preprocessing)
         if folder.exists():
             folder.rename(Path(scratch) / "old")
@@ -92,8 +116,8 @@ def load_artifact(uri: str | Path) -> Artifact:
 
     Args:
         uri: local or `s3://` folder of our artifact, of a timm model without class token (such as
-            `vit_huge_patch14_gap_224.in1k_ijepa`) or of a `transformers.IJepaModel`; or a released
-            I-JEPA checkpoint file (`.pth.tar`).
+            `vit_huge_patch14_gap_224.in1k_ijepa`) or of a `transformers.IJepaModel` or
+            `VJEPA2Model`; or a released I-JEPA checkpoint file (`.pth.tar`).
 
     Raises:
         FileNotFoundError: nothing there.
@@ -109,9 +133,30 @@ def load_artifact(uri: str | Path) -> Artifact:
             return _load_ours(path, config["rayjepa"], str(uri))
         if config.get("model_type") == "ijepa":
             return _assemble(read_transformers(path, config, str(uri)), str(uri))
+        if config.get("model_type") == "vjepa2":
+            return _assemble(read_vjepa2(path, config, str(uri)), str(uri))
         if "architecture" in config:
             return _assemble(read_timm(path, config, str(uri)), str(uri))
-    raise ValueError(f"{uri}: config.json is neither timm's (architecture) nor an I-JEPA's")
+    raise ValueError(f"{uri}: config.json is neither timm's (architecture) nor a JEPA's")
+
+
+def load_predictor(uri: str | Path) -> Predictor:
+    """Loads the predictor of a `transformers.VJEPA2Model`, in eval mode, fp32, on the CPU.
+
+    Args:
+        uri: local or `s3://` folder of the model: of an artifact, its `transformers/`.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: no such model, or no predictor in it, or weights that do not fit.
+    """
+    with _local(str(uri)) as path:
+        file = path / "config.json"
+        config = json.loads(file.read_text()) if file.is_file() else {}
+        if config.get("model_type") != "vjepa2":
+            raise ValueError(f"{uri}: not a VJEPA2Model; no predictor to load")
+        source = read_vjepa2_predictor(path, config, str(uri))
+    return _fill(Predictor(**source.shape), source, str(uri))
 
 
 def load_strict(encoder: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -132,7 +177,7 @@ def load_strict(encoder: nn.Module, state: Mapping[str, Tensor], source: str) ->
     }
     if any(faults.values()):
         text = "; ".join(f"{len(v)} {kind}: {_some(v)}" for kind, v in faults.items() if v)
-        raise ValueError(f"{source}: weights do not fit the encoder; {text}")
+        raise ValueError(f"{source}: weights do not fit the model; {text}")
     encoder.load_state_dict(dict(state))
 
 
@@ -156,29 +201,53 @@ def _write_files(
     encoder: VisionTransformer,
     prep: Preprocessing,
     provenance: Mapping[str, Any],
+    predictor: Predictor | None,
 ) -> None:
-    state = {k: v.detach().float().cpu().contiguous() for k, v in encoder.state_dict().items()}
-    (folder / "transformers").mkdir(parents=True)
-    metadata = {"format": "pt"}  # transformers refuses a file without it
-    save_file(state, folder / "model.safetensors", metadata)
-    save_file(to_transformers(state), folder / "transformers" / "model.safetensors", metadata)
-    config = _timm_config(encoder, prep) | {"rayjepa": _our_config(encoder, prep, provenance)}
+    folder.mkdir()
+    config = {"rayjepa": _our_config(encoder, prep, provenance)}
+    save_file(_to_save(encoder), folder / "model.safetensors", METADATA)
+    if encoder.frames == 1 and encoder.positions == "sincos":
+        config = timm_config(encoder, prep) | config
+        _write_ijepa(folder / "transformers", encoder, prep)
+    elif encoder.positions == "rope_released":
+        _write_vjepa2(folder / "transformers", encoder, prep, predictor)
     _write_json(folder / "config.json", config)
-    _write_json(folder / "transformers" / "config.json", _transformers_config(encoder))
-    _write_json(folder / "transformers" / "preprocessor_config.json", _processor_config(prep))
+
+
+def _write_ijepa(folder: Path, encoder: VisionTransformer, prep: Preprocessing) -> None:
+    folder.mkdir()
+    save_file(to_transformers(_to_save(encoder)), folder / "model.safetensors", METADATA)
+    _write_json(folder / "config.json", ijepa_config(encoder))
+    _write_json(folder / "preprocessor_config.json", processor_config(prep))
+
+
+def _write_vjepa2(
+    folder: Path, encoder: VisionTransformer, prep: Preprocessing, predictor: Predictor | None
+) -> None:
+    folder.mkdir()
+    state = to_vjepa2(_to_save(encoder), _to_save(predictor) if predictor else None)
+    save_file(state, folder / "model.safetensors", METADATA)
+    _write_json(folder / "config.json", vjepa2_config(encoder, predictor))
+    _write_json(folder / "video_preprocessor_config.json", video_processor_config(prep))
+
+
+def _to_save(module: nn.Module) -> dict[str, Tensor]:
+    return {k: v.detach().float().cpu().contiguous() for k, v in module.state_dict().items()}
 
 
 def _verify(folder: Path, encoder: VisionTransformer, prep: Preprocessing) -> None:
-    """Compares features of random images before and after the round trip, bit for bit."""
+    """Compares features of random clips or images before and after the round trip, bit for bit."""
     loaded = load_artifact(folder)
     side, again = prep.image_size, loaded.preprocessing
+    length = min(encoder.frames, 2 * encoder.tubelet)  # long clips would take minutes
+    shape = (2, 3, side, side) if encoder.frames == 1 else (2, 3, length, side, side)
     generator = torch.Generator().manual_seed(0)
-    images_BCHW = torch.randint(256, (2, 3, side, side), dtype=torch.uint8, generator=generator)
-    device = encoder.pos_embed.device
+    clips = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+    device = encoder.norm.weight.device
     with torch.inference_mode():
-        before = encoder(normalize(images_BCHW, prep.mean, prep.std).to(device))
+        before = encoder(normalize(clips, prep.mean, prep.std).to(device))
         loaded.encoder.to(device)
-        after = loaded.encoder(normalize(images_BCHW, again.mean, again.std).to(device))
+        after = loaded.encoder(normalize(clips, again.mean, again.std).to(device))
     if not torch.equal(before, after):
         worst = float((before - after).abs().max())
         raise RuntimeError(f"the artifact read back gives other features (by up to {worst:g})")
@@ -197,6 +266,9 @@ def _shape(encoder: VisionTransformer) -> dict[str, Any]:
         "heads": encoder.heads,
         "mlp_ratio": encoder.mlp_ratio,
         "patch_std": encoder.patch_std,
+        "frames": encoder.frames,
+        "tubelet": encoder.tubelet,
+        "positions": encoder.positions,
     }
 
 
@@ -209,79 +281,6 @@ def _our_config(
         "preprocessing": dataclasses.asdict(prep),
         "pooling": "mean",
         "provenance": dict(provenance),
-    }
-
-
-def _timm_config(encoder: VisionTransformer, prep: Preprocessing) -> dict[str, Any]:
-    size = encoder.image_size
-    key = (encoder.width, encoder.depth, encoder.patch_size, size)
-    return {
-        "architecture": TIMM_NAMES.get(key, TIMM_DEFAULT),
-        "num_classes": 0,
-        "num_features": encoder.width,
-        "global_pool": "avg",
-        "model_args": {
-            "img_size": size,
-            "patch_size": encoder.patch_size,
-            "embed_dim": encoder.width,
-            "depth": encoder.depth,
-            "num_heads": encoder.heads,
-            "mlp_ratio": encoder.mlp_ratio,
-            "class_token": False,
-            "global_pool": "avg",
-            "fc_norm": False,
-        },
-        "pretrained_cfg": {
-            "input_size": [3, size, size],
-            "fixed_input_size": True,
-            "interpolation": prep.interpolation,
-            "crop_pct": prep.crop_fraction,
-            "crop_mode": "center",
-            "mean": list(prep.mean),
-            "std": list(prep.std),
-            "num_classes": 0,
-            "pool_size": None,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-        },
-    }
-
-
-def _transformers_config(encoder: VisionTransformer) -> dict[str, Any]:
-    return {
-        "model_type": "ijepa",
-        "architectures": ["IJepaModel"],
-        "hidden_size": encoder.width,
-        "num_hidden_layers": encoder.depth,
-        "num_attention_heads": encoder.heads,
-        "intermediate_size": encoder.state_dict()["blocks.0.mlp.fc1.bias"].shape[0],
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        "layer_norm_eps": encoder.norm.eps,
-        "image_size": encoder.image_size,
-        "patch_size": encoder.patch_size,
-        "num_channels": 3,
-        "qkv_bias": True,
-        "torch_dtype": "float32",
-    }
-
-
-def _processor_config(prep: Preprocessing) -> dict[str, Any]:
-    """BiT's processor: resize the short side, crop the centre (ViT's would squash the picture)."""
-    return {
-        "image_processor_type": "BitImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": round(prep.image_size / prep.crop_fraction)},
-        "resample": int(RESAMPLING[prep.interpolation]),
-        "do_center_crop": True,
-        "crop_size": {"height": prep.image_size, "width": prep.image_size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(prep.mean),
-        "image_std": list(prep.std),
     }
 
 
@@ -321,11 +320,14 @@ def _load_ours(folder: Path, ours: dict[str, Any], uri: str) -> Artifact:
 
 
 def _assemble(source: Source, uri: str, ours: dict[str, Any] | None = None) -> Artifact:
-    encoder = VisionTransformer(**source.shape)
-    load_strict(encoder, source.state, uri)
-    for module in encoder.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.eps = source.layer_norm_eps
-    encoder.eval().requires_grad_(False)
+    encoder = _fill(VisionTransformer(**source.shape), source, uri)
     config = ours or _our_config(encoder, source.preprocessing, {"source": uri})
     return Artifact(encoder, source.preprocessing, config)
+
+
+def _fill(network: Network, source: Source, uri: str) -> Network:
+    load_strict(network, source.state, uri)
+    for module in network.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = source.layer_norm_eps
+    return network.eval().requires_grad_(False)

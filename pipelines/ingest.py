@@ -1,10 +1,11 @@
-"""JOB 1: raw images of any source to validated, deduplicated Parquet shards, on Ray Data.
+"""JOB 1: raw images or videos of any source to validated, deduplicated Parquet shards, on Ray Data.
 
     python -m pipelines.ingest --source data/cifar10/train --out shards/train
     python -m pipelines.ingest --source s3://bucket/raw --out s3://bucket/shards --short-side 256
+    python -m pipelines.ingest --source footage --out shards/video --short-side 128 --video.fps 10
 
 Two stages. Tasks first turn chunks of the source into staging parts (staging.py); the driver then
-finds duplicates among all sample ids (about 100 bytes of memory an image; no image passes through
+finds duplicates among all sample ids (about 100 bytes of memory a row; no image passes through
 it), and a second set of tasks copies the surviving rows, in order, into shards. The manifest comes
 last. Killed anywhere and run again, ingest does only what is missing and ends with the same bytes.
 """
@@ -15,6 +16,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 import sys
 import time
 from collections import Counter
@@ -27,6 +29,7 @@ if __name__ == "__main__" and not __package__:
     sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 from ray.data import DataContext
 from rich.console import Console
@@ -44,6 +47,7 @@ from pipelines.merging import (
 )
 from pipelines.progress import Meter
 from pipelines.shards import (
+    LOSSES,
     QUARANTINE,
     QUARANTINE_SCHEMA,
     Manifest,
@@ -56,6 +60,7 @@ from pipelines.shards import (
 )
 from pipelines.sources import Listing, list_source
 from pipelines.staging import (
+    NO_ROW,
     STAGING,
     chunk_key,
     chunk_to_json,
@@ -65,27 +70,32 @@ from pipelines.staging import (
 )
 
 IO_THREADS = 16
+# A shard, and a shard that a killed ingest was writing: names only `shards.write_shard` gives.
+_SHARD = re.compile(r"part-[0-9a-f]{16}\.parquet|\.part-[0-9a-f]{16}\.parquet\.\d+\.tmp")
 
 
 def ingest(cfg: IngestConfig) -> Manifest:
     """Turns `cfg.source` into shards at `cfg.out`, or finds that it is done already.
 
-    Every source item ends in exactly one of: a shard, the count of duplicates, the quarantine.
+    Every source item ends in exactly one of: the shards, the count of duplicates, the quarantine.
 
     Raises:
-        ValueError: nothing to read at the source, or not one good image in it.
+        ValueError: nothing to read at the source, not one good item in it, or `cfg.out` holds
+            something else than a data set of ours.
         ray.exceptions.RayTaskError: the storage failed; run again to go on.
     """
     started = time.monotonic()
     console = Console()
+    _check_out(cfg.out)
     listing = list_source(cfg)
+    cfg = dataclasses.replace(cfg, modality=listing.modality)
     chunks = [chunk_to_json(chunk) for chunk in listing.chunks]
     keys = [chunk_key(chunk, cfg) for chunk in chunks]
     fingerprint = _fingerprint(keys, listing, cfg)
     finished = _finished(cfg, fingerprint)
     if finished is not None:
         _clean_up(cfg, finished)
-        console.print(f"{cfg.out}: {finished.num_samples:,} images, up to date")
+        console.print(f"{cfg.out}: {finished.num_samples:,} samples, up to date")
         return finished
     if not ray.is_initialized():
         ray.init(include_dashboard=False)
@@ -113,10 +123,23 @@ def _finished(cfg: IngestConfig, fingerprint: str) -> Manifest | None:
     return manifest if complete and manifest.fingerprint == fingerprint else None
 
 
+def _check_out(out: str) -> None:
+    """Refuses a folder that somebody else filled: what is ours in it could not be told apart."""
+    # Consoles make an object named "" to show an empty folder on S3.
+    visible = sorted(name for name in _file_names(out, "") if name and not name.startswith("."))
+    if not visible or STAGING in visible:
+        return
+    try:
+        read_manifest(out)
+    except ValueError as error:
+        shown = ", ".join(visible[:3])
+        message = f"--out: {out} holds something else ({shown}); give an empty folder ({error})"
+        raise ValueError(message) from error
+
+
 def _file_names(uri: str, folder: str) -> set[str]:
     fs, root = open_shards(uri)
     path = f"{root}/{folder}".rstrip("/")
-    fs.invalidate_cache()
     try:
         return {name.rpartition("/")[2] for name in fs.ls(path, detail=False)}
     except FileNotFoundError:
@@ -156,7 +179,7 @@ def _stage(
     if len(missing) < len(chunks):
         console.print(f"going on: {len(chunks) - len(missing)} of {len(chunks)} chunks are done")
     share = len(missing) / len(chunks)
-    with Meter(console, "reading", int(listing.num_bytes * share)) as meter:
+    with Meter(console, "reading", int(listing.num_bytes * share), f"{cfg.modality}s") as meter:
         _run(stage_chunk, missing, cfg, meter)
     with ThreadPoolExecutor(IO_THREADS) as pool:
         return list(pool.map(lambda key: read_items(fs, f"{root}/{STAGING}/{key}"), keys))
@@ -171,45 +194,54 @@ def _merge(
     console: Console,
 ) -> Manifest:
     """Writes quarantine and shards, and returns the manifest that describes them."""
-    items = sum(table.num_rows for table in tables)
+    refused = pa.concat_tables([table.filter(table["reason"].is_valid()) for table in tables])
+    missing = pc.equal(refused["segment"], NO_ROW)
+    losses = _write_quarantine(refused.filter(missing), LOSSES, cfg)
+    quarantined = _write_quarantine(refused.filter(pc.invert(missing)), QUARANTINE, cfg)
+    items = sum(pc.sum(pc.equal(table["segment"], 0)).as_py() or 0 for table in tables)
     if listing.num_items not in (None, items):
         raise ValueError(f"{cfg.source}: {items} items, {listing.num_items} when it was listed")
-    quarantined = _write_quarantine(tables, cfg)
     if sum(quarantined.values()) == items:
-        raise ValueError(f"{cfg.source}: not one good image among {items}: {quarantined}")
+        one = f"not one good {cfg.modality} among {items}"
+        raise ValueError(f"{cfg.source}: {one}: {quarantined}")
     index = build_index(keys, tables)
     keep_N = first_occurrences(index.ids_N16)
     classes = choose_classes(tables, listing.classes)
     plans = plan_shards(index, keep_N, classes, cfg)
     num_bytes = int(index.sizes_N[keep_N].sum())
-    with Meter(console, "writing", num_bytes) as meter:
+    with Meter(console, "writing", num_bytes, "samples") as meter:
         _write_shards(plans, cfg, meter)
     fs, root = open_shards(cfg.out)
     notes = [read_shard_note(fs, root, plan) for plan in plans]
     num_samples = sum(shard.rows for shard, _ in notes)
-    duplicates = int((~keep_N).sum())
-    assert num_samples + duplicates + sum(quarantined.values()) == items, "an item was lost"
+    kept, duplicates = (int((index.firsts_N & keep).sum()) for keep in (keep_N, ~keep_N))
+    assert num_samples == keep_N.sum(), "a row was lost"
+    assert kept + duplicates + sum(quarantined.values()) == items, "an item was lost"
     mean, std = _mean_std([moments for _, moments in notes], num_samples)
     settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k != "out"}
     return Manifest(
+        modality=cfg.modality,
         classes=classes.names,
         num_samples=num_samples,
         num_bytes=num_bytes,
+        num_frames=int(index.frames_N[keep_N].sum()) if cfg.modality == "video" else None,
         shards=tuple(shard for shard, _ in notes),
         mean=mean,
         std=std,
         quarantined=quarantined,
         duplicates=duplicates,
+        losses=losses,
         ingest=settings,
         fingerprint=fingerprint,
     )
 
 
-def _write_quarantine(tables: list[pa.Table], cfg: IngestConfig) -> dict[str, int]:
-    refused = pa.concat_tables([table.filter(table["reason"].is_valid()) for table in tables])
+def _write_quarantine(refused: pa.Table, file: str, cfg: IngestConfig) -> dict[str, int]:
+    """Writes what is not in the shards and returns how often which reason occurs."""
     table = refused.select(QUARANTINE_SCHEMA.names).cast(QUARANTINE_SCHEMA)
     fs, root = open_shards(cfg.out)
-    put_atomic(fs, f"{root}/{QUARANTINE}", encode_table(table, 2**16))
+    if file == QUARANTINE or table.num_rows:
+        put_atomic(fs, f"{root}/{file}", encode_table(table, 2**16))
     return dict(sorted(Counter(table["reason"].to_pylist()).items()))
 
 
@@ -233,7 +265,7 @@ Rgb = tuple[float, float, float]
 
 
 def _mean_std(moments: list[list[float]], count: int) -> tuple[Rgb, Rgb]:
-    """Returns channel means and standard deviations to 6 decimals, every image weighing the same."""
+    """Returns channel means and standard deviations to 6 decimals, every sample weighing the same."""
     sums = [math.fsum(column) / count for column in zip(*moments, strict=True)]
     stds = [math.sqrt(max(sums[c + 3] - sums[c] ** 2, 0.0)) for c in range(3)]
     mean = (round(sums[0], 6), round(sums[1], 6), round(sums[2], 6))
@@ -247,26 +279,35 @@ def _clean_up(cfg: IngestConfig, manifest: Manifest) -> None:
         fs.rm(f"{root}/{STAGING}", recursive=True)
     named = {shard.file for shard in manifest.shards}
     for name in sorted(_file_names(cfg.out, "")):
-        orphan = name.startswith("part-") and name.endswith(".parquet") and name not in named
-        if orphan or (name.startswith(".part-") and name.endswith(".tmp")):
+        stale = name == LOSSES and not manifest.losses
+        if stale or (_SHARD.fullmatch(name) and name not in named):
             fs.rm(f"{root}/{name}")
 
 
 def _summary(manifest: Manifest, listing: Listing, seconds: float, console: Console) -> None:
+    video = manifest.modality == "video"
     items = manifest.num_samples + manifest.duplicates + sum(manifest.quarantined.values())
     table = Table("ingested", "", title=None)
     table.columns[1].justify = "right"
-    table.add_row("images", f"{manifest.num_samples:,}")
-    table.add_row("classes", f"{len(manifest.classes):,}")
-    table.add_row("duplicates dropped", f"{manifest.duplicates:,}")
-    table.add_row("quarantined", f"{sum(manifest.quarantined.values()):,}")
-    for reason, count in manifest.quarantined.items():
-        table.add_row(f"  {reason}", f"{count:,}")
-    table.add_row("files ignored by name", f"{listing.ignored:,}")
-    table.add_row("shards", f"{len(manifest.shards):,}")
+    for name, count in (
+        ("videos", listing.num_items if video else None),
+        ("segments" if video else "images", manifest.num_samples),
+        ("frames", manifest.num_frames),
+        ("classes", len(manifest.classes)),
+        ("duplicates dropped", manifest.duplicates),
+        ("quarantined", sum(manifest.quarantined.values())),
+        *((f"  {reason}", count) for reason, count in manifest.quarantined.items()),
+        ("losses in kept ones", sum(manifest.losses.values()) if video else None),
+        *((f"  {reason}", count) for reason, count in manifest.losses.items()),
+        ("files ignored by name", listing.ignored),
+        ("shards", len(manifest.shards)),
+    ):
+        if count is not None:
+            table.add_row(name, f"{count:,}")
     table.add_row("MB", f"{manifest.num_bytes / 1e6:,.1f}")
     table.add_row("seconds", f"{seconds:.1f}")
-    table.add_row("images/s", f"{items / seconds:,.0f}")
+    rate = (manifest.num_frames if video else items) or 0
+    table.add_row("frames/s" if video else "images/s", f"{rate / seconds:,.0f}")
     console.print(table)
 
 

@@ -1,6 +1,6 @@
 """Stage 2 of ingest: which rows survive, in which shard, and the task that writes one shard.
 
-Array suffixes: N good items in source order, K those kept.
+Array suffixes: N good rows (images or segments) in source order, K those kept.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.config import IngestConfig
 from pipelines.shards import (
-    IMAGE_SCHEMA,
+    SCHEMAS,
     Shard,
     hash_bytes,
     open_shards,
@@ -82,14 +83,16 @@ def first_occurrences(ids_N16: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Index:
-    """All good items in source order, without their images.
+    """All good rows in source order, without their images or videos.
 
     Attributes:
-        keys: staging key of each chunk that has good items.
+        keys: staging key of each chunk that has good rows.
         parts: rows in each staging part, by chunk.
         starts: position of the first row of each chunk, and of the end.
         ids_N16: sample ids.
-        sizes_N: bytes of the encoded image.
+        sizes_N: bytes of the encoded image or segment.
+        frames_N: frames of the segment; 0 for images.
+        firsts_N: True for the first row of an item.
     """
 
     keys: list[str]
@@ -97,10 +100,12 @@ class Index:
     starts: np.ndarray
     ids_N16: np.ndarray
     sizes_N: np.ndarray
+    frames_N: np.ndarray
+    firsts_N: np.ndarray
 
 
 def build_index(keys: Sequence[str], tables: Sequence[pa.Table]) -> Index:
-    """Gathers the good items of all chunks.
+    """Gathers the good rows of all chunks.
 
     Args:
         keys: staging key of each chunk.
@@ -114,6 +119,8 @@ def build_index(keys: Sequence[str], tables: Sequence[pa.Table]) -> Index:
         starts=np.cumsum([0] + [table.num_rows for _, table in good]),
         ids_N16=np.concatenate([sample_ids_array(table) for _, table in good]),
         sizes_N=np.concatenate([table["size"].to_numpy() for _, table in good]),
+        frames_N=np.concatenate([pc.fill_null(t["num_frames"], 0).to_numpy() for _, t in good]),
+        firsts_N=np.concatenate([table["segment"].to_numpy() == 0 for _, table in good]),
     )
 
 
@@ -182,8 +189,9 @@ def merge_shard(row: dict[str, Any], cfg: IngestConfig) -> dict[str, Any]:
     staged = pa.concat_tables([_read_segment(fs, root, s) for s in plan["segments"]])
     assert staged.num_rows == plan["rows"], f"{staged.num_rows} rows, planned {plan['rows']}"
     moments = np.asarray(staged["moments"].combine_chunks().flatten()).reshape(-1, 6)
-    columns = [_labels(staged, plan) if n == "label" else staged[n] for n in IMAGE_SCHEMA.names]
-    table = pa.Table.from_arrays(columns, IMAGE_SCHEMA.names)
+    names = SCHEMAS[cfg.modality].names
+    columns = [_labels(staged, plan) if name == "label" else staged[name] for name in names]
+    table = pa.Table.from_arrays(columns, names)
     shard = write_shard(fs, root, table, plan["row_group_rows"])
     note = {"shard": dataclasses.asdict(shard), "moments": moments.sum(axis=0).tolist()}
     put_atomic(fs, marker_path(root, row["plan"]), json.dumps(note).encode())
@@ -222,7 +230,7 @@ def _labels(staged: pa.Table, plan: dict[str, Any]) -> pa.Array:
 
 
 def read_shard_note(fs: Any, root: str, plan: str) -> tuple[Shard, list[float]]:
-    """Returns the finished shard of `plan`, and the sums of its images' moments.
+    """Returns the finished shard of `plan`, and the sums of its samples' moments.
 
     Raises:
         FileNotFoundError: it is not finished.

@@ -1,4 +1,4 @@
-"""A progress bar that counts images and bytes, and lines instead of it where nobody watches."""
+"""A progress bar that counts items and bytes, and lines instead of it where nobody watches."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Meter:
-    """Shows images done, images/s and MB/s of one stage; a context manager."""
+    """Shows items done, items/s and MB/s of one stage; a context manager."""
 
-    def __init__(self, console: Console, title: str, total_bytes: int) -> None:
+    def __init__(
+        self, console: Console, title: str, total_bytes: int, noun: str = "images"
+    ) -> None:
+        self._noun = noun
         self._console, self._title, self._total = console, title, max(total_bytes, 1)
         self._started = self._line = time.monotonic()
         self._items = self._bytes = 0
@@ -42,8 +45,8 @@ class Meter:
 
     def _rates(self) -> str:
         seconds = max(time.monotonic() - self._started, 1e-9)
-        images, megabytes = self._items / seconds, self._bytes / 1e6 / seconds
-        return f"{self._items:,} images  {images:,.0f} images/s  {megabytes:,.1f} MB/s"
+        items, megabytes = self._items / seconds, self._bytes / 1e6 / seconds
+        return f"{self._items:,} {self._noun}  {items:,.0f} {self._noun}/s  {megabytes:,.1f} MB/s"
 
     def __enter__(self) -> Meter:
         self._bar.start()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import tarfile
+import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
@@ -16,11 +18,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.config import IngestConfig
-from pipelines.sources import IMAGE_SUFFIXES, Chunk, Entry, raise_if_unreachable, suffix_of
+from pipelines.sources import (
+    IMAGE_SUFFIXES,
+    Chunk,
+    Entry,
+    raise_if_unreachable,
+    sidecar_path,
+    suffix_of,
+)
 
 READ_BYTES = 32 * 2**20
 PARQUET_BATCH_ROWS = 64
 LARGEST_LABEL = 2**20  # larger integers are names, not class indices
+NO_FILE = ("unreadable", "no regular file, or a link to nothing")
 LABEL_KEYS = ("label", "cls", "class")
 
 Label = int | str | None
@@ -28,19 +38,30 @@ Label = int | str | None
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One image of a source as it came, or why there is none.
+    """One image or video of a source as it came, or why there is none.
 
     Attributes:
         uri: address of the file, or `file#member` of a tar, or `file#row=N` of a Parquet file.
-        data: encoded bytes.
+        data: an image's encoded bytes.
         label: class index or class name.
-        problem: (reason, detail) when `data` could not be had.
+        problem: (reason, detail) when the item could not be had.
+        path: a video's file on this machine, there until the next item is asked for.
+        sidecars: the files beside a video, by name ("actions", "states").
+        size: bytes of that file.
     """
 
     uri: str
     data: bytes = b""
     label: Label = None
     problem: tuple[str, str] | None = None
+    path: str = ""
+    sidecars: tuple[tuple[str, bytes], ...] = ()
+    size: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Encoded bytes of the item."""
+        return self.size or len(self.data)
 
 
 def read_chunk(chunk: Chunk, cfg: IngestConfig) -> Iterator[Item]:
@@ -50,7 +71,9 @@ def read_chunk(chunk: Chunk, cfg: IngestConfig) -> Iterator[Item]:
         OSError: the storage as a whole fails (no connection, busy); ingest can be run again.
     """
     fs = fsspec.filesystem(chunk.protocol)
-    if chunk.kind == "folder":
+    if cfg.modality == "video":
+        yield from _read_videos(fs, chunk, cfg)
+    elif chunk.kind in ("folder", "list"):
         yield from _read_files(fs, chunk, cfg)
     elif chunk.kind == "webdataset":
         yield from _read_tar(fs, chunk, cfg)
@@ -66,8 +89,13 @@ def _problem(error: BaseException, otherwise: str = "unreadable") -> tuple[str, 
     return otherwise, f"{type(error).__name__}: {error}"
 
 
-def _too_many_bytes(size: int, cfg: IngestConfig) -> tuple[str, str]:
-    return "too_many_bytes", f"{size} is over the limit of {cfg.max_bytes} bytes"
+def _too_many_bytes(size: int, limit: int) -> tuple[str, str]:
+    return "too_many_bytes", f"{size} is over the limit of {limit} bytes"
+
+
+def _label_of(entry: Entry, chunk: Chunk) -> Label:
+    """A folder's name is a name even when it is a number; a list's "3" is a class index."""
+    return as_label(entry.label) if chunk.kind == "list" else entry.label
 
 
 def _read_files(fs: Any, chunk: Chunk, cfg: IngestConfig) -> Iterator[Item]:
@@ -79,13 +107,13 @@ def _read_files(fs: Any, chunk: Chunk, cfg: IngestConfig) -> Iterator[Item]:
         for entry in group:
             uri, data = chunk.uri(entry), by_path.get(entry.path)
             if entry.size < 0:
-                yield Item(uri, problem=("unreadable", "no regular file, or a link to nothing"))
+                yield Item(uri, problem=NO_FILE)
             elif data is None:
-                yield Item(uri, problem=_too_many_bytes(entry.size, cfg))
+                yield Item(uri, problem=_too_many_bytes(entry.size, cfg.max_bytes))
             elif isinstance(data, BaseException):
                 yield Item(uri, problem=_problem(data))
             else:
-                yield Item(uri, data, entry.label)
+                yield Item(uri, data, _label_of(entry, chunk))
 
 
 def _groups(entries: Iterable[Entry], limit: int) -> Iterator[list[Entry]]:
@@ -99,6 +127,47 @@ def _groups(entries: Iterable[Entry], limit: int) -> Iterator[list[Entry]]:
         size += entry.size
     if group:
         yield group
+
+
+def _read_videos(fs: Any, chunk: Chunk, cfg: IngestConfig) -> Iterator[Item]:
+    """Yields videos as files on this machine: they may be larger than its memory."""
+    for entry in chunk.entries:
+        uri = chunk.uri(entry)
+        if entry.size < 0:
+            yield Item(uri, problem=NO_FILE)
+            continue
+        if entry.size > cfg.video.max_bytes:
+            yield Item(uri, problem=_too_many_bytes(entry.size, cfg.video.max_bytes))
+            continue
+        with contextlib.ExitStack() as stack:
+            try:
+                path = stack.enter_context(_local_file(fs, entry.path))
+                sidecars = tuple((name, _sidecar(fs, entry, name, cfg)) for name in entry.sidecars)
+            except OSError as error:
+                yield Item(uri, problem=_problem(error))
+                continue
+            label = _label_of(entry, chunk)
+            yield Item(uri, path=path, label=label, sidecars=sidecars, size=entry.size)
+
+
+@contextlib.contextmanager
+def _local_file(fs: Any, path: str) -> Iterator[str]:
+    """Yields the path of a file on this machine, a copy removed afterwards if it is remote."""
+    if "file" in fs.protocol:
+        with Path(path).open("rb"):
+            pass  # raises where it cannot be read
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="rayjepa-") as folder:
+        copy = f"{folder}/video"
+        fs.get_file(path, copy)
+        yield copy
+
+
+def _sidecar(fs: Any, entry: Entry, name: str, cfg: IngestConfig) -> bytes:
+    with fs.open(sidecar_path(entry.path, name), "rb") as file:
+        data: bytes = file.read(cfg.max_bytes + 1)  # the preparer refuses what is over the limit
+    return data
 
 
 class _StrictTarInfo(tarfile.TarInfo):
@@ -160,7 +229,7 @@ def _member(
     tar: tarfile.TarFile, member: tarfile.TarInfo, cfg: IngestConfig
 ) -> bytes | tuple[str, str]:
     if member.size > cfg.max_bytes:
-        return _too_many_bytes(member.size, cfg)
+        return _too_many_bytes(member.size, cfg.max_bytes)
     file = tar.extractfile(member) if member.isfile() else None
     if file is None:
         return "unreadable", "no regular file"

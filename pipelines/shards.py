@@ -3,6 +3,7 @@
     OUT/manifest.json          written last: a folder without it is not a data set
     OUT/part-<16 hex>.parquet  named by content; row groups are the smallest unit a loader reads
     OUT/quarantine.parquet     what ingest refused, and why
+    OUT/losses.parquet         what is missing of videos that were kept in part, and why
 
 A manifest names its shards in order; that order, and the order of rows inside them, is the order of
 the data set. docs/data.md describes every field.
@@ -21,14 +22,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.storage import open_uri
+
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.parquet"
+LOSSES = "losses.parquet"
 
 IMAGE_SCHEMA = pa.schema(
     [
@@ -40,6 +43,23 @@ IMAGE_SCHEMA = pa.schema(
         pa.field("source_uri", pa.string(), nullable=False),
     ]
 )
+VIDEO_SCHEMA = pa.schema(
+    [
+        pa.field("sample_id", pa.binary(16), nullable=False),
+        pa.field("video", pa.binary(), nullable=False),
+        pa.field("num_frames", pa.int32(), nullable=False),
+        pa.field("fps", pa.float64(), nullable=False),
+        pa.field("start_s", pa.float64(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("label", pa.int32()),
+        pa.field("source_uri", pa.string(), nullable=False),
+        pa.field("actions", pa.list_(pa.list_(pa.float32()))),  # a vector a frame
+        pa.field("states", pa.list_(pa.list_(pa.float32()))),
+    ]
+)
+# By modality, which is also the name of the column of encoded bytes.
+SCHEMAS = {"image": IMAGE_SCHEMA, "video": VIDEO_SCHEMA}
 QUARANTINE_SCHEMA = pa.schema(
     [("source_uri", pa.string()), ("reason", pa.string()), ("detail", pa.string())]
 )
@@ -70,15 +90,17 @@ class Manifest:
 
     Attributes:
         schema_version: of the shards' columns and of this file.
-        modality: "image".
+        modality: "image" or "video"; one sample is an image or a segment of a video.
         classes: class names by label index; empty when unlabelled.
         num_samples: rows of all shards.
-        num_bytes: bytes of all encoded images.
+        num_bytes: bytes of all encoded images or segments.
+        num_frames: frames of all segments; None for images.
         shards: in the order of the data set.
-        mean: RGB channel means of pixels in [0, 1]; every image weighs the same.
+        mean: RGB channel means of pixels in [0, 1]; every sample weighs the same.
         std: RGB channel standard deviations, likewise.
         quarantined: number of refused source items by reason.
         duplicates: source items dropped because an earlier one had the same bytes.
+        losses: number of losses by reason, in videos that were kept in part.
         ingest: the ingest configuration, without its `out`.
         fingerprint: hash of that configuration and of the source listing.
     """
@@ -88,11 +110,13 @@ class Manifest:
     classes: tuple[str, ...] = ()
     num_samples: int
     num_bytes: int
+    num_frames: int | None = None
     shards: tuple[Shard, ...]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     quarantined: dict[str, int]
     duplicates: int
+    losses: dict[str, int] = dataclasses.field(default_factory=dict)
     ingest: dict[str, Any]
     fingerprint: str
 
@@ -129,8 +153,7 @@ def hash_bytes(data: bytes) -> bytes:
 
 def open_shards(uri: str | Path) -> tuple[Any, str]:
     """Returns (fsspec file system, root path in it) for a local folder or an `s3://` prefix."""
-    fs, root = fsspec.core.url_to_fs(str(uri))
-    return fs, root.rstrip("/")
+    return open_uri(str(uri))
 
 
 def put_atomic(fs: Any, path: str, data: bytes) -> None:
@@ -184,20 +207,31 @@ def write_manifest(uri: str | Path, manifest: Manifest) -> None:
 def encode_table(table: pa.Table, row_group_rows: int) -> bytes:
     """Returns `table` as one Parquet file, the same bytes for the same rows.
 
-    Encoded images are stored plain: they do not compress, and statistics over them would copy whole
-    images into the footer.
+    Encoded images and videos are stored plain: they do not compress, and statistics over them would
+    copy whole images into the footer.
     """
-    small = [name for name in table.column_names if name not in ("image", "sample_id")]
+    plain = ("sample_id", *SCHEMAS)
     sink = pa.BufferOutputStream()
     pq.write_table(
         table.combine_chunks(),  # pages, too, must not depend on how the rows were gathered
         sink,
         row_group_size=row_group_rows,
-        compression={name: "ZSTD" if name in small else "NONE" for name in table.column_names},
+        compression={path: "NONE" if path in plain else "ZSTD" for path in _leaves(table.schema)},
         use_dictionary=False,
         write_statistics=False,
     )
     return bytes(sink.getvalue())
+
+
+def _leaves(schema: pa.Schema) -> list[str]:
+    """Returns the Parquet path of every column, down to the elements of lists."""
+    paths = []
+    for field in schema:
+        path, kind = field.name, field.type
+        while pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+            path, kind = f"{path}.list.element", kind.value_type
+        paths.append(path)
+    return paths
 
 
 def write_shard(fs: Any, root: str, table: pa.Table, row_group_rows: int) -> Shard:
@@ -206,10 +240,11 @@ def write_shard(fs: Any, root: str, table: pa.Table, row_group_rows: int) -> Sha
     Args:
         fs: file system.
         root: folder in it.
-        table: rows of `IMAGE_SCHEMA`.
+        table: rows of one of `SCHEMAS`.
         row_group_rows: rows of a row group; only the last one may be shorter.
     """
-    data = encode_table(table.cast(IMAGE_SCHEMA), row_group_rows)
+    schema = next(schema for name, schema in SCHEMAS.items() if name in table.column_names)
+    data = encode_table(table.cast(schema), row_group_rows)
     digest = hash_bytes(data).hex()
     file = f"part-{digest[:16]}.parquet"
     put_atomic(fs, f"{root}/{file}", data)
@@ -271,7 +306,8 @@ def read_rows(
     tables = list(iter_samples(uri, columns, limit))
     if tables:
         return pa.concat_tables(tables)
-    fields = [field for field in IMAGE_SCHEMA if columns is None or field.name in columns]
+    schema = SCHEMAS[read_manifest(uri).modality]
+    fields = [field for field in schema if columns is None or field.name in columns]
     return pa.schema(fields).empty_table()
 
 

@@ -1,7 +1,8 @@
 """Stage 1 of ingest, one Ray task a chunk: read, validate, hash, re-encode, write staging parts.
 
     OUT/_staging/<key>-<n>.parquet      rows ready for a shard, about 64 MiB a part
-    OUT/_staging/<key>.items.parquet    one row per source item; written last, so it means "done"
+    OUT/_staging/<key>.items.parquet    one row per row, refused item or loss; written last, so it
+                                        means "done"
 
 `<key>` hashes the chunk and every setting that shapes its rows. A killed ingest finds its finished
 chunks by these names, and nothing but the settings and the source decides what is in them.
@@ -13,41 +14,33 @@ import dataclasses
 import io
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
-from models.images import ImageError, decode_image, open_image
+from models.images import ImageError
+from models.video_decode import VideoError
 from pipelines.config import IngestConfig
+from pipelines.preparing import prepare_image
 from pipelines.readers import Item, read_chunk
-from pipelines.shards import encode_table, hash_bytes, open_shards, put_atomic
+from pipelines.shards import SCHEMAS, encode_table, hash_bytes, open_shards, put_atomic
 from pipelines.sources import Chunk, Entry
+from pipelines.video_preparing import prepare_video
+from pipelines.video_reading import Loss
 
-VERSION = 1  # raise it when the same input would give other rows
+VERSION = 2  # raise it when the same input would give other rows
 PART_BYTES = 64 * 2**20
 STAGING = "_staging"
 
-STAGED_SCHEMA = pa.schema(
-    [
-        ("sample_id", pa.binary(16)),
-        ("image", pa.binary()),
-        ("height", pa.int32()),
-        ("width", pa.int32()),
-        ("label_index", pa.int32()),
-        ("label_name", pa.string()),
-        ("source_uri", pa.string()),
-        # Means of pixels and of squared pixels, RGB each, of pixels in [0, 1].
-        ("moments", pa.list_(pa.float64(), 6)),
-    ]
-)
 ITEMS_SCHEMA = pa.schema(
     [
+        # Place of the row among those of its item, from 0; NO_ROW for what is missing of an item.
+        ("segment", pa.int32()),
         ("sample_id", pa.binary(16)),  # null for a refused item, like all down to label_name
         ("size", pa.int64()),
+        ("num_frames", pa.int32()),
         ("part", pa.int32()),
         ("label_index", pa.int32()),
         ("label_name", pa.string()),
@@ -56,112 +49,50 @@ ITEMS_SCHEMA = pa.schema(
         ("detail", pa.string()),
     ]
 )
+NO_ROW = -1
 
 # Settings that say where things are or how rows are packed, not what is in a row.
 _NOT_CONTENT = ("source", "out", "format", "shard_bytes", "row_group_rows")
-_FORMATS = {"JPEG": "jpeg", "MPO": "jpeg", "PNG": "png", "WEBP": "webp"}
-_EXIF_TRACES = (b"Exif", b"eXIf", b"EXIF", b"profile type exif", b"Orientation")
-_LEVELS = np.arange(256, dtype=np.int64)
-_POWERS = np.stack([_LEVELS, _LEVELS**2], axis=1)
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """One validated image, as it will be stored."""
-
-    data: bytes
-    height: int
-    width: int
-    moments: list[float]
-
-
-def prepare_image(data: bytes, cfg: IngestConfig) -> Prepared:
-    """Validates an encoded image by decoding all of it, and re-encodes it where `cfg` asks for it.
-
-    Raises:
-        ImageError: the image is refused, with the reason.
-    """
-    if len(data) > cfg.max_bytes:
-        raise ImageError("too_many_bytes", f"{len(data)} is over the limit of {cfg.max_bytes}")
-    header = open_image(data, max_pixels=cfg.max_pixels)
-    size = _target_size(header.width, header.height, cfg.short_side)
-    resized = size != header.size
-    image = decode_image(
-        data, max_pixels=cfg.max_pixels, draft=(2 * size[0], 2 * size[1]) if resized else None
-    )
-    if resized:
-        target = _target_size(image.width, image.height, cfg.short_side)
-        image = image.resize(target, Image.Resampling.BICUBIC, reducing_gap=3.0)
-    source_format = _FORMATS.get(header.format or "")
-    target_format = source_format or "png" if cfg.encode == "keep" else cfg.encode
-    if resized or source_format != target_format or not _is_plain(header, data):
-        data = _encode(image, target_format, cfg.quality)
-    return Prepared(data, image.height, image.width, _moments(image))
-
-
-def _target_size(width: int, height: int, short_side: int | None) -> tuple[int, int]:
-    short = min(width, height)
-    if short_side is None or short <= short_side:
-        return width, height
-    return round(width * short_side / short), round(height * short_side / short)
-
-
-def _is_plain(header: Image.Image, data: bytes) -> bool:
-    """True when any decoder gets the right picture: 8-bit RGB or grey, upright, a single frame."""
-    if header.mode not in ("RGB", "L") or "transparency" in header.info:
-        return False
-    if header.format == "PNG" and data[24] == 16:  # bits a channel; Pillow makes 8 of them
-        return False
-    if header.format != "MPO" and getattr(header, "is_animated", False):
-        return False
-    # Asking for EXIF data decodes a whole PNG, so look for traces of it in the bytes first.
-    if not any(trace in data for trace in _EXIF_TRACES):
-        return True
-    return bool(header.getexif().get(0x0112, 1) == 1)  # the orientation tag
-
-
-def _encode(image: Image.Image, target: str, quality: int) -> bytes:
-    buffer = io.BytesIO()
-    options = {} if target == "png" else {"quality": quality}
-    try:
-        image.save(buffer, target, **options)
-    except (OSError, ValueError) as error:  # larger than the format can hold
-        raise ImageError("encode_error", f"{type(error).__name__}: {error}") from error
-    return buffer.getvalue()
-
-
-def _moments(image: Image.Image) -> list[float]:
-    """Returns the RGB means of pixels, then of squared pixels, exact up to the last division."""
-    counts = np.array(image.histogram(), dtype=np.int64).reshape(3, 256)
-    sums = counts @ _POWERS
-    pixels = image.width * image.height
-    return (sums / (pixels * np.array([255, 255 * 255]))).T.ravel().tolist()  # type: ignore[no-any-return]
+# Settings that say nothing about this modality.
+_NOT_OF = {
+    "image": ("video",),
+    "video": ("image_column", "label_column", "encode", "quality", "max_pixels"),
+}
 
 
 def chunk_key(chunk: str, cfg: IngestConfig) -> str:
     """Returns 32 hex digits naming the result of a chunk, given as JSON."""
-    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in _NOT_CONTENT}
+    without = (*_NOT_CONTENT, *_NOT_OF[cfg.modality])
+    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in without}
     return hash_bytes(json.dumps([VERSION, settings, chunk], sort_keys=True).encode()).hex()
 
 
 def chunk_to_json(chunk: Chunk) -> str:
     """Returns `chunk` as text: what travels to the task."""
-    entries = [(e.path, e.size, e.tag, e.label) for e in chunk.entries]
+    entries = [(e.path, e.size, e.tag, e.label, e.sidecars) for e in chunk.entries]
     return json.dumps([chunk.kind, chunk.protocol, entries, chunk.row_groups, chunk.rows])
 
 
 def chunk_from_json(text: str) -> Chunk:
     """Rebuilds a chunk from `chunk_to_json`'s text."""
     kind, protocol, entries, (start, stop), (first, last) = json.loads(text)
-    files = tuple(Entry(*entry) for entry in entries)
+    files = tuple(Entry(path, size, tag, label, tuple(s)) for path, size, tag, label, s in entries)
     return Chunk(kind, protocol, files, (start, stop), (first, last))
+
+
+def staged_schema(modality: str) -> pa.Schema:
+    """Returns the columns of staging parts: a shard's, the label not yet an index, and moments."""
+    fields = [field for field in SCHEMAS[modality] if field.name != "label"]
+    labels = [pa.field("label_index", pa.int32()), pa.field("label_name", pa.string())]
+    # Means of pixels and of squared pixels, RGB each, of pixels in [0, 1].
+    return pa.schema([*fields, *labels, pa.field("moments", pa.list_(pa.float64(), 6))])
 
 
 class _Parts:
     """Collects rows and writes them out as numbered parts of about `PART_BYTES`."""
 
-    def __init__(self, fs: Any, prefix: str) -> None:
-        self._fs, self._prefix = fs, prefix
+    def __init__(self, fs: Any, prefix: str, modality: str) -> None:
+        self._fs, self._prefix, self._modality = fs, prefix, modality
         self._rows: list[dict[str, Any]] = []
         self._bytes = 0
         self.number = 0
@@ -170,14 +101,14 @@ class _Parts:
         """Takes a row and returns the number of the part it will be in."""
         number = self.number
         self._rows.append(row)
-        self._bytes += len(row["image"])
+        self._bytes += len(row[self._modality])
         if self._bytes >= PART_BYTES:
             self.flush()
         return number
 
     def flush(self) -> None:
         if self._rows:
-            table = pa.Table.from_pylist(self._rows, STAGED_SCHEMA)
+            table = pa.Table.from_pylist(self._rows, staged_schema(self._modality))
             path = part_path(self._prefix, self.number)
             put_atomic(self._fs, path, encode_table(table, 64))
             self._rows, self._bytes, self.number = [], 0, self.number + 1
@@ -205,47 +136,70 @@ def stage_chunk(row: dict[str, Any], cfg: IngestConfig) -> dict[str, Any]:
     """
     fs, root = open_shards(cfg.out)
     prefix = f"{root}/{STAGING}/{row['key']}"
-    parts = _Parts(fs, prefix)
+    parts = _Parts(fs, prefix, cfg.modality)
     items: list[dict[str, Any]] = []
-    done = 0
+    count = done = 0
     for item in read_chunk(chunk_from_json(row["chunk"]), cfg):
-        items.append(_stage_item(item, cfg, parts))
-        done += len(item.data)
+        items += _stage_item(item, cfg, parts)
+        count, done = count + 1, done + item.num_bytes
     parts.flush()
     table = pa.Table.from_pylist(items, ITEMS_SCHEMA)
     put_atomic(fs, items_path(prefix), encode_table(table, 2**16))
-    return {"key": row["key"], "items": len(items), "bytes": done}
+    return {"key": row["key"], "items": count, "bytes": done}
 
 
-def _stage_item(item: Item, cfg: IngestConfig, parts: _Parts) -> dict[str, Any]:
-    problem, prepared = item.problem, None
+def _stage_item(item: Item, cfg: IngestConfig, parts: _Parts) -> list[dict[str, Any]]:
+    """Does one item; returns its rows for the list of items."""
+    rows: list[dict[str, Any]] = []
+    losses: list[Loss] = []
+    problem = item.problem
     if problem is None:
         try:
-            prepared = prepare_image(item.data, cfg)
-        except ImageError as error:
+            for row in _prepare(item, cfg, losses):
+                rows.append(_stage_row(row, len(rows), item, cfg, parts))
+        except (ImageError, VideoError) as error:
             problem = (error.reason, error.detail)
-    if prepared is None:
-        reason, detail = problem or ("", "")
+    if problem is not None:  # what came before it is kept
+        losses = [problem]
+    numbers = [NO_ROW] * len(losses) if rows else [0] * len(losses)
+    for number, (reason, text) in zip(numbers, losses, strict=True):
         # Addresses of objects differ from run to run, and the quarantine must not.
-        detail = re.sub(r" at 0x[0-9a-f]+", "", detail)
-        return {"source_uri": item.uri, "reason": reason, "detail": detail}
-    identity = hash_bytes(item.data)
+        detail = re.sub(r" at 0x[0-9a-f]+", "", text)
+        refusal = {"source_uri": item.uri, "reason": reason, "detail": detail}
+        rows.append({"segment": number, **refusal})
+    return rows
+
+
+def _prepare(item: Item, cfg: IngestConfig, losses: list[Loss]) -> Iterator[dict[str, Any]]:
+    """Yields the rows an item becomes: one of an image, any number of a video."""
+    if cfg.modality == "video":
+        yield from prepare_video(item, cfg, losses)
+        return
+    prepared = prepare_image(item.data, cfg)
+    yield {
+        "sample_id": hash_bytes(item.data),
+        "image": prepared.data,
+        "height": prepared.height,
+        "width": prepared.width,
+        "moments": prepared.moments,
+    }
+
+
+def _stage_row(
+    row: dict[str, Any], number: int, item: Item, cfg: IngestConfig, parts: _Parts
+) -> dict[str, Any]:
     label = {
         "label_index": item.label if isinstance(item.label, int) else None,
         "label_name": item.label if isinstance(item.label, str) else None,
     }
-    part = parts.add(
-        {
-            "sample_id": identity,
-            "image": prepared.data,
-            "height": prepared.height,
-            "width": prepared.width,
-            "source_uri": item.uri,
-            "moments": prepared.moments,
-            **label,
-        }
-    )
-    return {"sample_id": identity, "size": len(prepared.data), "part": part, **label}
+    return {
+        "segment": number,
+        "sample_id": row["sample_id"],
+        "size": len(row[cfg.modality]),
+        "num_frames": row.get("num_frames"),
+        "part": parts.add({**row, "source_uri": item.uri, **label}),
+        **label,
+    }
 
 
 def read_items(fs: Any, prefix: str) -> pa.Table:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.blocks import use_plain_attention
 from models.objectives import Objective, build_objective
 from pipelines.checkpoints import (
     CheckpointError,
@@ -93,9 +94,11 @@ def new_state(cfg: PretrainConfig, device: torch.device) -> TrainState:
     torch.manual_seed(cfg.run.seed)
     objective = build_objective(
         cfg.objective.name,
-        model=dataclasses.asdict(cfg.model),
+        model=cfg.model_settings,
         objective=dataclasses.asdict(cfg.objective),
     ).to(device)
+    if device.type == "cpu" and cfg.run.precision == "bf16":
+        use_plain_attention(objective)
     width = objective.feature_encoder.width
     assert isinstance(width, int)
     return TrainState(

@@ -37,9 +37,6 @@ from pipelines.train_state import TrainState, new_state
 if TYPE_CHECKING:
     from ray.util.queue import Queue
 
-INPUTS = ("images", "context_ids", "target_ids")
-"""What of a batch goes to the device and into the objective."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
@@ -87,7 +84,7 @@ def train(
         step = state.step + 1
         timer.mark("data")
 
-        for micro, exchange in _micro_batches(batch, cfg, worker, model):
+        for micro, exchange in _micro_batches(batch, state.objective.inputs, cfg, worker, model):
             with exchange:
                 with _autocast(cfg, worker):
                     output: Output = model(micro)
@@ -142,8 +139,21 @@ def train_worker(cfg: PretrainConfig, progress: Queue | None = None) -> Outcome:
     manifest = read_manifest(cfg.data.train)
     plan = make_plan(manifest.row_groups(), cfg.data, cfg.run.seed)
     data = DataSource(train_batches, plan.batches_per_epoch, manifest.manifest_hash)
-    say = print if progress is None else progress.put
+    say = print if progress is None else _say_into(progress)
     return train(cfg, worker, data, RayCheckpoints(), say)
+
+
+def _say_into(progress: Queue) -> Say:
+    """Lines into the driver's queue; without the queue here, for progress must not end a run."""
+    from ray.exceptions import RayActorError
+
+    def say(line: str) -> None:
+        try:
+            progress.put(line)
+        except RayActorError:
+            print(line)
+
+    return say
 
 
 def _quiet() -> None:
@@ -227,10 +237,11 @@ def _wrap(cfg: PretrainConfig, worker: Worker, state: TrainState) -> nn.Module:
         state.objective.compile(dynamic=False)
     if worker.world_size == 1:
         return state.objective
-    # Objectives hold no buffers, so there is nothing to broadcast before a step.
     return nn.parallel.DistributedDataParallel(
         state.objective,
         device_ids=[worker.device] if worker.device.type == "cuda" else None,
+        # Buffers are constants of the configuration (mean, std), equal on every process.
+        broadcast_buffers=False,
         gradient_as_bucket_view=True,
     )
 
@@ -241,17 +252,22 @@ def _autocast(cfg: PretrainConfig, worker: Worker) -> torch.autocast:
 
 
 def _micro_batches(
-    batch: dict[str, Any], cfg: PretrainConfig, worker: Worker, model: nn.Module
+    batch: dict[str, Any],
+    inputs: tuple[str, ...],
+    cfg: PretrainConfig,
+    worker: Worker,
+    model: nn.Module,
 ) -> Iterator[tuple[dict[str, Tensor], AbstractContextManager[None]]]:
-    """Splits a local batch into equal parts on the device; gradients are exchanged on the last."""
+    """Splits a local batch's inputs into equal parts on the device; the last exchanges gradients."""
     count = cfg.run.accumulate
     expected = cfg.data.batch_size // worker.world_size
-    if len(batch["images"]) != expected:
-        raise ValueError(f"loader gave {len(batch['images'])} images a worker, not {expected}")
+    found = len(batch[inputs[0]])
+    if found != expected:
+        raise ValueError(f"loader gave {found} {inputs[0]} a worker, not {expected}")
     size = expected // count
     for part in range(count):
         rows = slice(part * size, (part + 1) * size)
-        micro = {name: _to_device(batch[name][rows], worker.device) for name in INPUTS}
+        micro = {name: _to_device(batch[name][rows], worker.device) for name in inputs}
         exchange: AbstractContextManager[None] = contextlib.nullcontext()
         if isinstance(model, nn.parallel.DistributedDataParallel) and part < count - 1:
             exchange = model.no_sync()

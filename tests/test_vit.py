@@ -1,8 +1,11 @@
 """The encoder computes what it is asked for and nothing else."""
 
+import copy
+
 import pytest
 import torch
 
+from models.blocks import use_plain_attention
 from models.vit import PRESETS, VisionTransformer, build_encoder, gather_tokens
 
 
@@ -72,3 +75,23 @@ def test_wrong_input_is_refused() -> None:
         small()(torch.randn(1, 3, 48, 48))
     with pytest.raises(ValueError, match="does not divide"):
         VisionTransformer(image_size=30, patch_size=8, width=48, depth=1, heads=3)
+
+
+def test_plain_attention_is_the_same_function() -> None:
+    torch.manual_seed(0)
+    fused = build_encoder("vit_micro32", image_size=32, patch_size=8)
+    plain = copy.deepcopy(fused)
+    use_plain_attention(plain)
+    assert all(block.attn.fused_attn for block in fused.blocks)
+    assert not any(block.attn.fused_attn for block in plain.blocks)
+    images = torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(plain(images), fused(images), rtol=0, atol=1e-5)
+
+
+def test_plain_rotary_attention_is_the_same_function() -> None:
+    torch.manual_seed(0)
+    fused = build_encoder("video_micro", image_size=32, patch_size=8, positions="rope")
+    plain = copy.deepcopy(fused)
+    use_plain_attention(plain)
+    images = torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(plain(images), fused(images), rtol=0, atol=1e-5)

@@ -1,7 +1,6 @@
 """What the trainer asks of an objective, whatever it learns.
 
-Shape legend: B images, C channels, H and W pixels, K context tokens, M target blocks,
-T tokens of a block, D width.
+Shape legend: B images or clips, D width.
 """
 
 from __future__ import annotations
@@ -12,7 +11,13 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 Batch = dict[str, Tensor]
-"""`images` uint8 [B, C, H, W], `context_ids` int64 [B, K], `target_ids` int64 [B, M, T]."""
+"""What `Objective.inputs` names, and perhaps more.
+
+Images: `images` uint8 [B, C, H, W], `context_ids` int64 [B, K], `target_ids` int64 [B, M, T] of M
+target blocks. Clips: `clips` uint8 [B, C, T, H, W], and for every mask generator g = 0, 1, ... its
+`context_ids_g` int64 [B, K_g] and `target_ids_g` int64 [B, T_g]. Lengths are the same in all
+batches of a run.
+"""
 
 
 @dataclass
@@ -29,6 +34,11 @@ class Output:
 
 class Objective(nn.Module, ABC):
     """Holds every network of a method; `forward` is the loss, so that DDP can wrap it."""
+
+    @property
+    @abstractmethod
+    def inputs(self) -> tuple[str, ...]:
+        """The batch entries that the objective reads: what has to be on its device."""
 
     @abstractmethod
     def forward(self, batch: Batch) -> Output:

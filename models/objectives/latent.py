@@ -1,0 +1,92 @@
+"""What I-JEPA and V-JEPA share: a context encoder, a slowly following target encoder, a predictor.
+
+Shape legend: B images or clips, N tokens of the whole input, P pixel values of a token, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional
+
+from models.blocks import LN_EPS
+from models.ema import make_target, update_target
+from models.objectives.objective import Objective
+from models.predictor import Predictor
+from models.vit import VisionTransformer
+
+Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+DISTANCES: dict[str, Distance] = {
+    "smooth_l1": functional.smooth_l1_loss,
+    "l2": functional.mse_loss,
+    "l1": functional.l1_loss,
+}
+
+
+class LatentPrediction(Objective):
+    """Predict the target encoder's features of what the context encoder does not see.
+
+    Args:
+        encoder: the context encoder; the target encoder starts as its copy.
+        predictor: maps context tokens and target positions to target tokens.
+        loss: row of `DISTANCES`.
+        ema: target momentum at the first and the last step, linear between.
+        target: `ema`, or `self` for the negative control that must collapse: no target encoder, no
+            stop-gradient.
+        mean: channel means removed from the input.
+        std: channel standard deviations removed from the input.
+    """
+
+    def __init__(
+        self,
+        encoder: VisionTransformer,
+        predictor: Predictor,
+        *,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        loss: str,
+        ema: tuple[float, float],
+        target: str = "ema",
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.predictor = predictor
+        self.target_encoder: VisionTransformer | None
+        self.target_encoder = make_target(encoder) if target == "ema" else None
+        self.distance = DISTANCES[loss]
+        self.ema = ema
+        self.mean: torch.Tensor
+        self.std: torch.Tensor
+        self.register_buffer("mean", torch.tensor(mean), persistent=False)
+        self.register_buffer("std", torch.tensor(std), persistent=False)
+
+    @property
+    def feature_encoder(self) -> VisionTransformer:
+        """The target encoder (the control has none: its own context encoder)."""
+        return self.encoder if self.target_encoder is None else self.target_encoder
+
+    def encode_target(self, patches_BNP: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features of the whole input.
+
+        Returns:
+            The target encoder's tokens, and the same normalised without affine: the targets to
+            gather from. Both [B, N, D].
+        """
+        if self.target_encoder is None:
+            tokens_BND = self.encoder.forward_patches(patches_BNP)
+        else:
+            with torch.no_grad():
+                tokens_BND = self.target_encoder.forward_patches(patches_BNP)
+        return tokens_BND, functional.layer_norm(tokens_BND, tokens_BND.shape[-1:], eps=LN_EPS)
+
+    def momentum(self, step: int, total_steps: int) -> float:
+        """Target momentum of optimizer step `step` (0-based)."""
+        start, end = self.ema
+        return start + (end - start) * step / total_steps
+
+    def after_step(self, step: int, total_steps: int) -> None:
+        """Moves the target encoder towards the context encoder."""
+        if self.target_encoder is not None:
+            update_target(self.target_encoder, self.encoder, self.momentum(step, total_steps))

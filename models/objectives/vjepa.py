@@ -1,0 +1,57 @@
+"""V-JEPA (Bardes et al., 2024, arXiv 2404.08471): predict the features of a clip's hidden regions.
+
+Shape legend: B clips, N tokens of a clip, P pixel values of a token, K context tokens, T target
+tokens, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from models.objectives.latent import LatentPrediction
+from models.objectives.objective import Batch, Output
+from models.preprocessing import normalize
+from models.vit import gather_tokens
+
+
+class VJEPA(LatentPrediction):
+    """Several masks of a clip (V-JEPA: one of short, one of long range) share one target pass.
+
+    There are as many mask generators as the predictor has mask tokens; each has lengths of its own.
+    """
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """`clips`, and for every generator g its `context_ids_g` and `target_ids_g`."""
+        masks = range(len(self.predictor.mask_token))
+        return ("clips", *(f"{part}_ids_{g}" for g in masks for part in ("context", "target")))
+
+    def forward(self, batch: Batch) -> Output:
+        """Mean over the generators of the mean distance of their target tokens."""
+        clips = normalize(batch["clips"], self.mean, self.std)
+        patches_BNP = self.encoder.patch_embed.patchify(clips)
+        tokens_BND, targets_BND = self.encode_target(patches_BNP)
+        losses_G = torch.stack(
+            [
+                self._mask_loss(
+                    patches_BNP, targets_BND, batch[f"context_ids_{g}"], batch[f"target_ids_{g}"], g
+                )
+                for g in range(len(self.predictor.mask_token))
+            ]
+        )
+        metrics = {f"loss_{g}": loss for g, loss in enumerate(losses_G.detach())}
+        pooled_BD = tokens_BND.detach().mean(1).float()
+        return Output(losses_G.mean(), metrics, monitored={"target_pooled": pooled_BD})
+
+    def _mask_loss(
+        self,
+        patches_BNP: torch.Tensor,
+        targets_BND: torch.Tensor,
+        context_ids_BK: torch.Tensor,
+        target_ids_BT: torch.Tensor,
+        mask: int,
+    ) -> torch.Tensor:
+        context_BKD = self.encoder.forward_patches(patches_BNP, context_ids_BK)
+        predicted_B1TD = self.predictor(context_BKD, context_ids_BK, target_ids_BT[:, None], mask)
+        targets_BTD = gather_tokens(targets_BND, target_ids_BT)
+        return self.distance(predicted_B1TD[:, 0].float(), targets_BTD.float())

@@ -1,0 +1,129 @@
+"""Frames by their number: exact, cheap, and typed errors for what is no video."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+
+from models import video_decode
+from models.video_decode import VideoError, count_frames, decode_frames
+from tests.video_files import CYCLE, number_of, write_video
+
+
+def clip(frames: int = 40, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    write_video(buffer, frames, container="mp4", **options)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def video() -> bytes:
+    """40 frames, B-frames, a key frame every 10."""
+    return clip()
+
+
+@pytest.mark.parametrize(
+    "indices", [[0], [39], [17], [9, 10, 11], [35, 2, 2, 20], list(range(40)), [0, 39]]
+)
+@pytest.mark.parametrize("b_frames", ["0", "2"])
+def test_frames_are_those_asked_for(indices: list[int], b_frames: str) -> None:
+    frames = decode_frames(clip(options={"bf": b_frames}), indices)
+    assert frames.dtype == np.uint8
+    assert frames.shape == (len(indices), 48, 64, 3)
+    assert [number_of(frame) for frame in frames] == [index % CYCLE for index in indices]
+
+
+def test_every_frame_is_that_of_a_whole_decode(video: bytes) -> None:
+    with av.open(io.BytesIO(video)) as file:
+        whole = [f.to_ndarray(format="rgb24").astype(int) for f in file.decode(video=0)]
+    for index in range(40):
+        seen = decode_frames(video, [index])[0]
+        assert np.abs(seen - whole[index]).max() <= 2  # scaling flags differ
+
+
+def test_no_index_no_frame(video: bytes) -> None:
+    assert decode_frames(video, []).shape == (0, 48, 64, 3)
+
+
+def test_counting_decodes_nothing(video: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video_decode, "_decode_packets", None)
+    assert count_frames(video) == 40
+
+
+@pytest.mark.parametrize(("index", "most"), [(0, 1), (39, 10), (20, 1), (24, 5)])
+def test_decoding_starts_at_the_key_frame_before(
+    index: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    video, fed = clip(options={"bf": "0"}), []
+
+    class Context:
+        def __init__(self, context: object) -> None:
+            self._context = context
+
+        def decode(self, packet: object) -> object:
+            fed.append(packet)
+            return self._context.decode(packet)  # type: ignore[attr-defined]
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._context, name)
+
+    class Stream:
+        def __init__(self, stream: object) -> None:
+            self.codec_context = Context(stream.codec_context)  # type: ignore[attr-defined]
+
+    whole = video_decode._decode_packets
+    monkeypatch.setattr(
+        video_decode,
+        "_decode_packets",
+        lambda stream, packets, wanted: whole(Stream(stream), packets, wanted),  # type: ignore[arg-type]
+    )
+    assert number_of(decode_frames(video, [index])[0]) == index % CYCLE
+    assert len(fed) <= most
+
+
+def test_variable_times_do_not_confuse_the_numbers() -> None:
+    times = [Fraction(n * n, 100) for n in range(20)]
+    video = clip(20, times=times)
+    assert [number_of(f) for f in decode_frames(video, [19, 3, 11])] == [19, 3, 11]
+
+
+@pytest.mark.parametrize("indices", [[40], [-1], [0, 1000]])
+def test_number_out_of_range(video: bytes, indices: list[int]) -> None:
+    with pytest.raises(VideoError, match="no_such_frame"):
+        decode_frames(video, indices)
+
+
+def test_what_is_no_video_has_a_reason(video: bytes) -> None:
+    cases = {
+        "empty": b"",
+        "not_a_video": b"GIF" + bytes(50),
+        "truncated": video[: len(video) // 2],
+    }
+    for reason, data in cases.items():
+        with pytest.raises(VideoError) as caught:
+            decode_frames(data, [0])
+        assert caught.value.reason == reason
+        again = pickle.loads(pickle.dumps(caught.value))
+        assert (again.reason, again.detail) == (caught.value.reason, caught.value.detail)
+    with pytest.raises(VideoError, match="too_many_pixels"):
+        decode_frames(video, [0], max_pixels=48 * 64 - 1)
+
+
+def test_damage_is_an_error_or_the_right_frame(video: bytes) -> None:
+    """Bytes flipped anywhere: never another exception, never a hang."""
+    rng = np.random.default_rng(0)
+    outcomes = set()
+    for _ in range(60):
+        data = bytearray(video)
+        for at in rng.integers(0, len(data), 8):
+            data[at] = rng.integers(256)
+        try:
+            outcomes.add(decode_frames(bytes(data), [0, 39]).shape[0])
+        except VideoError as error:
+            outcomes.add(error.reason)
+    assert len(outcomes) > 1
