@@ -74,7 +74,7 @@ async def pin(client: httpx.AsyncClient, number: int) -> int:
     body = {"session_id": f"bench-{number}", "pin_prefix": PREFIX}
     reply = await client.post("/v1/sessions", json=body)
     reply.raise_for_status()
-    return int(reply.json()["sink_tokens"])
+    return int(reply.json()["sinks"])
 
 
 async def stream(client: httpx.AsyncClient, number: int, until: float, readings: Readings) -> None:
