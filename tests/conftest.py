@@ -101,8 +101,10 @@ def s3() -> Iterator[dict[str, str]]:
     """Environment variables that lead to an empty S3 on this host."""
     import logging
 
+    import s3fs
     from moto.server import ThreadedMotoServer
 
+    s3fs.S3FileSystem.clear_instance_cache()  # those of an earlier server, by now gone
     logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line per request otherwise
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
@@ -110,3 +112,4 @@ def s3() -> Iterator[dict[str, str]]:
     keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
     yield keys | {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_DEFAULT_REGION": "us-east-1"}
     server.stop()
+    s3fs.S3FileSystem.clear_instance_cache()

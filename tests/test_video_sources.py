@@ -151,26 +151,26 @@ def test_s3_prefix_with_sidecars_and_a_list(
     s3fs.S3FileSystem.clear_instance_cache()
     try:
         fs = fsspec.filesystem("s3")
-        fs.mkdir("bucket")
+        fs.mkdir("videos")
         for name in ("cat/a.mp4", "cat/a.states.npy", "b.mkv", "c.mp4"):
-            fs.pipe_file(f"bucket/raw/{name}", name.encode())
+            fs.pipe_file(f"videos/raw/{name}", name.encode())
         local = write(tmp_path / "local.mp4", b"local")
-        fs.pipe_file("bucket/raw/all.csv", f"cat/a.mp4,1\nfile://{local},2\n".encode())
+        fs.pipe_file("videos/raw/all.csv", f"cat/a.mp4,1\nfile://{local},2\n".encode())
         seen = {}
-        listing = list_source(config("s3://bucket/raw"))
+        listing = list_source(config("s3://videos/raw"))
         for chunk in listing.chunks:
             for item in read_chunk(chunk, config("", modality="video")):
                 seen[item.uri] = (Path(item.path).read_bytes(), item.label, item.sidecars)
         assert seen == {
-            "s3://bucket/raw/cat/a.mp4": (
+            "s3://videos/raw/cat/a.mp4": (
                 *(b"cat/a.mp4", "cat"),
                 (("states", b"cat/a.states.npy"),),
             ),
-            "s3://bucket/raw/b.mkv": (b"b.mkv", None, ()),
-            "s3://bucket/raw/c.mp4": (b"c.mp4", None, ()),
+            "s3://videos/raw/b.mkv": (b"b.mkv", None, ()),
+            "s3://videos/raw/c.mp4": (b"c.mp4", None, ()),
         }
-        labels = {item.uri: item.label for item in items_of(config("s3://bucket/raw/all.csv"))}
-        assert labels == {"s3://bucket/raw/cat/a.mp4": 1, str(local): 2}
+        labels = {item.uri: item.label for item in items_of(config("s3://videos/raw/all.csv"))}
+        assert labels == {"s3://videos/raw/cat/a.mp4": 1, str(local): 2}
     finally:
         server.stop()
         s3fs.S3FileSystem.clear_instance_cache()
