@@ -89,7 +89,9 @@ class OriginalAttention:
         all_keys = turned.repeat_interleave(group, dim=1)
         all_values = values.repeat_interleave(group, dim=1)
         scores = self.query_at(q_BHD)[:, :, None] @ all_keys.mT * q_BHD.shape[-1] ** -0.5
-        weights = scores.softmax(-1, dtype=torch.float32).to(q_BHD.dtype)
+        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(
+            q_BHD.dtype
+        )
         out = (weights @ all_values)[:, :, 0].flatten(1)
         if keys.shape[2] > self.size:
             keys = torch.cat((keys[:, :, :SINKS], keys[:, :, SINKS + 1 :]), dim=2)
