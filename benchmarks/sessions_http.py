@@ -16,6 +16,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import httpx
 import ray
@@ -26,6 +27,7 @@ from ray import serve as ray_serve
 from serve.lm_app import build_app
 from serve.lm_settings import LMSettings
 
+PREFIX = "You tell a story that never ends, one short sentence at a time. "
 PROMPT = "Once upon a time, in a town by the sea, there lived a girl number "
 PROCESSES = ("LanguageModel", "LMIngress", "ProxyActor")
 
@@ -37,6 +39,8 @@ class Config:
     seconds: float = 300
     cache: int = 256
     threads: int = 2
+    dtype: Literal["fp32", "bf16", "fp16", "int8"] = "fp32"
+    gpus: float = 0.0
     port: int = 8123
     json: Path | None = None
 
@@ -45,6 +49,7 @@ class Config:
 class Readings:
     gaps_s: list[float] = field(default_factory=list)
     tokens: int = 0
+    pinned_tokens: int = 0
     errors: list[str] = field(default_factory=list)
     memory_mib: list[dict[str, float]] = field(default_factory=list)
 
@@ -62,6 +67,14 @@ def resident_mib() -> dict[str, float]:
             if title.startswith("ray::") and name in title:
                 found[name] += pages * os.sysconf("SC_PAGE_SIZE") / 2**20
     return found
+
+
+async def pin(client: httpx.AsyncClient, number: int) -> int:
+    """Opens a session whose prefix is never evicted, and returns how many tokens it has."""
+    body = {"session_id": f"bench-{number}", "pin_prefix": PREFIX}
+    reply = await client.post("/v1/sessions", json=body)
+    reply.raise_for_status()
+    return int(reply.json()["sink_tokens"])
 
 
 async def stream(client: httpx.AsyncClient, number: int, until: float, readings: Readings) -> None:
@@ -104,6 +117,8 @@ async def measure(cfg: Config) -> Readings:
     limits = httpx.Limits(max_connections=cfg.sessions + 1)
     base = f"http://127.0.0.1:{cfg.port}"
     async with httpx.AsyncClient(base_url=base, timeout=None, limits=limits) as client:
+        for number in range(cfg.sessions):
+            readings.pinned_tokens = await pin(client, number)
         until = time.perf_counter() + cfg.seconds
         tasks = [stream(client, number, until, readings) for number in range(cfg.sessions)]
         await asyncio.gather(watch(until, readings), *tasks)
@@ -116,6 +131,7 @@ def summary(cfg: Config, readings: Readings) -> dict[str, object]:
     return {
         "sessions": cfg.sessions,
         "seconds": cfg.seconds,
+        "pinned_tokens": readings.pinned_tokens,
         "events": readings.tokens,
         "events_per_s": readings.tokens / cfg.seconds,
         "errors": readings.errors,
@@ -138,6 +154,8 @@ def main(cfg: Config) -> None:
             sessions=cfg.sessions,
             cache=cfg.cache,
             threads=cfg.threads,
+            dtype=cfg.dtype,
+            gpus=cfg.gpus,
             max_requests=cfg.sessions + 8,
         )
         ray_serve.start(http_options={"port": cfg.port})

@@ -11,14 +11,15 @@ One run, one model, three ways to get the next token of B full streams:
     recompute  a forward pass over the whole window for every token of every session
 
 `attention` is the time inside attention alone, `token` the whole step divided by the sessions.
-All three are checked to give the same function first (original and ours) on random tokens.
+Ours and the original are first held to be one function, in float64 on random tokens. With `--device
+cuda` every timed part waits for the device, which adds to all of them alike; `--graphs` times ours
+as CUDA graphs (`BucketDecoder`) as well, of which attention cannot be timed apart.
 """
 
 from __future__ import annotations
 
 import json
 import platform
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -30,7 +31,10 @@ from rich.table import Table
 from torch import Tensor
 
 from models.sink_lm.attention import DecodeAttention
+from models.sink_lm.buckets import BucketDecoder
+from models.sink_lm.cache import Slabs
 from models.sink_lm.llama import Llama
+from models.sink_lm.modes import now
 from models.sink_lm.rope import rotation
 from models.sink_lm.weights import load_model
 
@@ -44,7 +48,9 @@ class Config:
     sessions: tuple[int, ...] = (1, 8, 16)
     steps: int = 15
     threads: int = 2
-    dtype: Annotated[str, tyro.conf.arg(help="float32 or bfloat16")] = "float32"
+    device: str = "cpu"
+    graphs: bool = False
+    dtype: Annotated[str, tyro.conf.arg(help="float32, bfloat16, float16 or int8")] = "float32"
     json: Path | None = None
 
 
@@ -55,9 +61,9 @@ class Timed:
         self.attend, self.seconds = attend, 0.0
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        started = time.perf_counter()
+        started = now(q.device)
         out = self.attend(layer, q, k, v)  # type: ignore[operator]
-        self.seconds += time.perf_counter() - started
+        self.seconds += now(q.device) - started
         return out
 
 
@@ -67,18 +73,18 @@ class OriginalAttention:
     def __init__(self, model: Llama, cache: list[tuple[Tensor, Tensor]], size: int) -> None:
         self.model, self.cache, self.size = model, cache, size
         kept = min(cache[0][0].shape[2], size)
-        positions = torch.arange(kept + 1)
-        dtype = cache[0][0].dtype
-        self.keys_at = rotation(positions, model._frequencies_F, model._scale, dtype)
-        self.query_at = rotation(positions[-1:], model._frequencies_F, model._scale, dtype)
+        dtype, device = cache[0][0].dtype, cache[0][0].device
+        positions = torch.arange(kept + 1, device=device)
+        self.keys_at = rotation(positions, *model.rotary(device), dtype)
+        self.query_at = rotation(positions[-1:], *model.rotary(device), dtype)
 
     def __call__(self, layer: int, q_BHD: Tensor, k_BHD: Tensor, v_BHD: Tensor) -> Tensor:
         keys, values = self.cache[layer]
         keys = torch.cat((keys, k_BHD[:, :, None]), dim=2)
         values = torch.cat((values, v_BHD[:, :, None]), dim=2)
         first, second = keys.chunk(2, dim=-1)
-        cos, sin = self.keys_at.cos_B1F[:, 0], self.keys_at.sin_B1F[:, 0]
-        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        cos, sin = self.keys_at.cos_B1D[:, 0], self.keys_at.sin_B1D[:, 0]
+        turned = keys * cos + torch.cat((second, first), dim=-1) * sin
         group = q_BHD.shape[1] // keys.shape[1]
         all_keys = turned.repeat_interleave(group, dim=1)
         all_values = values.repeat_interleave(group, dim=1)
@@ -93,14 +99,22 @@ class OriginalAttention:
 
 
 def unrotated_cache(model: Llama, sessions: int, size: int) -> list[tuple[Tensor, Tensor]]:
-    cfg, dtype = model.cfg, model.embed.weight.dtype
+    cfg, weight = model.cfg, model.embed.weight
     shape = (sessions, cfg.num_kv_heads, size, cfg.head_dim)
-    make = torch.randn
-    return [(make(shape).to(dtype), make(shape).to(dtype)) for _ in range(cfg.num_layers)]
+
+    def make() -> Tensor:
+        return torch.randn(shape, device=weight.device).to(weight.dtype)
+
+    return [(make(), make()) for _ in range(cfg.num_layers)]
 
 
-def same_function(model: Llama) -> float:
-    """Largest difference of logits, ours against the original's, over three cache lengths."""
+def check_same_function(path: str) -> float:
+    """Largest difference of float64 logits, ours against the original's, over three caches.
+
+    Raises:
+        AssertionError: they are two functions.
+    """
+    model = load_model(path, dtype=torch.float64)
     size, stream = 24, torch.randint(model.cfg.vocab_size, (72,))
     slabs = model.slabs(sessions=1, capacity=size + 1)
     slot = slabs.allocate(SINKS)
@@ -109,29 +123,47 @@ def same_function(model: Llama) -> float:
     for token in stream.split(1):
         ours = model.decode(token, slabs, [slot])
         with torch.inference_mode():
-            theirs = model._logits(model._run(token, OriginalAttention(model, cache, size)))
+            theirs = model.logits(model.run(token, OriginalAttention(model, cache, size)))
         worst = max(worst, float((ours - theirs).abs().max()))
+    if not worst < 1e-6:
+        raise AssertionError(f"ours and the original differ by {worst}")
     return worst
 
 
-@torch.inference_mode()
-def time_ours(model: Llama, cache: int, sessions: int, steps: int) -> tuple[float, float]:
+def full_slabs(model: Llama, cache: int, sessions: int) -> tuple[Slabs, list[int]]:
     slabs = model.slabs(sessions=sessions, capacity=cache + 1)
     slots = [slabs.allocate(SINKS) for _ in range(sessions)]
     slabs.keys_LNHCD.normal_()
     slabs.values_LNHCD.normal_()
     for slot in slots:
         slabs.advance(slot, 3 * cache)
-    frequencies = model._frequencies(slabs)
+    return slabs, slots
+
+
+@torch.inference_mode()
+def time_ours(model: Llama, cache: int, sessions: int, steps: int) -> tuple[float, float]:
+    slabs, slots = full_slabs(model, cache, sessions)
 
     def attend() -> DecodeAttention:
-        return DecodeAttention(slots, slabs, frequencies, model._scale)
+        return DecodeAttention(slots, slabs, *model.rotary(slabs.device))
 
     def after() -> None:
         for slot in slots:
             slabs.advance(slot, 1)
 
     return time_steps(model, attend, sessions, steps, after)
+
+
+def time_graphs(model: Llama, cache: int, sessions: int, steps: int) -> float:
+    """Median seconds of a step by `BucketDecoder`; off CUDA it runs the same step eagerly."""
+    slabs, slots = full_slabs(model, cache, sessions)
+    decode, times = BucketDecoder(model, slabs), []
+    tokens = torch.randint(model.cfg.vocab_size, (sessions,), device=slabs.device)
+    for _ in range(steps + 3):
+        started = now(slabs.device)
+        decode(tokens, slots)
+        times.append(now(slabs.device) - started)
+    return float(torch.tensor(times[3:]).median())
 
 
 @torch.inference_mode()
@@ -145,14 +177,15 @@ def time_original(model: Llama, cache: int, sessions: int, steps: int) -> tuple[
 def time_steps(model, attend, sessions, steps, after) -> tuple[float, float]:  # type: ignore[no-untyped-def]
     """Median seconds of (a whole step, its attention)."""
     whole, inside = [], []
-    tokens = torch.randint(model.cfg.vocab_size, (sessions,))
+    device = model.embed.weight.device
+    tokens = torch.randint(model.cfg.vocab_size, (sessions,), device=device)
     for step in range(steps + 3):
-        started = time.perf_counter()
+        started = now(device)
         timed = Timed(attend())
-        model._logits(model._run(tokens, timed))
+        model.logits(model.run(tokens, timed))
         after()
         if step >= 3:
-            whole.append(time.perf_counter() - started)
+            whole.append(now(device) - started)
             inside.append(timed.seconds)
     return float(torch.tensor(whole).median()), float(torch.tensor(inside).median())
 
@@ -163,19 +196,24 @@ def time_recompute(model: Llama, cache: int, repeats: int = 3) -> float:
     times = []
     for _ in range(repeats):
         slot = slabs.allocate(0)
-        started = time.perf_counter()
-        model.prefill(torch.randint(model.cfg.vocab_size, (cache + 1,)), slabs, slot)
-        times.append(time.perf_counter() - started)
+        tokens = torch.randint(model.cfg.vocab_size, (cache + 1,), device=slabs.device)
+        started = now(slabs.device)
+        model.prefill(tokens, slabs, slot)
+        times.append(now(slabs.device) - started)
         slabs.release(slot)
     return float(torch.tensor(times).median())
+
+
+def machine(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device != "cpu" else platform.processor()
 
 
 def main(cfg: Config) -> None:
     torch.set_num_threads(cfg.threads)
     torch.manual_seed(0)
-    model = load_model(cfg.model, dtype=getattr(torch, cfg.dtype))
-    difference = same_function(model)
-    print(f"ours against the original, largest difference of logits: {difference:.1e}")
+    difference = check_same_function(cfg.model)
+    print(f"ours against the original in float64, largest difference of logits: {difference:.1e}")
+    model = load_model(cfg.model, dtype=getattr(torch, cfg.dtype), device=cfg.device)
     head = ("cache", "sessions", "ours ms", "attention", "original ms", "attention", "recompute ms")
     table = Table(*head, "tokens/s", "attention x", "step x", "x recompute")
     rows = []
@@ -197,12 +235,15 @@ def main(cfg: Config) -> None:
                 "step_ratio": original / ours,
                 "recompute_ratio": recompute / (ours / sessions),
             }
-            rows.append(row)
             table.add_row(str(cache), str(sessions), *(f"{v:.1f}" for v in list(row.values())[2:]))
+            if cfg.graphs:
+                row["graphs_ms"] = 1e3 * time_graphs(model, cache, sessions, cfg.steps)
+            rows.append(row)
             print(json.dumps(row), flush=True)
     Console(width=140).print(table)
     if cfg.json:
-        report = {"machine": platform.processor(), "torch": torch.__version__, "rows": rows}
+        report = {"machine": machine(cfg.device), "torch": torch.__version__, "rows": rows}
+        report |= {"dtype": cfg.dtype, "threads": cfg.threads}
         cfg.json.write_text(json.dumps(report | {"difference": difference}, indent=2) + "\n")
 
 

@@ -17,8 +17,8 @@ class ImageError(ValueError):
     """An image that cannot be used.
 
     Attributes:
-        reason: one of `empty`, `not_an_image`, `truncated`, `too_many_pixels`, `decode_error`;
-            short and stable, for counting.
+        reason: one of `empty`, `not_an_image`, `truncated`, `too_many_pixels`, `unknown_range`,
+            `decode_error`; short and stable, for counting.
         detail: what the decoder said, for people.
     """
 
@@ -60,8 +60,10 @@ def decode_image(
 ) -> Image.Image:
     """Decodes JPEG, PNG, WebP and whatever else Pillow reads into an upright RGB image.
 
-    EXIF rotation is applied, transparency is laid over black, CMYK is converted, 16-bit and 32-bit
-    greyscale is scaled by its own type's range, the first frame of an animation is taken.
+    EXIF rotation is applied, transparency is laid over black, CMYK is converted, the first frame of
+    an animation is taken. Deep greyscale is scaled by its type's range: 0 to 65535 for 16 bits, 0 to 1
+    for floating point. What lies outside, and 32-bit and signed integers, for which no range is
+    agreed upon (photographs, counts, heights), is refused as `unknown_range`.
 
     Args:
         data: the encoded bytes.
@@ -78,16 +80,20 @@ def decode_image(
             image.draft(None, draft)
         image.load()
         upright = ImageOps.exif_transpose(image)
-        return _to_rgb(upright)
+        return _to_rgb(upright, tiff=image.format == "TIFF")
+    except ImageError:
+        raise
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ...
         text = f"{type(error).__name__}: {error}"
         cut_short = any(word in text.lower() for word in ("truncated", "eof", "end of file"))
         raise ImageError("truncated" if cut_short else "decode_error", text) from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, *, tiff: bool) -> Image.Image:
     if image.mode == "RGB":
         return image
+    if image.mode == "I" and tiff:
+        raise ImageError("unknown_range", "32-bit or signed integers; store 8 or 16 bits")
     if image.mode.startswith("I") or image.mode == "F":
         return _scale_deep_grey(image).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
@@ -98,8 +104,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _scale_deep_grey(image: Image.Image) -> Image.Image:
-    """16-bit integers to 8 bits by their range; Pillow's own conversion clips at 255."""
+    """16-bit integers and floating point to 8 bits by their range; Pillow's own clips at 255."""
     values = np.asarray(image, dtype=np.float64)
-    # "F" holds 0..1 by convention, or 0..65535 in files converted from integers.
-    top = 1.0 if image.mode == "F" and values.max(initial=0.0) <= 1.0 else 65535.0
-    return Image.fromarray(np.clip(values / top * 255.0, 0, 255).round().astype(np.uint8))
+    # Mode "I" from anything but TIFF (PGM, or PNG in older Pillow) holds 16 bits.
+    top = 1.0 if image.mode == "F" else 65535.0
+    if not (values.min() >= 0 and values.max() <= top):  # so that NaN is refused too
+        found = f"values from {values.min():g} to {values.max():g}"
+        raise ImageError("unknown_range", f"{found}, not within 0 to {top:g}")
+    return Image.fromarray((values / top * 255.0).round().astype(np.uint8))

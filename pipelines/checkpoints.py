@@ -254,7 +254,7 @@ def load_objective(uri: str) -> tuple[Objective, PretrainConfig, dict[str, Any]]
         state, config = read_state(folder), read_config(folder)
     objective = build_objective(
         config.objective.name,
-        model=dataclasses.asdict(config.model),
+        model=config.model_settings,
         objective=dataclasses.asdict(config.objective),
     )
     with local_copy(resolved, "model-*.safetensors") as folder:

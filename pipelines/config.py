@@ -121,7 +121,7 @@ class DataConfig:
     test: str = ""
     """Labelled shards held out for the online probe; empty splits nothing off and skips the probe."""
     batch_size: int = 256
-    """Images in one optimizer step, over all workers and accumulation steps."""
+    """Images or clips in one optimizer step, over all workers and accumulation steps."""
     lanes: int = 8
     """Independent streams a global batch is made of: worker r of W reads lanes [r*L/W, (r+1)*L/W).
     The data a run sees depends on this, never on the number of workers, which must divide it."""
@@ -132,7 +132,7 @@ class DataConfig:
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)
     """Aspect-ratio range of the crop."""
     flip: bool = False
-    """Flip half of the images left-right (I-JEPA does not)."""
+    """Flip half of the images or clips left-right (V-JEPA does, I-JEPA does not)."""
     decode_in: Literal["trainer", "data"] = "trainer"
     """Where images are decoded: threads beside the device (one host), or Ray Data tasks (clusters
     with spare CPU nodes, which then ship uint8 crops)."""
@@ -186,15 +186,84 @@ class MaskConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClipConfig:
+    """Which frames of a stored segment make up a clip; how many is `model.frames`."""
+
+    fps: float | None = None
+    """Frames a second of the clip, whatever the segment's rate; None counts frames by `stride`."""
+    stride: int = 1
+    """Frames of the segment from one frame of the clip to the next."""
+    jitter: bool = True
+    """Start anywhere in the segment, drawn anew in every epoch; otherwise take its middle, as
+    evaluation always does."""
+
+    def __post_init__(self) -> None:
+        _require(self.fps is None or self.fps > 0, "clip.fps", "must be positive")
+        _require(self.stride > 0, "clip.stride", "must be positive")
+        _require(self.fps is None or self.stride == 1, "clip.stride", "goes without --clip.fps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoMaskConfig:
+    """V-JEPA's masks of clips (Bardes et al. 2024, section 3.2 and appendix B).
+
+    One entry of `blocks`, `scale` and `temporal_scale` is one generator: every clip is masked once
+    by each, with a mask token of its own, and all share one pass of the target encoder.
+    """
+
+    kind: Literal["blocks", "tube"] = "blocks"
+    """`blocks` hides the union of some blocks; `tube` hides the same random patches at all times."""
+    blocks: tuple[int, ...] = (8, 2)
+    """Blocks of each generator. V-JEPA: 8 small ones (short range) and 2 large ones (long range)."""
+    scale: tuple[float, ...] = (0.15, 0.7)
+    """Area of each generator's blocks, as a fraction of the patch grid."""
+    ratio: tuple[float, float] = (0.75, 1.5)
+    """Aspect-ratio range of all blocks."""
+    temporal_scale: tuple[float, ...] = (1.0, 1.0)
+    """Share of the clip that each generator's blocks last; 1 is all of it, as in V-JEPA."""
+    tube_ratio: float = 0.9
+    """Share of the patches that `tube` hides."""
+    truncate: Literal["random", "legacy"] = "random"
+    """`random` keeps random subsets of fixed size; `legacy` reproduces the original: one block size
+    a batch, every list cut to the batch's shortest from its end, which is the end of the clip."""
+
+    def __post_init__(self) -> None:
+        for flag in ("scale", "temporal_scale"):
+            values, name = getattr(self, flag), f"video-mask.{flag.replace('_', '-')}"
+            _require(len(values) == len(self.blocks), name, "needs as many as --video-mask.blocks")
+            _require(all(0 < v <= 1 for v in values), name, "must lie in (0, 1]")
+        ok = len(self.blocks) > 0 and min(self.blocks) > 0
+        _require(ok, "video-mask.blocks", "must be positive")
+        _require_range(self.ratio, "video-mask.ratio", 0.0, 10.0)
+        _require(0 < self.tube_ratio < 1, "video-mask.tube-ratio", "must lie between 0 and 1")
+
+    @property
+    def generators(self) -> int:
+        """Masks of one clip, and mask tokens of the predictor."""
+        return len(self.blocks) if self.kind == "blocks" else 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Encoder and predictor shapes; names are rows of `models.vit.PRESETS`."""
 
     encoder: str = "vit_s"
-    """Preset: vit_ti, vit_s, vit_b, vit_l, vit_h, vit_g, or a small one for 32-pixel images."""
+    """Preset: vit_ti, vit_s, vit_b, vit_l, vit_h, vit_g, or a small one for 32-pixel images; for
+    clips video_b, video_l, video_h, video_g, or a small one."""
     image_size: int = 224
     """Pixels on a side of the square training crop."""
     patch_size: int = 16
     """Pixels on a side of one patch."""
+    frames: int = 1
+    """Frames of a clip; 1 for images."""
+    tubelet: int = 1
+    """Frames in one token; divides `frames`."""
+    positions: Literal["sincos", "rope", "rope_released"] = "sincos"
+    """Fixed sine-cosine embeddings (I-JEPA, V-JEPA), or rotary ones (V-JEPA 2; `rope_released` is the
+    layout of its published weights)."""
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass rather than keep them: less memory, a third
+    more time."""
     predictor_width: int | None = None
     """Overrides the preset's predictor width."""
     predictor_depth: int | None = None
@@ -215,6 +284,12 @@ class ModelConfig:
             f"must be a multiple of --model.patch-size ({self.patch_size}), got {self.image_size}",
         )
         _require(self.patch_std > 0, "model.patch-std", "must be positive")
+        _require(self.frames > 0, "model.frames", "must be positive")
+        _require(
+            self.tubelet > 0 and self.frames % self.tubelet == 0,
+            "model.tubelet",
+            f"must divide --model.frames ({self.frames}), got {self.tubelet}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +333,8 @@ class OptimConfig:
     eps: float = 1e-8
     """AdamW's denominator floor."""
     clip_norm: float | None = None
-    """Clip the global gradient norm to this; None, as in I-JEPA, does not clip."""
+    """Clip the gradient's norm, encoder and predictor together, to this; None, as in I-JEPA, does not
+    clip."""
 
     def __post_init__(self) -> None:
         _require(
@@ -349,7 +425,9 @@ class PretrainConfig:
     """One pretraining run, complete."""
 
     data: DataConfig = field(default_factory=DataConfig)
+    clip: ClipConfig = field(default_factory=ClipConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
+    video_mask: VideoMaskConfig = field(default_factory=VideoMaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -369,11 +447,27 @@ class PretrainConfig:
             "optim.warmup-steps",
             f"must not exceed --run.steps ({self.run.steps})",
         )
+        _require(
+            self.modality == "video" or self.model.frames == 1,
+            "model.frames",
+            f"--objective.name {self.objective.name} learns from images; clips need vjepa",
+        )
+
+    @property
+    def modality(self) -> Literal["image", "video"]:
+        """What the objective learns from, and the shards must hold."""
+        return "video" if self.objective.name == "vjepa" else "image"
+
+    @property
+    def model_settings(self) -> dict[str, Any]:
+        """`model` as `models.objectives.build_objective` takes it."""
+        return dataclasses.asdict(self.model) | {"mask_tokens": self.video_mask.generators}
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """What an encoder learned: kNN, linear probe, few-shot, RankMe, beside two baselines."""
+    """What an encoder learned: kNN, linear probe, few-shot, RankMe, beside two baselines; of clips
+    also an attentive probe, and the encoder on single frames as a third baseline."""
 
     checkpoint: str
     """Checkpoint or exported artifact (folder or `s3://` prefix); a run folder means its best checkpoint."""
@@ -389,10 +483,16 @@ class EvaluateConfig:
     """Softmax temperature of the votes."""
     probe_epochs: int = 50
     """Epochs of the linear probe."""
+    attentive_epochs: int = 20
+    """Epochs of the attentive probe of clips; 0 leaves it out, and is what images get."""
+    fps: float | None = None
+    """Frames a second of clips; None, unless --stride is given, is what the encoder was trained on."""
+    stride: int | None = None
+    """Frames of a segment from one frame of a clip to the next; None as above."""
     batch_size: int = 256
-    """Images per forward pass."""
+    """Images, or frames of clips, per forward pass."""
     limit: int | None = None
-    """Use at most this many images of each set."""
+    """Use at most this many images or clips of each set."""
     seed: int = 0
     """Seed of random-init, few-shot draws and probe order."""
 

@@ -34,6 +34,8 @@ from ray import serve as ray_serve
 from rich.console import Console
 from rich.table import Table
 
+from models.weights import load_artifact
+from pipelines.checkpoints import CheckpointError
 from pipelines.config import (
     DemoConfig,
     EmbedConfig,
@@ -42,7 +44,7 @@ from pipelines.config import (
     IngestConfig,
     PretrainConfig,
 )
-from pipelines.embed import embed
+from pipelines.embed import embed, weights_hash
 from pipelines.evaluate import evaluate
 from pipelines.export import export
 from pipelines.fetch import sample_folder
@@ -80,7 +82,7 @@ def demo(cfg: DemoConfig) -> dict[str, Any]:
     with step(console, "4/6 export: an artifact that timm and transformers load"):
         artifact = export(ExportConfig(checkpoint=result.last_checkpoint, out=str(out / "encoder")))
     with step(console, "5/6 embed: the training set to Parquet"):
-        vectors = out / "embeddings"
+        vectors = embedding_folder(out, artifact)
         embed(EmbedConfig(artifact=artifact, data=train, out=str(vectors)))
     with step(console, "6/6 serve: test images over HTTP"), endpoint(artifact) as url:
         queries = read_rows(test, columns=["image", "label"]).take(query_rows(test))
@@ -123,6 +125,11 @@ def run_config(cfg: DemoConfig, out: Path, train: str, test: str) -> PretrainCon
         optim=dataclasses.replace(recipe.optim, warmup_steps=warmup),
         run=dataclasses.replace(recipe.run, **changes),
     )
+
+
+def embedding_folder(out: Path, artifact: str) -> Path:
+    """A folder for every encoder: `embed` refuses to mix in, and seeds make many under one `out`."""
+    return out / "embeddings" / weights_hash(load_artifact(artifact).encoder)[:12]
 
 
 def cpu_has_bf16() -> bool:
@@ -195,7 +202,13 @@ def verdict(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Command line."""
-    demo(tyro.cli(DemoConfig, description=__doc__))
+    cfg = tyro.cli(DemoConfig, description=__doc__)
+    try:
+        demo(cfg)
+    except (CheckpointError, ValueError) as error:
+        sys.exit(
+            f"error: {error}\nTo start afresh, give another --out than {cfg.out}, or remove it."
+        )
 
 
 if __name__ == "__main__":

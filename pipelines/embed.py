@@ -153,7 +153,6 @@ def plan_pieces(manifest: Manifest, record: dict[str, Any]) -> list[Piece]:
 def _missing(out: str, record: dict[str, Any], pieces: list[Piece]) -> list[Piece]:
     """The pieces still to be made; refuses a folder that holds anything else."""
     fs, root = open_shards(out)
-    fs.invalidate_cache()
     there = {n.rpartition("/")[2] for n in fs.ls(root, detail=False)} if fs.exists(root) else set()
     there = {name for name in there if not name.startswith(".")}
     foreign = sorted(there - {piece.file for piece in pieces} - {RECORD})

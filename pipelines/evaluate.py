@@ -1,9 +1,10 @@
-"""JOB 3: what did the encoder learn? Probes beside two baselines, a table and an HTML report.
+"""JOB 3: what did the encoder learn? Probes beside their baselines, a table and an HTML report.
 
     python -m pipelines.evaluate --checkpoint runs/demo --data shards/train --test shards/test
 
 Writes OUT/results.json and OUT/report.html. Every number stands beside the same probe on a randomly
-initialised encoder of the same shape and on raw pixels: an accuracy alone says nothing.
+initialised encoder of the same shape and on raw pixels: an accuracy alone says nothing. Clips get an
+attentive probe too, and a third baseline: the encoder shown their middle frame only, standing still.
 docs/evaluation.md states the protocol of each number.
 """
 
@@ -34,26 +35,34 @@ from rich.table import Table
 from models.preprocessing import Preprocessing
 from models.vit import VisionTransformer
 from models.weights import load_artifact
+from pipelines.attentive_probe import attentive_probe
 from pipelines.checkpoints import CheckpointError, load_encoder
-from pipelines.config import EvaluateConfig
+from pipelines.clip_sampling import ClipSampler, training_sampler
+from pipelines.config import ClipConfig, EvaluateConfig
 from pipelines.features import (
     PLACE,
     Featurizer,
+    Pooling,
+    check_classes,
     compute_features,
     decode_batches,
     encoder_features,
     iter_labelled,
     pixel_features,
+    single_frame,
     table_labels,
+    tubelet_features,
 )
 from pipelines.metrics import rankme
 from pipelines.probes import few_shot, knn_accuracy, linear_probe
-from pipelines.report import ProbeSet, Subject, write_report
+from pipelines.report import NAMES, ProbeSet, Subject, write_report
 from pipelines.shards import Manifest, read_manifest
 from pipelines.storage import open_uri
 
-ROWS = {"encoder": "encoder", "random_init": "random init", "raw_pixels": "raw pixels"}
 RANKME_ROWS = 10_000
+TOKEN_BYTES = 8 * 2**30
+"""Most memory for the frozen tokens that attentive probes read."""
+TUBELETS = "raw_tubelets"  # raw pixels as tokens, by which an attentive probe reads them
 PACKAGES = ("torch", "timm", "numpy", "pyarrow")
 
 
@@ -67,7 +76,7 @@ def load_subject(uri: str) -> Subject:
     if fs.isfile(path) or _is_artifact(fs, path):
         artifact = load_artifact(uri)
         provenance = {"artifact": uri, **artifact.provenance}
-        return Subject(artifact.encoder, artifact.preprocessing, provenance, None, None)
+        return Subject(artifact.encoder, artifact.preprocessing, provenance)
     try:
         encoder, config, info = load_encoder(uri)
     except CheckpointError as error:
@@ -83,7 +92,8 @@ def load_subject(uri: str) -> Subject:
         "manifest_hash": info["manifest_hash"],
         "checkpoint": checkpoint.rpartition("/")[2],
     }
-    return Subject(encoder, prep, provenance, checkpoint.rpartition("/")[0], config)
+    run_uri, sampler = checkpoint.rpartition("/")[0], training_sampler(config)
+    return Subject(encoder, prep, provenance, run_uri=run_uri, config=config, sampler=sampler)
 
 
 def _is_artifact(fs: Any, path: str) -> bool:
@@ -105,7 +115,27 @@ def random_init(encoder: VisionTransformer, seed: int) -> VisionTransformer:
             heads=encoder.heads,
             mlp_ratio=encoder.mlp_ratio,
             patch_std=encoder.patch_std,
+            frames=encoder.frames,
+            tubelet=encoder.tubelet,
+            positions=encoder.positions,
         ).eval()
+
+
+def with_sampler(cfg: EvaluateConfig, subject: Subject, modality: str) -> Subject:
+    """Decides which frames clips are made of: the flags', else those of training; none of images.
+
+    Raises:
+        ValueError: both flags, or images for an encoder that learned from clips.
+    """
+    if cfg.fps is not None and cfg.stride is not None:
+        raise ValueError("--stride: goes without --fps")
+    if modality == "image":
+        return dataclasses.replace(subject, sampler=None)
+    settings = subject.sampler.settings if subject.sampler else ClipConfig()
+    if cfg.fps is not None or cfg.stride is not None:
+        settings = ClipConfig(fps=cfg.fps, stride=cfg.stride or 1)
+    sampler = ClipSampler(frames=subject.encoder.frames, settings=settings)
+    return dataclasses.replace(subject, sampler=sampler)
 
 
 def evaluate(cfg: EvaluateConfig, *, console: Console | None = None) -> dict[str, Any]:
@@ -117,29 +147,35 @@ def evaluate(cfg: EvaluateConfig, *, console: Console | None = None) -> dict[str
 
     Returns:
         What results.json holds: `rows` (per row of the table: knn, linear, few_shot_1pct,
-        few_shot_10, rankme), provenance, settings, data, versions.
+        few_shot_10, rankme, of clips attentive), provenance, settings, data, versions.
 
     Raises:
         ValueError: sets without labels or with other classes than each other, or no such encoder.
     """
     console, start = console or Console(), time.time()
     manifests = _manifests(cfg)
-    subject = load_subject(cfg.checkpoint)
+    subject = with_sampler(cfg, load_subject(cfg.checkpoint), manifests[0].modality)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     subject.encoder.to(device)
     baseline = random_init(subject.encoder, cfg.seed).to(device)
     train, test = _probe_sets(cfg, subject, baseline, console)
     rows = {}
     with console.status("probing") as status:
-        for row, name in ROWS.items():
-            status.update(f"probing {name}")
+        for row in train.features:
+            status.update(f"probing {NAMES[row]}")
             rows[row] = probe(train, test, row, cfg)
+            if row in train.tokens:
+                heads = subject.encoder.heads
+                rows[row]["attentive"] = _attentive(train, test, row, heads, cfg)
     results = {
         "rows": rows,
         "provenance": subject.provenance,
         "settings": dataclasses.asdict(cfg),
         "data": {
-            name: {"manifest_hash": manifest.manifest_hash, "images": len(part.labels_N)}
+            name: {
+                "manifest_hash": manifest.manifest_hash,
+                f"{manifest.modality}s": len(part.labels_N),
+            }
             for name, manifest, part in zip(("data", "test"), manifests, (train, test), strict=True)
         },
         "classes": list(manifests[0].classes),
@@ -170,6 +206,21 @@ def probe(train: ProbeSet, test: ProbeSet, row: str, cfg: EvaluateConfig) -> dic
     } | (_ranks(bank_ND[:RANKME_ROWS]) if row != "raw_pixels" else {})
 
 
+def _attentive(
+    train: ProbeSet, test: ProbeSet, row: str, heads: int, cfg: EvaluateConfig
+) -> dict[str, Any]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    width = train.tokens[row].shape[-1]
+    probe = attentive_probe(
+        *(train.tokens[row], train.labels_N, test.tokens[row], test.labels_N),
+        heads=heads if width % heads == 0 else 1,
+        epochs=cfg.attentive_epochs,
+        seed=cfg.seed,
+        device=device,
+    )
+    return dataclasses.asdict(probe)
+
+
 def _ranks(features_ND: torch.Tensor) -> dict[str, float]:
     # Not of raw pixels: it would say nothing of the encoder, and thousands of dimensions take long.
     return {"rankme": rankme(features_ND), "rankme_centred": rankme(features_ND, centred=True)}
@@ -177,24 +228,19 @@ def _ranks(features_ND: torch.Tensor) -> dict[str, float]:
 
 def _manifests(cfg: EvaluateConfig) -> tuple[Manifest, Manifest]:
     data, test = read_manifest(cfg.data), read_manifest(cfg.test)
-    for flag, manifest in (("data", data), ("test", test)):
-        if not manifest.classes:
-            raise ValueError(f"--{flag}: these shards have no labels, which every probe needs")
-    if data.classes != test.classes:
-        differing = sorted(set(data.classes) ^ set(test.classes))[:6]
-        raise ValueError(f"--data and --test have different classes: {', '.join(differing)}")
+    if data.modality != test.modality:
+        raise ValueError(f"--data holds {data.modality}s, --test {test.modality}s")
+    check_classes({"--data": data, "--test": test})
     return data, test
 
 
 def _probe_sets(
     cfg: EvaluateConfig, subject: Subject, baseline: VisionTransformer, console: Console
 ) -> tuple[ProbeSet, ProbeSet]:
-    prep = subject.preprocessing
-    featurizers = {
-        "encoder": encoder_features(subject.encoder, prep),
-        "random_init": encoder_features(baseline, prep),
-        "raw_pixels": pixel_features(prep),
-    }
+    attentive = subject.sampler is not None and cfg.attentive_epochs > 0
+    featurizers = _featurizers(subject, baseline, attentive)
+    if attentive:
+        _check_token_bytes(cfg, subject.encoder)
     with Progress(console=console, transient=True) as progress:
 
         def read(uri: str) -> ProbeSet:
@@ -203,13 +249,47 @@ def _probe_sets(
             return probe_set(
                 uri,
                 featurizers,
-                prep,
+                subject.preprocessing,
                 batch_size=cfg.batch_size,
+                sampler=subject.sampler,
                 limit=cfg.limit,
                 advance=lambda rows: progress.advance(task, rows),
             )
 
         return read(cfg.data), read(cfg.test)
+
+
+def _featurizers(
+    subject: Subject, baseline: VisionTransformer, attentive: bool
+) -> dict[str, Featurizer]:
+    """By row of the table; for attentive probes of all tokens, which are averaged later."""
+    prep = subject.preprocessing
+    pooling: Pooling = "patches" if attentive else "mean"
+    encoder = encoder_features(subject.encoder, prep, pooling=pooling)
+    featurizers = {
+        "encoder": encoder,
+        "random_init": encoder_features(baseline, prep, pooling=pooling),
+    }
+    if subject.sampler is not None:
+        featurizers["single_frame"] = single_frame(encoder)
+    featurizers["raw_pixels"] = pixel_features(prep)
+    if attentive:
+        featurizers[TUBELETS] = tubelet_features(subject.encoder, prep)
+    return featurizers
+
+
+def _check_token_bytes(cfg: EvaluateConfig, encoder: VisionTransformer) -> None:
+    clips = sum(
+        min(read_manifest(uri).num_samples, cfg.limit or sys.maxsize)
+        for uri in (cfg.data, cfg.test)
+    )
+    pixels = 3 * encoder.tubelet * encoder.patch_size**2
+    need = 2 * clips * encoder.num_patches * (3 * encoder.width + pixels)
+    if need > TOKEN_BYTES:
+        raise ValueError(
+            f"--limit: the attentive probes of {clips:,} clips would keep {need / 2**30:.0f} GiB of "
+            "tokens in memory; take fewer clips, or leave them out with --attentive-epochs 0"
+        )
 
 
 def probe_set(
@@ -218,10 +298,11 @@ def probe_set(
     prep: Preprocessing,
     *,
     batch_size: int,
+    sampler: ClipSampler | None = None,
     limit: int | None = None,
     advance: Callable[[int], object] = lambda rows: None,
 ) -> ProbeSet:
-    """Computes every featurizer's features of a labelled set in one pass over its images.
+    """Computes every featurizer's features of a labelled set in one pass over its samples.
 
     Raises:
         ValueError: no row has a label.
@@ -230,26 +311,48 @@ def probe_set(
 
     def watched() -> Iterator[pa.Table]:
         for table in iter_labelled(uri, limit):
-            seen.append(table.drop_columns(["image"]))
+            seen.append(table.select(["label", *PLACE]))
             advance(table.num_rows)
             yield table
 
-    features = compute_features(featurizers, decode_batches(watched(), prep, batch_size))
+    batches = decode_batches(watched(), prep, batch_size, sampler)
+    halved = {name: _halve_tokens(featurize) for name, featurize in featurizers.items()}
+    found = compute_features(halved, batches)
     rows = pa.concat_tables(seen)
     places_N3 = np.stack([rows[name].to_numpy() for name in PLACE], axis=1)
-    return ProbeSet(uri, features, table_labels(rows), places_N3)
+    tokens = {name: values for name, values in found.items() if values.ndim == 3}
+    features = {
+        name: values if values.ndim == 2 else values.mean(axis=1, dtype=np.float32)
+        for name, values in found.items()
+        if name != TUBELETS
+    }
+    if TUBELETS in tokens:
+        tokens["raw_pixels"] = tokens.pop(TUBELETS)
+    return ProbeSet(uri, features, table_labels(rows), places_N3, tokens)
+
+
+def _halve_tokens(featurize: Featurizer) -> Featurizer:
+    """Tokens in float16, which is plenty for what a LayerNorm gives; pooled features as they are."""
+
+    def halved(pixels: torch.Tensor) -> torch.Tensor:
+        values = featurize(pixels)
+        return values.half() if values.ndim == 3 else values
+
+    return halved
 
 
 def results_table(results: dict[str, Any]) -> Table:
     """The results as a table for a terminal."""
     title = " ".join(str(results["provenance"].get(k, "")) for k in ("run", "checkpoint")).strip()
     table = Table(title=title or "evaluation", title_justify="left")
-    for name in ("", "kNN", "linear", "1% labels", "10 per class", "RankMe"):
+    attentive = "attentive" in results["rows"]["encoder"]
+    probes = ("attentive", "kNN", "linear") if attentive else ("kNN", "linear")
+    for name in ("", *probes, "1% labels", "10 per class", "RankMe"):
         table.add_column(name, justify="left" if not name else "right")
-    for row, name in ROWS.items():
-        r = results["rows"][row]
+    for row, r in results["rows"].items():
         table.add_row(
-            name,
+            NAMES[row],
+            *((f"{100 * r['attentive']['accuracy']:.1f}",) if attentive else ()),
             f"{100 * r['knn']:.1f}",
             f"{100 * r['linear']['accuracy']:.1f}",
             *(
@@ -258,8 +361,11 @@ def results_table(results: dict[str, Any]) -> Table:
             ),
             f"{r['rankme']:.1f} of {r['width']}" if "rankme" in r else "-",
         )
-    gain = results["rows"]["encoder"]["knn"] - results["rows"]["random_init"]["knn"]
-    table.caption = f"accuracy in %; kNN is {100 * gain:+.1f} points over random init"
+    ours, random = results["rows"]["encoder"], results["rows"]["random_init"]
+    gain = ours["knn"] - random["knn"]
+    if attentive:
+        gain = ours["attentive"]["accuracy"] - random["attentive"]["accuracy"]
+    table.caption = f"accuracy in %; {probes[0]} is {100 * gain:+.1f} points over random init"
     return table
 
 

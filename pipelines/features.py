@@ -1,62 +1,98 @@
-"""Frozen features of stored images: decode in threads, encode in batches, memory bounded.
+"""Frozen features of stored images or clips: decode in threads, encode in batches, memory bounded.
 
 Every probe, report and training run gets its features here, through the one evaluation transform of
 `models.preprocessing`, so their numbers compare.
 
-Shape suffixes: B images of one forward pass, N all images, H and W pixels, C channels, T tokens
-(patches), D feature width.
+Shape suffixes: B images or clips of one forward pass, N all of them, H and W pixels, C channels,
+T tokens (patches), F frames of a clip, D feature width.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
+import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Literal, TypeAlias, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.images import decode_image
+from models.positions import sincos_3d
 from models.preprocessing import Preprocessing, eval_transform, normalize
-from pipelines.shards import open_shards, read_manifest, read_row_group
+from models.video_decode import decode_frames
+from models.vit import VisionTransformer
+from pipelines.clip_sampling import ClipSampler
+from pipelines.shards import Manifest, open_shards, read_manifest, read_row_group
 
 Pooling: TypeAlias = Literal["mean", "patches"]
 Featurizer: TypeAlias = Callable[[Tensor], Tensor]
-"""uint8 images [B, C, H, W] to features with B rows."""
+"""uint8 images [B, C, H, W] or clips [B, C, F, H, W] to features with B rows."""
 
 In = TypeVar("In")
 Out = TypeVar("Out")
 
-COLUMNS = ("sample_id", "image", "label", "source_uri")
+COLUMNS = {
+    "image": ("sample_id", "image", "label", "source_uri"),
+    "video": ("sample_id", "video", "num_frames", "fps", "label", "source_uri"),
+}
 PLACE = ("shard", "row_group", "row")
 READ_AHEAD = 4
 """Row groups read ahead of the decoder (S3 answers slowly, but many at a time)."""
 PIXEL_SIDE = 32
 """Raw pixels are compared at no more than this many pixels a side (3,072 numbers an image)."""
+PLACE_WIDTH = 96  # of the positions beside raw tubelets
+CLIP_NUMBERS = 12_288
+"""And those of a clip shrunk to no more than this many numbers."""
+
+
+Place: TypeAlias = tuple[int, int, np.ndarray | None]
+"""Shard, row group, and rows of it; None for all that have a label."""
+
+
+def check_classes(sets: Mapping[str, Manifest]) -> None:
+    """Refuses labelled sets that a probe cannot compare: label indices must mean the same.
+
+    Args:
+        sets: manifests by the flag that names them.
+
+    Raises:
+        ValueError: one has no labels, or their classes differ.
+    """
+    for flag, manifest in sets.items():
+        if not manifest.classes:
+            raise ValueError(f"{flag}: these shards have no labels, which every probe needs")
+    first, second = (manifest.classes for manifest in sets.values())
+    if first != second:
+        differing = ", ".join(sorted(set(first) ^ set(second))[:6]) or "their order"
+        raise ValueError(f"{' and '.join(sets)} have different classes: {differing}")
 
 
 def load_labelled(uri: str, limit: int | None = None, *, seed: int = 0) -> pa.Table:
-    """Reads labelled rows of ingested shards into memory: all, or a random `limit` of them.
+    """Reads labelled rows of ingested shards into memory: all, or `limit` of them (all if fewer).
 
-    Random, because files are often in class order; the same ones every time, in file order.
+    Those of random row groups, because files are often in class order and a row group is the least
+    that can be read; the same ones every time, in file order. Ingest mixes the classes of a folder's
+    row groups, not those of tars and Parquet files.
 
     Returns:
-        Table with columns sample_id, image, label and source_uri, and `PLACE`: where in the shards
-        each row stands.
+        Table with `COLUMNS`, and `PLACE`: where in the shards each row stands.
 
     Raises:
         ValueError: no row has a label.
     """
     tables = list(iter_labelled(uri, limit, seed=seed))
     if not sum(table.num_rows for table in tables):
-        raise ValueError(f"{uri}: no labelled images; probes need shards with labels")
+        raise ValueError(f"{uri}: nothing is labelled; probes need shards with labels")
     return pa.concat_tables(tables)
 
 
@@ -64,26 +100,45 @@ def iter_labelled(uri: str, limit: int | None = None, *, seed: int = 0) -> Itera
     """Yields what `load_labelled` returns one row group at a time, for sets larger than memory."""
     manifest = read_manifest(uri)
     fs, root = open_shards(uri)
-    keep_N = np.ones(manifest.num_samples, dtype=bool)
-    if limit is not None and limit < manifest.num_samples:
-        keep_N[np.random.default_rng(seed).permutation(manifest.num_samples)[limit:]] = False
+    columns = COLUMNS[manifest.modality]
 
-    def read(place: tuple[int, int, np.ndarray]) -> pa.Table:
+    def find(group: tuple[int, int, int]) -> Place:
+        file = manifest.shards[group[0]].file
+        labels = read_row_group(fs, root, file, group[1], ["label"])["label"]
+        return group[0], group[1], np.flatnonzero(labels.is_valid().to_numpy())
+
+    def read(place: Place) -> pa.Table:
         shard, group, rows = place
-        table = read_row_group(fs, root, manifest.shards[shard].file, group, COLUMNS).take(rows)
-        columns = (np.full_like(rows, shard), np.full_like(rows, group), rows)
-        for name, column in zip(PLACE, columns, strict=True):
+        table = read_row_group(fs, root, manifest.shards[shard].file, group, columns)
+        if rows is None:
+            rows = np.flatnonzero(table["label"].is_valid().to_numpy())
+        stands = (np.full_like(rows, shard), np.full_like(rows, group), rows)
+        table = table.take(rows)
+        for name, column in zip(PLACE, stands, strict=True):
             table = table.append_column(name, pa.array(column))
-        return table.filter(table["label"].is_valid())
+        return table
 
-    places: list[tuple[int, int, np.ndarray]] = []
-    start = 0
-    for shard, group, count in manifest.row_groups():
-        rows = np.flatnonzero(keep_N[start : start + count])
-        places += [(shard, group, rows)] if len(rows) else []
-        start += count
+    groups = manifest.row_groups()
     with ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="read") as pool:
+        places: list[Place] = [(shard, group, None) for shard, group, _ in groups]
+        if limit is not None and limit < manifest.num_samples:
+            order = np.random.default_rng(seed).permutation(len(groups))
+            drawn = _in_order(pool, find, (groups[i] for i in order), READ_AHEAD)
+            with contextlib.closing(drawn):
+                places = _first_rows(drawn, limit)
         yield from _in_order(pool, read, places, READ_AHEAD)
+
+
+def _first_rows(drawn: Iterable[Place], limit: int) -> list[Place]:
+    """Of the rows drawn the first `limit`, in file order."""
+    places: list[Place] = []
+    for shard, group, rows in drawn:
+        assert rows is not None
+        places += [(shard, group, rows[:limit])] if len(rows) else []
+        limit -= len(rows)
+        if limit <= 0:
+            break
+    return sorted(places, key=lambda place: place[:2])
 
 
 def read_places(uri: str, places_N3: np.ndarray) -> pa.Table:
@@ -91,7 +146,8 @@ def read_places(uri: str, places_N3: np.ndarray) -> pa.Table:
     manifest, (fs, root) = read_manifest(uri), open_shards(uri)
     rows = []
     for shard, group, row in places_N3.tolist():
-        table = read_row_group(fs, root, manifest.shards[shard].file, group, COLUMNS)
+        columns = COLUMNS[manifest.modality]
+        table = read_row_group(fs, root, manifest.shards[shard].file, group, columns)
         rows.append(table.slice(row, 1))
     return pa.concat_tables(rows)
 
@@ -107,24 +163,50 @@ def load_image(data: bytes, prep: Preprocessing) -> np.ndarray:
     return eval_transform(decode_image(data), prep)
 
 
+def load_clip(data: bytes, frames_F: np.ndarray, prep: Preprocessing) -> np.ndarray:
+    """Some frames of an encoded video under the same transform: uint8 [F, H, W, C]."""
+    pixels_FHWC = decode_frames(data, frames_F.tolist())
+    return np.stack([eval_transform(Image.fromarray(frame), prep) for frame in pixels_FHWC])
+
+
 def decode_batches(
-    tables: pa.Table | Iterable[pa.Table], prep: Preprocessing, batch_size: int
+    tables: pa.Table | Iterable[pa.Table],
+    prep: Preprocessing,
+    batch_size: int,
+    sampler: ClipSampler | None = None,
 ) -> Iterator[Tensor]:
-    """Decodes the `image` column in threads, at most two batches ahead of the consumer.
+    """Decodes the `image` or `video` column in threads, at most two batches ahead of the consumer.
+
+    Args:
+        tables: shard rows.
+        prep: the evaluation transform.
+        batch_size: images of one batch, or frames of clips.
+        sampler: which frames make up a clip (the middle of every segment); None for images.
 
     Yields:
-        uint8 images [B, C, H, W] in row order, B = `batch_size` except in the last one.
+        uint8 images [B, C, H, W] or clips [B, C, F, H, W] in row order, B constant except in the
+        last one.
     """
+    count = batch_size if sampler is None else clips_per_batch(batch_size, sampler.frames)
     with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="decode") as pool:
-        decode = functools.partial(load_image, prep=prep)
-        images = _in_order(pool, decode, _image_column(tables), 2 * batch_size)
-        while batch := list(itertools.islice(images, batch_size)):
-            yield torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)
+        if sampler is None:
+            decode = functools.partial(load_image, prep=prep)
+            samples = _in_order(pool, decode, _column(tables, "image"), 2 * count)
+        else:
+            clips = _clips(tables, sampler)
+            samples = _in_order(pool, lambda clip: load_clip(*clip, prep), clips, 2 * count)
+        while batch := list(itertools.islice(samples, count)):
+            yield torch.from_numpy(np.stack(batch)).movedim(-1, 1)
 
 
-def decode_all(rows: pa.Table, prep: Preprocessing) -> Tensor:
-    """Decodes every row into memory: uint8 [N, C, H, W], for features extracted repeatedly."""
-    return torch.cat(list(decode_batches(rows, prep, 256)))
+def clips_per_batch(frames: int, clip_frames: int) -> int:
+    """Clips that fit into a batch of so many frames, at least one."""
+    return max(1, frames // clip_frames)
+
+
+def decode_all(rows: pa.Table, prep: Preprocessing, sampler: ClipSampler | None = None) -> Tensor:
+    """Decodes every row into memory, as `decode_batches`, for features extracted repeatedly."""
+    return torch.cat(list(decode_batches(rows, prep, 256, sampler)))
 
 
 def encoder_features(
@@ -134,20 +216,20 @@ def encoder_features(
     pooling: Pooling = "mean",
     autocast: bool = False,
 ) -> Featurizer:
-    """Wraps an encoder as a function of uint8 images.
+    """Wraps an encoder as a function of uint8 images or clips.
 
     Args:
-        encoder: maps normalised float images [B, C, H, W] to tokens [B, T, D]; runs where its
-            weights are.
+        encoder: maps normalised float images [B, C, H, W] or clips [B, C, F, H, W] to tokens
+            [B, T, D]; runs where its weights are.
         pooling: "mean" of the tokens, fp32 [B, D]; or "patches", all of them, fp32 [B, T, D].
         autocast: run the forward in bfloat16.
     """
     device = next(encoder.parameters()).device
 
-    def featurize(images_BCHW: Tensor) -> Tensor:
-        x_BCHW = normalize(images_BCHW.to(device, non_blocking=True), prep.mean, prep.std)
+    def featurize(pixels: Tensor) -> Tensor:
+        x = normalize(pixels.to(device, non_blocking=True), prep.mean, prep.std)
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            tokens_BTD = encoder(x_BCHW)
+            tokens_BTD = encoder(x)
         tokens_BTD = tokens_BTD.float()
         features: Tensor = tokens_BTD.mean(dim=1) if pooling == "mean" else tokens_BTD
         return features
@@ -155,16 +237,49 @@ def encoder_features(
     return featurize
 
 
-def pixel_features(prep: Preprocessing) -> Featurizer:
-    """Raw normalised pixels as features, [B, 3 * side * side] with side at most `PIXEL_SIDE`."""
+def single_frame(featurize: Featurizer) -> Featurizer:
+    """The same features of clips that stand still: their middle frame, repeated.
 
-    def featurize(images_BCHW: Tensor) -> Tensor:
-        x_BCHW = normalize(images_BCHW, prep.mean, prep.std)
-        if x_BCHW.shape[-1] > PIXEL_SIDE:
-            x_BCHW = F.interpolate(
-                x_BCHW, (PIXEL_SIDE, PIXEL_SIDE), mode="bilinear", antialias=True
-            )
-        return x_BCHW.flatten(1)
+    What is left is what a single picture tells; what is lost is what only motion does.
+    """
+
+    def featurize_still(clips_BCFHW: Tensor) -> Tensor:
+        middle = clips_BCFHW.shape[2] // 2
+        return featurize(clips_BCFHW[:, :, middle : middle + 1].expand_as(clips_BCFHW))
+
+    return featurize_still
+
+
+def pixel_features(prep: Preprocessing) -> Featurizer:
+    """Raw normalised pixels as features, [B, 3 * side * side], side at most `PIXEL_SIDE`; of clips
+    [B, 3 * F * side * side], at most `CLIP_NUMBERS` of them."""
+
+    def featurize(pixels: Tensor) -> Tensor:
+        x = normalize(pixels, prep.mean, prep.std)
+        if x.ndim == 5:
+            most = max(1, math.isqrt(CLIP_NUMBERS // (x.shape[1] * x.shape[2])))
+            frames = x.movedim(2, 1).flatten(0, 1)
+            return _shrink(frames, min(most, PIXEL_SIDE)).reshape(len(x), -1)
+        return _shrink(x, PIXEL_SIDE).flatten(1)
+
+    return featurize
+
+
+def _shrink(x_BCHW: Tensor, side: int) -> Tensor:
+    if x_BCHW.shape[-1] <= side:
+        return x_BCHW
+    return F.interpolate(x_BCHW, (side, side), mode="bilinear", antialias=True)
+
+
+def tubelet_features(encoder: VisionTransformer, prep: Preprocessing) -> Featurizer:
+    """Raw normalised pixels of every token beside its place: what an attentive probe of raw pixels
+    reads, [B, T, P + `PLACE_WIDTH`]."""
+    places_ND = sincos_3d(PLACE_WIDTH, encoder.grid, encoder.tubes)
+
+    def featurize(clips_BCFHW: Tensor) -> Tensor:
+        x_BTP = encoder.patch_embed.patchify(normalize(clips_BCFHW, prep.mean, prep.std))
+        places = places_ND[: x_BTP.shape[1]].expand(len(x_BTP), -1, -1)
+        return torch.cat([x_BTP, places], dim=2)
 
     return featurize
 
@@ -172,19 +287,19 @@ def pixel_features(prep: Preprocessing) -> Featurizer:
 def compute_features(
     featurizers: Mapping[str, Featurizer], batches: Iterable[Tensor]
 ) -> dict[str, np.ndarray]:
-    """Runs every featurizer over the same decoded batches, each image decoded once.
+    """Runs every featurizer over the same decoded batches, each sample decoded once.
 
     Returns:
-        One fp32 array [N, ...] per featurizer, rows in order.
+        One array [N, ...] per featurizer, rows in order, of the type that the featurizer gives.
 
     Raises:
         ValueError: there is no image.
     """
     parts: dict[str, list[np.ndarray]] = {name: [] for name in featurizers}
     with torch.inference_mode():
-        for images_BCHW in batches:
+        for pixels in batches:
             for name, featurize in featurizers.items():
-                parts[name].append(featurize(images_BCHW).cpu().numpy())
+                parts[name].append(featurize(pixels).cpu().numpy())
     if not all(parts.values()):
         raise ValueError("no images to compute features of (are these rows labelled?)")
     return {name: np.concatenate(arrays) for name, arrays in parts.items()}
@@ -198,22 +313,26 @@ def extract_features(
     batch_size: int = 256,
     pooling: Pooling = "mean",
     autocast: bool = False,
+    sampler: ClipSampler | None = None,
 ) -> np.ndarray:
     """Computes frozen features; the encoder is put into eval mode and back.
 
     Args:
         encoder: as for `encoder_features`.
         prep: evaluation transform; its size must be the encoder's.
-        rows: shard rows (encoded images), or `decode_all`'s uint8 [N, C, H, W].
+        rows: shard rows (encoded images or videos), or what `decode_all` made of them.
+        batch_size: images, or frames of clips, of one forward pass.
+        sampler: which frames make up a clip; None for images, and for decoded rows.
 
     Returns:
         fp32 [N, D], or [N, T, D] for pooling "patches".
     """
     batches: Iterable[Tensor]
     if isinstance(rows, Tensor):
-        batches = torch.split(rows, batch_size)
+        frames = rows.shape[2] if rows.ndim == 5 else 1
+        batches = torch.split(rows, clips_per_batch(batch_size, frames))
     else:
-        batches = decode_batches(rows, prep, batch_size)
+        batches = decode_batches(rows, prep, batch_size, sampler)
     training = encoder.training
     encoder.eval()
     try:
@@ -223,15 +342,24 @@ def extract_features(
         encoder.train(training)
 
 
-def _image_column(tables: pa.Table | Iterable[pa.Table]) -> Iterator[bytes]:
+def _column(tables: pa.Table | Iterable[pa.Table], name: str) -> Iterator[bytes]:
     for table in [tables] if isinstance(tables, pa.Table) else tables:
-        for value in table["image"]:
+        for value in table[name]:
             yield value.as_py()
+
+
+def _clips(
+    tables: pa.Table | Iterable[pa.Table], sampler: ClipSampler
+) -> Iterator[tuple[bytes, np.ndarray]]:
+    """Encoded segments and the numbers of the frames wanted."""
+    for table in [tables] if isinstance(tables, pa.Table) else tables:
+        frames_NF = sampler.middle(table["num_frames"].to_numpy(), table["fps"].to_numpy())
+        yield from zip(_column(table, "video"), frames_NF, strict=True)
 
 
 def _in_order(
     pool: ThreadPoolExecutor, function: Callable[[In], Out], items: Iterable[In], ahead: int
-) -> Iterator[Out]:
+) -> Generator[Out]:
     """Maps in the pool, in order, never more than `ahead` items before the consumer."""
     pending: deque[Future[Out]] = deque()
     try:

@@ -1,6 +1,7 @@
 """Pictures of a report: charts as SVG text, images and masks as data URIs. No external resource.
 
-Shape suffixes: N images, T tokens (patches), D feature width, H and W pixels, C channels.
+Shape suffixes: N images or clips, T tokens (patches), F frames, D feature width, H and W pixels,
+C channels.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ Points = Sequence[tuple[float, float]]
 WIDTH, HEIGHT = 340, 190
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 10, 24
 MOST_POINTS = 400
+CLIP_SIDE, FRAME_MS = 96, 125
 BLOCK_COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (204, 121, 167))  # Okabe and Ito
 
 
@@ -27,6 +29,36 @@ def image_uri(image_HWC: np.ndarray) -> str:
     sink = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(image_HWC)).save(sink, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(sink.getvalue()).decode()
+
+
+def picture_uri(pixels: np.ndarray) -> str:
+    """A still as `image_uri`; a clip [F, H, W, C] as a GIF that runs for ever.
+
+    Clips are shrunk to `CLIP_SIDE` pixels: a report holds over a hundred of them.
+    """
+    if pixels.ndim == 3:
+        return image_uri(pixels)
+    frames = [Image.fromarray(np.ascontiguousarray(frame)) for frame in pixels]
+    for frame in frames:
+        frame.thumbnail((CLIP_SIDE, CLIP_SIDE))
+    sink = io.BytesIO()
+    frames[0].save(sink, "GIF", save_all=True, append_images=frames[1:], duration=FRAME_MS, loop=0)
+    return "data:image/gif;base64," + base64.b64encode(sink.getvalue()).decode()
+
+
+def masked_clip(
+    clip_FHWC: np.ndarray, context_K: np.ndarray, target_T: np.ndarray, grid: int, tubelet: int
+) -> np.ndarray:
+    """A clip with the context as it is, the targets tinted and the tokens of neither faded."""
+    frames = []
+    for number, frame_HWC in enumerate(clip_FHWC):
+        step, patches = number // tubelet, grid * grid
+        context, target = (ids[ids // patches == step] % patches for ids in (context_K, target_T))
+        picture = context_picture(frame_HWC, context, grid)
+        tint = 0.4 * frame_HWC + 0.6 * np.array(BLOCK_COLOURS[0])
+        hidden = _patch_mask(frame_HWC, target, grid)
+        frames.append(np.where(hidden[..., None], tint, picture).astype(np.uint8))
+    return np.stack(frames)
 
 
 def context_picture(image_HWC: np.ndarray, context_K: np.ndarray, grid: int) -> np.ndarray:
@@ -52,17 +84,18 @@ def _patch_mask(image_HWC: np.ndarray, tokens: np.ndarray, grid: int) -> np.ndar
     return np.kron(chosen.reshape(grid, grid), np.ones((patch, patch), dtype=bool))
 
 
-def pca_pictures(tokens_NTD: np.ndarray, shown: int) -> np.ndarray:
+def pca_pictures(tokens_NTD: np.ndarray, shown: int, steps: int = 1) -> np.ndarray:
     """The three main directions of patch features as red, green and blue.
 
     The mean of every position is taken out first, so that colour tells what is there, not where.
 
     Args:
-        tokens_NTD: patch features; all images fit the directions.
-        shown: how many of the first images to draw.
+        tokens_NTD: patch features; all samples fit the directions.
+        shown: how many of the first samples to draw.
+        steps: time steps of the token grid.
 
     Returns:
-        uint8 [shown, G, G, 3], G = sqrt(T).
+        uint8 [shown, G, G, 3], G = sqrt(T); of clips [shown, steps, G, G, 3], G = sqrt(T / steps).
     """
     centred = tokens_NTD - tokens_NTD.mean(axis=0, keepdims=True)
     flat = centred.reshape(-1, centred.shape[-1]).astype(np.float64)
@@ -72,8 +105,9 @@ def pca_pictures(tokens_NTD: np.ndarray, shown: int) -> np.ndarray:
     scores *= np.sign((scores**3).sum(axis=0) + 1e-30)
     low, high = np.percentile(scores, (2, 98), axis=0)
     values = np.clip((scores - low) / np.maximum(high - low, 1e-12), 0, 1)
-    side = math.isqrt(tokens_NTD.shape[1])
-    pictures: np.ndarray = (255 * values).reshape(len(tokens_NTD), side, side, 3).astype(np.uint8)
+    side = math.isqrt(tokens_NTD.shape[1] // steps)
+    grid = (side, side, 3) if steps == 1 else (steps, side, side, 3)
+    pictures: np.ndarray = (255 * values).reshape(len(tokens_NTD), *grid).astype(np.uint8)
     return pictures[:shown]
 
 

@@ -16,6 +16,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 import sys
 import time
 from collections import Counter
@@ -69,6 +70,8 @@ from pipelines.staging import (
 )
 
 IO_THREADS = 16
+# A shard, and a shard that a killed ingest was writing: names only `shards.write_shard` gives.
+_SHARD = re.compile(r"part-[0-9a-f]{16}\.parquet|\.part-[0-9a-f]{16}\.parquet\.\d+\.tmp")
 
 
 def ingest(cfg: IngestConfig) -> Manifest:
@@ -77,11 +80,13 @@ def ingest(cfg: IngestConfig) -> Manifest:
     Every source item ends in exactly one of: the shards, the count of duplicates, the quarantine.
 
     Raises:
-        ValueError: nothing to read at the source, or not one good item in it.
+        ValueError: nothing to read at the source, not one good item in it, or `cfg.out` holds
+            something else than a data set of ours.
         ray.exceptions.RayTaskError: the storage failed; run again to go on.
     """
     started = time.monotonic()
     console = Console()
+    _check_out(cfg.out)
     listing = list_source(cfg)
     cfg = dataclasses.replace(cfg, modality=listing.modality)
     chunks = [chunk_to_json(chunk) for chunk in listing.chunks]
@@ -118,10 +123,23 @@ def _finished(cfg: IngestConfig, fingerprint: str) -> Manifest | None:
     return manifest if complete and manifest.fingerprint == fingerprint else None
 
 
+def _check_out(out: str) -> None:
+    """Refuses a folder that somebody else filled: what is ours in it could not be told apart."""
+    # Consoles make an object named "" to show an empty folder on S3.
+    visible = sorted(name for name in _file_names(out, "") if name and not name.startswith("."))
+    if not visible or STAGING in visible:
+        return
+    try:
+        read_manifest(out)
+    except ValueError as error:
+        shown = ", ".join(visible[:3])
+        message = f"--out: {out} holds something else ({shown}); give an empty folder ({error})"
+        raise ValueError(message) from error
+
+
 def _file_names(uri: str, folder: str) -> set[str]:
     fs, root = open_shards(uri)
     path = f"{root}/{folder}".rstrip("/")
-    fs.invalidate_cache()
     try:
         return {name.rpartition("/")[2] for name in fs.ls(path, detail=False)}
     except FileNotFoundError:
@@ -261,9 +279,8 @@ def _clean_up(cfg: IngestConfig, manifest: Manifest) -> None:
         fs.rm(f"{root}/{STAGING}", recursive=True)
     named = {shard.file for shard in manifest.shards}
     for name in sorted(_file_names(cfg.out, "")):
-        orphan = name.startswith("part-") and name.endswith(".parquet") and name not in named
         stale = name == LOSSES and not manifest.losses
-        if orphan or stale or (name.startswith(".part-") and name.endswith(".tmp")):
+        if stale or (_SHARD.fullmatch(name) and name not in named):
             fs.rm(f"{root}/{name}")
 
 

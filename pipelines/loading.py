@@ -8,8 +8,7 @@ bytes and the rank decodes in threads (`decode_in="trainer"`), or a second stage
 ships uint8 crops (`"data"`); the pixels are the same bit for bit. docs/loading.md has the figures
 behind these choices.
 
-Shape suffixes: B rows of this rank, C channels, H = W pixels, K context tokens, M target blocks,
-T tokens of a block, N flattened.
+Shape suffixes: B rows of this rank, N flattened; masks as in `pipelines.maskers`.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import queue
 import threading
 import time
@@ -29,12 +29,13 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from pipelines.clip_sampling import training_sampler
 from pipelines.config import PretrainConfig
 from pipelines.crops import DecodeError, decode_rows
-from pipelines.masking import mask_lengths
+from pipelines.maskers import MASK_NAMES, make_masker
 from pipelines.plan import Piece, make_plan, pieces, rank_lanes
 from pipelines.reading import BLOCK_BYTES, Reader, read_pieces
-from pipelines.shards import read_manifest
+from pipelines.shards import Manifest, read_manifest
 
 T = TypeVar("T")
 
@@ -79,21 +80,24 @@ def train_batches(
         end_step: last step, exclusive.
 
     Yields:
-        images: uint8 tensor [B, C, H, W], B = batch_size / world_size (pinned if `run.gpu`).
-        context_ids, target_ids: int64 tensors [B, K] and [B, M, T], ascending.
+        images: uint8 tensor [B, C, H, W], B = batch_size / world_size (pinned if `run.gpu`);
+            or clips: [B, C, T, H, W], from shards of video.
+        context_ids, target_ids: int64 tensors [B, K] and [B, M, T], ascending; or of clips, for
+            every mask generator g, context_ids_g [B, K] and target_ids_g [B, T].
         labels: int64 tensor [B], -1 where unlabelled.
         sample_ids: list of B 16-byte ids.
         crop_boxes: float32 array [B, 4], (x0, y0, x1, y1) in pixels of the stored image.
         flipped: bool array [B].
+        frames: of clips, int32 array [B, T], numbers of the segment's frames.
         step, epoch: ints.
 
     Raises:
         ValueError: settings that cannot work with these shards; the flag is named.
         StarvedError: no CPU is left for Ray Data.
-        DecodeError: a stored image does not decode; the sample is named.
+        DecodeError: a stored image or video does not decode; the sample is named.
     """
     reader = make_reader(cfg, rank, world_size)
-    todo = pieces(reader.plan, start_step, end_step)
+    todo = pieces(reader.plan, start_step, end_step, reader.most_batches)
     if not todo:
         return
     share = cluster_share(cfg, world_size)
@@ -111,19 +115,35 @@ def make_reader(cfg: PretrainConfig, rank: int, world_size: int) -> Reader:
         ValueError: no manifest, too few samples, lanes or mask settings that cannot work.
     """
     manifest = read_manifest(cfg.data.train)
+    check_modality(cfg, manifest)
     plan = make_plan(manifest.row_groups(), cfg.data, cfg.run.seed)
-    grid = cfg.model.image_size // cfg.model.patch_size
-    if cfg.mask.truncate == "random":
-        mask_lengths(grid, cfg.mask)  # here, not in the first task: for its error messages
+    masker = make_masker(cfg)
+    masker.check()  # here, not in the first task: for its error messages
     return Reader(
         uri=cfg.data.train,
         files=tuple(shard.file for shard in manifest.shards),
         plan=plan,
         lanes=rank_lanes(plan, rank, world_size),
-        grid=grid,
-        mask=cfg.mask,
+        masker=masker,
         data=cfg.data,
+        row_bytes=max(1.0, manifest.num_bytes / manifest.num_samples),
+        sampler=training_sampler(cfg),
     )
+
+
+def check_modality(cfg: PretrainConfig, manifest: Manifest) -> None:
+    """Raises a ValueError if the shards hold something else than the objective learns from."""
+    if manifest.modality != cfg.modality:
+        raise ValueError(
+            f"--data.train: shards of modality {manifest.modality!r}, but --objective.name "
+            f"{cfg.objective.name} learns from {cfg.modality!r}"
+        )
+
+
+def _pixel_shape(cfg: PretrainConfig) -> tuple[int, ...]:
+    """Of one sample: [C, H, W], or [C, T, H, W] of clips."""
+    side = cfg.model.image_size
+    return (3, side, side) if cfg.modality == "image" else (3, cfg.model.frames, side, side)
 
 
 def cluster_share(cfg: PretrainConfig, world_size: int) -> Share:
@@ -238,7 +258,7 @@ def _dataset(cfg: PretrainConfig, reader: Reader, segment: list[Piece], share: S
     if cfg.data.decode_in == "data":
         # Another number of CPUs, or Ray would fuse the stages and a window would decode on one core.
         dataset = dataset.map_batches(
-            functools.partial(_decode, cfg.model.image_size),
+            functools.partial(_decode, _pixel_shape(cfg)),
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=share.decode_cpus,
@@ -254,36 +274,35 @@ def _dataset(cfg: PretrainConfig, reader: Reader, segment: list[Piece], share: S
     return dataset
 
 
-def _decode(side: int, table: pa.Table) -> pa.Table:
-    """Replaces the encoded images by uint8 crops, C x H x W."""
+def _decode(shape: tuple[int, ...], table: pa.Table) -> pa.Table:
+    """Replaces the encoded images or videos by uint8 crops of this shape."""
     torch.set_num_threads(1)
-    images_BCHW = np.empty((table.num_rows, 3, side, side), np.uint8)
-    decode_rows(table, images_BCHW)
-    flat = pa.py_buffer(images_BCHW)
+    pixels = np.empty((table.num_rows, *shape), np.uint8)
+    decode_rows(table, pixels)
+    flat = pa.py_buffer(pixels)
     column = pa.FixedSizeBinaryArray.from_buffers(
-        pa.binary(3 * side * side), table.num_rows, [None, flat]
+        pa.binary(math.prod(shape)), table.num_rows, [None, flat]
     )
-    return table.drop_columns(["image"]).append_column("pixels", column)
+    encoded = "video" if "video" in table.column_names else "image"
+    return table.drop_columns([encoded]).append_column("pixels", column)
 
 
 def _to_batch(
     cfg: PretrainConfig, reader: Reader, table: pa.Table, step: int, pool: ThreadPoolExecutor
 ) -> dict[str, Any]:
-    side, rows = cfg.model.image_size, table.num_rows
+    shape, rows = _pixel_shape(cfg), table.num_rows
     assert rows == reader.local_batch, f"{rows} rows at step {step}, not {reader.local_batch}"
     assert (table.column("step").to_numpy() == step).all(), f"out of order at step {step}"
-    images_BCHW = torch.empty((rows, 3, side, side), dtype=torch.uint8, pin_memory=cfg.run.gpu)
+    pixels = torch.empty((rows, *shape), dtype=torch.uint8, pin_memory=cfg.run.gpu)
     if cfg.data.decode_in == "data":
         column = table.column("pixels").combine_chunks()
-        flat_N = np.frombuffer(column.buffers()[1], np.uint8)[column.offset * 3 * side * side :]
-        np.copyto(images_BCHW.numpy().reshape(-1), flat_N[: images_BCHW.numel()])
+        flat_N = np.frombuffer(column.buffers()[1], np.uint8)[column.offset * math.prod(shape) :]
+        np.copyto(pixels.numpy().reshape(-1), flat_N[: pixels.numel()])
     else:
         jobs = min(4 * cfg.data.decode_threads, max(1, rows // 8))
-        decode_rows(table, images_BCHW.numpy(), pool, jobs)
-    return {
-        "images": images_BCHW,
-        "context_ids": _ids(table, "context").reshape(rows, -1),
-        "target_ids": _ids(table, "targets").reshape(rows, cfg.mask.num_targets, -1),
+        decode_rows(table, pixels.numpy(), pool, jobs)
+    batch = {
+        "images" if reader.sampler is None else "clips": pixels,
         "labels": torch.from_numpy(table.column("label").fill_null(-1).to_numpy().astype(np.int64)),
         "sample_ids": table.column("sample_id").to_pylist(),
         "crop_boxes": _numbers(table, "crop").reshape(rows, 4).astype(np.float32),
@@ -291,14 +310,23 @@ def _to_batch(
         "step": step,
         "epoch": reader.plan.locate(step)[0],
     }
+    if reader.sampler is not None:
+        batch["frames"] = _numbers(table, "frames").reshape(rows, -1)
+    for name in table.column_names:
+        if name.startswith(MASK_NAMES):
+            batch[name] = _ids(table, name, cfg)
+    return batch
 
 
 def _numbers(table: pa.Table, name: str) -> Any:
     return table.column(name).combine_chunks().flatten().to_numpy()
 
 
-def _ids(table: pa.Table, name: str) -> torch.Tensor:
-    return torch.from_numpy(_numbers(table, name).astype(np.int64))
+def _ids(table: pa.Table, name: str, cfg: PretrainConfig) -> torch.Tensor:
+    ids = torch.from_numpy(_numbers(table, name).astype(np.int64))
+    # An image's targets are several blocks, each predicted by itself; a clip's are one list.
+    blocks = (cfg.mask.num_targets,) if name == "target_ids" else ()
+    return ids.reshape(table.num_rows, *blocks, -1)
 
 
 def ahead(source: Generator[T], depth: int, watch: Callable[[], None]) -> Iterator[T]:

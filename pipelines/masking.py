@@ -28,9 +28,14 @@ F64 = npt.NDArray[np.float64]
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
-Shapes = tuple[I64, F64]  # [S, 2] heights and widths, [S] cumulative probabilities
+Shapes = tuple[tuple[tuple[int, int], ...], tuple[float, ...]]  # (height, width)s, probabilities
 
-STREAM_CROP, STREAM_FLIP, STREAM_MASK = 1, 2, 16  # masks use STREAM_MASK + 3 * attempt + {0, 1, 2}
+STREAM_CROP, STREAM_FLIP, STREAM_CLIP, STREAM_MASK = (
+    1,
+    2,
+    3,
+    16,
+)  # masks use STREAM_MASK + 3 * attempt + {0, 1, 2}
 ATTEMPTS = 24  # redraws of a sample with too small a context; at 10% misses 1e-24 reach the end
 CALIBRATION_DRAWS = 2048
 MOST_MISSES = 0.1
@@ -101,9 +106,7 @@ def permutation(key: np.uint64, count: int) -> I64:
 
 
 @functools.lru_cache(maxsize=64)
-def block_shapes(
-    grid: int, scale: tuple[float, float], ratio: tuple[float, float]
-) -> tuple[tuple[tuple[int, int], ...], tuple[float, ...]]:
+def block_shapes(grid: int, scale: tuple[float, float], ratio: tuple[float, float]) -> Shapes:
     """Block shapes that can be drawn on this grid, and the probability of each.
 
     Scale and ratio are independent and uniform, height = round(sqrt(area * ratio)) and width =
@@ -223,24 +226,24 @@ def _draw(keys_B: U64, grid: int, cfg: MaskConfig, attempt: int) -> tuple[Bools,
     target blocks [B, M, 4] as (top, left, height, width)."""
     draws_BMC = uniforms(keys_B, STREAM_MASK + 3 * attempt, 3 * (cfg.num_targets + 1))
     draws_BMC = draws_BMC.reshape(len(keys_B), cfg.num_targets + 1, 3)
-    targets_BM4 = _place(draws_BMC[:, 1:], grid, cfg.target_scale, cfg.target_ratio)
-    context_BM4 = _place(draws_BMC[:, :1], grid, cfg.context_scale, (1.0, 1.0))
-    free_BN = ~_cover(targets_BM4, grid)
-    return _cover(context_BM4, grid) & free_BN, free_BN, targets_BM4
+    target_shapes = block_shapes(grid, cfg.target_scale, cfg.target_ratio)
+    context_shapes = block_shapes(grid, cfg.context_scale, (1.0, 1.0))
+    targets_BM4 = place_blocks(draws_BMC[:, 1:], grid, target_shapes)
+    context_BM4 = place_blocks(draws_BMC[:, :1], grid, context_shapes)
+    free_BN = ~cover_blocks(targets_BM4, grid)
+    return cover_blocks(context_BM4, grid) & free_BN, free_BN, targets_BM4
 
 
-def _place(
-    draws_BM3: F64, grid: int, scale: tuple[float, float], ratio: tuple[float, float]
-) -> I64:
+def place_blocks(draws_BM3: F64, grid: int, choices: Shapes) -> I64:
     """Blocks (top, left, height, width) from three uniforms each; every position is reachable."""
-    shapes, probabilities = block_shapes(grid, scale, ratio)
+    shapes, probabilities = choices
     index_BM = np.searchsorted(np.cumsum(probabilities)[:-1], draws_BM3[..., 0], side="right")
     size_BM2 = np.array(shapes, np.int64)[index_BM]
     corner_BM2 = (draws_BM3[..., 1:] * (grid + 1 - size_BM2)).astype(np.int64)
     return np.concatenate([corner_BM2, size_BM2], -1)
 
 
-def _cover(blocks_BM4: I64, grid: int) -> Bools:
+def cover_blocks(blocks_BM4: I64, grid: int) -> Bools:
     """Tokens inside any of the blocks, [B, N]."""
     line_G = np.arange(grid)
     top, left, height, width = (blocks_BM4[..., i, None] for i in range(4))
@@ -349,9 +352,9 @@ def _legacy_context(keys_B: U64, targets_BM4: I64, size_hw: tuple[int, int], gri
     rows = np.arange(len(keys_B))
     for attempt in range(20 * (targets_BM4.shape[1] + 1)):
         corner = uniforms(keys_B[rows], STREAM_MASK + 3 + attempt, 2)[:, None]
-        block_BN = _cover(_legacy_place(corner, grid, size_hw), grid)
+        block_BN = cover_blocks(_legacy_place(corner, grid, size_hw), grid)
         cut = targets_BM4.shape[1] - attempt // 20
-        allowed_BN[rows] = block_BN & ~_cover(targets_BM4[rows, :cut], grid)
+        allowed_BN[rows] = block_BN & ~cover_blocks(targets_BM4[rows, :cut], grid)
         rows = rows[allowed_BN[rows].sum(1) <= min_keep]
         if not len(rows):
             break

@@ -1,4 +1,4 @@
-"""kNN on labelled images while training: the number that says whether the encoder learns."""
+"""kNN on labelled images or clips while training: the number that says whether the encoder learns."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from models.objectives import Objective
 from models.preprocessing import Preprocessing
+from pipelines.clip_sampling import training_sampler
 from pipelines.config import PretrainConfig
 
 BANK_ROWS = 2000
@@ -16,34 +17,38 @@ QUERY_ROWS = 1000
 
 
 class OnlineProbe:
-    """Accuracy of kNN (k = 20, cosine, T = 0.07) from a fixed bank of training images.
+    """Accuracy of kNN (k = 20, cosine, T = 0.07) from a fixed bank of training samples.
 
-    Images are decoded once, by the evaluation transform, and kept as uint8 on the host.
+    They are decoded once, by the evaluation transform, and kept as uint8 on the host.
     """
 
     def __init__(self, cfg: PretrainConfig) -> None:
         # Here, because only rank 0 of a run that probes needs it.
-        from pipelines.features import decode_all, load_labelled, table_labels
+        from pipelines.features import check_classes, decode_all, load_labelled, table_labels
+        from pipelines.shards import read_manifest
 
+        train, test = read_manifest(cfg.data.train), read_manifest(cfg.data.test)
+        check_classes({"--data.train": train, "--data.test": test})
         self._autocast = cfg.run.precision == "bf16"
         self._prep = Preprocessing(
             image_size=cfg.model.image_size, mean=cfg.model.mean, std=cfg.model.std
         )
-        self._images: list[Tensor] = []
+        sampler = training_sampler(cfg)
+        self._samples: list[Tensor] = []
         self._labels: list[np.ndarray] = []
         for uri, rows in ((cfg.data.train, BANK_ROWS), (cfg.data.test, QUERY_ROWS)):
             table = load_labelled(uri, rows)
-            self._images.append(decode_all(table, self._prep))
+            self._samples.append(decode_all(table, self._prep, sampler))
             self._labels.append(table_labels(table))
 
     def __call__(self, objective: Objective) -> float:
-        """Returns the share of query images classified right."""
+        """Returns the share of queries classified right."""
         from pipelines.features import extract_features
         from pipelines.probes import knn_accuracy
 
         bank, query = (
             extract_features(objective.feature_encoder, self._prep, x, autocast=self._autocast)
-            for x in self._images
+            for x in self._samples
         )
         return knn_accuracy(bank, self._labels[0], query, self._labels[1])
 

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 # Lets `python pipelines/perplexity.py` work from an uninstalled checkout.
 if __name__ == "__main__" and not __package__:
@@ -33,6 +34,13 @@ from torch import Tensor
 
 from models.sink_lm.llama import Llama
 from models.sink_lm.modes import Mode, recomputed_losses, seconds_per_token, stream_losses
+
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int8": torch.int8,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +63,10 @@ class PerplexityConfig:
     """Also recompute the window for this many tokens, evenly spread after the largest cache."""
     chunk: int = 256
     """Tokens read at once: speed only, the function is that of one token at a time."""
+    dtype: Literal["fp32", "bf16", "fp16", "int8"] = "fp32"
+    """Type of weights, keys and values; int8 rounds the linear layers, the rest is bf16."""
+    device: str = "cpu"
+    """Where to compute."""
     threads: int | None = None
     """Torch threads; None leaves torch's choice."""
     json: Path | None = None
@@ -172,7 +184,7 @@ def perplexity(cfg: PerplexityConfig) -> list[Row]:
     tokens_T = torch.tensor(ids[: cfg.max_tokens])
     if len(tokens_T) <= max(numbers("--cache", cfg.cache)):
         raise ValueError(f"--text {cfg.text} has {len(tokens_T)} tokens, fewer than --cache")
-    model = load_model(cfg.model)
+    model = load_model(cfg.model, dtype=DTYPES[cfg.dtype], device=cfg.device)
     rows, curves = [], {}
     with Progress() as progress:
         for mode in modes(cfg, len(tokens_T)):

@@ -111,15 +111,27 @@ def rank_lanes(plan: Plan, rank: int, world_size: int) -> range:
     return range(rank * share, (rank + 1) * share)
 
 
-def pieces(plan: Plan, start_step: int, end_step: int) -> list[Piece]:
-    """Cuts steps [start_step, end_step) at window and epoch borders."""
+def pieces(
+    plan: Plan, start_step: int, end_step: int, most_batches: int | None = None
+) -> list[Piece]:
+    """Cuts steps [start_step, end_step) at window and epoch borders.
+
+    Args:
+        plan: the plan.
+        start_step: first step, inclusive.
+        end_step: last step, exclusive.
+        most_batches: cut windows further, so that no piece has more batches than this. Which rows
+            make up a batch does not depend on it.
+    """
+    cuts = -(-plan.window_batches // (most_batches or plan.window_batches))
+    size = -(-plan.window_batches // cuts)
     found = []
     step = start_step
     while step < end_step:
         epoch, batch = plan.locate(step)
-        window = batch // plan.window_batches
-        stop = min((window + 1) * plan.window_batches, plan.batches_per_epoch)
-        stop = min(stop, batch + end_step - step)
+        window, inside = divmod(batch, plan.window_batches)
+        stop = min(batch - inside % size + size, (window + 1) * plan.window_batches)
+        stop = min(stop, plan.batches_per_epoch, batch + end_step - step)
         found.append(Piece(epoch=epoch, window=window, start=batch, stop=stop, step=step))
         step += stop - batch
     return found

@@ -106,15 +106,16 @@ def _with_absolute_paths(cfg: PretrainConfig) -> PretrainConfig:
 def _check_early(cfg: PretrainConfig, run_uri: str) -> None:
     """Finds in a second what workers would find in twenty: bad data, a run of other settings."""
     from models.vit import find_preset
-    from pipelines.masking import mask_lengths
+    from pipelines.loading import check_modality
+    from pipelines.maskers import make_masker
     from pipelines.plan import make_plan
     from pipelines.shards import read_manifest
 
     manifest = read_manifest(cfg.data.train)
+    check_modality(cfg, manifest)
     make_plan(manifest.row_groups(), cfg.data, cfg.run.seed)  # refuses too few rows for a batch
     find_preset(cfg.model.encoder)
-    if cfg.mask.truncate == "random":
-        mask_lengths(cfg.model.image_size // cfg.model.patch_size, cfg.mask)
+    make_masker(cfg).check()
     checkpoints = committed_checkpoints(run_uri)
     if checkpoints:
         with local_copy(checkpoints[-1][0], "*.json") as folder:
@@ -222,9 +223,13 @@ def _run_config(cfg: PretrainConfig) -> Any:
 @contextmanager
 def _progress(stream: Any) -> Iterator[Queue]:
     """Yields a queue whose lines appear on the driver's `stream` until the block ends."""
+    import ray
     from ray.util.queue import Queue
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    queue = Queue(actor_options={"num_cpus": 0})
+    # With the driver, not on a node that may be lost while the run goes on.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     printer = LinePrinter(stream)
     done = threading.Event()
     thread = threading.Thread(target=_drain, args=(queue, printer.show, done), daemon=True)
@@ -239,11 +244,17 @@ def _progress(stream: Any) -> Iterator[Queue]:
 
 
 def _drain(queue: Queue, show: Callable[[str], None], done: threading.Event) -> None:
+    from ray.exceptions import RayActorError
+
     finished = False
     while not finished:
         finished = done.wait(0.3)  # one look more after the end
-        while not queue.empty():
-            show(queue.get())
+        try:
+            while not queue.empty():
+                show(queue.get())
+        except RayActorError as error:
+            show(f"no more progress lines, the run goes on: {error}")
+            return
 
 
 class LinePrinter:

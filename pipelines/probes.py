@@ -53,7 +53,7 @@ def knn_predict(
         Predicted class indices [Q]; a tie goes to the lower class.
     """
     similarity_QK, index_QK = nearest(bank, query, k)
-    labels_N = _labels(bank_labels).to(index_QK.device)
+    labels_N = as_labels(bank_labels).to(index_QK.device)
     # Relative to the best neighbour: the same vote, and exp cannot overflow.
     weight_QK = ((similarity_QK - similarity_QK[:, :1]) / temperature).exp()
     votes_QC = torch.zeros(len(index_QK), int(labels_N.max()) + 1, device=index_QK.device)
@@ -110,7 +110,7 @@ def linear_probe(
     """
     grid = [(lr, decay) for lr in lrs for decay in weight_decays]
     train_ND, test_QD = _standardise(_features(train), _features(test))
-    labels_N = _labels(train_labels).to(train_ND.device)
+    labels_N = as_labels(train_labels).to(train_ND.device)
     order_N = torch.from_numpy(np.random.default_rng(seed).permutation(len(train_ND)))
     order_N, count = order_N.to(train_ND.device), max(1, round(held_out * len(order_N)))
     picks_N, fits_N = order_N[:count], order_N[count:]
@@ -118,7 +118,7 @@ def linear_probe(
     _fit(heads, train_ND[fits_N], labels_N[fits_N], epochs, batch_size, seed)
     held_out_H = heads.accuracy(train_ND[picks_N], labels_N[picks_N])
     best = int(held_out_H.argmax())
-    test_H = heads.accuracy(test_QD, _labels(test_labels).to(train_ND.device))
+    test_H = heads.accuracy(test_QD, as_labels(test_labels).to(train_ND.device))
     return LinearProbe(float(test_H[best]), float(held_out_H[best]), *grid[best])
 
 
@@ -202,7 +202,7 @@ def few_shot(
     if (per_class is None) == (share is None):
         raise ValueError("give exactly one of per_class and share")
     train_ND, test_QD = _features(train), _features(test)
-    labels = _labels(train_labels).cpu().numpy()
+    labels = as_labels(train_labels).cpu().numpy()
     rng = np.random.default_rng(seed)
     scores, labelled = [], 0
     for _ in range(draws):
@@ -262,7 +262,8 @@ def _features(values: Array) -> Tensor:
     return features_ND
 
 
-def _labels(values: Array) -> Tensor:
+def as_labels(values: Array) -> Tensor:
+    """Returns class indices from 0 as int64 [N]; a ValueError if any is negative."""
     labels_N = torch.as_tensor(values).long()
     if labels_N.numel() and int(labels_N.min()) < 0:
         raise ValueError("labels must be class indices from 0; drop the unlabelled rows first")
@@ -270,4 +271,4 @@ def _labels(values: Array) -> Tensor:
 
 
 def _accuracy(predicted_Q: Tensor, labels: Array) -> float:
-    return float((predicted_Q.cpu() == _labels(labels).cpu()).double().mean())
+    return float((predicted_Q.cpu() == as_labels(labels).cpu()).double().mean())

@@ -1,9 +1,9 @@
-"""What a Ray Data read task does: rows of the plan, with their crop boxes and masks, as Arrow.
+"""What a Ray Data read task does: rows of the plan, with their clips, crops and masks, as Arrow.
 
 Imports neither torch nor Ray, so that a worker which only reads starts fast and stays small.
 
-Shape suffixes: B rows of one rank's batch, N rows of a block (whole batches), M target blocks,
-K and T kept context and target tokens, 3 = (shard, row group, row).
+Shape suffixes: B rows of one rank's batch, N rows of a block (whole batches), T frames of a clip,
+3 = (shard, row group, row).
 """
 
 from __future__ import annotations
@@ -17,16 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipelines.config import DataConfig, MaskConfig
-from pipelines.masking import (
-    STREAM_CROP,
-    STREAM_FLIP,
-    key_of,
-    legacy_masks,
-    multiblock_masks,
-    sample_keys,
-    uniforms,
-)
+from pipelines.clip_sampling import ClipSampler
+from pipelines.config import DataConfig
+from pipelines.maskers import Masker
+from pipelines.masking import STREAM_CROP, STREAM_FLIP, key_of, sample_keys, uniforms
 from pipelines.plan import Piece, Plan, lane_windows
 from pipelines.shards import open_shards, read_row_group, sample_ids_array
 
@@ -34,10 +28,20 @@ I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
 
-COLUMNS = ("sample_id", "image", "height", "width", "label", "source_uri")
+COLUMNS = {
+    "image": ("sample_id", "image", "height", "width", "label", "source_uri"),
+    "video": (
+        *("sample_id", "video", "height", "width", "num_frames", "fps", "start_s"),
+        *("label", "source_uri"),
+    ),
+}
+"""What is read of a row, by modality."""
 BLOCK_BYTES = 4 * 2**20
 """Encoded bytes of one block: small enough for a quick first batch, large enough that Ray's cost
 for each block (about 5 ms) does not show."""
+PIECE_BYTES = 256 * 2**20
+"""Encoded bytes of one piece. A larger window is cut into pieces which all read the window's row groups
+and keep their own rows: memory stays bounded, at the price of reading the window once a piece."""
 REMOTE_READS = 8  # row groups fetched at once from object storage
 CROP_TRIES = 10
 STREAM_LEGACY = 103
@@ -53,10 +57,22 @@ class Reader:
     plan: Plan
     lanes: range
     """Lanes of this rank."""
-    grid: int
-    """Patches on a side."""
-    mask: MaskConfig
+    masker: Masker
     data: DataConfig
+    row_bytes: float
+    """Mean encoded bytes of a sample."""
+    sampler: ClipSampler | None = None
+    """Which frames make up a clip; None for images."""
+
+    @property
+    def most_batches(self) -> int:
+        """Batches of this rank that make up a piece of PIECE_BYTES."""
+        return max(1, int(PIECE_BYTES / (self.row_bytes * self.local_batch)))
+
+    @property
+    def modality(self) -> str:
+        """ "image" or "video": also the column of encoded bytes."""
+        return "image" if self.sampler is None else "video"
 
     @property
     def local_batch(self) -> int:
@@ -81,11 +97,12 @@ def read_piece(reader: Reader, piece: Piece) -> Iterator[pa.Table]:
 
     Yields:
         Tables of whole batches in order, of about BLOCK_BYTES: the shard's columns, and `step`,
-        `crop` (left, top, right, bottom, in pixels), `flipped`, `context`, `targets` (flattened).
+        `crop` (left, top, right, bottom, in pixels), `flipped`, the masks (flattened) and, of
+        video, `frames` (numbers of the clip's frames).
     """
     rows_N3 = lane_windows(reader.plan, piece, reader.lanes)
-    table, index_N = _read_groups(reader, rows_N3)
-    row_bytes = max(1, table.column("image").nbytes // max(1, table.num_rows))
+    table, index_N = _read_rows(reader, rows_N3)
+    row_bytes = max(1, table.column(reader.modality).nbytes // max(1, table.num_rows))
     batches = max(1, BLOCK_BYTES // (row_bytes * reader.local_batch))
     for first in range(piece.start, piece.stop, batches):
         stop = min(first + batches, piece.stop)
@@ -94,21 +111,31 @@ def read_piece(reader: Reader, piece: Piece) -> Iterator[pa.Table]:
         yield _with_draws(reader, block, piece, first, stop)
 
 
-def _read_groups(reader: Reader, rows_N3: I64) -> tuple[pa.Table, I64]:
-    """All row groups that hold the rows, each read once, and where the rows stand in them."""
-    groups, inverse_N = np.unique(rows_N3[:, :2], axis=0, return_inverse=True)
+def _read_rows(reader: Reader, rows_N3: I64) -> tuple[pa.Table, I64]:
+    """The rows as one chunk, each row group read once, and where each of them stands in it."""
+    order_N = np.lexsort(rows_N3.T[::-1])  # by shard, row group, row
+    groups_G2, starts_G = np.unique(rows_N3[order_N, :2], axis=0, return_index=True)
+    wanted = np.split(rows_N3[order_N, 2], starts_G[1:])
     fs, root = open_shards(reader.uri)
 
-    def read(group: I64) -> Any:
-        return read_row_group(fs, root, reader.files[group[0]], int(group[1]), COLUMNS)
+    def read(group: I64, rows: I64) -> pa.Table:
+        columns, encoded = COLUMNS[reader.modality], reader.modality
+        table = read_row_group(fs, root, reader.files[group[0]], int(group[1]), columns)
+        # Arrow's `binary` counts bytes in 32 bits: with more than 2 GiB of images, taking or joining
+        # rows fails.
+        place = table.schema.get_field_index(encoded)
+        large = table.column(encoded).cast(pa.large_binary())
+        return table.set_column(place, encoded, large).take(pa.array(rows))
 
     if "file" in fs.protocol:
-        tables = [read(group) for group in groups]
+        tables = list(map(read, groups_G2, wanted))
     else:
         with ThreadPoolExecutor(REMOTE_READS) as pool:
-            tables = list(pool.map(read, groups))
-    starts = np.cumsum([0, *(table.num_rows for table in tables[:-1])])
-    return pa.concat_tables(tables), starts[inverse_N.reshape(-1)] + rows_N3[:, 2]
+            tables = list(pool.map(read, groups_G2, wanted))
+    index_N = np.empty(len(order_N), np.int64)
+    index_N[order_N] = np.arange(len(order_N))
+    # One chunk: `take` joins all chunks of a binary column first, and would for every block.
+    return pa.concat_tables(tables).combine_chunks(), index_N
 
 
 def _with_draws(reader: Reader, block: pa.Table, piece: Piece, first: int, stop: int) -> pa.Table:
@@ -120,36 +147,34 @@ def _with_draws(reader: Reader, block: pa.Table, piece: Piece, first: int, stop:
     if reader.data.flip:
         flipped_N = uniforms(keys_N, STREAM_FLIP, 1)[:, 0] < 0.5
     steps_N = piece.step + np.repeat(np.arange(first, stop) - piece.start, reader.local_batch)
-    context, targets = _masks(reader, keys_N, piece.epoch, range(first, stop))
     added = {
         "step": pa.array(steps_N),
         "crop": pa.FixedSizeListArray.from_arrays(pa.array(boxes_N4.reshape(-1)), 4),
         "flipped": pa.array(flipped_N),
-        "context": _lists(context),
-        "targets": _lists(targets),
     }
+    if reader.sampler is not None:
+        lengths_N, fps_N = (block.column(name).to_numpy() for name in ("num_frames", "fps"))
+        frames_NT = reader.sampler.random(lengths_N, fps_N, keys_N)
+        flat = pa.array(frames_NT.reshape(-1))
+        added["frames"] = pa.FixedSizeListArray.from_arrays(flat, frames_NT.shape[1])
+    for name, parts in _masks(reader, keys_N, piece.epoch, range(first, stop)).items():
+        added[name] = _lists(parts)
     for name, column in added.items():
         block = block.append_column(name, column)
     return block
 
 
-def _masks(reader: Reader, keys_N: U64, epoch: int, batches: range) -> tuple[list[I32], list[I32]]:
-    """Context ids [B, K] and target ids [B, M, T], a list of one array a batch or one for all."""
-    if reader.mask.truncate == "random":
-        context_NK, target_NMT = multiblock_masks(keys_N, reader.grid, reader.mask)
-        return [context_NK], [target_NMT]
+def _masks(reader: Reader, keys_N: U64, epoch: int, batches: range) -> dict[str, list[I32]]:
+    """Token numbers by name, a list of one array a batch or one for all."""
+    if not reader.masker.legacy:
+        return {name: [ids] for name, ids in reader.masker.for_samples(keys_N).items()}
     plan = reader.plan
     mine = slice(reader.lanes.start * plan.lane_batch, reader.lanes.stop * plan.lane_batch)
     drawn = [
-        legacy_masks(
-            key_of(plan.seed, STREAM_LEGACY, epoch, batch),
-            plan.batch_size,
-            reader.grid,
-            reader.mask,
-        )
+        reader.masker.for_batch(key_of(plan.seed, STREAM_LEGACY, epoch, batch), plan.batch_size)
         for batch in batches
     ]
-    return [context[mine] for context, _ in drawn], [target[mine] for _, target in drawn]
+    return {name: [masks[name][mine] for masks in drawn] for name in drawn[0]}
 
 
 def _lists(parts: list[I32]) -> Any:

@@ -12,6 +12,11 @@ from av.video.reformatter import VideoReformatter
 
 from models.video_decode import SCALING
 
+# x264's code for newer processors than these gives other bytes than its plain C, and with widths that
+# are no multiple of 16 now and then other bytes in the same run. This much equals plain C, and costs
+# 8% more time.
+REPRODUCIBLE = "asm=MMX2,SSE2,SSE2Fast"
+
 
 class Mp4Writer:
     """An MP4 at a constant frame rate that appears under its name when it is complete.
@@ -31,7 +36,10 @@ class Mp4Writer:
         self._stream = self._file.add_stream("libx264", rate=rate)
         self._stream.pix_fmt = "yuv420p"
         self._stream.codec_context.time_base = 1 / rate
-        self._stream.options = {"crf": str(crf), "preset": "veryfast", "threads": "1"}
+        self._stream.options = {
+            **{"crf": str(crf), "preset": "veryfast", "threads": "1"},
+            "x264-params": REPRODUCIBLE,
+        }
         self._reformatter = VideoReformatter()
         self.num_frames = 0
 

@@ -1,12 +1,13 @@
 """The evaluation as one HTML file that needs nothing else: numbers, curves, pictures.
 
-Shape suffixes: N images, T tokens, D width, K context tokens, M target blocks, Q queries.
+Shape suffixes: N images or clips, T tokens, D width, K context tokens, M target blocks, Q queries.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +19,43 @@ from torch import Tensor
 
 from models.preprocessing import Preprocessing
 from models.vit import VisionTransformer
-from pipelines.config import MaskConfig, PretrainConfig, to_json
+from pipelines.clip_sampling import ClipSampler
+from pipelines.config import ModelConfig, ObjectiveConfig, PretrainConfig, to_json
 from pipelines.features import decode_all, extract_features, read_places
 from pipelines.figures import (
     context_picture,
-    image_uri,
     line_chart,
+    masked_clip,
     pca_pictures,
+    picture_uri,
     target_picture,
 )
-from pipelines.masking import key_of, legacy_masks, multiblock_masks, sample_keys
+from pipelines.maskers import make_masker
+from pipelines.masking import key_of, sample_keys
 from pipelines.probes import knn_predict, nearest
+from pipelines.reading import STREAM_LEGACY
 from pipelines.storage import local_copy, open_uri
 from pipelines.tracking import METRICS, read_metrics
 
+Column = Callable[[dict[str, Any]], tuple[str, float | None]]
+
 TEMPLATE = Path(__file__).with_name("report.html.j2")
+NAMES = {
+    "encoder": "encoder",
+    "random_init": "random init",
+    "single_frame": "single frame",
+    "raw_pixels": "raw pixels",
+}
+"""Rows of the table of results."""
 QUERIES, NEIGHBOURS, MASKED = 10, 6, 8
 PCA_SHOWN, PCA_FITTED, PCA_BATCH = 8, 256, 32
 CURVES = (
     ("loss", "Loss", 1.0, "Falls when the encoder learns, and when it collapses."),
     ("rankme", "RankMe", 1.0, "Effective rank of pooled features; 1 is collapse."),
-    ("knn", "Online kNN, %", 100.0, "On a small fixed bank of labelled images."),
+    ("knn", "Online kNN, %", 100.0, "On a small fixed bank of labelled samples."),
     ("std", "Feature spread", 1.0, "Mean standard deviation per dimension."),
-    ("cosine", "Mean pairwise cosine", 1.0, "1 means that all images look the same."),
-    ("samples_per_s", "Images per second", 1.0, "Of the whole run."),
+    ("cosine", "Mean pairwise cosine", 1.0, "1 means that all samples look the same."),
+    ("samples_per_s", "Samples per second", 1.0, "Of the whole run."),
 )
 
 
@@ -52,10 +66,12 @@ class Subject:
     encoder: VisionTransformer
     preprocessing: Preprocessing
     provenance: dict[str, Any]
-    run_uri: str | None
+    run_uri: str | None = None
     """Folder of the training run, where its metrics are; None for an artifact."""
-    config: PretrainConfig | None
+    config: PretrainConfig | None = None
     """The run's configuration; None for an artifact."""
+    sampler: ClipSampler | None = None
+    """Which frames make up a clip; None for images."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +85,8 @@ class ProbeSet:
     features: dict[str, np.ndarray]
     labels_N: np.ndarray
     places_N3: np.ndarray
+    tokens: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    """What attentive probes read, float16 [N, T, D] by row of the table; empty for images."""
 
 
 def write_report(
@@ -91,7 +109,7 @@ def write_report(
         The HTML.
     """
     shown = read_places(test.uri, test.places_N3[_spread(test.labels_N, PCA_FITTED)])
-    images_NCHW = decode_all(shown, subject.preprocessing)
+    pixels = decode_all(shown, subject.preprocessing, subject.sampler)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(TEMPLATE.read_text()).render(
         results=results,
@@ -99,51 +117,83 @@ def write_report(
         headline=_headline(results),
         curves=_curves(subject.run_uri),
         neighbours=_neighbours(results, subject, train, test),
-        pca=_pca(subject, baseline, images_NCHW),
-        masks=_masks(subject, shown, images_NCHW),
+        pca=_pca(subject, baseline, pixels),
+        masks=_masks(subject, shown, pixels),
+        noun="clip" if subject.sampler else "image",
+        counts=[len(part.labels_N) for part in (train, test)],
+        columns=[name for name, _ in _columns(results)],
         mask_note=_mask_note(subject.config),
         provenance=json.dumps(results["provenance"], indent=2),
         config=to_json(subject.config) if subject.config else None,
     )
 
 
-def _headline(results: dict[str, Any]) -> dict[str, str]:
-    knn = {name: 100 * row["knn"] for name, row in results["rows"].items()}
-    return {
-        "knn": f"{knn['encoder']:.1f}",
-        "over_random": f"{knn['encoder'] - knn['random_init']:+.1f}",
-        "over_pixels": f"{knn['encoder'] - knn['raw_pixels']:+.1f}",
-        "linear": f"{100 * results['rows']['encoder']['linear']['accuracy']:.1f}",
-        "chance": f"{100 / len(results['classes']):.1f}",
+def _columns(results: dict[str, Any]) -> list[tuple[str, Column]]:
+    """Columns of the table: a name, and a row's (text, value or None where there is no best)."""
+    columns: list[tuple[str, Column]] = [
+        ("kNN", lambda r: (_percent(r["knn"]), r["knn"])),
+        ("Linear probe", lambda r: _accuracy(r["linear"])),
+        ("1% of labels", lambda r: _with_spread(r["few_shot_1pct"])),
+        ("10 per class", lambda r: _with_spread(r["few_shot_10"])),
+        (
+            "RankMe",
+            lambda r: (f"{r['rankme']:.1f} of {r['width']}" if "rankme" in r else "\u2013", None),
+        ),
+    ]
+    if "attentive" in results["rows"]["encoder"]:
+        columns.insert(0, ("Attentive probe", lambda r: _accuracy(r["attentive"])))
+    return columns
+
+
+def _headline(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """Pairs of a number and what it is: first the main probe against every baseline."""
+    rows = results["rows"]
+    attentive = "attentive" in rows["encoder"]
+    score = {
+        name: 100 * (row["attentive"]["accuracy"] if attentive else row["knn"])
+        for name, row in rows.items()
     }
+    probe = "attentive probe" if attentive else "kNN accuracy"
+    other = rows["encoder"]["knn"] if attentive else rows["encoder"]["linear"]["accuracy"]
+    return [
+        (f"{score['encoder']:.1f}%", f"{probe} of frozen features"),
+        *(
+            (f"{score['encoder'] - score[name]:+.1f}", f"points over {NAMES[name]}")
+            for name in rows
+            if name != "encoder"
+        ),
+        (f"{_percent(other)}%", "kNN" if attentive else "linear probe"),
+        (f"{_percent(1 / len(results['classes']))}%", "chance"),
+    ]
 
 
 def _table(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of the table: a name and cells of (text, share of the column's largest)."""
-    names = {"encoder": "Encoder", "random_init": "Random init", "raw_pixels": "Raw pixels"}
-    columns = (
-        lambda r: (f"{100 * r['knn']:.1f}", r["knn"]),
-        lambda r: (f"{100 * r['linear']['accuracy']:.1f}", r["linear"]["accuracy"]),
-        lambda r: _with_spread(r["few_shot_1pct"]),
-        lambda r: _with_spread(r["few_shot_10"]),
-        lambda r: (f"{r['rankme']:.1f} of {r['width']}" if "rankme" in r else "\u2013", None),
-    )
-    cells = {key: [column(results["rows"][key]) for column in columns] for key in names}
-    best = [max((cells[key][i][1] or 0) for key in names) for i in range(len(columns))]
+    columns = [column for _, column in _columns(results)]
+    cells = {key: [column(row) for column in columns] for key, row in results["rows"].items()}
+    best = [max((row[i][1] or 0) for row in cells.values()) for i in range(len(columns))]
     return [
         {
-            "name": name,
+            "name": NAMES[key].capitalize(),
             "cells": [
                 {
                     "text": text,
                     "width": None if value is None else round(100 * value / (best[i] or 1)),
                     "best": value is not None and value == best[i],
                 }
-                for i, (text, value) in enumerate(cells[key])
+                for i, (text, value) in enumerate(row)
             ],
         }
-        for key, name in names.items()
+        for key, row in cells.items()
     ]
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _accuracy(probe: dict[str, Any]) -> tuple[str, float]:
+    return _percent(probe["accuracy"]), probe["accuracy"]
 
 
 def _with_spread(score: dict[str, Any]) -> tuple[str, float]:
@@ -208,53 +258,90 @@ def _neighbours(
 
 def _pictures(subject: Subject, part: ProbeSet, rows: np.ndarray) -> list[str]:
     table = read_places(part.uri, part.places_N3[rows])
-    return [image_uri(image) for image in _as_hwc(decode_all(table, subject.preprocessing))]
+    pixels = decode_all(table, subject.preprocessing, subject.sampler)
+    return [picture_uri(sample) for sample in _channels_last(pixels)]
 
 
-def _as_hwc(images_NCHW: Tensor) -> np.ndarray:
-    return images_NCHW.permute(0, 2, 3, 1).numpy()
+def _channels_last(pixels: Tensor) -> np.ndarray:
+    """[N, H, W, C] of images, [N, F, H, W, C] of clips."""
+    return pixels.movedim(1, -1).numpy()
 
 
-def _pca(
-    subject: Subject, baseline: VisionTransformer, images_NCHW: Tensor
-) -> list[dict[str, str]]:
+def _pca(subject: Subject, baseline: VisionTransformer, pixels: Tensor) -> list[list[str]]:
+    """Every sample with its patch features by the encoder and by the baseline, as pictures."""
+    steps = subject.encoder.tubes if subject.sampler else 1
     maps = []
     for encoder in (subject.encoder, baseline):
         tokens_NTD = extract_features(
             encoder,
             subject.preprocessing,
-            images_NCHW,
-            batch_size=PCA_BATCH,
+            pixels,
+            batch_size=PCA_BATCH * (subject.sampler.frames if subject.sampler else 1),
             pooling="patches",
         )
-        maps.append(pca_pictures(tokens_NTD, PCA_SHOWN))
+        maps.append(pca_pictures(tokens_NTD, PCA_SHOWN, steps))
+    if subject.sampler:  # as long as the clip they stand beside
+        maps = [pictures.repeat(subject.encoder.tubelet, axis=1) for pictures in maps]
     return [
-        {"image": image_uri(image), "encoder": image_uri(ours), "random": image_uri(random)}
-        for image, ours, random in zip(_as_hwc(images_NCHW), *maps, strict=False)
+        [picture_uri(picture) for picture in row]
+        for row in zip(_channels_last(pixels), *maps, strict=False)
     ]
 
 
-def _masks(subject: Subject, rows: pa.Table, images_NCHW: Tensor) -> list[dict[str, str]]:
-    config = subject.config.mask if subject.config else MaskConfig()
-    seed, grid = (subject.config.run.seed if subject.config else 0), subject.encoder.grid
+def _masks(subject: Subject, rows: pa.Table, pixels: Tensor) -> list[list[str]]:
+    """Every sample and what the encoder saw of it in epoch 0, as pictures."""
+    encoder, config = subject.encoder, subject.config or _default_config(subject)
     ids = rows["sample_id"].to_pylist()[:MASKED]
-    if grid < 2:
+    if encoder.grid < 2:
         return []
-    if config.truncate == "legacy":
-        context_BK, targets_BMT = legacy_masks(key_of(seed, 0, 0), len(ids), grid, config)
+    masker = make_masker(config)
+    if masker.legacy:
+        # Drawn for the whole batch, whose shortest lists decide how much of every mask is left.
+        key = key_of(config.run.seed, STREAM_LEGACY, 0, 0)
+        masks = masker.for_batch(key, config.data.batch_size)
     else:
-        context_BK, targets_BMT = multiblock_masks(sample_keys(ids, seed, 0), grid, config)
+        masks = masker.for_samples(sample_keys(ids, config.run.seed, 0))
+    shown = []
+    for row, sample in enumerate(_channels_last(pixels)[: len(ids)]):
+        mine = {name: ids[row] for name, ids in masks.items()}
+        shown.append([picture_uri(p) for p in (sample, *_masked(sample, mine, encoder))])
+    return shown
+
+
+def _masked(
+    sample: np.ndarray, masks: dict[str, np.ndarray], encoder: VisionTransformer
+) -> list[np.ndarray]:
+    """Of an image, its context and its targets; of a clip, each generator's mask."""
+    if sample.ndim == 3:
+        return [
+            context_picture(sample, masks["context_ids"], encoder.grid),
+            target_picture(sample, masks["target_ids"], encoder.grid),
+        ]
     return [
-        {
-            "image": image_uri(image),
-            "context": image_uri(context_picture(image, context_K, grid)),
-            "targets": image_uri(target_picture(image, targets_MT, grid)),
-        }
-        for image, context_K, targets_MT in zip(
-            _as_hwc(images_NCHW), context_BK, targets_BMT, strict=False
+        masked_clip(
+            *(sample, masks[f"context_ids_{g}"], masks[f"target_ids_{g}"]),
+            *(encoder.grid, encoder.tubelet),
         )
+        for g in range(len(masks) // 2)
     ]
+
+
+def _default_config(subject: Subject) -> PretrainConfig:
+    """Default masks on this encoder's grid, for an artifact, which does not know its own."""
+    encoder = subject.encoder
+    model = ModelConfig(
+        image_size=encoder.image_size,
+        patch_size=encoder.patch_size,
+        frames=encoder.frames if subject.sampler else 1,
+        tubelet=encoder.tubelet if subject.sampler else 1,
+    )
+    name = "vjepa" if subject.sampler else "ijepa"
+    return PretrainConfig(model=model, objective=ObjectiveConfig(name=name))
 
 
 def _mask_note(config: PretrainConfig | None) -> str:
-    return "the run's own settings" if config else "default settings; an artifact has none"
+    if config is None:
+        return "default settings; an artifact has none"
+    if make_masker(config).legacy:
+        return "the run's own settings; legacy masks belong to places in a batch, here its first"
+    return "the run's own settings"

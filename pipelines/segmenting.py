@@ -20,6 +20,7 @@ from PIL import Image
 from models.video_decode import SCALING, U8, RgbConverter, VideoError, describe
 from pipelines.config import VideoConfig
 from pipelines.preparing import pixel_moments, target_size
+from pipelines.recording import REPRODUCIBLE
 from pipelines.video_reading import TimedFrame
 
 
@@ -162,7 +163,7 @@ class SegmentEncoder:
         self._stream.codec_context.time_base = 1 / rate
         self._stream.options = {
             **{"preset": cfg.preset, "crf": str(cfg.crf), "threads": "1", "bf": "0"},
-            "x264-params": f"keyint={cfg.key_frame_every}:scenecut=0:open-gop=0",
+            "x264-params": f"keyint={cfg.key_frame_every}:scenecut=0:open-gop=0:{REPRODUCIBLE}",
         }
         self._reformatter = VideoReformatter()
         self._sources: list[int] = []

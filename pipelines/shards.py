@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from pipelines.storage import open_uri
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -152,8 +153,7 @@ def hash_bytes(data: bytes) -> bytes:
 
 def open_shards(uri: str | Path) -> tuple[Any, str]:
     """Returns (fsspec file system, root path in it) for a local folder or an `s3://` prefix."""
-    fs, root = fsspec.core.url_to_fs(str(uri))
-    return fs, root.rstrip("/")
+    return open_uri(str(uri))
 
 
 def put_atomic(fs: Any, path: str, data: bytes) -> None:

@@ -33,6 +33,9 @@ from pipelines.config import IngestConfig
 
 CHUNK_ITEMS = 512
 CHUNK_BYTES = 64 * 2**20
+# A second of video costs as much as many images: about a minute of one core a chunk.
+VIDEO_CHUNK_ITEMS = 32
+VIDEO_CHUNK_BYTES = 8 * 2**20
 
 SUFFIXES = {
     "image": frozenset(
@@ -171,13 +174,16 @@ def _entry(path: str, info: dict[str, Any], label: str | None) -> Entry:
 
 def _kind(entries: list[Entry], cfg: IngestConfig) -> Kind:
     names = [entry.path.lower() for entry in entries]
-    kinds: dict[Kind, bool] = {
-        "list": len(names) == 1 and names[0].endswith(".csv"),
-        "folder": any(_is_media(name) for name in names),
-        "webdataset": any(name.endswith(TAR_SUFFIXES) for name in names),
-        "parquet": any(name.endswith(".parquet") for name in names),
-    }
-    for kind, present in kinds.items():
+    suffixes = {suffix_of(name) for name in names}
+    kinds: list[tuple[Kind, bool]] = [
+        ("list", len(names) == 1 and names[0].endswith(".csv")),
+        ("folder", any(suffixes & known for known in SUFFIXES.values())),
+        ("webdataset", any(name.endswith(TAR_SUFFIXES) for name in names)),
+        ("parquet", ".parquet" in suffixes),
+        # Last, because tars and Parquet files have company without a suffix, like Spark's _SUCCESS.
+        ("folder", "" in suffixes),
+    ]
+    for kind, present in kinds:
         if present and cfg.format in ("auto", kind):
             return kind
     wanted = "images, tars or Parquet files, nor videos," if cfg.format == "auto" else cfg.format
@@ -219,7 +225,10 @@ def _list_files(kind: Kind, files: list[tuple[str, str, Entry]], cfg: IngestConf
     keyed.sort(key=lambda file: (file[0], file[2].path))
     size = sum(max(entry.size, 0) for _, _, entry in keyed)
     # A power of two, cut by hash: a few new files change a few chunks, not all those after them.
-    needed = max(len(keyed) / CHUNK_ITEMS, size / CHUNK_BYTES, 1)
+    items, bytes_ = CHUNK_ITEMS, CHUNK_BYTES
+    if modality == "video":
+        items, bytes_ = VIDEO_CHUNK_ITEMS, VIDEO_CHUNK_BYTES
+    needed = max(len(keyed) / items, size / bytes_, 1)
     count = 1 << (int(needed - 1e-9)).bit_length()
     buckets: dict[tuple[int, str], list[Entry]] = {}
     for key, protocol, entry in keyed:

@@ -39,12 +39,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class MetricsLog:
     """Appends readings to metrics.jsonl and TensorBoard, continuing after `start_step`.
 
-    Lines after `start_step` were written by steps that are about to be redone, and are dropped.
+    Lines after `start_step` were written by steps that are about to be redone, and are dropped; at
+    `start_step` 0 so are all, the reading before the first step included.
     """
 
     def __init__(self, folder: RunFolder, start_step: int) -> None:
         path = folder.fetch(METRICS)
-        kept = [row for row in read_metrics(path) if row["step"] <= start_step]
+        kept = [row for row in read_metrics(path) if start_step and row["step"] <= start_step]
         rewritten = path.with_suffix(".tmp")
         rewritten.write_text("".join(json.dumps(row) + "\n" for row in kept))
         rewritten.replace(path)

@@ -94,7 +94,7 @@ def new_state(cfg: PretrainConfig, device: torch.device) -> TrainState:
     torch.manual_seed(cfg.run.seed)
     objective = build_objective(
         cfg.objective.name,
-        model=dataclasses.asdict(cfg.model),
+        model=cfg.model_settings,
         objective=dataclasses.asdict(cfg.objective),
     ).to(device)
     if device.type == "cpu" and cfg.run.precision == "bf16":

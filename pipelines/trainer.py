@@ -37,6 +37,7 @@ from pipelines.train_state import TrainState, new_state
 if TYPE_CHECKING:
     from ray.util.queue import Queue
 
+
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """How training ended; returned, not raised, where starting again could not help."""
@@ -138,8 +139,21 @@ def train_worker(cfg: PretrainConfig, progress: Queue | None = None) -> Outcome:
     manifest = read_manifest(cfg.data.train)
     plan = make_plan(manifest.row_groups(), cfg.data, cfg.run.seed)
     data = DataSource(train_batches, plan.batches_per_epoch, manifest.manifest_hash)
-    say = print if progress is None else progress.put
+    say = print if progress is None else _say_into(progress)
     return train(cfg, worker, data, RayCheckpoints(), say)
+
+
+def _say_into(progress: Queue) -> Say:
+    """Lines into the driver's queue; without the queue here, for progress must not end a run."""
+    from ray.exceptions import RayActorError
+
+    def say(line: str) -> None:
+        try:
+            progress.put(line)
+        except RayActorError:
+            print(line)
+
+    return say
 
 
 def _quiet() -> None:
@@ -223,10 +237,11 @@ def _wrap(cfg: PretrainConfig, worker: Worker, state: TrainState) -> nn.Module:
         state.objective.compile(dynamic=False)
     if worker.world_size == 1:
         return state.objective
-    # Objectives hold no buffers, so there is nothing to broadcast before a step.
     return nn.parallel.DistributedDataParallel(
         state.objective,
         device_ids=[worker.device] if worker.device.type == "cuda" else None,
+        # Buffers are constants of the configuration (mean, std), equal on every process.
+        broadcast_buffers=False,
         gradient_as_bucket_view=True,
     )
 

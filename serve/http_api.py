@@ -30,6 +30,8 @@ from serve.streams_api import add_stream_route, refuse
 from serve.telemetry import LATENCY_BUCKETS_S
 
 PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
+OPEN_PATHS = frozenset({"/healthz", "/metrics", "/docs", "/redoc", "/openapi.json"})
+"""What needs no API key: probes, scrapers and the description of the API."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Parts:
         metrics: this replica's request metrics.
         scrape: returns the Prometheus text of all replicas.
         is_ready: whether a model replica is up.
-        api_key: what clients must present on `/v1/`; None serves anyone.
+        api_key: what clients must present everywhere but on `OPEN_PATHS`; None serves anyone.
         streams: what the streams of this replica share; None serves none.
     """
 
@@ -269,7 +271,10 @@ class Gate:
             self._metrics.latency_s.labels(route).observe(time.perf_counter() - started)
 
     def _is_allowed(self, scope: Scope) -> bool:
-        if self._api_key is None or not scope["path"].startswith("/v1/"):
+        # Serve leaves its `route_prefix` in the path and names it in `root_path`. A list of what is
+        # open rather than of what is closed: a path that reads otherwise than expected asks for a key.
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if self._api_key is None or path in OPEN_PATHS:
             return True
         given = dict(scope["headers"]).get(b"authorization", b"")
         scheme, _, token = given.partition(b" ")

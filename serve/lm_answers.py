@@ -5,105 +5,120 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 from models.sink_lm.generation import EndEvent, Generation, TokenEvent
-from models.sink_lm.stops import StopMatcher
-from models.sink_lm.tokenizer import Tokenizer
-from serve.lm_contract import End, Options, Piece, Token
-from serve.lm_sessions import Held
-from serve.token_log import LostSession
+from models.sink_lm.session import UnknownSession
+from serve.lm_contract import End, Piece, Token
+from serve.lm_held import Held, io
+from serve.lm_text import AnswerText
+from serve.token_log import LostSession, TokenLog
+
+REPLAY_TOKENS = 256
+"""Tokens read from a log at a time."""
 
 
-class AnswerText:
-    """The text of an answer that goes on where another reader or request left off.
+@dataclass(kw_only=True)
+class Replay:
+    """What the log has of an answer; it is read as fast as it is shown, then the answer goes on.
 
-    The engine decodes every generation afresh; this one knows what came before, so that neither a
-    character nor a stop string is cut at the border.
-
-    Args:
-        tokenizer: the model's.
-        options: of the request.
-        before: tokens of the stream before the first one shown.
-        answering: whether `before` belongs to the same answer (its text may begin a stop string).
+    Attributes:
+        log: of the session.
+        position: tokens of the stream that were read.
+        stop: tokens of the stream that the log had when the reader came.
+        begin: starts to generate, given how many tokens were replayed.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, options: Options, before: Sequence[int], *, answering: bool
-    ) -> None:
-        self._options, self._eos_ids = options, tokenizer.eos_ids
-        self._decoder = tokenizer.stream()
-        self._stops = StopMatcher(options.stop)
-        self._over: End | None = None  # an answer that the reader has all of but its end
-        for token in before:
-            text = self._decoder.push(token)
-            if answering:
-                stop = self._ends(token) or self._stops.push(text)[1]
-                self._over = End(reason="stop") if stop else None
-
-    def show(self, position: int, token: int, number: int) -> tuple[Token, End | None]:
-        """One more token, the answer's `number`th (from 1), and the end if it is the last."""
-        options = self._options
-        if number > options.min_tokens and self._ends(token):
-            named = token if token in options.stop_token_ids else None
-            return Token(position, token, ""), End(
-                reason="stop", stop=named, text=self._stops.flush()
-            )
-        text, stop = self._stops.push(self._decoder.push(token))
-        end = End(reason="stop", stop=stop) if stop is not None else None
-        if end is None and number == options.max_tokens:
-            end = End(reason="length", text=self._stops.flush())
-        return Token(position, token, text), end
-
-    def _ends(self, token: int) -> bool:
-        eos = token in self._eos_ids and not self._options.ignore_eos
-        return eos or token in self._options.stop_token_ids
-
-    def flush(self) -> str:
-        """What was held back, once nothing follows."""
-        return self._stops.flush()
-
-    def replay(self, tokens: Sequence[int], position: int) -> tuple[list[Token], End | None]:
-        """Tokens that the log has after `position`, and the end if the answer ended there."""
-        shown: list[Token] = []
-        if self._over is not None and not tokens:
-            return shown, self._over
-        for token in tokens:
-            one, end = self.show(position + len(shown) + 1, token, len(shown) + 1)
-            shown.append(one)
-            if end is not None:
-                return shown, end
-        return shown, None
+    log: TokenLog
+    position: int
+    stop: int
+    begin: Callable[[int], Awaitable[Generation]]
 
 
 class Source:
-    """One choice of an answer: what the log already has of it, then what is generated.
+    """One choice of an answer.
 
     Args:
         session_id: the engine's session.
-        generation: None where the log has it all.
+        generation: None where the log is replayed first, or has it all.
         held: the kept session; its tokens are shown once they are durable.
-        text: makes the text of generated tokens; None takes the engine's.
-        replay: tokens from the log.
-        end: of an answer without a generation.
+        text: makes the text of its tokens; None takes the engine's.
+        replay: what the log has of the answer.
+        end: of an answer that has ended before.
     """
 
     def __init__(
         self,
         session_id: str,
-        generation: Generation | None,
+        generation: Generation | None = None,
+        *,
         held: Held | None = None,
         text: AnswerText | None = None,
-        replay: Sequence[Token] = (),
+        replay: Replay | None = None,
         end: End | None = None,
     ) -> None:
-        self.session_id, self.generation = session_id, generation
-        self._held, self._text, self._shown = held, text, len(replay)
-        self._own_end: End | None = None
-        self._ready: deque[Token | End] = deque(replay)
-        if end is not None:
-            self._ready.append(end)
+        self.session_id = session_id
+        self.notify: Callable[[], None] | None = None
         self.ended = False
+        self._generation, self._replay = generation, replay
+        self._held, self._text, self._shown = held, text, 0
+        self._own_end: End | None = None
+        self._ready: deque[Token | End] = deque(() if end is None else (end,))
+        self._filling = self._cancelled = False
+
+    def tell(self, notify: Callable[[], None]) -> None:
+        """Has `notify` called, from any thread, when there may be something to take."""
+        self.notify = notify
+        if self._generation is not None:
+            self._generation.notify = notify
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the engine has let go of it, for good once it was cancelled."""
+        return not self._filling and (self._generation is None or self._generation.ended)
+
+    def cancel(self) -> None:
+        """Ends the generation at a token boundary."""
+        self._cancelled = True
+        if self._generation is not None:
+            self._generation.cancel()
+
+    async def fill(self) -> None:
+        """Reads on in the log where nothing is ready; begins to generate where that has ended."""
+        if self._replay is None or self._ready or self._filling or self._cancelled:
+            return
+        self._filling = True
+        try:
+            await self._fill(self._replay)
+        except UnknownSession:
+            self._ready.append(End(reason="lost"))
+        except OSError as error:
+            self._ready.append(End(reason="error", message=str(error)))
+        finally:
+            self._filling = False
+
+    async def _fill(self, replay: Replay) -> None:
+        if replay.position == replay.stop:
+            self._replay = None
+            generation = await replay.begin(self._shown)
+            if self._cancelled:
+                generation.cancel()
+            generation.notify, self._generation = self.notify, generation
+            return
+        stop = min(replay.stop, replay.position + REPLAY_TOKENS)
+        ids = await io(partial(replay.log.read, replay.position, stop))
+        assert self._text is not None
+        for token in ids:
+            replay.position += 1
+            self._shown += 1
+            shown, end = self._text.show(replay.position, token, self._shown)
+            self._ready.append(shown)
+            if end is not None:
+                self._ready.append(end)
+                self._replay = None
+                return
 
     def take(self, max_tokens: int) -> tuple[list[Token], End | None]:
         """What may be shown now."""
@@ -111,8 +126,8 @@ class Source:
             self.ended = True
             lost = isinstance(self._held.failure, LostSession)
             return [], End(reason="lost" if lost else "error", message=str(self._held.failure))
-        if self.generation is not None and not self._ready:
-            for event in self.generation.take(max_tokens, 0.0):
+        if self._generation is not None and not self._ready:
+            for event in self._generation.take(max_tokens, 0.0):
                 self._ready.extend(self._convert(event))
         tokens: list[Token] = []
         while self._ready and len(tokens) < max_tokens:
@@ -142,8 +157,7 @@ class Source:
         token = Token(token.position, token.token, token.text, event.logprob, tuple(event.top))
         if end is None or end.stop is None or not isinstance(end.stop, str):
             return [token]  # the engine sees every other end itself
-        if self.generation is not None:
-            self.generation.cancel()
+        self.cancel()
         return [token, end]
 
 
@@ -167,8 +181,7 @@ class RunningAnswer:
 
         self.tell = tell
         for source in sources:
-            if source.generation is not None:
-                source.generation.notify = tell
+            source.tell(tell)
 
     @property
     def ended(self) -> bool:
@@ -182,6 +195,8 @@ class RunningAnswer:
         try:
             while True:
                 self._news.clear()
+                for source in self.sources:
+                    await source.fill()
                 pieces = self._take_now(max_tokens)
                 left = deadline - time.monotonic()
                 if pieces or left <= 0:
@@ -194,16 +209,12 @@ class RunningAnswer:
             self.readers -= 1
             self.last_read = time.monotonic()
 
-    def cancel(self) -> None:
-        """Ends the generations at a token boundary."""
+    async def stop(self) -> None:
+        """Ends the generations at a token boundary, and waits until the engine has let go."""
         for source in self.sources:
-            if source.generation is not None:
-                source.generation.cancel()
-
-    @property
-    def stopped(self) -> bool:
-        """Whether the engine has let go of every generation."""
-        return all(s.generation is None or s.generation.ended for s in self.sources)
+            source.cancel()
+        while not all(source.stopped for source in self.sources):
+            await asyncio.sleep(0.005)
 
     def _take_now(self, max_tokens: int) -> tuple[Piece, ...]:
         pieces = []

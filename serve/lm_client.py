@@ -36,7 +36,7 @@ class LMClient:
 
     def __init__(self, handle: Any, *, persistent: bool) -> None:
         self._handle = handle
-        self._persistent = persistent
+        self.persistent = persistent
         self._cancels: set[asyncio.Task[None]] = set()
 
     async def describe(self) -> LMCard:
@@ -48,43 +48,61 @@ class LMClient:
         """Calls a method on the replica that a session belongs to.
 
         A replica that dies meanwhile is replaced, and the call repeated on the next: every method
-        is safe to repeat (`start` by its request id).
+        is safe to repeat, those that make something by a request id among their arguments.
 
         Raises:
             ApiError: a refusal, or no replica.
         """
+        result, _ = await self._repeat(session_id, method, *args)
+        if isinstance(result, Refused):
+            raise api_error(result)
+        return result
+
+    async def delete(self, session_id: str) -> None:
+        """Removes a session; of a repeated call that finds none, the first one removed it."""
+        result, attempts = await self._repeat(session_id, "delete", session_id)
+        if isinstance(result, Refused) and not (attempts > 1 and result.status == 404):
+            raise api_error(result)
+
+    async def _repeat(self, session_id: str, method: str, *args: Any) -> tuple[Any, int]:
+        """What a call returns, and how many it took."""
         for attempt in range(ATTEMPTS):
             try:
-                result = await self._call_once(session_id, method, *args)
+                return await self._call_once(session_id, method, *args), attempt + 1
             except (RayActorError, DeploymentUnavailableError):
-                if not self._persistent and attempt:
+                if not self.persistent and attempt:
                     break
                 await asyncio.sleep(min(1.0, 0.05 * 2**attempt))
                 continue
             except BackPressureError as error:
                 raise queue_full() from error
-            if isinstance(result, Refused):
-                raise api_error(result)
-            return result
         raise server_error(503, "no_replica", "no model replica could take the request")
 
     async def answer(self, start: Start) -> Answer:
         """Starts a generation; raises `ApiError` before anything is generated."""
         key = start.session_id or uuid.uuid4().hex
-        started: Started = await self.call(key, "start", start)
-        return Answer(self, key, start, started)
+        return Answer(self, key, start, await self.start(key, start))
 
-    async def take(self, key: str, answer: str) -> Taken | None:
+    async def start(self, key: str, start: Start) -> Started:
+        """Has a replica begin; whoever stops waiting (a time limit) wants no answer any more."""
+        try:
+            started: Started = await self.call(key, "start", start)
+        except asyncio.CancelledError:
+            self.cancel(key, start.request_id)
+            raise
+        return started
+
+    async def take(self, key: str, request_id: str) -> Taken | None:
         """Pulls once; None when the replica that made the answer is gone."""
         try:
             taken: Taken | None = await self._call_once(
-                key, "take", answer, TAKE_TOKENS, TAKE_WAIT_S
+                key, "take", request_id, TAKE_TOKENS, TAKE_WAIT_S
             )
         except (RayActorError, DeploymentUnavailableError):
             return None
         return taken
 
-    def cancel(self, key: str, answer: str) -> None:
+    def cancel(self, key: str, request_id: str) -> None:
         """Ends a generation without waiting for it.
 
         In a context of its own: what is called from a cancelled request would be cancelled too.
@@ -92,7 +110,7 @@ class LMClient:
 
         async def send() -> None:
             try:
-                await self._call_once(key, "cancel", answer)
+                await self._call_once(key, "cancel", request_id)
             except (RayActorError, DeploymentUnavailableError, BackPressureError):
                 return  # gone with its replica, or reaped there for want of a reader
 
@@ -113,13 +131,17 @@ class Answer:
         key: what routes to the replica.
         start: how it was started.
         started: what the replica said.
+
+    Attributes:
+        started: what the first replica said.
+        session: the session, as of the latest piece.
     """
 
     def __init__(self, client: LMClient, key: str, start: Start, started: Started) -> None:
         self._client, self._key, self._start = client, key, start
         self.started = started
         self.session = started.session
-        self._made = 0
+        self._position, self._made = started.position, 0
         self._ended: set[int] = set()
 
     async def pieces(self) -> AsyncGenerator[tuple[Piece, ...], None]:
@@ -130,7 +152,7 @@ class Answer:
         choices = max(1, len(self._start.feeds) * self._start.n)
         try:
             while len(self._ended) < choices:
-                taken = await self._client.take(self._key, self.started.answer)
+                taken = await self._client.take(self._key, self._start.request_id)
                 if taken is None or _is_lost(taken):
                     if self._made == self._start.options.max_tokens:  # only its end was lost
                         self._ended.add(0)
@@ -142,7 +164,7 @@ class Answer:
                 yield taken.pieces
         finally:
             if len(self._ended) < choices:
-                self._client.cancel(self._key, self.started.answer)
+                self._client.cancel(self._key, self._start.request_id)
 
     def _note(self, taken: Taken) -> None:
         self.session = taken.session or self.session
@@ -157,19 +179,30 @@ class Answer:
         """Starts again where the client stands, on the replica that has the session now."""
         session_id, limit = self._start.session_id, self._start.options.max_tokens
         if session_id is None or self.session is None:
-            raise server_error(503, "replica_lost", "the model replica died; send it again")
+            raise _replica_lost()
         options = self._start.options
-        if limit is not None:
-            options = dataclasses.replace(options, max_tokens=limit - self._made)
-        position = self.started.position if not self._made else self._position
-        again = Start(
-            request_id=uuid.uuid4().hex,
-            session_id=session_id,
-            feeds=(),
-            options=options,
-            resume_at=position,
+        options = dataclasses.replace(
+            options,
+            max_tokens=None if limit is None else limit - self._made,
+            min_tokens=max(0, options.min_tokens - self._made),
         )
-        self.started = await self._client.call(self._key, "start", again)
+        again = dataclasses.replace(
+            self._start, feeds=(), options=options, resume_at=self._position, goes_on=True
+        )
+        for attempt in range(ATTEMPTS):
+            try:
+                await self._client.start(self._key, again)
+                return
+            except ApiError as error:
+                if error.status == 404 and not self._client.persistent:  # it ended with its replica
+                    raise _replica_lost() from error
+                if error.status != 429 or attempt + 1 == ATTEMPTS:
+                    raise
+            await asyncio.sleep(1)  # the replicas that are left have no slab free yet
+
+
+def _replica_lost() -> ApiError:
+    return server_error(503, "replica_lost", "the model replica died; send it again")
 
 
 def _is_lost(taken: Taken) -> bool:

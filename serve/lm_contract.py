@@ -63,11 +63,13 @@ class Feed:
         start: what begins an empty stream.
         follow: what goes on; begins with `ending` where the prompt is a chat turn.
         ending: how the template ends an assistant's turn.
+        problem: why nothing can go on with it: then only an empty stream takes it.
     """
 
     start: tuple[int, ...]
-    follow: tuple[int, ...]
+    follow: tuple[int, ...] = ()
     ending: tuple[int, ...] = ()
+    problem: str = ""
 
     def after(self, position: int, tail: tuple[int, ...]) -> tuple[int, ...]:
         """The tokens to feed to a stream of `position` tokens that ends with `tail`."""
@@ -104,13 +106,16 @@ class Start:
     """A request to generate.
 
     Attributes:
-        request_id: repeated with a repeated call, so that a prompt is not appended twice.
+        request_id: names the answer, for `take` and `cancel`. The same with every repeated call, so
+            that a prompt is not appended twice.
         session_id: the session, or None for temporary ones.
         feeds: the prompts; one with a session, none to go on.
         options: how.
         n: answers to each prompt; more than one only without a session.
         resume_at: send what the stream has after this position, then go on; `max_tokens` counts
             from there.
+        goes_on: with `resume_at`, the reader of this very request resumes it after its replica was
+            lost. That takes over from nobody: whom another request has replaced is refused.
     """
 
     request_id: str
@@ -119,6 +124,7 @@ class Start:
     options: Options
     n: int = 1
     resume_at: int | None = None
+    goes_on: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,14 +172,12 @@ class Started:
     """An answer that is being made.
 
     Attributes:
-        answer: its name, for `take` and `cancel`.
         prompt_tokens: tokens that are fed now.
         cached_tokens: tokens the session had in its cache before.
         session: as it will be once they are in; None for temporary ones.
         position: stream position at which the answer begins (or goes on).
     """
 
-    answer: str
     prompt_tokens: int
     cached_tokens: int
     session: SessionState | None

@@ -33,6 +33,7 @@ class EngineThread:
         self._wanted: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
         self._beat = time.monotonic()
         self._failure: BaseException | None = None
+        self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -49,12 +50,17 @@ class EngineThread:
         if time.monotonic() - self._beat > STUCK_AFTER_S:
             raise RuntimeError(f"a tick has been running for over {STUCK_AFTER_S:.0f} s")
 
+    def stop(self) -> None:
+        """Ends the thread after the tick in progress, and waits for that."""
+        self._stopping = True
+        self._thread.join()
+
     def _run(self) -> None:
         if self._threads is not None:
             torch.set_num_threads(self._threads)
         try:
             with torch.inference_mode():
-                while True:
+                while not self._stopping:
                     self._beat = time.monotonic()
                     self._do_wanted()
                     if not self._engine.tick():

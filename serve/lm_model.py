@@ -7,6 +7,7 @@ import hashlib
 from models.sink_lm.generation import GenerationRequest
 from models.sink_lm.llama import Llama
 from models.sink_lm.sampling import Sampling
+from models.sink_lm.tokenizer import Tokenizer
 from serve.lm_contract import Options
 
 
@@ -33,8 +34,9 @@ def generation_request(options: Options) -> GenerationRequest:
     )
 
 
-def fingerprint(model: Llama, capacity: int) -> str:
-    """Names weights and cache shape: 64 values of every tensor, its type and shape, the capacity.
+def fingerprint(model: Llama, tokenizer: Tokenizer, capacity: int) -> str:
+    """Names weights, cache shape and vocabulary: 64 values of every tensor, its type and shape,
+    the capacity, what every token stands for.
 
     Not a checksum of every byte, which would take a minute for a large model.
     """
@@ -44,4 +46,6 @@ def fingerprint(model: Llama, capacity: int) -> str:
         some = flat[:: max(1, len(flat) // 64)][:64].float().cpu()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(some.numpy().tobytes())
+    for token in range(tokenizer.vocab_size):
+        digest.update(b"%d %b" % (token, tokenizer.token_bytes(token)))
     return f"sink-{digest.hexdigest()[:16]}"

@@ -50,6 +50,23 @@ def session_busy(session_id: str) -> Refusal:
     return Refusal(409, "session_busy", message, param="session_id", headers=NO_RETRY)
 
 
+def log_failed(error: Exception | None) -> Refusal:
+    """503: what a session reads or says can not be logged here, so nothing of it is shown."""
+    message = f"the session's log cannot be written: {error}"
+    return Refusal(503, "log_failed", message, headers={"Retry-After": "1"})
+
+
+def cannot_follow(problem: str) -> Refusal:
+    """400: the template has no form for these messages after earlier ones."""
+    return Refusal(400, "invalid_messages", problem, param="messages")
+
+
+def replaced(session_id: str) -> Refusal:
+    """409: a reader comes back to an answer that another one has taken over."""
+    message = f"another request went on with the session {session_id!r}"
+    return Refusal(409, "cancelled", message, param="session_id", headers=NO_RETRY)
+
+
 def check_resume(resume_at: int, position: int, answer_from: int) -> None:
     """Refuses to go on from where there is nothing, or nothing of the model's.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -79,7 +80,7 @@ class Shape(ABC):
 
     def chunk(self, index: int, text: str, tokens: Sequence[Token]) -> dict[str, Any]:
         """A chunk of text."""
-        return self._chunk([self._delta(index, text, self._logprobs(tokens), None)])
+        return self._chunk([self._delta(index, text, self._logprobs(index, tokens), None)])
 
     def last(self, index: int, end: End) -> dict[str, Any]:
         """The chunk that closes a choice."""
@@ -103,13 +104,13 @@ class Shape(ABC):
         return {
             "index": index,
             **self._content("".join(choice.text)),
-            "logprobs": self._logprobs(choice.tokens),
+            "logprobs": self._logprobs(index, choice.tokens),
             "finish_reason": finish_reason(end),
             "stop_reason": end.stop,
         }
 
-    def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
-        return self._some_logprobs(tokens) if self.logprobs and tokens else None
+    def _logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any] | None:
+        return self._some_logprobs(index, tokens) if self.logprobs and tokens else None
 
     def _text(self, token: int) -> str:
         return self._bytes(token).decode(errors="replace")
@@ -123,7 +124,7 @@ class Shape(ABC):
     def _content(self, text: str) -> dict[str, Any]: ...
 
     @abstractmethod
-    def _some_logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]: ...
+    def _some_logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any]: ...
 
 
 class CompletionShape(Shape):
@@ -133,7 +134,7 @@ class CompletionShape(Shape):
 
     def __init__(self, *args: Any, logprobs: bool) -> None:
         super().__init__(*args, logprobs=logprobs)
-        self._offset = 0
+        self._offsets: Counter[int] = Counter()  # characters of each choice so far
 
     def _delta(self, index: int, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
@@ -141,11 +142,11 @@ class CompletionShape(Shape):
     def _content(self, text: str) -> dict[str, Any]:
         return {"text": text}
 
-    def _some_logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
+    def _some_logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any]:
         offsets = []
         for token in tokens:
-            offsets.append(self._offset)
-            self._offset += len(token.text)
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(token.text)
         return {
             "tokens": [self._text(token.token) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
@@ -174,7 +175,7 @@ class ChatShape(Shape):
     def _content(self, text: str) -> dict[str, Any]:
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
-    def _some_logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
+    def _some_logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any]:
         entries = [
             self._entry(token.token, token.logprob)
             | {"top_logprobs": [self._entry(other, logprob) for other, logprob in token.top]}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from models.sink_lm.tokenizer import Tokenizer
+from serve.lm_chat_feed import chat_feed
 from serve.lm_contract import Feed, LMCard, Options, Start, is_session_id
 from serve.lm_replies import ChatShape, CompletionShape, Shape
 from serve.lm_schemas import ChatRequest, CompletionRequest, CreateSession, Generate, Message
@@ -15,7 +16,6 @@ from serve.lm_settings import LMSettings
 from serve.schemas import ApiError
 
 DEFAULT_COMPLETION_TOKENS = 16
-_STUB = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,11 @@ class Job:
     shape: Shape
     stream: bool
     include_usage: bool
+
+    @property
+    def choices(self) -> int:
+        """Answers."""
+        return max(1, len(self.start.feeds) * self.start.n)
 
 
 class LanguageService:
@@ -67,7 +72,8 @@ class LanguageService:
             raise ApiError(400, "empty_input", "messages: none, and no session", param="messages")
         if request.messages and request.resume_at is not None:
             raise _invalid("resume_at", "goes on with an answer; send no messages with it")
-        feeds = (self._chat_feed(request.messages),) if request.messages else ()
+        kept = session_id is not None
+        feeds = (self._chat_feed(request.messages, kept=kept),) if request.messages else ()
         limit = request.max_completion_tokens or request.max_tokens
         if limit is None and not request.stream:
             limit = self._settings.max_reply_tokens
@@ -143,28 +149,21 @@ class LanguageService:
     def _text_feed(self, prompt: str | list[int]) -> Feed:
         if isinstance(prompt, str):
             ids = tuple(self.tokenizer.encode(prompt, bos=False))
-            start = tuple(self.tokenizer.encode(prompt, bos=self.tokenizer.adds_bos))
+            bos = self.tokenizer.bos_id
+            start = (bos, *ids) if self.tokenizer.adds_bos and bos is not None else ids
         else:
             self.check_tokens(prompt, "prompt")
             ids = start = tuple(prompt)  # ids are taken as they are
         self._check_length(ids, "prompt")
         return Feed(start=start, follow=ids)
 
-    def _chat_feed(self, messages: Sequence[Message]) -> Feed:
-        """What follows an earlier turn is the template's text after that turn's last words.
-
-        Found by rendering the messages behind a made-up exchange, whose own text is then cut off:
-        so the template's default system prompt and its start tokens are not sent again.
-        """
+    def _chat_feed(self, messages: Sequence[Message], *, kept: bool) -> Feed:
+        """The messages as a stream's beginning and, for a session, as a later turn."""
         start = self._template(messages)
-        stub = tuple(self.tokenizer.chat(list(_STUB), add_generation_prompt=False))
-        both = tuple(self.tokenizer.chat([*_STUB, *(m.plain() for m in messages)]))
-        if both[: len(stub)] != stub:
-            raise _invalid("messages", "this model's template cannot go on after earlier messages")
-        ends = [i for i, token in enumerate(stub) if token in self.tokenizer.eos_ids]
-        cut = ends[-1] if ends else len(stub)
         self._check_length(start, "messages")
-        return Feed(start=start, follow=both[cut:], ending=stub[cut:])
+        if not kept:
+            return Feed(start=start)
+        return chat_feed(self.tokenizer, [m.plain() for m in messages], start)
 
     def _template(self, messages: Sequence[Message], **how: bool) -> tuple[int, ...]:
         plain = [message.plain() for message in messages]

@@ -7,12 +7,12 @@ from anybody.
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
+import logging
 import time
 import uuid
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -22,42 +22,23 @@ from models.sink_lm.cache import NoFreeSlab
 from models.sink_lm.engine import Engine
 from serve.lm_contract import TAIL, SessionState
 from serve.lm_engine_thread import EngineThread
-from serve.lm_refusals import NO_RETRY, Refusal, no_slab, session_exists, unknown_session
-from serve.session_store import OtherModel, SessionStore, StoredSession, Turn
-from serve.token_log import LostSession, MemoryLog, TokenLog
+from serve.lm_held import Held, io, state_position
+from serve.lm_locks import Locks
+from serve.lm_refusals import (
+    NO_RETRY,
+    Refusal,
+    log_failed,
+    no_slab,
+    session_exists,
+    unknown_session,
+)
+from serve.lm_shelf import Shelf
+from serve.session_store import OtherModel, SessionExists, SessionStore, Turn, UnknownSession
+from serve.token_log import LostSession, MemoryLog
 
 Result = TypeVar("Result")
 
-
-@dataclass(eq=False, kw_only=True)
-class Held:
-    """A session with a slab.
-
-    Attributes:
-        session_id: its name.
-        sinks: see `SessionSpec`.
-        ttl_s: see `SessionSpec`.
-        log: of its tokens.
-        stored: its files; None where sessions are not stored.
-        turn: the latest prompt.
-        tail: last tokens of the stream.
-        answer: name of the answer in progress.
-        snapshot_at: position of the newest snapshot.
-        last_used: `time.monotonic` of the last request.
-        failure: why nothing more can be logged: what is generated from then on is not shown.
-    """
-
-    session_id: str
-    sinks: int
-    ttl_s: float | None
-    log: TokenLog
-    stored: StoredSession | None = None
-    turn: Turn = field(default_factory=Turn)
-    tail: deque[int] = field(default_factory=lambda: deque(maxlen=TAIL))
-    answer: str | None = None
-    snapshot_at: int = 0
-    last_used: float = field(default_factory=time.monotonic)
-    failure: Exception | None = None
+log = logging.getLogger(__name__)
 
 
 class SessionTable:
@@ -82,11 +63,11 @@ class SessionTable:
         ttl_s: float | None,
         capacity: int,
     ) -> None:
-        self._engine, self._thread, self.store = engine, thread, store
+        self._engine, self._thread = engine, thread
         self._sinks, self._ttl_s, self._capacity = sinks, ttl_s, capacity
-        self._replica = uuid.uuid4().hex
+        self._shelf = Shelf(store, uuid.uuid4().hex, capacity)
         self._held: dict[str, Held] = {}
-        self._locks: dict[str, asyncio.Lock] = {}
+        self._locks = Locks()
 
     def journal(self, session_id: str, tokens: Sequence[int]) -> None:
         """The engine's write-ahead log; runs in its thread, before the tokens are seen.
@@ -103,9 +84,17 @@ class SessionTable:
             return
         held.tail.extend(tokens)
 
-    def lock(self, session_id: str) -> asyncio.Lock:
-        """One request at a time may change a session."""
-        return self._locks.setdefault(session_id, asyncio.Lock())
+    @contextlib.asynccontextmanager
+    async def locked(self, *session_ids: str) -> AsyncGenerator[None, None]:
+        """One request at a time may change a session; several are always locked in one order."""
+        async with contextlib.AsyncExitStack() as stack:
+            for session_id in sorted(set(session_ids)):
+                await stack.enter_async_context(self._locks.get(session_id))
+            yield
+
+    def is_locked(self, session_id: str) -> bool:
+        """Whether a request is changing a session."""
+        return self._locks.get(session_id).locked()
 
     def held(self) -> list[Held]:
         """All sessions with a slab here."""
@@ -116,18 +105,18 @@ class SessionTable:
         return self._held.get(session_id)
 
     async def take(self, session_id: str, *, create: bool) -> Held:
-        """A session with its slab, loaded or made if need be.
+        """A session with its slab, loaded or made if need be; call it with the session locked.
 
         Raises:
             Refusal: 404, 409 for another model's, 429 when there is no slab.
         """
         held = self._held.get(session_id)
-        if held is not None and not await self._is_current(held):
+        if held is not None and not await self.is_current(held):
             await self.drop(held)  # what is here is stale
             held = None
         if held is None:
-            await self._expire_stored(session_id)
-            if self.store is not None and await io(partial(self._is_stored, session_id)):
+            await self.expire_stored(session_id)
+            if await io(partial(self._shelf.has, session_id)):
                 held = await self._load(session_id)
             elif create:
                 held = await self.create(session_id)
@@ -143,25 +132,42 @@ class SessionTable:
         sinks: int | None = None,
         ttl_s: float | None = None,
         pinned: Sequence[int] = (),
+        request_id: str = "",
     ) -> Held:
-        """Makes a session.
+        """Makes a session; call it with the session locked.
 
         Args:
             session_id: its name.
             sinks: None takes the default.
             ttl_s: None takes the default.
-            pinned: tokens that begin the stream.
+            pinned: tokens that begin the stream; durable when this returns.
+            request_id: repeated with a repeated call, which finds what the first one made.
         """
         sinks = self._sinks if sinks is None else sinks
         ttl_s = self._ttl_s if ttl_s is None else ttl_s
-        await self._expire_stored(session_id)
-        if session_id in self._held or await io(partial(self._is_stored, session_id)):
+        await self.expire_stored(session_id)
+        if await io(partial(self._shelf.has_from, session_id, request_id)):
+            return await self.take(session_id, create=False)
+        if session_id in self._held or await io(partial(self._shelf.has, session_id)):
             raise session_exists(session_id)
-        held = await self._make(session_id, sinks, ttl_s, pinned)
+        make = partial(self._shelf.make, session_id, sinks=sinks, ttl_s=ttl_s)
+        try:
+            stored = await io(partial(make, pinned=pinned, request_id=request_id))
+        except (SessionExists, LostSession) as error:
+            raise session_exists(session_id) from error
+        held = Held(
+            session_id=session_id,
+            sinks=sinks,
+            ttl_s=ttl_s,
+            log=MemoryLog(len(pinned)) if stored is None else stored.log,
+            stored=stored,
+            turn=Turn(answer_from=len(pinned)),
+        )
         try:
             await self._place(held, {}, pinned)
         except BaseException:
-            await self._forget(held)
+            await self._close(held)
+            await io(partial(self._shelf.delete, session_id))
             raise
         return held
 
@@ -169,85 +175,77 @@ class SessionTable:
         """Frees a session's slab; what is stored of it stays."""
         self._held.pop(held.session_id, None)
         await self._thread.call(lambda: self._engine.close(held.session_id))
-        if held.stored is not None:
-            await io(held.stored.close)
+        await self._close(held)
 
     async def delete(self, session_id: str) -> None:
-        """Removes a session, stored or not."""
+        """Removes a session, stored or not; call it with the session locked."""
         held = self._held.get(session_id)
         if held is not None:
             await self.drop(held)
-        if self.store is not None:
-            await io(partial(self.store.delete, session_id))
-        self._locks.pop(session_id, None)
+        await io(partial(self._shelf.delete, session_id))
 
     async def snapshot(self, held: Held) -> None:
-        """Stores a session's keys and values; a tick waits for the copy, not for the writing."""
+        """Stores a session's keys and values; a tick waits for the copy, not for the writing.
+
+        Raises:
+            Refusal: 409 where nothing is stored, 503 when the session's log has failed or another
+                replica has it: its own log no longer says what this slab has seen.
+        """
         stored = held.stored
         if stored is None:
             raise Refusal(409, "no_store", "this server stores no sessions", headers=NO_RETRY)
+        if not await self.is_current(held):
+            raise log_failed(held.failure)
         state = await self._thread.call(lambda: self._engine.export(held.session_id))
         position = state_position(state)
+        if held.failure is not None:  # since: what was generated is not in the log
+            raise log_failed(held.failure)
         if position > held.snapshot_at:
             await io(partial(stored.save_snapshot, position, state))
             held.snapshot_at = position
 
-    async def fork(self, held: Held, new_id: str) -> SessionState:
-        """Makes a second session with the same stream so far.
+    async def is_current(self, held: Held) -> bool:
+        """Whether a held session is still this replica's, with all its tokens logged."""
+        owned = held.stored is None or await io(held.stored.is_owned)
+        if held.failure is None and not owned:
+            held.failure = LostSession(f"{held.session_id}: another replica has opened it")
+        return held.failure is None
+
+    async def fork(self, held: Held, new_id: str, request_id: str) -> SessionState:
+        """Makes a second session with the same stream so far; call it with both locked.
 
         A stored one gets no slab yet: its next request may go to another replica.
         """
-        if new_id in self._held or await io(partial(self._is_stored, new_id)):
-            raise session_exists(new_id)
-        if self.store is None:
+        if self._shelf.store is None:
+            if new_id in self._held:
+                raise session_exists(new_id)
             await self._with_room(lambda: self._engine.fork(held.session_id, new_id))
             twin = replace(held, session_id=new_id, log=MemoryLog(held.log.position), answer=None)
-            twin.tail = held.tail.copy()
+            twin.tail, twin.last_used = held.tail.copy(), time.monotonic()
             self._held[new_id] = twin
-            return await self.state(twin)
-        state = await self._thread.call(lambda: self._engine.export(held.session_id))
-        await io(partial(self._store_fork, held, new_id, state))
-        return await io(partial(self._stored_state, new_id))
-
-    def _store_fork(self, held: Held, new_id: str, state: dict[str, Tensor]) -> None:
-        assert self.store is not None
-        twin = self.store.create(new_id, self._replica, sinks=held.sinks, ttl_s=held.ttl_s)
-        twin.log.append(held.log.read(0))
-        twin.begin_turn(replace(held.turn, request_id=""))
-        twin.save_snapshot(state_position(state), state)
-        twin.close()
-
-    async def state(self, held: Held, *, extra: int = 0) -> SessionState:
-        """A session seen from outside, `extra` tokens further on."""
-        position = held.log.position + extra
-        cached = min(position, self._capacity - 1)
-        return SessionState(
-            id=held.session_id,
-            stream_position=position,
-            cached_tokens=cached,
-            evicted_tokens=position - cached,
-            sinks=held.sinks,
-            answer_from=held.turn.answer_from,
-            status="idle" if held.answer is None else "generating",
-            ttl_s=held.ttl_s,
-            snapshot_position=held.snapshot_at or None,
-            owner_epoch=held.stored.epoch if held.stored is not None else None,
-        )
+            return twin.state(self._capacity)
+        if not await io(partial(self._shelf.has_from, new_id, request_id)):
+            state = await self._thread.call(lambda: self._engine.export(held.session_id))
+            try:
+                await io(partial(self._shelf.fork, held, new_id, state, request_id))
+            except (SessionExists, LostSession) as error:
+                raise session_exists(new_id) from error
+        return await io(partial(self._shelf.describe, new_id))
 
     async def describe(self, session_id: str) -> SessionState:
         """A session seen from outside, without loading it; raises `Refusal` 404."""
         held = self._held.get(session_id)
-        if held is not None and await self._is_current(held):
-            return await self.state(held)
-        await self._expire_stored(session_id)
-        if not await io(partial(self._is_stored, session_id)):
+        if held is not None and await self.is_current(held):
+            return held.state(self._capacity)
+        if not await io(partial(self._shelf.has, session_id)):
             raise unknown_session(session_id)
-        return await io(partial(self._stored_state, session_id))
+        if await io(partial(self._shelf.is_over, session_id)):
+            raise unknown_session(session_id)
+        return await io(partial(self._shelf.describe, session_id))
 
     async def names(self) -> list[str]:
         """Sessions held here and all that are stored."""
-        stored = await io(self.store.names) if self.store is not None else []
-        return sorted({*self._held, *stored})
+        return sorted({*self._held, *await io(self._shelf.names)})
 
     async def open_temporary(self, session_id: str) -> None:
         """Takes a slab for a stream that nobody comes back to."""
@@ -261,60 +259,49 @@ class SessionTable:
         """Frees a temporary stream's slab."""
         await self._thread.call(lambda: self._engine.close(session_id))
 
-    async def _make(
-        self, session_id: str, sinks: int, ttl_s: float | None, pinned: Sequence[int]
-    ) -> Held:
-        turn = Turn(answer_from=len(pinned))
-        if self.store is None:
-            log: TokenLog = MemoryLog()
-            log.append(pinned)
-            return Held(session_id=session_id, sinks=sinks, ttl_s=ttl_s, log=log, turn=turn)
-        make = partial(self.store.create, session_id, self._replica, sinks=sinks, ttl_s=ttl_s)
-        stored = await io(make)
-        stored.log.append(pinned)
-        await io(partial(stored.begin_turn, turn))
-        return Held(
-            session_id=session_id,
-            sinks=sinks,
-            ttl_s=ttl_s,
-            log=stored.log,
-            stored=stored,
-            turn=turn,
-        )
+    async def expire_held(self, held: Held) -> None:
+        """Deletes an idle session with a slab here if its time is over."""
+
+        def is_over() -> bool:
+            over = held.ttl_s is not None and time.monotonic() - held.last_used > held.ttl_s
+            return over and held.answer is None and self._held.get(held.session_id) is held
+
+        if is_over() and not self.is_locked(held.session_id):
+            async with self.locked(held.session_id):
+                if is_over():  # still: another request may have come first
+                    await self.delete(held.session_id)
+
+    async def expire_stored(self, session_id: str) -> None:
+        """Deletes a session without a slab here if its time is over; call it with it locked."""
+        if session_id not in self._held and await io(partial(self._shelf.is_over, session_id)):
+            await io(partial(self._shelf.delete, session_id))
 
     async def _load(self, session_id: str) -> Held:
         """Takes a stored session over: newest snapshot, then the log's tail through prefill."""
-        assert self.store is not None
         try:
-            stored = await io(partial(self.store.open, session_id, self._replica))
+            held, state, rest = await io(partial(self._shelf.load, session_id))
         except OtherModel as error:
             raise Refusal(409, "other_model", str(error), headers=NO_RETRY) from error
-        position, state = await io(stored.newest_snapshot)
-        held = Held(
-            session_id=session_id,
-            sinks=stored.spec.sinks,
-            ttl_s=stored.spec.ttl_s,
-            log=stored.log,
-            stored=stored,
-            turn=await io(partial(self.store.turn, session_id)),
-            snapshot_at=position,
-        )
+        except UnknownSession as error:  # deleted meanwhile
+            raise unknown_session(session_id) from error
         try:
-            await self._place(held, state, await io(partial(stored.log.read, position)))
+            await self._place(held, state, rest)
         except BaseException:
-            await io(stored.close)
+            await self._close(held)
             raise
         return held
 
     async def _place(self, held: Held, state: dict[str, Tensor], rest: Sequence[int]) -> None:
         """Gives a session a slab with `state` in it, then feeds it the tokens after that."""
-        session_id = held.session_id
+        session_id, tail = held.session_id, list(rest[-TAIL:])
+        if held.stored is not None:
+            tail = await io(partial(held.log.read, max(0, held.log.position - TAIL)))
 
         def place() -> None:
             self._engine.restore(session_id, state or self._empty(held.sinks), rest)
 
         await self._with_room(place)
-        held.tail.extend(held.log.read(max(0, held.log.position - TAIL)) if held.stored else rest)
+        held.tail.extend(tail)
         self._held[session_id] = held
 
     def _empty(self, sinks: int) -> dict[str, Tensor]:
@@ -326,18 +313,10 @@ class SessionTable:
         finally:
             self._engine.close(name)
 
-    async def _is_current(self, held: Held) -> bool:
-        """Whether a held session is still this replica's, with all its tokens logged."""
-        if held.failure is not None:
-            return False
-        return held.stored is None or await io(held.stored.is_owned)
-
-    async def _forget(self, held: Held) -> None:
-        """Takes back a session whose making failed."""
-        self._held.pop(held.session_id, None)
-        if held.stored is not None and self.store is not None:
+    async def _close(self, held: Held) -> None:
+        """Lets go of a session's files."""
+        if held.stored is not None:
             await io(held.stored.close)
-            await io(partial(self.store.delete, held.session_id))
 
     async def _with_room(self, work: Callable[[], Result]) -> Result:
         """Runs `work`, which takes a slab, making room for it if there is none."""
@@ -346,63 +325,21 @@ class SessionTable:
                 return await self._thread.call(work)
             except NoFreeSlab as error:
                 idle = [h for h in self._held.values() if h.answer is None and h.stored is not None]
-                idle = [h for h in idle if not self.lock(h.session_id).locked()]
+                idle = [h for h in idle if not self.is_locked(h.session_id)]
                 if not idle:
                     raise no_slab() from error
                 oldest = min(idle, key=lambda held: held.last_used)
-                async with self.lock(oldest.session_id):
-                    await self.snapshot(oldest)
-                    await self.drop(oldest)
+                async with self.locked(oldest.session_id):
+                    # Still: another request may have come first.
+                    if self._held.get(oldest.session_id) is oldest and oldest.answer is None:
+                        await self._evict(oldest)
 
-    async def expire(self) -> None:
-        """Deletes the idle sessions held here whose time is over."""
-        now = time.monotonic()
-        for held in self.held():
-            over = held.ttl_s is not None and now - held.last_used > held.ttl_s
-            lock = self.lock(held.session_id)
-            if over and held.answer is None and not lock.locked():
-                async with lock:
-                    await self.delete(held.session_id)
-
-    async def _expire_stored(self, session_id: str) -> None:
-        """Deletes a stored session whose time is over."""
-        store = self.store
-        if store is None or session_id in self._held:
-            return
-
-        def expire() -> None:
-            if store.exists(session_id):
-                ttl_s = store.spec(session_id).ttl_s
-                if ttl_s is not None and time.time() - store.last_used(session_id) > ttl_s:
-                    store.delete(session_id)
-
-        await io(expire)
-
-    def _is_stored(self, session_id: str) -> bool:
-        return self.store is not None and self.store.exists(session_id)
-
-    def _stored_state(self, session_id: str) -> SessionState:
-        assert self.store is not None
-        spec, position = self.store.spec(session_id), self.store.position(session_id)
-        cached = min(position, self._capacity - 1)
-        return SessionState(
-            id=session_id,
-            stream_position=position,
-            cached_tokens=cached,
-            evicted_tokens=position - cached,
-            sinks=spec.sinks,
-            answer_from=self.store.turn(session_id).answer_from,
-            status="stored",
-            ttl_s=spec.ttl_s,
-            snapshot_position=next(iter(self.store.snapshots(session_id)), None),
-        )
-
-
-async def io(work: Callable[[], Result]) -> Result:
-    """Runs something that waits for a disk or a network in a thread."""
-    return await asyncio.to_thread(work)
-
-
-def state_position(state: dict[str, Tensor]) -> int:
-    """Tokens of the stream that an exported state has seen."""
-    return int(state["length"]) + len(state["pending"])
+    async def _evict(self, held: Held) -> None:
+        """Takes an idle session's slab; where there can be no snapshot, its log is enough."""
+        try:
+            await self.snapshot(held)
+        except Refusal as refusal:  # not ours any more: the log says what it is
+            log.info("session %s: no snapshot: %s", held.session_id, refusal)
+        except OSError:
+            log.exception("session %s: no snapshot", held.session_id)
+        await self.drop(held)

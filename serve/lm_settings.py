@@ -24,12 +24,14 @@ class LMSettings(BaseModel):
     """Folder on all nodes, or fsspec URL (`s3://...`), where sessions are kept. None keeps them in
     memory: they then end with their replica, and none can be resumed or swapped out."""
 
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Type of weights, keys and values."""
+    dtype: Literal["fp32", "bf16", "fp16", "int8"] = "fp32"
+    """Type of weights, keys and values; `int8` rounds the linear layers to 8 bits and keeps the rest
+    in bf16 (docs/streaming.md has the numbers)."""
     sessions: int = Field(16, ge=1)
     """Slabs: sessions one replica can generate for at the same time."""
     cache: int = Field(1024, ge=2)
-    """Tokens a session sees at most: sinks and window."""
+    """Tokens a session sees at most: sinks, window and the token being read. It is the `capacity` of
+    docs/streaming.md, one more than the paper's cache."""
     sinks: int = Field(4, ge=0)
     """Sink tokens of a session that does not choose."""
     prefill_chunk: int = Field(256, ge=1)
@@ -51,7 +53,8 @@ class LMSettings(BaseModel):
     snapshot_every: int = Field(4096, ge=1)
     """Tokens between two snapshots of a session's keys and values."""
     session_ttl_s: float | None = Field(86_400.0, gt=0)
-    """Idle seconds until a session is deleted, unless it chose; None keeps them."""
+    """Idle seconds until a session is deleted (stored ones a few minutes later), unless it chose;
+    None keeps them."""
     max_buffered: int = Field(64, ge=1)
     """Tokens a generation may be ahead of its reader before it pauses."""
     reader_timeout_s: float = Field(30.0, gt=0)
@@ -66,8 +69,9 @@ class LMSettings(BaseModel):
     max_choices: int = Field(8, ge=1)
     """Answers of one request: prompts times `n`."""
     max_stream_bytes: int | None = Field(16_777_216, ge=1)
-    """Bytes of one streamed reply; then it ends with `length` and the session can go on. Bounds
-    what a client that does not read costs (docs/streaming_http.md); None for no limit."""
+    """Bytes of one streamed reply; then it ends with `length`, and a session goes on with
+    `resume_at` at the last event's id. Bounds what a client that does not read costs
+    (docs/streaming_http.md); None for no limit."""
     max_requests: int = Field(256, ge=1)
     """Requests an ingress replica holds at once."""
     timeout_s: float = Field(600.0, gt=0)

@@ -1,13 +1,15 @@
 """Sessions that outlive their replica: for each a token log, KV snapshots and who owns it.
 
-    URI/SESSION/session.json              what the session is; never changes
+    URI/SESSION/session.json              what the session is; written last, never changes
     URI/SESSION/owner.json                epoch and replica of the latest owner
     URI/SESSION/turn.json                 where in the stream the latest prompt and answer lie
     URI/SESSION/tokens.i32                the log (a folder `tokens/` of segments where remote)
     URI/SESSION/snapshots/POSITION.safetensors
 
 A session is its newest readable snapshot plus the tokens after it. The log is written before a
-token is shown, snapshots now and then; without any snapshot the log alone is enough.
+token is shown, snapshots now and then; without any snapshot the log alone is enough. A snapshot
+carries the last tokens it was made of, and counts only where the log has the same ones: a replica
+that lost the session may have written it.
 """
 
 from __future__ import annotations
@@ -21,14 +23,18 @@ from typing import Any
 
 import fsspec
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from serve.lm_contract import is_session_id
-from serve.token_log import TOKEN_BYTES, LocalLog, SegmentedLog, TokenLog, read_segments
+from serve.segmented_log import SegmentedLog, list_segments
+from serve.token_log import TOKEN_BYTES, LocalLog, TokenLog
 
 FORMAT = 1
 KEEP_SNAPSHOTS = 2
+RECENT = 256
+"""Tokens before a snapshot that it carries."""
 
 
 class UnknownSession(KeyError):
@@ -53,6 +59,7 @@ class SessionSpec:
         ttl_s: idle seconds after which it is deleted; None keeps it.
         created: Unix time.
         fingerprint: of the model, its cache and its tokenizer.
+        request_id: of the call that made it, which may be repeated.
         format: of the files.
     """
 
@@ -61,6 +68,7 @@ class SessionSpec:
     ttl_s: float | None
     created: float
     fingerprint: str
+    request_id: str = ""
     format: int = FORMAT
 
 
@@ -69,7 +77,9 @@ class Turn:
     """Where the latest prompt and its answer lie in the stream.
 
     Attributes:
-        request_id: which call it was, so that a repeated one does not feed the prompt twice.
+        request_id: whose the answer is: the request that sent the prompt, or that went on with the
+            answer since. So a repeated call does not feed the prompt twice, and a reader whom
+            another has replaced does not come back.
         prompt_from: stream position before the prompt.
         answer_from: and after it: what follows was generated.
     """
@@ -90,50 +100,79 @@ class StoredSession:
 
     def __init__(self, store: SessionStore, spec: SessionSpec, owner: str) -> None:
         self.spec = spec
-        self._store, self._folder = store, store.folder(spec.session_id)
-        self.epoch = self._stored_epoch() + 1
+        self._store, self._folder, self._owner = store, store.folder(spec.session_id), owner
+        self.epoch = int(store.owner(spec.session_id).get("epoch", 0)) + 1
         record = {"epoch": self.epoch, "replica": owner, "since": time.time()}
         store.write(f"{self._folder}/owner.json", json.dumps(record).encode())
         self.log: TokenLog = store.open_log(spec.session_id, self.epoch)
 
     def is_owned(self) -> bool:
         """Whether no other replica has opened the session since."""
-        return self._stored_epoch() == self.epoch
+        record = self._store.owner(self.spec.session_id)
+        return (record.get("epoch"), record.get("replica")) == (self.epoch, self._owner)
+
+    def publish(self) -> None:
+        """Makes a session that was just created known, once its beginning is durable.
+
+        Raises:
+            SessionExists: somebody else has made one of that name meanwhile.
+        """
+        name = self.spec.session_id
+        self.log.wait(self.log.position)
+        if self._store.exists(name) or not self.is_owned():
+            raise SessionExists(f"the session {name!r} exists already")
+        data = json.dumps(asdict(self.spec), indent=2).encode()
+        self._store.write(f"{self._folder}/session.json", data)
 
     def begin_turn(self, turn: Turn) -> None:
         """Says where a prompt and its answer will lie; call it before the prompt is logged."""
         self._store.write(f"{self._folder}/turn.json", json.dumps(asdict(turn)).encode())
 
     def save_snapshot(self, position: int, state: dict[str, Tensor]) -> None:
-        """Stores a state of the first `position` tokens, then forgets all but the newest ones."""
+        """Stores a state of the first `position` tokens, then forgets all but the newest ones.
+
+        Waits until the log has these tokens: a snapshot of others would be wrong after a crash.
+
+        Raises:
+            ValueError: the log has less.
+            OSError: it could not be written.
+        """
+        if position > self.log.position:
+            raise ValueError(f"a state of {position} tokens, of which {self.log.position} logged")
+        self.log.wait(position)
+        recent = torch.tensor(self._recent(position), dtype=torch.long)
         metadata = {"fingerprint": self.spec.fingerprint, "format": str(FORMAT)}
-        data = safetensors.torch.save(state, metadata)
+        data = safetensors.torch.save(state | {"recent": recent}, metadata)
         self._store.write(f"{self._folder}/snapshots/{position:015d}.safetensors", data)
-        for path in self._store.snapshot_paths(self.spec.session_id)[KEEP_SNAPSHOTS:]:
+        old = [p for p in self._store.snapshot_paths(self.spec.session_id) if _at(p) <= position]
+        ahead = [p for p in self._store.snapshot_paths(self.spec.session_id) if _at(p) > position]
+        for path in ahead + old[KEEP_SNAPSHOTS:]:  # ahead of us: of a stream that was not gone on
             self._store.fs.rm_file(path)
 
     def newest_snapshot(self) -> tuple[int, dict[str, Tensor]]:
-        """The newest readable snapshot that the log reaches: its position and state.
+        """The newest readable snapshot of the log's tokens: its position and state.
 
         Position 0 and no tensors where there is none: the log then rebuilds the session.
         """
         for path in self._store.snapshot_paths(self.spec.session_id):
-            position = int(Path(path).stem)
+            position = _at(path)
             if position > self.log.position:
                 continue
             try:
-                return position, safetensors.torch.load(self._store.fs.cat_file(path))
+                state = safetensors.torch.load(self._store.fs.cat_file(path))
             except SafetensorError:
                 continue  # damaged; an older one and more of the log give the same state
+            recent = state.pop("recent", None)
+            if recent is not None and recent.tolist() == self._recent(position):
+                return position, state
         return 0, {}
 
     def close(self) -> None:
         """Lets go of the log; the files stay."""
         self.log.close()
 
-    def _stored_epoch(self) -> int:
-        data = self._store.read(f"{self._folder}/owner.json")
-        return int(json.loads(data)["epoch"]) if data else 0
+    def _recent(self, position: int) -> list[int]:
+        return self.log.read(max(0, position - RECENT), position)
 
 
 class SessionStore:
@@ -152,23 +191,31 @@ class SessionStore:
         self._fingerprint = fingerprint
 
     def create(
-        self, session_id: str, owner: str, *, sinks: int, ttl_s: float | None
+        self,
+        session_id: str,
+        owner: str,
+        *,
+        sinks: int,
+        ttl_s: float | None,
+        request_id: str = "",
     ) -> StoredSession:
-        """Makes an empty session.
+        """Begins an empty session, which nobody sees before it is published.
 
         Raises:
             SessionExists: the name is taken.
         """
         if self.exists(session_id):
             raise SessionExists(f"the session {session_id!r} exists already")
+        if self.fs.exists(self.folder(session_id)):  # one whose making was broken off
+            self.fs.rm(self.folder(session_id), recursive=True)
         spec = SessionSpec(
             session_id=session_id,
             sinks=sinks,
             ttl_s=ttl_s,
             created=time.time(),
             fingerprint=self._fingerprint,
+            request_id=request_id,
         )
-        self.write(self._spec_path(session_id), json.dumps(asdict(spec), indent=2).encode())
         return StoredSession(self, spec, owner)
 
     def open(self, session_id: str, owner: str) -> StoredSession:
@@ -184,6 +231,7 @@ class SessionStore:
                 f"the session {session_id!r} was made by the model {spec.fingerprint}, "
                 f"this is {self._fingerprint}"
             )
+        self._remove_parts(session_id)
         return StoredSession(self, spec, owner)
 
     def spec(self, session_id: str) -> SessionSpec:
@@ -206,8 +254,9 @@ class SessionStore:
         return sorted(Path(str(path)).parent.name for path in found)
 
     def delete(self, session_id: str) -> None:
-        """Removes a session's files."""
+        """Removes a session's files, first the one that makes it known."""
         if self.exists(session_id):
+            self.fs.rm_file(self._spec_path(session_id))
             self.fs.rm(self.folder(session_id), recursive=True)
 
     def last_used(self, session_id: str) -> float:
@@ -220,11 +269,17 @@ class SessionStore:
         return f"{self._root}/{session_id}"
 
     def position(self, session_id: str) -> int:
-        """Tokens in a session's log, without taking it over."""
+        """Tokens in a session's log, without taking it over or reading it."""
         if not self._local:
-            return len(read_segments(self.fs, f"{self.folder(session_id)}/tokens"))
+            segments = list_segments(self.fs, f"{self.folder(session_id)}/tokens")
+            return segments[-1].stop if segments else 0
         path = Path(self.folder(session_id)) / "tokens.i32"
         return path.stat().st_size // TOKEN_BYTES if path.exists() else 0
+
+    def owner(self, session_id: str) -> dict[str, Any]:
+        """`epoch`, `replica` and `since` of whoever opened a session last; empty for nobody."""
+        data = self.read(f"{self.folder(session_id)}/owner.json")
+        return dict(json.loads(data)) if data else {}
 
     def turn(self, session_id: str) -> Turn:
         """A session's latest prompt; an empty one where there was none yet."""
@@ -233,7 +288,7 @@ class SessionStore:
 
     def snapshots(self, session_id: str) -> list[int]:
         """Positions of a session's snapshots, newest first."""
-        return [int(Path(path).stem) for path in self.snapshot_paths(session_id)]
+        return [_at(path) for path in self.snapshot_paths(session_id)]
 
     def snapshot_paths(self, session_id: str) -> list[str]:
         """Paths of a session's snapshots, newest first."""
@@ -265,6 +320,12 @@ class SessionStore:
         part.write_bytes(data)
         part.replace(target)
 
+    def _remove_parts(self, session_id: str) -> None:
+        """Removes what a replica that was killed in the middle of `write` has left."""
+        if self._local:
+            for part in Path(self.folder(session_id)).rglob(".*"):
+                part.unlink(missing_ok=True)
+
     def _spec_path(self, session_id: str) -> str:
         return f"{self.folder(session_id)}/session.json"
 
@@ -275,3 +336,8 @@ def _modified(entry: dict[str, Any]) -> float:
         if value is not None:
             return float(value.timestamp()) if hasattr(value, "timestamp") else float(value)
     return 0.0
+
+
+def _at(snapshot_path: str) -> int:
+    """Position of a snapshot."""
+    return int(Path(snapshot_path).stem)

@@ -29,6 +29,17 @@ def ray_local() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def tiny_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random Llama of bytes; see `lm_serving`."""
+    from lm_serving import MODEL, save_tiny_lm
+
+    folder = tmp_path_factory.mktemp("lm") / MODEL
+    folder.mkdir()
+    save_tiny_lm(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def cifar_sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder `{train,test}/<class>/<index>.png` of the shipped CIFAR-10 sample: 2,500 and 800."""
     from pipelines.fetch import sample_folder
@@ -83,3 +94,19 @@ def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     lines = [{"step": s, "loss": 1 / s, "rankme": float(s), "knn": s / 100} for s in (10, 20, 30)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return str(run / "checkpoint_0")
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[dict[str, str]]:
+    """Environment variables that lead to an empty S3 on this host."""
+    import logging
+
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line per request otherwise
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+    yield keys | {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_DEFAULT_REGION": "us-east-1"}
+    server.stop()

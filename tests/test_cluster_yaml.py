@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import shlex
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +13,13 @@ from typing import Any
 import boto3
 import jsonschema
 import pytest
+import tyro
 import yaml
 from moto import mock_aws
 from ray.autoscaler._private import util
+
+from pipelines.pretrain import check_fits
+from pipelines.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -94,7 +99,8 @@ def test_node_types_do_what_the_comments_say(cluster: dict[str, Any]) -> None:
     assert "InstanceMarketOptions" not in head["node_config"]  # never lose the head to spot
     assert gpu["resources"]["GPU"] == 1
     assert "GPU" not in decode["resources"]
-    assert all(t["min_workers"] == 0 for t in types.values())  # nothing idles
+    # Nothing idles but what a run must find when it starts.
+    assert [n for n, t in types.items() if t["min_workers"]] == ["decode_worker"]
     assert gpu["max_workers"] + decode["max_workers"] <= cluster["max_workers"]
     assert len({t["node_config"]["ImageId"] for t in types.values()}) == 1
 
@@ -138,3 +144,48 @@ def test_completion_does_not_change_what_is_written(written: dict[str, Any]) -> 
     completed = util.prepare_config(copy.deepcopy(written))
     for key in written.keys() - {"head_setup_commands", "available_node_types"}:
         assert completed[key] == written[key]
+
+
+def pretrain_commands(document: str) -> list[tuple[str, list[str]]]:
+    """(where it runs, arguments of pretrain) of every such command in a document's shell blocks."""
+    found = []
+    for block in re.findall(r"```sh\n(.*?)```", (ROOT / document).read_text(), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            jobs = [w for w in words if w in ("pipelines.pretrain", "pipelines/pretrain.py")]
+            if jobs:
+                where = "cluster" if words[:3] == ["ray", "job", "submit"] else "laptop"
+                found.append((where, words[words.index(jobs[0]) + 1 :]))
+    return found
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/cluster.md"])
+def test_pretrain_commands_fit_as_printed(
+    document: str, cluster: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the shipped cluster those that are submitted; on two cores, or one GPU if they ask, the rest."""
+    commands = pretrain_commands(document)
+    assert commands
+    limits = "ray._private.state.state.get_max_resources_from_cluster_config"
+    monkeypatch.setattr(limits, lambda: None)
+    for where, arguments in commands:
+        cfg = tyro.extras.overridable_config_cli(RECIPES, args=arguments)
+        there = {"CPU": 2.0}
+        if where == "cluster":
+            there = dict.fromkeys(("CPU", "GPU"), 0.0)
+            for node_type in cluster["available_node_types"].values():
+                for name, amount in node_type["resources"].items():
+                    there[name] += amount * node_type.get("max_workers", 1)
+            assert cfg.run.workers <= cluster["available_node_types"]["gpu_worker"]["max_workers"]
+        elif cfg.run.gpu:
+            there = {"CPU": 16.0, "GPU": 1.0}
+        monkeypatch.setattr("ray.cluster_resources", lambda there=there: there)
+        check_fits(cfg)
+    if document == "README.md":
+        assert [(w, a[0]) for w, a in commands] == [
+            *(("laptop", "laptop"), ("laptop", "ijepa_vits16")),
+            ("cluster", "ijepa_vitb16"),
+        ]
+        assert not RECIPES["laptop"][1].run.gpu
+        with pytest.raises(ValueError, match=r"--run\.workers 8"):  # what README printed before
+            check_fits(RECIPES["ijepa_vits16"][1])

@@ -101,6 +101,35 @@ def test_every_row_once_in_order_with_the_encoders_values(
         embed(dataclasses.replace(cfg, out=str(one), pooling="patches"))
 
 
+def test_a_run_on_s3_that_goes_on_finds_what_the_actors_wrote(
+    cifar_shards: Shards,
+    artifact: str,
+    s3: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The actors write from other processes, behind the back of any listing remembered here."""
+    import s3fs
+
+    for key, value in s3.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(job, "FILE_ROWS", (100, 8192))
+    monkeypatch.setattr(job, "_run", _run_here)
+    cfg = EmbedConfig(artifact=artifact, data=cifar_shards[0], out=str(tmp_path))
+    record = embed(cfg)
+
+    def upload(files: list[str]) -> None:
+        other = s3fs.S3FileSystem(skip_instance_cache=True)
+        other.mkdirs("embed", exist_ok=True)
+        for file in files:
+            other.pipe_file(f"embed/out/{file}", (tmp_path / file).read_bytes())
+
+    upload([record["files"][0]["file"]])
+    monkeypatch.setattr(job, "_run", lambda pieces, *_: upload([piece.file for piece in pieces]))
+    assert embed(dataclasses.replace(cfg, out="s3://embed/out")) == record
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
 def test_patches_keep_their_shape(
     cifar_shards: Shards,
     artifact: str,

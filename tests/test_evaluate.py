@@ -5,6 +5,7 @@ N images, D features.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
@@ -19,7 +20,15 @@ from models.preprocessing import Preprocessing, normalize
 from models.vit import VisionTransformer
 from models.weights import save_artifact
 from pipelines import evaluate as job
-from pipelines.config import EvaluateConfig
+from pipelines import reading, report
+from pipelines.config import (
+    DataConfig,
+    EvaluateConfig,
+    MaskConfig,
+    ModelConfig,
+    PretrainConfig,
+    RunConfig,
+)
 from pipelines.evaluate import evaluate, load_subject, random_init
 from pipelines.features import (
     PLACE,
@@ -35,7 +44,17 @@ from pipelines.features import (
     table_labels,
 )
 from pipelines.figures import line_chart, pca_pictures
+from pipelines.loading import make_reader
+from pipelines.online_probe import build_probe
 from pipelines.probes import knn_accuracy
+from pipelines.shards import (
+    open_shards,
+    read_manifest,
+    read_row_group,
+    read_rows,
+    write_manifest,
+    write_shard,
+)
 
 PREP = Preprocessing(image_size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 Shards = tuple[str, str]
@@ -56,6 +75,57 @@ def test_limited_rows_are_a_fixed_random_subset_in_order(cifar_shards: Shards) -
     assert positions == sorted(positions)
     assert max(positions) > everything.num_rows // 2  # not the first hundred
     assert len(set(table_labels(some))) == 10
+
+
+def _with_few_labels(uri: str, folder: Path) -> str:
+    """The data set with every tenth row labelled, in a single shard."""
+    fs, root = open_shards(folder)
+    rows = read_rows(uri)
+    labels = [v if i % 10 == 3 else None for i, v in enumerate(rows["label"].to_pylist())]
+    table = rows.set_column(4, "label", pa.array(labels, pa.int32()))
+    shard = write_shard(fs, root, table, 16)
+    write_manifest(folder, dataclasses.replace(read_manifest(uri), shards=(shard,)))
+    return str(folder)
+
+
+def test_limit_counts_labelled_rows_and_reads_few_row_groups(
+    cifar_shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = _with_few_labels(cifar_shards[0], tmp_path)  # 51 of 512 rows
+    everything, some = load_labelled(uri), load_labelled(uri, 20)
+    assert everything.num_rows == 51
+    assert some.num_rows == 20
+    assert min(table_labels(some)) >= 0
+    assert set(some["sample_id"].to_pylist()) < set(everything["sample_id"].to_pylist())
+    assert load_labelled(uri, 60).equals(everything)
+
+    whole = []
+
+    def counted(fs, root, file, group, columns):  # type: ignore[no-untyped-def]
+        whole.append(group) if "image" in columns else None
+        return read_row_group(fs, root, file, group, columns)
+
+    monkeypatch.setattr("pipelines.features.read_row_group", counted)
+    load_labelled(cifar_shards[0], 100)  # 32 row groups of 16
+    assert len(whole) == 7
+
+
+def test_classes_that_differ_leave_no_online_probe(cifar_shards: Shards, tmp_path: Path) -> None:
+    train, test = cifar_shards
+    for path in Path(test).glob("*.parquet"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    manifest = read_manifest(test)
+    said: list[str] = []
+    for classes in (manifest.classes, manifest.classes[::-1], manifest.classes[1:]):
+        write_manifest(tmp_path, dataclasses.replace(manifest, classes=classes))
+        cfg = PretrainConfig(
+            data=DataConfig(train=train, test=str(tmp_path)),
+            model=ModelConfig(image_size=32, patch_size=8),
+            run=RunConfig(probe_every=5),
+        )
+        assert bool(build_probe(cfg, said.append)) == (classes == manifest.classes)
+    shared = "no online kNN: --data.train and --data.test have different classes: "
+    assert said == [shared + "their order", shared + "airplane"]
 
 
 def test_rows_are_found_again_by_their_place(cifar_shards: Shards) -> None:
@@ -220,6 +290,33 @@ def test_the_report_is_self_contained_and_complete(evaluation: tuple[dict, Path]
     assert page.tags.count("svg") == 3  # loss, RankMe, kNN of metrics.jsonl
     assert f"{100 * results['rows']['raw_pixels']['knn']:.1f}" in html
     assert "vit_micro32" in html  # the training configuration
+
+
+def test_legacy_masks_shown_are_those_of_the_first_batch(
+    cifar_shards: Shards, small_checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = load_subject(small_checkpoint)
+    assert subject.config
+    config = dataclasses.replace(subject.config, mask=MaskConfig(truncate="legacy"))
+    subject = dataclasses.replace(subject, config=config)
+    rows = load_labelled(cifar_shards[1], 16)
+    drawn: list[tuple[int, np.ndarray]] = []
+    for name, seen in (("context_picture", 0), ("target_picture", 1)):
+
+        def picture(image: np.ndarray, ids: np.ndarray, grid: int, seen: int = seen) -> np.ndarray:
+            drawn.append((seen, ids))
+            return image
+
+        monkeypatch.setattr(report, name, picture)
+    assert len(report._masks(subject, rows, decode_all(rows, PREP))) == 8
+
+    data = dataclasses.replace(config.data, train=cifar_shards[0])
+    reader = make_reader(dataclasses.replace(config, data=data), 0, 1)
+    trained = reading._masks(reader, np.zeros(0, np.uint64), 0, range(1))
+    for seen in (0, 1):
+        shown = np.stack([ids for which, ids in drawn if which == seen])
+        np.testing.assert_array_equal(shown, trained[seen][0][:8])
+    assert "first" in report._mask_note(config)
 
 
 def test_class_names_cannot_inject_markup(

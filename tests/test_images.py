@@ -61,6 +61,36 @@ def test_greyscale_and_16_bit() -> None:
     assert (pixel(encode(deep, "TIFF"), (2, 2)) == 128).all()
 
 
+RAMP = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)
+
+
+def test_deep_grey_is_scaled_by_its_types_range() -> None:
+    expected = (RAMP * 255).round()
+    deep = Image.fromarray((RAMP * 65535).round().astype(np.uint16))
+    pgm = b"P5 16 16 65535 " + (RAMP * 65535).round().astype(">u2").tobytes()
+    for data in (encode(Image.fromarray(RAMP), "TIFF"), encode(deep, "TIFF"), pgm):
+        levels = np.asarray(decode_image(data))[..., 0]
+        assert np.abs(levels - expected).max() <= 1
+        assert len(np.unique(levels)) == 256
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        (RAMP.astype(np.float64) * (2**31 - 1)).astype(np.int32),
+        (RAMP * 255).astype(np.int32),  # what its range is meant to be cannot be seen
+        RAMP * 255,
+        RAMP - 0.5,
+        np.where(RAMP > 0.9, np.float32(np.nan), RAMP),
+    ],
+    ids=["int32", "small int32", "float to 255", "negative", "nan"],
+)
+def test_deep_grey_of_unknown_range_is_refused(values: np.ndarray) -> None:
+    with pytest.raises(ImageError) as caught:
+        decode_image(encode(Image.fromarray(values), "TIFF"))
+    assert caught.value.reason == "unknown_range"
+
+
 def test_transparency_is_laid_over_black() -> None:
     image = Image.new("RGBA", (8, 8), (255, 255, 255, 0))
     assert (pixel(encode(image, "PNG"), (2, 2)) == 0).all()

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import logging
+import re
 import tarfile
 import zlib
 from pathlib import Path
@@ -396,7 +397,9 @@ def test_crash_anywhere_then_again_gives_the_same_bytes(
     expected = run_quietly(settings(source, tmp_path / "whole"))
     cfg = settings(source, tmp_path / "out")
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / ".part-0.parquet.1.tmp").write_bytes(b"what a kill leaves in mid-write")
+    (tmp_path / "out" / f".part-{16 * 'a'}.parquet.1.tmp").write_bytes(
+        b"what a kill leaves in mid-write"
+    )
     name = CRASHES[where]
     with monkeypatch.context() as patch:
         third = crash_at_third(getattr(ingest_module, name))
@@ -446,6 +449,43 @@ def test_changed_source_is_ingested_again(
     assert manifest.quarantined == {"not_an_image": 1}
     parts = {path.name for path in Path(cfg.out).glob("part-*")}
     assert parts == {shard.file for shard in manifest.shards}, "old shards must not pile up"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "part-00000-6f1c-c000.snappy.parquet",  # Spark
+        "part-3f2a9c01b7de-00000.parquet",  # pipelines.embed
+        "thesis.tex",
+        "manifest.json",  # somebody else's
+    ],
+)
+def test_a_folder_that_holds_something_else_is_refused_untouched(
+    name: str, in_process: None, cifar_sample: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("{}")
+    with pytest.raises(ValueError, match=rf"--out: .*{re.escape(name)}"):
+        ingest(settings(cifar_sample / "test" / "cat", out))
+    assert [path.name for path in out.iterdir()] == [name]
+
+
+def test_files_that_others_put_beside_our_shards_stay(
+    in_process: None, cifar_sample: Path, tmp_path: Path
+) -> None:
+    cfg = settings(cifar_sample / "test" / "cat", tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".DS_Store").touch()  # hidden: nobody's work
+    ingest(cfg)
+    names = ("part-00000-6f1c-c000.snappy.parquet", "part-3f2a9c01b7de-00000.parquet")
+    orphan = tmp_path / "out" / f"part-{16 * 'b'}.parquet"
+    for path in [orphan, *(tmp_path / "out" / name for name in names)]:
+        path.touch()
+    ingest(dataclasses.replace(cfg, row_group_rows=16))
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert left >= {".DS_Store", *names}
+    assert orphan.name not in left
 
 
 def test_settings_that_only_pack_reuse_staged_chunks(

@@ -58,9 +58,10 @@ def alone(prompt: bytes | list[int], count: int, sinks: int = 4) -> list[int]:
     return out[len(prompt) :]
 
 
-def test_sessions_together_say_what_each_says_alone() -> None:
+@pytest.mark.parametrize("by_bucket", [False, True])
+def test_sessions_together_say_what_each_says_alone(by_bucket: bool) -> None:
     """Prompts shorter and longer than the cache, in chunks, joined at different times."""
-    engine = make()
+    engine = make(by_bucket=by_bucket)
     prompts = [b"a", b"hello there", b"x" * 23 + b"yz", bytes(range(100))]
     generations = []
     for number, prompt in enumerate(prompts):

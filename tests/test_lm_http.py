@@ -15,62 +15,12 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import tokenizers
-import torch
-import transformers
-from tokenizers import decoders, pre_tokenizers, trainers
-from tokenizers.models import BPE
+from lm_serving import MODEL, events, replica_pids, wait_until
 
 pytestmark = pytest.mark.ray
 
 APP = f"lm{os.getpid()}"
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-TEMPLATE = (
-    "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}"
-    "{% endif %}{% for m in messages %}"
-    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-MODEL = "tiny"
 EMOJI = "🎉"
-# Some ids of the tokenizer below, found by name in `save_tiny_lm`.
-BYTES = pre_tokenizers.ByteLevel.alphabet()
-
-
-def save_tiny_lm(folder: Path) -> None:
-    """A random Llama of bytes, whose greedy text wanders."""
-    bpe = tokenizers.Tokenizer(BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=256 + len(SPECIAL),
-        special_tokens=SPECIAL,
-        initial_alphabet=sorted(BYTES),
-        show_progress=False,
-    )
-    bpe.train_from_iterator([""], trainer)
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        bos_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        additional_special_tokens=["<|im_start|>"],
-    )
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(3)
-    config = transformers.LlamaConfig(
-        vocab_size=256 + len(SPECIAL),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=0,
-        eos_token_id=2,
-        initializer_range=0.4,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
 
 
 @dataclass(frozen=True)
@@ -80,20 +30,20 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(
+    ray_local: None, tiny_lm: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
     from ray import serve as ray_serve
 
     from serve.lm_app import build_app
     from serve.lm_settings import LMSettings
 
-    folder, store = tmp_path_factory.mktemp("lm") / MODEL, tmp_path_factory.mktemp("sessions")
-    folder.mkdir()
-    save_tiny_lm(folder)
+    store = tmp_path_factory.mktemp("sessions")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     settings = LMSettings(
-        model=str(folder),
+        model=str(tiny_lm),
         store=str(store),
         sessions=3,
         cache=32,
@@ -136,32 +86,6 @@ def complete(http: httpx.Client, **body: Any) -> Any:
 
 def text_of(reply: Any) -> str:
     return str(reply["choices"][0]["text"])
-
-
-def events(lines: Iterator[str]) -> Iterator[tuple[int | None, Any]]:
-    """(id, data) of each event; "[DONE]" as it is."""
-    position = None
-    for line in lines:
-        if line.startswith("id: "):
-            position = int(line[4:])
-        elif line.startswith("data: "):
-            data = line[6:]
-            yield position, data if data == "[DONE]" else json.loads(data)
-            position = None
-
-
-def replica_pids(name: str) -> list[int]:
-    """Processes of a deployment's replicas, by the name Ray gives them."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                command = (entry / "cmdline").read_bytes().decode(errors="replace")
-            except OSError:
-                continue
-            if command.startswith(f"ray::ServeReplica:{APP}:{name}"):
-                found.append(int(entry.name))
-    return found
 
 
 def test_openai_client_completes_and_streams_the_same(client: openai.OpenAI) -> None:
@@ -515,13 +439,6 @@ def test_busy_cancel_and_no_free_slab(http: httpx.Client, client: openai.OpenAI)
             stream.__exit__(None, None, None)
 
 
-def wait_until(condition: Any, seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.05)
-
-
 def test_kill_9_mid_stream_loses_and_repeats_nothing(served: Served, http: httpx.Client) -> None:
     """The replica dies twice: once under a reader who stays, once under one who comes back."""
     expected = text_of(complete(http, prompt="and then", max_tokens=400, ignore_eos=True))
@@ -535,7 +452,7 @@ def test_kill_9_mid_stream_loses_and_repeats_nothing(served: Served, http: httpx
             got += data["choices"][0]["text"]
             if len(got) > 60 and not killed:
                 killed = True
-                for pid in replica_pids("LanguageModel"):
+                for pid in replica_pids(APP, "LanguageModel"):
                     os.kill(pid, signal.SIGKILL)
     assert killed
     assert got == expected
@@ -548,7 +465,7 @@ def test_kill_9_mid_stream_loses_and_repeats_nothing(served: Served, http: httpx
             got, position = got + data["choices"][0]["text"], seen or position
             if len(got) > 60:
                 break
-        for pid in replica_pids("LanguageModel"):
+        for pid in replica_pids(APP, "LanguageModel"):
             os.kill(pid, signal.SIGKILL)
     rest = complete_retrying(http, session_id="resumer", resume_at=position, max_tokens=300)
     assert (got + text_of(rest))[: len(expected)] == expected[: len(got + text_of(rest))]

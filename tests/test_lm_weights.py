@@ -11,11 +11,12 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
-from lm_models import LINEAR, LLAMA3, MODELS, YARN, difference, make_hf, tokens
+from lm_models import LINEAR, LLAMA3, MODELS, YARN, difference, make_hf, our_logits, tokens
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.sink_lm.config import UnsupportedModel
+from models.sink_lm.int8 import Int8Linear
 from models.sink_lm.weights import load_model
 
 
@@ -68,6 +69,35 @@ def test_dtype_and_end_tokens(tmp_path: Path) -> None:
     assert {(w.dtype, w.requires_grad) for w in model.parameters()} == {(torch.bfloat16, False)}
     assert not model.training
     assert (model.cfg.bos_id, model.cfg.eos_ids) == (1, (2, 7))
+
+
+@pytest.mark.parametrize("rows", [1, 100])
+@pytest.mark.parametrize("name", ["llama_tied", "qwen2", "qwen3"])
+def test_int8_is_the_rounded_model(name: str, rows: int, tmp_path: Path) -> None:
+    """Both ways through `Int8Linear` against float32 layers with the same rounded weights."""
+    family, changes = MODELS[name]
+    make_hf(family, **changes).save_pretrained(tmp_path)
+    int8, plain = load_model(str(tmp_path), dtype=torch.int8), load_model(str(tmp_path))
+    exact = our_logits(plain, tokens(rows))
+    linears = {name: m for name, m in int8.named_modules() if isinstance(m, Int8Linear)}
+    assert len(linears) == 4 * plain.cfg.num_layers + 1
+    for path, linear in linears.items():
+        rounded = linear.weight.float() * linear.scale.float()[:, None]
+        own = plain.embed if path == "head" and plain.head is None else plain.get_submodule(path)
+        step = linear.scale.float()[:, None]
+        assert ((rounded - own.weight).abs() <= 0.51 * step + 1e-7).all()
+        if path == "head":
+            plain.head = torch.nn.Linear(*rounded.shape[::-1], bias=False)
+            own = plain.head
+        own.weight = torch.nn.Parameter(rounded, requires_grad=False)
+    expected, found = our_logits(plain, tokens(rows)), our_logits(int8, tokens(rows))
+    assert found.dtype == torch.float32
+    assert error(found, expected) < 0.03  # bfloat16
+    assert 1e-3 < error(exact, expected) < 0.1  # the rounding itself
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
 
 
 def edit_config(folder: Path, **changes: Any) -> None:

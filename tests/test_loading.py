@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 
 from models.images import decode_image
-from pipelines import loading
+from pipelines import loading, reading
 from pipelines.config import DataConfig, MaskConfig, ModelConfig, PretrainConfig
 from pipelines.crops import DecodeError, decode_rows
-from pipelines.loading import StarvedError, ahead, cluster_share, train_batches
+from pipelines.loading import StarvedError, ahead, cluster_share, make_reader, train_batches
 from pipelines.masking import multiblock_masks, sample_keys
 from pipelines.reading import random_crops
 from pipelines.shards import (
@@ -28,6 +28,7 @@ from pipelines.shards import (
     hash_bytes,
     open_shards,
     read_manifest,
+    read_row_group,
     write_manifest,
     write_shard,
 )
@@ -250,6 +251,52 @@ def test_threads_prefetch_and_segments_change_nothing(
     monkeypatch.setattr(loading, "SEGMENT_PIECES", 2)
     cfg = config(data, decode_threads=4, prefetch_batches=1)
     assert_equal(global_batches(cfg, 1, 0, 10), alone)
+
+
+@pytest.mark.ray
+def test_bytes_of_a_piece_bound_it_and_change_nothing(
+    alone: list[dict], data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config(data)
+    whole = make_reader(cfg, 0, 1)
+    assert whole.plan.window_batches == 2
+    assert whole.most_batches > 2
+    # The mean is of stored images: a batch of 32 and half of one.
+    monkeypatch.setattr(reading, "PIECE_BYTES", int(50 * whole.row_bytes))
+    assert make_reader(cfg, 0, 1).most_batches == 1
+    assert make_reader(cfg, 0, 2).most_batches == 3
+    assert_equal(global_batches(cfg, 1, 0, 10), alone)
+
+
+def test_row_groups_of_more_than_2_gib_together_are_read(
+    data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arrow's offsets in `binary` columns end at 2 GiB; these zeros are never touched, so are free."""
+    row_bytes = 64 * 2**20
+    held = []
+
+    def read(fs: object, root: str, file: str, group: int, columns: tuple[str, ...]) -> pa.Table:
+        table = read_row_group(fs, root, file, group, columns)
+        rows = table.num_rows
+        ends = pa.py_buffer(np.arange(0, (rows + 1) * row_bytes, row_bytes, dtype=np.int32))
+        zeros = pa.py_buffer(np.zeros(rows * row_bytes, np.uint8))
+        images = pa.Array.from_buffers(pa.binary(), rows, [None, ends, zeros])
+        held.append(images.nbytes)
+        return table.set_column(1, "image", images)
+
+    monkeypatch.setattr(reading, "read_row_group", read)
+    reader = make_reader(config(data), 0, 1)
+    rows_N3 = np.array([[0, 3, 5], [1, 0, 2], [0, 0, 1], [0, 3, 4], [0, 1, 0]])
+    table, index_N = reading._read_rows(reader, rows_N3)
+    assert sum(held) > 2**31
+    assert table.column("image").nbytes < 6 * row_bytes
+    assert table.column("image").num_chunks == 1
+    assert table.schema.field("image").type == pa.large_binary()  # or a batch would end at 2 GiB
+    expected = [
+        read_row_group(*open_shards(data), reader.files[s], g)["sample_id"][r].as_py()
+        for s, g, r in rows_N3.tolist()
+    ]
+    assert table["sample_id"].take(pa.array(index_N)).to_pylist() == expected
 
 
 @pytest.mark.ray

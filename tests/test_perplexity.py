@@ -75,7 +75,9 @@ def test_flags_at_fault_are_named(changes: dict, flag: str) -> None:
 
 
 def test_the_tool_writes_rows_and_a_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("models.sink_lm.weights.load_model", lambda path: tiny_llama())
+    monkeypatch.setattr(
+        "models.sink_lm.weights.load_model", lambda path, *, dtype, device: tiny_llama()
+    )
     monkeypatch.setattr("models.sink_lm.tokenizer.load_tokenizer", lambda path: ByteTokenizer())
     text = tmp_path / "text.txt"
     text.write_text("it was the best of times, it was the worst of times; " * 4)

@@ -70,6 +70,22 @@ def test_resume_equals_the_tail() -> None:
     assert pieces(plan, 60, 60) == []
 
 
+@pytest.mark.parametrize("most", [1, 2, 3, 4, 100])
+def test_smaller_pieces_are_the_same_batches(most: int) -> None:
+    plan = plan_of(data=DataConfig(batch_size=40, lanes=8, shuffle_window=35))
+    assert plan.window_batches == 7
+    lanes = rank_lanes(plan, 0, 1)
+    for start, end in ((0, 60), (5, 33)):
+        cut = pieces(plan, start, end, most)
+        assert max(piece.stop - piece.start for piece in cut) <= most
+        assert [piece.step for piece in cut] == np.cumsum(
+            [start, *(piece.stop - piece.start for piece in cut[:-1])]
+        ).tolist()
+        found = np.concatenate([lane_windows(plan, piece, lanes) for piece in cut])
+        assert (found.reshape(-1, 40, 3) == steps(plan, start, end)).all()
+    assert len(pieces(plan, 0, 7, most)) == -(-7 // most)
+
+
 def test_order_depends_on_epoch_and_seed_only() -> None:
     plan = plan_of()
     first, second = steps(plan, 0, 25), steps(plan, 25, 50)

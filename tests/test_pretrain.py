@@ -24,12 +24,12 @@ from pipelines.checkpoints import CheckpointError, load_encoder, load_tensors, r
 from pipelines.config import PretrainConfig
 from pipelines.loading import train_batches
 from pipelines.plan import make_plan
-from pipelines.pretrain import LinePrinter, check_fits, pretrain
+from pipelines.pretrain import LinePrinter, _progress, check_fits, pretrain
 from pipelines.recipes import RECIPES, debug
 from pipelines.recorder import DataSource, Worker
 from pipelines.shards import read_manifest
 from pipelines.tracking import read_metrics
-from pipelines.trainer import train
+from pipelines.trainer import _say_into, train
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 48  # three epochs of 512 images
@@ -75,18 +75,6 @@ def _cli(arguments: list[str], cwd: Path, env: dict[str, str]) -> subprocess.Com
     return subprocess.run(
         command, cwd=cwd, env=clean | env, text=True, capture_output=True, timeout=300, check=False
     )
-
-
-@pytest.fixture(scope="module")
-def s3():
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
-    yield keys | {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_DEFAULT_REGION": "us-east-1"}
-    server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -355,6 +343,34 @@ def test_recipes_are_complete_and_headed_by_their_command():
 class _Terminal(io.StringIO):
     def isatty(self):
         return True
+
+
+def test_a_lost_progress_queue_does_not_end_a_run(ray_local, capsys, monkeypatch):
+    import ray
+    from ray.util import queue as queues
+
+    options = []
+
+    class Watched(queues.Queue):
+        def __init__(self, *, actor_options):
+            options.append(actor_options)
+            super().__init__(actor_options=actor_options)
+
+    monkeypatch.setattr(queues, "Queue", Watched)
+    shown = io.StringIO()
+    with _progress(shown) as queue:
+        say = _say_into(queue)
+        say("step 1/3")
+        deadline = time.monotonic() + 20
+        while "step 1/3" not in shown.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        ray.kill(queue.actor)
+        say("step 2/3")
+        say("step 3/3")
+    assert shown.getvalue().startswith("step 1/3\nno more progress lines, the run goes on: ")
+    assert capsys.readouterr().out == "step 2/3\nstep 3/3\n"
+    place = options[0]["scheduling_strategy"]  # where the driver is: lost only with the run
+    assert (place.node_id, place.soft) == (ray.get_runtime_context().get_node_id(), False)
 
 
 def test_progress_is_one_rewritten_line_on_a_terminal_and_plain_lines_elsewhere():

@@ -63,11 +63,14 @@ def make_parts(
     )
 
 
-def call(parts: Parts, *requests: tuple[str, str, dict[str, Any]]) -> list[httpx.Response]:
+def call(
+    parts: Parts, *requests: tuple[str, str, dict[str, Any]], root_path: str = ""
+) -> list[httpx.Response]:
     """Sends requests (method, path, httpx arguments), all at once."""
 
     async def run() -> list[httpx.Response]:
-        transport = httpx.ASGITransport(create_http_app(parts), raise_app_exceptions=False)
+        app = create_http_app(parts)
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False, root_path=root_path)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             calls = [client.request(method, path, **kw) for method, path, kw in requests]
             return await asyncio.gather(*calls)
@@ -97,7 +100,9 @@ def test_usage_counts_patches() -> None:
     assert [entry["index"] for entry in reply["data"]] == [0, 1, 2]
 
 
-def test_api_key_guards_v1_and_nothing_else() -> None:
+@pytest.mark.parametrize("prefix", ["", "/embed", "/v1"])
+def test_api_key_guards_all_but_the_open_paths_under_any_route_prefix(prefix: str) -> None:
+    # As Serve passes it on: the prefix is `root_path` and still stands in the path.
     parts = make_parts(api_key="s3cret")
     good = {"headers": {"Authorization": "Bearer s3cret"}}
     bad = [
@@ -107,14 +112,18 @@ def test_api_key_guards_v1_and_nothing_else() -> None:
         {"headers": {"Authorization": "s3cret"}},
         {"headers": {"Authorization": "Basic s3cret"}},
     ]
-    requests = [("GET", "/v1/models", good), ("GET", "/healthz", {}), ("GET", "/metrics", {})]
-    replies = call(parts, *requests, *(("GET", "/v1/models", kw) for kw in bad))
-    assert [reply.status_code for reply in replies[:3]] == [200, 200, 200]
-    for reply in replies[3:]:
+    models = f"{prefix}/v1/models"
+    requests = [("GET", models, good)]
+    requests += [("GET", prefix + path, {}) for path in ("/healthz", "/metrics", "/openapi.json")]
+    closed = [("GET", models, kw) for kw in bad] + [("POST", f"{prefix}/v1/embeddings", {})]
+    closed += [("GET", f"{prefix}/healthz/", {}), ("GET", f"{prefix}{prefix}/v1/models", {})]
+    replies = call(parts, *requests, *closed, root_path=prefix)
+    assert [reply.status_code for reply in replies[:4]] == [200] * 4
+    for reply in replies[4:]:
         assert reply.status_code == 401
         assert reply.json()["error"]["code"] == "invalid_api_key"
         assert reply.headers["www-authenticate"] == "Bearer"
-    assert "s3cret" not in replies[3].text
+    assert "s3cret" not in replies[4].text
 
 
 def test_a_key_that_is_asked_for_but_missing_stops_the_server(

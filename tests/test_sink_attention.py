@@ -197,10 +197,10 @@ def test_sinks_at_their_true_distance_are_another_function() -> None:
     model.prefill(stream[:-1], slabs, slot, logits="none")
     from models.sink_lm.attention import DecodeAttention
 
-    attend = DecodeAttention([slot], slabs, model._frequencies(slabs), 1.0)
+    attend = DecodeAttention([slot], slabs, *model.rotary(stream.device))
     attend.rotate_for_sinks = None
     with torch.inference_mode():
-        wrong = model._logits(model._run(stream[-1:], attend))[0]
+        wrong = model.logits(model.run(stream[-1:], attend))[0]
     assert (wrong - reference_logits(model, stream)[-1]).abs().max() > 1e-2
 
 
@@ -218,23 +218,57 @@ def test_a_billion_tokens_down_the_stream_nothing_has_drifted() -> None:
     near = logits_from(2 * CAPACITY)
     assert (logits_from(10**9) - near).abs().max() < 1e-5
     single = rotation_in_float32(10**9)
-    assert (
-        single - rotation(torch.tensor([10**9]), PHASES, 1.0, torch.float64).cos_B1F
-    ).max() > 0.1
+    exact_B1D = rotation(torch.tensor([10**9]), PHASES, 1.0, torch.float64).cos_B1D
+    assert (single - exact_B1D[..., : len(PHASES)]).max() > 0.1
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.3)])
-def test_other_types_follow(dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float32, 1e-3), (torch.float16, 0.05), (torch.bfloat16, 0.3)],
+)
+@pytest.mark.parametrize("chunk", [1, 7, 5 * CACHE])
+def test_other_types_follow(dtype: torch.dtype, tolerance: float, chunk: int) -> None:
     model = build(small())
     stream = tokens(5 * CACHE)
     expected = reference_logits(model, stream)
     model = model.to(dtype)
     slabs = model.slabs(sessions=1, capacity=CAPACITY)
     slot = slabs.allocate(SINKS)
-    found = torch.cat([model.decode(token[None], slabs, [slot]) for token in stream])
+    assert slabs.keys_LNHCD.dtype == slabs.values_LNHCD.dtype == dtype
+    if chunk == 1:
+        found = torch.cat([model.decode(token[None], slabs, [slot]) for token in stream])
+    else:
+        parts = [model.prefill(part, slabs, slot, logits="all") for part in stream.split(chunk)]
+        found = torch.cat(parts)
     assert found.dtype == torch.float32
     error = (found.double() - expected).abs().mean() / expected.abs().mean()
     assert error < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_what_an_overflow_left_in_a_slab_does_not_reach_its_next_session(
+    dtype: torch.dtype,
+) -> None:
+    """A chunk shorter than the sinks, and a young session that decodes beside an old one."""
+    model = build(small()).to(dtype)
+    stream = tokens(4 * CACHE)
+
+    def run(*, poisoned: bool) -> Tensor:
+        slabs = model.slabs(sessions=2, capacity=CAPACITY)
+        old, young = slabs.allocate(SINKS), slabs.allocate(SINKS)
+        model.prefill(stream, slabs, old, logits="none")
+        if poisoned:
+            slabs.keys_LNHCD[:, young] = torch.nan
+            slabs.values_LNHCD[:, young] = torch.inf
+        slabs.release(young)
+        young = slabs.allocate(SINKS)
+        chunk = model.prefill(stream[: SINKS - 1], slabs, young, logits="all")
+        batch = model.decode(stream[:2], slabs, [old, young])
+        return torch.cat((chunk, batch))
+
+    found = run(poisoned=True)
+    assert found.isfinite().all()
+    assert torch.equal(found, run(poisoned=False))
 
 
 def test_export_restore_and_copy_go_on_bitwise() -> None:

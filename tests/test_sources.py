@@ -57,6 +57,26 @@ def test_folder_passes_over_hidden_and_other_files(tmp_path: Path) -> None:
     assert (listing.num_items, listing.ignored) == (1, 2)
 
 
+@pytest.mark.parametrize(
+    ("names", "kind"),
+    [
+        (["part-0.snappy.parquet", "_SUCCESS"], "parquet"),
+        (["a.tar", "LICENSE"], "webdataset"),
+        (["a.tar", "b.parquet", "LICENSE"], "webdataset"),
+        (["d41d8cd9", "README.md"], "folder"),
+        (["a.jpg", "b.parquet", "_SUCCESS"], "folder"),
+    ],
+)
+def test_auto_takes_names_without_a_suffix_last(
+    names: list[str], kind: str, tmp_path: Path
+) -> None:
+    for name in names:
+        write(tmp_path / name)
+    assert list_source(config(tmp_path)).kind == kind
+    if "_SUCCESS" in names or "LICENSE" in names:  # asked for, they are images
+        assert list_source(config(tmp_path, format="folder")).kind == "folder"
+
+
 def test_names_with_glob_characters_and_spaces_are_read(tmp_path: Path) -> None:
     names = ["a[1].jpg", "b*.jpg", "c d.jpg", "e?.jpg", "f#1.jpg", "\u00fc.jpg", "g::h.jpg"]
     for name in names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -10,11 +11,12 @@ import pytest
 import torch
 from fake_training import MEMORY, FolderStore, change, memory_batches, tiny_config
 
+from pipelines import recorder
 from pipelines.checkpoints import load_tensors
 from pipelines.recorder import DataSource, Worker
 from pipelines.tracking import StepTimer, progress_line, read_metrics
 from pipelines.train_state import new_state
-from pipelines.trainer import train
+from pipelines.trainer import _wrap, train
 
 CPU = torch.device("cpu")
 TIMED = {"samples_per_s", "data_wait_share", "forward_share", "backward_share"}
@@ -103,6 +105,39 @@ def test_a_crash_after_the_checkpoint_redoes_the_lost_steps_and_their_metrics(
     _run(cfg, tmp_path / "ck")  # from step 8
     _assert_bitwise(_end(tmp_path / "ck"), end)
     assert _lines(cfg) == lines
+
+
+def test_a_crash_before_the_first_checkpoint_leaves_one_reading_of_step_0(tmp_path, monkeypatch):
+    monkeypatch.setattr(recorder, "build_probe", lambda cfg, say: lambda objective: 0.25)
+    cfg = tiny_config(tmp_path, probe_every=12)
+
+    def crashing(cfg, **where):
+        yield from itertools.islice(memory_batches(cfg, **where), 2)
+        raise OSError("host lost")
+
+    with pytest.raises(OSError, match="host lost"):
+        _run(cfg, tmp_path / "ck", DataSource(crashing, 5, "memory-hash"))
+    assert [row["step"] for row in _lines(cfg)] == [0]
+    _run(cfg, tmp_path / "ck")
+    assert [row["step"] for row in _lines(cfg) if "knn" in row] == [0, 12]
+    _run(change(cfg, run={"stop_after": 12}), tmp_path / "ck")  # a resume keeps it
+    assert [row["step"] for row in _lines(cfg) if "knn" in row] == [0, 12]
+
+
+def test_no_buffer_travels_between_processes_at_a_step(tmp_path):
+    """In a group of one; the objective has buffers, so DDP would broadcast them by default."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        cfg = tiny_config(tmp_path)
+        state = new_state(cfg, CPU)
+        assert list(state.objective.buffers())
+        model = _wrap(cfg, Worker(world_size=2), state)
+        assert not model.will_sync_module_buffers()
+        plain = torch.nn.parallel.DistributedDataParallel(state.objective)
+        assert plain.will_sync_module_buffers()  # what the assertion above would miss
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_resuming_without_the_position_would_be_noticed(uninterrupted, tmp_path):

@@ -27,19 +27,20 @@ class SinkAttention:
     Args:
         slabs: the memory.
         positions_B: int64 stream indices of the queries.
+        last: the largest of them.
         frequencies_F: float64 [D / 2].
         scale: factor on rotated heads.
     """
 
     def __init__(
-        self, slabs: Slabs, positions_B: Tensor, frequencies_F: Tensor, scale: float
+        self, slabs: Slabs, positions_B: Tensor, last: int, frequencies_F: Tensor, scale: float
     ) -> None:
         self.slabs = slabs
         self.dtype = slabs.keys_LNHCD.dtype
         self.rotate = rotation(positions_B, frequencies_F, scale, self.dtype)
         # Only once tokens were evicted do sinks stand elsewhere than where they were read.
         self.rotate_for_sinks: Rotation | None = None
-        if int(positions_B.max()) >= slabs.capacity:
+        if last >= slabs.capacity:
             inside_B = positions_B.clamp(max=slabs.capacity - 1)
             self.rotate_for_sinks = rotation(inside_B, frequencies_F, scale, self.dtype)
 
@@ -62,9 +63,10 @@ class DecodeAttention(SinkAttention):
     def __init__(
         self, slots: Sequence[int], slabs: Slabs, frequencies_F: Tensor, scale: float
     ) -> None:
-        device = slabs.keys_LNHCD.device
+        device = slabs.device
         lengths = [slabs.length(slot) for slot in slots]
-        super().__init__(slabs, torch.tensor(lengths, device=device), frequencies_F, scale)
+        positions_B = torch.tensor(lengths, device=device)
+        super().__init__(slabs, positions_B, max(lengths), frequencies_F, scale)
         self._slots_B = torch.tensor(slots, device=device)
         writes = [slabs.slot_of(slot, length) for slot, length in zip(slots, lengths, strict=True)]
         self._writes_B = torch.tensor(writes, device=device)
@@ -124,7 +126,7 @@ class _Run:
         valid = [min(slabs.length(slot) + 1, slabs.capacity) for slot in slots]
         self.sinks, self._used = min(max(sinks), max(valid)), max(valid)
         heads = self._heads = slabs.keys_LNHCD.shape[2]
-        device = slabs.keys_LNHCD.device
+        device = slabs.device
 
         def below(limits: list[int], size: int) -> Tensor:
             limits_b = torch.tensor(limits, device=device).repeat_interleave(heads)
@@ -167,10 +169,10 @@ class ChunkAttention(SinkAttention):
     def __init__(
         self, slot: int, tokens: int, slabs: Slabs, frequencies_F: Tensor, scale: float
     ) -> None:
-        device = slabs.keys_LNHCD.device
+        device = slabs.device
         start, self._sinks = slabs.length(slot), slabs.sinks(slot)
         positions_T = torch.arange(start, start + tokens, device=device)
-        super().__init__(slabs, positions_T, frequencies_F, scale)
+        super().__init__(slabs, positions_T, start + tokens - 1, frequencies_F, scale)
         self._slot = slot
         ring = slabs.capacity - self._sinks
         # Rows of the chunk that are sinks, and rows still in the ring when the chunk has passed.

@@ -60,6 +60,16 @@ class Slabs:
         self._free = list(reversed(range(sessions)))
 
     @property
+    def count(self) -> int:
+        """Slabs in all."""
+        return len(self._lengths)
+
+    @property
+    def device(self) -> torch.device:
+        """Where keys and values lie."""
+        return self.keys_LNHCD.device
+
+    @property
     def free(self) -> int:
         """Slabs without a session."""
         return len(self._free)
@@ -70,7 +80,7 @@ class Slabs:
         return (self.keys_LNHCD.nbytes + self.values_LNHCD.nbytes) // len(self._lengths)
 
     def allocate(self, sinks: int) -> int:
-        """Takes the lowest free slab for an empty stream and returns its number.
+        """Takes the lowest free slab, clears it for an empty stream and returns its number.
 
         Raises:
             NoFreeSlab: all are taken.
@@ -83,6 +93,9 @@ class Slabs:
         # The lowest: neighbouring slabs are read without a copy (attention.py).
         slot = min(self._free)
         self._free.remove(slot)
+        # Attention gives empty rows the weight 0, and 0 times a NaN of the last tenant is NaN.
+        self.keys_LNHCD[:, slot] = 0
+        self.values_LNHCD[:, slot] = 0
         self._lengths[slot], self._sinks[slot] = 0, sinks
         return slot
 
@@ -90,6 +103,7 @@ class Slabs:
         """Gives a slab back."""
         if slot in self._free:
             raise ValueError(f"slab {slot} is free already")
+        self._lengths[slot], self._sinks[slot] = 0, 0
         self._free.append(slot)
 
     def length(self, slot: int) -> int:

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from models.sink_lm.buckets import BucketDecoder
 from models.sink_lm.cache import NoFreeSlab
 from models.sink_lm.generation import EndEvent, Generation, GenerationRequest, TokenEvent
 from models.sink_lm.llama import Llama
@@ -47,6 +48,7 @@ class Engine:
         capacity: tokens a session sees at most, see `Slabs`.
         prefill_chunk: prompt tokens read between two decode steps.
         max_buffered: unread events of an answer at which its session pauses.
+        by_bucket: decode with static shapes, on CUDA as graphs (models/sink_lm/buckets.py).
         journal: called with a session's name and new tokens before anyone sees them. If it raises,
             they are not in the stream: `submit` and `extend` raise too, an answer ends as `error`.
             Like an answer's `notify` it may be called within a tick and must not call the engine.
@@ -64,6 +66,7 @@ class Engine:
         capacity: int,
         prefill_chunk: int = 128,
         max_buffered: int = 256,
+        by_bucket: bool = False,
         journal: Journal | None = None,
     ) -> None:
         for name, size in (("prefill_chunk", prefill_chunk), ("max_buffered", max_buffered)):
@@ -71,6 +74,7 @@ class Engine:
                 raise ValueError(f"{name} must be at least 1, got {size}")
         self.model, self.tokenizer = model, tokenizer
         self.slabs = model.slabs(sessions=sessions, capacity=capacity)
+        self._bucket_decoder = BucketDecoder(model, self.slabs) if by_bucket else None
         self._prefill_chunk, self._max_buffered = prefill_chunk, max_buffered
         self._journal = journal
         self._sessions: dict[str, Session] = {}
@@ -302,7 +306,7 @@ class Engine:
         ready.sort(key=lambda item: item[1].slot)
         tokens_B = torch.tensor([session.pending[0] for _, session in ready])
         slots = [session.slot for _, session in ready]
-        logits_BV = self.model.decode(self._put(tokens_B), self.slabs, slots)
+        logits_BV = self._logits(self._put(tokens_B), slots)
         generations = [s.generation for _, s in ready if s.generation is not None]
         choices = choose(logits_BV, [generation.sampler for generation in generations])
         for _, session in ready:
@@ -310,6 +314,11 @@ class Engine:
         for (name, session), generation, choice in zip(ready, generations, choices, strict=True):
             self._deliver(name, session, generation, choice)
         return True
+
+    def _logits(self, tokens_B: Tensor, slots: list[int]) -> Tensor:
+        if self._bucket_decoder is not None:
+            return self._bucket_decoder(tokens_B, slots)
+        return self.model.decode(tokens_B, self.slabs, slots)
 
     def _deliver(self, name: str, session: Session, generation: Generation, choice: Choice) -> None:
         """Hands an answer its token; what fails here ends this answer and no other."""
@@ -345,7 +354,7 @@ class Engine:
         return self.slabs.length(session.slot) + len(session.pending)
 
     def _put(self, tokens: Tensor) -> Tensor:
-        return tokens.to(self.slabs.keys_LNHCD.device)
+        return tokens.to(self.slabs.device)
 
     def _get(self, session_id: str) -> Session:
         if session_id not in self._sessions:

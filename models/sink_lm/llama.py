@@ -7,7 +7,7 @@ D head width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,12 @@ from models.sink_lm.cache import Slabs
 from models.sink_lm.config import LMConfig
 from models.sink_lm.rope import attention_scale, frequencies
 
-Attend = DecodeAttention | ChunkAttention
+
+class Attend(Protocol):
+    """Attention of some rows in one layer: queries, keys and values in, [B, H * D] out."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, /) -> Tensor:
+        """Writes the keys and values, then attends."""
 
 
 class Layer(nn.Module):
@@ -68,6 +73,7 @@ class Llama(nn.Module):
         self.embed = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
         self.layers = nn.ModuleList(Layer(cfg, index) for index in range(cfg.num_layers))
         self.norm = nn.RMSNorm(cfg.hidden_size, cfg.norm_eps)
+        self.head: nn.Module | None = None  # then it is the embedding
         if not cfg.tie_embeddings:
             self.head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
         self._scale = attention_scale(cfg.rope)
@@ -104,9 +110,9 @@ class Llama(nn.Module):
             raise ValueError(f"slots {list(slots)} name a session twice")
         order = sorted(range(len(slots)), key=slots.__getitem__)
         ascending = [slots[row] for row in order]
-        attend = DecodeAttention(ascending, slabs, self._frequencies(slabs), self._scale)
+        attend = DecodeAttention(ascending, slabs, *self.rotary(tokens_B.device))
         order_B = torch.tensor(order, device=tokens_B.device)
-        logits_BV = self._logits(self._run(tokens_B[order_B], attend))
+        logits_BV = self.logits(self.run(tokens_B[order_B], attend))
         for slot in slots:
             slabs.advance(slot, 1)
         return logits_BV[order_B.argsort()] if ascending != list(slots) else logits_BV
@@ -138,28 +144,31 @@ class Llama(nn.Module):
         """
         if not len(tokens_T):
             raise ValueError("a chunk needs at least one token")
-        frequencies_F = self._frequencies(slabs)
-        attend = ChunkAttention(slot, len(tokens_T), slabs, frequencies_F, self._scale)
-        x_TE = self._run(tokens_T, attend)
+        attend = ChunkAttention(slot, len(tokens_T), slabs, *self.rotary(tokens_T.device))
+        x_TE = self.run(tokens_T, attend)
         slabs.advance(slot, len(tokens_T))
         if logits == "none":
             return None
-        return self._logits(x_TE) if logits == "all" else self._logits(x_TE[-1:])[0]
+        return self.logits(x_TE) if logits == "all" else self.logits(x_TE[-1:])[0]
 
-    def _frequencies(self, slabs: Slabs) -> Tensor:
-        """Made when first needed: as a buffer they would be cast along with the weights."""
-        device = slabs.keys_LNHCD.device
+    def rotary(self, device: torch.device) -> tuple[Tensor, float]:
+        """Frequencies, float64 [D / 2], and the factor on rotated heads.
+
+        Made when first needed: as a buffer they would be cast along with the weights.
+        """
         if self._frequencies_F is None or self._frequencies_F.device != device:
             self._frequencies_F = frequencies(self.cfg.rope, self.cfg.head_dim).to(device)
-        return self._frequencies_F
+        return self._frequencies_F, self._scale
 
-    def _run(self, tokens_B: Tensor, attend: Attend) -> Tensor:
+    def run(self, tokens_B: Tensor, attend: Attend) -> Tensor:
+        """Every layer, from int64 [B] to the residual stream [B, E]."""
         x_BE: Tensor = self.embed(tokens_B)
         for layer in self.layers:
             x_BE = layer(x_BE, attend)
         return x_BE
 
-    def _logits(self, x_BE: Tensor) -> Tensor:
-        head = self.embed.weight if self.cfg.tie_embeddings else self.head.weight
-        logits_BV = F.linear(self.norm(x_BE), head)
+    def logits(self, x_BE: Tensor) -> Tensor:
+        """The head, from the residual stream [B, E] to float32 (or float64) [B, V]."""
+        x_BE, head = self.norm(x_BE), self.head
+        logits_BV: Tensor = F.linear(x_BE, self.embed.weight) if head is None else head(x_BE)
         return logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))

@@ -54,16 +54,17 @@ def stream_losses(
         chunk: tokens read at once.
 
     Yields:
-        float64 nats, [up to `chunk`] each, T - 1 in all.
+        float64 nats, [up to `chunk`] each, T - 1 in all, on the CPU.
     """
     slabs = mode.slabs(model)
     slot = slabs.allocate(mode.sinks)
+    tokens_T = tokens_T.to(slabs.device)
     for start in range(0, len(tokens_T) - 1, chunk):
         read_T = tokens_T[start : min(start + chunk, len(tokens_T) - 1)]
         logits_TV = model.prefill(read_T, slabs, slot, logits="all")
         assert logits_TV is not None
         labels_T = tokens_T[start + 1 : start + 1 + len(read_T)]
-        yield F.cross_entropy(logits_TV, labels_T, reduction="none").double()
+        yield F.cross_entropy(logits_TV, labels_T, reduction="none").double().cpu()
 
 
 def recomputed_losses(
@@ -80,15 +81,16 @@ def recomputed_losses(
         cache: tokens read besides the one before the place.
 
     Yields:
-        float64 nats, one scalar a place.
+        float64 nats, one scalar a place, on the CPU.
     """
     slabs = model.slabs(sessions=1, capacity=cache + 1)
+    tokens_T = tokens_T.to(slabs.device)
     for place in places_N.tolist():
         slot = slabs.allocate(0)
         logits_V = model.prefill(tokens_T[max(0, place - cache - 1) : place], slabs, slot)
         assert logits_V is not None
         slabs.release(slot)
-        yield F.cross_entropy(logits_V, tokens_T[place]).double()
+        yield F.cross_entropy(logits_V, tokens_T[place]).double().cpu()
 
 
 def seconds_per_token(model: Llama, tokens_T: Tensor, mode: Mode, *, steps: int = 32) -> float:
@@ -102,17 +104,25 @@ def seconds_per_token(model: Llama, tokens_T: Tensor, mode: Mode, *, steps: int 
     """
     slabs = mode.slabs(model)
     slot = slabs.allocate(mode.sinks)
+    tokens_T = tokens_T.to(slabs.device)
     held_T = tokens_T[: mode.cache + 1][:-steps] if mode.name == "dense" else tokens_T[: mode.cache]
     for part_T in torch.split(held_T, 256):
         model.prefill(part_T, slabs, slot, logits="none")
     times: list[float] = []
     for step in range(max(steps // 8, 3) if mode.name == "recompute" else steps):
-        started = time.perf_counter()
+        started = now(slabs.device)
         if mode.name == "recompute":
             slabs.release(slot)
             slot = slabs.allocate(0)
             model.prefill(tokens_T[step : step + mode.cache + 1], slabs, slot)
         else:
             model.decode(tokens_T[step : step + 1], slabs, [slot])
-        times.append(time.perf_counter() - started)
+        times.append(now(slabs.device) - started)
     return float(torch.tensor(times).median())
+
+
+def now(device: torch.device) -> float:
+    """A clock in seconds that waits for what the device was asked to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

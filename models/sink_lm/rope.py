@@ -68,16 +68,16 @@ def attention_scale(cfg: RopeConfig) -> float:
 
 @dataclass(frozen=True)
 class Rotation:
-    """Cosines and sines of some positions, [B, 1, F] each, in the dtype of the model."""
+    """Cosines and signed sines of some positions, [B, 1, D] each, in the dtype of the model."""
 
-    cos_B1F: Tensor
-    sin_B1F: Tensor
+    cos_B1D: Tensor
+    sin_B1D: Tensor
 
     def __call__(self, heads_BHD: Tensor) -> Tensor:
         """Rotates the pairs (i, i + F) of every head, Hugging Face's layout."""
         first, second = heads_BHD.chunk(2, dim=-1)
-        cos, sin = self.cos_B1F, self.sin_B1F
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        swapped_BHD = torch.cat((second, first), dim=-1)
+        return torch.addcmul(heads_BHD * self.cos_B1D, swapped_BHD, self.sin_B1D)
 
 
 def rotation(
@@ -88,4 +88,8 @@ def rotation(
     float32 phases are 0.05 radians wrong after a million tokens.
     """
     phases_B1F = positions_B.to(torch.float64)[:, None, None] * frequencies_F
-    return Rotation((phases_B1F.cos() * scale).to(dtype), (phases_B1F.sin() * scale).to(dtype))
+    cos_B1F, sin_B1F = phases_B1F.cos() * scale, phases_B1F.sin() * scale
+    return Rotation(
+        torch.cat((cos_B1F, cos_B1F), dim=-1).to(dtype),
+        torch.cat((-sin_B1F, sin_B1F), dim=-1).to(dtype),
+    )

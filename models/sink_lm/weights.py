@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.sink_lm.checkpoint import Checkpoint, Shape, open_folder
 from models.sink_lm.config import LMConfig
 from models.sink_lm.gguf_file import open_gguf
+from models.sink_lm.int8 import ACTIVATIONS, quantised, without_weights
 from models.sink_lm.llama import Llama
 from models.sink_lm.location import locate
 
@@ -32,7 +33,8 @@ def load_model(
     Args:
         path: a Hugging Face folder (`config.json` and safetensors, sharded or not), a hub id, a
             `.gguf` file or a folder that holds one.
-        dtype: of the weights; quantised ones are dequantised.
+        dtype: of the weights; quantised ones are dequantised. `torch.int8` rounds the linear
+            layers to 8 bits (models/sink_lm/int8.py) and computes in bfloat16.
         device: where they go.
 
     Raises:
@@ -45,15 +47,41 @@ def load_model(
         checkpoint = open_gguf(source) if source.is_file() else open_folder(source, stack)
         cfg = checkpoint.cfg
         parts = _parts(cfg)
+        with torch.device("meta"):
+            model = Llama(cfg)
+            if dtype == torch.int8:
+                _make_int8(model)
         _check(checkpoint, {name: shape for rows in parts.values() for name, shape in rows.items()})
         state: dict[str, Tensor] = {}
         for name, rows in parts.items():
-            tensors = [checkpoint.read(row).to(device, dtype) for row in rows]
-            state[name] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-    with torch.device("meta"):
-        model = Llama(cfg)
+            tensors = [checkpoint.read(row).to(device) for row in rows]
+            whole = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+            state |= _stored(name, whole, dtype, cfg)
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False).eval()
+
+
+def _make_int8(model: Llama) -> None:
+    """Replaces every linear layer; the head, which is read whole every step, is always one."""
+    for layer in model.layers:
+        for name, child in list(layer.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(layer, name, without_weights(child))
+    head = nn.Linear(model.cfg.hidden_size, model.cfg.vocab_size, bias=False)
+    model.head = without_weights(head)
+
+
+def _stored(name: str, whole: Tensor, dtype: torch.dtype, cfg: LMConfig) -> dict[str, Tensor]:
+    """A tensor as the model keeps it: one entry, or levels and scales."""
+    if dtype != torch.int8:
+        return {name: whole.to(dtype)}
+    if name == "embed.weight":
+        found = {name: whole.to(ACTIVATIONS)}
+        return found | _stored("head.weight", whole, dtype, cfg) if cfg.tie_embeddings else found
+    if whole.ndim == 1:
+        return {name: whole.to(ACTIVATIONS)}
+    levels_OI, scale_O = quantised(whole)
+    return {name: levels_OI, name.removesuffix("weight") + "scale": scale_O}
 
 
 def _parts(cfg: LMConfig) -> dict[str, dict[str, Shape]]:

@@ -1,0 +1,61 @@
+"""The text of an answer's tokens, across the borders between requests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from models.sink_lm.stops import StopMatcher
+from models.sink_lm.tokenizer import Tokenizer
+from serve.lm_contract import End, Options, Token
+
+
+class AnswerText:
+    """The text of an answer that goes on where another reader or request left off.
+
+    The engine decodes every generation afresh; this one knows what came before, so that neither a
+    character nor a stop string is cut at the border.
+
+    Args:
+        tokenizer: the model's.
+        options: of the request; its numbers of tokens count from the first one shown.
+        before: tokens of the stream before the first one shown.
+        answering: whether `before` belongs to the same answer (its text may begin a stop string).
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, options: Options, before: Sequence[int], *, answering: bool
+    ) -> None:
+        self._options, self._eos_ids = options, tokenizer.eos_ids
+        self._decoder = tokenizer.stream()
+        self._stops = StopMatcher(options.stop)
+        self.over: End | None = None
+        """The end of an answer that the reader has all of but its end."""
+        for token in before:
+            text = self._decoder.push(token)
+            if answering and not options.min_tokens:
+                stop = self._ends(token) or self._stops.push(text)[1]
+                self.over = End(reason="stop") if stop else None
+
+    def show(self, position: int, token: int, number: int) -> tuple[Token, End | None]:
+        """One more token, the answer's `number`th (from 1), and the end if it is the last."""
+        options = self._options
+        if number > options.min_tokens and self._ends(token):
+            named = token if token in options.stop_token_ids else None
+            return Token(position, token, ""), End(
+                reason="stop", stop=named, text=self._stops.flush()
+            )
+        text, stop = self._decoder.push(token), None
+        if number > options.min_tokens:
+            text, stop = self._stops.push(text)
+        end = End(reason="stop", stop=stop) if stop is not None else None
+        if end is None and number == options.max_tokens:
+            end = End(reason="length", text=self._stops.flush())
+        return Token(position, token, text), end
+
+    def flush(self) -> str:
+        """What was held back, once nothing follows."""
+        return self._stops.flush()
+
+    def _ends(self, token: int) -> bool:
+        eos = token in self._eos_ids and not self._options.ignore_eos
+        return eos or token in self._options.stop_token_ids

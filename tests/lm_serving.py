@@ -1,0 +1,268 @@
+"""What the tests of the language model's server share: a tiny model, its server with and without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import tokenizers
+import torch
+import transformers
+from ray.exceptions import ActorDiedError
+from tokenizers import decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+
+from models.sink_lm.tokenizer import load_tokenizer
+from serve.chat import LanguageModel
+from serve.lm_api import LMParts, create_lm_app
+from serve.lm_client import LMClient
+from serve.lm_contract import Feed, Options, Refused, Start
+from serve.lm_service import LanguageService
+from serve.lm_settings import LMSettings
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TEMPLATE = (
+    "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}"
+    "{% endif %}{% for m in messages %}"
+    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+MODEL = "tiny"
+BYTES = pre_tokenizers.ByteLevel.alphabet()
+
+
+def save_tiny_lm(folder: Path) -> None:
+    """A random Llama of bytes, whose greedy text wanders."""
+    bpe = tokenizers.Tokenizer(BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=256 + len(SPECIAL),
+        special_tokens=SPECIAL,
+        initial_alphabet=sorted(BYTES),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([""], trainer)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(3)
+    config = transformers.LlamaConfig(
+        vocab_size=256 + len(SPECIAL),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=0,
+        eos_token_id=2,
+        initializer_range=0.4,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def events(lines: Iterator[str]) -> Iterator[tuple[int | None, Any]]:
+    """(id, data) of each event; "[DONE]" as it is."""
+    position = None
+    for line in lines:
+        if line.startswith("id: "):
+            position = int(line[4:])
+        elif line.startswith("data: "):
+            data = line[6:]
+            yield position, data if data == "[DONE]" else json.loads(data)
+            position = None
+
+
+def replica_pids(app: str, name: str) -> list[int]:
+    """Processes of a deployment's replicas, by the name Ray gives them."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes().decode(errors="replace")
+            except OSError:
+                continue
+            if command.startswith(f"ray::ServeReplica:{app}:{name}"):
+                found.append(int(entry.name))
+    return found
+
+
+def wait_until(condition: Any, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
+
+
+class Remote:
+    """`handle.method.remote(...)`."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.remote = call
+
+
+class Cluster:
+    """Replicas in this process, reached as Serve's handle reaches them.
+
+    Args:
+        settings: of every replica.
+    """
+
+    def __init__(self, settings: LMSettings) -> None:
+        self.settings = settings
+        self.replicas = [LanguageModel(settings, self)]
+        self.route: Callable[[str], int] = lambda session_id: -1
+        self.cancels = True
+        """Whether cancelling a call cancels the replica's method, as Serve does for a client that
+        disconnects but not for a caller that gives up."""
+        self.dies_after: set[str] = set()
+        """Methods whose next call is carried out, but whose reply is lost."""
+        self.describe = Remote(lambda: self.replicas[-1].describe())
+        self.report = self.scrape = Remote(lambda *_: asyncio.sleep(0, ""))
+
+    @property
+    def replica(self) -> LanguageModel:
+        return self.replicas[-1]
+
+    def add(self) -> LanguageModel:
+        """One more replica, which gets all calls from now on."""
+        self.replicas.append(LanguageModel(self.settings, self))
+        return self.replica
+
+    def options(self, *, session_id: str, method_name: str) -> Remote:
+        async def call(*args: Any) -> Any:
+            replica = self.replicas[self.route(session_id)]
+            method = getattr(replica, method_name)(*args)
+            result = await (method if self.cancels else asyncio.shield(method))
+            if method_name in self.dies_after:
+                self.dies_after.discard(method_name)
+                raise ActorDiedError
+            return result
+
+        return Remote(call)
+
+    def client(self) -> LMClient:
+        return LMClient(self, persistent=self.settings.store is not None)
+
+    async def close(self) -> None:
+        for replica in self.replicas:
+            replica._reporter._task.cancel()
+            replica._housekeeper._task.cancel()
+            replica._thread.stop()
+
+
+@contextlib.asynccontextmanager
+async def cluster(folder: Path, **settings: Any) -> AsyncIterator[Cluster]:
+    """One replica, without Ray."""
+    defaults = {"sessions": 2, "cache": 32, "max_choices": 2, "threads": 1, "prefill_chunk": 16}
+    made = Cluster(LMSettings(model=str(folder), name=MODEL, **(defaults | settings)))
+    try:
+        yield made
+    finally:
+        await made.close()
+
+
+@contextlib.asynccontextmanager
+async def web(made: Cluster) -> AsyncIterator[httpx.AsyncClient]:
+    """The ingress in front of it, without Ray."""
+    card = await made.replica.describe()
+
+    async def is_ready() -> bool:
+        return True
+
+    async def scrape() -> str:
+        return ""
+
+    parts = LMParts(
+        settings=made.settings,
+        service=LanguageService(made.settings, card, load_tokenizer(made.settings.model)),
+        client=made.client(),
+        scrape=scrape,
+        is_ready=is_ready,
+    )
+    transport = httpx.ASGITransport(create_lm_app(parts), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://lm", timeout=30) as client:
+        yield client
+
+
+def ask(request_id: str, session_id: str | None, prompt: str = "", **more: Any) -> Start:
+    """A greedy request; without a prompt it goes on."""
+    ids = tuple(load_ids(prompt))
+    names = ("n", "resume_at", "goes_on")
+    fields = {name: more.pop(name) for name in names if name in more}
+    options = {"max_tokens": 20, "temperature": 0.0, "ignore_eos": True} | more
+    feeds = (Feed(start=ids, follow=ids),) if ids else ()
+    return Start(
+        request_id=request_id,
+        session_id=session_id,
+        feeds=feeds,
+        options=Options(**options),
+        **fields,
+    )
+
+
+def load_ids(text: str) -> list[int]:
+    """Ids of the tiny model's tokenizer: one a byte, in the order of the printable alphabet."""
+    order = {char: len(SPECIAL) + i for i, char in enumerate(sorted(BYTES))}
+    (pieces,) = [pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(text)]
+    return [order[char] for piece, _ in pieces for char in piece]
+
+
+async def read(replica: LanguageModel, request_id: str) -> tuple[list[int], str]:
+    """All tokens of an answer, and why it ended."""
+    tokens: list[int] = []
+    while True:
+        taken = await replica.take(request_id, 64, 1.0)
+        for piece in taken.pieces:  # type: ignore[union-attr]
+            tokens += [token.token for token in piece.tokens]
+            if piece.end is not None:
+                return tokens, piece.end.reason
+
+
+async def eventually(condition: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        await asyncio.sleep(0.01)
+
+
+def run(test: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(test, 120))
+
+
+async def say(replica: LanguageModel, session_id: str, prompt: str, **more: Any) -> list[int]:
+    """A whole turn."""
+    start = ask(uuid.uuid4().hex, session_id, prompt, **more)
+    started = await replica.start(start)
+    assert not isinstance(started, Refused), started
+    tokens, reason = await read(replica, start.request_id)
+    assert reason == "length"
+    return tokens
+
+
+def slabs(replica: LanguageModel) -> set[str]:
+    return set(replica._engine.sessions())
+
+
+def slow(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, seconds: float) -> None:
+    real = getattr(owner, name)
+
+    def slowed(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(seconds)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, slowed)
