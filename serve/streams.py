@@ -12,7 +12,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,10 @@ BAD_FRAMES = 16
 """Undecodable frames in a row that end a stream."""
 RETRY_S = 0.1
 """Wait before an embedding is tried again that found the model's queue full."""
+
+LINGER_S = 5.0
+"""Wait at the end for what is not yet acknowledged: a socket closed at once would fail the client's
+last acknowledgement."""
 
 Send = Callable[[str], Awaitable[None]]
 
@@ -158,6 +162,9 @@ class Stream:
             if self._fresh:
                 await self._emit()
             await self._send(to_text({"type": "ended"} | self._counters()))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LINGER_S):
+                    await self._acknowledged_but(0)
         finally:
             self._report()
 
@@ -201,9 +208,7 @@ class Stream:
 
     async def _emit(self) -> None:
         """Embeds the window and sends the result, once the client has read enough of the others."""
-        while self._sent - self._acknowledged >= self._start.unacknowledged:
-            self._credit.clear()
-            await self._credit.wait()
+        await self._acknowledged_but(self._start.unacknowledged - 1)
         frames = [frame for frame, _ in self._window]
         embedding = shape_embeddings(await self._embed_window(), self._shape)
         lag_s = asyncio.get_running_loop().time() - frames[-1].arrived_s
@@ -225,6 +230,12 @@ class Stream:
         self._hub.metrics.lag_s.observe(lag_s)
         self._report()
         await self._send(to_text(message))
+
+    async def _acknowledged_but(self, most: int) -> None:
+        """Waits until at most that many embeddings are not acknowledged."""
+        while self._sent - self._acknowledged > most:
+            self._credit.clear()
+            await self._credit.wait()
 
     async def _embed_window(self) -> Floats:
         """The window as one clip: as in a request, filled up to whole time steps at the end."""

@@ -360,6 +360,7 @@ def test_streams_and_videos_through_serve(served: Served, http: httpx.Client) ->
             assert (message["index"], message["last_frame"]) == (number, number)
             expected = direct_tokens(served.artifact, image).mean(axis=0)
             assert 1 - cosine(message["embedding"], expected) < 1e-5
+        socket.send('{"type": "ack", "index": 2}')
         socket.send('{"type": "end"}')
         ended = json.loads(socket.recv(timeout=30))
         assert (ended["type"], ended["received"], ended["dropped"]) == ("ended", 3, 0)

@@ -10,7 +10,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -110,8 +110,7 @@ def read_all(socket: ClientConnection, *, acknowledge: bool = True) -> list[dict
             messages.append(read(socket))
             if acknowledge and messages[-1]["type"] == "embedding":
                 ack = {"type": "ack", "index": messages[-1]["index"]}
-                with suppress(ConnectionClosed):  # the last messages may still wait to be read
-                    socket.send(json.dumps(ack))
+                socket.send(json.dumps(ack))
     except ConnectionClosed:
         return messages
 
