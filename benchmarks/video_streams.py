@@ -33,7 +33,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
 APP = "streams"
-PROCESSES = ("Embedder", "Ingress", "ProxyActor")
+PROCESSES = (f"ServeReplica:{APP}:Embedder", f"ServeReplica:{APP}:Ingress", "ProxyActor")
 END_WITHIN_S = 30.0
 
 
