@@ -24,11 +24,12 @@ from ray.serve.exceptions import (
 )
 
 from serve.contract import EMBEDDER, Floats, Pixels, Pooling
-from serve.http_api import Limits, Parts, create_http_app
+from serve.http_api import Limits, Parts, RequestMetrics, create_http_app
 from serve.lm_settings import LMSettings
 from serve.schemas import queue_full, server_error
 from serve.service import EmbeddingService
 from serve.settings import ServeSettings
+from serve.streams import StreamHub
 from serve.telemetry import Reporter, Telemetry
 
 EMBED_ATTEMPTS = 3
@@ -47,7 +48,7 @@ class EmbedderClient:
     def __init__(self, handle: Any) -> None:
         self._embed = handle.embed
 
-    async def embed(self, pixels_BHWC: Pixels, pooling: Pooling) -> Floats:
+    async def embed(self, pixels: Pixels, pooling: Pooling) -> Floats:
         """See `Embedder.embed`. Safe to repeat, so a replica's death costs time, not the request.
 
         Raises:
@@ -55,7 +56,7 @@ class EmbedderClient:
         """
         for _ in range(EMBED_ATTEMPTS):
             try:
-                embeddings: Floats = await self._embed.remote(pixels_BHWC, pooling)
+                embeddings: Floats = await self._embed.remote(pixels, pooling)
                 return embeddings
             except RayActorError:
                 continue
@@ -127,14 +128,21 @@ class Ingress:
         """Called by Serve once the replica is constructed; waits for a model replica."""
         settings = self._settings
         card = await self._embedder.describe.remote()
+        embed, request_metrics = EmbedderClient(self._embedder).embed, RequestMetrics()
+        service = EmbeddingService(settings, card, embed)
+        if card.frames > 1 and settings.decode_processes:
+            await service.media.decoders.warm_up()
+        registry = request_metrics.registry
         parts = Parts(
-            service=EmbeddingService(settings, card, EmbedderClient(self._embedder).embed),
+            service=service,
+            metrics=request_metrics,
+            streams=StreamHub(settings, card, embed, service.media, registry),
             limits=Limits(settings.max_request_bytes, settings.timeout_s),
             scrape=self._scrape,
             is_ready=Readiness(self._embedder),
             api_key=read_api_key(settings),
         )
-        registry, admission = parts.metrics.registry, parts.service.admission
+        admission = service.admission
         images = Gauge("rayjepa_images_in_flight", "Images waiting or running", registry=registry)
         images.set_function(lambda: admission.images)
         self._reporter = Reporter(registry, self._telemetry)
@@ -202,9 +210,9 @@ def _ingress_deployment(settings: ServeSettings) -> ray_serve.Deployment:
         name=Ingress.__name__,
         num_replicas=settings.ingress_replicas,
         ray_actor_options={"num_cpus": settings.ingress_cpus},
-        # Above our own limit on images, so that overload gets our typed 429; Serve's own, with a
-        # plain-text body, is the second line.
-        max_ongoing_requests=settings.max_queued + 64,
+        # Above our own limits on images and streams, so that overload gets our typed 429; Serve's
+        # own, with a plain-text body, is the second line.
+        max_ongoing_requests=settings.max_queued + settings.max_streams + 64,
         max_queued_requests=settings.max_queued,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
         max_constructor_retry_count=2,

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from models.preprocessing import Preprocessing
 
-Pooling = Literal["mean", "patches"]
+Pooling = Literal["mean", "per_frame", "patches"]
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
@@ -30,4 +30,9 @@ class ModelCard:
     created: int
     dimensions: int
     num_patches: int
+    """Tokens of an image, and of a clip at each time step."""
     preprocessing: Preprocessing
+    frames: int = 1
+    """Frames of a full clip; 1 for an encoder of images."""
+    tubelet: int = 1
+    """Frames in a time step."""

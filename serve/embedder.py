@@ -1,6 +1,7 @@
 """The encoder replica: pixels in, embeddings out, in dynamic batches.
 
-Shape legend: B images of a batch, H height, W width, C channels, N patches, D width.
+Shape legend: B images or clips of a batch, T frames, H height, W width, C channels, N tokens (time
+first), S time steps, D width.
 """
 
 from __future__ import annotations
@@ -40,28 +41,46 @@ class Encoder:
         self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.dtype]
         self._encoder = artifact.encoder.eval().to(self._device, self._dtype)
         self.dimensions: int = artifact.encoder.width
-        self.num_patches: int = artifact.encoder.num_patches
+        self.num_patches: int = artifact.encoder.grid**2
+        self.frames: int = artifact.encoder.frames
+        self.tubelet: int = artifact.encoder.tubelet
 
     @torch.inference_mode()
     def run(self, items: list[tuple[Pixels, Pooling]]) -> list[Floats]:
-        """Encodes images of the model's size.
+        """Encodes images and clips of the model's size.
 
         Args:
-            items: uint8 [H, W, C] pixels, each with its pooling.
+            items: uint8 [H, W, C] or [T, H, W, C] pixels, each with its pooling.
 
         Returns:
-            float32 [D] for `mean` (over patches, after the final LayerNorm), [N, D] for `patches`.
+            float32, after the final LayerNorm: [D] for `mean` (over all tokens), [S, D] for
+            `per_frame` (over those of a time step), [N, D] for `patches`.
         """
-        pixels_BHWC = torch.from_numpy(np.stack([pixels for pixels, _ in items]))
-        images_BCHW = pixels_BHWC.to(self._device).permute(0, 3, 1, 2)
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for index, (pixels, _) in enumerate(items):
+            alike.setdefault(pixels.shape, []).append(index)
+        results: dict[int, Floats] = {}
+        for indices in alike.values():
+            tokens_BND = self._tokens(np.stack([items[index][0] for index in indices]))
+            # Pooled for the whole batch at once, where it is.
+            B, _, D = tokens_BND.shape
+            steps_BSD = tokens_BND.reshape(B, -1, self.num_patches, D).mean(dim=2).cpu().numpy()
+            mean_BD = tokens_BND.mean(dim=1).cpu().numpy()
+            for row, index in enumerate(indices):
+                pooling = items[index][1]
+                if pooling == "patches":
+                    results[index] = tokens_BND[row].cpu().numpy()
+                else:
+                    results[index] = mean_BD[row] if pooling == "mean" else steps_BSD[row]
+        return [results[index] for index in range(len(items))]
+
+    def _tokens(self, pixels: Pixels) -> torch.Tensor:
+        """[B, H, W, C] or [B, T, H, W, C] to tokens [B, N, D] in float32."""
+        channels_first = torch.from_numpy(pixels).to(self._device).movedim(-1, 1)
         prep = self.preprocessing
-        normalized_BCHW = normalize(images_BCHW, prep.mean, prep.std).to(self._dtype)
-        tokens_BND = self._encoder(normalized_BCHW).float()
-        mean_BD = tokens_BND.mean(dim=1).cpu().numpy()
-        return [
-            mean_BD[index] if pooling == "mean" else tokens_BND[index].cpu().numpy()
-            for index, (_, pooling) in enumerate(items)
-        ]
+        normalized = normalize(channels_first, prep.mean, prep.std).to(self._dtype)
+        tokens_BND: torch.Tensor = self._encoder(normalized).float()
+        return tokens_BND
 
 
 class Embedder:
@@ -86,6 +105,8 @@ class Embedder:
             dimensions=self._encoder.dimensions,
             num_patches=self._encoder.num_patches,
             preprocessing=self._encoder.preprocessing,
+            frames=self._encoder.frames,
+            tubelet=self._encoder.tubelet,
         )
         self._metrics(telemetry)
         self._warm_up(settings.batch_size)
@@ -98,17 +119,18 @@ class Embedder:
         """What is served here."""
         return self._card
 
-    async def embed(self, pixels_BHWC: Pixels, pooling: Pooling) -> Floats:
-        """Embeds the images of one request, together with those of others.
+    async def embed(self, pixels: Pixels, pooling: Pooling) -> Floats:
+        """Embeds the images or clips of one request, together with those of others.
 
         Args:
-            pixels_BHWC: uint8 [B, H, W, C], H = W = the model's image size.
+            pixels: uint8 [B, H, W, C], or [B, T, H, W, C] with T a multiple of the tubelet up to
+                the clip's frames; H = W = the model's image size.
             pooling: see `Encoder.run`.
 
         Returns:
-            float32 [B, D] or [B, N, D], not normalised.
+            float32 [B, D], [B, S, D] or [B, N, D], not normalised.
         """
-        rows = [self._batcher.submit((pixels_HWC, pooling)) for pixels_HWC in pixels_BHWC]
+        rows = [self._batcher.submit((item, pooling)) for item in pixels]
         return np.stack(await asyncio.gather(*rows))
 
     def check_health(self) -> None:
@@ -132,17 +154,23 @@ class Embedder:
             self._images.inc(len(items))
 
     def _warm_up(self, batch_size: int) -> None:
-        """Runs both ends of the batch sizes once, so that no request pays for first-time set-up."""
-        size = self._card.preprocessing.image_size
+        """Runs both ends of the batch sizes once, so that no request pays for first-time set-up.
+
+        Of clips only one: a full batch of them may take minutes on CPUs.
+        """
+        size, frames = self._card.preprocessing.image_size, self._card.frames
         pixels = np.zeros((size, size, 3), np.uint8)
         for count in (batch_size, 1):
             self._thread.submit(self._encoder.run, [(pixels, "mean")] * count).result()
+        if frames > 1:
+            clip = np.zeros((frames, size, size, 3), np.uint8)
+            self._thread.submit(self._encoder.run, [(clip, "mean")]).result()
 
     def _metrics(self, telemetry: Any) -> None:
         registry = CollectorRegistry()
         self._batch_size = Histogram(
             "rayjepa_batch_size",
-            "Images in a forward pass",
+            "Images and clips in a forward pass",
             buckets=BATCH_BUCKETS,
             registry=registry,
         )
@@ -152,5 +180,5 @@ class Embedder:
             buckets=LATENCY_BUCKETS_S,
             registry=registry,
         )
-        self._images = Counter("rayjepa_images", "Images embedded", registry=registry)
+        self._images = Counter("rayjepa_images", "Images and clips embedded", registry=registry)
         self._reporter = Reporter(registry, telemetry)

@@ -1,4 +1,4 @@
-"""Fetches images by URL without becoming a way into the network the server stands in.
+"""Fetches images and videos by URL without becoming a way into the network the server stands in.
 
 Off unless hosts are allowed. Every hop of every fetch: scheme, host and port are checked against
 the allow list, the name is resolved once, every address it resolves to must be public (unless the
@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from urllib.parse import SplitResult, urljoin, urlsplit
 
@@ -63,17 +65,25 @@ def is_public(address: str) -> bool:
 
 
 class ImageFetcher:
-    """Fetches the image behind a reference's URL.
+    """Fetches the image or video behind a reference's URL.
 
     Args:
         allow_hosts: entries of `ServeSettings.allow_hosts`.
-        max_bytes: refuse longer bodies.
+        max_bytes: refuse longer images.
+        max_video_bytes: refuse longer videos; None is `max_bytes`.
         timeout_s: seconds for one fetch, redirects included.
     """
 
-    def __init__(self, allow_hosts: tuple[str, ...], *, max_bytes: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        allow_hosts: tuple[str, ...],
+        *,
+        max_bytes: int,
+        max_video_bytes: int | None = None,
+        timeout_s: float,
+    ) -> None:
         self._rules = [HostRule.parse(text) for text in allow_hosts]
-        self._max_bytes = max_bytes
+        self._max_bytes = {"image": max_bytes, "video": max_video_bytes or max_bytes}
         self._timeout_s = timeout_s
         # A proxy from the environment would resolve names again, unchecked. A kept connection is
         # known by its address alone and would carry a request for another name of that address.
@@ -93,37 +103,61 @@ class ImageFetcher:
         """
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await self._follow(reference)
+                async with self._opened(reference) as response:
+                    return await self._read(response, reference)
         except TimeoutError as error:
-            message = f"the image did not arrive within {self._timeout_s:g} s"
-            raise ApiError(400, "fetch_timeout", message, param=reference.param) from error
+            raise self._too_slow(reference) from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            message = f"the image could not be fetched: {type(error).__name__}"
-            raise ApiError(400, "fetch_failed", message, param=reference.param) from error
+            raise _failed(reference, error) from error
+
+    async def stream(self, reference: Reference) -> AsyncGenerator[bytes, None]:
+        """Yields the bytes of a body that need not end.
+
+        Raises:
+            ApiError: as `fetch`, but there is no limit on bytes, and the time limit is for each
+                wait for the source.
+        """
+        try:
+            async with self._opened(reference) as response:
+                async for piece in response.aiter_raw():
+                    yield piece
+        except httpx.TimeoutException as error:
+            raise self._too_slow(reference) from error
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise _failed(reference, error) from error
+
+    def _too_slow(self, reference: Reference) -> ApiError:
+        message = f"the {reference.kind} did not arrive within {self._timeout_s:g} s"
+        return ApiError(400, "fetch_timeout", message, param=reference.param)
 
     async def close(self) -> None:
         """Closes pooled connections."""
         await self._client.aclose()
 
-    async def _follow(self, reference: Reference) -> bytes:
+    @asynccontextmanager
+    async def _opened(self, reference: Reference) -> AsyncIterator[httpx.Response]:
+        """The reply that a URL and its redirects lead to, its body not yet read."""
         url = reference.text
         for _ in range(MAX_REDIRECTS + 1):
-            request = await self._checked_request(url, reference.param)
+            request = await self._checked_request(url, reference)
             response = await self._client.send(request, stream=True)
             try:
                 if not response.is_redirect:
-                    return await self._read(response, reference.param)
+                    _check_head(response, reference)
+                    yield response
+                    return
                 # The request went to an address; a relative Location is relative to the name.
                 url = urljoin(url, response.headers.get("location", ""))
             finally:
                 await response.aclose()
         raise ApiError(400, "fetch_failed", "too many redirects", param=reference.param)
 
-    async def _checked_request(self, url: str, param: str) -> httpx.Request:
+    async def _checked_request(self, url: str, reference: Reference) -> httpx.Request:
+        param = reference.param
         parts, host, port = _split(url, param)
         rule = next((rule for rule in self._rules if rule.allows(host, port)), None)
         if rule is None:
-            message = "fetching by URL is off on this server; send the image inline"
+            message = f"fetching by URL is off on this server; send the {reference.kind} inline"
             if self._rules:
                 message = f"fetching from {host}:{port} is not allowed on this server"
             raise ApiError(400, "url_not_allowed", message, param=param)
@@ -137,7 +171,7 @@ class ImageFetcher:
             pinned.geturl(),
             headers={
                 "Host": shown if is_default else f"{shown}:{port}",
-                "Accept": "image/*",
+                "Accept": f"{reference.kind}/*",
                 # A compressed body would slip past the byte limit.
                 "Accept-Encoding": "identity",
                 "User-Agent": "rayjepa",
@@ -145,22 +179,34 @@ class ImageFetcher:
             extensions={"sni_hostname": host},  # TLS verifies the name, not the address
         )
 
-    async def _read(self, response: httpx.Response, param: str) -> bytes:
-        if response.status_code != 200:
-            message = f"the image's server answered {response.status_code}"
-            raise ApiError(400, "fetch_failed", message, param=param)
-        if response.headers.get("content-encoding", "identity") != "identity":
-            message = "the image's server sent a compressed body"
-            raise ApiError(400, "fetch_failed", message, param=param)
+    async def _read(self, response: httpx.Response, reference: Reference) -> bytes:
+        most = self._max_bytes[reference.kind]
         length = response.headers.get("content-length", "")
-        if length.isdigit() and int(length) > self._max_bytes:
-            raise too_large(param, self._max_bytes)
+        if length.isdigit() and int(length) > most:
+            raise too_large(reference, most)
         body = bytearray()
         async for chunk in response.aiter_raw():
             body += chunk
-            if len(body) > self._max_bytes:
-                raise too_large(param, self._max_bytes)
+            if len(body) > most:
+                raise too_large(reference, most)
         return bytes(body)
+
+
+def _check_head(response: httpx.Response, reference: Reference) -> None:
+    """Raises a 400 for a reply without a plain body."""
+    problem = ""
+    if response.status_code != 200:
+        problem = f"answered {response.status_code}"
+    elif response.headers.get("content-encoding", "identity") != "identity":
+        problem = "sent a compressed body"
+    if problem:
+        message = f"the {reference.kind}'s server {problem}"
+        raise ApiError(400, "fetch_failed", message, param=reference.param)
+
+
+def _failed(reference: Reference, error: Exception) -> ApiError:
+    message = f"the {reference.kind} could not be fetched: {type(error).__name__}"
+    return ApiError(400, "fetch_failed", message, param=reference.param)
 
 
 def _split(url: str, param: str) -> tuple[SplitResult, str, int]:

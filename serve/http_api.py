@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response, WebSocket
 from fastapi.responses import PlainTextResponse
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.exceptions import HTTPException
@@ -25,6 +25,8 @@ from serve.schemas import (
     server_error,
 )
 from serve.service import EmbeddingService
+from serve.streams import StreamHub
+from serve.streams_api import add_stream_route, refuse
 from serve.telemetry import LATENCY_BUCKETS_S
 
 PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
@@ -71,6 +73,7 @@ class Parts:
         scrape: returns the Prometheus text of all replicas.
         is_ready: whether a model replica is up.
         api_key: what clients must present everywhere but on `OPEN_PATHS`; None serves anyone.
+        streams: what the streams of this replica share; None serves none.
     """
 
     service: EmbeddingService
@@ -79,6 +82,7 @@ class Parts:
     scrape: Callable[[], Awaitable[str]]
     is_ready: Callable[[], Awaitable[bool]]
     api_key: str | None = None
+    streams: StreamHub | None = None
 
 
 def create_http_app(parts: Parts) -> FastAPI:
@@ -91,7 +95,7 @@ def create_http_app(parts: Parts) -> FastAPI:
 
     app = FastAPI(
         title="rayjepa",
-        summary="Image embeddings in the OpenAI shape.",
+        summary="Image and video embeddings in the OpenAI shape.",
         lifespan=lifespan,
         redirect_slashes=False,
         responses={"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}},
@@ -99,6 +103,8 @@ def create_http_app(parts: Parts) -> FastAPI:
     add_error_handlers(app)
     _add_embedding_routes(app, parts)
     _add_operation_routes(app, parts)
+    if parts.streams is not None:
+        add_stream_route(app, parts.streams)
     app.add_middleware(Gate, metrics=parts.metrics, api_key=parts.api_key)
     return app
 
@@ -118,7 +124,7 @@ def _add_embedding_routes(app: FastAPI, parts: Parts) -> None:
         },
     )
     async def create_embeddings(request: Request) -> Response:
-        """Embeds one image or a list of them."""
+        """Embeds one image or video, or a list of them."""
         check_content_type(request)
         service.admission.check(1)  # shed load before reading a body
         try:
@@ -164,6 +170,9 @@ def _model(service: EmbeddingService) -> Model:
         dimensions=card.dimensions,
         num_patches=card.num_patches,
         image_size=card.preprocessing.image_size,
+        modality="image" if card.frames == 1 else "video",
+        frames=card.frames,
+        tubelet=card.tubelet,
     )
 
 
@@ -232,6 +241,11 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one request."""
         if scope["type"] != "http":
+            if scope["type"] == "websocket" and not self._is_allowed(scope):
+                websocket = WebSocket(scope, receive, send)
+                await websocket.accept()  # or the client would not learn why
+                await refuse(websocket, _unauthorized())
+                return
             await self._app(scope, receive, send)
             return
         started, status = time.perf_counter(), 499  # nothing sent: the client went away

@@ -81,6 +81,25 @@ _ITEM_SCHEMA: dict[str, Any] = {
         {"type": "object", "required": ["bytes"], "properties": {"bytes": {"type": "string"}}},
         {
             "type": "object",
+            "required": ["video"],
+            "properties": {
+                "video": {"type": "string"},
+                "fps": {"type": "number"},
+                "start_s": {"type": "number"},
+                "end_s": {"type": "number"},
+            },
+        },
+        {
+            "type": "object",
+            "description": "content part of a video",
+            "required": ["type", "video_url"],
+            "properties": {
+                "type": {"const": "video_url"},
+                "video_url": {"type": "object", "properties": {"url": {"type": "string"}}},
+            },
+        },
+        {
+            "type": "object",
             "description": "OpenAI content part",
             "required": ["type", "image_url"],
             "properties": {
@@ -90,7 +109,7 @@ _ITEM_SCHEMA: dict[str, Any] = {
         },
         {
             "type": "object",
-            "description": "one image_url part in a content list",
+            "description": "one image_url or video_url part in a content list",
             "required": ["content"],
             "properties": {"content": {"type": "array", "items": {"type": "object"}}},
         },
@@ -105,32 +124,36 @@ class EmbeddingRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
     input: Annotated[Any, WithJsonSchema(_INPUT_SCHEMA)]
-    """One image or a list of them; see `serve/inputs.py` for the accepted shapes."""
+    """One image or video or a list of them; see `serve/inputs.py` for the accepted shapes."""
     model: str | None = None
     """A name from `GET /v1/models`; may be left out."""
     encoding_format: Literal["float", "base64"] = "float"
     """JSON numbers, or the float32 values little-endian in base64."""
     dimensions: int | None = None
     """Keep this many leading dimensions, then scale to unit length again."""
-    pooling: Literal["mean", "patches"] = "mean"
-    """One vector an image, or one a patch in raster order."""
+    pooling: Literal["mean", "per_frame", "patches"] = "mean"
+    """One vector an item, one a time step of its tokens, or one a token (time first, then raster
+    order)."""
     normalize: bool = True
     """Scale every vector to unit length, as OpenAI's are."""
     modality: str | None = None
-    """infinity's field; only `image` is served here."""
+    """infinity's field: `image` or `video`, which is what bare strings, URLs and bytes then are."""
     user: str | None = None
     """OpenAI's field; ignored."""
 
 
 class Embedding(BaseModel):
-    """One image's embedding."""
+    """One item's embedding."""
 
     object: Literal["embedding"] = "embedding"
     index: int
     embedding: list[float] | list[list[float]] | str
-    """[dimensions], or [patches, dimensions] for `pooling: patches`; base64 text if asked for."""
+    """[dimensions], [steps, dimensions] for `pooling: per_frame`, [tokens, dimensions] for
+    `pooling: patches`; base64 text if asked for."""
     shape: list[int] | None = None
-    """Shape of `embedding` (only with `pooling: patches`)."""
+    """Shape of `embedding` (not with `pooling: mean`)."""
+    times_s: list[float] | None = None
+    """When the sampled frames are shown, seconds after the first frame (only of videos)."""
 
 
 class Usage(BaseModel):
@@ -157,13 +180,18 @@ class Model(BaseModel):
     created: int
     """Unix time at which this replica loaded the model."""
     owned_by: str = "rayjepa"
-    modality: Literal["image"] = "image"
+    modality: Literal["image", "video"] = "image"
+    """What the encoder was trained on; each takes the other too."""
     dimensions: int
     """Length of an embedding."""
     num_patches: int
-    """Vectors per image with `pooling: patches`."""
+    """Vectors per image, and per time step of a clip, with `pooling: patches`."""
     image_size: int
     """Pixels on a side of the encoder's square input."""
+    frames: int
+    """Frames of a full clip; 1 for an encoder of images."""
+    tubelet: int
+    """Frames in a time step."""
 
 
 class ModelList(BaseModel):

@@ -1,6 +1,6 @@
 """From the body of a request to the body of its reply; knows nothing of HTTP or Ray.
 
-Shape legend: B images of a request, H height, W width, C channels, N patches, D width.
+Shape legend: B images or clips of a request, D width; a part is one image or clip, see `serve/media.py`.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ import base64
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import numpy as np
 import pydantic_core
 
 from serve.contract import Floats, ModelCard, Pixels, Pooling
-from serve.fetching import ImageFetcher
-from serve.inputs import Reference, decode_base64, parse_input, to_pixels
+from serve.inputs import Kind, Reference, parse_input
+from serve.media import Item, MediaLoader
 from serve.schemas import ApiError, EmbeddingRequest, parse_request, queue_full
 from serve.settings import ServeSettings
 
@@ -30,26 +29,29 @@ _FORMAT_INLINE_VALUES = 32_768
 
 
 class Admission:
-    """Counts the images that are waiting or running, and refuses more than `limit`."""
+    """Counts images and videos that are waiting or running, and refuses more than the limits."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.images = 0
+    def __init__(self, limit: int, video_limit: int = 0) -> None:
+        self.limit, self.video_limit = limit, video_limit
+        self.images = self.videos = 0
 
-    def check(self, images: int) -> None:
+    def check(self, images: int, videos: int = 0) -> None:
         """Raises a 429 when that many more do not fit."""
-        if self.images + images > self.limit:
+        too_many_videos = videos and self.videos + videos > self.video_limit
+        if self.images + images > self.limit or too_many_videos:
             raise queue_full()
 
     @contextmanager
-    def hold(self, images: int) -> Iterator[None]:
-        """Holds places for as long as the images are in the system."""
-        self.check(images)
+    def hold(self, images: int, videos: int = 0) -> Iterator[None]:
+        """Holds places for as long as the images and videos are in the system."""
+        self.check(images, videos)
         self.images += images
+        self.videos += videos
         try:
             yield
         finally:
             self.images -= images
+            self.videos -= videos
 
 
 class EmbeddingService:
@@ -63,15 +65,11 @@ class EmbeddingService:
 
     def __init__(self, settings: ServeSettings, card: ModelCard, embed: EmbedFunction) -> None:
         self.card = card
-        self.admission = Admission(settings.max_queued)
+        self.admission = Admission(settings.max_queued, settings.max_queued_videos)
         self._settings = settings
         self._embed = embed
         self._threads = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
-        self._fetcher = ImageFetcher(
-            settings.allow_hosts,
-            max_bytes=settings.max_image_bytes,
-            timeout_s=settings.fetch_timeout_s,
-        )
+        self.media = MediaLoader(settings, card, self._threads)
 
     async def answer(self, body: bytes) -> bytes:
         """Serves one `POST /v1/embeddings`.
@@ -81,19 +79,22 @@ class EmbeddingService:
         """
         request = await self._parse(body)
         self._check(request)
-        references = parse_input(request.input, max_items=self._settings.max_items)
-        with self.admission.hold(len(references)):
-            pixels_BHWC = await self._prepare(references)
-            embeddings = await self._embed(pixels_BHWC, request.pooling)
-        if embeddings.size <= _FORMAT_INLINE_VALUES:
-            return self._reply(request, embeddings)
+        default: Kind = "video" if request.modality == "video" else "image"
+        most = self._settings.max_items
+        references = parse_input(request.input, max_items=most, default=default)
+        videos = self._count_videos(references)
+        with self.admission.hold(len(references) - videos, videos):
+            items = await self._prepare(references)
+            embeddings = await embed_items(items, request.pooling, self._embed)
+        if sum(values.size for values in embeddings) <= _FORMAT_INLINE_VALUES:
+            return self._reply(request, items, embeddings)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, self._reply, request, embeddings)
+        return await loop.run_in_executor(self._threads, self._reply, request, items, embeddings)
 
     async def close(self) -> None:
         """Releases threads and connections."""
         self._threads.shutdown(wait=False, cancel_futures=True)
-        await self._fetcher.close()
+        await self.media.close()
 
     async def _parse(self, body: bytes) -> EmbeddingRequest:
         if len(body) <= _PARSE_INLINE_BYTES:
@@ -105,8 +106,8 @@ class EmbeddingService:
         """The checks that need the model."""
         if request.model is not None:
             self.check_model(request.model)
-        if request.modality not in (None, "image"):
-            message = f"this model's modality is image, not {request.modality}"
+        if request.modality not in (None, "image", "video"):
+            message = f"modality must be image or video, not {request.modality}"
             raise ApiError(400, "unsupported_modality", message, param="modality")
         dimensions, width = request.dimensions, self.card.dimensions
         if dimensions is not None and not 1 <= dimensions <= width:
@@ -119,42 +120,77 @@ class EmbeddingService:
             message = f"the model {name!r} does not exist; this server has {self.card.name!r}"
             raise ApiError(404, "model_not_found", message, param="model")
 
-    async def _prepare(self, references: list[Reference]) -> Pixels:
-        """Decodes all images, or raises for the first one at fault, in request order."""
+    def _count_videos(self, references: list[Reference]) -> int:
+        videos = sum(reference.kind == "video" for reference in references)
+        most = self._settings.max_queued_videos
+        if videos > most:
+            message = f"input holds {videos} videos; at most {most} are allowed"
+            raise ApiError(400, "too_many_items", message, param="input")
+        return videos
+
+    async def _prepare(self, references: list[Reference]) -> list[Item]:
+        """Decodes all items, or raises for the first one at fault, in request order."""
         # Collected rather than raised at once: no decode may outlive the request that holds its
         # place in the queue.
-        found = await asyncio.gather(*map(self._load, references), return_exceptions=True)
+        loads = map(self.media.load, references)
+        found = await asyncio.gather(*loads, return_exceptions=True)
         for result in found:
             if isinstance(result, BaseException):
                 raise result
-        return np.stack([result for result in found if not isinstance(result, BaseException)])
+        return [result for result in found if not isinstance(result, BaseException)]
 
-    async def _load(self, reference: Reference) -> Pixels:
-        loop = asyncio.get_running_loop()
-        if not reference.is_url:
-            return await loop.run_in_executor(self._threads, self._decode_inline, reference)
-        data = await self._fetcher.fetch(reference)
-        decode = partial(self._decode, data, reference)
-        return await loop.run_in_executor(self._threads, decode)
-
-    def _decode_inline(self, reference: Reference) -> Pixels:
-        data = decode_base64(reference, max_bytes=self._settings.max_image_bytes)
-        return self._decode(data, reference)
-
-    def _decode(self, data: bytes, reference: Reference) -> Pixels:
-        prep, max_pixels = self.card.preprocessing, self._settings.max_pixels
-        return to_pixels(data, prep, max_pixels=max_pixels, param=reference.param)
-
-    def _reply(self, request: EmbeddingRequest, embeddings: Floats) -> bytes:
-        embeddings = shape_embeddings(embeddings, request)
-        tokens = len(embeddings) * self.card.num_patches
+    def _reply(
+        self, request: EmbeddingRequest, items: list[Item], embeddings: list[Floats]
+    ) -> bytes:
+        tokens = sum(count_steps(part, self.card) for item in items for part in item.parts)
+        tokens *= self.card.num_patches
+        rows = zip(items, embeddings, strict=True)
         reply = {
             "object": "list",
-            "data": [_entry(request, index, row) for index, row in enumerate(embeddings)],
+            "data": [_entry(request, index, item, row) for index, (item, row) in enumerate(rows)],
             "model": self.card.name,
             "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
         }
         return pydantic_core.to_json(reply)
+
+
+def count_steps(part: Pixels, card: ModelCard) -> int:
+    """Time steps of a part: 1 of an image."""
+    return len(part) // card.tubelet if part.ndim == 4 else 1
+
+
+async def embed_items(items: list[Item], pooling: Pooling, embed: EmbedFunction) -> list[Floats]:
+    """Embeds the parts of all items, those of one shape in one call, and pools them by item.
+
+    Returns:
+        float32 arrays, one an item: [D] for `mean`, [steps, D] for `per_frame`, [tokens, D] for
+        `patches`.
+    """
+    parts = [part for item in items for part in item.parts]
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for index, part in enumerate(parts):
+        alike.setdefault(part.shape, []).append(index)
+    calls = [embed(np.stack([parts[i] for i in indices]), pooling) for indices in alike.values()]
+    rows: dict[int, Floats] = {}
+    for indices, embeddings in zip(alike.values(), await asyncio.gather(*calls), strict=True):
+        rows.update(zip(indices, embeddings, strict=True))
+    done, pooled = 0, []
+    for item in items:
+        own = [rows[done + number] for number in range(len(item.parts))]
+        pooled.append(_pool_parts(item.parts, own, pooling))
+        done += len(own)
+    return pooled
+
+
+def _pool_parts(parts: list[Pixels], rows: list[Floats], pooling: Pooling) -> Floats:
+    if len(rows) == 1:
+        return rows[0]
+    if pooling != "mean":
+        return np.concatenate(rows)
+    # By length: the mean over all tokens, as if the parts were one.
+    lengths = [len(part) if part.ndim == 4 else 1 for part in parts]
+    mean: Floats = np.average(np.stack(rows), axis=0, weights=lengths).astype(np.float32)
+    return mean
 
 
 def shape_embeddings(embeddings: Floats, request: EmbeddingRequest) -> Floats:
@@ -175,13 +211,20 @@ def shape_embeddings(embeddings: Floats, request: EmbeddingRequest) -> Floats:
     return unit
 
 
-def _entry(request: EmbeddingRequest, index: int, row: Floats) -> dict[str, Any]:
-    value: str | list[Any]
-    if request.encoding_format == "base64":
-        value = base64.b64encode(row.astype("<f4").tobytes()).decode("ascii")
-    else:
-        value = row.tolist()
-    entry: dict[str, Any] = {"object": "embedding", "index": index, "embedding": value}
-    if request.pooling == "patches":
+def _entry(request: EmbeddingRequest, index: int, item: Item, row: Floats) -> dict[str, Any]:
+    row = shape_embeddings(row, request)
+    entry: dict[str, Any] = {"object": "embedding", "index": index}
+    entry["embedding"] = encode_values(row, request.encoding_format)
+    if request.pooling != "mean":
         entry["shape"] = list(row.shape)
+    if item.times_s is not None:
+        entry["times_s"] = item.times_s
     return entry
+
+
+def encode_values(values: Floats, encoding_format: str) -> str | list[Any]:
+    """Numbers for JSON, or base64 of the float32 values, little-endian."""
+    if encoding_format == "base64":
+        return base64.b64encode(values.astype("<f4").tobytes()).decode("ascii")
+    listed: list[Any] = values.tolist()
+    return listed

@@ -49,6 +49,13 @@ class ServeSettings(BaseModel):
     """Torch threads of an embedder on CPU; None takes every core the process may use."""
     decode_threads: int = Field(2, ge=1)
     """Threads of an ingress replica that decode and resize images."""
+    decode_processes: int = Field(2, ge=0)
+    """Videos that an ingress replica decodes at once, each in a process of its own; 0 refuses
+    videos."""
+    decode_memory_mib: int = Field(1024, ge=64)
+    """Memory that decoding one video may take; more is a 400."""
+    decode_timeout_s: float = Field(15.0, gt=0)
+    """Seconds that decoding one video may take; more is a 400 and the process is killed."""
 
     num_replicas: int = Field(1, ge=1)
     """Embedder replicas; with `max_replicas`, the least there are."""
@@ -75,11 +82,36 @@ class ServeSettings(BaseModel):
     """Images in one request."""
     max_queued: int = Field(256, ge=1)
     """Images an ingress replica holds at once, waiting or running; more is a 429."""
+    max_video_bytes: int = Field(33_554_432, ge=1)
+    """Encoded bytes of one video, inline or fetched; more is a 413."""
+    max_video_pixels: int = Field(8_912_896, ge=1)
+    """Pixels of one frame of a video (the default: 4096 x 2176); more is a 400."""
+    max_video_s: float = Field(600.0, gt=0)
+    """Seconds of one video; more is a 400."""
+    max_source_frames: int = Field(100_000, ge=1)
+    """Frames that a video may hold, whether they are decoded or not; more is a 400."""
+    max_video_frames: int = Field(128, ge=1)
+    """Frames sampled from one video; more, by `fps`, is a 400."""
+    video_frames: int = Field(16, ge=1)
+    """Frames that an image encoder samples from a video; an encoder of clips has its own number."""
+    max_queued_videos: int = Field(32, ge=1)
+    """Videos an ingress replica holds at once, waiting, decoding or running; more is a 429."""
     timeout_s: float = Field(60.0, gt=0)
     """Seconds for one request, body and fetches included; then a 504."""
 
+    max_streams: int = Field(256, ge=0)
+    """WebSocket streams that an ingress replica serves at once; more are refused with code 1013."""
+    max_stream_decoders: int = Field(8, ge=0)
+    """Streams among them that arrive as a container and need a decoder process each."""
+    stream_queue: int = Field(32, ge=1)
+    """Frames that a stream holds before it drops some; a client may ask for fewer."""
+    stream_idle_s: float = Field(60.0, gt=0)
+    """A stream that brings nothing for this long is closed."""
+    stream_urls: bool = False
+    """Open streams by http(s) URL for clients, from `allow_hosts` only."""
+
     allow_hosts: Annotated[tuple[str, ...], BeforeValidator(_split_hosts)] = ()
-    """Hosts images may be fetched from; empty turns fetching off. `cdn.example.org` is that host,
+    """Hosts images and videos may be fetched from; empty turns fetching off. `cdn.example.org` is that host,
     `.example.org` its subdomains, `*` any public host; `:port` allows a port beside 80 and 443;
     `private:` in front also allows addresses that are not public."""
     fetch_timeout_s: float = Field(10.0, gt=0)
@@ -99,4 +131,6 @@ class ServeSettings(BaseModel):
             raise ValueError("max_replicas is less than num_replicas")
         if self.max_image_bytes > self.max_request_bytes:
             raise ValueError("max_image_bytes exceeds max_request_bytes")
+        if self.stream_urls and not self.allow_hosts:
+            raise ValueError("stream_urls needs allow_hosts")
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
 import signal
@@ -33,6 +34,9 @@ from serve_helpers import (
     save_tiny_artifact,
     unit,
 )
+from video_files import write_video
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
 
 pytestmark = pytest.mark.ray
 
@@ -213,7 +217,8 @@ MALFORMED: list[tuple[str, Any, int, str, str | None]] = [
     ("too many pixels", {"input": data_uri(encoded(picture(0, (2000, 1001)).quantize(2)))}, 400,
      "too_many_pixels", "input"),
     ("too many bytes", {"input": base64_of(NOISE)}, 413, "image_too_large", "input"),
-    ("video", {"input": [{"video": "AAAA"}]}, 400, "unsupported_modality", "input[0]"),
+    ("video that is none", {"input": [{"video": "AAAA"}]}, 400, "not_a_video", "input[0].video"),
+    ("audio", {"input": [{"audio": "AAAA"}]}, 400, "unsupported_modality", "input[0]"),
     ("text object", {"input": {"text": "cat"}}, 400, "unsupported_modality", "input"),
     ("empty object", {"input": {}}, 400, "invalid_object", "input"),
     ("two images in one", {"input": {"image": URI, "url": URI}}, 400, "invalid_object", "input"),
@@ -340,6 +345,36 @@ def test_models_health_metrics_and_request_ids(http: httpx.Client, client: opena
     assert 'rayjepa_requests_total{route="/v1/embeddings",status="200"}' in text
     assert 'rayjepa_request_seconds_bucket{le="0.1",route="/v1/embeddings"}' in text
     assert "rayjepa_batch_size_count" in text
+
+
+def test_streams_and_videos_through_serve(served: Served, http: httpx.Client) -> None:
+    """One clip a frame with this encoder of images; what is left to Serve is the socket."""
+    url = f"{served.url.replace('http', 'ws')}/v1/streams"
+    with connect(url) as socket:
+        socket.send('{"type": "start", "every": 1}')
+        assert json.loads(socket.recv(timeout=30))["type"] == "started"
+        for number in range(3):
+            image = encoded(picture(number), "JPEG")
+            socket.send(image)
+            message = json.loads(socket.recv(timeout=30))
+            assert (message["index"], message["last_frame"]) == (number, number)
+            expected = direct_tokens(served.artifact, image).mean(axis=0)
+            assert 1 - cosine(message["embedding"], expected) < 1e-5
+        socket.send('{"type": "ack", "index": 2}')
+        socket.send('{"type": "end"}')
+        ended = json.loads(socket.recv(timeout=30))
+        assert (ended["type"], ended["received"], ended["dropped"]) == ("ended", 3, 0)
+        with pytest.raises(ConnectionClosed):
+            socket.recv(timeout=30)
+        assert socket.close_code == 1000
+    with connect(url) as socket:
+        socket.send('{"type": "stop"}')
+        assert json.loads(socket.recv(timeout=30))["error"]["code"] == "invalid_message"
+    video = write_video(io.BytesIO(), 30, container="mp4").getvalue()
+    body = {"input": {"video": data_uri(video, "video/mp4"), "fps": 4}, "pooling": "per_frame"}
+    (entry,) = http.post("/v1/embeddings", json=body).json()["data"]
+    assert entry["shape"] == [4, WIDTH]
+    assert len(entry["times_s"]) == 4
 
 
 def replica_pids(deployment: str) -> list[int]:

@@ -19,9 +19,11 @@ from serve.app import Ingress
 from serve.batching import Batcher
 from serve.contract import EMBEDDER
 from serve.fetching import HostRule, ImageFetcher, is_public
+from serve.frame_queue import QUEUE_BYTES, FrameQueue
 from serve.inputs import Reference, decode_base64, parse_input, to_pixels
 from serve.schemas import ApiError
 from serve.settings import ServeSettings
+from serve.streams_api import BUFFER_BYTES, ByteBuffer
 from serve.telemetry import Telemetry, render, snapshot
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -273,6 +275,49 @@ def test_cancelled_and_failed_items_leave_the_others_alone() -> None:
 
     asyncio.run(main())
     assert seen == [[1], [3], [99], [4]]
+
+
+def test_dropping_the_newest_and_skipping_to_a_rate() -> None:
+    async def kept(queue: FrameQueue, times: list[float]) -> list[float]:
+        for time_s in times:
+            queue.put(time_s, 0.0, b"")
+        queue.close()
+        found = []
+        while (frame := await queue.get()) is not None:
+            found.append(frame.time_s)
+        return found
+
+    six = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    oldest, newest = FrameQueue(2, "oldest", None), FrameQueue(2, "newest", None)
+    assert asyncio.run(kept(oldest, six)) == [4.0, 5.0]
+    assert asyncio.run(kept(newest, six)) == [0.0, 1.0]
+    assert oldest.dropped == newest.dropped == 4
+    heavy = FrameQueue(99, "oldest", None)
+    for number in range(5):
+        heavy.put(float(number), 0.0, bytes(QUEUE_BYTES // 2))
+    assert heavy.dropped == 3
+    thinned = FrameQueue(99, "oldest", 10.0)
+    thirty = [round(number / 30, 3) for number in range(30)]
+    assert asyncio.run(kept(thinned, thirty)) == [thirty[number] for number in range(0, 30, 3)]
+    assert (thinned.received, thinned.skipped) == (10, 20)
+    slower = FrameQueue(
+        99, "oldest", 10.0
+    )  # than the rate: all are kept, and after a jump back too
+    assert asyncio.run(kept(slower, [0.0, 0.2, 0.4, 9.0, 9.05, 0.1, 0.3])) == [
+        0.0,
+        0.2,
+        0.4,
+        9.0,
+        0.1,
+        0.3,
+    ]
+
+
+def test_bytes_that_wait_are_limited() -> None:
+    buffer = ByteBuffer()
+    buffer.put(bytes(BUFFER_BYTES))
+    with pytest.raises(ApiError, match="wait for decoding"):
+        buffer.put(b"x")
 
 
 def test_metrics_are_summed_over_replicas() -> None:
