@@ -142,16 +142,17 @@ class Answer:
         self.started = started
         self.session = started.session
         self._position, self._made = started.position, 0
+        self._choices = max(1, len(start.feeds) * start.n)
         self._ended: set[int] = set()
+        self._closed = False
 
     async def pieces(self) -> AsyncGenerator[tuple[Piece, ...], None]:
         """Yields what is new, nothing where nothing is, until every choice has ended.
 
         Leaving early cancels the generation, at a token boundary; the session stays.
         """
-        choices = max(1, len(self._start.feeds) * self._start.n)
         try:
-            while len(self._ended) < choices:
+            while len(self._ended) < self._choices:
                 taken = await self._client.take(self._key, self._start.request_id)
                 if taken is None or _is_lost(taken):
                     if self._made == self._start.options.max_tokens:  # only its end was lost
@@ -163,8 +164,13 @@ class Answer:
                 self._note(taken)
                 yield taken.pieces
         finally:
-            if len(self._ended) < choices:
-                self._client.cancel(self._key, self._start.request_id)
+            self.close()
+
+    def close(self) -> None:
+        """Cancels what has not ended; for a reader who may leave before he asks for any piece."""
+        if len(self._ended) < self._choices and not self._closed:
+            self._closed = True
+            self._client.cancel(self._key, self._start.request_id)
 
     def _note(self, taken: Taken) -> None:
         self.session = taken.session or self.session

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import Response
 from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from serve import lm_sse
 from serve.lm_client import Answer, LMClient
@@ -45,9 +46,7 @@ class Replies:
             if not job.stream:
                 return await self._whole(job)
             answer = await self._client.answer(job.start)
-        return StreamingResponse(
-            self._stream(job, answer), media_type=lm_sse.MEDIA_TYPE, headers=lm_sse.HEADERS
-        )
+        return AnswerResponse(answer, self._stream(job, answer))
 
     @contextlib.contextmanager
     def _hold(self) -> Iterator[None]:
@@ -80,6 +79,26 @@ class Replies:
             async with contextlib.aclosing(Events(job, answer, self._settings).all()) as events:
                 async for data in events:
                     yield data
+
+
+class AnswerResponse(StreamingResponse):
+    """A stream that cancels its answer however it ends, even before its first event was asked for.
+
+    Args:
+        answer: what the replicas make.
+        events: of it.
+    """
+
+    def __init__(self, answer: Answer, events: AsyncGenerator[bytes, None]) -> None:
+        super().__init__(events, media_type=lm_sse.MEDIA_TYPE, headers=lm_sse.HEADERS)
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answer.close()
 
 
 class Events:

@@ -438,6 +438,12 @@ def test_busy_cancel_and_no_free_slab(http: httpx.Client, client: openai.OpenAI)
         for stream in streams:
             stream.__exit__(None, None, None)
 
+    def is_quiet() -> bool:
+        entries = http.get("/v1/sessions").json()["data"]
+        return all(entry["status"] != "generating" for entry in entries)
+
+    wait_until(is_quiet, 15)  # sooner than a reader who stays away is given up
+
 
 def test_kill_9_mid_stream_loses_and_repeats_nothing(served: Served, http: httpx.Client) -> None:
     """The replica dies twice: once under a reader who stays, once under one who comes back."""

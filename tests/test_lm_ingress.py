@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import threading
 import time
 import uuid
@@ -63,10 +65,17 @@ def test_a_long_stream_ends_where_it_can_be_resumed(tiny_lm: Path, tmp_path: Pat
     async def test() -> None:
         limit = 3_000
         settings = {"store": str(tmp_path), "max_stream_bytes": limit}
-        async with cluster(tiny_lm, **settings) as made, web(made) as http:
+        async with cluster(tiny_lm, max_reply_tokens=9_999, **settings) as made, web(made) as http:
+            real = made.replica.take
+
+            async def slow(*args: Any) -> Any:
+                await asyncio.sleep(0.02)  # the engine gets ahead of its reader
+                return await real(*args)
+
+            made.replica.take = slow  # type: ignore[method-assign]
             text, position, pieces = "", None, 0
             body: dict[str, Any] = {"prompt": "ab", "session_id": "s"}
-            while len(text) < 150:
+            while pieces < 3:
                 data = await stream(http, max_tokens=None, **body)
                 *chunks, (last_id, last), (_, done) = data
                 text += "".join(chunk["choices"][0]["text"] for _, chunk in chunks)
@@ -77,7 +86,6 @@ def test_a_long_stream_ends_where_it_can_be_resumed(tiny_lm: Path, tmp_path: Pat
                 assert last_id == (shown[-1] if shown else position)
                 position, pieces = last_id, pieces + 1
                 body = {"session_id": "s", "resume_at": position}
-            assert pieces > 2
             assert position is not None
             whole = await http.post(
                 "/v1/completions", json=GREEDY | {"prompt": "ab", "max_tokens": position - 2}
@@ -101,6 +109,36 @@ def test_a_long_stream_closes_every_choice_and_counts(tiny_lm: Path) -> None:
             assert data[-2][1]["usage"]["completion_tokens"] > 0
             assert data[-1][1] == "[DONE]"
             await eventually(lambda: not made.replica._engine.sessions())
+
+    run(test())
+
+
+def test_a_client_who_leaves_before_the_first_event(tiny_lm: Path) -> None:
+    """The reply's head finds nobody: no event is ever asked for, and still nothing goes on."""
+
+    async def test() -> None:
+        async with cluster(tiny_lm) as made, web(made) as http:
+            app = http._transport.app  # type: ignore[attr-defined]
+            body = json.dumps(GREEDY | {"prompt": "a", "stream": True, "max_tokens": None})
+            headers = [(b"content-type", b"application/json")]
+            scope = {
+                **{"type": "http", "asgi": {"version": "3.0", "spec_version": "2.4"}},
+                **{"method": "POST", "path": "/v1/completions", "raw_path": b"", "scheme": "http"},
+                **{"query_string": b"", "root_path": "", "headers": headers},
+            }
+            sent: list[str] = []
+
+            async def receive() -> Any:
+                return {"type": "http.request", "body": body.encode(), "more_body": False}
+
+            async def send(message: Any) -> None:
+                sent.append(message["type"])
+                raise OSError("the client is gone")
+
+            with contextlib.suppress(Exception):
+                await app(scope, receive, send)
+            assert sent[0] == "http.response.start"
+            await eventually(lambda: not made.replica._engine.sessions(), 10)
 
     run(test())
 

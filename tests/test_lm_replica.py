@@ -230,7 +230,12 @@ def test_two_forks_to_one_name(tiny_lm: Path, tmp_path: Path) -> None:
             assert not isinstance(one, Refused)
             assert isinstance(other, Refused)
             assert (other.status, other.code) == (409, "session_exists")
-            crossed = made.replica.fork("a", "b", "r"), made.replica.fork("b", "a", "r")
+            async with made.replica._sessions.locked("a"):
+                crossed = [
+                    asyncio.ensure_future(made.replica.fork(*names, "r"))
+                    for names in (("a", "b"), ("b", "a"))
+                ]
+                await asyncio.sleep(0.05)  # each waits, for its own session or for the other's
             for refused in await asyncio.wait_for(asyncio.gather(*crossed), 10):
                 assert isinstance(refused, Refused)
 
