@@ -141,7 +141,7 @@ class Starter:
         tokens = await self._begin_turn(held, start, repeated=repeated)
         state = held.state(self._capacity, extra=len(tokens))
         before = (*held.tail, *tokens)[-TAIL:]  # may end inside a character
-        text = AnswerText(self._tokenizer, start.options, before, answering=False)
+        text = AnswerText(self._tokenizer, start.options, before, answered=0)
         generation = await self._submit(held.session_id, tokens, start.options)
         if held.failure is not None:
             generation.cancel()
@@ -178,7 +178,8 @@ class Starter:
         """Shows again what the log has after `position`, then goes on from its end."""
         options, stop = start.options, held.log.position
         before = await self._before(held, position)
-        text = AnswerText(self._tokenizer, options, before, answering=True)
+        answered = min(len(before), position - held.turn.answer_from)
+        text = AnswerText(self._tokenizer, options, before, answered=answered)
 
         async def begin(shown: int) -> Generation:
             limit = options.max_tokens
@@ -198,16 +199,16 @@ class Starter:
         return self._started(held, start, source, 0, state)
 
     async def _before(self, held: Held, position: int) -> list[int]:
-        """Tokens of the answer before `position`, as far as its text matters."""
+        """Tokens of the stream before `position`, as far as their text matters."""
         if not held.log.position:
             raise Refusal(400, "empty_input", "an empty session needs a prompt", param="prompt")
-        first = max(held.turn.answer_from, position - RESUME_CONTEXT)
         if held.stored is not None:
+            first = max(0, position - RESUME_CONTEXT)
             return await io(partial(held.log.read, first, position))
         if position < held.log.position:
             message = "this server keeps no log of its sessions: resume at its end"
             raise Refusal(409, "no_log", message, headers=NO_RETRY)
-        return list(held.tail)[first - position :] if first < position else []
+        return list(held.tail)
 
     def _started(
         self, held: Held, start: Start, source: Source, prompt_tokens: int, state: SessionState

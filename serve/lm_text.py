@@ -19,20 +19,21 @@ class AnswerText:
         tokenizer: the model's.
         options: of the request; its numbers of tokens count from the first one shown.
         before: tokens of the stream before the first one shown.
-        answering: whether `before` belongs to the same answer (its text may begin a stop string).
+        answered: how many of them, at their end, belong to the same answer: their text may begin a
+            stop string. The others may only begin a character.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, options: Options, before: Sequence[int], *, answering: bool
+        self, tokenizer: Tokenizer, options: Options, before: Sequence[int], *, answered: int
     ) -> None:
         self._options, self._eos_ids = options, tokenizer.eos_ids
         self._decoder = tokenizer.stream()
         self._stops = StopMatcher(options.stop)
         self.over: End | None = None
         """The end of an answer that the reader has all of but its end."""
-        for token in before:
+        for number, token in enumerate(before):
             text = self._decoder.push(token)
-            if answering and not options.min_tokens:
+            if number >= len(before) - answered and not options.min_tokens:
                 stop = self._ends(token) or self._stops.push(text)[1]
                 self.over = End(reason="stop") if stop else None
 

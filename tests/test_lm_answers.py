@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import uuid
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from lm_serving import BYTES, SPECIAL, Cluster, ask, cluster, load_ids, read, run, say
 from lm_text_reference import greedy
 
-from serve.lm_contract import Refused
+from serve.lm_contract import Feed, Refused
 from serve.schemas import ApiError
 
 
@@ -84,6 +85,30 @@ def test_a_call_whose_reply_was_lost_has_succeeded(tiny_lm: Path, tmp_path: Path
                 await client.delete("twin")
 
     run(test())
+
+
+def test_a_character_that_the_prompt_began_is_whole_after_a_resume(
+    tiny_lm: Path, tmp_path: Path
+) -> None:
+    *first, last = load_ids("🎉")
+
+    async def texts(replica: Any, request_id: str) -> str:
+        taken = await replica.take(request_id, 64, 1.0)
+        return "".join(token.text for piece in taken.pieces for token in piece.tokens)
+
+    async def test(store: str | None) -> None:
+        async with cluster(tiny_lm, store=store) as made:
+            options = {"max_tokens": 1, "logit_bias": {last: 100.0}}
+            begun = ask("r", "s", "", **options)
+            feed = Feed(start=tuple(first), follow=tuple(first))
+            await made.replica.start(dataclasses.replace(begun, feeds=(feed,)))
+            assert await texts(made.replica, "r") == "🎉"
+            if store is not None:
+                await made.replica.start(ask("q", "s", "", resume_at=3, **options))
+                assert await texts(made.replica, "q") == "🎉"
+
+    run(test(str(tmp_path)))
+    run(test(None))
 
 
 def test_what_is_stored_nowhere_is_lost_with_its_replica(tiny_lm: Path) -> None:
