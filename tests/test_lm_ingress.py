@@ -15,6 +15,9 @@ import httpx
 import pytest
 from lm_serving import MODEL, Cluster, cluster, events, eventually, run, web
 
+from serve import lm_housekeeper
+from serve.lm_client import LMClient
+
 GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0, "ignore_eos": True}
 
 
@@ -139,6 +142,33 @@ def test_a_client_who_leaves_before_the_first_event(tiny_lm: Path) -> None:
                 await app(scope, receive, send)
             assert sent[0] == "http.response.start"
             await eventually(lambda: not made.replica._engine.sessions(), 10)
+
+    run(test())
+
+
+def test_a_generation_whose_ingress_died_ends_and_is_resumed(
+    tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody reads it and nobody can cancel it: the replica itself gives its reader up."""
+    monkeypatch.setattr(lm_housekeeper, "KEEP_HOUSE_S", 0.02)
+    monkeypatch.setattr(LMClient, "cancel", lambda *_: None)  # the dead do not cancel
+
+    async def test() -> None:
+        settings = {"store": str(tmp_path), "reader_timeout_s": 0.5, "max_stream_bytes": 3_000}
+        async with cluster(tiny_lm, **settings) as made, web(made) as http:
+            data = await stream(http, prompt="ab", session_id="s", max_tokens=None)
+            text = "".join(chunk["choices"][0]["text"] for _, chunk in data[:-1])
+            position = data[-2][0]
+            assert position is not None
+            state = (await http.get("/v1/sessions/s")).json()
+            assert (state["status"], len(made.replica._desk)) == ("generating", 1)
+            await eventually(lambda: not len(made.replica._desk))
+            assert (await http.get("/v1/sessions/s")).json()["status"] == "idle"
+            resume = GREEDY | {"session_id": "s", "resume_at": position, "max_tokens": 9}
+            rest = (await http.post("/v1/completions", json=resume)).json()["choices"][0]["text"]
+            whole = GREEDY | {"prompt": "ab", "max_tokens": position - 2 + 9}
+            reply = await http.post("/v1/completions", json=whole)
+            assert reply.json()["choices"][0]["text"] == text + rest
 
     run(test())
 
