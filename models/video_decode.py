@@ -13,6 +13,7 @@ import bisect
 import contextlib
 import io
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from typing import Any, BinaryIO, TypeAlias
 
 import av
@@ -21,6 +22,7 @@ import numpy.typing as npt
 from av.video.reformatter import Interpolation, VideoReformatter
 
 MAX_PIXELS = 16_777_216
+LEAST_ASPECT = Fraction(1, 8)  # of a pixel; beyond it, either way, is nonsense
 
 # FFmpeg's names of the demuxers, as its whitelist wants them.
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif"
@@ -122,15 +124,30 @@ def _video_stream(container: Any, max_pixels: int) -> av.VideoStream:
     if not streams:
         raise VideoError("no_video", f"{len(container.streams)} streams, none of them video")
     stream = streams[0]
-    context = stream.codec_context
-    if context is None:
+    if stream.codec_context is None:
         raise VideoError("no_video", "no decoder for the video stream")
+    limit_decoder(stream, max_pixels)
+    return stream  # type: ignore[no-any-return]
+
+
+def limit_decoder(stream: av.VideoStream, max_pixels: int) -> None:
+    """Makes a stream's decoder run in one thread and refuse frames of more than `max_pixels`.
+
+    Raises:
+        VideoError: `too_many_pixels`, by the header.
+    """
+    context = stream.codec_context
     if context.width * context.height > max_pixels:
         size = f"{context.width}x{context.height}"
         raise VideoError("too_many_pixels", f"{size} is over the limit of {max_pixels} pixels")
     context.thread_count = 1  # the same frames in the same order, and parallel across files
     context.options = {"max_pixels": str(max_pixels)}  # a stream may grow behind its header
-    return stream  # type: ignore[no-any-return]
+
+
+def pixel_aspect(stream: av.VideoStream) -> Fraction:
+    """Width / height of one pixel; 1 where the file says nothing, or nonsense."""
+    aspect = Fraction(stream.sample_aspect_ratio or 1)
+    return aspect if LEAST_ASPECT <= aspect <= 1 / LEAST_ASPECT else Fraction(1)
 
 
 def describe(error: BaseException) -> str:

@@ -15,11 +15,10 @@ from typing import Any
 
 import av
 
-from models.video_decode import VideoError, describe
+from models.video_decode import VideoError, describe, pixel_aspect
 
 DEFAULT_RATE = 25  # of a stream that states none
 READ_TRIES = 8  # demuxer errors in a row before the rest is given up
-LEAST_ASPECT = Fraction(1, 8)  # of a pixel
 SHORTFALL = Fraction(1, 2)  # seconds short of what the header says that count as truncated
 
 Loss = tuple[str, str]
@@ -77,9 +76,7 @@ class FrameReader:
         self._max_gap = Fraction(max_gap)
         rate = stream.average_rate or stream.guessed_rate or DEFAULT_RATE
         self._period = 1 / Fraction(rate)
-        self._aspect = Fraction(stream.sample_aspect_ratio or 1)
-        if not LEAST_ASPECT <= self._aspect <= 1 / LEAST_ASPECT:
-            self._aspect = Fraction(1)  # nonsense
+        self._aspect = pixel_aspect(stream)
         self._start: Fraction | None = None
         self._last = Fraction(0)
         self._end = Fraction(0)

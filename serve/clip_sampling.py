@@ -20,7 +20,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from models.preprocessing import Preprocessing, eval_transform
-from models.video_decode import VideoError, decode_frames, open_video
+from models.video_decode import VideoError, decode_frames, open_video, pixel_aspect
 
 # What cameras, phones, browsers and editors write. FFmpeg has hundreds of other decoders, some of
 # them little tested.
@@ -32,7 +32,6 @@ CODECS = (
 GROUP_BYTES = 67_108_864  # full-size RGB held at once
 SHORTFALL_S = 0.5  # missing at the end of what the header says that counts as truncated
 TIME_SLACK_S = 1e-4  # a frame at 0.1 s as its container rounds it is the frame at 0.1 s
-LEAST_ASPECT = Fraction(1, 8)  # of a pixel; beyond it is nonsense
 
 U8 = npt.NDArray[np.uint8]
 
@@ -132,7 +131,7 @@ def read_index(video: bytes, request: ClipRequest) -> VideoIndex:
             raise VideoError("too_long", f"{declared_s:g} s is over the limit of {request.max_s:g}")
         stamps, rotation, period = _scan(container, stream, request.max_source_frames)
         base, rate = stream.time_base or Fraction(1, 1000), stream.average_rate or Fraction(25)
-        aspect = Fraction(stream.sample_aspect_ratio or 1)
+        aspect = pixel_aspect(stream)
         frame_bytes = 3 * stream.width * stream.height
     stamps.sort()
     if stamps[0] == stamps[-1]:  # no times at all
@@ -148,7 +147,7 @@ def read_index(video: bytes, request: ClipRequest) -> VideoIndex:
         times_s=times_s,
         duration_s=duration_s,
         rotation=rotation,
-        aspect=aspect if LEAST_ASPECT <= aspect <= 1 / LEAST_ASPECT else Fraction(1),
+        aspect=aspect,
         frame_bytes=frame_bytes,
     )
 

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from fractions import Fraction
 from typing import Any, Protocol
 
 import av
 
 from models.preprocessing import Preprocessing
-from models.video_decode import RgbConverter, VideoError, describe
-from serve.clip_sampling import CODECS, LEAST_ASPECT, upright_pixels
+from models.video_decode import (
+    RgbConverter,
+    VideoError,
+    describe,
+    limit_decoder,
+    pixel_aspect,
+)
+from serve.clip_sampling import CODECS, upright_pixels
 
 # No playlists, and nothing that needs the end of a file first.
 CONTAINERS = "mpegts,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2"
@@ -88,9 +93,7 @@ def decode_stream(
         raise VideoError("not_a_video", detail) from error
     with contextlib.closing(container):
         stream = _video_stream(container, max_pixels)
-        convert, aspect = RgbConverter(), Fraction(stream.sample_aspect_ratio or 1)
-        if not LEAST_ASPECT <= aspect <= 1 / LEAST_ASPECT:
-            aspect = Fraction(1)
+        convert, aspect = RgbConverter(), pixel_aspect(stream)
         for frame, time_s in _timed(_frames(container, stream, max_pixels)):
             pixels = upright_pixels(convert(frame), round(frame.rotation / 90), aspect, prep)
             channel.send({"time_s": time_s}, pixels.data.cast("B"))
@@ -103,11 +106,7 @@ def _video_stream(container: Any, max_pixels: int) -> av.VideoStream:
     context = stream.codec_context
     if context is None or context.name not in CODECS:
         raise VideoError("unsupported_codec", "no decoder for the video stream is allowed")
-    if context.width * context.height > max_pixels:
-        size = f"{context.width}x{context.height}"
-        raise VideoError("too_many_pixels", f"{size} is over the limit of {max_pixels} pixels")
-    context.thread_count = 1
-    context.options = {"max_pixels": str(max_pixels)}
+    limit_decoder(stream, max_pixels)
     return stream
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import logging
 import re
 import tarfile
 import zlib
@@ -571,44 +570,31 @@ def test_killed_at_half_and_run_again(ray_local: None, cifar_sample: Path, tmp_p
 
 @pytest.mark.ray
 def test_s3_to_s3_by_the_command(
-    mixed: tuple[Path, dict[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mixed: tuple[Path, dict[str, int]],
+    s3: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import fsspec
-    import s3fs
-    from moto.server import ThreadedMotoServer
 
-    monkeypatch.setattr(logging.getLogger("werkzeug"), "disabled", True)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for key, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "x",
-        "AWS_SECRET_ACCESS_KEY": "x",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
+    for key, value in s3.items():
         monkeypatch.setenv(key, value)
-    s3fs.S3FileSystem.clear_instance_cache()
-    try:
-        fs = fsspec.filesystem("s3")
-        fs.mkdir("bucket")
-        count = 0
-        for path in mixed[0].rglob("*"):
-            if path.is_file() and path.stat().st_size < 10**6:
-                fs.pipe_file(f"bucket/raw/{path.relative_to(mixed[0])}", path.read_bytes())
-                count += 1
-        source, out = "s3://bucket/raw", "s3://bucket/out"
-        process = start_ingest(source, out, tmp_path / "log", ("pipelines/ingest.py",))
-        assert process.wait() == 0, (tmp_path / "log").read_text()
-        manifest = verify_shards(out)
-        total = manifest.num_samples + manifest.duplicates + sum(manifest.quarantined.values())
-        assert total == count
-        assert not fs.exists("bucket/out/_staging")
-        uris = read_rows(out)["source_uri"].to_pylist()
-        assert all(uri.startswith("s3://bucket/raw/") for uri in uris)
-    finally:
-        server.stop()
-        s3fs.S3FileSystem.clear_instance_cache()
+    fs = fsspec.filesystem("s3")
+    fs.mkdir("bucket")
+    count = 0
+    for path in mixed[0].rglob("*"):
+        if path.is_file() and path.stat().st_size < 10**6:
+            fs.pipe_file(f"bucket/raw/{path.relative_to(mixed[0])}", path.read_bytes())
+            count += 1
+    source, out = "s3://bucket/raw", "s3://bucket/out"
+    process = start_ingest(source, out, tmp_path / "log", ("pipelines/ingest.py",))
+    assert process.wait() == 0, (tmp_path / "log").read_text()
+    manifest = verify_shards(out)
+    total = manifest.num_samples + manifest.duplicates + sum(manifest.quarantined.values())
+    assert total == count
+    assert not fs.exists("bucket/out/_staging")
+    uris = read_rows(out)["source_uri"].to_pylist()
+    assert all(uri.startswith("s3://bucket/raw/") for uri in uris)
 
 
 def test_command_line_reports_errors_without_a_traceback(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import os
 import signal
 import socket
@@ -39,28 +38,10 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def s3_keys() -> Iterator[dict[str, str]]:
-    from moto.server import ThreadedMotoServer
-
-    quiet, logging.getLogger("werkzeug").disabled = logging.getLogger("werkzeug").disabled, True
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "x",
-        "AWS_SECRET_ACCESS_KEY": "x",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    server.stop()
-    logging.getLogger("werkzeug").disabled = quiet
-
-
-@pytest.fixture(scope="module")
 def served(
     ray_local: None,
     tiny_lm: Path,
-    s3_keys: dict[str, str],
+    s3: dict[str, str],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Served]:
     from ray import serve as ray_serve
@@ -88,10 +69,10 @@ def served(
         max_stream_bytes=STREAM_BYTES,
     )
     images = ServeSettings(artifact=str(encoder), threads=1, cpus=0.1, ingress_cpus=0.1)
-    actor = {"num_cpus": 0.1, "runtime_env": {"env_vars": s3_keys}}
+    actor = {"num_cpus": 0.1, "runtime_env": {"env_vars": s3}}
     make = lm_app._model_deployment
     with pytest.MonkeyPatch.context() as patch:
-        for key, value in s3_keys.items():
+        for key, value in s3.items():
             patch.setenv(key, value)
         # Ray was started long before the store: its replicas are told where that is.
         patch.setattr(

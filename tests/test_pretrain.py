@@ -345,6 +345,11 @@ class _Terminal(io.StringIO):
         return True
 
 
+def _ask_until_dead(queue):
+    for _ in range(1_000):
+        queue.qsize()
+
+
 def test_a_lost_progress_queue_does_not_end_a_run(ray_local, capsys, monkeypatch):
     import ray
     from ray.util import queue as queues
@@ -365,6 +370,8 @@ def test_a_lost_progress_queue_does_not_end_a_run(ray_local, capsys, monkeypatch
         while "step 1/3" not in shown.getvalue() and time.monotonic() < deadline:
             time.sleep(0.05)
         ray.kill(queue.actor)
+        with pytest.raises(ray.exceptions.RayActorError):  # one that is dying may still take lines
+            _ask_until_dead(queue)
         say("step 2/3")
         say("step 3/3")
     assert shown.getvalue().startswith("step 1/3\nno more progress lines, the run goes on: ")

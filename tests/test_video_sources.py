@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import pytest
@@ -131,46 +130,30 @@ def test_empty_list_names_the_flag(tmp_path: Path) -> None:
 
 
 def test_s3_prefix_with_sidecars_and_a_list(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import fsspec
-    import s3fs
-    from moto.server import ThreadedMotoServer
 
-    monkeypatch.setattr(logging.getLogger("werkzeug"), "disabled", True)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for key, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "x",
-        "AWS_SECRET_ACCESS_KEY": "x",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
+    for key, value in s3.items():
         monkeypatch.setenv(key, value)
-    s3fs.S3FileSystem.clear_instance_cache()
-    try:
-        fs = fsspec.filesystem("s3")
-        fs.mkdir("videos")
-        for name in ("cat/a.mp4", "cat/a.states.npy", "b.mkv", "c.mp4"):
-            fs.pipe_file(f"videos/raw/{name}", name.encode())
-        local = write(tmp_path / "local.mp4", b"local")
-        fs.pipe_file("videos/raw/all.csv", f"cat/a.mp4,1\nfile://{local},2\n".encode())
-        seen = {}
-        listing = list_source(config("s3://videos/raw"))
-        for chunk in listing.chunks:
-            for item in read_chunk(chunk, config("", modality="video")):
-                seen[item.uri] = (Path(item.path).read_bytes(), item.label, item.sidecars)
-        assert seen == {
-            "s3://videos/raw/cat/a.mp4": (
-                *(b"cat/a.mp4", "cat"),
-                (("states", b"cat/a.states.npy"),),
-            ),
-            "s3://videos/raw/b.mkv": (b"b.mkv", None, ()),
-            "s3://videos/raw/c.mp4": (b"c.mp4", None, ()),
-        }
-        labels = {item.uri: item.label for item in items_of(config("s3://videos/raw/all.csv"))}
-        assert labels == {"s3://videos/raw/cat/a.mp4": 1, str(local): 2}
-    finally:
-        server.stop()
-        s3fs.S3FileSystem.clear_instance_cache()
+    fs = fsspec.filesystem("s3")
+    fs.mkdir("videos")
+    for name in ("cat/a.mp4", "cat/a.states.npy", "b.mkv", "c.mp4"):
+        fs.pipe_file(f"videos/raw/{name}", name.encode())
+    local = write(tmp_path / "local.mp4", b"local")
+    fs.pipe_file("videos/raw/all.csv", f"cat/a.mp4,1\nfile://{local},2\n".encode())
+    seen = {}
+    listing = list_source(config("s3://videos/raw"))
+    for chunk in listing.chunks:
+        for item in read_chunk(chunk, config("", modality="video")):
+            seen[item.uri] = (Path(item.path).read_bytes(), item.label, item.sidecars)
+    assert seen == {
+        "s3://videos/raw/cat/a.mp4": (
+            *(b"cat/a.mp4", "cat"),
+            (("states", b"cat/a.states.npy"),),
+        ),
+        "s3://videos/raw/b.mkv": (b"b.mkv", None, ()),
+        "s3://videos/raw/c.mp4": (b"c.mp4", None, ()),
+    }
+    labels = {item.uri: item.label for item in items_of(config("s3://videos/raw/all.csv"))}
+    assert labels == {"s3://videos/raw/cat/a.mp4": 1, str(local): 2}
