@@ -16,9 +16,9 @@ BEGIN, END = "<!-- fields -->\n", "<!-- end of fields -->"
 
 def field_docs() -> dict[tuple[str, str], str]:
     """Returns the string under each field, by (class, field)."""
-    tree = ast.parse((ROOT / "pipelines" / "config.py").read_text())
+    sources = sorted((ROOT / "pipelines" / "config").glob("*.py"))
     docs = {}
-    for node in tree.body:
+    for node in [node for source in sources for node in ast.parse(source.read_text()).body]:
         if isinstance(node, ast.ClassDef):
             for field, after in zip(node.body, node.body[1:], strict=False):
                 if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr):

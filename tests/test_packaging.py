@@ -87,8 +87,11 @@ def test_import_direction_allows_models_rays_serve_and_relative() -> None:
 def test_models_do_not_use_ray_and_config_uses_only_the_standard_library() -> None:
     for path in sorted((ROOT / "models").rglob("*.py")):
         assert "ray" not in {name for _, name in imported(path.read_text(), "models")}, path
-    names = {name for _, name in imported((ROOT / "pipelines/config.py").read_text(), "pipelines")}
-    assert names <= set(sys.stdlib_module_names)
+    for path in sorted((ROOT / "pipelines/config").glob("*.py")):
+        names = {name for _, name in imported(path.read_text(), "pipelines")}
+        assert names <= {*sys.stdlib_module_names, "pipelines"}, path
+        ours = re.findall(r"(?:from|import) (pipelines\S*)", path.read_text())
+        assert {".".join(name.split(".")[:2]) for name in ours} <= {"pipelines.config"}, path
 
 
 def test_no_module_shadows_the_standard_library_or_is_called_utils() -> None:

@@ -1,0 +1,89 @@
+"""What `pipelines.ingest` is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pipelines.config.checks import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoConfig:
+    """How video is cut into segments and stored."""
+
+    fps: float = 15.0
+    """Constant frame rate of every segment; sources are resampled by their timestamps."""
+    segment_seconds: float = 10.0
+    """Length of a segment, the last of a file may be shorter. A clip is drawn from one segment."""
+    key_frame_every: int = 15
+    """Frames between key frames: the most a loader decodes before the first frame it wants."""
+    crf: int = 20
+    """H.264 quality: 0 is lossless, 23 usual, more is smaller and worse."""
+    preset: Literal["ultrafast", "veryfast", "medium", "slow"] = "veryfast"
+    """H.264 encoder effort: slower is smaller at the same quality."""
+    max_gap: float = 5.0
+    """Seconds a frame is shown on when none follows; a longer gap starts a new segment after it."""
+    max_pixels: int = 16_777_216
+    """Files with larger frames than this are quarantined, undecoded."""
+    max_bytes: int = 17_179_869_184
+    """Files larger than this many bytes are quarantined, unread."""
+    max_seconds: float = 86_400.0
+    """Files longer than this are quarantined; one that only turns out longer is cut there."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.fps <= 1000, "video.fps", "must be positive, at most 1000")
+        require(
+            round(self.fps * self.segment_seconds) >= 1,
+            "video.segment-seconds",
+            "must hold at least one frame",
+        )
+        require(self.key_frame_every > 0, "video.key-frame-every", "must be positive")
+        require(0 <= self.crf <= 51, "video.crf", "must be between 0 and 51")
+        for flag in ("max_gap", "max_pixels", "max_bytes", "max_seconds"):
+            require(getattr(self, flag) > 0, f"video.{flag.replace('_', '-')}", "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class IngestConfig:
+    """Raw images or videos of any source to validated Parquet shards."""
+
+    source: str
+    """Folder, `s3://` prefix or CSV list (`path,label`) of images or videos; for images also a
+    WebDataset tar (or a folder or glob of them), or a Parquet file or folder."""
+    out: str
+    """Where shards, manifest and quarantine go: a local folder or an `s3://` prefix."""
+    format: Literal["auto", "folder", "list", "webdataset", "parquet"] = "auto"
+    """How to read `source`; `auto` decides by the file names found there."""
+    modality: Literal["auto", "image", "video"] = "auto"
+    """What to make of the files; `auto` decides by their names (GIFs alone are images)."""
+    video: VideoConfig = field(default_factory=VideoConfig)
+    """How video is cut and stored."""
+    image_column: str = "image"
+    """Parquet sources: the column of encoded bytes (or Hugging Face's `{bytes, path}` struct)."""
+    label_column: str = "label"
+    """Parquet sources: the column of labels; absent means unlabelled."""
+    short_side: int | None = None
+    """Resize so that the short side has this many pixels (never enlarges) and re-encode. Video is
+    always re-encoded, and its sides are rounded to even numbers."""
+    encode: Literal["keep", "jpeg", "png", "webp"] = "keep"
+    """Re-encode as this; `keep` stores the bytes as they came unless resizing, EXIF rotation or an
+    unusual colour mode makes re-encoding necessary."""
+    quality: int = 95
+    """JPEG and WebP quality when re-encoding."""
+    max_pixels: int = 100_000_000
+    """Images with more pixels than this are quarantined as decompression bombs, undecoded."""
+    max_bytes: int = 67_108_864
+    """Images larger than this many bytes are quarantined, unread."""
+    shard_bytes: int = 134_217_728
+    """Aim for shards of this many bytes."""
+    row_group_rows: int = 64
+    """Rows in one Parquet row group: the smallest unit a loader reads."""
+
+    def __post_init__(self) -> None:
+        require(self.short_side is None or self.short_side >= 8, "short-side", "must be at least 8")
+        require(1 <= self.quality <= 100, "quality", "must be between 1 and 100")
+        require(self.max_pixels > 0, "max-pixels", "must be positive")
+        require(self.max_bytes > 0, "max-bytes", "must be positive")
+        require(self.shard_bytes >= 1024, "shard-bytes", "must be at least 1024")
+        require(self.row_group_rows > 0, "row-group-rows", "must be positive")

@@ -1,0 +1,83 @@
+"""What comes after training: evaluation, export, embedding; and the demo that does it all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What an encoder learned: kNN, linear probe, few-shot, RankMe, beside two baselines; of clips
+    also an attentive probe, and the encoder on single frames as a third baseline."""
+
+    checkpoint: str
+    """Checkpoint or exported artifact (folder or `s3://` prefix); a run folder means its best checkpoint."""
+    data: str
+    """Labelled shards the probes learn from."""
+    test: str
+    """Labelled shards the probes are scored on."""
+    out: str = "evaluation"
+    """Folder for results.json and report.html."""
+    knn_k: int = 20
+    """Neighbours that vote."""
+    knn_temperature: float = 0.07
+    """Softmax temperature of the votes."""
+    probe_epochs: int = 50
+    """Epochs of the linear probe."""
+    attentive_epochs: int = 20
+    """Epochs of the attentive probe of clips; 0 leaves it out, and is what images get."""
+    fps: float | None = None
+    """Frames a second of clips; None, unless --stride is given, is what the encoder was trained on."""
+    stride: int | None = None
+    """Frames of a segment from one frame of a clip to the next; None as above."""
+    batch_size: int = 256
+    """Images, or frames of clips, per forward pass."""
+    limit: int | None = None
+    """Use at most this many images or clips of each set."""
+    seed: int = 0
+    """Seed of random-init, few-shot draws and probe order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """A checkpoint's target encoder as an artifact that timm and transformers load."""
+
+    checkpoint: str
+    """Checkpoint, or a run folder (its best checkpoint)."""
+    out: str
+    """Folder of the artifact."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig:
+    """A whole data set through an exported encoder into Parquet."""
+
+    artifact: str
+    """Folder or `s3://` prefix of the exported artifact."""
+    data: str
+    """Ingested shards."""
+    out: str
+    """Folder or `s3://` prefix for the embedding Parquet files."""
+    pooling: Literal["mean", "patches"] = "mean"
+    """One vector an image, or one a patch."""
+    batch_size: int = 256
+    """Images per forward pass."""
+    workers: int = 1
+    """Actors in the pool."""
+    gpu: bool = False
+    """One GPU an actor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """The whole way on the shipped CIFAR-10 sample, ending in an HTTP request."""
+
+    out: str = "demo-out"
+    """Folder of everything the demo makes; run again, it goes on from what is there."""
+    seed: int = 0
+    """Seed of weights, order, crops and masks."""
+    steps: int | None = None
+    """Optimizer steps; None takes the recipe's."""
+    precision: Literal["fp32", "bf16"] | None = None
+    """Autocast type; None takes bf16 where the CPU has it, else the recipe's."""

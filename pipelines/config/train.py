@@ -1,0 +1,230 @@
+"""A training run: model, objective, optimizer, watch, and the run itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pipelines.config.checks import require
+from pipelines.config.data import ClipConfig, DataConfig, MaskConfig, VideoMaskConfig
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Encoder and predictor shapes; names are rows of `models.vit.PRESETS`."""
+
+    encoder: str = "vit_s"
+    """Preset: vit_ti, vit_s, vit_b, vit_l, vit_h, vit_g, or a small one for 32-pixel images; for
+    clips video_b, video_l, video_h, video_g, or a small one."""
+    image_size: int = 224
+    """Pixels on a side of the square training crop."""
+    patch_size: int = 16
+    """Pixels on a side of one patch."""
+    frames: int = 1
+    """Frames of a clip; 1 for images."""
+    tubelet: int = 1
+    """Frames in one token; divides `frames`."""
+    positions: Literal["sincos", "rope", "rope_released"] = "sincos"
+    """Fixed sine-cosine embeddings (I-JEPA, V-JEPA), or rotary ones (V-JEPA 2; `rope_released` is the
+    layout of its published weights)."""
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass rather than keep them: less memory, a third
+    more time."""
+    predictor_width: int | None = None
+    """Overrides the preset's predictor width."""
+    predictor_depth: int | None = None
+    """Overrides the preset's predictor depth."""
+    patch_std: float = 0.02
+    """Standard deviation of the initial patch embedding. At the usual 0.02 the fixed positions are
+    louder than the image; short runs on small images learn sooner with 0.14."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Channel means subtracted on the device, of values in [0, 1]."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    """Channel standard deviations divided by on the device."""
+
+    def __post_init__(self) -> None:
+        require(self.patch_size > 0, "model.patch-size", "must be positive")
+        require(
+            self.image_size >= self.patch_size and self.image_size % self.patch_size == 0,
+            "model.image-size",
+            f"must be a multiple of --model.patch-size ({self.patch_size}), got {self.image_size}",
+        )
+        require(self.patch_std > 0, "model.patch-std", "must be positive")
+        require(self.frames > 0, "model.frames", "must be positive")
+        require(
+            self.tubelet > 0 and self.frames % self.tubelet == 0,
+            "model.tubelet",
+            f"must divide --model.frames ({self.frames}), got {self.tubelet}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What is learned; names are rows of `models.objectives.OBJECTIVES`."""
+
+    name: str = "ijepa"
+    """The objective."""
+    loss: Literal["smooth_l1", "l2", "l1"] = "smooth_l1"
+    """Distance between predicted and target features (I-JEPA's code: smooth_l1; its paper: l2)."""
+    ema: tuple[float, float] = (0.996, 1.0)
+    """Momentum of the target encoder at the first and at the last step, linear between."""
+    target: Literal["ema", "self"] = "ema"
+    """`ema` is the method. `self` is the negative control: the context encoder is its own target,
+    gradient and all, and must collapse."""
+
+    def __post_init__(self) -> None:
+        require(0.0 <= self.ema[0] <= self.ema[1] <= 1.0, "objective.ema", "0 <= start <= end <= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its schedules, all pure functions of the step."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    start_lr: float = 2e-4
+    """Learning rate at step 0, raised linearly to `lr` over `warmup_steps`."""
+    final_lr: float = 1e-6
+    """Learning rate at the last step (cosine from the peak)."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.04
+    """Weight decay at step 0."""
+    final_weight_decay: float = 0.4
+    """Weight decay at the last step (cosine between)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's moment decay rates."""
+    eps: float = 1e-8
+    """AdamW's denominator floor."""
+    clip_norm: float | None = None
+    """Clip the gradient's norm, encoder and predictor together, to this; None, as in I-JEPA, does not
+    clip."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.lr >= 0 and self.start_lr >= 0 and self.final_lr >= 0, "optim.lr", "must be >= 0"
+        )
+        require(self.warmup_steps >= 0, "optim.warmup-steps", "must be >= 0")
+        require(all(0 <= b < 1 for b in self.betas), "optim.betas", "must lie in [0, 1)")
+        require(self.clip_norm is None or self.clip_norm > 0, "optim.clip-norm", "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchConfig:
+    """When a run counts as collapsed, judged on the pooled target output."""
+
+    action: Literal["stop", "warn", "off"] = "stop"
+    """What to do about a collapse."""
+    min_rankme: float = 2.0
+    """Collapsed when RankMe (effective rank, 1 = a single direction) of the centred features falls
+    below this."""
+    min_std: float = 1e-3
+    """Collapsed when the mean per-dimension standard deviation falls below this."""
+    max_cosine: float = 0.9999
+    """Collapsed when the mean pairwise cosine rises above this."""
+    patience: int = 2
+    """Readings in a row (one every `run.log_every` steps) that must agree."""
+    grace_steps: int = 20
+    """Steps before the first judgement."""
+
+    def __post_init__(self) -> None:
+        require(self.patience > 0, "watch.patience", "must be positive")
+        require(self.grace_steps >= 0, "watch.grace-steps", "must be >= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """How long, where, with how many workers, and what is kept."""
+
+    name: str = "run"
+    """Folder of this run under `storage`; the same name again resumes it."""
+    storage: str = "runs"
+    """Where runs live: a local folder or an `s3://` prefix."""
+    steps: int = 1000
+    """Optimizer steps in the whole run; the schedules end here."""
+    stop_after: int | None = None
+    """Stop, checkpointed, after this step as if interrupted; the schedules still aim at `steps`."""
+    seed: int = 0
+    """Weights, order, crops and masks follow from it."""
+    workers: int = 1
+    """Training processes; must divide --data.lanes."""
+    gpu: bool = False
+    """One GPU a worker (NCCL); otherwise CPU (gloo)."""
+    cpus_per_worker: float = 0.5
+    """CPUs reserved a worker; leave room for Ray Data tasks on the same machine."""
+    threads: int | None = None
+    """Torch threads per worker on CPU; None divides the machine's cores among its workers."""
+    accumulate: int = 1
+    """Micro-batches per optimizer step on every worker."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Autocast type; weights, EMA and optimizer state stay fp32."""
+    compile: bool = False
+    """torch.compile the objective (static shapes)."""
+    log_every: int = 10
+    """Steps between readings of metrics: the only host syncs."""
+    probe_every: int = 0
+    """Steps between online kNN probes; 0 for never."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints; the last step always makes one."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept: the best by online probe, and the newest."""
+    max_failures: int = 3
+    """Restarts from the newest checkpoint after a worker or node is lost; -1 for no limit."""
+    init_from: str | None = None
+    """Checkpoint whose weights start the run when the run has none of its own."""
+    log_samples: bool = False
+    """Write the sample ids of every step to `samples-rank*.jsonl` (audits and tests)."""
+
+    def __post_init__(self) -> None:
+        for flag in ("steps", "workers", "accumulate", "log_every", "checkpoint_every"):
+            require(getattr(self, flag) > 0, f"run.{flag.replace('_', '-')}", "must be positive")
+        require(self.cpus_per_worker > 0, "run.cpus-per-worker", "must be positive")
+        require(self.keep_checkpoints > 0, "run.keep-checkpoints", "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """One pretraining run, complete."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    video_mask: VideoMaskConfig = field(default_factory=VideoMaskConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        lanes, workers, accumulate = self.data.lanes, self.run.workers, self.run.accumulate
+        require(lanes % workers == 0, "run.workers", f"must divide --data.lanes ({lanes})")
+        require(
+            self.data.batch_size % (workers * accumulate) == 0,
+            "run.accumulate",
+            f"workers x accumulate ({workers * accumulate}) must divide --data.batch-size",
+        )
+        require(
+            self.optim.warmup_steps <= self.run.steps,
+            "optim.warmup-steps",
+            f"must not exceed --run.steps ({self.run.steps})",
+        )
+        require(
+            self.modality == "video" or self.model.frames == 1,
+            "model.frames",
+            f"--objective.name {self.objective.name} learns from images; clips need vjepa",
+        )
+
+    @property
+    def modality(self) -> Literal["image", "video"]:
+        """What the objective learns from, and the shards must hold."""
+        return "video" if self.objective.name == "vjepa" else "image"
+
+    @property
+    def model_settings(self) -> dict[str, Any]:
+        """`model` as `models.objectives.build_objective` takes it."""
+        return dataclasses.asdict(self.model) | {"mask_tokens": self.video_mask.generators}

@@ -1,0 +1,66 @@
+"""Named complete runs. Each opens with its command, the time to expect and the result to expect.
+
+A variant is a function that replaces fields of another. `python -m pipelines.pretrain RECIPE --help`
+lists every field; recipes without a measured result say "not run".
+"""
+
+from __future__ import annotations
+
+from pipelines.config import PretrainConfig
+from pipelines.recipes.images import (
+    cifar10_demo,
+    cifar10_vits,
+    debug,
+    ijepa_vitb16,
+    ijepa_vitg16_in22k,
+    ijepa_vith14_in1k,
+    ijepa_vith16_448,
+    ijepa_vitl16,
+    ijepa_vits16,
+    laptop,
+)
+from pipelines.recipes.video import (
+    vjepa2_vitl16,
+    vjepa_gameplay,
+    vjepa_movingmnist,
+    vjepa_vitl16,
+)
+
+__all__ = [
+    "RECIPES",
+    "cifar10_demo",
+    "cifar10_vits",
+    "debug",
+    "ijepa_vitb16",
+    "ijepa_vitg16_in22k",
+    "ijepa_vith14_in1k",
+    "ijepa_vith16_448",
+    "ijepa_vitl16",
+    "ijepa_vits16",
+    "laptop",
+    "vjepa2_vitl16",
+    "vjepa_gameplay",
+    "vjepa_movingmnist",
+    "vjepa_vitl16",
+]
+
+RECIPES: dict[str, tuple[str, PretrainConfig]] = {
+    recipe.__name__: ((recipe.__doc__ or "").partition("\n")[0], recipe())
+    for recipe in (
+        debug,
+        cifar10_demo,
+        laptop,
+        cifar10_vits,
+        ijepa_vits16,
+        ijepa_vitb16,
+        ijepa_vitl16,
+        ijepa_vith14_in1k,
+        ijepa_vith16_448,
+        ijepa_vitg16_in22k,
+        vjepa_movingmnist,
+        vjepa_gameplay,
+        vjepa_vitl16,
+        vjepa2_vitl16,
+    )
+}
+"""Name to (one line, configuration): the subcommands of `python -m pipelines.pretrain`."""
