@@ -32,7 +32,8 @@ def _mix_word(word: int) -> int:
 
 def _shifted(words: torch.Tensor, by: int) -> torch.Tensor:
     """Shift right, filling with zeros (int64's own shift copies the sign)."""
-    return (words >> by) & (2 ** (64 - by) - 1)
+    shifted: torch.Tensor = (words >> by) & (2 ** (64 - by) - 1)
+    return shifted
 
 
 def mix(words: torch.Tensor) -> torch.Tensor:
@@ -61,8 +62,8 @@ def uniforms(keys_B: torch.Tensor, stream: int, count: int) -> torch.Tensor:
 def normals(keys_B: torch.Tensor, stream: int, count: int) -> torch.Tensor:
     """`count` independent standard normals a key, float32 [B, C] (Box and Muller, 1958)."""
     pairs = -(-count // 2)
-    radius_BP, angle_BP = uniforms(keys_B, stream, 2 * pairs).split(pairs, dim=1)
-    radius_BP = (-2 * (1 - radius_BP).log()).sqrt()  # 1 - u is never 0
-    angle_BP = 2 * math.pi * angle_BP
+    draws_B2P = uniforms(keys_B, stream, 2 * pairs)
+    radius_BP = (-2 * (1 - draws_B2P[:, :pairs]).log()).sqrt()  # 1 - u is never 0
+    angle_BP = 2 * math.pi * draws_B2P[:, pairs:]
     both_B2P = torch.cat([radius_BP * angle_BP.cos(), radius_BP * angle_BP.sin()], dim=1)
     return both_B2P[:, :count]

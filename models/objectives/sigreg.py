@@ -84,11 +84,13 @@ def epps_pulley(samples_NM: torch.Tensor, knots: int = 17) -> torch.Tensor:
     t_T = torch.linspace(0, END, knots, dtype=samples_NM.dtype, device=samples_NM.device)
     phi_T = torch.exp(-0.5 * t_T**2)
     weights_T = 2 * END / (knots - 1) * phi_T
-    weights_T[[0, -1]] /= 2
+    weights_T[0] /= 2
+    weights_T[-1] /= 2
     local_2TM: torch.Tensor = _CharacteristicFunction.apply(samples_NM, knots)
     cos_TM, sin_TM = mean_over_processes(local_2TM)
     error_TM = (cos_TM - phi_T[:, None]).square() + sin_TM.square()
-    return samples_NM.shape[0] * world_size() * (weights_T @ error_TM)
+    scores_M: torch.Tensor = samples_NM.shape[0] * world_size() * (weights_T @ error_TM)
+    return scores_M
 
 
 class _CharacteristicFunction(torch.autograd.Function):
