@@ -2,7 +2,8 @@
 
     flock -x LOCK python benchmarks/sigreg.py            # about a minute; alone on the machine
 
-Each side runs in a process of its own. Time: median of `--repeats` forward and backward passes.
+Each side runs in a process of its own. Time: median of `--repeats` forward and backward passes; with
+`--clock cpu` of the process's CPU time, for a machine that is not quiet.
 Memory: the most it held beyond what it held before the first pass (Linux: VmHWM; CUDA: the allocator).
 """
 
@@ -15,6 +16,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -40,6 +42,8 @@ class Args:
     """Of torch, on a CPU."""
     device: str = "cpu"
     """cpu or cuda."""
+    clock: Literal["wall", "cpu"] = "wall"
+    """What is timed."""
     side: str = ""
     """Used inside: which side this process is."""
 
@@ -77,11 +81,12 @@ def measure(args: Args) -> dict[str, float]:
     before = held(args.device)
     value = once()
     peak = held(args.device) - before
+    clock = time.perf_counter if args.clock == "wall" else time.process_time
     seconds = []
     for _ in range(args.repeats):
-        start = time.perf_counter()
+        start = clock()
         once()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
     assert rows.grad is not None
     norm = float(rows.grad.norm())
     return {"value": value, "norm": norm, "bytes": peak, "seconds": statistics.median(seconds)}

@@ -83,27 +83,24 @@ def lejepa_cifar10_demo() -> PretrainConfig:
     return replace(
         base,
         # The picture whole: all cropping is left to the views.
-        data=replace(
-            base.data, batch_size=128, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=False
-        ),
+        data=replace(base.data, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=False),
         objective=ObjectiveConfig(
             name="lejepa", projector=(512, 512, 64), sigreg_weight=0.02, slices=256
         ),
         optim=OptimConfig(
-            lr=1e-3,
+            lr=1.5e-3,
             start_lr=1e-4,
-            final_lr=1e-4,
-            warmup_steps=50,
+            final_lr=1.5e-4,
+            warmup_steps=100,
             weight_decay=0.05,
             final_weight_decay=0.05,
         ),
         run=replace(
             base.run,
             name="lejepa_cifar10_demo",
-            steps=1200,
-            log_every=25,
-            probe_every=300,
-            checkpoint_every=300,
+            steps=2000,
+            probe_every=500,
+            checkpoint_every=500,
         ),
     )
 
@@ -136,7 +133,7 @@ def mae_cifar10_demo() -> PretrainConfig:
         base,
         mask=MaskConfig(hidden=0.5),
         objective=ObjectiveConfig(name="mae"),
-        optim=replace(lejepa_cifar10_demo().optim, warmup_steps=100),
+        optim=lejepa_cifar10_demo().optim,
         run=replace(base.run, name="mae_cifar10_demo", steps=3600, probe_every=900),
     )
 
