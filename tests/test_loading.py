@@ -182,6 +182,7 @@ def test_masks_are_those_of_the_sample(alone: list[dict]) -> None:
         keys = sample_keys(batch["sample_ids"], 0, batch["epoch"])
         context, target = multiblock_masks(keys, 8, MaskConfig())
         assert (batch["context_ids"].numpy() == context).all()
+        assert (batch["sample_keys"].numpy().view(np.uint64) == keys).all()
         assert (batch["target_ids"].numpy() == target).all()
 
 

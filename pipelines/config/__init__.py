@@ -33,6 +33,7 @@ from pipelines.config.train import (
     RunConfig,
     WatchConfig,
 )
+from pipelines.config.views import ViewsConfig
 
 __all__ = [
     "IMAGENET_MEAN",
@@ -52,6 +53,7 @@ __all__ = [
     "RunConfig",
     "VideoConfig",
     "VideoMaskConfig",
+    "ViewsConfig",
     "WatchConfig",
     "from_json",
     "to_json",
