@@ -362,12 +362,12 @@ def _reached(readings: list[list[float]], target: float) -> float | None:
 
 
 def draw(cells: dict[Any, list[dict[str, Any]]], tasks: list[str], path: Path) -> None:
-    import matplotlib
+    import matplotlib as mpl
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
 
-    figure, axes = pyplot.subplots(1, len(tasks), figsize=(6.5 * len(tasks), 4.5), squeeze=False)
+    figure, axes = plt.subplots(1, len(tasks), figsize=(6.5 * len(tasks), 4.5), squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
         for method in METHODS:
             rates = [r for r in RATES if (task, method, r) in cells]

@@ -157,11 +157,13 @@ def load_optimizer(
     state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
         name, _, field = key.rpartition(":")
-        if not name:
+        if not name:  # of no parameter: below
             continue
         if name not in index:
             raise CheckpointError(f"optimizer state of {name!r}, which this model does not train")
         state.setdefault(index[name], {})[field] = value
+    if _select(tensors, LEVELS) and not isinstance(optimizer, HyperOptimizer):
+        raise CheckpointError("optimizer state of hyperparameters that tune themselves")
     whole = optimizer.state_dict()
     optimizer.load_state_dict({**whole, "state": state, **_levels(optimizer, tensors)})
     _load_counts(optimizer, _select(tensors, COUNTS))

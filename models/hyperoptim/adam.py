@@ -21,7 +21,7 @@ rate needs nothing that Adam does not hold anyway; only the betas, and Adam's l,
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -124,20 +124,17 @@ class Adam:
 
     def _update_fused(self, lists: Lists, values: Values, step: Value, gate: Tensor | None) -> None:
         params, lr = lists.params, values["lr"]
-        steps = torch.as_tensor(step, dtype=torch.float32, device=params[0].device)
-        fused = torch._fused_adamw_ if self.decoupled else torch._fused_adam_
+        fused: Callable[..., None] = torch._fused_adamw_ if self.decoupled else torch._fused_adam_
         fused(
             params,
             lists.grads,
             lists.buffers["exp_avg"],
             lists.buffers["exp_avg_sq"],
             [],
-            [steps] * len(params),
+            [torch.as_tensor(step, dtype=torch.float32, device=params[0].device)] * len(params),
+            **{name: values[name] for name in self.names if name != "lr"},
+            # Kernels read a rate on the device as float32.
             lr=lr.float() if isinstance(lr, Tensor) else lr,
-            beta1=values["beta1"],
-            beta2=values["beta2"],
-            weight_decay=values["weight_decay"],
-            eps=values["eps"],
             amsgrad=False,
             maximize=False,
             found_inf=None if gate is None else (~gate).float(),

@@ -12,7 +12,7 @@ theta, G, or 1 where the groups share one factor.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -123,7 +123,7 @@ class Hyperparameters:
         """What a checkpoint keeps."""
         return {"theta": self.theta_RH, "inside": self.inside_RH, "used": self.used_GA}
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes `tensors` back, in place where others hold on to them."""
         for name, mine in self.tensors().items():
             if tensors[name].shape != mine.shape:

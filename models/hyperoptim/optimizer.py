@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from models.hyperoptim.rules import Rule
 from models.hyperoptim.tensor_lists import Lists, at_least_1, number
-from models.hyperoptim.tuner import DEFAULT, RULES, Level, Tuner, hyperparameters
+from models.hyperoptim.tuner import DEFAULT, RULES, Level, Tuner, hyperparameters, under
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 Reduce = Callable[[Tensor], None]
@@ -93,7 +93,8 @@ class HyperOptimizer(torch.optim.Optimizer):
         sharded = any(isinstance(p, DTensor) and _is_sharded(p) for p in params)
         if sharded and reduce is None:
             raise ValueError("params are sharded: give reduce=sum_over(mesh.get_group())")
-        return params[0]
+        first: Tensor = params[0]
+        return first
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; only the constructor may.
@@ -203,7 +204,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         self.skipped.copy_(tensors["skipped"])
         self.hyper.load(tensors)
         if self.level is not None:
-            self.level.load({n.removeprefix("level."): t for n, t in tensors.items()})
+            self.level.load(under("level.", tensors))
 
     def state_dict(self) -> dict[str, Any]:
         """Torch's, and `hyper`: every level."""

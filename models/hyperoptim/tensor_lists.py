@@ -109,7 +109,11 @@ def only_if(gate: Tensor | None, xs: list[Tensor]) -> list[Tensor]:
 
 def gated(value: Value, gate: Tensor | None, closed: float) -> Value:
     """`value`, or `closed` where `gate` is false."""
-    return value if gate is None else torch.where(gate, value, closed)
+    if gate is None:
+        return value
+    # A float through where would become float32; filling a tensor does not stop the host.
+    given = value if isinstance(value, Tensor) else gate.new_full((), value, dtype=torch.float64)
+    return torch.where(gate, given, closed)
 
 
 def keep_(olds: list[Tensor], news: list[Tensor], gate: Tensor | None) -> None:

@@ -148,8 +148,11 @@ class Level:
         """Takes `tensors` back."""
         for name in ("steps", *self.buffers):
             (self.steps if name == "steps" else self.buffers[name]).copy_(tensors[name])
-        self.own.load(dict(tensors))
+        self.own.load(tensors)
         if self.above is not None:
-            prefix = "above."
-            kept = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            self.above.load(kept)
+            self.above.load(under("above.", tensors))
+
+
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, without it."""
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
