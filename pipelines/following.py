@@ -193,7 +193,7 @@ class Follower:
             raise
         finally:
             self._losses.update({reason for reason, _ in reader.losses} - {"truncated"})
-            self._losses["connection_lost"] += connection.error is not None
+            self._losses.update(["connection_lost"] if connection.error else [])
 
     def _continued(self, connection: Connection, stream: av.VideoStream) -> Timeline:
         """The last timeline, if this source shows the same once more; else a new one."""
