@@ -92,9 +92,9 @@ def levjepa_movingmnist() -> PretrainConfig:
         run=replace(
             base.run,
             name="levjepa_movingmnist",
-            steps=1500,
-            probe_every=500,
-            checkpoint_every=500,
+            steps=800,
+            probe_every=0,
+            checkpoint_every=400,
         ),
     )
 
