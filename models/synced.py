@@ -39,6 +39,7 @@ def _reduced(values: torch.Tensor) -> torch.Tensor:
     return total / dist.get_world_size()
 
 
+@torch.compiler.disable
 def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
     """The mean of every process's `values`; its gradient is right once DDP has averaged gradients."""
     if world_size() == 1:
