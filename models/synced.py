@@ -39,7 +39,7 @@ def _reduced(values: torch.Tensor) -> torch.Tensor:
     return total / dist.get_world_size()
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
     """The mean of every process's `values`; its gradient is right once DDP has averaged gradients."""
     if world_size() == 1:
@@ -71,4 +71,5 @@ class SyncedBatchNorm(nn.Module):
             rows_BD = rows_BD.to(self.weight.dtype)
             centred_BD = rows_BD - mean_over_processes(rows_BD.mean(0))
             variance_D = mean_over_processes(centred_BD.square().mean(0))
-            return centred_BD * (variance_D + self.eps).rsqrt() * self.weight + self.bias
+            rows_BD = centred_BD * (variance_D + self.eps).rsqrt() * self.weight + self.bias
+            return rows_BD
