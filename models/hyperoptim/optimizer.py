@@ -215,6 +215,10 @@ class HyperOptimizer(torch.optim.Optimizer):
         given = dict(state_dict)
         self.load_hyper_tensors(given.pop("hyper"))
         super().load_state_dict(given)
+        for state in self.state.values():
+            # Sums may depend on how memory is aligned: a copy of one's own is as before, where the
+            # pages of a checkpoint's file need not be.
+            state.update({name: tensor.clone() for name, tensor in state.items()})
 
 
 class HyperSGD(HyperOptimizer):
