@@ -39,7 +39,6 @@ def _reduced(values: torch.Tensor) -> torch.Tensor:
     return total / dist.get_world_size()
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
     """The mean of every process's `values`; its gradient is right once DDP has averaged gradients."""
     if world_size() == 1:

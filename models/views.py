@@ -85,17 +85,18 @@ class Views:
             keys_B: int64, what fixes a sample's views.
 
         Returns:
-            For every view float32 [B, 3, (T,) S, S] with values in [0, 1].
+            For every view float32 [B, 3, (T,) S, S] with values in [0, 1], whatever the autocast.
         """
-        made = []
-        for view in range(self.globals + self.locals):
-            is_global = view < self.globals
-            size = self.global_size if is_global else self.local_size
-            scale = self.global_scale if is_global else self.local_scale
-            draws = uniforms(keys_B, STREAM_VIEWS + 2 * view, len(_DRAWS))
-            named = dict(zip(_DRAWS, draws.unbind(1), strict=True))
-            made.append(make_view(pixels, named, size, scale, self.augmentation))
-        return made
+        with torch.autocast(pixels.device.type, enabled=False):
+            return [self._view(pixels, keys_B, v) for v in range(self.globals + self.locals)]
+
+    def _view(self, pixels: torch.Tensor, keys_B: torch.Tensor, view: int) -> torch.Tensor:
+        is_global = view < self.globals
+        size = self.global_size if is_global else self.local_size
+        scale = self.global_scale if is_global else self.local_scale
+        draws = uniforms(keys_B, STREAM_VIEWS + 2 * view, len(_DRAWS))
+        named = dict(zip(_DRAWS, draws.unbind(1), strict=True))
+        return make_view(pixels, named, size, scale, self.augmentation)
 
 
 def kept_tokens(

@@ -199,6 +199,20 @@ def test_vicreg_equals_its_equations() -> None:
     assert none > 0
 
 
+def test_statistics_stay_out_of_autocast(pictures: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective, seen = build(config("vicreg")), []
+
+    def compare(embedded_VBE: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        seen.append((torch.is_autocast_enabled("cpu"), embedded_VBE.dtype))
+        return embedded_VBE.sum(), {}
+
+    monkeypatch.setattr(objective, "compare", compare)
+    with torch.autocast("cpu", torch.bfloat16):
+        objective({"images": pictures[:4], "sample_keys": torch.arange(4)})
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == [(False, torch.float32)]
+
+
 def test_lejepa_equals_its_equation() -> None:
     objective = build(config("lejepa", sigreg_weight=0.3))
     views = torch.randn(3, 50, 6, generator=torch.Generator().manual_seed(0))

@@ -154,6 +154,9 @@ def test_views_belong_to_the_sample_and_differ() -> None:
         assert view.min() >= 0
         assert view.max() <= 1
     assert (whole[0] - whole[1]).abs().mean() > 0.02
+    with torch.autocast("cpu", torch.bfloat16):
+        again = all_on.make(pixels, keys())
+    assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
     other = all_on.make(pixels, keys() + 1)
     assert (whole[0] - other[0]).abs().mean() > 0.02
 

@@ -65,13 +65,14 @@ class JointEmbedding(Objective):
         pooled_VBD = self.embed(batch[self.pixels], batch["sample_keys"])
         V, B, _ = pooled_VBD.shape
         embedded_VBE = self.projector(pooled_VBD.flatten(0, 1)).view(V, B, -1)
-        loss, metrics = self.compare(embedded_VBE.float())
+        with torch.autocast(embedded_VBE.device.type, enabled=False):
+            loss, metrics = self.compare(embedded_VBE.float())
         monitored = {"target_pooled": pooled_VBD[0], "embedded": embedded_VBE[0].float()}
         return Output(loss, metrics, monitored)
 
     @abstractmethod
     def compare(self, embedded_VBE: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss of the views' embeddings, and its parts as detached scalars."""
+        """The loss of the views' embeddings (fp32, no autocast), and its parts as detached scalars."""
 
     def embed(self, pixels: torch.Tensor, keys_B: torch.Tensor) -> torch.Tensor:
         """Mean token of every view, fp32 [V, B, D]; views of one size in one pass."""

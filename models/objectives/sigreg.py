@@ -72,8 +72,6 @@ class SIGReg(nn.Module):
         return nn.functional.normalize(slices_DM, dim=0)
 
 
-# Nothing to fuse in loops that are written for the cache.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def epps_pulley(samples_NM: torch.Tensor, knots: int = 17) -> torch.Tensor:
     """Epps and Pulley's (1983) test of every column against the standard normal.
 
