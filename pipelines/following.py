@@ -32,6 +32,7 @@ from pipelines.live_source import (
     describe_error,
     file_identity,
     from_position,
+    kind_of,
     public_name,
 )
 from pipelines.progress import SECONDS_BETWEEN_LINES
@@ -95,18 +96,19 @@ class Follower:
         self._losses: Counter[str] = Counter()
         self._connections = self._segments = self._bytes = 0
         self._lag = 0.0
-        self._began = self._published = self._shown = time.monotonic()
-        self._video_at: float | None = None  # when the last frame came, by the monotonic clock
+        # The start, the first opening, or the last frame, whichever is the latest.
+        self._alive = self._published = self._shown = time.monotonic()
+        self._frames = 0
         self._last_error = ""
 
     def run(self) -> Manifest:
         """See `follow`."""
         failures = 0
         while not self._over():
-            before = self._video_at
+            before = self._frames
             if self._attempt():
                 break
-            failures = 0 if self._video_at != before else failures + 1
+            failures = 0 if self._frames > before else failures + 1
             self._wait(failures)
         self._publish()
         if self._set.manifest is None:
@@ -116,15 +118,19 @@ class Follower:
 
     def _attempt(self) -> bool:
         """Takes one connection to its end; True if there can be no other."""
+        kind = ""
         try:
+            kind = kind_of(self._cfg.source, self._cfg.live.format)
             with contextlib.closing(Connection(self._cfg, self._tick)) as connection:
                 stream = connection.open()
                 if stream is not None:
                     self._take(connection, stream)
                 self._last_error = describe_error(connection.error) if connection.error else ""
-                return connection.kind == "pipe" and connection.error is None
+                return kind == "pipe"
         except (SourceError, VideoError) as error:
             self._last_error = describe_error(error)
+            if kind == "pipe":  # what was read of it cannot be read again
+                raise ValueError(f"--source: {self._last_error}") from error
             return False
 
     def _over(self) -> bool:
@@ -144,7 +150,7 @@ class Follower:
         """Whether video has not come for longer than may be."""
         live = self._cfg.live
         seconds = live.end_seconds if self._connections else live.open_seconds
-        return time.monotonic() - (self._video_at or self._began) > seconds
+        return time.monotonic() - self._alive > seconds
 
     def _tick(self) -> bool:
         """Does what is due by the clock; True ends the connection."""
@@ -160,30 +166,35 @@ class Follower:
         live = self._cfg.live
         seconds = min(live.backoff_seconds * 2.0 ** min(failures, 30), live.most_backoff_seconds)
         why = self._last_error or "the stream ended"
-        self._console.print(f"connecting again in {seconds:g} s: {why}", markup=False)
+        self._console.print(
+            f"connecting again in {seconds:g} s: {why}", markup=False, soft_wrap=True
+        )
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0 and not self._tick():
             self._stop.wait(min(left, TICK_S))
 
     def _take(self, connection: Connection, stream: av.VideoStream) -> None:
         """Segments all frames of a connection."""
+        if not self._connections:
+            self._alive = time.monotonic()
         self._connections += 1
         uri = (
             f"{public_name(self._cfg.source)}#run={self._set.run:x}&connection={self._connections}"
         )
         timeline = self._continued(connection, stream)
         reader = FrameReader(
-            _Positioned(connection, timeline),
+            _Positioned(connection, timeline, self._cfg.video.max_gap),
             stream,
             max_seconds=FOREVER_S,
             max_pixels=self._cfg.video.max_pixels,
             max_gap=self._cfg.video.max_gap,
-            start=timeline.origin if timeline.end > timeline.origin else None,
+            start=timeline.origin if timeline.begun else None,
         )
         cutter = _Cutter(self._cfg, uri, timeline, connection)
         try:
             for frame in reader:
-                self._video_at, self._lag = time.monotonic(), connection.lag
+                self._alive, self._lag = time.monotonic(), connection.lag
+                self._frames += 1
                 for row in cutter.push(frame, reader.start or Fraction(0)):
                     self._keep(row, cutter.timeline)
             for row in cutter.finish():
@@ -197,17 +208,17 @@ class Follower:
 
     def _continued(self, connection: Connection, stream: av.VideoStream) -> Timeline:
         """The last timeline, if this source shows the same once more; else a new one."""
+        last = self._timeline
         identity = ""
         if connection.kind == "file":
-            identity = file_identity(self._cfg.source)
+            identity = file_identity(self._cfg.source, last.identity if last else "")
         elif connection.format.name in PLAYLISTS:
             identity = public_name(self._cfg.source)
-        last = self._timeline
         if last is None or not identity or last.identity != identity:
-            return Timeline(identity=identity, origin=Fraction(0), end=Fraction(0))
+            return Timeline(identity=identity)
         begin = Fraction(stream.start_time or 0) * (stream.time_base or 1)
         if connection.kind == "url" and last.end - begin > REPLAY_S:
-            return Timeline(identity=identity, origin=Fraction(0), end=Fraction(0))
+            return Timeline(identity=identity)
         return last
 
     def _keep(self, row: dict[str, Any], timeline: Timeline) -> None:
@@ -243,23 +254,27 @@ class Follower:
             f"{self._bytes / 1e6:,.1f} MB",
             f"{max(self._connections - 1, 0)} reconnects",
         )
-        quiet = now - (self._video_at or self._began)
+        quiet = now - self._alive
         silent = f"  no video for {quiet:.0f} s" if quiet > 2 * TICK_S + 1 and not last else ""
-        self._console.print("  ".join(parts) + silent, markup=False, highlight=False)
+        self._console.print(
+            "  ".join(parts) + silent, markup=False, highlight=False, soft_wrap=True
+        )
 
 
 class _Positioned:
     """A connection without the packets that are in segments already, for a `FrameReader`."""
 
-    def __init__(self, connection: Connection, timeline: Timeline) -> None:
+    def __init__(self, connection: Connection, timeline: Timeline, max_gap: float) -> None:
         self.format, self.duration = connection.format, connection.duration
-        self._connection, self._timeline = connection, timeline
+        self._connection, self._timeline, self._max_gap = connection, timeline, max_gap
 
     def demux(self, stream: av.VideoStream) -> Iterator[Any]:
         """Yields packets."""
-        line = self._timeline
-        position = line.end if line.end > line.origin else None
-        return from_position(self._connection.demux(stream), position)
+        line, packets = self._timeline, self._connection.demux(stream)
+        if not line.begun:
+            return from_position(packets, None)
+        jumps = line.jumps if self._connection.kind == "file" else 0  # of a playlist long past
+        return from_position(packets, line.end, jumps, self._max_gap)
 
 
 class _Cutter:
@@ -272,18 +287,24 @@ class _Cutter:
         self.timeline = timeline
         self._segmenter = Segmenter(cfg.video, cfg.short_side)
         self._key = hash_bytes(uri.encode())
-        self._skip = timeline.end - timeline.origin - 1 / rate_of(cfg.video) / 2
+        self._origin, self._jumps = timeline.origin, timeline.jumps
+        self._last = Fraction(0)
+        # Where the first frame is that no segment has.
+        self._from = timeline.end - timeline.origin if timeline.begun else None
         self._arrived: dict[int, float] = {}  # of the frames that a segment may still begin with
         self._number = 0
 
     def push(self, frame: TimedFrame, origin: Fraction) -> Iterator[dict[str, Any]]:
         """Takes the next frame; yields the rows that are complete by it."""
-        self._origin = origin
-        if self.timeline.end > self.timeline.origin and frame.time < self._skip:
+        half = min(frame.duration, 1 / rate_of(self._cfg.video)) / 2
+        if self._from is not None and frame.time < self._from - half:
             return
+        self._from, self._origin = None, origin
         self._arrived[frame.index] = self._connection.arrived
         for segment in self._segmenter.push(frame):
             yield self._row(segment)
+        self._jumps += frame.time < self._last
+        self._last = frame.time
 
     def finish(self) -> Iterator[dict[str, Any]]:
         """Yields the last row, if any."""
@@ -298,6 +319,8 @@ class _Cutter:
         self._number += 1
         seconds = Fraction(segment.num_frames) / rate_of(self._cfg.video)
         end = self._origin + Fraction(segment.start_s) + seconds
-        self.timeline = Timeline(identity=self.timeline.identity, origin=self._origin, end=end)
+        self.timeline = Timeline(
+            identity=self.timeline.identity, origin=self._origin, end=end, jumps=self._jumps
+        )
         recorded = dt.datetime.fromtimestamp(arrived, dt.UTC)
         return row | {"source_uri": self._uri, "recorded_at": recorded}

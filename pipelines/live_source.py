@@ -50,15 +50,19 @@ def kind_of(source: str, container_format: str = "") -> Kind:
     """
     if source == "-":
         return "pipe"
-    if container_format or "://" in source:
+    if "://" in source or container_format in PLAYLISTS:
         return "url"
     try:
         mode = Path(source).stat().st_mode
     except OSError as error:
+        if container_format:  # a device may be no file
+            return "url"
         raise SourceError(f"{source}: {error.strerror}") from error
     if stat.S_ISDIR(mode):
         raise SourceError(f"{source} is a folder, not a stream")
-    return "file" if stat.S_ISREG(mode) else "pipe"
+    if stat.S_ISREG(mode):
+        return "file"
+    return "url" if container_format else "pipe"
 
 
 def public_name(source: str) -> str:
@@ -69,11 +73,18 @@ def public_name(source: str) -> str:
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 
-def file_identity(path: str) -> str:
-    """Returns what stays the same while a file grows, and differs for another under its name."""
+def file_identity(path: str, known: str = "") -> str:
+    """Returns what stays the same while a file grows, and differs for another under its name.
+
+    Args:
+        path: of the file.
+        known: what was returned before; returned again if the file is the same.
+    """
+    length = int(known.split("-")[2]) if known.startswith("file-") else HEAD_BYTES
     with Path(path).open("rb") as file:
-        head = hashlib.blake2b(file.read(HEAD_BYTES), digest_size=8).hexdigest()
-        return f"{os.fstat(file.fileno()).st_ino}-{head}"
+        head = file.read(length)
+        digest = hashlib.blake2b(head, digest_size=8).hexdigest()
+        return f"file-{os.fstat(file.fileno()).st_ino}-{len(head)}-{digest}"
 
 
 def describe_error(error: Exception) -> str:
@@ -134,11 +145,12 @@ class Connection:
         Raises:
             SourceError: it cannot be opened.
         """
-        with self._changed:
-            while self._stream is None and not self._ended:
-                if self._tick():
-                    return None
-                self._changed.wait(TICK_S)
+        while self._stream is None and not self._ended:
+            if self._tick():
+                return None
+            with self._changed:
+                if self._stream is None and not self._ended:
+                    self._changed.wait(TICK_S)
         if self._stream is None:
             text = describe_error(self.error) if self.error else "it ended before it began"
             raise SourceError(f"{public_name(self._cfg.source)}: {text}") from self.error
@@ -211,11 +223,8 @@ class Connection:
                 timeout=(live.open_seconds, live.read_seconds),
                 metadata_errors="replace",
             )
-            if (
-                source.startswith("http")
-                and container.size > 0
-                and container.format.name not in PLAYLISTS
-            ):
+            if container.size > 0 and container.format.name not in PLAYLISTS:
+                container.close()
                 raise SourceError(f"a file of {container.size} bytes: ingest it without --follow")
             return container
         standard_input = source == "-"
@@ -224,7 +233,9 @@ class Connection:
         growing = (
             GrowingFile(file, lambda: self._ending or self._closed) if self.kind == "file" else file
         )
-        return av.open(growing, "r", options=options, metadata_errors="replace")
+        return av.open(
+            growing, "r", format=live.format or None, options=options, metadata_errors="replace"
+        )
 
     def _video_stream(self, container: Any) -> av.VideoStream:
         if not container.streams.video:
@@ -257,20 +268,26 @@ class Connection:
                 return
 
 
-def from_position(packets: Iterable[Packet], position: Fraction | None) -> Iterator[Packet]:
+def from_position(
+    packets: Iterable[Packet], position: Fraction | None, jumps: int = 0, max_gap: float = math.inf
+) -> Iterator[Packet]:
     """Leaves out the packets before a time by the source's clock, but not what decoding needs.
 
     Args:
         packets: of one video stream.
         position: seconds; None begins with the first key frame.
+        jumps: how often the clock went back, before that time was reached.
+        max_gap: seconds that it has to go back for that.
     """
     packets = iter(packets)
     group: list[Packet] = []  # from the last key frame on
-    size = 0
+    size, last = 0, -math.inf
     for packet in packets:
         if not packet.size:  # the end
             yield packet
             return
+        decoded = float(packet.dts * packet.time_base) if packet.dts is not None else last
+        jumps, last = jumps - (decoded < last - max_gap), decoded
         if packet.is_keyframe or size > QUEUE_BYTES:
             group, size = [], 0
         if not (group or packet.is_keyframe):
@@ -278,7 +295,8 @@ def from_position(packets: Iterable[Packet], position: Fraction | None) -> Itera
         group.append(packet)
         size += packet.size
         stamp = packet.pts if packet.pts is not None else packet.dts
-        if position is None or stamp is None or stamp * packet.time_base >= position:
+        late = position is None or stamp is None or stamp * packet.time_base >= position
+        if jumps < 0 or (jumps == 0 and late):
             yield from group
             break
     group.clear()

@@ -56,11 +56,18 @@ class Timeline:
         identity: what can be read again: a file, or a playlist's address; "" if nothing can.
         origin: its first frame's time, seconds.
         end: up to where it is in segments, seconds.
+        jumps: how often the clock went back before that (a file to which two recordings were written).
     """
 
     identity: str
-    origin: Fraction
-    end: Fraction
+    origin: Fraction = Fraction(0)
+    end: Fraction = Fraction(0)
+    jumps: int = 0
+
+    @property
+    def begun(self) -> bool:
+        """Whether there are segments of it."""
+        return self.end > self.origin or self.jumps > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +103,8 @@ class Progress:
         """Reads `to_json`'s values."""
         line = values["timeline"]
         if line is not None:
-            origin, end = Fraction(line["origin"]), Fraction(line["end"])
-            line = Timeline(identity=line["identity"], origin=origin, end=end)
+            fractions = {"origin": Fraction(line["origin"]), "end": Fraction(line["end"])}
+            line = Timeline(**{**line, **fractions})
         return Progress(**{**values, "moments": tuple(values["moments"]), "timeline": line})
 
 

@@ -10,6 +10,7 @@ import signal
 import socket
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -24,21 +25,37 @@ from pipelines import following, live_source, publishing
 from pipelines.config import IngestConfig, LiveConfig, VideoConfig
 from pipelines.following import follow, stop_on_signals
 from pipelines.ingest import ingest
-from pipelines.live_source import Connection, from_position, public_name
+from pipelines.live_source import Connection, file_identity, from_position, public_name
 from pipelines.publishing import LiveSet, Progress, Timeline
 from pipelines.shards import list_names, read_manifest, read_rows, verify_shards
 from tests.video_files import CYCLE, number_of, write_sound, write_video
 
 VIDEO = VideoConfig(fps=10, segment_seconds=1, key_frame_every=4, crf=1)
 LIVE = LiveConfig(publish_seconds=1e-3, backoff_seconds=0.01, most_backoff_seconds=0.02)
-FRAMES = 120  # at 30 a second
+FRAMES = 132  # at 30 a second
+WHOLE = [n % CYCLE for n in range(0, FRAMES, 3)]
+COMPLETE = 40  # of `WHOLE`, in segments that are whole while more may come
 LONG_S = 60.0  # nothing here takes so long; a test that hangs ends then
+
+
+@pytest.fixture(autouse=True)
+def _slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_source, "DRAIN_S", LONG_S)
 
 
 @pytest.fixture(scope="module")
 def transport() -> bytes:
-    """Four seconds as MPEG-TS."""
-    return write_video(io.BytesIO(), FRAMES, container="mpegts").getvalue()
+    """Four seconds and a bit as MPEG-TS; the key frames are not where segments begin."""
+    return write_video(io.BytesIO(), FRAMES, container="mpegts", options={"g": "7"}).getvalue()
+
+
+def first_key_frame(transport: bytes, cut: int) -> int:
+    """Number of the first key frame behind a byte."""
+    with av.open(io.BytesIO(transport)) as file:
+        packets = [packet for packet in file.demux(video=0) if packet.size]
+        start, base = min(p.pts for p in packets), packets[0].time_base
+        key = next(p for p in packets if p.is_keyframe and p.pos >= cut)
+        return round((key.pts - start) * base * 30)
 
 
 def config(source: Any, out: Path, **changes: Any) -> IngestConfig:
@@ -46,15 +63,19 @@ def config(source: Any, out: Path, **changes: Any) -> IngestConfig:
     return dataclasses.replace(cfg, **changes)
 
 
-def numbers(out: Path) -> list[int]:
+def numbers(out: Path | str) -> list[int]:
     """Numbers, modulo `CYCLE`, of all published frames, in order."""
     rows = read_rows(out).to_pylist()
     decoded = [decode_frames(row["video"], range(row["num_frames"])) for row in rows]
     return [number_of(frame) for frames in decoded for frame in frames]
 
 
-def ids(out: Path) -> list[bytes]:
+def ids(out: Path | str) -> list[bytes]:
     return read_rows(out, columns=["sample_id"])["sample_id"].to_pylist()
+
+
+def uris(out: Path) -> str:
+    return " ".join(read_rows(out, columns=["source_uri"])["source_uri"].to_pylist())
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -64,8 +85,21 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def frames_in(out: Path) -> int:
+def frames_in(out: Path | str) -> int:
     return (read_manifest(out).num_frames or 0) if "manifest.json" in list_names(out) else 0
+
+
+def follow_until(cfg: IngestConfig, frames: int) -> None:
+    """Follows until that many frames are published, which must be within whole segments."""
+    with Following(cfg) as running:
+        wait_for(lambda: running.error is not None or frames_in(cfg.out) >= frames)
+
+
+def check_numbers(out: Path | str) -> None:
+    """The film from its beginning, without a gap or a repeat; its end may not have come yet."""
+    shown = numbers(out)
+    assert len(shown) >= COMPLETE
+    assert shown == WHOLE[: len(shown)]
 
 
 class Following:
@@ -111,19 +145,19 @@ def test_a_file_that_grows_is_published_while_it_grows(transport: bytes, tmp_pat
         first = ids(out)
         with source.open("ab") as file:
             file.write(transport[half:])
-        wait_for(lambda: frames_in(out) >= 30)
+        wait_for(lambda: frames_in(out) >= COMPLETE)
     manifest = verify_shards(out)
-    assert numbers(out) == [n % CYCLE for n in range(0, FRAMES, 3)]
+    check_numbers(out)
     assert ids(out)[: len(first)] == first
     assert len(set(ids(out))) == manifest.num_samples
     rows = read_rows(out).to_pylist()
-    assert [row["start_s"] for row in rows] == pytest.approx([0, 1, 2, 3], abs=1e-4)
+    assert [row["start_s"] for row in rows[:4]] == pytest.approx([0, 1, 2, 3], abs=1e-4)
     recorded = [row["recorded_at"] for row in rows]
     assert before <= recorded[0] <= recorded[-1] <= dt.datetime.now(dt.UTC)
     assert recorded == sorted(recorded)
     assert manifest.live is not None
     assert not manifest.live["open"]
-    assert manifest.live["seconds"] == pytest.approx(4.0)
+    assert manifest.live["seconds"] == pytest.approx((manifest.num_frames or 0) / 10)
     assert [shard.file for shard in manifest.shards] == sorted(s.file for s in manifest.shards)
 
 
@@ -146,7 +180,7 @@ def test_moments_are_those_of_ingest_from_a_file(transport: bytes, tmp_path: Pat
     moments = np.mean([row["moments"] for row in rows], axis=0)
     np.testing.assert_allclose(manifest.mean, moments[:3], atol=2e-3)
     np.testing.assert_allclose(manifest.std, (moments[3:] - moments[:3] ** 2) ** 0.5, atol=2e-3)
-    assert numbers(tmp_path / "out") == [n % CYCLE for n in range(0, FRAMES, 3)]
+    assert numbers(tmp_path / "out") == WHOLE
 
 
 def serve(pieces: list[bytes]) -> tuple[int, threading.Thread]:
@@ -171,21 +205,23 @@ def test_a_broken_connection_is_made_again(
     out = tmp_path / "out"
     port, server = serve([transport[: len(transport) // 2], transport])
     with Following(config(f"tcp://user:secret@127.0.0.1:{port}", out)) as following_:
-        wait_for(lambda: server.is_alive() is False)
-        wait_for(lambda: frames_in(out) >= 50)
+        wait_for(lambda: not server.is_alive())
+        wait_for(lambda: frames_in(out) > len(WHOLE) + 10)
     server.join()
     assert following_.error is None
-    shown = numbers(out)
-    whole = [n % CYCLE for n in range(0, FRAMES, 3)]
-    assert shown[-40:] == whole  # a new connection of a live source is new footage
-    assert shown[:-40] == whole[: len(shown) - 40]
-    assert len(shown) > 50
-    uris = read_rows(out)["source_uri"].to_pylist()
-    assert [uri.partition("connection=")[2] for uri in (uris[0], uris[-1])] == ["1", "2"]
+    shown, length = numbers(out), len(WHOLE)
+    assert shown[-length:] == WHOLE  # a new connection of a live source is new footage
+    assert shown[:-length] == WHOLE[: len(shown) - length]
+    assert len(shown) > length + 10
+    sources = uris(out).split()
+    assert [source.partition("connection=")[2] for source in sources[:: len(sources) - 1]] == [
+        "1",
+        "2",
+    ]
     printed = capsys.readouterr().out
     assert "connecting again in" in printed
     assert "1 reconnects" in printed
-    assert "secret" not in printed + str(read_manifest(out)) + "".join(uris)
+    assert "secret" not in printed + str(read_manifest(out)) + uris(out)
 
 
 def test_a_break_in_the_middle_of_a_packet_is_no_end_of_the_stream(
@@ -195,15 +231,16 @@ def test_a_break_in_the_middle_of_a_packet_is_no_end_of_the_stream(
     out = tmp_path / "out"
     torn = transport[: len(transport) // 2]
     torn = torn[: len(torn) - len(torn) % 188 + 100]
-    port, server = serve([torn, transport[len(transport) // 3 :]])
+    cut = len(transport) // 3
+    port, server = serve([torn, transport[cut:]])
     with Following(config(f"tcp://127.0.0.1:{port}", out)):
         wait_for(lambda: not server.is_alive())
-        wait_for(lambda: "connection=2" in "".join(read_rows(out)["source_uri"].to_pylist()))
+        wait_for(lambda: frames_in(out) > 0 and "connection=2" in uris(out))
     verify_shards(out)
     rows = read_rows(out).to_pylist()
     second = next(row for row in rows if row["source_uri"].endswith("connection=2"))
-    first_shown = number_of(decode_frames(second["video"], [0])[0])
-    assert first_shown % 10 == 0 or (first_shown + CYCLE) % 10 == 0 or first_shown < CYCLE
+    shown = number_of(decode_frames(second["video"], [0])[0])
+    assert shown == first_key_frame(transport, cut) % CYCLE
     assert second["start_s"] == 0
 
 
@@ -235,27 +272,71 @@ def test_a_pipe_without_video_is_an_error(tmp_path: Path) -> None:
     sound = write_sound(tmp_path / "a.mkv").read_bytes()
     writer = threading.Thread(target=lambda: fifo.write_bytes(sound))
     writer.start()
-    live = dataclasses.replace(LIVE, open_seconds=0.3, backoff_seconds=9, most_backoff_seconds=9)
-    with pytest.raises(ValueError, match="no_video"):
-        follow(config(fifo, tmp_path / "out", live=live))
+    with pytest.raises(ValueError, match=r"--source: .*no_video"):
+        follow(config(fifo, tmp_path / "out"))
     writer.join()
 
 
-def test_it_ends_when_nothing_comes_any_more(transport: bytes, tmp_path: Path) -> None:
+def test_it_ends_by_itself_and_publishes_all(
+    transport: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = tmp_path / "a.ts"
     source.write_bytes(transport)
-    live = dataclasses.replace(LIVE, publish_seconds=1e6, end_seconds=0.5)
+    monkeypatch.setattr(following.Follower, "_late", lambda self: self._frames >= FRAMES - 9)
+    live = dataclasses.replace(LIVE, publish_seconds=1e6)
     manifest = follow(config(source, tmp_path / "out", live=live))
     assert len(manifest.shards) == 1
-    assert numbers(tmp_path / "out") == [n % CYCLE for n in range(0, FRAMES, 3)]
+    check_numbers(tmp_path / "out")
+
+
+def test_how_long_no_video_may_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = types.SimpleNamespace(now=100.0, monotonic=lambda: clock.now, time=time.time)
+    monkeypatch.setattr(following, "time", clock)
+    cfg = config("x", tmp_path, live=LiveConfig(open_seconds=30, end_seconds=600))
+    with LiveSet(cfg) as live_set:
+        follower = following.Follower(cfg, live_set, threading.Event())
+        clock.now += 29
+        assert not follower._tick()
+        assert not follower._over()
+        clock.now += 2
+        assert follower._tick()
+        with pytest.raises(ValueError, match="not open after 30 s: nothing came"):
+            follower._over()
+        follower._connections = 1
+        assert not follower._over()
+        clock.now += 600
+        assert follower._over()
 
 
 def test_shards_are_published_by_bytes_too(transport: bytes, tmp_path: Path) -> None:
-    source = tmp_path / "a.ts"
+    source, out = tmp_path / "a.ts", tmp_path / "out"
     source.write_bytes(transport)
-    live = dataclasses.replace(LIVE, publish_seconds=1e6, end_seconds=0.5)
-    manifest = follow(config(source, tmp_path / "out", live=live, shard_bytes=1024))
-    assert [shard.rows for shard in manifest.shards] == [1] * manifest.num_samples
+    live = dataclasses.replace(LIVE, publish_seconds=1e6)
+    follow_until(config(source, out, live=live, shard_bytes=1024), COMPLETE)
+    shards = read_manifest(out).shards[: COMPLETE // 10]
+    assert [shard.rows for shard in shards] == [1] * 4
+
+
+def test_a_playlist_shows_the_same_again_and_it_is_taken_once(
+    transport: bytes, tmp_path: Path
+) -> None:
+    """An HLS playlist hands its last segments to everyone who connects."""
+    out, playlist = tmp_path / "out", tmp_path / "a.m3u8"
+    muxer = {"hls_time": "1", "hls_list_size": "0", "hls_playlist_type": "event"}
+    write_video(playlist, FRAMES, container="hls", muxer=muxer)
+    text = playlist.read_text()
+    lines = text.splitlines(keepends=True)
+    names = [n for n, line in enumerate(lines) if line.endswith(".ts\n")]
+    assert len(names) >= 4
+    playlist.write_text("".join(lines[: names[1] + 1]))  # two so far, more to come
+    options = ("live_start_index=0",)
+    live = dataclasses.replace(LIVE, format="hls", options=options, read_seconds=0.5)
+    cfg = config(playlist, out, live=live)
+    follow_until(cfg, 10)
+    playlist.write_text(text)  # all of it, and its end: from now on it begins anew after each end
+    follow_until(cfg, COMPLETE)
+    check_numbers(out)
+    assert len(set(ids(out))) == read_manifest(out).num_samples
 
 
 def test_what_waits_is_bounded_in_bytes(
@@ -271,7 +352,7 @@ def test_what_waits_is_bounded_in_bytes(
     for count, packet in enumerate(connection.demux(stream), 1):
         largest = max(largest, packet.size)
         held = max(held, connection._bytes)
-        if count == FRAMES - 5:  # the file may grow: its last packet is not known to be whole
+        if count == FRAMES - 9:  # the file may grow: its last packet is not known to be whole
             break
     connection.close()
     assert held <= 800 + largest
@@ -285,30 +366,25 @@ class Killed(BaseException):
     """In place of SIGKILL: nothing of ours may handle it."""
 
 
-@pytest.fixture
-def kill(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
+def kill(patch: pytest.MonkeyPatch, place: str, times: int) -> None:
     """Makes the process die at the n-th time it comes to a place."""
+    module, name, when = {
+        "before the shard": (publishing, "write_shard", "before"),
+        "between shard and manifest": (publishing, "write_manifest", "before"),
+        "after the manifest": (publishing, "write_manifest", "after"),
+    }[place]
+    original, left = getattr(module, name), [times]
 
-    def arm(place: str, times: int) -> None:
-        module, name, when = {
-            "before the shard": (publishing, "write_shard", "before"),
-            "between shard and manifest": (publishing, "write_manifest", "before"),
-            "after the manifest": (publishing, "write_manifest", "after"),
-        }[place]
-        original, left = getattr(module, name), [times]
+    def wrapped(*args: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0 and when == "before":
+            raise Killed
+        result = original(*args)
+        if left[0] == 0:
+            raise Killed
+        return result
 
-        def wrapped(*args: Any) -> Any:
-            left[0] -= 1
-            if left[0] == 0 and when == "before":
-                raise Killed
-            result = original(*args)
-            if left[0] == 0:
-                raise Killed
-            return result
-
-        monkeypatch.setattr(module, name, wrapped)
-
-    return arm
+    patch.setattr(module, name, wrapped)
 
 
 PLACES = ("before the shard", "between shard and manifest", "after the manifest")
@@ -317,27 +393,26 @@ PLACES = ("before the shard", "between shard and manifest", "after the manifest"
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("times", [1, 3])
 def test_killed_anywhere_and_run_again_nothing_is_lost_or_doubled(
-    place: str, times: int, transport: bytes, tmp_path: Path, kill: Callable[[str, int], None]
+    place: str, times: int, transport: bytes, tmp_path: Path
 ) -> None:
     source, out = tmp_path / "a.ts", tmp_path / "out"
     source.write_bytes(transport)
-    live = dataclasses.replace(LIVE, end_seconds=0.5)
-    cfg = config(source, out, live=live, shard_bytes=1024)  # a shard a segment
-    with pytest.MonkeyPatch.context():
-        kill(place, times)
+    cfg = config(source, out, shard_bytes=1024)  # a shard a segment
+    with pytest.MonkeyPatch.context() as patch:
+        kill(patch, place, times)
         with pytest.raises(Killed):
             follow(cfg)
     published = ids(out) if "manifest.json" in list_names(out) else []
     if published:
         verify_shards(out)  # readers see a whole set all the while
-    follow(cfg)
+    follow_until(cfg, COMPLETE)
     manifest = verify_shards(out)
     assert ids(out)[: len(published)] == published
     assert len(set(ids(out))) == manifest.num_samples
     # A file can be read again, so that even what was not published is there, and once.
-    assert numbers(out) == [n % CYCLE for n in range(0, FRAMES, 3)]
+    check_numbers(out)
     starts = [row["start_s"] for row in read_rows(out).to_pylist()]
-    assert starts == pytest.approx([0, 1, 2, 3], abs=1e-4)
+    assert starts[:4] == pytest.approx([0, 1, 2, 3], abs=1e-4)
     shards = {name for name in list_names(out) if name.startswith("part-")}
     assert shards == {shard.file for shard in manifest.shards}
     assert not [name for name in list_names(out) if name.endswith(".tmp")]
@@ -346,13 +421,47 @@ def test_killed_anywhere_and_run_again_nothing_is_lost_or_doubled(
 def test_another_file_under_the_same_name_is_new_footage(transport: bytes, tmp_path: Path) -> None:
     source, out = tmp_path / "a.ts", tmp_path / "out"
     source.write_bytes(transport)
-    cfg = config(source, out, live=dataclasses.replace(LIVE, end_seconds=0.5))
-    follow(cfg)
+    cfg = config(source, out)
+    follow_until(cfg, COMPLETE)
+    first = len(numbers(out))
     source.unlink()
-    write_video(tmp_path / "b.ts", 60, options={"g": "7"}).rename(source)
-    follow(cfg)
-    assert numbers(out) == [n % CYCLE for n in [*range(0, FRAMES, 3), *range(0, 60, 3)]]
+    write_video(tmp_path / "b.ts", FRAMES, options={"g": "9"}).rename(source)
+    follow_until(cfg, first + COMPLETE)
+    shown = numbers(out)
+    assert shown[first:] == WHOLE[: len(shown) - first]
     assert len(set(ids(out))) == read_manifest(out).num_samples
+
+
+@pytest.mark.parametrize("times", [2, 6, 8])
+def test_a_file_of_two_recordings_is_gone_on_with_at_the_right_one(
+    times: int, transport: bytes, tmp_path: Path
+) -> None:
+    """The clock begins anew in the middle: the same times come twice, and are not the same."""
+    source, out = tmp_path / "a.ts", tmp_path / "out"
+    source.write_bytes(transport + transport)
+    cfg = config(source, out, shard_bytes=1024)
+    cfg = dataclasses.replace(cfg, video=dataclasses.replace(VIDEO, max_gap=2))
+    with pytest.MonkeyPatch.context() as patch:
+        kill(patch, "after the manifest", times)
+        with pytest.raises(Killed):
+            follow(cfg)
+    follow_until(cfg, len(WHOLE) + COMPLETE)
+    shown, length = numbers(out), len(WHOLE)
+    assert shown[:length] == WHOLE
+    assert shown[length:] == WHOLE[: len(shown) - length]
+    assert len(set(ids(out))) == read_manifest(out).num_samples
+
+
+def test_a_file_that_was_short_when_it_was_opened_is_the_same_later(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"abc")
+    short = file_identity(str(path))
+    with path.open("ab") as file:
+        file.write(b"d" * 10_000)
+    assert file_identity(str(path), short) == short
+    assert file_identity(str(path)) != short
+    path.write_bytes(b"abX")
+    assert file_identity(str(path), short) != short
 
 
 def row(number: int) -> dict[str, Any]:
@@ -445,12 +554,13 @@ def test_on_s3(
     s3fs.S3FileSystem(skip_instance_cache=True).mkdirs("live", exist_ok=True)
     source = tmp_path / "a.ts"
     source.write_bytes(transport)
-    live = dataclasses.replace(LIVE, end_seconds=0.5)
-    cfg = dataclasses.replace(config(source, tmp_path, live=live), out="s3://live/set")
-    follow(cfg)
-    follow(cfg)  # nothing new in the file
-    manifest = verify_shards("s3://live/set")
-    assert manifest.num_frames == FRAMES // 3
+    out = "s3://live/set"
+    cfg = dataclasses.replace(config(source, tmp_path), out=out)
+    follow_until(cfg, 20)
+    follow_until(cfg, COMPLETE)
+    manifest = verify_shards(out)
+    assert len(set(ids(out))) == manifest.num_samples
+    check_numbers(out)
     s3fs.S3FileSystem.clear_instance_cache()
 
 
