@@ -445,10 +445,11 @@ def test_a_file_of_two_recordings_is_gone_on_with_at_the_right_one(
         kill(patch, "after the manifest", times)
         with pytest.raises(Killed):
             follow(cfg)
-    follow_until(cfg, len(WHOLE) + COMPLETE)
-    shown, length = numbers(out), len(WHOLE)
-    assert shown[:length] == WHOLE
-    assert shown[length:] == WHOLE[: len(shown) - length]
+    follow_until(cfg, 2 * COMPLETE)
+    shown = numbers(out)
+    # The join is damage: the first recording may lack what is not in whole segments.
+    joined = [WHOLE[:end] + WHOLE for end in range(COMPLETE, len(WHOLE) + 1)]
+    assert shown in [frames[: len(shown)] for frames in joined]
     assert len(set(ids(out))) == read_manifest(out).num_samples
 
 
