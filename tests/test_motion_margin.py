@@ -141,7 +141,7 @@ def test_the_recipe_reads_directions(moving_shards, decoded, tmp_path, capsys):
 def test_a_frozen_random_encoder_fails_the_same_assertion(moving_shards, decoded, tmp_path, capsys):
     cfg = change(
         _recipe(moving_shards, tmp_path),
-        optim={"lr": 0.0, "start_lr": 0.0, "final_lr": 0.0},
+        optim={"lr": 0.0, "start_lr": 0.0, "final_lr": 0.0, "warmup_steps": 0},
         run={"steps": 10},
     )
     readings = _train(cfg, decoded)
