@@ -70,4 +70,5 @@ class SyncedBatchNorm(nn.Module):
             rows_BD = rows_BD.to(self.weight.dtype)
             centred_BD = rows_BD - mean_over_processes(rows_BD.mean(0))
             variance_D = mean_over_processes(centred_BD.square().mean(0))
-            return centred_BD * (variance_D + self.eps).rsqrt() * self.weight + self.bias
+            rows_BD = centred_BD * (variance_D + self.eps).rsqrt() * self.weight + self.bias
+            return rows_BD

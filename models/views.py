@@ -55,11 +55,13 @@ class Views:
     global_scale: tuple[float, float]
     local_scale: tuple[float, float]
     augmentation: Augmentation
+    token_drop: float = 0.0
+    time_window: float = 1.0
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], image_size: int) -> Views:
         """From the fields of `ViewsConfig`; local views are as large as global ones if it says None."""
-        own = ("globals", "locals", "global_scale", "local_scale")
+        own = ("globals", "locals", "global_scale", "local_scale", "token_drop", "time_window")
         rest = {k: v for k, v in settings.items() if k in Augmentation.__dataclass_fields__}
         rest = {k: tuple(v) if isinstance(v, list) else v for k, v in rest.items()}
         return cls(
@@ -68,6 +70,11 @@ class Views:
             local_size=settings["local_size"] or image_size,
             augmentation=Augmentation(**rest),
         )
+
+    def kept(self, steps: int, per_step: int) -> tuple[int, int]:
+        """Time steps that a view of `steps` of them sees, and how many of their tokens are computed."""
+        lasts = max(1, round(self.time_window * steps))
+        return lasts, max(1, round(lasts * per_step * (1 - self.token_drop)))
 
     def make(self, pixels: torch.Tensor, keys_B: torch.Tensor) -> list[torch.Tensor]:
         """All views of a batch, global ones first.
@@ -92,10 +99,29 @@ class Views:
         return make_view(pixels, named, size, scale, self.augmentation)
 
 
-def kept_tokens(keys_B: torch.Tensor, view: int, count: int, keep: int) -> torch.Tensor:
-    """A random subset of a view's tokens: ascending int64 [B, K], K = `keep` of `count`."""
-    words = bits(keys_B, STREAM_VIEWS + 2 * view + 1, count)
-    return words.argsort(1)[:, :keep].sort(1).values
+def kept_tokens(
+    keys_B: torch.Tensor, view: int, steps: int, per_step: int, lasts: int, keep: int
+) -> torch.Tensor:
+    """A random subset of the tokens in a random stretch of a view's time.
+
+    Args:
+        keys_B: int64, what fixes a sample's views.
+        view: its number.
+        steps: time steps of the view; 1 for images.
+        per_step: tokens of a time step.
+        lasts: time steps of the stretch; `steps` is all of them.
+        keep: K.
+
+    Returns:
+        Numbers of tokens, ascending, int64 [B, K].
+    """
+    count = steps * per_step
+    words = bits(keys_B, STREAM_VIEWS + 2 * view + 1, count + 1)
+    order_BN, start_B1 = words[:, :count], words[:, count:] % (steps - lasts + 1)
+    since_BN = torch.arange(count, device=keys_B.device) // per_step - start_B1
+    outside_BN = (since_BN < 0) | (since_BN >= lasts)
+    order_BN = order_BN.masked_fill(outside_BN, torch.iinfo(torch.int64).max)
+    return order_BN.argsort(1)[:, :keep].sort(1).values
 
 
 # One uniform number each, in this order.

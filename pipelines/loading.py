@@ -44,6 +44,8 @@ SEGMENT_PIECES = 512
 """Read tasks in one Ray dataset; many epochs fit, so that no epoch waits for an execution to start."""
 STARVED_SECONDS = 60.0
 """Without a first batch and without a free CPU for this long, loading gives up."""
+CLOSE_SECONDS = 10.0
+"""How long a loader that is closed waits for its thread, which Ray may keep."""
 LEAST_CPUS = 0.05  # a smaller share of a CPU a rank is taken for a mistake
 
 
@@ -375,7 +377,7 @@ def ahead(source: Generator[T], depth: int, watch: Callable[[], None]) -> Iterat
             item = items.get()
     finally:
         stop.set()
-        thread.join(timeout=10)
+        thread.join(timeout=CLOSE_SECONDS)
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,7 @@ def _check_early(cfg: PretrainConfig, run_uri: str) -> None:
     from models.vit import find_preset
     from pipelines.loading import check_modality
     from pipelines.maskers import make_masker
+    from pipelines.optimizers import check_installed
     from pipelines.plan import make_plan
     from pipelines.shards import read_manifest
 
@@ -116,6 +117,7 @@ def _check_early(cfg: PretrainConfig, run_uri: str) -> None:
     make_plan(manifest.row_groups(), cfg.data, cfg.run.seed)  # refuses too few rows for a batch
     find_preset(cfg.model.encoder)
     make_masker(cfg).check()
+    check_installed(cfg.optim)
     checkpoints = committed_checkpoints(run_uri)
     if checkpoints:
         with local_copy(checkpoints[-1][0], "*.json") as folder:

@@ -17,6 +17,7 @@ from torch import Tensor
 from pipelines.checkpoints import CheckpointState, save_checkpoint
 from pipelines.config import PretrainConfig, to_json
 from pipelines.online_probe import OnlineProbe, build_probe
+from pipelines.optimizers import read_hyperparameters
 from pipelines.storage import RunFolder, join_uri
 from pipelines.tracking import MetricsLog, SampleLog, StepTimer, progress_line, speed
 from pipelines.train_state import TrainState
@@ -145,6 +146,8 @@ class Recorder:
         if grad_norm is not None:
             values["grad_norm"] = float(grad_norm)
         values |= state.watch.reading()
+        values |= read_hyperparameters(state.optimizer)
+        self._say_skipped(values.get("skipped_steps", 0.0))
         verdict = None
         if cfg.watch.action != "off":
             verdict = _not_finite(values["loss"], state.step)
@@ -157,6 +160,11 @@ class Recorder:
         samples = (state.step - self._read_step) * cfg.data.batch_size
         values |= speed(self.timer.totals(), samples, self.worker.device)
         return values, verdict
+
+    def _say_skipped(self, count: float) -> None:
+        new = count - self.state.metrics.get("skipped_steps", 0.0)
+        if new:
+            self.say(f"WARNING: {new:.0f} steps skipped: the gradient was not finite")
 
     def _with_knn(self, values: dict[str, Any]) -> dict[str, Any]:
         return (

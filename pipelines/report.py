@@ -56,6 +56,18 @@ CURVES = (
     ("std", "Feature spread", 1.0, "Mean standard deviation per dimension."),
     ("cosine", "Mean pairwise cosine", 1.0, "1 means that all samples look the same."),
     ("samples_per_s", "Samples per second", 1.0, "Of the whole run."),
+    ("lr", "Learning rate", 1.0, "As scheduled."),
+    ("tuned_lr", "Learning rate, tuned", 1.0, "The schedule times the optimizer's own factor."),
+    ("wd", "Weight decay", 1.0, "As scheduled."),
+    (
+        "tuned_weight_decay",
+        "Weight decay, tuned",
+        1.0,
+        "The schedule times the optimizer's factor.",
+    ),
+    ("tuned_beta1", "Beta 1, tuned", 1.0, "Decay rate of the gradient's average."),
+    ("tuned_beta2", "Beta 2, tuned", 1.0, "Decay rate of the squared gradient's average."),
+    ("tuned_eps", "Epsilon, tuned", 1.0, "Floor of the update's denominator."),
 )
 
 

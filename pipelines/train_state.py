@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.blocks import use_plain_attention
+from models.hyperoptim import HyperOptimizer
 from models.objectives import Objective, build_objective
 from pipelines.checkpoints import (
     CheckpointError,
@@ -22,7 +23,7 @@ from pipelines.checkpoints import (
 )
 from pipelines.config import PretrainConfig
 from pipelines.metrics import CollapseWatch, MeanMeter
-from pipelines.schedules import build_optimizer
+from pipelines.optimizers import build_optimizer
 
 
 @dataclasses.dataclass
@@ -109,14 +110,38 @@ def new_state(cfg: PretrainConfig, device: torch.device) -> TrainState:
     )
 
 
+LEVELS = ":hyper."
+"""Heads the names of a hyperoptimizer's tensors, which belong to no parameter."""
+COUNTS = ":group."
+"""Heads the names of the numbers that an optimizer keeps in its groups."""
+
+
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Names an optimizer's per-parameter state: `<parameter>:<state>` to tensor."""
+    """Names an optimizer's state: `<parameter>:<state>` to tensor, and what belongs to none."""
     names = {id(p): name for name, p in model.named_parameters()}
-    return {
-        f"{names[id(parameter)]}:{key}": value
+    tensors = {
+        f"{names[id(parameter)]}:{key}": torch.as_tensor(value)
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
     }
+    if isinstance(optimizer, HyperOptimizer):
+        tensors |= {LEVELS + name: t.clone() for name, t in optimizer.hyper_tensors().items()}
+    for index, group in enumerate(optimizer.param_groups):
+        for key in _counts(optimizer, group):
+            count = torch.tensor(float(group[key]), dtype=torch.float64)
+            tensors[f"{COUNTS}{index}.{key}"] = count
+    return tensors
+
+
+def _counts(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> list[str]:
+    """What of a group the optimizer itself has changed (schedulefree and prodigy do)."""
+    given = optimizer.defaults
+    return [
+        key
+        for key, value in group.items()
+        if key in given and key not in ("lr", "weight_decay") and isinstance(value, int | float)
+        if value != given[key]
+    ]
 
 
 def load_optimizer(
@@ -125,19 +150,36 @@ def load_optimizer(
     """Puts `optimizer_tensors` back; learning rates and decays follow from the step.
 
     Raises:
-        CheckpointError: state of a parameter that the model does not train.
+        CheckpointError: state of a parameter that the model does not train, or of other tuners.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     index = {names[id(p)]: i for i, p in enumerate(_parameters(optimizer))}
     state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
         name, _, field = key.rpartition(":")
+        if not name:  # of no parameter: below
+            continue
         if name not in index:
             raise CheckpointError(f"optimizer state of {name!r}, which this model does not train")
         state.setdefault(index[name], {})[field] = value
-    optimizer.load_state_dict(
-        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-    )
+    if _select(tensors, LEVELS) and not isinstance(optimizer, HyperOptimizer):
+        raise CheckpointError("optimizer state of hyperparameters that tune themselves")
+    whole = optimizer.state_dict()
+    optimizer.load_state_dict({**whole, "state": state, **_levels(optimizer, tensors)})
+    _load_counts(optimizer, _select(tensors, COUNTS))
+
+
+def _levels(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    return {"hyper": _select(tensors, LEVELS)} if isinstance(optimizer, HyperOptimizer) else {}
+
+
+def _load_counts(optimizer: torch.optim.Optimizer, counts: dict[str, Tensor]) -> None:
+    for name, value in counts.items():
+        index, _, key = name.partition(".")
+        group = optimizer.param_groups[int(index)]
+        group[key] = type(optimizer.defaults[key])(value.item())
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterable[nn.Parameter]:

@@ -18,6 +18,7 @@ from models.objectives import Objective, build_objective
 from models.objectives.dmjd import DMJD
 from models.objectives.mae import MAE
 from models.objectives.vicreg import VICReg, variance_and_covariance
+from models.views import kept_tokens
 from pipelines.config import MaskConfig, ModelConfig, ObjectiveConfig, PretrainConfig, ViewsConfig
 from pipelines.maskers import make_masker
 from pipelines.masking import sample_keys
@@ -296,6 +297,24 @@ def test_lejepa_learns_from_clips(pictures: Tensor) -> None:
     assert objective.inputs == ("clips", "sample_keys")
     assert torch.isfinite(output.loss)
     assert objective.embed(clips, torch.arange(8)).shape == (2, 8, 96)
+
+
+def test_a_time_window_is_all_that_a_view_sees(pictures: Tensor) -> None:
+    cfg = config("levjepa")
+    views = ViewsConfig(
+        time_window=0.5, global_scale=(1, 1), ratio=(1, 1), flip=0, colour=0, grey=0
+    )
+    model = dataclasses.replace(cfg.model, encoder="video_micro", frames=4, tubelet=1)
+    objective = build(dataclasses.replace(cfg, model=model, views=views))
+    clips, keys = pictures[:8, :, None].expand(-1, -1, 4, -1, -1), torch.arange(8)
+    starts_B = kept_tokens(keys, 0, 4, 16, 2, 32)[:, 0] // 16
+    unseen_BT = (torch.arange(4) < starts_B[:, None]) | (torch.arange(4) >= starts_B[:, None] + 2)
+    other = torch.where(unseen_BT[:, None, :, None, None], 255 - clips, clips)
+    changed = torch.where(unseen_BT[:, None, :, None, None], clips, 255 - clips)
+    with torch.no_grad():
+        first = objective.embed(clips, keys)[0]
+        torch.testing.assert_close(objective.embed(other, keys)[0], first)
+        assert (objective.embed(changed, keys)[0] - first).abs().max() > 1e-3
 
 
 def test_a_regularizer_on_nothing_that_learns_is_refused(pictures: Tensor) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from pipelines.config import OptimConfig
-from pipelines.schedules import build_optimizer, learning_rate, set_schedules, weight_decay
+from pipelines.optimizers import build_optimizer
+from pipelines.schedules import learning_rate, set_schedules, weight_decay
 
 CFG = OptimConfig(
     lr=1e-3,

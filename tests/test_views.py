@@ -170,11 +170,29 @@ def test_all_frames_of_a_clip_are_treated_alike() -> None:
 
 
 def test_kept_tokens_are_random_subsets() -> None:
-    ids = kept_tokens(torch.arange(4000), 0, 16, 4)
+    ids = kept_tokens(torch.arange(4000), 0, steps=1, per_step=16, lasts=1, keep=4)
     assert (ids.diff(dim=1) > 0).all()
     shares = torch.bincount(ids.flatten(), minlength=16) / 4000
     torch.testing.assert_close(shares, torch.full((16,), 0.25), rtol=0, atol=0.03)
-    assert not torch.equal(ids, kept_tokens(torch.arange(4000), 1, 16, 4))
+    assert not torch.equal(ids, kept_tokens(torch.arange(4000), 1, 1, 16, 1, 4))
+
+
+def test_kept_tokens_lie_in_a_stretch_of_time() -> None:
+    # Negative keys too: the start is drawn from a signed word.
+    ids = kept_tokens(torch.arange(-2000, 2000), 0, steps=5, per_step=4, lasts=2, keep=8)
+    starts = ids[:, 0] // 4
+    assert torch.equal(ids, 4 * starts[:, None] + torch.arange(8))  # all of two time steps
+    shares = torch.bincount(starts, minlength=4) / 4000
+    torch.testing.assert_close(shares, torch.full((4,), 0.25), rtol=0, atol=0.03)
+    half = kept_tokens(torch.arange(4000), 0, steps=5, per_step=4, lasts=2, keep=4)
+    assert (half // 4).diff(dim=1).max() <= 1
+    assert (half[:, -1] // 4 - half[:, 0] // 4 <= 1).all()
+
+
+def test_how_much_a_view_keeps() -> None:
+    assert views().kept(8, 16) == (8, 128)
+    assert views(token_drop=0.5, time_window=0.5).kept(8, 16) == (4, 32)
+    assert views(token_drop=0.95, time_window=0.1).kept(1, 4) == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -184,6 +202,7 @@ def test_kept_tokens_are_random_subsets() -> None:
         ({"hue": 0.6}, "views.hue"),
         ({"local_scale": (0.0, 0.3)}, "views.local-scale"),
         ({"token_drop": 1.0}, "views.token-drop"),
+        ({"time_window": 0.0}, "views.time-window"),
     ],
 )
 def test_impossible_settings_name_the_flag(settings: dict, flag: str) -> None:

@@ -55,7 +55,6 @@ def _build_lejepa(model: Settings, objective: Settings, pixels: str = "images") 
         Views.of(objective["views"], model["image_size"]),
         _build_sigreg(objective),
         weight=objective["sigreg_weight"],
-        token_drop=objective["views"]["token_drop"],
         pixels=pixels,
         projector=objective["projector"],
         **_statistics(model),
@@ -71,7 +70,6 @@ def _build_vicreg(model: Settings, objective: Settings) -> Objective:
         _build_encoder(model),
         Views.of(objective["views"], model["image_size"]),
         weights=tuple(objective["vicreg_weights"]),
-        token_drop=objective["views"]["token_drop"],
         projector=objective["projector"],
         **_statistics(model),
     )

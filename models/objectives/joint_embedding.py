@@ -28,7 +28,6 @@ class JointEmbedding(Objective):
         projector: widths of the MLP from the encoder's to E.
         mean: channel means removed from the views.
         std: channel standard deviations removed from the views.
-        token_drop: share of a view's tokens that are not computed.
         pixels: batch entry that is read, `images` or `clips`.
     """
 
@@ -40,12 +39,11 @@ class JointEmbedding(Objective):
         projector: Sequence[int],
         mean: tuple[float, ...],
         std: tuple[float, ...],
-        token_drop: float = 0.0,
         pixels: str = "images",
     ) -> None:
         super().__init__()
         self.encoder, self.views = encoder, views
-        self.token_drop, self.pixels = token_drop, pixels
+        self.pixels = pixels
         self.projector = make_projector([encoder.width, *projector])
         self.mean: torch.Tensor
         self.std: torch.Tensor
@@ -96,10 +94,13 @@ class JointEmbedding(Objective):
         V, B = views.shape[:2]
         patches = self.encoder.patch_embed.patchify(views.flatten(0, 1))  # [V * B, N, P]
         places_N = self._places(views.shape[-1], patches.device)
-        if self.token_drop:
-            keep = max(1, round(len(places_N) * (1 - self.token_drop)))
-            kept = [kept_tokens(keys_B, first + v, len(places_N), keep) for v in range(V)]
-            ids = torch.cat(kept)
+        steps = views.shape[3] // self.encoder.tubelet if views.ndim == 6 else 1
+        per_step = len(places_N) // steps
+        lasts, keep = self.views.kept(steps, per_step)
+        if keep < len(places_N):
+            ids = torch.cat(
+                [kept_tokens(keys_B, first + v, steps, per_step, lasts, keep) for v in range(V)]
+            )
             patches = patches.gather(1, ids[..., None].expand(-1, -1, patches.shape[-1]))
             places = places_N[ids]
         else:

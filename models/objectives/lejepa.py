@@ -29,7 +29,6 @@ class LeJEPA(JointEmbedding):
         projector: as there.
         mean: as there.
         std: as there.
-        token_drop: as there.
         pixels: as there.
     """
 
@@ -43,7 +42,6 @@ class LeJEPA(JointEmbedding):
         projector: Sequence[int],
         mean: tuple[float, ...],
         std: tuple[float, ...],
-        token_drop: float = 0.0,
         pixels: str = "images",
     ) -> None:
         super().__init__(
@@ -52,7 +50,6 @@ class LeJEPA(JointEmbedding):
             projector=projector,
             mean=mean,
             std=std,
-            token_drop=token_drop,
             pixels=pixels,
         )
         self.sigreg, self.weight = sigreg, weight

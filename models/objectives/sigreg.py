@@ -62,7 +62,8 @@ class SIGReg(nn.Module):
         with torch.autocast(rows_ND.device.type, enabled=False):
             rows_ND = rows_ND if rows_ND.dtype == torch.float64 else rows_ND.float()
             slices_DM = self.draw_slices(rows_ND.shape[1]).to(rows_ND.dtype)
-            return epps_pulley(rows_ND @ slices_DM, self.knots).mean()
+            scores_M: torch.Tensor = epps_pulley(rows_ND @ slices_DM, self.knots)
+            return scores_M.mean()
 
     def draw_slices(self, width: int) -> torch.Tensor:
         """This step's directions, float32 [D, M], columns of unit length."""

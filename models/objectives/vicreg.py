@@ -28,7 +28,6 @@ class VICReg(JointEmbedding):
         projector: as there.
         mean: as there.
         std: as there.
-        token_drop: as there.
     """
 
     def __init__(
@@ -40,11 +39,8 @@ class VICReg(JointEmbedding):
         projector: Sequence[int],
         mean: tuple[float, ...],
         std: tuple[float, ...],
-        token_drop: float = 0.0,
     ) -> None:
-        super().__init__(
-            encoder, views, projector=projector, mean=mean, std=std, token_drop=token_drop
-        )
+        super().__init__(encoder, views, projector=projector, mean=mean, std=std)
         self.weights = weights
 
     def compare(self, embedded_VBE: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

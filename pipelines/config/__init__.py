@@ -15,6 +15,7 @@ from pipelines.config.data import (
 )
 from pipelines.config.ingest import (
     IngestConfig,
+    LiveConfig,
     VideoConfig,
 )
 from pipelines.config.jobs import (
@@ -45,6 +46,7 @@ __all__ = [
     "EvaluateConfig",
     "ExportConfig",
     "IngestConfig",
+    "LiveConfig",
     "MaskConfig",
     "ModelConfig",
     "ObjectiveConfig",

@@ -119,14 +119,27 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW and its schedules, all pure functions of the step."""
+    """The optimizer and its schedules, all pure functions of the step."""
 
+    name: Literal["adamw", "hyper-adamw", "schedulefree", "muon", "prodigy"] = "adamw"
+    """`hyper-adamw` is AdamW that tunes factors on its own hyperparameters (docs/optimizers.md);
+    `muon` is Muon for matrices and AdamW for the rest; `schedulefree` and `prodigy` come from their own
+    packages (extra `optimizers`)."""
+    tune: tuple[Literal["lr", "beta1", "beta2", "eps", "weight_decay"], ...] = ("lr",)
+    """What hyper-adamw tunes. More than lr has not paid so far."""
+    hyper_lr: float = 0.01
+    """hyper-adamw: about the largest relative change of a hyperparameter in one step."""
+    tune_bounds: tuple[float, float] = (0.1, 10.0)
+    """hyper-adamw: smallest and largest factor on a hyperparameter (a beta: on its odds)."""
+    tune_until: float = 0.75
+    """hyper-adamw: share of the run after which the factors stay, so that they do not undo the anneal.
+    They stay at 1 through the warm-up."""
     lr: float = 1e-3
-    """Peak learning rate."""
+    """Peak learning rate. prodigy estimates it, and takes this as a factor: 1."""
     start_lr: float = 2e-4
     """Learning rate at step 0, raised linearly to `lr` over `warmup_steps`."""
     final_lr: float = 1e-6
-    """Learning rate at the last step (cosine from the peak)."""
+    """Learning rate at the last step (cosine from the peak); schedulefree stays at the peak."""
     warmup_steps: int = 0
     """Steps of linear warm-up."""
     weight_decay: float = 0.04
@@ -134,9 +147,9 @@ class OptimConfig:
     final_weight_decay: float = 0.4
     """Weight decay at the last step (cosine between)."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's moment decay rates."""
+    """Adam's moment decay rates."""
     eps: float = 1e-8
-    """AdamW's denominator floor."""
+    """Adam's denominator floor."""
     clip_norm: float | None = None
     """Clip the gradient's norm, encoder and predictor together, to this; None, as in I-JEPA, does not
     clip."""
@@ -148,6 +161,10 @@ class OptimConfig:
         require(self.warmup_steps >= 0, "optim.warmup-steps", "must be >= 0")
         require(all(0 <= b < 1 for b in self.betas), "optim.betas", "must lie in [0, 1)")
         require(self.clip_norm is None or self.clip_norm > 0, "optim.clip-norm", "must be positive")
+        require(self.hyper_lr >= 0, "optim.hyper-lr", "must be >= 0")
+        low, high = self.tune_bounds
+        require(0 < low <= 1 <= high, "optim.tune-bounds", "0 < low <= 1 <= high")
+        require(0 <= self.tune_until <= 1, "optim.tune-until", "must lie in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,6 +50,9 @@ class ViewsConfig:
     """Share whose bright half of values is inverted."""
     token_drop: float = 0.0
     """Share of a view's tokens that the encoder does not compute, drawn at random (LeVJEPA: 0.95)."""
+    time_window: float = 1.0
+    """Share of a clip's time that a view sees, a stretch drawn at random for every view. Below 1, views
+    of one clip agree on what lasts, such as who moves and which way, not on where it is."""
 
     def __post_init__(self) -> None:
         require(self.globals >= 1, "views.globals", "must be at least 1")
@@ -64,3 +67,4 @@ class ViewsConfig:
             require(0 <= getattr(self, name) <= 1, f"views.{name}", "must lie in [0, 1]")
         require(0 <= self.hue <= 0.5, "views.hue", "must lie in [0, 0.5]")
         require(0 <= self.token_drop < 1, "views.token-drop", "must lie in [0, 1)")
+        require(0 < self.time_window <= 1, "views.time-window", "must lie in (0, 1]")

@@ -24,6 +24,7 @@ from pipelines.recipes.images import (
     vicreg_cifar10_demo,
 )
 from pipelines.recipes.video import (
+    levjepa_movingmnist,
     vjepa2_vitl16,
     vjepa_gameplay,
     vjepa_movingmnist,
@@ -44,6 +45,7 @@ __all__ = [
     "ijepa_vits16",
     "laptop",
     "lejepa_cifar10_demo",
+    "levjepa_movingmnist",
     "mae_cifar10_demo",
     "vicreg_cifar10_demo",
     "vjepa2_vitl16",
@@ -70,6 +72,7 @@ RECIPES: dict[str, tuple[str, PretrainConfig]] = {
         ijepa_vith16_448,
         ijepa_vitg16_in22k,
         vjepa_movingmnist,
+        levjepa_movingmnist,
         vjepa_gameplay,
         vjepa_vitl16,
         vjepa2_vitl16,

@@ -1,0 +1,156 @@
+"""Which optimizer a run takes, over which weights, and what it says of itself.
+
+All of them are driven by the same schedules and clipped alike. What a row of `BUILDERS` needs beyond
+torch is in the extra `optimizers`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from models.hyperoptim import HyperAdamW, HyperOptimizer, Tuner
+from pipelines.config import OptimConfig
+
+Groups = list[dict[str, Any]]
+
+PACKAGES = {"schedulefree": "schedulefree", "prodigy": "prodigyopt"}
+"""What of `optim.name` another package provides."""
+
+
+def takes_weight_decay(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter decays: not biases, not anything one-dimensional (facts: mask tokens do)."""
+    return not (name.endswith("bias") or parameter.ndim == 1)
+
+
+def check_installed(cfg: OptimConfig) -> None:
+    """Refuses an optimizer whose package is not here.
+
+    Raises:
+        ValueError: naming the flag and the command that installs it.
+    """
+    package = PACKAGES.get(cfg.name)
+    if package and importlib.util.find_spec(package) is None:
+        raise ValueError(
+            f"--optim.name {cfg.name} needs {package}: "
+            'pip install -e ".[optimizers]" -c constraints.txt'
+        )
+
+
+def build_optimizer(model: nn.Module, cfg: OptimConfig) -> Optimizer:
+    """The optimizer `cfg.name` over the trainable parameters in two groups, decaying and not.
+
+    Fused on CUDA, foreach elsewhere. Learning rate and decay are placeholders until
+    `set_schedules`; the groups keep the parameters in the module's order, which is what makes
+    checkpoints of the optimizer independent of anything but the names.
+
+    Raises:
+        ValueError: its package is not installed.
+    """
+    check_installed(cfg)
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    decay = [p for n, p in named if takes_weight_decay(n, p)]
+    no_decay = [p for n, p in named if not takes_weight_decay(n, p)]
+    groups: Groups = [
+        {"params": decay, "decays": True},
+        {"params": no_decay, "decays": False, "weight_decay": 0.0},
+    ]
+    return BUILDERS[cfg.name]([group for group in groups if group["params"]], cfg)
+
+
+def _adamw(groups: Groups, cfg: OptimConfig) -> Optimizer:
+    on_cuda = groups[0]["params"][0].is_cuda
+    return torch.optim.AdamW(
+        groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=on_cuda, foreach=not on_cuda
+    )
+
+
+def _hyper_adamw(groups: Groups, cfg: OptimConfig) -> Optimizer:
+    tuner = Tuner(tune=cfg.tune, lr=cfg.hyper_lr, bounds=cfg.tune_bounds, shared=True)
+    return HyperAdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, tuner=tuner)
+
+
+def _schedulefree(groups: Groups, cfg: OptimConfig) -> Optimizer:
+    package = importlib.import_module("schedulefree")
+    optimizer: Optimizer = package.AdamWScheduleFree(
+        groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps
+    )
+    # The weights stay where gradients are taken; the target's EMA averages them once more.
+    optimizer.train()  # type: ignore[attr-defined]
+    return optimizer
+
+
+def _prodigy(groups: Groups, cfg: OptimConfig) -> Optimizer:
+    package = importlib.import_module("prodigyopt")
+    optimizer: Optimizer = package.Prodigy(
+        groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, safeguard_warmup=True
+    )
+    return optimizer
+
+
+def _muon(groups: Groups, cfg: OptimConfig) -> Optimizer:
+    matrices = [{**g, "params": [p for p in g["params"] if p.ndim == 2]} for g in groups]
+    rest = [{**g, "params": [p for p in g["params"] if p.ndim != 2]} for g in groups]
+    # Updates as large as AdamW's, so that one learning rate serves both.
+    muon = torch.optim.Muon(
+        [g for g in matrices if g["params"]], lr=cfg.lr, adjust_lr_fn="match_rms_adamw"
+    )
+    return Combined([muon, _adamw([g for g in rest if g["params"]], cfg)])
+
+
+BUILDERS: Mapping[str, Callable[[Groups, OptimConfig], Optimizer]] = {
+    "adamw": _adamw,
+    "hyper-adamw": _hyper_adamw,
+    "schedulefree": _schedulefree,
+    "muon": _muon,
+    "prodigy": _prodigy,
+}
+"""`optim.name`."""
+
+
+class Combined(Optimizer):
+    """Optimizers of different parameters as one: their groups in order, their states together."""
+
+    def __init__(self, parts: list[Optimizer]) -> None:
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self.parts = parts
+        self._share()
+
+    def _share(self) -> None:
+        start = 0
+        for part in self.parts:
+            end = start + len(part.param_groups)
+            part.param_groups, part.state = self.param_groups[start:end], self.state
+            start = end
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Lets every part step."""
+        for part in self.parts:
+            part.step()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Torch's, for all parts at once."""
+        super().load_state_dict(state_dict)
+        self._share()
+
+
+def read_hyperparameters(optimizer: Optimizer) -> dict[str, float]:
+    """What the optimizer chose itself, as metrics; waits for the device.
+
+    `tuned_<name>` is the value that the last step used on decaying weights, `skipped_steps` counts
+    the steps left out because their gradient was not finite.
+    """
+    if isinstance(optimizer, HyperOptimizer):
+        used = optimizer.hyperparameters()[0]
+        tuned = {f"tuned_{name}": used[name] for name in optimizer.hyper.tuned}
+        return {**tuned, "skipped_steps": float(optimizer.skipped)}
+    if type(optimizer).__name__ == "Prodigy":
+        group = optimizer.param_groups[0]
+        return {"tuned_lr": float(group["d"] * group["lr"])}
+    return {}
