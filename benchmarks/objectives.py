@@ -216,8 +216,15 @@ def probe(
     }
 
 
-def print_table(out: Path) -> None:
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
+def read_rows(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def _key(row: dict[str, Any]) -> tuple[str, int, float]:
+    return row["name"], row["seed"], row["budget"]
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
     print(
         "| recipe | seeds | CPU s | steps | images | kNN | linear | RankMe | kNN over random init |"
     )
@@ -244,19 +251,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(args.data) if args.data else sample_folder(Path(folder))
         splits = {name: read_split(root / name) for name in ("train", "test")}
-    done = set()
-    if args.out.exists():
-        rows = [json.loads(line) for line in args.out.read_text().splitlines()]
-        done = {(row["name"], row["seed"]) for row in rows}
+    args.out.touch()
     for seed in args.seeds:
         for name in args.recipes:
-            if (name, seed) in done:
+            # Read anew each time: two of these may share the file.
+            if any(_key(row) == (name, seed, args.seconds) for row in read_rows(args.out)):
                 continue
             found = run(args, name, seed, splits)
             with args.out.open("a") as file:
                 file.write(json.dumps(found) + "\n")
             print(json.dumps(found), flush=True)
-    print_table(args.out)
+    print_table([row for row in read_rows(args.out) if row["budget"] == args.seconds])
 
 
 if __name__ == "__main__":
