@@ -6,7 +6,9 @@
 The recipes `*cifar10_demo` in the product's own training loop, with its crops, masks and schedules, on
 images held in memory (no Ray). Each gets as many steps as fit into `--seconds` of this process's CPU
 time, decoding included, as timed on its first steps; so a busy machine changes the speed, but much
-less than the clock's the number of steps. One JSON object a run goes to `--out`; finished runs are
+less than the clock's the number of steps. `--controls` runs each without what keeps it from collapse, at
+most as long: the watch should stop it (MAE has nothing of the kind: its control is in
+tests/test_objectives.py). One JSON object a run goes to `--out`; finished runs are
 skipped, and all of the file is printed as a table.
 """
 
@@ -46,6 +48,13 @@ from pipelines.train_state import new_state
 from pipelines.trainer import train
 
 TIMED_STEPS = 25
+CONTROLS: dict[str, dict[str, Any]] = {
+    "cifar10_demo": {"target": "self"},
+    "lejepa_cifar10_demo": {"sigreg_weight": 0.0},
+    "vicreg_cifar10_demo": {"vicreg_weights": (25.0, 0.0, 0.0)},
+    "dmjd_cifar10_demo": {"target": "self"},
+}
+"""What is changed of the objective, and must make it collapse."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +79,8 @@ class Args:
     """One JSON object a run."""
     precision: str = "bf16"
     """Of the recipe: bf16 or fp32."""
+    controls: bool = False
+    """Run the negative controls of `recipes` instead."""
 
 
 @dataclass(frozen=True)
@@ -153,11 +164,19 @@ def fitted(cfg: PretrainConfig, steps: int) -> PretrainConfig:
     )
 
 
+def configured(args: Args, name: str, seed: int, storage: str) -> PretrainConfig:
+    base = RECIPES[name][1]
+    settings = {"storage": storage, "seed": seed, "precision": args.precision, "threads": 1}
+    cfg = dataclasses.replace(base, run=dataclasses.replace(base.run, **settings))
+    if not args.controls:
+        return cfg
+    objective = dataclasses.replace(cfg.objective, **CONTROLS[name])
+    return dataclasses.replace(cfg, objective=objective)
+
+
 def run(args: Args, name: str, seed: int, splits: dict[str, Split]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        base = RECIPES[name][1]
-        settings = {"storage": folder, "seed": seed, "precision": args.precision, "threads": 1}
-        cfg = dataclasses.replace(base, run=dataclasses.replace(base.run, **settings))
+        cfg = configured(args, name, seed, folder)
         data = DataSource(
             lambda cfg, **where: memory_batches(splits["train"], cfg, **where),
             len(splits["train"].labels_N) // cfg.data.batch_size,
@@ -178,6 +197,7 @@ def run(args: Args, name: str, seed: int, splits: dict[str, Split]) -> dict[str,
 
         encoder = load_encoder(str(store.newest))[0]
     found = {"name": name, "seed": seed, "budget": args.seconds, "data": args.data or "sample"}
+    found |= {"control": args.controls}
     found |= {
         "steps": outcome.step,
         "collapsed": outcome.collapsed,
@@ -220,8 +240,13 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
-def _key(row: dict[str, Any]) -> tuple[str, int, float]:
-    return row["name"], row["seed"], row["budget"]
+def _matches(args: Args, name: str, seed: int, row: dict[str, Any]) -> bool:
+    """Whether a row is the run of these settings."""
+    asked = (name, seed, args.seconds, args.data or "sample", args.controls)
+    return asked == (
+        *(row[k] for k in ("name", "seed", "budget", "data")),
+        row.get("control", False),
+    )
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
@@ -252,16 +277,18 @@ def main() -> None:
         root = Path(args.data) if args.data else sample_folder(Path(folder))
         splits = {name: read_split(root / name) for name in ("train", "test")}
     args.out.touch()
+    names = [name for name in args.recipes if not args.controls or name in CONTROLS]
     for seed in args.seeds:
-        for name in args.recipes:
+        for name in names:
             # Read anew each time: two of these may share the file.
-            if any(_key(row) == (name, seed, args.seconds) for row in read_rows(args.out)):
+            if any(_matches(args, name, seed, row) for row in read_rows(args.out)):
                 continue
             found = run(args, name, seed, splits)
             with args.out.open("a") as file:
                 file.write(json.dumps(found) + "\n")
             print(json.dumps(found), flush=True)
-    print_table([row for row in read_rows(args.out) if row["budget"] == args.seconds])
+    rows = read_rows(args.out)
+    print_table([row for row in rows if _matches(args, row["name"], row["seed"], row)])
 
 
 if __name__ == "__main__":
