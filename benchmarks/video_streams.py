@@ -63,6 +63,8 @@ class Config:
     """Width and height of the frames (JPEG, quality 85)."""
     threads: int = 1
     """Torch threads of the embedder."""
+    request_timeout_s: float | None = None
+    """Serve's, for its HTTP proxy; it ends WebSockets too."""
     out: str = ""
     """Also write the results to this JSON file."""
 
@@ -256,7 +258,8 @@ def main(config: Config) -> None:
             max_streams=config.streams,
             stream_queue=config.queue,
         )
-        ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
+        http = {"host": "127.0.0.1", "port": port, "request_timeout_s": config.request_timeout_s}
+        ray_serve.start(http_options=http)
         ray_serve.run(build_app(settings), name=APP)
         readings = asyncio.run(measure(config, f"ws://127.0.0.1:{port}/v1/streams"))
         report = summary(config, readings)

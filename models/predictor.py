@@ -30,6 +30,7 @@ class Predictor(nn.Module):
         positions: row of `models.positions.POSITIONS`.
         mask_tokens: one for each way of masking (V-JEPA: one a mask generator).
         zero_mask_tokens: start them at zero, as V-JEPA does, instead of at random.
+        output_width: of what is predicted; None for D.
         activation_checkpointing: compute activations twice rather than keep them.
     """
 
@@ -46,6 +47,7 @@ class Predictor(nn.Module):
         positions: str = "sincos",
         mask_tokens: int = 1,
         zero_mask_tokens: bool = False,
+        output_width: int | None = None,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -59,7 +61,7 @@ class Predictor(nn.Module):
         rotary = self.rope is not None
         self.blocks = transformer_blocks(width, depth, heads, mlp_ratio, rotary=rotary)
         self.norm = nn.LayerNorm(width, eps=LN_EPS)
-        self.proj = nn.Linear(width, encoder_width)
+        self.proj = nn.Linear(width, output_width or encoder_width)
         init_weights(self)
         if not zero_mask_tokens:
             nn.init.trunc_normal_(self.mask_token, std=0.02)
@@ -80,7 +82,7 @@ class Predictor(nn.Module):
             mask: which mask token to ask with.
 
         Returns:
-            [B, M, T, D].
+            [B, M, T, D], or `output_width` wide.
         """
         B, K, _ = context_BKD.shape
         M, T = target_ids_BMT.shape[1:]

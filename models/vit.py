@@ -183,7 +183,11 @@ class VisionTransformer(nn.Module):
             ids_BK = torch.arange(patches_BNP.shape[1], device=patches_BNP.device)[None]
         else:
             ids_BK, patches_BNP = keep_BK, gather_tokens(patches_BNP, keep_BK)
-        tokens = self.patch_embed(patches_BNP)
+        return self.forward_tokens(patches_BNP, ids_BK)
+
+    def forward_tokens(self, patches_BKP: torch.Tensor, ids_BK: torch.Tensor) -> torch.Tensor:
+        """Encodes patches [B, K, P] that lie at `ids_BK` (int64 [B, K] or [1, K]) of the grid."""
+        tokens = self.patch_embed(patches_BKP)
         if self.pos_embed is not None:
             tokens = tokens + self.pos_embed[0][ids_BK]
         rotation = None if self.rope is None else self.rope(ids_BK)

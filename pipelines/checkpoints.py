@@ -255,7 +255,7 @@ def load_objective(uri: str) -> tuple[Objective, PretrainConfig, dict[str, Any]]
     objective = build_objective(
         config.objective.name,
         model=config.model_settings,
-        objective=dataclasses.asdict(config.objective),
+        objective=config.objective_settings,
     )
     with local_copy(resolved, "model-*.safetensors") as folder:
         load_weights(objective, load_tensors(folder, "model", state.world_size), resolved)

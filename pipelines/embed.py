@@ -2,12 +2,17 @@
 
     python -m pipelines.embed --artifact artifact --data shards/train --out embeddings
 
+    python -m pipelines.embed --artifact artifact --data shards/live --out embeddings --follow
+
     OUT/part-<key>-00000.parquet ...   rows in the order of the data set
     OUT/embed.json                     written last: a folder without it is not finished
 
-Columns: sample_id, embedding (fixed-size list of float32), label, source_uri. Run again it does
-only what is missing; killed anywhere, it leaves no file half-written. The files do not depend on
-the number of workers.
+Columns: sample_id, embedding (fixed-size list of float32), label, source_uri; of video, whose rows are
+segments, start_s, and of live streams recorded_at. Run again it does only what is missing; killed
+anywhere, it leaves no file half-written. The files do not depend on the number of workers.
+
+Of a set that grows, a file belongs to one shard (`part-<key>-<shard>-<row group>.parquet`), and a later
+run adds those of the new shards.
 
 Shape suffixes: N rows, T patches, D feature width.
 """
@@ -20,6 +25,7 @@ import json
 import os
 import pathlib
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,12 +44,16 @@ from rich.console import Console
 
 from models.vit import VisionTransformer
 from models.weights import Artifact, load_artifact
-from pipelines.config import EmbedConfig
-from pipelines.features import compute_features, decode_batches, encoder_features
+from pipelines.clip_sampling import ClipSampler
+from pipelines.config import ClipConfig, EmbedConfig
+from pipelines.features import COLUMNS, compute_features, decode_batches, encoder_features
+from pipelines.following import stop_on_signals
 from pipelines.progress import Meter
 from pipelines.shards import (
+    MANIFEST,
     Manifest,
     hash_bytes,
+    list_names,
     open_shards,
     put_atomic,
     read_manifest,
@@ -56,7 +66,6 @@ SCHEMA_VERSION = 1
 FILE_ROWS = (1024, 8192)
 """Rows of a file: a 32nd of the data set within these bounds, and no more than `FILE_BYTES`."""
 FILE_BYTES = 268_435_456
-COLUMNS = ("sample_id", "image", "label", "source_uri")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +79,7 @@ class Piece:
 
 
 def embed(cfg: EmbedConfig) -> dict[str, Any]:
-    """Embeds every image of `cfg.data`, or finds that it is done already.
+    """Embeds every image or segment of `cfg.data`, or finds that it is done already.
 
     Returns:
         What embed.json holds: counts, shape, files, and where encoder and data come from.
@@ -79,12 +88,7 @@ def embed(cfg: EmbedConfig) -> dict[str, Any]:
         ValueError: no artifact or no shards there, or `cfg.out` holds anything else than an
             unfinished or finished run of this very job.
     """
-    cfg = dataclasses.replace(
-        cfg,
-        artifact=absolute_uri(cfg.artifact),
-        data=absolute_uri(cfg.data),
-        out=absolute_uri(cfg.out),
-    )
+    cfg = _absolute(cfg)
     console = Console()
     artifact, manifest = load_artifact(cfg.artifact), read_manifest(cfg.data)
     record = _describe(cfg, artifact, manifest)
@@ -94,10 +98,63 @@ def embed(cfg: EmbedConfig) -> dict[str, Any]:
         if len(missing) < len(pieces):
             console.print(f"going on: {len(pieces) - len(missing)} of {len(pieces)} files are done")
         _run(missing, cfg, manifest, console)
+    return _finish(cfg, record, pieces, manifest, console)
+
+
+def follow(cfg: EmbedConfig, stop: threading.Event) -> dict[str, Any] | None:
+    """Embeds what is published of a live stream as it comes, until its ingest ends or `stop` is set.
+
+    Returns:
+        The last embed.json; None if there was nothing to embed.
+
+    Raises:
+        ValueError: as `embed`; or `cfg.data` is a set that does not grow.
+    """
+    cfg = _absolute(cfg)
+    console, embedder, record = Console(), Embedder(cfg), None
+    artifact = load_artifact(cfg.artifact)
+    while True:
+        manifest = read_manifest(cfg.data) if MANIFEST in list_names(cfg.data) else None
+        if manifest is not None:
+            if manifest.live is None:
+                raise ValueError(f"--follow: {cfg.data} is not a recorded live stream")
+            now = _describe(cfg, artifact, manifest)
+            pieces = plan_pieces(manifest, now)
+            missing = _missing(cfg.out, now, pieces)
+            for piece in missing:
+                if not stop.is_set():
+                    embedder({"piece": json.dumps(dataclasses.asdict(piece))})
+            if stop.is_set():
+                return record
+            if missing or record is None:
+                record = _finish(cfg, now, pieces, manifest, console)
+            if not manifest.live["open"]:
+                return record
+        if stop.wait(cfg.poll_seconds):
+            return record
+
+
+def _absolute(cfg: EmbedConfig) -> EmbedConfig:
+    return dataclasses.replace(
+        cfg,
+        artifact=absolute_uri(cfg.artifact),
+        data=absolute_uri(cfg.data),
+        out=absolute_uri(cfg.out),
+    )
+
+
+def _finish(
+    cfg: EmbedConfig,
+    record: dict[str, Any],
+    pieces: list[Piece],
+    manifest: Manifest,
+    console: Console,
+) -> dict[str, Any]:
+    """Writes embed.json."""
     record |= {"files": _files(cfg.out, pieces)}
     record |= {"rows": sum(file["rows"] for file in record["files"])}
     if record["rows"] != manifest.num_samples:
-        raise RuntimeError(f"{record['rows']} embeddings of {manifest.num_samples} images")
+        raise RuntimeError(f"{record['rows']} embeddings of {manifest.num_samples} samples")
     fs, root = open_shards(cfg.out)
     put_atomic(fs, f"{root}/{RECORD}", (json.dumps(record, indent=1) + "\n").encode())
     console.print(f"{cfg.out}: {record['rows']:,} embeddings of shape {record['shape']}")
@@ -108,7 +165,7 @@ def _describe(cfg: EmbedConfig, artifact: Artifact, manifest: Manifest) -> dict[
     """What is being made, and `key`, the hash of everything that decides the values."""
     encoder, prep = artifact.encoder, artifact.preprocessing
     patches = cfg.pooling == "patches"
-    content = {
+    content: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "pooling": cfg.pooling,
         "shape": [encoder.num_patches, encoder.width] if patches else [encoder.width],
@@ -117,7 +174,12 @@ def _describe(cfg: EmbedConfig, artifact: Artifact, manifest: Manifest) -> dict[
         "manifest_hash": manifest.manifest_hash,
         "classes": list(manifest.classes),
     }
-    key = hash_bytes(json.dumps(content, sort_keys=True).encode()).hex()[:12]
+    if manifest.modality == "video":
+        content["clip"] = {"frames": encoder.frames, "fps": cfg.fps, "stride": cfg.stride}
+    decisive = dict(content)
+    if manifest.live is not None:  # what is embedded stays when there is more
+        del decisive["manifest_hash"]
+    key = hash_bytes(json.dumps(decisive, sort_keys=True).encode()).hex()[:12]
     return {"key": key, **content, "provenance": artifact.provenance}
 
 
@@ -132,20 +194,26 @@ def weights_hash(encoder: VisionTransformer) -> str:
 
 def plan_pieces(manifest: Manifest, record: dict[str, Any]) -> list[Piece]:
     """Divides the row groups of a data set into output files, whoever will write them."""
-    share = -(-manifest.num_samples // 32)
+    growing = manifest.live is not None
+    share = FILE_ROWS[1] if growing else -(-manifest.num_samples // 32)
     most = min(max(share, FILE_ROWS[0]), FILE_ROWS[1])
     most = min(most, FILE_BYTES // (4 * int(np.prod(record["shape"]))))
     pieces: list[Piece] = []
     groups: list[tuple[str, int]] = []
-    rows = 0
+    rows, shard = 0, ""
     row_groups = [*manifest.row_groups(), None]
     for entry in row_groups:
-        if groups and (entry is None or rows + entry[2] > most):
-            file = f"part-{record['key']}-{len(pieces):05d}.parquet"
+        other = growing and entry is not None and manifest.shards[entry[0]].file != shard
+        if groups and (entry is None or other or rows + entry[2] > most):
+            place = f"{len(pieces):05d}"
+            if growing:
+                place = f"{shard.removeprefix('part-').removesuffix('.parquet')}-{groups[0][1]:05d}"
+            file = f"part-{record['key']}-{place}.parquet"
             pieces.append(Piece(file, tuple(groups), rows))
             groups, rows = [], 0
         if entry is not None:
-            groups.append((manifest.shards[entry[0]].file, entry[1]))
+            shard = manifest.shards[entry[0]].file
+            groups.append((shard, entry[1]))
             rows += entry[2]
     return pieces
 
@@ -179,7 +247,8 @@ def _run(pieces: list[Piece], cfg: EmbedConfig, manifest: Manifest, console: Con
             num_gpus=1 if cfg.gpu else 0,
         )
     share = sum(piece.rows for piece in pieces) / max(manifest.num_samples, 1)
-    with Meter(console, "embedding", int(manifest.num_bytes * share)) as meter:
+    noun = "images" if manifest.modality == "image" else "segments"
+    with Meter(console, "embedding", int(manifest.num_bytes * share), noun) as meter:
         for result in results.iter_rows():
             meter.advance(result["rows"], result["bytes"])
 
@@ -203,25 +272,32 @@ class Embedder:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // cfg.workers))
         artifact = load_artifact(cfg.artifact)
         self._cfg, self._prep = cfg, artifact.preprocessing
-        encoder = artifact.encoder.to("cuda" if cfg.gpu else "cpu")
+        encoder = artifact.encoder.to("cuda" if cfg.gpu else "cpu").eval()
+        settings = ClipConfig(fps=cfg.fps, stride=cfg.stride)
+        self._clips = ClipSampler(frames=encoder.frames, settings=settings)
         self._featurize = encoder_features(encoder, self._prep, pooling=cfg.pooling)
 
     def __call__(self, item: dict[str, str]) -> dict[str, int]:
-        """Writes the file of a piece; returns its rows and the bytes of its images."""
+        """Writes the file of a piece; returns its rows and the bytes of its images or segments."""
         piece = json.loads(item["piece"])
         fs, root = open_shards(self._cfg.data)
+        manifest = read_manifest(self._cfg.data)
+        modality, columns, times = manifest.modality, COLUMNS[manifest.modality], list[str]()
+        if modality == "video":
+            times = ["start_s", *(["recorded_at"] if manifest.live is not None else [])]
         kept: list[pa.Table] = []
         num_bytes = 0
 
         def tables() -> Iterator[pa.Table]:
             nonlocal num_bytes
             for file, group in piece["groups"]:
-                table = read_row_group(fs, root, file, group, COLUMNS)
-                num_bytes += table["image"].nbytes
-                kept.append(table.drop_columns(["image"]))
+                table = read_row_group(fs, root, file, group, [*columns, *times])
+                num_bytes += table[modality].nbytes
+                kept.append(table.select(["sample_id", "label", "source_uri", *times]))
                 yield table
 
-        batches = decode_batches(tables(), self._prep, self._cfg.batch_size)
+        sampler = self._clips if modality == "video" else None
+        batches = decode_batches(tables(), self._prep, self._cfg.batch_size, sampler)
         features = compute_features({"embedding": self._featurize}, batches)["embedding"]
         fs, root = open_shards(self._cfg.out)
         put_atomic(fs, f"{root}/{piece['file']}", to_parquet(pa.concat_tables(kept), features))
@@ -255,7 +331,12 @@ def _files(out: str, pieces: list[Piece]) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Entry point of `python -m pipelines.embed`."""
-    embed(tyro.cli(EmbedConfig, description=__doc__))
+    cfg = tyro.cli(EmbedConfig, description=__doc__)
+    if not cfg.follow:
+        embed(cfg)
+        return
+    with stop_on_signals() as stop:
+        follow(cfg, stop)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ from pipelines.features import (
     tubelet_features,
 )
 from pipelines.metrics import rankme
-from pipelines.probes import few_shot, knn_accuracy, linear_probe
+from pipelines.probes import few_shot, knn_accuracy, linear_probe, task_of
 from pipelines.report import NAMES, ProbeSet, Subject, write_report
 from pipelines.shards import Manifest, read_manifest
 from pipelines.storage import open_uri
@@ -147,7 +147,8 @@ def evaluate(cfg: EvaluateConfig, *, console: Console | None = None) -> dict[str
 
     Returns:
         What results.json holds: `rows` (per row of the table: knn, linear, few_shot_1pct,
-        few_shot_10, rankme, of clips attentive), provenance, settings, data, versions.
+        few_shot_10, rankme, of clips attentive), of clips `task` (`probes.task_of`), provenance,
+        settings, data, versions.
 
     Raises:
         ValueError: sets without labels or with other classes than each other, or no such encoder.
@@ -184,6 +185,12 @@ def evaluate(cfg: EvaluateConfig, *, console: Console | None = None) -> dict[str
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start)),
         "seconds": round(time.time() - start, 1),
     }
+    if still := rows.get("single_frame"):
+        read = [
+            still["knn"],
+            *(still[k]["accuracy"] for k in ("linear", "attentive") if k in still),
+        ]
+        results["task"] = task_of(max(read), test.labels_N)
     console.print(results_table(results))
     _write(cfg.out, "results.json", json.dumps(results, indent=2).encode())
     html = write_report(results, subject, train, test, baseline)
@@ -366,6 +373,9 @@ def results_table(results: dict[str, Any]) -> Table:
     if attentive:
         gain = ours["attentive"]["accuracy"] - random["attentive"]["accuracy"]
     table.caption = f"accuracy in %; {probes[0]} is {100 * gain:+.1f} points over random init"
+    if task := results.get("task"):
+        shares = f"{100 * task['single_frame']:.1f}, guessing {100 * task['chance']:.1f}"
+        table.caption += f"; a task of {task['kind']} (best of one frame {shares})"
     return table
 
 

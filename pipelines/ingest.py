@@ -3,6 +3,7 @@
     python -m pipelines.ingest --source data/cifar10/train --out shards/train
     python -m pipelines.ingest --source s3://bucket/raw --out s3://bucket/shards --short-side 256
     python -m pipelines.ingest --source footage --out shards/video --short-side 128 --video.fps 10
+    python -m pipelines.ingest --source rtsp://camera/1 --out shards/live --follow   # following.py
 
 Two stages. Tasks first turn chunks of the source into staging parts (staging.py); the driver then
 finds duplicates among all sample ids (about 100 bytes of memory a row; no image passes through
@@ -16,7 +17,6 @@ import dataclasses
 import json
 import math
 import pathlib
-import re
 import sys
 import time
 from collections import Counter
@@ -36,6 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.config import IngestConfig
+from pipelines.following import follow, stop_on_signals
 from pipelines.merging import (
     build_index,
     choose_classes,
@@ -53,9 +54,11 @@ from pipelines.shards import (
     Manifest,
     encode_table,
     hash_bytes,
+    list_names,
     open_shards,
     put_atomic,
     read_manifest,
+    remove_unnamed,
     write_manifest,
 )
 from pipelines.sources import Listing, list_source
@@ -70,8 +73,6 @@ from pipelines.staging import (
 )
 
 IO_THREADS = 16
-# A shard, and a shard that a killed ingest was writing: names only `shards.write_shard` gives.
-_SHARD = re.compile(r"part-[0-9a-f]{16}\.parquet|\.part-[0-9a-f]{16}\.parquet\.\d+\.tmp")
 
 
 def ingest(cfg: IngestConfig) -> Manifest:
@@ -118,7 +119,7 @@ def _finished(cfg: IngestConfig, fingerprint: str) -> Manifest | None:
         manifest = read_manifest(cfg.out)
     except ValueError:
         return None
-    there = _file_names(cfg.out, "")
+    there = list_names(cfg.out)
     complete = all(shard.file in there for shard in manifest.shards)
     return manifest if complete and manifest.fingerprint == fingerprint else None
 
@@ -126,24 +127,17 @@ def _finished(cfg: IngestConfig, fingerprint: str) -> Manifest | None:
 def _check_out(out: str) -> None:
     """Refuses a folder that somebody else filled: what is ours in it could not be told apart."""
     # Consoles make an object named "" to show an empty folder on S3.
-    visible = sorted(name for name in _file_names(out, "") if name and not name.startswith("."))
+    visible = sorted(name for name in list_names(out) if name and not name.startswith("."))
     if not visible or STAGING in visible:
         return
     try:
-        read_manifest(out)
+        manifest = read_manifest(out)
     except ValueError as error:
         shown = ", ".join(visible[:3])
         message = f"--out: {out} holds something else ({shown}); give an empty folder ({error})"
         raise ValueError(message) from error
-
-
-def _file_names(uri: str, folder: str) -> set[str]:
-    fs, root = open_shards(uri)
-    path = f"{root}/{folder}".rstrip("/")
-    try:
-        return {name.rpartition("/")[2] for name in fs.ls(path, detail=False)}
-    except FileNotFoundError:
-        return set()
+    if manifest.live is not None:  # what it holds cannot be had again
+        raise ValueError(f"--out: {out} holds a recorded live stream; give an empty folder")
 
 
 def _run(
@@ -170,7 +164,7 @@ def _stage(
 ) -> list[pa.Table]:
     """Does the chunks that are not done and returns the items of all, in source order."""
     fs, root = open_shards(cfg.out)
-    there = _file_names(cfg.out, STAGING)
+    there = list_names(cfg.out, STAGING)
     missing = [
         {"chunk": chunk, "key": key}
         for chunk, key in zip(chunks, keys, strict=True)
@@ -218,7 +212,8 @@ def _merge(
     assert num_samples == keep_N.sum(), "a row was lost"
     assert kept + duplicates + sum(quarantined.values()) == items, "an item was lost"
     mean, std = _mean_std([moments for _, moments in notes], num_samples)
-    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k != "out"}
+    live = ("follow", "live")
+    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("out", *live)}
     return Manifest(
         modality=cfg.modality,
         classes=classes.names,
@@ -247,7 +242,7 @@ def _write_quarantine(refused: pa.Table, file: str, cfg: IngestConfig) -> dict[s
 
 def _write_shards(plans: list[str], cfg: IngestConfig, meter: Meter) -> None:
     _, root = open_shards(cfg.out)
-    notes, there = _file_names(cfg.out, STAGING), _file_names(cfg.out, "")
+    notes, there = list_names(cfg.out, STAGING), list_names(cfg.out)
     missing = []
     for plan in plans:
         done = marker_path(root, plan).rpartition("/")[2] in notes
@@ -277,11 +272,9 @@ def _clean_up(cfg: IngestConfig, manifest: Manifest) -> None:
     fs, root = open_shards(cfg.out)
     if fs.exists(f"{root}/{STAGING}"):
         fs.rm(f"{root}/{STAGING}", recursive=True)
-    named = {shard.file for shard in manifest.shards}
-    for name in sorted(_file_names(cfg.out, "")):
-        stale = name == LOSSES and not manifest.losses
-        if stale or (_SHARD.fullmatch(name) and name not in named):
-            fs.rm(f"{root}/{name}")
+    if not manifest.losses and LOSSES in list_names(cfg.out):
+        fs.rm(f"{root}/{LOSSES}")
+    remove_unnamed(cfg.out, manifest.shards)
 
 
 def _summary(manifest: Manifest, listing: Listing, seconds: float, console: Console) -> None:
@@ -316,7 +309,12 @@ def main() -> None:
     import tyro
 
     try:
-        ingest(tyro.cli(IngestConfig))
+        cfg = tyro.cli(IngestConfig)
+        if not cfg.follow:
+            ingest(cfg)
+            return
+        with stop_on_signals() as stop:
+            follow(cfg, stop)
     except ValueError as error:
         sys.exit(str(error))
 

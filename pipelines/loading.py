@@ -32,7 +32,8 @@ import torch
 from pipelines.clip_sampling import training_sampler
 from pipelines.config import PretrainConfig
 from pipelines.crops import DecodeError, decode_rows
-from pipelines.maskers import MASK_NAMES, make_masker
+from pipelines.maskers import MASK_NAMES, Masker, make_masker
+from pipelines.masking import sample_keys
 from pipelines.plan import Piece, make_plan, pieces, rank_lanes
 from pipelines.reading import BLOCK_BYTES, Reader, read_pieces
 from pipelines.shards import Manifest, read_manifest
@@ -43,6 +44,8 @@ SEGMENT_PIECES = 512
 """Read tasks in one Ray dataset; many epochs fit, so that no epoch waits for an execution to start."""
 STARVED_SECONDS = 60.0
 """Without a first batch and without a free CPU for this long, loading gives up."""
+CLOSE_SECONDS = 10.0
+"""How long a loader that is closed waits for its thread, which Ray may keep."""
 LEAST_CPUS = 0.05  # a smaller share of a CPU a rank is taken for a mistake
 
 
@@ -82,8 +85,10 @@ def train_batches(
     Yields:
         images: uint8 tensor [B, C, H, W], B = batch_size / world_size (pinned if `run.gpu`);
             or clips: [B, C, T, H, W], from shards of video.
-        context_ids, target_ids: int64 tensors [B, K] and [B, M, T], ascending; or of clips, for
-            every mask generator g, context_ids_g [B, K] and target_ids_g [B, T].
+        masks: int64 tensors of ascending token numbers, by the objective's masker
+            (`pipelines.maskers`): context_ids [B, K] and target_ids [B, M, T]; or of clips, for
+            every mask generator g, context_ids_g [B, K] and target_ids_g [B, T]; or none.
+        sample_keys: int64 tensor [B]: 64 bits by which an objective draws what is random about a sample.
         labels: int64 tensor [B], -1 where unlabelled.
         sample_ids: list of B 16-byte ids.
         crop_boxes: float32 array [B, 4], (x0, y0, x1, y1) in pixels of the stored image.
@@ -301,20 +306,23 @@ def _to_batch(
     else:
         jobs = min(4 * cfg.data.decode_threads, max(1, rows // 8))
         decode_rows(table, pixels.numpy(), pool, jobs)
+    ids, epoch = table.column("sample_id").to_pylist(), reader.plan.locate(step)[0]
+    keys_B = sample_keys(ids, cfg.run.seed, epoch)
     batch = {
         "images" if reader.sampler is None else "clips": pixels,
         "labels": torch.from_numpy(table.column("label").fill_null(-1).to_numpy().astype(np.int64)),
-        "sample_ids": table.column("sample_id").to_pylist(),
+        "sample_ids": ids,
+        "sample_keys": torch.from_numpy(keys_B.view(np.int64)),
         "crop_boxes": _numbers(table, "crop").reshape(rows, 4).astype(np.float32),
         "flipped": table.column("flipped").to_numpy(),
         "step": step,
-        "epoch": reader.plan.locate(step)[0],
+        "epoch": epoch,
     }
     if reader.sampler is not None:
         batch["frames"] = _numbers(table, "frames").reshape(rows, -1)
     for name in table.column_names:
         if name.startswith(MASK_NAMES):
-            batch[name] = _ids(table, name, cfg)
+            batch[name] = _ids(table, name, reader.masker)
     return batch
 
 
@@ -322,11 +330,10 @@ def _numbers(table: pa.Table, name: str) -> Any:
     return table.column(name).combine_chunks().flatten().to_numpy()
 
 
-def _ids(table: pa.Table, name: str, cfg: PretrainConfig) -> torch.Tensor:
+def _ids(table: pa.Table, name: str, masker: Masker) -> torch.Tensor:
     ids = torch.from_numpy(_numbers(table, name).astype(np.int64))
-    # An image's targets are several blocks, each predicted by itself; a clip's are one list.
-    blocks = (cfg.mask.num_targets,) if name == "target_ids" else ()
-    return ids.reshape(table.num_rows, *blocks, -1)
+    lists = (masker.lists[name],) if name in masker.lists else ()
+    return ids.reshape(table.num_rows, *lists, -1)
 
 
 def ahead(source: Generator[T], depth: int, watch: Callable[[], None]) -> Iterator[T]:
@@ -370,7 +377,7 @@ def ahead(source: Generator[T], depth: int, watch: Callable[[], None]) -> Iterat
             item = items.get()
     finally:
         stop.set()
-        thread.join(timeout=10)
+        thread.join(timeout=CLOSE_SECONDS)
 
 
 @dataclass(frozen=True)

@@ -1,27 +1,35 @@
-"""The masks of a run, whatever its modality: arrays of token numbers under the batch's names.
+"""The masks of a run, whatever its objective: arrays of token numbers under the batch's names.
 
-Shape suffixes: B samples.
+Shape suffixes: B samples, M target blocks of an image, C contexts of an image, K context tokens, T
+target tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
 from pipelines.config import MaskConfig, PretrainConfig, VideoMaskConfig
 from pipelines.masking import I32, U64, legacy_masks, mask_lengths, multiblock_masks
+from pipelines.masking_random import disjoint_masks, random_masks
 from pipelines.masking_video import legacy_video_masks, video_mask_lengths, video_masks
 
 MASK_NAMES = ("context_ids", "target_ids")
 Masks = dict[str, I32]
-"""What a batch holds: `context_ids` [B, K] and `target_ids` [B, M, T] of images; of clips, for
-every generator g, `context_ids_g` [B, K] and `target_ids_g` [B, T]. int32, ascending."""
+"""What a batch holds: `context_ids` [B, K] and `target_ids` [B, M, T] of images, or both with C
+contexts, [B, C, K] and [B, C, T]; of clips, for every generator g, `context_ids_g` [B, K] and
+`target_ids_g` [B, T]. int32, ascending."""
 
 
 class Masker(Protocol):
     """Draws masks for samples of one token grid."""
+
+    @property
+    def lists(self) -> Mapping[str, int]:
+        """How many lists a sample has under these names: their axis 1; others have no such axis."""
 
     @property
     def legacy(self) -> bool:
@@ -44,6 +52,11 @@ class ImageMasker:
     grid: int
     """Patches on a side."""
     cfg: MaskConfig
+
+    @property
+    def lists(self) -> Mapping[str, int]:
+        """An image's targets are several blocks, each predicted by itself."""
+        return {"target_ids": self.cfg.num_targets}
 
     @property
     def legacy(self) -> bool:
@@ -75,6 +88,7 @@ class ClipMasker:
     grid: int
     """Patches on a side."""
     cfg: VideoMaskConfig
+    lists: ClassVar[Mapping[str, int]] = {}
 
     @property
     def legacy(self) -> bool:
@@ -103,10 +117,95 @@ def _by_generator(masks: list[tuple[I32, I32]]) -> Masks:
     }
 
 
+class _BySample:
+    """A masker without the original's collator."""
+
+    legacy = False
+
+    def for_batch(self, key: np.uint64, batch: int) -> Masks:
+        """Never asked for."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class RandomMasker(_BySample):
+    """Single patches hidden at random (MAE): `context_ids` [B, K] and `target_ids` [B, 1, T]."""
+
+    count: int
+    """Tokens of an image."""
+    keep: int
+    """K; all others are targets."""
+    lists: ClassVar[Mapping[str, int]] = {"target_ids": 1}
+
+    def check(self) -> None:
+        """Raises a ValueError that names the flag if no mask can be drawn."""
+        if not 0 < self.keep < self.count:
+            raise ValueError(f"--mask.hidden: leaves {self.keep} of {self.count} patches visible")
+
+    def for_samples(self, keys_B: U64) -> Masks:
+        """Masks fixed by `masking.sample_keys`."""
+        context_BK, target_BT = random_masks(keys_B, self.count, self.keep)
+        return {"context_ids": context_BK, "target_ids": target_BT[:, None]}
+
+
+@dataclass(frozen=True)
+class DisjointMasker(_BySample):
+    """Several contexts whose targets share out the image (DMJD): [B, C, K] and [B, C, T]."""
+
+    count: int
+    """Tokens of an image."""
+    contexts: int
+    """C."""
+    keep: int | None
+    """K; None for all tokens that are not the context's targets."""
+
+    @property
+    def lists(self) -> Mapping[str, int]:
+        """C of both."""
+        return dict.fromkeys(MASK_NAMES, self.contexts)
+
+    def check(self) -> None:
+        """Raises a ValueError that names the flag if no mask can be drawn."""
+        targets = self.count // self.contexts
+        if not targets:
+            raise ValueError(f"--mask.contexts: {self.contexts} cannot share {self.count} patches")
+        if self.keep is not None and self.keep > self.count - targets:
+            raise ValueError(
+                f"--mask.context-keep: {self.keep} is more than the {self.count - targets} patches "
+                "that are not targets"
+            )
+
+    def for_samples(self, keys_B: U64) -> Masks:
+        """Masks fixed by `masking.sample_keys`."""
+        masks = disjoint_masks(keys_B, self.count, self.contexts, self.keep)
+        return dict(zip(MASK_NAMES, masks, strict=True))
+
+
+class NoMasker(_BySample):
+    """For objectives that compare whole views."""
+
+    lists: ClassVar[Mapping[str, int]] = {}
+
+    def check(self) -> None:
+        """Nothing can be wrong."""
+
+    def for_samples(self, keys_B: U64) -> Masks:
+        """No masks."""
+        return {}
+
+
 def make_masker(cfg: PretrainConfig) -> Masker:
-    """The masker of a run."""
-    model = cfg.model
+    """The masker that the run's objective asks for."""
+    model, mask = cfg.model, cfg.mask
     grid = model.image_size // model.patch_size
-    if cfg.modality == "image":
-        return ImageMasker(grid, cfg.mask)
-    return ClipMasker(model.frames // model.tubelet, grid, cfg.video_mask)
+    match cfg.masks:
+        case "blocks":
+            return ImageMasker(grid, mask)
+        case "clip":
+            return ClipMasker(model.frames // model.tubelet, grid, cfg.video_mask)
+        case "random":
+            return RandomMasker(grid * grid, round(grid * grid * (1 - mask.hidden)))
+        case "disjoint":
+            return DisjointMasker(grid * grid, mask.contexts, mask.context_keep)
+        case "none":
+            return NoMasker()

@@ -180,7 +180,8 @@ class CollapseWatch:
         return (
             f"the encoder has collapsed at step {step}: {'; '.join(crossed)} "
             f"({self.strikes} readings in a row). Try a lower --optim.lr, a longer "
-            "--optim.warmup-steps or --objective.target ema; --watch.action warn goes on regardless."
+            "--optim.warmup-steps, --objective.target ema or, of lejepa, a larger "
+            "--objective.sigreg-weight; --watch.action warn goes on regardless."
         )
 
     def _crossed(self, reading: dict[str, float]) -> list[str]:

@@ -22,6 +22,8 @@ Array: TypeAlias = np.ndarray | Tensor
 SIMILARITIES_PER_CHUNK = 2**25  # 128 MiB of fp32
 PROBE_LRS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 PROBE_WEIGHT_DECAYS = (0.0, 0.1)
+MOTION_WITHIN = 0.05
+"""A task is one of motion if a single frame reads at most this much above guessing."""
 
 
 def nearest(bank_ND: Array, query_QD: Array, k: int) -> tuple[Tensor, Tensor]:
@@ -272,3 +274,16 @@ def as_labels(values: Array) -> Tensor:
 
 def _accuracy(predicted_Q: Tensor, labels: Array) -> float:
     return float((predicted_Q.cpu() == as_labels(labels).cpu()).double().mean())
+
+
+def task_of(single_frame: float, test_labels: Array) -> dict[str, str | float]:
+    """Whether a clip's label is told by motion or by appearance.
+
+    Args:
+        single_frame: best accuracy of the probes that saw one frame of every clip.
+        test_labels: [Q] class indices from 0; the commonest one's share is what guessing gets.
+    """
+    labels_Q = as_labels(test_labels)
+    chance = float(labels_Q.bincount().max()) / len(labels_Q)
+    kind = "motion" if single_frame <= chance + MOTION_WITHIN else "appearance"
+    return {"kind": kind, "chance": chance, "single_frame": single_frame}

@@ -304,9 +304,9 @@ def _masks(subject: Subject, rows: pa.Table, pixels: Tensor) -> list[list[str]]:
     """Every sample and what the encoder saw of it in epoch 0, as pictures."""
     encoder, config = subject.encoder, subject.config or _default_config(subject)
     ids = rows["sample_id"].to_pylist()[:MASKED]
-    if encoder.grid < 2:
-        return []
     masker = make_masker(config)
+    if encoder.grid < 2 or config.masks == "none":
+        return []
     if masker.legacy:
         # Drawn for the whole batch, whose shortest lists decide how much of every mask is left.
         key = key_of(config.run.seed, STREAM_LEGACY, 0, 0)
@@ -323,10 +323,10 @@ def _masks(subject: Subject, rows: pa.Table, pixels: Tensor) -> list[list[str]]:
 def _masked(
     sample: np.ndarray, masks: dict[str, np.ndarray], encoder: VisionTransformer
 ) -> list[np.ndarray]:
-    """Of an image, its context and its targets; of a clip, each generator's mask."""
+    """Of an image, its (first) context and its targets; of a clip, each generator's mask."""
     if sample.ndim == 3:
         return [
-            context_picture(sample, masks["context_ids"], encoder.grid),
+            context_picture(sample, np.atleast_2d(masks["context_ids"])[0], encoder.grid),
             target_picture(sample, masks["target_ids"], encoder.grid),
         ]
     return [

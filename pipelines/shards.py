@@ -5,6 +5,9 @@
     OUT/quarantine.parquet     what ingest refused, and why
     OUT/losses.parquet         what is missing of videos that were kept in part, and why
 
+A set that grows (pipelines/publishing.py) keeps to it: shards are added, never changed or removed, and
+every manifest is a whole data set.
+
 A manifest names its shards in order; that order, and the order of rows inside them, is the order of
 the data set. docs/data.md describes every field.
 """
@@ -58,8 +61,15 @@ VIDEO_SCHEMA = pa.schema(
         pa.field("states", pa.list_(pa.list_(pa.float32()))),
     ]
 )
+# Of live streams: when a segment's first frame arrived.
+LIVE_SCHEMA = VIDEO_SCHEMA.append(
+    pa.field("recorded_at", pa.timestamp("us", tz="UTC"), nullable=False)
+)
 # By modality, which is also the name of the column of encoded bytes.
 SCHEMAS = {"image": IMAGE_SCHEMA, "video": VIDEO_SCHEMA}
+# A shard, and a file that a killed ingest was writing: names only `write_shard`, `put_atomic` give.
+SHARD_NAME = re.compile(r"part-[0-9a-f]{16}\.parquet")
+_PARTIAL = re.compile(r"\.(part-[0-9a-f]{16}\.parquet|manifest\.json)\.\d+\.tmp")
 QUARANTINE_SCHEMA = pa.schema(
     [("source_uri", pa.string()), ("reason", pa.string()), ("detail", pa.string())]
 )
@@ -103,6 +113,7 @@ class Manifest:
         losses: number of losses by reason, in videos that were kept in part.
         ingest: the ingest configuration, without its `out`.
         fingerprint: hash of that configuration and of the source listing.
+        live: of a set that live streams grow: where it stands (`publishing.Progress`); else None.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -119,6 +130,7 @@ class Manifest:
     losses: dict[str, int] = dataclasses.field(default_factory=dict)
     ingest: dict[str, Any]
     fingerprint: str
+    live: dict[str, Any] | None = None
 
     @property
     def manifest_hash(self) -> str:
@@ -234,23 +246,46 @@ def _leaves(schema: pa.Schema) -> list[str]:
     return paths
 
 
-def write_shard(fs: Any, root: str, table: pa.Table, row_group_rows: int) -> Shard:
-    """Writes one shard, named by its content, and returns its manifest entry.
+def write_shard(
+    fs: Any, root: str, table: pa.Table, row_group_rows: int, name: str | None = None
+) -> Shard:
+    """Writes one shard and returns its manifest entry.
 
     Args:
         fs: file system.
         root: folder in it.
-        table: rows of one of `SCHEMAS`.
+        table: rows of one of `SCHEMAS`, or of `LIVE_SCHEMA`.
         row_group_rows: rows of a row group; only the last one may be shorter.
+        name: 16 hex digits for its name, never used before; None names it by its content.
     """
-    schema = next(schema for name, schema in SCHEMAS.items() if name in table.column_names)
+    schema = LIVE_SCHEMA if "recorded_at" in table.column_names else None
+    schema = schema or next(schema for key, schema in SCHEMAS.items() if key in table.column_names)
     data = encode_table(table.cast(schema), row_group_rows)
     digest = hash_bytes(data).hex()
-    file = f"part-{digest[:16]}.parquet"
+    file = f"part-{name or digest[:16]}.parquet"
     put_atomic(fs, f"{root}/{file}", data)
     full, rest = divmod(table.num_rows, row_group_rows)
     groups = (row_group_rows,) * full + ((rest,) if rest else ())
     return Shard(file=file, rows=table.num_rows, bytes=len(data), blake2b=digest, row_groups=groups)
+
+
+def list_names(uri: str | Path, folder: str = "") -> set[str]:
+    """Returns the names in a data set's folder, or in a folder inside that; none if it is not there."""
+    fs, root = open_shards(uri)
+    path = f"{root}/{folder}".rstrip("/")
+    try:
+        return {name.rpartition("/")[2] for name in fs.ls(path, detail=False)}
+    except FileNotFoundError:
+        return set()
+
+
+def remove_unnamed(uri: str | Path, shards: Sequence[Shard]) -> None:
+    """Removes shards that are not among `shards`, and files that a killed ingest was writing."""
+    fs, root = open_shards(uri)
+    named = {shard.file for shard in shards}
+    for name in sorted(list_names(uri) - named):
+        if SHARD_NAME.fullmatch(name) or _PARTIAL.fullmatch(name):
+            fs.rm(f"{root}/{name}")
 
 
 @functools.lru_cache(maxsize=256)

@@ -52,7 +52,7 @@ ITEMS_SCHEMA = pa.schema(
 NO_ROW = -1
 
 # Settings that say where things are or how rows are packed, not what is in a row.
-_NOT_CONTENT = ("source", "out", "format", "shard_bytes", "row_group_rows")
+_NOT_CONTENT = ("source", "out", "format", "shard_bytes", "row_group_rows", "follow", "live")
 # Settings that say nothing about this modality.
 _NOT_OF = {
     "image": ("video",),

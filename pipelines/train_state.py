@@ -96,7 +96,7 @@ def new_state(cfg: PretrainConfig, device: torch.device) -> TrainState:
     objective = build_objective(
         cfg.objective.name,
         model=cfg.model_settings,
-        objective=dataclasses.asdict(cfg.objective),
+        objective=cfg.objective_settings,
     ).to(device)
     if device.type == "cpu" and cfg.run.precision == "bf16":
         use_plain_attention(objective)

@@ -240,7 +240,7 @@ def _wrap(cfg: PretrainConfig, worker: Worker, state: TrainState) -> nn.Module:
     return nn.parallel.DistributedDataParallel(
         state.objective,
         device_ids=[worker.device] if worker.device.type == "cuda" else None,
-        # Buffers are constants of the configuration (mean, std), equal on every process.
+        # Buffers are constants of the configuration (mean, std) or count steps: equal on every process.
         broadcast_buffers=False,
         gradient_as_bucket_view=True,
     )

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def prepare_video(item: Item, cfg: IngestConfig, losses: list[Loss]) -> Iterator
             )
             number = 0
             for number, segment in enumerate(_segments(reader, cfg), 1):
-                yield _row(segment, segment_id(digest, number - 1, cfg), sidecars, cfg)
+                yield segment_row(segment, segment_id(digest, number - 1, cfg), cfg, sidecars)
             losses += reader.losses
             if not number:
                 raise VideoError(*_why_nothing(reader))
@@ -92,9 +92,17 @@ def segment_id(source: bytes, number: int, cfg: IngestConfig) -> bytes:
     return hash_bytes(source + place.encode())
 
 
-def _row(
-    segment: Segment, identity: bytes, sidecars: dict[str, F32], cfg: IngestConfig
+def segment_row(
+    segment: Segment, identity: bytes, cfg: IngestConfig, sidecars: Mapping[str, F32]
 ) -> dict[str, Any]:
+    """Returns `shards.VIDEO_SCHEMA`'s columns but `label` and `source_uri`, and `moments`.
+
+    Args:
+        segment: the segment.
+        identity: `segment_id`.
+        cfg: the ingest configuration.
+        sidecars: values of all frames of the source, [F, D], by column.
+    """
     row: dict[str, Any] = {
         "sample_id": identity,
         "video": segment.video,

@@ -45,6 +45,21 @@ class TimedFrame:
     after_loss: bool
 
 
+@dataclass(slots=True)
+class _Damage:
+    """How often, and what came first: a live stream may be damaged for days."""
+
+    places: int = 0
+    first: str = ""
+
+    def add(self, text: str, places: int = 1) -> None:
+        self.first = self.first or text
+        self.places += places
+
+    def join(self, later: _Damage) -> None:
+        self.add(later.first, later.places)
+
+
 class FrameReader:
     """Iterates once over the frames of an open stream; `losses` is complete after that.
 
@@ -57,6 +72,7 @@ class FrameReader:
             out of order, and its frame dropped.
         times: presentation times of all packets, sorted (`presentation_times`), so that frames keep
             their numbers across damage; None counts the frames that come.
+        start: time by the file that counts as 0, seconds; None takes that of the first frame.
     """
 
     def __init__(
@@ -68,6 +84,7 @@ class FrameReader:
         max_pixels: int,
         max_gap: float,
         times: list[int] | None = None,
+        start: Fraction | None = None,
     ) -> None:
         self._container, self._stream, self._times = container, stream, times
         # AVI says only in which order to decode; the frames come out in the order shown.
@@ -77,12 +94,14 @@ class FrameReader:
         rate = stream.average_rate or stream.guessed_rate or DEFAULT_RATE
         self._period = 1 / Fraction(rate)
         self._aspect = pixel_aspect(stream)
-        self._start: Fraction | None = None
+        self._start = start
         self._last = Fraction(0)
         self._end = Fraction(0)
         self._count, self._index, self._delay = 0, -1, 0
-        self._open_damage: list[str] = []  # since the last good frame
-        self._damage: list[str] = []
+        self._open_damage, self._damage = (
+            _Damage(),
+            _Damage(),
+        )  # the open one: since the last good frame
         self._dropped = self._out_of_order = 0
         self._too_long = False
 
@@ -98,7 +117,7 @@ class FrameReader:
             waiting = waiting or frames is None
             for frame in frames or ():
                 if frame.is_corrupt and not waiting:
-                    self._open_damage.append("the decoder calls a frame corrupt")
+                    self._open_damage.add("the decoder calls a frame corrupt")
                     waiting = True
                 if waiting and (frame.is_corrupt or not frame.key_frame):
                     self._dropped += 1
@@ -121,18 +140,18 @@ class FrameReader:
                 return
             except av.FFmpegError as error:
                 failures += 1
-                self._open_damage.append(describe(error))
+                self._open_damage.add(describe(error))
         yield None
 
     def _decode(self, packet: av.Packet[Any] | None) -> list[av.VideoFrame] | None:
         """Returns the frames that came out, None for damage."""
         if packet is not None and packet.is_corrupt:
-            self._open_damage.append("the container calls a packet corrupt")
+            self._open_damage.add("the container calls a packet corrupt")
             return None
         try:
             return self._stream.codec_context.decode(packet)
         except av.FFmpegError as error:
-            self._open_damage.append(describe(error))
+            self._open_damage.add(describe(error))
             return None
 
     def _timed(self, frame: av.VideoFrame, *, after_loss: bool) -> TimedFrame | None:
@@ -154,8 +173,8 @@ class FrameReader:
         self._index = self._next_index(stamp)
         duration = frame.duration * base if frame.duration and base else self._period
         self._last, self._count, self._end = time, self._count + 1, time + duration
-        self._damage += self._open_damage
-        self._open_damage = []
+        self._damage.join(self._open_damage)
+        self._open_damage = _Damage()
         return TimedFrame(
             frame=frame,
             time=time,
@@ -174,11 +193,16 @@ class FrameReader:
         return rank - self._delay
 
     @property
+    def start(self) -> Fraction | None:
+        """Time by the file that counts as 0, seconds; None before the first frame."""
+        return self._start
+
+    @property
     def losses(self) -> list[Loss]:
         """(reason, detail) of all that is missing; a detail does not depend on when it is asked."""
         found = []
-        if self._damage:
-            detail = f"damage in {len(self._damage)} places: {self._damage[0]}"
+        if self._damage.places:
+            detail = f"damage in {self._damage.places} places: {self._damage.first}"
             found.append(("corrupt", f"{detail}; {self._dropped} frames dropped behind it"))
         if self._out_of_order:
             found.append(("out_of_order", f"{self._out_of_order} frames with times that go back"))
@@ -192,8 +216,8 @@ class FrameReader:
         declared = declared_seconds(self._container, self._stream)
         if declared is not None and declared - self._end > max(SHORTFALL, 2 * self._period):
             return f"{float(self._end):.3f} of {float(declared):.3f} s"
-        if self._open_damage:
-            return f"ends in damage after {float(self._end):.3f} s: {self._open_damage[0]}"
+        if self._open_damage.places:
+            return f"ends in damage after {float(self._end):.3f} s: {self._open_damage.first}"
         return ""
 
 

@@ -102,7 +102,7 @@ def create_http_app(parts: Parts) -> FastAPI:
     )
     add_error_handlers(app)
     _add_embedding_routes(app, parts)
-    _add_operation_routes(app, parts)
+    add_operation_routes(app, is_ready=parts.is_ready, scrape=parts.scrape)
     if parts.streams is not None:
         add_stream_route(app, parts.streams)
     app.add_middleware(Gate, metrics=parts.metrics, api_key=parts.api_key)
@@ -148,18 +148,30 @@ def _add_embedding_routes(app: FastAPI, parts: Parts) -> None:
         return _model(service)
 
 
-def _add_operation_routes(app: FastAPI, parts: Parts) -> None:
+Ready = Callable[[], Awaitable[bool]]
+Scrape = Callable[[], Awaitable[str]]
+
+
+def add_operation_routes(app: FastAPI, *, is_ready: Ready, scrape: Scrape) -> None:
+    """Adds `/healthz` and `/metrics`.
+
+    Args:
+        app: takes the routes.
+        is_ready: whether a model replica is up.
+        scrape: returns the Prometheus text of all replicas.
+    """
+
     @app.get("/healthz", response_class=PlainTextResponse)
     async def healthz() -> PlainTextResponse:
         """200 when requests can be served, else 503."""
-        if not await parts.is_ready():
+        if not await is_ready():
             raise server_error(503, "not_ready", "no model replica is running")
         return PlainTextResponse("ok")
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Prometheus text, summed over all replicas."""
-        return Response(await parts.scrape(), media_type=PROMETHEUS_TEXT)
+        return Response(await scrape(), media_type=PROMETHEUS_TEXT)
 
 
 def _model(service: EmbeddingService) -> Model:

@@ -10,13 +10,12 @@ from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import PlainTextResponse
 
 from serve.http_api import (
-    PROMETHEUS_TEXT,
     Gate,
     RequestMetrics,
     add_error_handlers,
+    add_operation_routes,
     check_content_type,
     read_body,
 )
@@ -33,7 +32,7 @@ from serve.lm_schemas import (
 )
 from serve.lm_service import LanguageService
 from serve.lm_settings import LMSettings
-from serve.schemas import ApiError, Body, ErrorResponse, parse_body, server_error
+from serve.schemas import ApiError, Body, ErrorResponse, parse_body
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +70,8 @@ def create_lm_app(parts: LMParts) -> FastAPI:
     _add_generation_routes(app, parts)
     _add_session_routes(app, parts)
     _add_token_routes(app, parts)
-    _add_operation_routes(app, parts)
+    _add_model_routes(app, parts)
+    add_operation_routes(app, is_ready=parts.is_ready, scrape=parts.scrape)
     app.add_middleware(Gate, metrics=parts.metrics, api_key=parts.api_key)
     return app
 
@@ -182,7 +182,7 @@ def _add_token_routes(app: FastAPI, parts: LMParts) -> None:
         return {"prompt": await asyncio.to_thread(service.tokenizer.decode, body.tokens)}
 
 
-def _add_operation_routes(app: FastAPI, parts: LMParts) -> None:
+def _add_model_routes(app: FastAPI, parts: LMParts) -> None:
     service = parts.service
 
     def model() -> dict[str, Any]:
@@ -212,18 +212,6 @@ def _add_operation_routes(app: FastAPI, parts: LMParts) -> None:
         """Describes one model."""
         service.check_model(name)
         return model()
-
-    @app.get("/healthz", response_class=PlainTextResponse)
-    async def healthz() -> PlainTextResponse:
-        """200 when requests can be served, else 503."""
-        if not await parts.is_ready():
-            raise server_error(503, "not_ready", "no model replica is running")
-        return PlainTextResponse("ok")
-
-    @app.get("/metrics", response_class=PlainTextResponse)
-    async def metrics() -> Response:
-        """Prometheus text, summed over all replicas."""
-        return Response(await parts.scrape(), media_type=PROMETHEUS_TEXT)
 
 
 async def _parse(request: Request, parts: LMParts, kind: type[Body]) -> Body:

@@ -19,6 +19,8 @@ from pipelines.config import (
     RunConfig,
     WatchConfig,
 )
+from pipelines.maskers import make_masker
+from pipelines.masking import sample_keys
 from pipelines.recorder import DataSource
 
 NUM_SAMPLES = 40  # five batches of eight an epoch
@@ -57,11 +59,17 @@ def memory_batches(cfg, *, rank, world_size, start_step, end_step):
         rows = rows[rank * local : (rank + 1) * local]
         made = [_sample(cfg, epoch, int(row), grid) for row in rows]
         images, context, targets = (torch.stack(parts) for parts in zip(*made, strict=True))
+        masks = {"context_ids": context, "target_ids": targets}
+        ids = [int(row).to_bytes(16, "big") for row in rows]
+        keys = sample_keys(ids, cfg.run.seed, epoch)
+        if cfg.masks != "blocks":
+            drawn = make_masker(cfg).for_samples(keys)
+            masks = {name: torch.from_numpy(ids).long() for name, ids in drawn.items()}
         yield {
             "images": images,
-            "context_ids": context,
-            "target_ids": targets,
-            "sample_ids": [int(row).to_bytes(16, "big") for row in rows],
+            **masks,
+            "sample_ids": ids,
+            "sample_keys": torch.from_numpy(keys.view(np.int64)),
             "step": step,
         }
 

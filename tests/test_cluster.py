@@ -169,6 +169,7 @@ def cluster(s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local
         "RAY_ADDRESS": f"127.0.0.1:{gcs}",
         # Nodes that are told to end wait this long for actors that outlive their job.
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # commits checkpoints soon: jobs last seconds
     }
     ray_folder = Path(f"/tmp/rj{gcs}")  # its sockets' paths may have 107 characters: not pytest's
     local = LocalCluster(folder, env, f"http://127.0.0.1:{dashboard}", token)

@@ -182,6 +182,7 @@ def test_masks_are_those_of_the_sample(alone: list[dict]) -> None:
         keys = sample_keys(batch["sample_ids"], 0, batch["epoch"])
         context, target = multiblock_masks(keys, 8, MaskConfig())
         assert (batch["context_ids"].numpy() == context).all()
+        assert (batch["sample_keys"].numpy().view(np.uint64) == keys).all()
         assert (batch["target_ids"].numpy() == target).all()
 
 
@@ -386,6 +387,7 @@ def test_cpus_taken_by_others_fail_soon(
     hog = Hog.remote()
     ray.get(hog.hold.remote())
     monkeypatch.setattr(loading, "STARVED_SECONDS", 1.0)
+    monkeypatch.setattr(loading, "CLOSE_SECONDS", 0.1)
     batches = train_batches(config(data), rank=0, world_size=1, start_step=0, end_step=4)
     try:
         with pytest.raises(StarvedError, match=r"--run\.cpus-per-worker"):

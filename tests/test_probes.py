@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from pipelines import probes
-from pipelines.probes import few_shot, knn_accuracy, knn_predict, linear_probe, nearest
+from pipelines.probes import (
+    few_shot,
+    knn_accuracy,
+    knn_predict,
+    linear_probe,
+    nearest,
+    task_of,
+)
 
 
 def _blobs(
@@ -187,3 +194,9 @@ def test_probes_refuse_what_they_cannot_score() -> None:
         knn_accuracy(x[:0], labels[:0], x, labels)
     with pytest.raises(ValueError, match="exactly one"):
         few_shot(x, labels, x, labels)
+
+
+def test_a_task_is_of_motion_if_one_frame_reads_no_more_than_guessing() -> None:
+    labels = np.array([0, 0, 0, 1, 1, 2, 2, 3, 3, 3])  # guessing gets 3 of 10
+    assert task_of(0.34, labels) == {"kind": "motion", "chance": 0.3, "single_frame": 0.34}
+    assert task_of(0.36, labels)["kind"] == "appearance"

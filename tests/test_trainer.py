@@ -85,6 +85,37 @@ def test_stop_anywhere_and_resume_is_bitwise_the_uninterrupted_run(uninterrupted
     assert _lines(cfg) == lines
 
 
+OBJECTIVES = {
+    "lejepa": {},
+    "vicreg": {},
+    "mae": {},
+    "dmjd": {},
+    "ijepa": {"regularize": "context_pooled"},
+}
+
+
+@pytest.mark.parametrize("name", list(OBJECTIVES))
+def test_every_objective_trains_and_resumes_bitwise(tmp_path, name):
+    """Through the loop as it is: views, slices and all counters come back with the checkpoint."""
+
+    def run(folder, *stops):
+        cfg = tiny_config(tmp_path / folder, steps=4, log_every=2, checkpoint_every=4)
+        small = {"name": name, "projector": (32, 16), "slices": 16, **OBJECTIVES[name]}
+        cfg = change(cfg, objective=small, mask={"context_keep": None if name == "ijepa" else 6})
+        for stop in stops:
+            outcome, _ = _run(change(cfg, run={"stop_after": stop}), tmp_path / folder / "ck")
+            assert (outcome.step, outcome.collapsed) == (stop, None)
+        return _end(tmp_path / folder / "ck", 4), _lines(cfg)
+
+    whole, resumed = run("whole", 4), run("resumed", 1, 4)
+    _assert_bitwise(resumed[0], whole[0])
+    assert resumed[1] == whole[1]
+    readings = whole[1][-1]
+    assert readings["loss"] > 0
+    extra = {"lejepa": "sigreg", "vicreg": "covariance", "ijepa": "regularizer"}.get(name, "rankme")
+    assert readings[extra] > 0
+
+
 def test_a_crash_after_the_checkpoint_redoes_the_lost_steps_and_their_metrics(
     uninterrupted, tmp_path
 ):

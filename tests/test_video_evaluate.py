@@ -157,6 +157,9 @@ def test_results_hold_every_number_beside_three_baselines(evaluation: tuple[dict
     results, out = evaluation
     assert json.loads((out / "results.json").read_text()) == results
     assert list(results["rows"]) == ["encoder", "random_init", "single_frame", "raw_pixels"]
+    still = results["rows"]["single_frame"]
+    read = max(still["knn"], still["linear"]["accuracy"], still["attentive"]["accuracy"])
+    assert results["task"]["single_frame"] == read
     for row in results["rows"].values():
         for value in (row["knn"], row["linear"]["accuracy"], row["attentive"]["accuracy"]):
             assert 0 <= value <= 1

@@ -27,4 +27,8 @@ class IJEPA(LatentPrediction):
         context_BKD = self.encoder.forward_patches(patches_BNP, context_ids_BK)
         predicted_BMTD = self.predictor(context_BKD, context_ids_BK, target_ids_BMT)
         loss = self.distance(predicted_BMTD.flatten(1, 2).float(), targets_BLD.float())
-        return Output(loss, monitored={"target_pooled": tokens_BND.detach().mean(1).float()})
+        monitored = {
+            "target_pooled": tokens_BND.mean(1).float(),
+            "context_pooled": context_BKD.mean(1).float(),
+        }
+        return Output(loss, monitored=monitored)

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 Batch = dict[str, Tensor]
 """What `Objective.inputs` names, and perhaps more.
 
-Images: `images` uint8 [B, C, H, W], `context_ids` int64 [B, K], `target_ids` int64 [B, M, T] of M
-target blocks. Clips: `clips` uint8 [B, C, T, H, W], and for every mask generator g = 0, 1, ... its
-`context_ids_g` int64 [B, K_g] and `target_ids_g` int64 [B, T_g]. Lengths are the same in all
-batches of a run.
+Images: `images` uint8 [B, C, H, W]. Clips: `clips` uint8 [B, C, T, H, W]. Of both `sample_keys` int64
+[B], 64 random bits fixed by (seed, epoch, sample id), by which anything random about a sample is
+drawn. Masks, by what the run's masker draws (`pipelines.maskers`): of images `context_ids` int64 [B, K]
+and `target_ids` int64 [B, M, T] of M target blocks, or both with an axis of C contexts, [B, C, K] and
+[B, C, T]; of clips, for every mask generator g = 0, 1, ... `context_ids_g` int64 [B, K_g] and
+`target_ids_g` int64 [B, T_g]. Lengths are the same in all batches of a run.
 """
 
 
@@ -29,7 +31,8 @@ class Output:
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """Detached scalars to log; reading them is the caller's host sync."""
     monitored: dict[str, Tensor] = field(default_factory=dict)
-    """Detached fp32 features; `target_pooled` [B, D] is what the collapse watch judges."""
+    """fp32 features [N, D], with their gradient where they have one, for `Regularized`;
+    `target_pooled` [B, D] is what the collapse watch judges."""
 
 
 class Objective(nn.Module, ABC):

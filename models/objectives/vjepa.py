@@ -31,17 +31,22 @@ class VJEPA(LatentPrediction):
         clips = normalize(batch["clips"], self.mean, self.std)
         patches_BNP = self.encoder.patch_embed.patchify(clips)
         tokens_BND, targets_BND = self.encode_target(patches_BNP)
-        losses_G = torch.stack(
-            [
+        losses, contexts = zip(
+            *(
                 self._mask_loss(
                     patches_BNP, targets_BND, batch[f"context_ids_{g}"], batch[f"target_ids_{g}"], g
                 )
                 for g in range(len(self.predictor.mask_token))
-            ]
+            ),
+            strict=True,
         )
+        losses_G = torch.stack(losses)
         metrics = {f"loss_{g}": loss for g, loss in enumerate(losses_G.detach())}
-        pooled_BD = tokens_BND.detach().mean(1).float()
-        return Output(losses_G.mean(), metrics, monitored={"target_pooled": pooled_BD})
+        monitored = {
+            "target_pooled": tokens_BND.mean(1).float(),
+            "context_pooled": torch.cat(contexts),
+        }
+        return Output(losses_G.mean(), metrics, monitored)
 
     def _mask_loss(
         self,
@@ -50,8 +55,10 @@ class VJEPA(LatentPrediction):
         context_ids_BK: torch.Tensor,
         target_ids_BT: torch.Tensor,
         mask: int,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of one mask, and its mean context tokens [B, D]."""
         context_BKD = self.encoder.forward_patches(patches_BNP, context_ids_BK)
         predicted_B1TD = self.predictor(context_BKD, context_ids_BK, target_ids_BT[:, None], mask)
         targets_BTD = gather_tokens(targets_BND, target_ids_BT)
-        return self.distance(predicted_B1TD[:, 0].float(), targets_BTD.float())
+        loss = self.distance(predicted_B1TD[:, 0].float(), targets_BTD.float())
+        return loss, context_BKD.mean(1).float()

@@ -15,6 +15,7 @@ from pipelines.config.data import (
 )
 from pipelines.config.ingest import (
     IngestConfig,
+    LiveConfig,
     VideoConfig,
 )
 from pipelines.config.jobs import (
@@ -33,6 +34,7 @@ from pipelines.config.train import (
     RunConfig,
     WatchConfig,
 )
+from pipelines.config.views import ViewsConfig
 
 __all__ = [
     "IMAGENET_MEAN",
@@ -44,6 +46,7 @@ __all__ = [
     "EvaluateConfig",
     "ExportConfig",
     "IngestConfig",
+    "LiveConfig",
     "MaskConfig",
     "ModelConfig",
     "ObjectiveConfig",
@@ -52,6 +55,7 @@ __all__ = [
     "RunConfig",
     "VideoConfig",
     "VideoMaskConfig",
+    "ViewsConfig",
     "WatchConfig",
     "from_json",
     "to_json",

@@ -67,6 +67,11 @@ class MaskConfig:
     context_keep: int | None = None
     """Context tokens kept per image, constant through the run; None takes a share of the grid that
     2 to 8% of the draws miss (those are drawn again)."""
+    hidden: float = 0.75
+    """mae: share of the patches that is hidden, drawn at random patch by patch."""
+    contexts: int = 4
+    """dmjd: contexts of an image; each predicts its own share of the patches, all of them together the
+    whole image, and sees `context_keep` of the others (None: all)."""
     truncate: Literal["random", "legacy"] = "random"
     """`random` keeps a random subset of fixed size; `legacy` reproduces the original: one block
     size a batch, scale and ratio from one draw, last row and column never reached, every list cut
@@ -79,6 +84,8 @@ class MaskConfig:
         require_range(self.context_scale, "mask.context-scale", 0.0, 1.0)
         keep = self.context_keep
         require(keep is None or keep > 0, "mask.context-keep", "must be positive")
+        require(0 < self.hidden < 1, "mask.hidden", "must lie between 0 and 1")
+        require(self.contexts >= 2, "mask.contexts", "must be at least 2")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,12 +45,45 @@ class VideoConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LiveConfig:
+    """How a live stream is opened, and how often what came of it is published."""
+
+    publish_seconds: float = 30.0
+    """A shard with what is complete is published this often, or sooner by --shard-bytes."""
+    format: str = ""
+    """FFmpeg's name of the input format, where the source does not say: `v4l2` of a camera."""
+    options: tuple[str, ...] = ()
+    """NAME=VALUE for FFmpeg: `rtsp_transport=tcp`, `framerate=30`."""
+    open_seconds: float = 30.0
+    """A source that could not be opened within this time at the start is an error."""
+    read_seconds: float = 10.0
+    """A connection that brings no video for so long is given up, and made anew."""
+    backoff_seconds: float = 1.0
+    """Wait before connecting again; doubled after every failure."""
+    most_backoff_seconds: float = 30.0
+    """The longest of these waits."""
+    end_seconds: float = 600.0
+    """The stream counts as ended when no video has come for this long, whatever was tried."""
+
+    def __post_init__(self) -> None:
+        for flag in ("publish", "open", "read", "backoff", "most_backoff", "end"):
+            value = getattr(self, f"{flag}_seconds")
+            require(value > 0, f"live.{flag.replace('_', '-')}-seconds", "must be positive")
+        shorter = self.backoff_seconds <= self.most_backoff_seconds
+        require(shorter, "live.backoff-seconds", "must not be over --live.most-backoff-seconds")
+        for option in self.options:
+            name, equals, _ = option.partition("=")
+            require(bool(name and equals), "live.options", f"{option!r} is not NAME=VALUE")
+
+
+@dataclass(frozen=True, kw_only=True)
 class IngestConfig:
     """Raw images or videos of any source to validated Parquet shards."""
 
     source: str
     """Folder, `s3://` prefix or CSV list (`path,label`) of images or videos; for images also a
-    WebDataset tar (or a folder or glob of them), or a Parquet file or folder."""
+    WebDataset tar (or a folder or glob of them), or a Parquet file or folder. With --follow one live
+    stream: a URL or device that FFmpeg opens, a file that grows, a named pipe, or `-`."""
     out: str
     """Where shards, manifest and quarantine go: a local folder or an `s3://` prefix."""
     format: Literal["auto", "folder", "list", "webdataset", "parquet"] = "auto"
@@ -63,6 +96,10 @@ class IngestConfig:
     """Parquet sources: the column of encoded bytes (or Hugging Face's `{bytes, path}` struct)."""
     label_column: str = "label"
     """Parquet sources: the column of labels; absent means unlabelled."""
+    follow: bool = False
+    """`source` is a live stream: publish shards while it runs, until it ends or SIGTERM comes."""
+    live: LiveConfig = field(default_factory=LiveConfig)
+    """How a live stream is opened and published."""
     short_side: int | None = None
     """Resize so that the short side has this many pixels (never enlarges) and re-encode. Video is
     always re-encoded, and its sides are rounded to even numbers."""
@@ -87,3 +124,6 @@ class IngestConfig:
         require(self.max_bytes > 0, "max-bytes", "must be positive")
         require(self.shard_bytes >= 1024, "shard-bytes", "must be at least 1024")
         require(self.row_group_rows > 0, "row-group-rows", "must be positive")
+        if self.follow:
+            require(self.modality != "image", "modality", "--follow takes videos only")
+            require(self.format == "auto", "format", "goes without --follow (see --live.format)")

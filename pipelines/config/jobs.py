@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from pipelines.config.checks import require
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
@@ -60,13 +62,27 @@ class EmbedConfig:
     out: str
     """Folder or `s3://` prefix for the embedding Parquet files."""
     pooling: Literal["mean", "patches"] = "mean"
-    """One vector an image, or one a patch."""
+    """One vector an image or video segment, or one a patch."""
+    fps: float | None = None
+    """Frames a second of the clip that stands for a segment, its middle; None takes them by --stride."""
+    stride: int = 1
+    """Frames of a segment from one frame of its clip to the next."""
     batch_size: int = 256
-    """Images per forward pass."""
+    """Images, or frames of clips, per forward pass."""
     workers: int = 1
     """Actors in the pool."""
     gpu: bool = False
     """One GPU an actor."""
+    follow: bool = False
+    """The data set grows (a live stream): embed every new shard, in this process, until ingest ends."""
+    poll_seconds: float = 2.0
+    """With --follow: how often to look for new shards."""
+
+    def __post_init__(self) -> None:
+        require(self.fps is None or self.fps > 0, "fps", "must be positive")
+        require(self.stride > 0, "stride", "must be positive")
+        require(self.fps is None or self.stride == 1, "stride", "goes without --fps")
+        require(self.poll_seconds > 0, "poll-seconds", "must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)

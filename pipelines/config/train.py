@@ -8,6 +8,19 @@ from typing import Any, Literal
 
 from pipelines.config.checks import require
 from pipelines.config.data import ClipConfig, DataConfig, MaskConfig, VideoMaskConfig
+from pipelines.config.views import ViewsConfig
+
+Masks = Literal["blocks", "clip", "random", "disjoint", "none"]
+MASKS: dict[str, Masks] = {
+    "ijepa": "blocks",
+    "vjepa": "clip",
+    "dmjd": "disjoint",
+    "mae": "random",
+    "lejepa": "none",
+    "levjepa": "none",
+    "vicreg": "none",
+}
+"""What each objective needs a masker for."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -75,9 +88,33 @@ class ObjectiveConfig:
     target: Literal["ema", "self"] = "ema"
     """`ema` is the method. `self` is the negative control: the context encoder is its own target,
     gradient and all, and must collapse."""
+    projector: tuple[int, ...] = (2048, 2048, 128)
+    """Widths of the MLP on top of the encoder, for lejepa and vicreg; nothing keeps it after training."""
+    sigreg_weight: float = 0.02
+    """lejepa: share of SIGReg in the loss, the rest is agreement of the views; 0 must collapse."""
+    slices: int = 1024
+    """Random directions that SIGReg looks along, drawn anew in every step."""
+    knots: int = 17
+    """Points of SIGReg's integral."""
+    vicreg_weights: tuple[float, float, float] = (25.0, 25.0, 1.0)
+    """vicreg: weights of invariance, variance and covariance; without the last two it must collapse."""
+    norm_pixels: bool = True
+    """mae: paint each patch less its mean and over its deviation."""
+    regularize: str | None = None
+    """Adds SIGReg of this monitored tensor to any objective's loss: context_pooled, embedded or, where
+    it has a gradient, target_pooled."""
+    regularizer_weight: float = 0.02
+    """Weight of that."""
 
     def __post_init__(self) -> None:
         require(0.0 <= self.ema[0] <= self.ema[1] <= 1.0, "objective.ema", "0 <= start <= end <= 1")
+        ok = len(self.projector) > 0 and min(self.projector) > 0
+        require(ok, "objective.projector", "needs positive widths")
+        require(0 <= self.sigreg_weight <= 1, "objective.sigreg-weight", "must lie in [0, 1]")
+        require(self.slices > 0, "objective.slices", "must be positive")
+        require(self.knots >= 2, "objective.knots", "must be at least 2")
+        require(min(self.vicreg_weights) >= 0, "objective.vicreg-weights", "must be >= 0")
+        require(self.regularizer_weight >= 0, "objective.regularizer-weight", "must be >= 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +248,7 @@ class PretrainConfig:
     clip: ClipConfig = field(default_factory=ClipConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     video_mask: VideoMaskConfig = field(default_factory=VideoMaskConfig)
+    views: ViewsConfig = field(default_factory=ViewsConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -233,15 +271,32 @@ class PretrainConfig:
         require(
             self.modality == "video" or self.model.frames == 1,
             "model.frames",
-            f"--objective.name {self.objective.name} learns from images; clips need vjepa",
+            f"--objective.name {self.objective.name} learns from images; clips need vjepa or levjepa",
         )
+        if self.masks == "none":
+            side = self.views.local_size or self.model.image_size
+            ok = side % self.model.patch_size == 0 and side <= self.model.image_size
+            require(
+                ok, "views.local-size", "must be a multiple of --model.patch-size, no larger image"
+            )
 
     @property
     def modality(self) -> Literal["image", "video"]:
         """What the objective learns from, and the shards must hold."""
-        return "video" if self.objective.name == "vjepa" else "image"
+        return "video" if self.objective.name in ("vjepa", "levjepa") else "image"
+
+    @property
+    def masks(self) -> Masks:
+        """Which masks the objective asks the loader for (`pipelines.maskers`)."""
+        return MASKS.get(self.objective.name, "blocks")
 
     @property
     def model_settings(self) -> dict[str, Any]:
         """`model` as `models.objectives.build_objective` takes it."""
         return dataclasses.asdict(self.model) | {"mask_tokens": self.video_mask.generators}
+
+    @property
+    def objective_settings(self) -> dict[str, Any]:
+        """`objective` as `models.objectives.build_objective` takes it."""
+        own = {"views": dataclasses.asdict(self.views), "seed": self.run.seed}
+        return dataclasses.asdict(self.objective) | own

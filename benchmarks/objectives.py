@@ -1,0 +1,263 @@
+"""All objectives at equal compute: kNN, linear probe and RankMe against CPU seconds, on CIFAR-10.
+
+    python benchmarks/objectives.py --seconds 200 --seeds 0 1 2             # the shipped sample
+    python benchmarks/objectives.py --data data/cifar10 --seconds 600       # of `pipelines.fetch`
+
+The recipes `*cifar10_demo` in the product's own training loop, with its crops, masks and schedules, on
+images held in memory (no Ray). Each gets as many steps as fit into `--seconds` of this process's CPU
+time, decoding included, as timed on its first steps; so a busy machine changes the speed, but much
+less than the clock's the number of steps. One JSON object a run goes to `--out`; finished runs are
+skipped, and all of the file is printed as a table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import tyro
+from PIL import Image
+
+from models.preprocessing import Preprocessing, normalize
+from models.vit import VisionTransformer
+from pipelines.config import PretrainConfig
+from pipelines.crops import decode_rows
+from pipelines.fetch import sample_folder
+from pipelines.maskers import make_masker
+from pipelines.masking import STREAM_FLIP, key_of, permutation, sample_keys, uniforms
+from pipelines.metrics import rankme
+from pipelines.probes import knn_accuracy, linear_probe
+from pipelines.reading import random_crops
+from pipelines.recipes import RECIPES
+from pipelines.recorder import DataSource, Worker
+from pipelines.train_state import new_state
+from pipelines.trainer import train
+
+TIMED_STEPS = 25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """What to run."""
+
+    recipes: tuple[str, ...] = (
+        "cifar10_demo",
+        "lejepa_cifar10_demo",
+        "vicreg_cifar10_demo",
+        "mae_cifar10_demo",
+        "dmjd_cifar10_demo",
+    )
+    """Rows of the table."""
+    seeds: tuple[int, ...] = (0,)
+    """Runs of every row."""
+    seconds: float = 200.0
+    """CPU seconds of training."""
+    data: str | None = None
+    """Folder `{train,test}/<class>/*.png`; None takes the shipped sample (2,500 and 800 images)."""
+    out: Path = Path("objectives.jsonl")
+    """One JSON object a run."""
+    precision: str = "bf16"
+    """Of the recipe: bf16 or fp32."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images held in memory."""
+
+    table: pa.Table
+    labels_N: np.ndarray
+    pixels: torch.Tensor
+    """uint8 [N, 3, 32, 32], whole."""
+
+
+def read_split(folder: Path) -> Split:
+    paths = sorted(folder.glob("*/*.png"))
+    classes = sorted({path.parent.name for path in paths})
+    encoded = [path.read_bytes() for path in paths]
+    pixels = np.stack([np.asarray(Image.open(p).convert("RGB")).transpose(2, 0, 1) for p in paths])
+    table = pa.table(
+        {
+            "image": encoded,
+            "sample_id": [hashlib.sha256(data).digest()[:16] for data in encoded],
+            "height": [32] * len(paths),
+            "width": [32] * len(paths),
+            "source_uri": [str(path) for path in paths],
+        }
+    )
+    labels = np.array([classes.index(path.parent.name) for path in paths])
+    return Split(table, labels, torch.from_numpy(pixels))
+
+
+def memory_batches(
+    split: Split, cfg: PretrainConfig, *, rank: int, world_size: int, start_step: int, end_step: int
+) -> Iterator[dict[str, Any]]:
+    """`loading.train_batches` for one process and a table in memory, in another order."""
+    masker, size = make_masker(cfg), cfg.data.batch_size
+    per_epoch = len(split.labels_N) // size
+    for step in range(start_step, end_step):
+        epoch, index = divmod(step, per_epoch)
+        order = permutation(key_of(cfg.run.seed, epoch), len(split.labels_N))
+        rows = split.table.take(pa.array(order[index * size : (index + 1) * size]))
+        ids = rows["sample_id"].to_pylist()
+        keys_B = sample_keys(ids, cfg.run.seed, epoch)
+        sizes = np.full((size, 2), 32, np.int32)
+        boxes = random_crops(keys_B, sizes, cfg.data.crop_scale, cfg.data.crop_ratio)
+        flipped = uniforms(keys_B, STREAM_FLIP, 1)[:, 0] < (0.5 if cfg.data.flip else 0.0)
+        crops = pa.FixedSizeListArray.from_arrays(pa.array(boxes.reshape(-1)), 4)
+        rows = rows.append_column("crop", crops).append_column("flipped", pa.array(flipped))
+        images = torch.empty((size, 3, 32, 32), dtype=torch.uint8)
+        decode_rows(rows, images.numpy())
+        yield {
+            "images": images,
+            "sample_keys": torch.from_numpy(keys_B.view(np.int64)),
+            "sample_ids": ids,
+            **{n: torch.from_numpy(i).long() for n, i in masker.for_samples(keys_B).items()},
+        }
+
+
+class Last:
+    """A checkpoint store that keeps the newest in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.newest = folder, folder
+
+    @contextlib.contextmanager
+    def latest(self) -> Iterator[None]:
+        yield None
+
+    def save(self, write: Any, metrics: dict[str, Any]) -> None:
+        self.newest = Path(tempfile.mkdtemp(dir=self.folder))
+        write(self.newest)
+
+
+def fitted(cfg: PretrainConfig, steps: int) -> PretrainConfig:
+    """The recipe with another length; warm-up keeps its share."""
+    warmup = max(1, cfg.optim.warmup_steps * steps // cfg.run.steps)
+    quiet = {"probe_every": 0, "checkpoint_every": steps, "log_every": max(1, steps // 20)}
+    return dataclasses.replace(
+        cfg,
+        optim=dataclasses.replace(cfg.optim, warmup_steps=warmup),
+        run=dataclasses.replace(cfg.run, steps=steps, stop_after=None, **quiet),
+    )
+
+
+def run(args: Args, name: str, seed: int, splits: dict[str, Split]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        base = RECIPES[name][1]
+        settings = {"storage": folder, "seed": seed, "precision": args.precision, "threads": 1}
+        cfg = dataclasses.replace(base, run=dataclasses.replace(base.run, **settings))
+        data = DataSource(
+            lambda cfg, **where: memory_batches(splits["train"], cfg, **where),
+            len(splits["train"].labels_N) // cfg.data.batch_size,
+            "memory",
+        )
+
+        def timed(steps: int) -> tuple[float, Last, Any]:
+            store = Last(Path(tempfile.mkdtemp(dir=folder)))
+            start = time.process_time()
+            outcome = train(fitted(cfg, steps), Worker(), data, store, say=lambda line: None)
+            return time.process_time() - start, store, outcome
+
+        timed(3)  # what is done once
+        per_step = timed(TIMED_STEPS)[0] / TIMED_STEPS
+        steps = max(1, round(args.seconds / per_step))
+        seconds, store, outcome = timed(steps)
+        from pipelines.checkpoints import load_encoder
+
+        encoder = load_encoder(str(store.newest))[0]
+    found = {"name": name, "seed": seed, "budget": args.seconds, "data": args.data or "sample"}
+    found |= {
+        "steps": outcome.step,
+        "collapsed": outcome.collapsed,
+        "cpu_seconds": round(seconds, 1),
+    }
+    found |= {"images": outcome.step * cfg.data.batch_size, "precision": args.precision}
+    return found | probe(encoder, cfg, splits) | {"random_init": baseline(cfg, splits)}
+
+
+def baseline(cfg: PretrainConfig, splits: dict[str, Split]) -> dict[str, float]:
+    state = new_state(cfg, torch.device("cpu"))
+    encoder = state.objective.feature_encoder
+    assert isinstance(encoder, VisionTransformer)
+    return probe(encoder, cfg, splits)
+
+
+def probe(
+    encoder: VisionTransformer, cfg: PretrainConfig, splits: dict[str, Split]
+) -> dict[str, float]:
+    prep = Preprocessing(image_size=32, mean=cfg.model.mean, std=cfg.model.std)
+    with torch.no_grad():
+        features = {
+            name: torch.cat(
+                [
+                    encoder(normalize(part, prep.mean, prep.std)).mean(1)
+                    for part in split.pixels.split(500)
+                ]
+            )
+            for name, split in splits.items()
+        }
+    sets = (features["train"], splits["train"].labels_N, features["test"], splits["test"].labels_N)
+    return {
+        "knn": round(100 * knn_accuracy(*sets), 2),
+        "linear": round(100 * linear_probe(*sets, seed=0).accuracy, 2),
+        "rankme": round(rankme(features["train"][:10_000]), 1),
+    }
+
+
+def print_table(out: Path) -> None:
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    print(
+        "| recipe | seeds | CPU s | steps | images | kNN | linear | RankMe | kNN over random init |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name in dict.fromkeys(row["name"] for row in rows):
+        mine = [row for row in rows if row["name"] == name]
+
+        def all_of(field: str, mine: list[dict[str, Any]] = mine) -> str:
+            return ", ".join(f"{row[field]:g}" for row in mine)
+
+        gain = statistics.mean(row["knn"] - row["random_init"]["knn"] for row in mine)
+        cells = [
+            all_of(f) for f in ("seed", "cpu_seconds", "steps", "images", "knn", "linear", "rankme")
+        ]
+        print(f"| {name} | {' | '.join(cells)} | {gain:+.1f} |")
+    inits = {row["seed"]: row["random_init"] for row in rows}
+    for field in ("knn", "linear", "rankme"):
+        print(f"random init, {field}: {', '.join(f'{i[field]:g}' for i in inits.values())}")
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(args.data) if args.data else sample_folder(Path(folder))
+        splits = {name: read_split(root / name) for name in ("train", "test")}
+    done = set()
+    if args.out.exists():
+        rows = [json.loads(line) for line in args.out.read_text().splitlines()]
+        done = {(row["name"], row["seed"]) for row in rows}
+    for seed in args.seeds:
+        for name in args.recipes:
+            if (name, seed) in done:
+                continue
+            found = run(args, name, seed, splits)
+            with args.out.open("a") as file:
+                file.write(json.dumps(found) + "\n")
+            print(json.dumps(found), flush=True)
+    print_table(args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Several contexts with disjoint targets share one target pass: DMJD's masks (Ma et al., 2023,
+*Disjoint Masking with Joint Distillation*, arXiv 2301.00230) on I-JEPA's loss.
+
+The target encoder is about half the cost of a step. Here it runs once for C contexts, whose targets
+together are the whole image. DMJD's other part, the loss on visible tokens, is left out.
+
+Shape legend: B images, N patches, C contexts an image, K context tokens, T target tokens of a
+context, P pixel values of a patch, D width.
+"""
+
+from __future__ import annotations
+
+from models.objectives.latent import LatentPrediction
+from models.objectives.objective import Batch, Output
+from models.preprocessing import normalize
+from models.vit import gather_tokens
+
+
+class DMJD(LatentPrediction):
+    """Every context predicts its own part of the image, and no part is predicted twice."""
+
+    inputs = ("images", "context_ids", "target_ids")
+
+    def forward(self, batch: Batch) -> Output:
+        """Mean distance between predicted and target tokens of all contexts.
+
+        `context_ids` is [B, C, K] and `target_ids` [B, C, T]: row c of both belong together.
+        """
+        images = normalize(batch["images"], self.mean, self.std)
+        context_ids_BCK, target_ids_BCT = batch["context_ids"], batch["target_ids"]
+        (B, C, K), T = context_ids_BCK.shape, target_ids_BCT.shape[2]
+        patches_BNP = self.encoder.patch_embed.patchify(images)
+        tokens_BND, targets_BND = self.encode_target(patches_BNP)
+        targets = gather_tokens(targets_BND, target_ids_BCT.flatten(1)).view(B * C, T, -1)
+        seen = gather_tokens(patches_BNP, context_ids_BCK.flatten(1)).view(B * C, K, -1)
+        context_ids = context_ids_BCK.flatten(0, 1)
+        context = self.encoder.forward_tokens(seen, context_ids)  # [B * C, K, D]
+        predicted = self.predictor(context, context_ids, target_ids_BCT.flatten(0, 1)[:, None])
+        loss = self.distance(predicted[:, 0].float(), targets.float())
+        monitored = {
+            "target_pooled": tokens_BND.mean(1).float(),
+            "context_pooled": context.mean(1).float(),
+        }
+        return Output(loss, monitored=monitored)

@@ -1,0 +1,124 @@
+"""What LeJEPA and VICReg share: views of a sample, one encoder, a projector; no teacher, no mask.
+
+Shape legend: B images or clips, V views, K tokens that the encoder computes of a view, D encoder
+width, E embedding width.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+from models.objectives.objective import Batch, Objective, Output
+from models.synced import SyncedBatchNorm
+from models.views import Views, kept_tokens
+from models.vit import VisionTransformer
+
+
+class JointEmbedding(Objective):
+    """Embeddings of several views of a sample are to agree, and not to collapse.
+
+    Args:
+        encoder: embeds every view; what is evaluated is the mean of its tokens.
+        views: which views.
+        projector: widths of the MLP from the encoder's to E.
+        mean: channel means removed from the views.
+        std: channel standard deviations removed from the views.
+        pixels: batch entry that is read, `images` or `clips`.
+    """
+
+    def __init__(
+        self,
+        encoder: VisionTransformer,
+        views: Views,
+        *,
+        projector: Sequence[int],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        pixels: str = "images",
+    ) -> None:
+        super().__init__()
+        self.encoder, self.views = encoder, views
+        self.pixels = pixels
+        self.projector = make_projector([encoder.width, *projector])
+        self.mean: torch.Tensor
+        self.std: torch.Tensor
+        self.register_buffer("mean", torch.tensor(mean), persistent=False)
+        self.register_buffer("std", torch.tensor(std), persistent=False)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Pixels, and the keys that views are drawn by."""
+        return (self.pixels, "sample_keys")
+
+    @property
+    def feature_encoder(self) -> VisionTransformer:
+        """The encoder, without the projector."""
+        return self.encoder
+
+    def forward(self, batch: Batch) -> Output:
+        """`compare` of the views' embeddings."""
+        pooled_VBD = self.embed(batch[self.pixels], batch["sample_keys"])
+        V, B, _ = pooled_VBD.shape
+        embedded_VBE = self.projector(pooled_VBD.flatten(0, 1)).view(V, B, -1)
+        with torch.autocast(embedded_VBE.device.type, enabled=False):
+            loss, metrics = self.compare(embedded_VBE.float())
+        monitored = {"target_pooled": pooled_VBD[0], "embedded": embedded_VBE[0].float()}
+        return Output(loss, metrics, monitored)
+
+    @abstractmethod
+    def compare(self, embedded_VBE: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of the views' embeddings (fp32, no autocast), and its parts as detached scalars."""
+
+    def embed(self, pixels: torch.Tensor, keys_B: torch.Tensor) -> torch.Tensor:
+        """Mean token of every view, fp32 [V, B, D]; views of one size in one pass."""
+        channels = (-1,) + (1,) * (pixels.ndim - 2)
+        mean, std = self.mean.view(channels), self.std.view(channels)
+        views = [(view - mean) / std for view in self.views.make(pixels, keys_B)]
+        count = (
+            self.views.globals if self.views.local_size != self.views.global_size else len(views)
+        )
+        parts = [part for part in (views[:count], views[count:]) if part]
+        firsts = (0, count)
+        pooled = [
+            self._encode(torch.stack(part), keys_B, first)
+            for part, first in zip(parts, firsts, strict=False)
+        ]
+        return torch.cat(pooled)
+
+    def _encode(self, views: torch.Tensor, keys_B: torch.Tensor, first: int) -> torch.Tensor:
+        V, B = views.shape[:2]
+        patches = self.encoder.patch_embed.patchify(views.flatten(0, 1))  # [V * B, N, P]
+        places_N = self._places(views.shape[-1], patches.device)
+        steps = views.shape[3] // self.encoder.tubelet if views.ndim == 6 else 1
+        per_step = len(places_N) // steps
+        lasts, keep = self.views.kept(steps, per_step)
+        if keep < len(places_N):
+            ids = torch.cat(
+                [kept_tokens(keys_B, first + v, steps, per_step, lasts, keep) for v in range(V)]
+            )
+            patches = patches.gather(1, ids[..., None].expand(-1, -1, patches.shape[-1]))
+            places = places_N[ids]
+        else:
+            places = places_N.expand(V * B, -1)
+        tokens = self.encoder.forward_tokens(patches, places)
+        return tokens.float().mean(1).view(V, B, -1)
+
+    def _places(self, size: int, device: torch.device | None = None) -> torch.Tensor:
+        """Where a view's tokens lie on the encoder's grid: a smaller one is spread over it."""
+        grid, side = self.encoder.grid, size // self.encoder.patch_size
+        line = ((torch.arange(side, device=device) + 0.5) * grid / side).long()
+        times = torch.arange(self.encoder.tubes, device=device) * grid * grid
+        return (times[:, None, None] + line[:, None] * grid + line).flatten()
+
+
+def make_projector(widths: Sequence[int]) -> nn.Sequential:
+    """Linear layers between these widths, batch normalisation and ReLU between the layers."""
+    layers: list[nn.Module] = []
+    for inner, outer in pairwise(widths[:-1]):
+        layers += [nn.Linear(inner, outer, bias=False), SyncedBatchNorm(outer), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))

@@ -1,0 +1,73 @@
+"""Masked autoencoding (He et al., 2022, arXiv 2111.06377): paint the hidden patches' pixels.
+
+Shape legend: B images, N patches, K visible tokens, T hidden tokens, P pixel values of a patch, D
+width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from models.objectives.objective import Batch, Objective, Output
+from models.predictor import Predictor
+from models.preprocessing import normalize
+from models.vit import VisionTransformer, gather_tokens
+
+PIXEL_EPS = 1e-6
+
+
+class MAE(Objective):
+    """The encoder sees the visible patches only; a decoder, thrown away later, paints the others.
+
+    Args:
+        encoder: what is evaluated: on whole images, the mean of its tokens.
+        decoder: a predictor whose outputs are P wide.
+        norm_pixels: paint every patch less its mean and over its deviation (section 4, the paper's
+            better variant).
+        mean: channel means removed from the input.
+        std: channel standard deviations removed from the input.
+    """
+
+    inputs = ("images", "context_ids", "target_ids")
+
+    def __init__(
+        self,
+        encoder: VisionTransformer,
+        decoder: Predictor,
+        *,
+        norm_pixels: bool,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ) -> None:
+        super().__init__()
+        self.encoder, self.decoder, self.norm_pixels = encoder, decoder, norm_pixels
+        self.mean: torch.Tensor
+        self.std: torch.Tensor
+        self.register_buffer("mean", torch.tensor(mean), persistent=False)
+        self.register_buffer("std", torch.tensor(std), persistent=False)
+
+    @property
+    def feature_encoder(self) -> VisionTransformer:
+        """The encoder, without the decoder."""
+        return self.encoder
+
+    def forward(self, batch: Batch) -> Output:
+        """Mean squared error of the hidden patches, as one target block an image."""
+        images = normalize(batch["images"], self.mean, self.std)
+        context_ids_BK, target_ids_B1T = batch["context_ids"], batch["target_ids"]
+        patches_BNP = self.encoder.patch_embed.patchify(images)
+        context_BKD = self.encoder.forward_patches(patches_BNP, context_ids_BK)
+        painted_B1TP = self.decoder(context_BKD, context_ids_BK, target_ids_B1T)
+        targets_BNP = self.targets(patches_BNP)
+        targets_BTP = gather_tokens(targets_BNP, target_ids_B1T.flatten(1))
+        loss = functional.mse_loss(painted_B1TP.flatten(1, 2).float(), targets_BTP)
+        # There is no whole-image pass to watch: the visible tokens stand for it.
+        return Output(loss, monitored={"target_pooled": context_BKD.mean(1).float()})
+
+    def targets(self, patches_BNP: torch.Tensor) -> torch.Tensor:
+        """What every patch should be painted as, [B, N, P]."""
+        if not self.norm_pixels:
+            return patches_BNP
+        variance, mean = torch.var_mean(patches_BNP, dim=-1, keepdim=True)
+        return (patches_BNP - mean) / (variance + PIXEL_EPS).sqrt()

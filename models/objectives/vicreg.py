@@ -1,0 +1,71 @@
+"""VICReg (Bardes, Ponce and LeCun, 2022, arXiv 2105.04906): variance, invariance, covariance.
+
+Shape legend: B images, V views, E embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from models.objectives.joint_embedding import JointEmbedding
+from models.synced import mean_over_processes, world_size
+from models.views import Views
+from models.vit import VisionTransformer
+
+STD_EPS = 1e-4  # section 4.1, equation 2
+
+
+class VICReg(JointEmbedding):
+    """Views agree, every dimension spreads to at least 1, and no two dimensions tell the same.
+
+    Args:
+        encoder: see `JointEmbedding`, as all that is not named here.
+        views: as there; the paper has two.
+        weights: of invariance, variance and covariance (the paper: 25, 25, 1). Without the last two,
+            the negative control, everything collapses.
+        projector: as there.
+        mean: as there.
+        std: as there.
+    """
+
+    def __init__(
+        self,
+        encoder: VisionTransformer,
+        views: Views,
+        *,
+        weights: tuple[float, float, float],
+        projector: Sequence[int],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ) -> None:
+        super().__init__(encoder, views, projector=projector, mean=mean, std=std)
+        self.weights = weights
+
+    def compare(self, embedded_VBE: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Equation 6; with more than two views, invariance is the mean over all pairs of them."""
+        V = embedded_VBE.shape[0]
+        # The mean over ordered pairs of |a - b|^2 is 2 V / (V - 1) times the spread about the mean.
+        spread = (embedded_VBE - embedded_VBE.mean(0)).square().mean()
+        invariance = 2 * V / (V - 1) * spread
+        terms = [variance_and_covariance(view_BE) for view_BE in embedded_VBE]
+        variance, covariance = (torch.stack(term).mean() for term in zip(*terms, strict=True))
+        parts = (invariance, variance, covariance)
+        # The paper sums the two views' terms.
+        sums = (invariance, 2 * variance, 2 * covariance)
+        loss = torch.stack([w * s for w, s in zip(self.weights, sums, strict=True)]).sum()
+        names = ("invariance", "variance", "covariance")
+        return loss, {n: p.detach() for n, p in zip(names, parts, strict=True)}
+
+
+def variance_and_covariance(rows_BE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Equations 1 to 4 of the rows of all processes together: how far deviations fall short of 1,
+    and the squares of the covariances, over E."""
+    count, E = rows_BE.shape[0] * world_size(), rows_BE.shape[1]
+    centred_BE = rows_BE - mean_over_processes(rows_BE.mean(0))
+    second_EE = mean_over_processes(centred_BE.T @ centred_BE / rows_BE.shape[0])
+    covariance_EE = second_EE * (count / (count - 1))
+    deviation_E = (covariance_EE.diagonal() + STD_EPS).sqrt()
+    off_diagonal = covariance_EE.square().sum() - covariance_EE.diagonal().square().sum()
+    return (1 - deviation_E).clamp(min=0).mean(), off_diagonal / E

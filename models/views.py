@@ -1,0 +1,291 @@
+"""Random views of images or clips, made on the device from one decoded picture: crop, flip, blur,
+colour, solarise. Every view is two matrix products and one linear map of the colours.
+
+What is drawn follows from the sample's key and the number of the view: a sample has the same views
+in any batch, process and run that is resumed.
+
+Shape legend: B images or clips, C = 3 channels, T frames (1 for images), H and W pixels of the
+picture, S pixels of a side of the view, V views, K tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from models.keyed_random import bits, uniforms
+
+STREAM_VIEWS = 301  # view v uses STREAM_VIEWS + 2 v, and the next for the tokens it keeps
+GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601, as everybody's greyscale
+
+# RGB to YIQ and back: turning (I, Q) turns the hue and leaves the brightness.
+_TO_YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """How views are drawn; every part can be turned off. Fields as in `pipelines.config.ViewsConfig`."""
+
+    flip: float
+    ratio: tuple[float, float]
+    colour: float
+    brightness: float
+    contrast: float
+    saturation: float
+    hue: float
+    grey: float
+    blur: float
+    blur_sigma: tuple[float, float]
+    solarise: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Views:
+    """Which views are made of a sample: V = `globals + locals` of them."""
+
+    globals: int
+    locals: int
+    global_size: int
+    local_size: int
+    global_scale: tuple[float, float]
+    local_scale: tuple[float, float]
+    augmentation: Augmentation
+    token_drop: float = 0.0
+    time_window: float = 1.0
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], image_size: int) -> Views:
+        """From the fields of `ViewsConfig`; local views are as large as global ones if it says None."""
+        own = ("globals", "locals", "global_scale", "local_scale", "token_drop", "time_window")
+        rest = {k: v for k, v in settings.items() if k in Augmentation.__dataclass_fields__}
+        rest = {k: tuple(v) if isinstance(v, list) else v for k, v in rest.items()}
+        return cls(
+            **{name: settings[name] for name in own},
+            global_size=image_size,
+            local_size=settings["local_size"] or image_size,
+            augmentation=Augmentation(**rest),
+        )
+
+    def kept(self, steps: int, per_step: int) -> tuple[int, int]:
+        """Time steps that a view of `steps` of them sees, and how many of their tokens are computed."""
+        lasts = max(1, round(self.time_window * steps))
+        return lasts, max(1, round(lasts * per_step * (1 - self.token_drop)))
+
+    def make(self, pixels: torch.Tensor, keys_B: torch.Tensor) -> list[torch.Tensor]:
+        """All views of a batch, global ones first.
+
+        Args:
+            pixels: uint8 images [B, 3, H, W] or clips [B, 3, T, H, W]; a clip's frames are all
+                treated alike.
+            keys_B: int64, what fixes a sample's views.
+
+        Returns:
+            For every view float32 [B, 3, (T,) S, S] with values in [0, 1], whatever the autocast.
+        """
+        with torch.autocast(pixels.device.type, enabled=False):
+            return [self._view(pixels, keys_B, v) for v in range(self.globals + self.locals)]
+
+    def _view(self, pixels: torch.Tensor, keys_B: torch.Tensor, view: int) -> torch.Tensor:
+        is_global = view < self.globals
+        size = self.global_size if is_global else self.local_size
+        scale = self.global_scale if is_global else self.local_scale
+        draws = uniforms(keys_B, STREAM_VIEWS + 2 * view, len(_DRAWS))
+        named = dict(zip(_DRAWS, draws.unbind(1), strict=True))
+        return make_view(pixels, named, size, scale, self.augmentation)
+
+
+def kept_tokens(
+    keys_B: torch.Tensor, view: int, steps: int, per_step: int, lasts: int, keep: int
+) -> torch.Tensor:
+    """A random subset of the tokens in a random stretch of a view's time.
+
+    Args:
+        keys_B: int64, what fixes a sample's views.
+        view: its number.
+        steps: time steps of the view; 1 for images.
+        per_step: tokens of a time step.
+        lasts: time steps of the stretch; `steps` is all of them.
+        keep: K.
+
+    Returns:
+        Numbers of tokens, ascending, int64 [B, K].
+    """
+    count = steps * per_step
+    words = bits(keys_B, STREAM_VIEWS + 2 * view + 1, count + 1)
+    order_BN, start_B1 = words[:, :count], words[:, count:] % (steps - lasts + 1)
+    since_BN = torch.arange(count, device=keys_B.device) // per_step - start_B1
+    outside_BN = (since_BN < 0) | (since_BN >= lasts)
+    order_BN = order_BN.masked_fill(outside_BN, torch.iinfo(torch.int64).max)
+    return order_BN.argsort(1)[:, :keep].sort(1).values
+
+
+# One uniform number each, in this order.
+_DRAWS = (
+    *("area", "ratio", "left", "top", "flip", "blur", "sigma", "colour", "brightness"),
+    *("contrast", "saturation", "hue", "grey", "solarise"),
+)
+Draws = dict[str, torch.Tensor]
+
+
+def make_view(
+    pixels: torch.Tensor, draws: Draws, size: int, scale: tuple[float, float], how: Augmentation
+) -> torch.Tensor:
+    """One view of every sample, float32 [B, 3, (T,) S, S] in [0, 1].
+
+    Args:
+        pixels: uint8 [B, 3, (T,) H, W].
+        draws: by name one uniform number in [0, 1) a sample, [B].
+        size: S.
+        scale: range of the crop's area, as a fraction of the picture.
+        how: all the rest.
+    """
+    rows_BSH, columns_BSW = _resampling(draws, tuple(pixels.shape[-2:]), size, scale, how)
+    extra = (slice(None),) + (None,) * (pixels.ndim - 3)  # for channels and frames
+    view = rows_BSH[extra] @ (pixels.float() / 255) @ columns_BSW.mT[extra]
+    if how.colour or how.grey:
+        view = _recolour(view, draws, how)
+    view = view.clamp(0, 1)
+    if how.solarise:
+        chosen = (draws["solarise"] < how.solarise).view(-1, *[1] * (view.ndim - 1))
+        view = torch.where(chosen & (view >= 0.5), 1 - view, view)
+    return view
+
+
+def crop_boxes(
+    draws: Draws, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Boxes of random area, aspect ratio (uniform in its logarithm) and place: left, top, width and
+    height in pixels, [B] each.
+
+    Sides are cut at the picture's, where `torchvision.transforms.RandomResizedCrop` would draw
+    again, and need not be whole pixels.
+    """
+    area_B = height * width * _between(draws["area"], scale)
+    ratio_B = torch.exp(_between(draws["ratio"], (math.log(ratio[0]), math.log(ratio[1]))))
+    wide_B = (area_B * ratio_B).sqrt().clamp(max=width)
+    high_B = (area_B / ratio_B).sqrt().clamp(max=height)
+    return draws["left"] * (width - wide_B), draws["top"] * (height - high_B), wide_B, high_B
+
+
+def _resampling(
+    draws: Draws,
+    picture: tuple[int, ...],
+    size: int,
+    scale: tuple[float, float],
+    how: Augmentation,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Crop, resize, flip and blur as two matrices: [B, S, H] over rows and [B, S, W] over columns."""
+    height, width = picture
+    left_B, top_B, wide_B, high_B = crop_boxes(draws, height, width, scale, how.ratio)
+    rows_BSH = resize_matrix(top_B, high_B, height, size)
+    columns_BSW = resize_matrix(left_B, wide_B, width, size)
+    if how.flip:
+        flipped_B = draws["flip"] < how.flip
+        columns_BSW = torch.where(flipped_B[:, None, None], columns_BSW.flip(1), columns_BSW)
+    if how.blur:
+        sigma_B = _between(draws["sigma"], how.blur_sigma) * (draws["blur"] < how.blur)
+        blur_BSS = _blur_matrix(sigma_B, size)
+        rows_BSH, columns_BSW = blur_BSS @ rows_BSH, blur_BSS @ columns_BSW
+    return rows_BSH, columns_BSW
+
+
+def resize_matrix(
+    start_B: torch.Tensor, length_B: torch.Tensor, count: int, size: int
+) -> torch.Tensor:
+    """Linear resampling with antialiasing of `length_B` pixels from `start_B` to `size` pixels.
+
+    Args:
+        start_B: where the part begins, in pixels, edges at whole numbers.
+        length_B: how long it is.
+        count: pixels there are.
+        size: S.
+
+    Returns:
+        float32 [B, S, count], rows summing to 1: a triangle as wide as the coarser of both grids.
+    """
+    device = start_B.device
+    step_B = (length_B / size)[:, None]
+    centre_BS = start_B[:, None] + step_B * (torch.arange(size, device=device) + 0.5)
+    pixel_N = torch.arange(count, device=device) + 0.5
+    distance_BSN = (pixel_N - centre_BS[..., None]).abs() / step_B.clamp(min=1)[..., None]
+    weight_BSN = (1 - distance_BSN).clamp(min=0)
+    return weight_BSN / weight_BSN.sum(-1, keepdim=True)
+
+
+def _blur_matrix(sigma_B: torch.Tensor, size: int) -> torch.Tensor:
+    """A Gaussian over S pixels, [B, S, S] with rows summing to 1; the identity where sigma is 0."""
+    places_S = torch.arange(size, device=sigma_B.device)
+    distance_SS = (places_S[:, None] - places_S).float()
+    weight_BSS = torch.exp(-0.5 * (distance_SS / sigma_B.clamp(min=0.05)[:, None, None]) ** 2)
+    return weight_BSS / weight_BSS.sum(-1, keepdim=True)
+
+
+def _recolour(view: torch.Tensor, draws: Draws, how: Augmentation) -> torch.Tensor:
+    """Brightness, contrast, saturation, hue and grey: one linear map of the colours and a shift.
+
+    In this order, and without cutting values off between, unlike torchvision's.
+    """
+    # Factors are 1 where the draw says no change.
+    on_B = (draws["colour"] < how.colour).float()
+    bright_B, contrast_B, saturation_B = (
+        1 + on_B * strength * (2 * draws[name] - 1)
+        for name, strength in (
+            ("brightness", how.brightness),
+            ("contrast", how.contrast),
+            ("saturation", how.saturation),
+        )
+    )
+    saturation_B = torch.where(draws["grey"] < how.grey, 0.0, saturation_B)
+    turn_B = on_B * 2 * torch.pi * how.hue * (2 * draws["hue"] - 1)
+    grey_C = _constants(view.device)[0]
+    luma_CC = grey_C.expand(3, 3)  # every output channel is the grey value
+    identity_CC = torch.eye(3, device=view.device)
+    saturate_BCC = _mixed(identity_CC, luma_CC, saturation_B)
+    colour_BCC = saturate_BCC @ _hue_matrix(turn_B) * bright_B[:, None, None]
+    flat = view.flatten(2)  # [B, 3, pixels of all frames]
+    mean_B1 = torch.einsum("c,bcp->b", grey_C, flat)[:, None] * bright_B[:, None] / flat.shape[2]
+    mapped = (colour_BCC * contrast_B[:, None, None]) @ flat
+    # The mean grey value passes through saturation and hue unchanged.
+    mapped = mapped + ((1 - contrast_B)[:, None] * mean_B1)[..., None]
+    return mapped.view_as(view)
+
+
+@functools.cache
+def _constants(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`GREY`, RGB to YIQ and back; copied to a device once, as every copy would wait for it."""
+    to_CC = torch.tensor(_TO_YIQ)
+    return torch.tensor(GREY).to(device), to_CC.to(device), torch.linalg.inv(to_CC).to(device)
+
+
+def _mixed(one_CC: torch.Tensor, other_CC: torch.Tensor, share_B: torch.Tensor) -> torch.Tensor:
+    share = share_B[:, None, None]
+    return share * one_CC + (1 - share) * other_CC
+
+
+def _hue_matrix(turn_B: torch.Tensor) -> torch.Tensor:
+    _, to_CC, back_CC = _constants(turn_B.device)
+    zero, one, cos, sin = (
+        torch.zeros_like(turn_B),
+        torch.ones_like(turn_B),
+        turn_B.cos(),
+        turn_B.sin(),
+    )
+    turn_BCC = torch.stack(
+        [
+            torch.stack([one, zero, zero], -1),
+            torch.stack([zero, cos, -sin], -1),
+            torch.stack([zero, sin, cos], -1),
+        ],
+        1,
+    )
+    matrix_BCC: torch.Tensor = back_CC @ turn_BCC @ to_CC
+    return matrix_BCC
+
+
+def _between(draw_B: torch.Tensor, bounds: tuple[float, float]) -> torch.Tensor:
+    return bounds[0] + (bounds[1] - bounds[0]) * draw_B
