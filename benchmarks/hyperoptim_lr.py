@@ -388,6 +388,11 @@ def draw(cells: dict[Any, list[dict[str, Any]]], tasks: list[str], path: Path) -
             axis.fill_between(rates, low, high, alpha=0.15, color=line.get_color())
         axis.set(xscale="log", yscale="log", title=task, xlabel="initial learning rate")
         axis.set_ylabel("final training loss, mean and range of seeds")
+        # Runs that are worse than guessing by far would squeeze the rest into a line.
+        axis.set_ylim(
+            0.9 * min(row["loss"] for key in cells if key[0] == task for row in cells[key])
+        )
+        axis.set_ylim(top=1.5 * math.log(10))
         axis.grid(alpha=0.3)
     axes[0][-1].legend(fontsize=8)
     figure.tight_layout()
