@@ -6,8 +6,8 @@
 The recipes `*cifar10_demo` in the product's own training loop, with its crops, masks and schedules, on
 images held in memory (no Ray). Each gets as many steps as fit into `--seconds` of this process's CPU
 time, decoding included, as timed on its first steps; so a busy machine changes the speed, but much
-less than the clock's the number of steps. `--controls` runs each without what keeps it from collapse, at
-most as long: the watch should stop it (MAE has nothing of the kind: its control is in
+less than the clock's the number of steps. `--controls` runs each without what keeps it from collapse, as
+long, and notes what the watch says first (MAE has nothing of the kind: its control is in
 tests/test_objectives.py). One JSON object a run goes to `--out`; finished runs are
 skipped, and all of the file is printed as a table.
 """
@@ -171,7 +171,8 @@ def configured(args: Args, name: str, seed: int, storage: str) -> PretrainConfig
     if not args.controls:
         return cfg
     objective = dataclasses.replace(cfg.objective, **CONTROLS[name])
-    return dataclasses.replace(cfg, objective=objective)
+    watch = dataclasses.replace(cfg.watch, action="warn")
+    return dataclasses.replace(cfg, objective=objective, watch=watch)
 
 
 def run(args: Args, name: str, seed: int, splits: dict[str, Split]) -> dict[str, Any]:
@@ -183,21 +184,28 @@ def run(args: Args, name: str, seed: int, splits: dict[str, Split]) -> dict[str,
             "memory",
         )
 
+        warnings: list[str] = []
+
+        def say(line: str) -> None:
+            if line.startswith("WARNING"):
+                warnings.append(line)
+
         def timed(steps: int) -> tuple[float, Last, Any]:
             store = Last(Path(tempfile.mkdtemp(dir=folder)))
             start = time.process_time()
-            outcome = train(fitted(cfg, steps), Worker(), data, store, say=lambda line: None)
+            outcome = train(fitted(cfg, steps), Worker(), data, store, say=say)
             return time.process_time() - start, store, outcome
 
         timed(3)  # what is done once
         per_step = timed(TIMED_STEPS)[0] / TIMED_STEPS
         steps = max(1, round(args.seconds / per_step))
+        warnings.clear()
         seconds, store, outcome = timed(steps)
         from pipelines.checkpoints import load_encoder
 
         encoder = load_encoder(str(store.newest))[0]
     found = {"name": name, "seed": seed, "budget": args.seconds, "data": args.data or "sample"}
-    found |= {"control": args.controls}
+    found |= {"control": args.controls, "warning": warnings[0] if warnings else None}
     found |= {
         "steps": outcome.step,
         "collapsed": outcome.collapsed,

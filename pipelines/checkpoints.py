@@ -29,7 +29,7 @@ from models.vit import VisionTransformer
 from pipelines.config import PretrainConfig, from_json, to_json
 from pipelines.storage import join_uri, local_copy, open_uri, ray_storage
 
-FORMAT = 1
+FORMAT = 2
 GROUPS = ("model", "optimizer", "loop")
 
 
@@ -51,8 +51,8 @@ class CheckpointState:
     """Identity of the training shards."""
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     """The newest reading of every metric."""
-    strikes: int = 0
-    """Suspicious readings in a row of the collapse watch."""
+    strikes: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Suspicious readings in a row, of each feature that the collapse watch looks at."""
     world_size: int = 1
     """Processes that wrote it."""
     format: int = FORMAT

@@ -145,13 +145,16 @@ class Recorder:
         values: dict[str, Any] = {"epoch": self._epoch(), **state.meter.reading(), **schedule}
         if grad_norm is not None:
             values["grad_norm"] = float(grad_norm)
-        values |= state.watch.reading()
+        readings = {name: watch.reading() for name, watch in state.watches.items()}
+        for reading in readings.values():
+            values |= reading
         values |= read_hyperparameters(state.optimizer)
         self._say_skipped(values.get("skipped_steps", 0.0))
         verdict = None
         if cfg.watch.action != "off":
             verdict = _not_finite(values["loss"], state.step)
-            verdict = verdict or state.watch.judge(values, state.step)
+            found = [w.judge(readings[name], state.step) for name, w in state.watches.items()]
+            verdict = verdict or next((line for line in found if line), None)
         # Every process has the same sums, but not surely the same eigenvalues to the last bit.
         verdict = self.worker.first(verdict)
         if verdict:
@@ -193,7 +196,7 @@ class Recorder:
             epoch=self._epoch(),
             manifest_hash=self.data.manifest_hash,
             metrics=dict(state.metrics),
-            strikes=state.watch.strikes,
+            strikes={name: watch.strikes for name, watch in state.watches.items()},
             world_size=worker.world_size,
         )
         # Only a probe of these very weights may rank them.

@@ -169,7 +169,8 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class WatchConfig:
-    """When a run counts as collapsed, judged on the pooled target output."""
+    """When a run counts as collapsed, judged on the pooled features of the encoder that is kept and, of
+    joint embeddings, on the embeddings too."""
 
     action: Literal["stop", "warn", "off"] = "stop"
     """What to do about a collapse."""
