@@ -156,16 +156,20 @@ def pixel_aspect(stream: av.VideoStream) -> Fraction:
 
 
 def declared_seconds(container: Any, stream: av.VideoStream) -> Fraction | None:
-    """Returns the length of a video stream by the file's header, None where it does not say."""
+    """Returns the length of a video stream by the file's header, None where it does not say.
+
+    Matroska says when the stream ends, and when the file does: the later one counts, of limits too.
+    """
     if stream.duration and stream.time_base:
         return stream.duration * stream.time_base
+    ends = []
     if written := CLOCK_TIME.fullmatch(stream.metadata.get("DURATION", "")):
         hours, minutes, seconds = (Fraction(part) for part in written.groups())
-        end = hours * 3600 + minutes * 60 + seconds
-        return end - (stream.start_time or 0) * (stream.time_base or Fraction(0))
+        ends.append(hours * 3600 + minutes * 60 + seconds)
     if container.duration and not container.streams.audio:  # else it may be that of the sound
-        return Fraction(container.duration, av.time_base)
-    return None
+        ends.append(Fraction(container.duration, av.time_base))
+    start = (stream.start_time or 0) * (stream.time_base or Fraction(0))
+    return max(ends) - start if ends else None
 
 
 def describe(error: BaseException) -> str:
