@@ -117,8 +117,8 @@ class CollapseWatch:
         of: str = "target_pooled",
     ) -> None:
         self.cfg, self._dim = cfg, dim
-        self._prefix = "" if of == "target_pooled" else f"{of}_"
-        self._subject = "encoder has" if of == "target_pooled" else "embeddings have"
+        self._of_encoder = of == "target_pooled"
+        self._prefix = "" if self._of_encoder else f"{of}_"
         self.strikes = 0
         """Readings in a row that looked collapsed."""
         zeros = partial(torch.zeros, dtype=torch.float64, device=device)
@@ -189,8 +189,9 @@ class CollapseWatch:
         self.strikes = self.strikes + 1 if crossed else 0
         if not crossed or self.strikes < self.cfg.patience:
             return None
+        subject = "encoder has" if self._of_encoder else "embeddings have"
         return (
-            f"the {self._subject} collapsed at step {step}: {'; '.join(crossed)} "
+            f"the {subject} collapsed at step {step}: {'; '.join(crossed)} "
             f"({self.strikes} readings in a row). Try a lower --optim.lr, a longer "
             "--optim.warmup-steps, --objective.target ema or, of lejepa, a larger "
             "--objective.sigreg-weight; --watch.action warn goes on regardless."
@@ -204,6 +205,9 @@ class CollapseWatch:
             ("cosine", "mean pairwise cosine", "above", cfg.max_cosine),
         ]
         flags = {"rankme_centred": "min-rankme", "std": "min-std", "cosine": "max-cosine"}
+        if not self._of_encoder:
+            bounds[1] = (*bounds[1][:3], cfg.min_embedded_std)
+            flags["std"] = "min-embedded-std"
         crossed = []
         for key, name, side, bound in bounds:
             value = reading[self._prefix + key]
