@@ -180,7 +180,7 @@ class WatchConfig:
     min_std: float = 1e-3
     """Collapsed when the mean per-dimension standard deviation falls below this."""
     min_embedded_std: float = 0.1
-    """The same of embeddings, for which SIGReg and VICReg ask for 1: 0.5 to 0.8 in healthy runs, below
+    """The same of embeddings, for which SIGReg and VICReg ask for 1: 0.5 to 0.95 in healthy runs, below
     0.06 after 30 steps without them."""
     max_cosine: float = 0.9999
     """Collapsed when the mean pairwise cosine rises above this."""
