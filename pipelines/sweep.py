@@ -30,7 +30,7 @@ from pipelines.recipes import RECIPES
 from pipelines.storage import absolute_uri, join_uri, open_uri
 from pipelines.sweep_report import Row, plot, table, verdict
 from pipelines.sweep_space import Settings, apply, draw, parse_space
-from pipelines.sweep_trials import Reading, Train, run_trials, score_run, train_trial
+from pipelines.sweep_trials import Reading, Score, Train, run_trials, score_run, train_trial
 
 SWEEP, RESULTS, PLOT = "sweep.json", "results.jsonl", "sweep.png"
 
@@ -40,6 +40,7 @@ def sweep(
     base: PretrainConfig,
     *,
     train: Train = train_trial,
+    score: Score = score_run,
     console: Console | None = None,
 ) -> list[Row]:
     """Runs what is missing of a sweep, scores every run, writes and prints the results.
@@ -48,6 +49,7 @@ def sweep(
         cfg: The sweep.
         base: The recipe; every run is this with some fields replaced.
         train: What a trial does.
+        score: Reads a run's newest checkpoint.
         console: Where lines and the table go; None for stdout.
 
     Returns:
@@ -70,7 +72,7 @@ def sweep(
     console.print(f"{len(plan)} runs under {cfg.out}, {len(book.ended)} of them there already")
     run_trials(cfg, plan, book.ended, book.record, console.print, train)
     for trial in book.unscored:
-        book.score(trial, score_run(plan[trial]))
+        book.score(trial, score(plan[trial]))
     rows = book.rows
     _write(cfg.out, PLOT, plot(rows))
     console.print(table(rows))

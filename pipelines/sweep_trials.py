@@ -1,8 +1,8 @@
 """The runs of a sweep as trials of Ray Tune: start them, stop the worse ones early, take down each.
 
-A trial is a process that drives a whole `pretrain`, whose checkpoints' RankMe and LiDAR it passes on.
-Ray Tune keeps no scheduler's memory over a restart, so runs that have ended report their old readings
-again, in a moment and before all others, instead of training.
+A trial is a process that drives a whole `pretrain`, whose checkpoints' RankMe and LiDAR it passes on;
+with the process ends all it started. Ray Tune keeps no scheduler's memory over a restart
+(`Tuner.restore` starts rungs anew), so what ended runs reported is told to the scheduler again.
 """
 
 from __future__ import annotations
@@ -10,18 +10,15 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import ray
 from ray import tune
-from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
-from pipelines.checkpoints import CheckpointError, committed_checkpoints, load_encoder
 from pipelines.config import PretrainConfig, SweepConfig
-from pipelines.pretrain import CollapseError, pretrain
 from pipelines.storage import join_uri, local_copy, ray_storage
-from pipelines.tracking import METRICS, read_metrics
 
 METRIC = {"rankme": "fixed_rankme", "lidar": "lidar"}
 """`--metric` to the name in a run's metrics."""
@@ -31,6 +28,7 @@ PROBE_ROWS = 10_000
 
 Reading = dict[str, Any]
 Train = Callable[[PretrainConfig], Reading]
+Score = Callable[[PretrainConfig], Reading]
 
 
 def train_trial(cfg: PretrainConfig) -> Reading:
@@ -39,6 +37,12 @@ def train_trial(cfg: PretrainConfig) -> Reading:
     Returns:
         `outcome` (finished, collapsed, failed), `reason`, and the newest readings.
     """
+    # Here and below, because the trial's process should not wait for torch before it is needed.
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    from pipelines.checkpoints import CheckpointError
+    from pipelines.pretrain import CollapseError, pretrain
+
     try:
         report = TuneReportCallback()  # type: ignore[no-untyped-call]
         result = pretrain(cfg, callbacks=[report], stream=io.StringIO())
@@ -55,24 +59,18 @@ def _ranks(metrics: Mapping[str, float]) -> Reading:
 
 def readings(cfg: PretrainConfig) -> list[Reading]:
     """What a run has reported so far, from its metrics.jsonl."""
+    from pipelines.tracking import METRICS, read_metrics
+
     with local_copy(join_uri(cfg.run.storage, cfg.run.name), METRICS) as folder:
         rows = read_metrics(folder / METRICS)
     return [{"step": r["step"], **_ranks(r)} for r in rows if set(METRIC.values()) <= r.keys()]
 
 
-def _run_trial(
-    config: Mapping[str, int],
-    plan: Sequence[PretrainConfig],
-    ended: Mapping[int, list[Reading]],
-    train: Train,
-) -> None:
-    trial = config["trial"]
-    for reading in ended.get(trial, ()):
-        tune.report(reading)
-    if trial not in ended:
-        # Ray Tune wants the scheduler's metric in every report; a run that ended badly has none.
-        worst = dict.fromkeys(METRIC.values(), 0.0)
-        tune.report({"step": plan[trial].run.steps, **worst, **train(plan[trial])})
+def _run_trial(config: Mapping[str, int], plan: Sequence[PretrainConfig], train: Train) -> None:
+    cfg = plan[config["trial"]]
+    # Ray Tune wants the scheduler's metric in every report; a run that ended badly has none.
+    worst = dict.fromkeys(METRIC.values(), 0.0)
+    tune.report({"step": cfg.run.steps, **worst, **train(cfg)})
 
 
 def run_trials(
@@ -93,17 +91,16 @@ def run_trials(
         say: Takes lines for a person.
         train: What a trial does.
     """
-    again = {} if cfg.metric == "none" else {t: readings(plan[t]) for t in ended}
     missing = [t for t in range(len(plan)) if t not in ended]
     if not missing:
         return
-    trainable = tune.with_parameters(_run_trial, plan=list(plan), ended=again, train=train)
+    trainable = tune.with_parameters(_run_trial, plan=list(plan), train=train)
     path, filesystem = ray_storage(cfg.out)
     tuner = tune.Tuner(
         tune.with_resources(trainable, {"CPU": TRIAL_CPUS}),
-        param_space={"trial": tune.grid_search([*again, *missing])},
+        param_space={"trial": tune.grid_search(missing)},
         tune_config=tune.TuneConfig(
-            scheduler=scheduler(cfg, plan[0]),
+            scheduler=scheduler(cfg, plan, ended),
             max_concurrent_trials=cfg.concurrent,
             trial_name_creator=_name,
             trial_dirname_creator=_name,
@@ -113,42 +110,58 @@ def run_trials(
             storage_path=path,
             storage_filesystem=filesystem,
             verbose=0,
-            callbacks=[_Watcher(set(again), record, say)],
+            callbacks=[_Watcher(record, say)],
         ),
     )
-    tuner.fit()
+    for result in tuner.fit():
+        if result.error is not None:  # lost, or raised what `train_trial` does not expect
+            lines = str(result.error).strip().splitlines() or [type(result.error).__name__]
+            seconds = round((result.metrics or {}).get("time_total_s", 0.0), 1)
+            trial = (result.config or {})["trial"]
+            record(trial, {"outcome": "failed", "reason": lines[-1], "seconds": seconds})
 
 
 def _name(trial: Any) -> str:
     return f"trial_{trial.config['trial']:03d}"
 
 
-def scheduler(cfg: SweepConfig, run: PretrainConfig) -> TrialScheduler:
-    """ASHA (Li et al. 2020, arXiv 1810.05934) on `cfg.metric`, rungs at checkpoints; or none."""
+def scheduler(
+    cfg: SweepConfig, plan: Sequence[PretrainConfig], ended: Sequence[int] = ()
+) -> TrialScheduler:
+    """ASHA (Li et al. 2020, arXiv 1810.05934) on `cfg.metric`, rungs at checkpoints; or none.
+
+    Args:
+        cfg: The sweep.
+        plan: The run of each trial.
+        ended: Trials whose readings it remembers.
+    """
     if cfg.metric == "none":
         return FIFOScheduler()  # type: ignore[no-untyped-call]
-    return ASHAScheduler(
+    steps, first = plan[0].run.steps, plan[0].run.checkpoint_every
+    asha = ASHAScheduler(
         time_attr="step",
         metric=METRIC[cfg.metric],
         mode="max",
         # A run at its last step has nothing left to stop, and its last checkpoint to save.
-        max_t=max(run.run.steps - 1, run.run.checkpoint_every),
+        max_t=max(steps - 1, first),
         stop_last_trials=False,
-        grace_period=run.run.checkpoint_every,
+        grace_period=first,
         reduction_factor=cfg.reduction,
     )
+    for trial in ended:
+        stand_in: Any = SimpleNamespace(trial_id=f"ended_{trial}")
+        controller: Any = None
+        asha.on_trial_add(controller, stand_in)
+        for reading in readings(plan[trial]):
+            asha.on_trial_result(controller, stand_in, reading)
+    return asha
 
 
 class _Watcher(tune.Callback):
     """Says what trials report, and records how each ends."""
 
-    def __init__(
-        self,
-        again: set[int],
-        record: Callable[[int, Reading], None],
-        say: Callable[[str], None],
-    ) -> None:
-        self._again, self._record, self._say = again, record, say
+    def __init__(self, record: Callable[[int, Reading], None], say: Callable[[str], None]) -> None:
+        self._record, self._say = record, say
 
     def __getstate__(self) -> Reading:
         # Ray Tune pickles its callbacks for its own way of restoring, which is not ours.
@@ -159,7 +172,7 @@ class _Watcher(tune.Callback):
     ) -> None:
         """A reading, not the report that ends a trial."""
         number = trial.config["trial"]
-        if number not in self._again and "outcome" not in result:
+        if "outcome" not in result:
             ranks = f"RankMe {result['fixed_rankme']:.1f} LiDAR {result['lidar']:.1f}"
             self._say(f"trial {number} step {result['step']} {ranks}")
 
@@ -167,26 +180,12 @@ class _Watcher(tune.Callback):
         """It came to its end, or the scheduler stopped it."""
         last = trial.last_result
         step = last.get("step", 0)
-        stopped = {"outcome": "stopped", "reason": f"by its rank among the runs at step {step}"}
-        self._end(trial, stopped | {k: last[k] for k in ("outcome", "reason") if k in last})
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Its process was lost, or raised what `train_trial` does not expect."""
-        error = trial.get_error()
-        cause = getattr(error, "cause", None) or error
-        lines = str(cause).strip().splitlines() or [type(cause).__name__]
-        self._end(trial, {"outcome": "failed", "reason": lines[-1]})
-
-    def _end(self, trial: Any, how: Reading) -> None:
-        number = trial.config["trial"]
-        if number in self._again:
-            return
-        self._say(
-            f"trial {number} {how['outcome']}" + (f": {how['reason']}" if how["reason"] else "")
-        )
-        self._record(
-            number, how | {"seconds": round(trial.last_result.get("time_total_s", 0.0), 1)}
-        )
+        how = {"outcome": "stopped", "reason": f"by its rank among the runs at step {step}"}
+        how |= {k: last[k] for k in ("outcome", "reason") if k in last}
+        reason = f": {how['reason']}" if how["reason"] else ""
+        self._say(f"trial {trial.config['trial']} {how['outcome']}{reason}")
+        seconds = round(last.get("time_total_s", 0.0), 1)
+        self._record(trial.config["trial"], {**how, "seconds": seconds})
 
 
 def score_run(cfg: PretrainConfig) -> Reading:
@@ -205,6 +204,7 @@ def score_run(cfg: PretrainConfig) -> Reading:
 def _score(cfg: PretrainConfig) -> Reading:
     import torch
 
+    from pipelines.checkpoints import committed_checkpoints, load_encoder
     from pipelines.rank_probe import RankProbe
 
     checkpoints = committed_checkpoints(join_uri(cfg.run.storage, cfg.run.name))
