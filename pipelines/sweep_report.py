@@ -167,6 +167,7 @@ def _scatter_probe(axes: Any, rows: Sequence[Row], by: str, probe: str) -> None:
             xytext=(4, 4),
             fontsize=7,
         )
+    axes.margins(0.12)
     axes.set(xlabel=f"{RANKS[by]} (x: not finished)", ylabel=f"{PROBES[probe]}, %")
 
 
@@ -180,6 +181,9 @@ def _scatter_setting(
     dots = axes.scatter(x, [getattr(row, by) for row in rows], c=colour)
     if numbers and min(values) > 0 and max(values) / min(values) >= 10:
         axes.set_xscale("log")
+    if numbers and len(set(values)) <= 6:
+        axes.set_xticks(sorted(set(values)), [_text(v) for v in sorted(set(values))])
+        axes.minorticks_off()
     axes.set(xlabel=key, ylabel=RANKS[by])
     if probes:
         axes.figure.colorbar(dots, ax=axes, label=f"{PROBES[probes[0]]}, %")

@@ -113,7 +113,8 @@ def run_trials(
             callbacks=[_Watcher(record, say)],
         ),
     )
-    for result in tuner.fit():
+    grid = tuner.fit()
+    for result in (grid[i] for i in range(len(grid))):
         if result.error is not None:  # lost, or raised what `train_trial` does not expect
             lines = str(result.error).strip().splitlines() or [type(result.error).__name__]
             seconds = round((result.metrics or {}).get("time_total_s", 0.0), 1)
