@@ -152,7 +152,7 @@ def load_share(folder: Path, group: str, rank: int, world_size: int) -> dict[str
         raise CheckpointError(f"{path}: checkpoint does not load: {error}") from error
 
 
-def _decides_the_run(key: str) -> bool:
+def decides_the_run(key: str) -> bool:
     """Whether changing this setting would make another run of it (facts: docs/checkpoints.md)."""
     free = {"data.train", "data.test", "data.decode_in", "data.decode_threads"}
     free |= {"data.prefetch_batches"}
@@ -173,11 +173,11 @@ def check_resumable(
     Raises:
         CheckpointError: naming every flag that differs.
     """
-    before, after = _flatten(dataclasses.asdict(saved)), _flatten(dataclasses.asdict(cfg))
+    before, after = flatten(dataclasses.asdict(saved)), flatten(dataclasses.asdict(cfg))
     differing = [
         f"--{key.replace('_', '-')} was {before[key]!r}, is now {after[key]!r}"
         for key in after
-        if _decides_the_run(key) and before[key] != after[key]
+        if decides_the_run(key) and before[key] != after[key]
     ]
     if state.manifest_hash != manifest_hash:
         differing.append(
@@ -192,11 +192,12 @@ def check_resumable(
         )
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat

@@ -38,6 +38,7 @@ from models.weights import load_artifact
 from pipelines.attentive_probe import attentive_probe
 from pipelines.checkpoints import CheckpointError, load_encoder
 from pipelines.clip_sampling import ClipSampler, training_sampler
+from pipelines.comparison import comparison_table, read_compared
 from pipelines.config import ClipConfig, EvaluateConfig
 from pipelines.features import (
     PLACE,
@@ -155,6 +156,7 @@ def evaluate(cfg: EvaluateConfig, *, console: Console | None = None) -> dict[str
     """
     console, start = console or Console(), time.time()
     manifests = _manifests(cfg)
+    compared = read_compared(cfg, manifests)
     subject = with_sampler(cfg, load_subject(cfg.checkpoint), manifests[0].modality)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     subject.encoder.to(device)
@@ -171,7 +173,7 @@ def evaluate(cfg: EvaluateConfig, *, console: Console | None = None) -> dict[str
     results = {
         "rows": rows,
         "provenance": subject.provenance,
-        "settings": dataclasses.asdict(cfg),
+        "settings": {**dataclasses.asdict(cfg), "compare": list(cfg.compare)},
         "data": {
             name: {
                 "manifest_hash": manifest.manifest_hash,
@@ -192,8 +194,10 @@ def evaluate(cfg: EvaluateConfig, *, console: Console | None = None) -> dict[str
         ]
         results["task"] = task_of(max(read), test.labels_N)
     console.print(results_table(results))
+    if compared:
+        console.print(comparison_table(results, compared))
     _write(cfg.out, "results.json", json.dumps(results, indent=2).encode())
-    html = write_report(results, subject, train, test, baseline)
+    html = write_report(results, subject, train, test, baseline, compared)
     console.print(f"report: {_write(cfg.out, 'report.html', html.encode())}")
     return results
 

@@ -56,7 +56,7 @@ CLIP_NUMBERS = 12_288
 
 
 Place: TypeAlias = tuple[int, int, np.ndarray | None]
-"""Shard, row group, and rows of it; None for all that have a label."""
+"""Shard, row group, and rows of it; None for all that are wanted."""
 
 
 def check_classes(sets: Mapping[str, Manifest]) -> None:
@@ -96,8 +96,29 @@ def load_labelled(uri: str, limit: int | None = None, *, seed: int = 0) -> pa.Ta
     return pa.concat_tables(tables)
 
 
+def load_samples(uri: str, limit: int) -> pa.Table:
+    """As `load_labelled`, of any rows, labelled or not."""
+    return pa.concat_tables(list(_iter_rows(uri, limit, _every_row, seed=0)))
+
+
 def iter_labelled(uri: str, limit: int | None = None, *, seed: int = 0) -> Iterator[pa.Table]:
     """Yields what `load_labelled` returns one row group at a time, for sets larger than memory."""
+    return _iter_rows(uri, limit, _labelled_rows, seed=seed)
+
+
+def _every_row(labels: pa.ChunkedArray) -> np.ndarray:
+    return np.arange(len(labels))
+
+
+def _labelled_rows(labels: pa.ChunkedArray) -> np.ndarray:
+    rows: np.ndarray = np.flatnonzero(labels.is_valid().to_numpy())
+    return rows
+
+
+def _iter_rows(
+    uri: str, limit: int | None, wanted: Callable[[pa.ChunkedArray], np.ndarray], *, seed: int
+) -> Iterator[pa.Table]:
+    """The rows of each row group that `wanted` picks by its column of labels."""
     manifest = read_manifest(uri)
     fs, root = open_shards(uri)
     columns = COLUMNS[manifest.modality]
@@ -105,13 +126,13 @@ def iter_labelled(uri: str, limit: int | None = None, *, seed: int = 0) -> Itera
     def find(group: tuple[int, int, int]) -> Place:
         file = manifest.shards[group[0]].file
         labels = read_row_group(fs, root, file, group[1], ["label"])["label"]
-        return group[0], group[1], np.flatnonzero(labels.is_valid().to_numpy())
+        return group[0], group[1], wanted(labels)
 
     def read(place: Place) -> pa.Table:
         shard, group, rows = place
         table = read_row_group(fs, root, manifest.shards[shard].file, group, columns)
         if rows is None:
-            rows = np.flatnonzero(table["label"].is_valid().to_numpy())
+            rows = wanted(table["label"])
         stands = (np.full_like(rows, shard), np.full_like(rows, group), rows)
         table = table.take(rows)
         for name, column in zip(PLACE, stands, strict=True):

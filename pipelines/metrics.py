@@ -35,14 +35,15 @@ def rankme(features_ND: Tensor, *, centred: bool = False) -> float:
     features = torch.as_tensor(features_ND).double()
     if centred:
         features = features - features.mean(dim=0)
-    return _effective_rank(torch.linalg.svdvals(features))
+    return effective_rank(torch.linalg.svdvals(features))
 
 
-def _effective_rank(singular_values: Tensor) -> float:
-    total = singular_values.sum()
+def effective_rank(values: Tensor) -> float:
+    """Exp of the entropy of `values` (none negative) normalised to sum to 1 (arXiv 2210.02885)."""
+    total = values.sum()
     if not total > 0:  # nothing there (or NaN): no direction at all counts as one
         return float("nan") if torch.isnan(total) else 1.0
-    p = singular_values / total + RANKME_EPS
+    p = values / total + RANKME_EPS
     return float(torch.exp(-(p * torch.log(p)).sum()))
 
 
@@ -231,4 +232,4 @@ class CollapseWatch:
 def _rankme_of_gram(gram_DD: Tensor) -> float:
     if not torch.isfinite(gram_DD).all():
         return float("nan")
-    return _effective_rank(torch.linalg.eigvalsh(gram_DD).clamp(min=0).sqrt())
+    return effective_rank(torch.linalg.eigvalsh(gram_DD).clamp(min=0).sqrt())

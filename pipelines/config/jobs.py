@@ -37,6 +37,8 @@ class EvaluateConfig:
     """Images, or frames of clips, per forward pass."""
     limit: int | None = None
     """Use at most this many images or clips of each set."""
+    compare: tuple[str, ...] = ()
+    """results.json files (or their folders) of other evaluations on the same data, to stand beside."""
     seed: int = 0
     """Seed of random-init, few-shot draws and probe order."""
 

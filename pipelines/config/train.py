@@ -226,6 +226,9 @@ class RunConfig:
     """Steps between readings of metrics: the only host syncs."""
     probe_every: int = 0
     """Steps between online kNN probes; 0 for never."""
+    rank_every: int = 0
+    """Steps between readings of RankMe and LiDAR on fixed training samples, which compare over runs of
+    one encoder shape; 0 for never. A sweep sets it."""
     checkpoint_every: int = 100
     """Steps between checkpoints; the last step always makes one."""
     keep_checkpoints: int = 2
