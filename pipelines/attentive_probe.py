@@ -36,6 +36,7 @@ class AttentiveProbe:
     held_out_accuracy: float
     lr: float
     weight_decay: float
+    shift_accuracy: float | None = None
 
 
 class AttentiveProbes(nn.Module):
@@ -107,6 +108,7 @@ def attentive_probe(
     test_labels: Array,
     *,
     heads: int,
+    shifted: tuple[Array, Array] | None = None,
     epochs: int = 20,
     batch_size: int = 64,
     lrs: tuple[float, ...] = LRS,
@@ -125,6 +127,7 @@ def attentive_probe(
         train_labels: [N] class indices from 0.
         test: tokens to score on; test_labels: their classes.
         heads: attention heads.
+        shifted: a second test set, scored by the same probe.
         held_out: share of the training set that picks the probe.
         seed: of weights, order and the held-out part.
         device: where probes run.
@@ -144,7 +147,12 @@ def attentive_probe(
     held_P = _accuracy(probes, train, labels_N, np.sort(order[:count]))
     best = int(held_P.argmax())
     test_P = _accuracy(probes, test, as_labels(test_labels), np.arange(len(test)))
-    return AttentiveProbe(float(test_P[best]), float(held_P[best]), *grid[best])
+    found = AttentiveProbe(float(test_P[best]), float(held_P[best]), *grid[best])
+    if shifted is None:
+        return found
+    tokens, labels = shifted
+    shifted_P = _accuracy(probes, tokens, as_labels(labels), np.arange(len(tokens)))
+    return dataclasses.replace(found, shift_accuracy=float(shifted_P[best]))
 
 
 def _epochs(rows: np.ndarray, epochs: int, batch_size: int, seed: int) -> Iterator[np.ndarray]:

@@ -10,6 +10,7 @@ T tokens (patches), F frames of a clip, D feature width.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import math
@@ -56,7 +57,27 @@ CLIP_NUMBERS = 12_288
 
 
 Place: TypeAlias = tuple[int, int, np.ndarray | None]
-"""Shard, row group, and rows of it; None for all that have a label."""
+"""Shard, row group, and rows of it; None for all that are wanted."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """Which rows a probe takes."""
+
+    column: str = "label"
+    """Those with a value in this column."""
+    only: int | None = None
+    """Of these, those of this class; None for all."""
+
+    def rows_of(self, table: pa.Table) -> np.ndarray:
+        """Numbers of the rows wanted."""
+        wanted_N = table[self.column].is_valid().to_numpy()
+        if self.only is not None:
+            wanted_N = wanted_N & (table_labels(table) == self.only)
+        return np.flatnonzero(wanted_N)
+
+
+LABELLED = Wanted()
 
 
 def check_classes(sets: Mapping[str, Manifest]) -> None:
@@ -96,22 +117,27 @@ def load_labelled(uri: str, limit: int | None = None, *, seed: int = 0) -> pa.Ta
     return pa.concat_tables(tables)
 
 
-def iter_labelled(uri: str, limit: int | None = None, *, seed: int = 0) -> Iterator[pa.Table]:
-    """Yields what `load_labelled` returns one row group at a time, for sets larger than memory."""
+def iter_labelled(
+    uri: str, limit: int | None = None, *, seed: int = 0, wanted: Wanted = LABELLED
+) -> Iterator[pa.Table]:
+    """Yields what `load_labelled` returns one row group at a time, for sets larger than memory.
+
+    `wanted` may ask for other rows; the column it names is then in the tables too.
+    """
     manifest = read_manifest(uri)
     fs, root = open_shards(uri)
-    columns = COLUMNS[manifest.modality]
+    columns = tuple(dict.fromkeys((*COLUMNS[manifest.modality], wanted.column)))
 
     def find(group: tuple[int, int, int]) -> Place:
         file = manifest.shards[group[0]].file
-        labels = read_row_group(fs, root, file, group[1], ["label"])["label"]
-        return group[0], group[1], np.flatnonzero(labels.is_valid().to_numpy())
+        table = read_row_group(fs, root, file, group[1], list({"label", wanted.column}))
+        return group[0], group[1], wanted.rows_of(table)
 
     def read(place: Place) -> pa.Table:
         shard, group, rows = place
         table = read_row_group(fs, root, manifest.shards[shard].file, group, columns)
         if rows is None:
-            rows = np.flatnonzero(table["label"].is_valid().to_numpy())
+            rows = wanted.rows_of(table)
         stands = (np.full_like(rows, shard), np.full_like(rows, group), rows)
         table = table.take(rows)
         for name, column in zip(PLACE, stands, strict=True):
