@@ -227,6 +227,8 @@ def _attentive(sets: list[ProbeSet], row: str, heads: int, cfg: EvaluateConfig) 
         shifted=shifted[0] if shifted else None,
         heads=heads if width % heads == 0 else 1,
         epochs=cfg.attentive_epochs,
+        lrs=cfg.attentive_lrs,
+        weight_decays=cfg.attentive_decays,
         seed=cfg.seed,
         device=device,
     )

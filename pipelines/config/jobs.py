@@ -43,6 +43,10 @@ class EvaluateConfig:
     """Epochs of the linear probe."""
     attentive_epochs: int = 20
     """Epochs of the attentive probe of clips; 0 leaves it out, and is what images get."""
+    attentive_lrs: tuple[float, ...] = (5e-3, 3e-3, 1e-3, 3e-4, 1e-4)
+    """Its learning rates, each tried with each decay in one pass; fewer take less time."""
+    attentive_decays: tuple[float, ...] = (0.01, 0.1, 0.4, 0.8)
+    """Its weight decays."""
     fps: float | None = None
     """Frames a second of clips; None, unless --stride is given, is what the encoder was trained on."""
     stride: int | None = None
@@ -56,6 +60,8 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         require(self.bins >= 2, "bins", "must be at least 2")
+        for flag in ("attentive_lrs", "attentive_decays"):
+            require(len(getattr(self, flag)) > 0, flag.replace("_", "-"), "needs a value")
         require(self.supervised_epochs >= 0, "supervised-epochs", "must not be negative")
         given = self.state is not None or self.columns is None
         require(given, "columns", "names the columns of --state, which is not given")
