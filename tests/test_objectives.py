@@ -290,7 +290,7 @@ def test_videomae_paints_tubelets_of_hidden_places() -> None:
             tubelet = clip[:, t : t + 2, row : row + 8, column : column + 8]
             errors.append((values - tubelet.flatten()).square().mean())
     torch.testing.assert_close(loss, torch.stack(errors).mean(), rtol=1e-5, atol=0)
-    with pytest.raises(ValueError, match="--video-mask.kind"):
+    with pytest.raises(ValueError, match=r"--video-mask\.kind"):
         dataclasses.replace(cfg, video_mask=VideoMaskConfig())
 
 
