@@ -126,6 +126,7 @@ def main(
                 attentive_epochs=attentive_epochs,
                 attentive_lrs=(3e-3, 1e-3),
                 attentive_decays=(0.1,),
+                attentive_standardise=True,
                 supervised_epochs=supervised_epochs,
                 out=str(folder),
             )

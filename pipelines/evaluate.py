@@ -229,6 +229,7 @@ def _attentive(sets: list[ProbeSet], row: str, heads: int, cfg: EvaluateConfig) 
         epochs=cfg.attentive_epochs,
         lrs=cfg.attentive_lrs,
         weight_decays=cfg.attentive_decays,
+        standardise=cfg.attentive_standardise,
         seed=cfg.seed,
         device=device,
     )

@@ -1,10 +1,10 @@
 """The supervised baseline: an encoder of the same shape, trained from scratch on the labels alone.
 
-The attentive probe's head on the encoder's tokens, both trained end to end by AdamW on the pixels
-that the probes see, without augmentation: what these labels teach a network of this size when no
+A linear head on the mean of the encoder's tokens, standardised over the batch, all trained end to end by
+AdamW on the pixels that the probes see, without augmentation: what these labels teach a network of this size when no
 footage without labels has been seen before.
 
-Shape suffixes: N clips or images, B of one step, T tokens, D width, C classes, P = 1 head.
+Shape suffixes: N clips or images, B of one step, T tokens, D width, C classes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from torch.nn import functional as F
 
 from models.preprocessing import Preprocessing, normalize
 from models.vit import VisionTransformer
-from pipelines.attentive_probe import AttentiveProbes
 from pipelines.probes import Array, as_labels
 
 LR, WEIGHT_DECAY, WARMUP, CLIP_NORM = 1e-3, 0.05, 0.1, 1.0
@@ -47,13 +46,16 @@ class Classifier(nn.Module):
     def __init__(self, encoder: VisionTransformer, prep: Preprocessing, classes: int) -> None:
         super().__init__()
         self.encoder, self.prep = encoder, prep
-        self.head = AttentiveProbes(1, encoder.width, encoder.heads, classes)
+        # As in the linear probe, no affine. Without it what all samples share is louder than what differs,
+        # and a few hundred steps teach nothing.
+        self.standardise = nn.BatchNorm1d(encoder.width, affine=False)
+        self.head = nn.Linear(encoder.width, classes)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits [B, C] of images [B, 3, H, W] or clips [B, 3, F, H, W]."""
         tokens_BTD = self.encoder(normalize(pixels, self.prep.mean, self.prep.std))
-        logits_PBC: Tensor = self.head(tokens_BTD)
-        return logits_PBC[0]
+        logits_BC: Tensor = self.head(self.standardise(tokens_BTD.mean(1)))
+        return logits_BC
 
 
 def supervised_baseline(

@@ -17,7 +17,7 @@ from test_video_loading import segment, write_rows
 
 from models.preprocessing import Preprocessing
 from models.vit import VisionTransformer
-from pipelines.attentive_probe import attentive_probe
+from pipelines.attentive_probe import AttentiveProbes, attentive_probe
 from pipelines.clip_sampling import ClipSampler
 from pipelines.config import ClipConfig, EvaluateConfig
 from pipelines.evaluate import evaluate
@@ -142,6 +142,24 @@ def test_a_shifted_set_is_scored_by_the_same_probes() -> None:
         swapped = probe(lift(train[0]), train[1], lift(shifted[0]), shifted[1], **settings)
         assert swapped.accuracy == both.shift_accuracy
     assert knn_accuracy(*train, *shifted) < 0.3
+
+
+def test_standardised_tokens_show_a_probe_what_a_common_part_hides() -> None:
+    rng = np.random.default_rng(0)
+    labels_N = rng.integers(0, 2, 200)
+    tokens = rng.normal(size=(200, 6, 8)).astype(np.float32)
+    tokens[:, 2, 3] += 4 * labels_N
+    scale, shared = np.array([1, 5, 0.1, 0.02, 2, 1, 3, 0.5]), 50 * rng.normal(size=8)
+    loud = (tokens * scale + shared).astype(np.float32)
+    parts = (loud[:140], labels_N[:140], loud[140:], labels_N[140:])
+    settings = {"heads": 2, "epochs": 20, "lrs": (3e-3,), "weight_decays": (0.1,)}
+    assert attentive_probe(*parts, standardise=True, **settings).accuracy > 0.85
+    assert attentive_probe(*parts, **settings).accuracy < 0.7
+    probes = AttentiveProbes(1, 8, 2, 2)
+    probes.standardise(loud)
+    found = (torch.from_numpy(loud) - probes.mean_D) * probes.scale_D
+    torch.testing.assert_close(found.mean((0, 1)), torch.zeros(8), atol=2e-3, rtol=0)
+    torch.testing.assert_close(found.std((0, 1)), torch.ones(8), atol=2e-3, rtol=0)
 
 
 # --- the supervised baseline

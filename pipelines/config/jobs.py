@@ -47,6 +47,9 @@ class EvaluateConfig:
     """Its learning rates, each tried with each decay in one pass; fewer take less time."""
     attentive_decays: tuple[float, ...] = (0.01, 0.1, 0.4, 0.8)
     """Its weight decays."""
+    attentive_standardise: bool = False
+    """Standardise tokens by training statistics first, as the linear probe does. Not V-JEPA's protocol; a
+    few hundred clips are often too few steps for the probe to leave its start without."""
     fps: float | None = None
     """Frames a second of clips; None, unless --stride is given, is what the encoder was trained on."""
     stride: int | None = None
