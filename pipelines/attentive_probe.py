@@ -36,6 +36,7 @@ class AttentiveProbe:
     held_out_accuracy: float
     lr: float
     weight_decay: float
+    shift_accuracy: float | None = None
 
 
 class AttentiveProbes(nn.Module):
@@ -64,6 +65,10 @@ class AttentiveProbes(nn.Module):
         def constant(value: float, size: int) -> nn.Parameter:
             return nn.Parameter(torch.full((count, size), float(value)))
 
+        self.mean_D: Tensor
+        self.scale_D: Tensor
+        self.register_buffer("mean_D", torch.zeros(width))
+        self.register_buffer("scale_D", torch.ones(width))
         self.query = normal(width)
         self.norm_tokens_weight, self.norm_tokens_bias = constant(1, width), constant(0, width)
         self.q_weight, self.q_bias = normal(width, width), constant(0, width)
@@ -76,13 +81,29 @@ class AttentiveProbes(nn.Module):
 
     def forward(self, tokens_BTD: Tensor) -> Tensor:
         """Logits of all probes, [P, B, C], of frozen tokens."""
-        x_BTD = F.layer_norm(tokens_BTD.float(), tokens_BTD.shape[-1:], eps=LN_EPS)
+        x_BTD = (tokens_BTD.float() - self.mean_D) * self.scale_D
+        x_BTD = F.layer_norm(x_BTD, tokens_BTD.shape[-1:], eps=LN_EPS)
         pooled_PBD = self.query[:, None] + self._attend(x_BTD)
         hidden = F.layer_norm(pooled_PBD, pooled_PBD.shape[-1:], eps=LN_EPS)
         hidden = hidden * self.norm_weight[:, None] + self.norm_bias[:, None]
         hidden = F.gelu(torch.baddbmm(self.up_bias[:, None], hidden, self.up_weight))
         pooled_PBD = pooled_PBD + torch.baddbmm(self.down_bias[:, None], hidden, self.down_weight)
         return torch.baddbmm(self.head_bias[:, None], pooled_PBD, self.head_weight)
+
+    @torch.no_grad()
+    def standardise(self, tokens: Array) -> None:
+        """Has every dimension of tokens like these, [N, T, D], at mean 0 and deviation 1 first."""
+        count, total_D, squares_D = 0, torch.zeros(1), torch.zeros(1)
+        for rows in np.array_split(np.arange(len(tokens)), math.ceil(len(tokens) / 256)):
+            x_MD = _rows(tokens, rows, torch.device("cpu")).double().flatten(0, 1)
+            count, total_D = count + len(x_MD), total_D + x_MD.sum(0)
+            squares_D = squares_D + x_MD.square().sum(0)
+        mean_D = total_D / count
+        std_D = (squares_D / count - mean_D.square()).clamp_min(0).sqrt()
+        # A dimension that never varies says nothing: it stays at zero.
+        scale_D = torch.where(std_D > 1e-6 * std_D.max(), 1 / std_D, torch.ones_like(std_D))
+        self.mean_D.copy_(mean_D)
+        self.scale_D.copy_(scale_D)
 
     def _attend(self, x_BTD: Tensor) -> Tensor:
         """What the query reads from the tokens (normalised without affine), [P, B, D]."""
@@ -107,10 +128,12 @@ def attentive_probe(
     test_labels: Array,
     *,
     heads: int,
+    shifted: tuple[Array, Array] | None = None,
     epochs: int = 20,
     batch_size: int = 64,
     lrs: tuple[float, ...] = LRS,
     weight_decays: tuple[float, ...] = WEIGHT_DECAYS,
+    standardise: bool = False,
     held_out: float = 0.1,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -125,6 +148,8 @@ def attentive_probe(
         train_labels: [N] class indices from 0.
         test: tokens to score on; test_labels: their classes.
         heads: attention heads.
+        shifted: a second test set, scored by the same probe.
+        standardise: scale the tokens by training statistics first, as the linear probe does.
         held_out: share of the training set that picks the probe.
         seed: of weights, order and the held-out part.
         device: where probes run.
@@ -139,12 +164,19 @@ def attentive_probe(
             device
         )
     fits = np.sort(order[count:])
+    if standardise:
+        probes.standardise(train)
     batches = _epochs(fits, epochs, batch_size, seed)
     _fit(probes, train, labels_N, grid, list(batches))
     held_P = _accuracy(probes, train, labels_N, np.sort(order[:count]))
     best = int(held_P.argmax())
     test_P = _accuracy(probes, test, as_labels(test_labels), np.arange(len(test)))
-    return AttentiveProbe(float(test_P[best]), float(held_P[best]), *grid[best])
+    found = AttentiveProbe(float(test_P[best]), float(held_P[best]), *grid[best])
+    if shifted is None:
+        return found
+    tokens, labels = shifted
+    shifted_P = _accuracy(probes, tokens, as_labels(labels), np.arange(len(tokens)))
+    return dataclasses.replace(found, shift_accuracy=float(shifted_P[best]))
 
 
 def _epochs(rows: np.ndarray, epochs: int, batch_size: int, seed: int) -> Iterator[np.ndarray]:

@@ -14,7 +14,11 @@ from pipelines.storage import open_uri
 
 Results = dict[str, Any]
 
-COMPARED = ("knn_k", "knn_temperature", "probe_epochs", "attentive_epochs", "limit")
+COMPARED = (
+    *("knn_k", "knn_temperature", "probe_epochs", "limit", "fps", "stride"),
+    *("attentive_epochs", "attentive_lrs", "attentive_decays", "attentive_standardise"),
+    *("only", "state", "bins"),
+)
 """Settings that must be equal for two evaluations to compare."""
 
 
@@ -37,12 +41,12 @@ def _read(uri: str, cfg: EvaluateConfig, manifests: Sequence[Manifest]) -> Resul
     results: Results = json.loads(fs.cat_file(file))
     if not {"rows", "data", "settings", "provenance"} <= results.keys():
         raise ValueError(f"--compare {uri}: these are no results of pipelines.evaluate")
-    for name, manifest in zip(("data", "test"), manifests, strict=True):
+    for name, manifest in zip(("data", "test"), manifests, strict=False):
         if results["data"][name]["manifest_hash"] != manifest.manifest_hash:
             raise ValueError(f"--compare {uri}: was evaluated on other data than --{name}")
     for key in COMPARED:
-        theirs, ours = results["settings"][key], getattr(cfg, key)
-        if theirs != ours:
+        theirs, ours = results["settings"].get(key), getattr(cfg, key)
+        if theirs != (list(ours) if isinstance(ours, tuple) else ours):
             flag = key.replace("_", "-")
             raise ValueError(f"--compare {uri}: was evaluated with --{flag} {theirs}, not {ours}")
     return results

@@ -17,15 +17,12 @@ import pathlib
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 # Lets `python pipelines/evaluate.py` work from an uninstalled checkout, as `ray job submit` runs it.
 if __name__ == "__main__" and not __package__:
     sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
 
-import numpy as np
-import pyarrow as pa
 import torch
 import tyro
 from rich.console import Console
@@ -40,30 +37,24 @@ from pipelines.checkpoints import CheckpointError, load_encoder
 from pipelines.clip_sampling import ClipSampler, training_sampler
 from pipelines.comparison import comparison_table, read_compared
 from pipelines.config import ClipConfig, EvaluateConfig
-from pipelines.features import (
-    PLACE,
-    Featurizer,
-    Pooling,
-    check_classes,
-    compute_features,
-    decode_batches,
-    encoder_features,
-    iter_labelled,
-    pixel_features,
-    single_frame,
-    table_labels,
-    tubelet_features,
-)
+from pipelines.features import Wanted, check_classes
 from pipelines.metrics import rankme
+from pipelines.probe_sets import (
+    Labels,
+    ProbeSet,
+    check_token_bytes,
+    probe_featurizers,
+    probe_set,
+)
 from pipelines.probes import few_shot, knn_accuracy, linear_probe, task_of
-from pipelines.report import NAMES, ProbeSet, Subject, write_report
+from pipelines.report import NAMES, Subject, main_score, write_report
 from pipelines.shards import Manifest, read_manifest
+from pipelines.state_labels import Bins, find_column, state_reader
 from pipelines.storage import open_uri
+from pipelines.supervised import supervised_baseline
 
 RANKME_ROWS = 10_000
-TOKEN_BYTES = 8 * 2**30
-"""Most memory for the frozen tokens that attentive probes read."""
-TUBELETS = "raw_tubelets"  # raw pixels as tokens, by which an attentive probe reads them
+SETS = ("data", "test", "shift_test")
 PACKAGES = ("torch", "timm", "numpy", "pyarrow")
 
 
@@ -161,17 +152,21 @@ def evaluate(cfg: EvaluateConfig, *, console: Console | None = None) -> dict[str
     device = "cuda" if torch.cuda.is_available() else "cpu"
     subject.encoder.to(device)
     baseline = random_init(subject.encoder, cfg.seed).to(device)
-    train, test = _probe_sets(cfg, subject, baseline, console)
+    sets, classes = _probe_sets(cfg, subject, baseline, manifests, console)
+    train, test, *shifted = sets
     rows = {}
     with console.status("probing") as status:
         for row in train.features:
             status.update(f"probing {NAMES[row]}")
-            rows[row] = probe(train, test, row, cfg)
+            rows[row] = probe(train, test, row, cfg, *shifted)
             if row in train.tokens:
                 heads = subject.encoder.heads
-                rows[row]["attentive"] = _attentive(train, test, row, heads, cfg)
+                rows[row]["attentive"] = _attentive(sets, row, heads, cfg)
+        status.update("training the supervised baseline")
+        supervised = _supervised(subject, sets, cfg)
     results = {
         "rows": rows,
+        **({"supervised": supervised} if supervised else {}),
         "provenance": subject.provenance,
         "settings": {**dataclasses.asdict(cfg), "compare": list(cfg.compare)},
         "data": {
@@ -179,9 +174,9 @@ def evaluate(cfg: EvaluateConfig, *, console: Console | None = None) -> dict[str
                 "manifest_hash": manifest.manifest_hash,
                 f"{manifest.modality}s": len(part.labels_N),
             }
-            for name, manifest, part in zip(("data", "test"), manifests, (train, test), strict=True)
+            for name, manifest, part in zip(SETS, manifests, sets, strict=False)
         },
-        "classes": list(manifests[0].classes),
+        "classes": classes,
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in PACKAGES},
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start)),
@@ -202,14 +197,23 @@ def evaluate(cfg: EvaluateConfig, *, console: Console | None = None) -> dict[str
     return results
 
 
-def probe(train: ProbeSet, test: ProbeSet, row: str, cfg: EvaluateConfig) -> dict[str, Any]:
+def probe(
+    train: ProbeSet,
+    test: ProbeSet,
+    row: str,
+    cfg: EvaluateConfig,
+    shifted: ProbeSet | None = None,
+) -> dict[str, Any]:
     """All numbers of one row of the table, as results.json holds them."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     bank_ND = torch.from_numpy(train.features[row]).to(device)
     sets = (bank_ND, train.labels_N, torch.from_numpy(test.features[row]), test.labels_N)
-    linear = linear_probe(*sets, epochs=cfg.probe_epochs, seed=cfg.seed)
+    other = shifted and (torch.from_numpy(shifted.features[row]), shifted.labels_N)
+    linear = linear_probe(*sets, shifted=other, epochs=cfg.probe_epochs, seed=cfg.seed)
+    votes = {"k": cfg.knn_k, "temperature": cfg.knn_temperature}
     return {
-        "knn": knn_accuracy(*sets, k=cfg.knn_k, temperature=cfg.knn_temperature),
+        "knn": knn_accuracy(*sets, **votes),
+        "knn_shift": other and knn_accuracy(*sets[:2], *other, **votes),
         "linear": dataclasses.asdict(linear),
         "few_shot_1pct": dataclasses.asdict(few_shot(*sets, share=0.01, seed=cfg.seed)),
         "few_shot_10": dataclasses.asdict(few_shot(*sets, per_class=10, seed=cfg.seed)),
@@ -217,19 +221,36 @@ def probe(train: ProbeSet, test: ProbeSet, row: str, cfg: EvaluateConfig) -> dic
     } | (_ranks(bank_ND[:RANKME_ROWS]) if row != "raw_pixels" else {})
 
 
-def _attentive(
-    train: ProbeSet, test: ProbeSet, row: str, heads: int, cfg: EvaluateConfig
-) -> dict[str, Any]:
+def _attentive(sets: list[ProbeSet], row: str, heads: int, cfg: EvaluateConfig) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    width = train.tokens[row].shape[-1]
+    train, test, *shifted = [(part.tokens[row], part.labels_N) for part in sets]
+    width = train[0].shape[-1]
     probe = attentive_probe(
-        *(train.tokens[row], train.labels_N, test.tokens[row], test.labels_N),
+        *train,
+        *test,
+        shifted=shifted[0] if shifted else None,
         heads=heads if width % heads == 0 else 1,
         epochs=cfg.attentive_epochs,
+        lrs=cfg.attentive_lrs,
+        weight_decays=cfg.attentive_decays,
+        standardise=cfg.attentive_standardise,
         seed=cfg.seed,
         device=device,
     )
     return dataclasses.asdict(probe)
+
+
+def _supervised(
+    subject: Subject, sets: list[ProbeSet], cfg: EvaluateConfig
+) -> dict[str, Any] | None:
+    parts = [(part.pixels, part.labels_N) for part in sets if part.pixels is not None]
+    if not parts:
+        return None
+    fresh = random_init(subject.encoder, cfg.seed).to(next(subject.encoder.parameters()).device)
+    found = supervised_baseline(
+        fresh, subject.preprocessing, *parts, epochs=cfg.supervised_epochs, seed=cfg.seed
+    )
+    return dataclasses.asdict(found)
 
 
 def _ranks(features_ND: torch.Tensor) -> dict[str, float]:
@@ -237,25 +258,56 @@ def _ranks(features_ND: torch.Tensor) -> dict[str, float]:
     return {"rankme": rankme(features_ND), "rankme_centred": rankme(features_ND, centred=True)}
 
 
-def _manifests(cfg: EvaluateConfig) -> tuple[Manifest, Manifest]:
-    data, test = read_manifest(cfg.data), read_manifest(cfg.test)
-    if data.modality != test.modality:
-        raise ValueError(f"--data holds {data.modality}s, --test {test.modality}s")
-    check_classes({"--data": data, "--test": test})
-    return data, test
+def _manifests(cfg: EvaluateConfig) -> list[Manifest]:
+    """Of --data, --test and, where there is one, --shift-test."""
+    uris = {"--data": cfg.data, "--test": cfg.test, "--shift-test": cfg.shift_test}
+    sets = {flag: read_manifest(uri) for flag, uri in uris.items() if uri is not None}
+    data = sets["--data"]
+    for flag, manifest in sets.items():
+        if manifest.modality != data.modality:
+            raise ValueError(f"--data holds {data.modality}s, {flag} {manifest.modality}s")
+        if flag != "--data" and (cfg.state is None or cfg.only is not None):
+            check_classes({"--data": data, flag: manifest})
+    if cfg.state is not None and data.modality != "video":
+        raise ValueError("--state: images have no states; it goes with video")
+    if cfg.only is not None and cfg.only not in data.classes:
+        raise ValueError(f"--only: no class {cfg.only!r}; there are {', '.join(data.classes)}")
+    return list(sets.values())
+
+
+def _labels(cfg: EvaluateConfig, subject: Subject, classes: tuple[str, ...]) -> Labels:
+    only = None if cfg.only is None else classes.index(cfg.only)
+    if cfg.state is None:
+        return Labels(Wanted(only=only))
+    assert subject.sampler is not None
+    return Labels(
+        Wanted(column="states", only=only), state_reader(find_column(cfg), subject.sampler)
+    )
 
 
 def _probe_sets(
-    cfg: EvaluateConfig, subject: Subject, baseline: VisionTransformer, console: Console
-) -> tuple[ProbeSet, ProbeSet]:
-    attentive = subject.sampler is not None and cfg.attentive_epochs > 0
-    featurizers = _featurizers(subject, baseline, attentive)
+    cfg: EvaluateConfig,
+    subject: Subject,
+    baseline: VisionTransformer,
+    manifests: list[Manifest],
+    console: Console,
+) -> tuple[list[ProbeSet], list[str]]:
+    """The sets with their features, and the names of their classes."""
+    clips = subject.sampler is not None
+    attentive = clips and cfg.attentive_epochs > 0
+    featurizers = probe_featurizers(
+        *(subject.encoder, baseline, subject.preprocessing),
+        clips=clips,
+        attentive=attentive,
+        pixels=cfg.supervised_epochs > 0,
+    )
+    totals = [min(manifest.num_samples, cfg.limit or sys.maxsize) for manifest in manifests]
     if attentive:
-        _check_token_bytes(cfg, subject.encoder)
+        check_token_bytes(subject.encoder, sum(totals))
+    labels = _labels(cfg, subject, manifests[0].classes)
     with Progress(console=console, transient=True) as progress:
 
-        def read(uri: str) -> ProbeSet:
-            total = min(read_manifest(uri).num_samples, cfg.limit or sys.maxsize)
+        def read(uri: str, total: int) -> ProbeSet:
             task = progress.add_task(f"features of {uri}", total=total)
             return probe_set(
                 uri,
@@ -264,92 +316,17 @@ def _probe_sets(
                 batch_size=cfg.batch_size,
                 sampler=subject.sampler,
                 limit=cfg.limit,
+                labels=labels,
                 advance=lambda rows: progress.advance(task, rows),
             )
 
-        return read(cfg.data), read(cfg.test)
-
-
-def _featurizers(
-    subject: Subject, baseline: VisionTransformer, attentive: bool
-) -> dict[str, Featurizer]:
-    """By row of the table; for attentive probes of all tokens, which are averaged later."""
-    prep = subject.preprocessing
-    pooling: Pooling = "patches" if attentive else "mean"
-    encoder = encoder_features(subject.encoder, prep, pooling=pooling)
-    featurizers = {
-        "encoder": encoder,
-        "random_init": encoder_features(baseline, prep, pooling=pooling),
-    }
-    if subject.sampler is not None:
-        featurizers["single_frame"] = single_frame(encoder)
-    featurizers["raw_pixels"] = pixel_features(prep)
-    if attentive:
-        featurizers[TUBELETS] = tubelet_features(subject.encoder, prep)
-    return featurizers
-
-
-def _check_token_bytes(cfg: EvaluateConfig, encoder: VisionTransformer) -> None:
-    clips = sum(
-        min(read_manifest(uri).num_samples, cfg.limit or sys.maxsize)
-        for uri in (cfg.data, cfg.test)
-    )
-    pixels = 3 * encoder.tubelet * encoder.patch_size**2
-    need = 2 * clips * encoder.num_patches * (3 * encoder.width + pixels)
-    if need > TOKEN_BYTES:
-        raise ValueError(
-            f"--limit: the attentive probes of {clips:,} clips would keep {need / 2**30:.0f} GiB of "
-            "tokens in memory; take fewer clips, or leave them out with --attentive-epochs 0"
-        )
-
-
-def probe_set(
-    uri: str,
-    featurizers: dict[str, Featurizer],
-    prep: Preprocessing,
-    *,
-    batch_size: int,
-    sampler: ClipSampler | None = None,
-    limit: int | None = None,
-    advance: Callable[[int], object] = lambda rows: None,
-) -> ProbeSet:
-    """Computes every featurizer's features of a labelled set in one pass over its samples.
-
-    Raises:
-        ValueError: no row has a label.
-    """
-    seen: list[pa.Table] = []
-
-    def watched() -> Iterator[pa.Table]:
-        for table in iter_labelled(uri, limit):
-            seen.append(table.select(["label", *PLACE]))
-            advance(table.num_rows)
-            yield table
-
-    batches = decode_batches(watched(), prep, batch_size, sampler)
-    halved = {name: _halve_tokens(featurize) for name, featurize in featurizers.items()}
-    found = compute_features(halved, batches)
-    rows = pa.concat_tables(seen)
-    places_N3 = np.stack([rows[name].to_numpy() for name in PLACE], axis=1)
-    tokens = {name: values for name, values in found.items() if values.ndim == 3}
-    features = {
-        name: values if values.ndim == 2 else values.mean(axis=1, dtype=np.float32)
-        for name, values in found.items()
-        if name != TUBELETS
-    }
-    if TUBELETS in tokens:
-        tokens["raw_pixels"] = tokens.pop(TUBELETS)
-    return ProbeSet(uri, features, table_labels(rows), places_N3, tokens)
-
-
-def _halve_tokens(featurize: Featurizer) -> Featurizer:
-    """Tokens in float16, which is plenty for what a LayerNorm gives; pooled features as they are."""
-
-    def halved(pixels: torch.Tensor) -> torch.Tensor:
-        values = featurize(pixels)
-        return values.half() if values.ndim == 3 else values
-
-    return halved
+        uris = [uri for uri in (cfg.data, cfg.test, cfg.shift_test) if uri is not None]
+        sets = [read(uri, total) for uri, total in zip(uris, totals, strict=True)]
+    if cfg.state is None:
+        return sets, list(manifests[0].classes)
+    bins = Bins.of(sets[0].labels_N, cfg.bins)
+    binned = [dataclasses.replace(p, labels_N=bins.classes(p.labels_N)) for p in sets]
+    return binned, bins.names
 
 
 def results_table(results: dict[str, Any]) -> Table:
@@ -358,24 +335,30 @@ def results_table(results: dict[str, Any]) -> Table:
     table = Table(title=title or "evaluation", title_justify="left")
     attentive = "attentive" in results["rows"]["encoder"]
     probes = ("attentive", "kNN", "linear") if attentive else ("kNN", "linear")
-    for name in ("", *probes, "1% labels", "10 per class", "RankMe"):
+    shift = ("shifted",) if results["rows"]["encoder"]["knn_shift"] is not None else ()
+    for name in ("", *probes, *shift, "1% labels", "10 per class", "RankMe"):
         table.add_column(name, justify="left" if not name else "right")
     for row, r in results["rows"].items():
+        score, shifted = main_score(r)
         table.add_row(
             NAMES[row],
-            *((f"{100 * r['attentive']['accuracy']:.1f}",) if attentive else ()),
+            *((f"{100 * score:.1f}",) if attentive else ()),
             f"{100 * r['knn']:.1f}",
             f"{100 * r['linear']['accuracy']:.1f}",
+            *((f"{100 * shifted:.1f} ({100 * (shifted - score):+.1f})",) if shift else ()),
             *(
                 f"{100 * r[k]['mean']:.1f} +- {100 * r[k]['std']:.1f}"
                 for k in ("few_shot_1pct", "few_shot_10")
             ),
             f"{r['rankme']:.1f} of {r['width']}" if "rankme" in r else "-",
         )
+    if found := results.get("supervised"):
+        score, shifted = found["accuracy"], found["shift_accuracy"]
+        cells = [f"{100 * score:.1f}", *("-" for _ in probes[1:])]
+        cells += [f"{100 * shifted:.1f} ({100 * (shifted - score):+.1f})"] if shift else []
+        table.add_row("supervised", *cells, "-", "-", "-")
     ours, random = results["rows"]["encoder"], results["rows"]["random_init"]
-    gain = ours["knn"] - random["knn"]
-    if attentive:
-        gain = ours["attentive"]["accuracy"] - random["attentive"]["accuracy"]
+    gain = main_score(ours)[0] - main_score(random)[0]
     table.caption = f"accuracy in %; {probes[0]} is {100 * gain:+.1f} points over random init"
     if task := results.get("task"):
         shares = f"{100 * task['single_frame']:.1f}, guessing {100 * task['chance']:.1f}"

@@ -10,6 +10,7 @@ T tokens (patches), F frames of a clip, D feature width.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import math
@@ -59,6 +60,27 @@ Place: TypeAlias = tuple[int, int, np.ndarray | None]
 """Shard, row group, and rows of it; None for all that are wanted."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """Which rows a probe takes."""
+
+    column: str = "label"
+    """Those with a value in this column."""
+    only: int | None = None
+    """Of these, those of this class; None for all."""
+
+    def rows_of(self, table: pa.Table) -> np.ndarray:
+        """Numbers of the rows wanted."""
+        wanted_N = table[self.column].is_valid().to_numpy()
+        if self.only is not None:
+            wanted_N = wanted_N & (table_labels(table) == self.only)
+        return np.flatnonzero(wanted_N)
+
+
+LABELLED = Wanted()
+EVERY = Wanted(column="sample_id")
+
+
 def check_classes(sets: Mapping[str, Manifest]) -> None:
     """Refuses labelled sets that a probe cannot compare: label indices must mean the same.
 
@@ -98,41 +120,30 @@ def load_labelled(uri: str, limit: int | None = None, *, seed: int = 0) -> pa.Ta
 
 def load_samples(uri: str, limit: int) -> pa.Table:
     """As `load_labelled`, of any rows, labelled or not."""
-    return pa.concat_tables(list(_iter_rows(uri, limit, _every_row, seed=0)))
+    return pa.concat_tables(list(iter_labelled(uri, limit, wanted=EVERY)))
 
 
-def iter_labelled(uri: str, limit: int | None = None, *, seed: int = 0) -> Iterator[pa.Table]:
-    """Yields what `load_labelled` returns one row group at a time, for sets larger than memory."""
-    return _iter_rows(uri, limit, _labelled_rows, seed=seed)
-
-
-def _every_row(labels: pa.ChunkedArray) -> np.ndarray:
-    return np.arange(len(labels))
-
-
-def _labelled_rows(labels: pa.ChunkedArray) -> np.ndarray:
-    rows: np.ndarray = np.flatnonzero(labels.is_valid().to_numpy())
-    return rows
-
-
-def _iter_rows(
-    uri: str, limit: int | None, wanted: Callable[[pa.ChunkedArray], np.ndarray], *, seed: int
+def iter_labelled(
+    uri: str, limit: int | None = None, *, seed: int = 0, wanted: Wanted = LABELLED
 ) -> Iterator[pa.Table]:
-    """The rows of each row group that `wanted` picks by its column of labels."""
+    """Yields what `load_labelled` returns one row group at a time, for sets larger than memory.
+
+    `wanted` may ask for other rows; the column it names is then in the tables too.
+    """
     manifest = read_manifest(uri)
     fs, root = open_shards(uri)
-    columns = COLUMNS[manifest.modality]
+    columns = tuple(dict.fromkeys((*COLUMNS[manifest.modality], wanted.column)))
 
     def find(group: tuple[int, int, int]) -> Place:
         file = manifest.shards[group[0]].file
-        labels = read_row_group(fs, root, file, group[1], ["label"])["label"]
-        return group[0], group[1], wanted(labels)
+        table = read_row_group(fs, root, file, group[1], list({"label", wanted.column}))
+        return group[0], group[1], wanted.rows_of(table)
 
     def read(place: Place) -> pa.Table:
         shard, group, rows = place
         table = read_row_group(fs, root, manifest.shards[shard].file, group, columns)
         if rows is None:
-            rows = wanted(table["label"])
+            rows = wanted.rows_of(table)
         stands = (np.full_like(rows, shard), np.full_like(rows, group), rows)
         table = table.take(rows)
         for name, column in zip(PLACE, stands, strict=True):

@@ -266,6 +266,7 @@ def fetch(
     clips: int = 800,
     edges: Edges = "wrap",
     seed: int = 0,
+    side: int | None = None,
 ) -> None:
     """Gets a real set of images or video as ordinary folders, or a small language model.
 
@@ -278,11 +279,13 @@ def fetch(
         clips: Movingmnist: training clips; a quarter as many for testing.
         edges: Movingmnist: what digits do at the edge. Bouncing gives the direction away.
         seed: Gameplay and movingmnist: of all that is random.
+        side: Gameplay: squeeze the whole screen into a square of so many pixels, HUD and all.
     """
     if dataset == "smollm2":
         fetch_smollm2(out)
     elif dataset == "gameplay":
-        print(f"{out}: {record_games(out, minutes, seed, games) / 60:.1f} minutes of each variant")
+        seconds = record_games(out, minutes, seed, games, side)
+        print(f"{out}: {seconds / 60:.1f} minutes of each variant")
     elif dataset == "movingmnist":
         fetch_movingmnist(out, clips, seed, edges)
     elif dataset == "samples":

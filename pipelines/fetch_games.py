@@ -9,7 +9,9 @@
     OUT/columns.json                                                what the columns are, by game
 
 Row t holds the state that frame t shows and the action taken in it. Without HUD, Doom is drawn anew
-and Atari's score and lives are painted black. The same seed gives the same files; an episode that is
+and Atari's score and lives are painted black. `--side 84` squeezes the whole screen into a square of
+84 pixels, as agents that play these games see it (Mnih et al. 2015): the square that training and
+evaluation cut out of a wide or high screen would leave its edges out, and the HUD with them. The same seed gives the same files; an episode that is
 there already is not played again.
 """
 
@@ -27,6 +29,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 from rich.progress import track
 
 from pipelines.recording import Mp4Writer, save_array
@@ -242,7 +245,9 @@ class Episode:
         return len(np.load(files[2])) if all(file.exists() for file in files) else 0
 
 
-def record_games(out: Path, minutes: float, seed: int, games: Sequence[str]) -> float:
+def record_games(
+    out: Path, minutes: float, seed: int, games: Sequence[str], side: int | None = None
+) -> float:
     """Records `minutes` of footage (of each variant), the same time of every game and policy.
 
     Args:
@@ -251,14 +256,17 @@ def record_games(out: Path, minutes: float, seed: int, games: Sequence[str]) -> 
             time of their game and policy is up.
         seed: of games and policies.
         games: of `GAMES`.
+        side: squeeze the whole screen into a square of so many pixels; None keeps its size.
 
     Returns:
         Seconds of footage there.
 
     Raises:
         RuntimeError: the engines are not installed.
-        ValueError: an unknown game.
+        ValueError: an unknown game, or a side that video cannot have.
     """
+    if side is not None and (side < 16 or side % 2):
+        raise ValueError(f"--side: must be even and at least 16, got {side}")
     unknown = sorted(set(games) - set(GAMES))
     if unknown or not games:
         raise ValueError(f"--games: unknown {unknown}; there are {', '.join(GAMES)}")
@@ -273,14 +281,15 @@ def record_games(out: Path, minutes: float, seed: int, games: Sequence[str]) -> 
             while left > 0:
                 episode = Episode(out, name, policy, seed, number)
                 longest = ceil(min(left, Fraction(LONGEST_EPISODE)) * game.rate)
-                length = (episode.frames_there() or play(game, episode, longest)) / game.rate
+                frames = episode.frames_there() or play(game, episode, longest, side)
+                length = frames / game.rate
                 left, seconds, number = left - length, seconds + float(length), number + 1
         game.close()
     (out / "columns.json").write_text(json.dumps(columns, indent=1))
     return seconds
 
 
-def play(game: Game, episode: Episode, longest: int) -> int:
+def play(game: Game, episode: Episode, longest: int, side: int | None = None) -> int:
     """Plays and records one episode of at most `longest` frames; returns how many it has."""
     rng = np.random.default_rng(
         [episode.seed, episode.number, GAMES.index(episode.game), POLICIES.index(episode.policy)]
@@ -293,7 +302,7 @@ def play(game: Game, episode: Episode, longest: int) -> int:
     goes_on = True
     while goes_on and len(states) < longest:
         for variant, pixels in game.frames().items():
-            writers[variant].add(pixels)
+            writers[variant].add(pixels if side is None else squeeze(pixels, side))
         states.append(game.state())
         actions.append(game.actions[action])
         goes_on = game.act(action)
@@ -303,6 +312,11 @@ def play(game: Game, episode: Episode, longest: int) -> int:
         save_array(episode.path(variant, ".states.npy"), np.array(states, np.float32))
         writers[variant].close()
     return len(states)
+
+
+def squeeze(pixels_HW3: U8, side: int) -> U8:
+    """The whole picture in a square, [side, side, 3]: every pixel the mean of what it covers."""
+    return np.asarray(Image.fromarray(pixels_HW3).resize((side, side), Image.Resampling.BOX))
 
 
 def next_action(policy: str, last: int, step: int, count: int, rng: np.random.Generator) -> int:

@@ -153,7 +153,9 @@ def line_chart(points: Points, label: str, *, scale: float = 1.0) -> str:
 
 def _ticks(low: float, high: float, count: int) -> list[float]:
     """Round numbers from at or below `low` to at or above `high`, about `count` steps apart."""
-    spread = high - low or abs(high) or 1.0
+    spread = high - low
+    if spread <= 1e-9 * abs(high):  # a constant, give or take its last digits
+        spread = abs(high) or 1.0
     rough = spread / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)

@@ -84,6 +84,7 @@ class LinearProbe:
     held_out_accuracy: float
     lr: float
     weight_decay: float
+    shift_accuracy: float | None = None
 
 
 def linear_probe(
@@ -92,6 +93,7 @@ def linear_probe(
     test: Array,
     test_labels: Array,
     *,
+    shifted: tuple[Array, Array] | None = None,
     epochs: int = 50,
     batch_size: int = 256,
     lrs: tuple[float, ...] = PROBE_LRS,
@@ -108,6 +110,7 @@ def linear_probe(
     Args:
         train: [N, D] features; `train_labels`: [N] class indices from 0.
         test: [Q, D] features; `test_labels`: [Q].
+        shifted: a second test set, scored by the same head.
         held_out: share of the training rows that picks the head instead of training it.
     """
     grid = [(lr, decay) for lr in lrs for decay in weight_decays]
@@ -121,7 +124,12 @@ def linear_probe(
     held_out_H = heads.accuracy(train_ND[picks_N], labels_N[picks_N])
     best = int(held_out_H.argmax())
     test_H = heads.accuracy(test_QD, as_labels(test_labels).to(train_ND.device))
-    return LinearProbe(float(test_H[best]), float(held_out_H[best]), *grid[best])
+    found = LinearProbe(float(test_H[best]), float(held_out_H[best]), *grid[best])
+    if shifted is None:
+        return found
+    shifted_QD = _standardise(_features(train), _features(shifted[0]))[1]
+    shifted_H = heads.accuracy(shifted_QD, as_labels(shifted[1]).to(train_ND.device))
+    return dataclasses.replace(found, shift_accuracy=float(shifted_H[best]))
 
 
 class _Heads:

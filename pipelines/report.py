@@ -32,6 +32,7 @@ from pipelines.figures import (
 )
 from pipelines.maskers import make_masker
 from pipelines.masking import key_of, sample_keys
+from pipelines.probe_sets import ProbeSet
 from pipelines.probes import knn_predict, nearest
 from pipelines.reading import STREAM_LEGACY
 
@@ -43,6 +44,7 @@ NAMES = {
     "random_init": "random init",
     "single_frame": "single frame",
     "raw_pixels": "raw pixels",
+    "supervised": "supervised",
 }
 """Rows of the table of results."""
 QUERIES, NEIGHBOURS, MASKED = 10, 6, 8
@@ -62,21 +64,6 @@ class Subject:
     """The run's configuration; None for an artifact."""
     sampler: ClipSampler | None = None
     """Which frames make up a clip; None for images."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ProbeSet:
-    """One labelled set as features, by row of the table, and where its images are.
-
-    N rows.
-    """
-
-    uri: str
-    features: dict[str, np.ndarray]
-    labels_N: np.ndarray
-    places_N3: np.ndarray
-    tokens: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    """What attentive probes read, float16 [N, T, D] by row of the table; empty for images."""
 
 
 def write_report(
@@ -105,7 +92,10 @@ def write_report(
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(TEMPLATE.read_text()).render(
         results=results,
-        rows=_table({NAMES[key].capitalize(): row for key, row in results["rows"].items()}),
+        rows=_table(
+            {NAMES[key].capitalize(): row for key, row in results["rows"].items()},
+            results.get("supervised"),
+        ),
         compared=_table(compared_rows(results, compared)) if compared else [],
         headline=_headline(results),
         sections=training_curves(subject.run_uri),
@@ -135,24 +125,36 @@ def _columns(rows: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Column]]:
     ]
     if all("attentive" in row for row in rows.values()):
         columns.insert(0, ("Attentive probe", lambda r: _accuracy(r["attentive"])))
+    if all(row.get("knn_shift") is not None for row in rows.values()):
+        columns.insert(1, ("Shifted", lambda r: _shifted(*main_score(r))))
     return columns
+
+
+def main_score(row: Mapping[str, Any]) -> tuple[float, float]:
+    """A row's main accuracy, attentive probe or kNN, on the test set and on the shifted one."""
+    if "attentive" in row:
+        return row["attentive"]["accuracy"], row["attentive"]["shift_accuracy"]
+    return row["knn"], row["knn_shift"]
+
+
+def _shifted(score: float, shifted: float) -> tuple[str, float]:
+    return f"{_percent(shifted)} ({100 * (shifted - score):+.1f})", shifted
 
 
 def _headline(results: dict[str, Any]) -> list[tuple[str, str]]:
     """Pairs of a number and what it is: first the main probe against every baseline."""
     rows = results["rows"]
     attentive = "attentive" in rows["encoder"]
-    score = {
-        name: 100 * (row["attentive"]["accuracy"] if attentive else row["knn"])
-        for name, row in rows.items()
-    }
+    score = {name: 100 * main_score(row)[0] for name, row in rows.items()}
+    if found := results.get("supervised"):
+        score["supervised"] = 100 * found["accuracy"]
     probe = "attentive probe" if attentive else "kNN accuracy"
     other = rows["encoder"]["knn"] if attentive else rows["encoder"]["linear"]["accuracy"]
     return [
         (f"{score['encoder']:.1f}%", f"{probe} of frozen features"),
         *(
             (f"{score['encoder'] - score[name]:+.1f}", f"points over {NAMES[name]}")
-            for name in rows
+            for name in score
             if name != "encoder"
         ),
         (f"{_percent(other)}%", "kNN" if attentive else "linear probe"),
@@ -160,10 +162,15 @@ def _headline(results: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _table(rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _table(
+    rows: Mapping[str, Mapping[str, Any]], supervised: dict[str, Any] | None = None
+) -> list[dict[str, Any]]:
     """Rows of a table: a name and cells of (text, share of the column's largest)."""
-    columns = [column for _, column in _columns(rows)]
+    named = _columns(rows)
+    columns = [column for _, column in named]
     cells = {name: [column(row) for column in columns] for name, row in rows.items()}
+    if supervised:
+        cells["Supervised"] = _supervised_cells(supervised, named)
     best = [max((row[i][1] or 0) for row in cells.values()) for i in range(len(columns))]
     return [
         {
@@ -179,6 +186,17 @@ def _table(rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
         }
         for name, row in cells.items()
     ]
+
+
+def _supervised_cells(
+    found: dict[str, Any], columns: list[tuple[str, Column]]
+) -> list[tuple[str, float | None]]:
+    """The supervised baseline's cells: it has an accuracy, and no features to probe."""
+    cells: list[tuple[str, float | None]] = [("\u2013", None)] * len(columns)
+    cells[0] = _accuracy(found)
+    if found["shift_accuracy"] is not None:
+        cells[1] = _shifted(found["accuracy"], found["shift_accuracy"])
+    return cells
 
 
 def _percent(value: float) -> str:

@@ -480,6 +480,7 @@ def test_a_chart_spans_its_values_and_skips_what_is_not_a_number() -> None:
     assert "nan" not in chart
     assert line_chart([(1, float("inf"))], "loss") == ""
     assert "polyline" in line_chart([(5, 2.0), (6, 2.0)], "flat")
+    assert "polyline" in line_chart([(5, 0.04), (6, 0.04000000000000001)], "nearly flat")
 
 
 def test_pca_gives_like_patches_like_colours() -> None:

@@ -19,7 +19,14 @@ from models.objectives.dmjd import DMJD
 from models.objectives.mae import MAE
 from models.objectives.vicreg import VICReg, variance_and_covariance
 from models.views import kept_tokens
-from pipelines.config import MaskConfig, ModelConfig, ObjectiveConfig, PretrainConfig, ViewsConfig
+from pipelines.config import (
+    MaskConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    PretrainConfig,
+    VideoMaskConfig,
+    ViewsConfig,
+)
 from pipelines.maskers import make_masker
 from pipelines.masking import sample_keys
 from pipelines.metrics import rankme
@@ -252,6 +259,39 @@ def test_mae_paints_normalised_patches_of_hidden_places(pictures: Tensor) -> Non
 
 def objective_input(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return (images - mean) / std
+
+
+def test_videomae_paints_tubelets_of_hidden_places() -> None:
+    cfg = PretrainConfig(
+        model=ModelConfig(
+            encoder="video_micro", image_size=32, patch_size=8, frames=4, tubelet=2, **CIFAR
+        ),
+        objective=ObjectiveConfig(name="videomae", norm_pixels=False),
+        video_mask=VideoMaskConfig(kind="tube", tube_ratio=0.75),
+    )
+    assert (cfg.modality, cfg.masks) == ("video", "clip")
+    objective = build(cfg)
+    clips = torch.randint(0, 256, (3, 3, 4, 32, 32), generator=torch.Generator().manual_seed(0))
+    batch = batch_of(cfg, clips.byte(), torch.arange(3), 0)
+    batch["clips"] = batch.pop("images")
+    assert set(objective.inputs) <= set(batch)
+    mean, std = (torch.tensor(CIFAR[name]).view(3, 1, 1, 1) for name in ("mean", "std"))
+    x = (clips / 255 - mean) / std
+    context, hidden = batch["context_ids_0"], batch["target_ids_0"]
+    assert hidden.shape == (3, 2 * 12)
+    with torch.no_grad():
+        seen = objective.encoder(x, context)
+        painted = objective.decoder(seen, context, hidden[:, None])[:, 0]
+        loss = objective(batch).loss
+    errors = []
+    for clip, ids, paint in zip(x, hidden.tolist(), painted, strict=True):
+        for n, values in zip(ids, paint, strict=True):
+            t, row, column = n // 16 * 2, n % 16 // 4 * 8, n % 4 * 8
+            tubelet = clip[:, t : t + 2, row : row + 8, column : column + 8]
+            errors.append((values - tubelet.flatten()).square().mean())
+    torch.testing.assert_close(loss, torch.stack(errors).mean(), rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match=r"--video-mask\.kind"):
+        dataclasses.replace(cfg, video_mask=VideoMaskConfig())
 
 
 def test_dmjd_is_the_mean_over_its_contexts_with_one_target_pass(pictures: Tensor) -> None:

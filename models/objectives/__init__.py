@@ -8,7 +8,7 @@ from typing import Any
 from models.objectives.dmjd import DMJD
 from models.objectives.ijepa import IJEPA
 from models.objectives.lejepa import LeJEPA
-from models.objectives.mae import MAE
+from models.objectives.mae import MAE, VideoMAE
 from models.objectives.objective import Batch, Objective, Output
 from models.objectives.regularized import Regularized
 from models.objectives.sigreg import SIGReg
@@ -42,11 +42,16 @@ def _build_dmjd(model: Settings, objective: Settings) -> Objective:
     return DMJD(encoder, predictor, **_latent_settings(model, objective))
 
 
-def _build_mae(model: Settings, objective: Settings) -> Objective:
+def _build_mae(model: Settings, objective: Settings, kind: type[MAE] = MAE) -> Objective:
     encoder = _build_encoder(model)
-    decoder = _build_predictor(model, encoder, output_width=3 * model["patch_size"] ** 2)
+    pixels = 3 * encoder.tubelet * encoder.patch_size**2
+    decoder = _build_predictor(model, encoder, output_width=pixels)
     norm_pixels = objective["norm_pixels"]
-    return MAE(encoder, decoder, norm_pixels=norm_pixels, **_statistics(model))
+    return kind(encoder, decoder, norm_pixels=norm_pixels, **_statistics(model))
+
+
+def _build_videomae(model: Settings, objective: Settings) -> Objective:
+    return _build_mae(model, objective, VideoMAE)
 
 
 def _build_lejepa(model: Settings, objective: Settings, pixels: str = "images") -> Objective:
@@ -138,6 +143,7 @@ OBJECTIVES: dict[str, Callable[[Settings, Settings], Objective]] = {
     "vjepa": _build_vjepa,
     "dmjd": _build_dmjd,
     "mae": _build_mae,
+    "videomae": _build_videomae,
     "lejepa": _build_lejepa,
     "levjepa": _build_levjepa,
     "vicreg": _build_vicreg,

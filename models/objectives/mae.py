@@ -1,6 +1,6 @@
 """Masked autoencoding (He et al., 2022, arXiv 2111.06377): paint the hidden patches' pixels.
 
-Shape legend: B images, N patches, K visible tokens, T hidden tokens, P pixel values of a patch, D
+Shape legend: B images or clips, N patches, K visible tokens, T hidden tokens, P pixel values of a patch, D
 width.
 """
 
@@ -54,9 +54,12 @@ class MAE(Objective):
 
     def forward(self, batch: Batch) -> Output:
         """Mean squared error of the hidden patches, as one target block an image."""
-        images = normalize(batch["images"], self.mean, self.std)
-        context_ids_BK, target_ids_B1T = batch["context_ids"], batch["target_ids"]
-        patches_BNP = self.encoder.patch_embed.patchify(images)
+        return self._paint(batch["images"], batch["context_ids"], batch["target_ids"])
+
+    def _paint(
+        self, pixels: torch.Tensor, context_ids_BK: torch.Tensor, target_ids_B1T: torch.Tensor
+    ) -> Output:
+        patches_BNP = self.encoder.patch_embed.patchify(normalize(pixels, self.mean, self.std))
         context_BKD = self.encoder.forward_patches(patches_BNP, context_ids_BK)
         painted_B1TP = self.decoder(context_BKD, context_ids_BK, target_ids_B1T)
         targets_BNP = self.targets(patches_BNP)
@@ -71,3 +74,18 @@ class MAE(Objective):
             return patches_BNP
         variance, mean = torch.var_mean(patches_BNP, dim=-1, keepdim=True)
         return (patches_BNP - mean) / (variance + PIXEL_EPS).sqrt()
+
+
+class VideoMAE(MAE):
+    """The same of clips, whose tokens are tubelets (Tong et al., 2022, arXiv 2203.12602).
+
+    Best with tubes, the same hidden patches at all times: what is hidden cannot be copied from the
+    next frame. Unlike there, context and targets are the masker's: V-JEPA's blocks are possible too.
+    """
+
+    inputs = ("clips", "context_ids_0", "target_ids_0")
+
+    def forward(self, batch: Batch) -> Output:
+        """Mean squared error of the hidden tubelets."""
+        target_ids_B1T = batch["target_ids_0"][:, None]
+        return self._paint(batch["clips"], batch["context_ids_0"], target_ids_B1T)

@@ -19,8 +19,22 @@ class EvaluateConfig:
     """Labelled shards the probes learn from."""
     test: str
     """Labelled shards the probes are scored on."""
+    shift_test: str | None = None
+    """A second test set, scored by the same probes as --test: what a change of the footage costs."""
     out: str = "evaluation"
     """Folder for results.json and report.html."""
+    only: str | None = None
+    """Use only rows of this class of the shards (of games, one game)."""
+    state: str | None = None
+    """Of video: instead of the shards' classes, this column of a frame's `states` (a number, or a name
+    in --columns), in bins, at the clip's middle frame."""
+    columns: str | None = None
+    """columns.json of `pipelines.fetch gameplay`: what --state's names are, by the game in --only."""
+    bins: int = 4
+    """Classes made of --state, each with an equal share of the training set."""
+    supervised_epochs: int = 0
+    """Epochs of the supervised baseline, the same encoder trained from scratch on the labels; its
+    pixels are kept in memory. 0 leaves it out."""
     knn_k: int = 20
     """Neighbours that vote."""
     knn_temperature: float = 0.07
@@ -29,6 +43,13 @@ class EvaluateConfig:
     """Epochs of the linear probe."""
     attentive_epochs: int = 20
     """Epochs of the attentive probe of clips; 0 leaves it out, and is what images get."""
+    attentive_lrs: tuple[float, ...] = (5e-3, 3e-3, 1e-3, 3e-4, 1e-4)
+    """Its learning rates, each tried with each decay in one pass; fewer take less time."""
+    attentive_decays: tuple[float, ...] = (0.01, 0.1, 0.4, 0.8)
+    """Its weight decays."""
+    attentive_standardise: bool = False
+    """Standardise tokens by training statistics first, as the linear probe does. Not V-JEPA's protocol; a
+    few hundred clips are often too few steps for the probe to leave its start without."""
     fps: float | None = None
     """Frames a second of clips; None, unless --stride is given, is what the encoder was trained on."""
     stride: int | None = None
@@ -41,6 +62,14 @@ class EvaluateConfig:
     """results.json files (or their folders) of other evaluations on the same data, to stand beside."""
     seed: int = 0
     """Seed of random-init, few-shot draws and probe order."""
+
+    def __post_init__(self) -> None:
+        require(self.bins >= 2, "bins", "must be at least 2")
+        for flag in ("attentive_lrs", "attentive_decays"):
+            require(len(getattr(self, flag)) > 0, flag.replace("_", "-"), "needs a value")
+        require(self.supervised_epochs >= 0, "supervised-epochs", "must not be negative")
+        given = self.state is not None or self.columns is None
+        require(given, "columns", "names the columns of --state, which is not given")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,11 +16,14 @@ MASKS: dict[str, Masks] = {
     "vjepa": "clip",
     "dmjd": "disjoint",
     "mae": "random",
+    "videomae": "clip",
     "lejepa": "none",
     "levjepa": "none",
     "vicreg": "none",
 }
 """What each objective needs a masker for."""
+VIDEO = ("vjepa", "levjepa", "videomae")
+"""Objectives that learn from clips."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -99,7 +102,8 @@ class ObjectiveConfig:
     vicreg_weights: tuple[float, float, float] = (25.0, 25.0, 1.0)
     """vicreg: weights of invariance, variance and covariance; without the last two it must collapse."""
     norm_pixels: bool = True
-    """mae: paint each patch less its mean and over its deviation."""
+    """mae, videomae: paint each patch less its mean and over its deviation. Flat patches then ask for
+    their noise."""
     regularize: str | None = None
     """Adds SIGReg of this monitored tensor to any objective's loss: context_pooled, embedded or, where
     it has a gradient, target_pooled."""
@@ -278,7 +282,13 @@ class PretrainConfig:
         require(
             self.modality == "video" or self.model.frames == 1,
             "model.frames",
-            f"--objective.name {self.objective.name} learns from images; clips need vjepa or levjepa",
+            f"--objective.name {self.objective.name} learns from images; clips need "
+            f"{', '.join(VIDEO)}",
+        )
+        require(
+            self.objective.name != "videomae" or self.video_mask.generators == 1,
+            "video-mask.kind",
+            "videomae takes one mask a clip: tube, or one entry of --video-mask.blocks",
         )
         if self.masks == "none":
             side = self.views.local_size or self.model.image_size
@@ -290,7 +300,7 @@ class PretrainConfig:
     @property
     def modality(self) -> Literal["image", "video"]:
         """What the objective learns from, and the shards must hold."""
-        return "video" if self.objective.name in ("vjepa", "levjepa") else "image"
+        return "video" if self.objective.name in VIDEO else "image"
 
     @property
     def masks(self) -> Masks:

@@ -24,6 +24,7 @@ from pipelines.recipes.images import (
     vicreg_cifar10_demo,
 )
 from pipelines.recipes.video import (
+    levjepa_gameplay,
     levjepa_movingmnist,
     vjepa2_vitl16,
     vjepa_gameplay,
@@ -45,6 +46,7 @@ __all__ = [
     "ijepa_vits16",
     "laptop",
     "lejepa_cifar10_demo",
+    "levjepa_gameplay",
     "levjepa_movingmnist",
     "mae_cifar10_demo",
     "vicreg_cifar10_demo",
@@ -72,6 +74,7 @@ RECIPES: dict[str, tuple[str, PretrainConfig]] = {
         ijepa_vith16_448,
         ijepa_vitg16_in22k,
         vjepa_movingmnist,
+        levjepa_gameplay,
         levjepa_movingmnist,
         vjepa_gameplay,
         vjepa_vitl16,

@@ -127,6 +127,51 @@ def vjepa_gameplay() -> PretrainConfig:
     )
 
 
+def levjepa_gameplay() -> PretrainConfig:
+    """LeVJEPA on recorded games: two random quarters of a clip's tokens agree on the clip.
+
+    python -m pipelines.pretrain levjepa_gameplay --data.train SHARDS
+
+    Footage of `pipelines.fetch gameplay --side 64`, ingested with --video.fps 15 --video.segment-seconds 2.
+    No crops and no other stretch of time: where things are must stay the same in both views.
+    """
+    base = vjepa_gameplay()
+    return replace(
+        base,
+        data=replace(
+            base.data, batch_size=64, lanes=16, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0)
+        ),
+        model=replace(base.model, frames=4),
+        objective=ObjectiveConfig(
+            name="levjepa", projector=(256, 128), sigreg_weight=0.02, slices=256
+        ),
+        views=ViewsConfig(
+            global_scale=(1.0, 1.0),
+            ratio=(1.0, 1.0),
+            flip=0.0,
+            colour=0.0,
+            grey=0.0,
+            token_drop=0.75,
+        ),
+        optim=OptimConfig(
+            lr=2e-3,
+            start_lr=2e-4,
+            final_lr=3e-4,
+            warmup_steps=60,
+            final_weight_decay=0.04,
+            clip_norm=10.0,
+        ),
+        run=replace(
+            base.run,
+            name="levjepa_gameplay",
+            steps=1000,
+            probe_every=0,
+            checkpoint_every=200,
+            precision="bf16",
+        ),
+    )
+
+
 def vjepa_vitl16() -> PretrainConfig:
     """The paper's ViT-L/16: 90,000 steps of 3,072 clips (Bardes et al. 2024, appendix C).
 
