@@ -44,6 +44,7 @@ STICKY = 0.9  # chance that the random policy does the same again
 HOLD = 12  # frames for which the scripted policy holds an action
 
 ATARI_RATE = Fraction(15)  # one of the console's four frames
+NOOPS = 240  # console frames, 4 s: most that pass before an episode begins
 ATARI_BUTTONS = ("fire", "up", "right", "left", "down")
 # Rows of the 210 that show score, lives and the maker's name.
 ATARI_HUD = {
@@ -117,9 +118,15 @@ class AtariGame:
         self._ale.loadROM(require("ale_py").roms.get_rom_path(self._name))
 
     def reset(self, seed: int) -> None:
-        """Starts an episode: the console takes a seed only as it loads a game."""
+        """Starts an episode: the console takes a seed only as it loads a game.
+
+        Most games ignore it, so the episode begins after a random number of frames without input
+        (Mnih et al. 2015); else the scripted policy would play the same few games under every seed.
+        """
         self._load(seed)
         self._ale.reset_game()
+        for _ in range(seed % NOOPS):
+            self._ale.act(require("ale_py").Action.NOOP)
         self._score, self._screen = 0.0, self._ale.getScreenRGB()
 
     def frames(self) -> dict[str, U8]:

@@ -213,6 +213,17 @@ def test_real_games_are_reproducible_and_differ_by_the_hud_alone(
     assert np.abs(shown[0] - shown[1])[int(0.85 * height) :].mean() > 10
 
 
+def test_other_seeds_play_other_games_under_the_policy_that_does_not_roll_dice(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("ale_py")
+    for seed in range(6):
+        fetch_games.record_games(tmp_path, 0.1, seed, ("pong",))
+    paths = sorted((tmp_path / "hud" / "pong").glob("scripted-*.mp4"))
+    assert len(paths) == 6
+    assert len({path.read_bytes() for path in paths}) == 6
+
+
 # -------------------------------------------------------------------------------- samples
 
 
