@@ -23,6 +23,8 @@ COMMON: tuple[Curve, ...] = (
     ("lidar", "LiDAR, fixed samples", 1.0, "Directions that tell samples from their views."),
     ("std", "Feature spread", 1.0, "Mean standard deviation per dimension."),
     ("cosine", "Mean pairwise cosine", 1.0, "1 means that all samples look the same."),
+    ("embedded_rankme", "RankMe of embeddings", 1.0, "Behind the projector (LeJEPA, VICReg)."),
+    ("embedded_std", "Spread of embeddings", 1.0, "Both losses ask for 1; below 0.1 is collapse."),
     ("samples_per_s", "Samples per second", 1.0, "Of the whole run."),
 )
 OBJECTIVE: tuple[Curve, ...] = (
