@@ -166,7 +166,7 @@ def evaluate(cfg: EvaluateConfig, *, console: Console | None = None) -> dict[str
         "rows": rows,
         **({"supervised": supervised} if supervised else {}),
         "provenance": subject.provenance,
-        "settings": dataclasses.asdict(cfg),
+        "settings": json.loads(json.dumps(dataclasses.asdict(cfg))),  # as the file will have it
         "data": {
             name: {
                 "manifest_hash": manifest.manifest_hash,
@@ -204,12 +204,12 @@ def probe(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     bank_ND = torch.from_numpy(train.features[row]).to(device)
     sets = (bank_ND, train.labels_N, torch.from_numpy(test.features[row]), test.labels_N)
-    other = shifted and (torch.from_numpy(shifted.features[row]), shifted.labels_N)
+    other = None if shifted is None else (torch.from_numpy(shifted.features[row]), shifted.labels_N)
     linear = linear_probe(*sets, shifted=other, epochs=cfg.probe_epochs, seed=cfg.seed)
-    votes = {"k": cfg.knn_k, "temperature": cfg.knn_temperature}
+    votes = (cfg.knn_k, cfg.knn_temperature)
     return {
-        "knn": knn_accuracy(*sets, **votes),
-        "knn_shift": other and knn_accuracy(*sets[:2], *other, **votes),
+        "knn": knn_accuracy(*sets, *votes),
+        "knn_shift": None if other is None else knn_accuracy(*sets[:2], *other, *votes),
         "linear": dataclasses.asdict(linear),
         "few_shot_1pct": dataclasses.asdict(few_shot(*sets, share=0.01, seed=cfg.seed)),
         "few_shot_10": dataclasses.asdict(few_shot(*sets, per_class=10, seed=cfg.seed)),

@@ -104,7 +104,7 @@ def _fit(
     model.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
     orders = (torch.from_numpy(rng.permutation(len(labels_N))) for _ in range(epochs))
-    steps = [rows_B for order_N in orders for rows_B in order_N.split(batch_size)]
+    steps = [rows_B for order_N in orders for rows_B in torch.split(order_N, batch_size)]
     for step, rows_B in enumerate(steps):
         progress = (step + 1) / len(steps)
         cosine = 0.5 * (1 + math.cos(math.pi * (progress - WARMUP) / (1 - WARMUP)))
@@ -122,7 +122,7 @@ def _accuracy(model: Classifier, part: tuple[Array, Array], batch_size: int) -> 
     device, hits = next(model.parameters()).device, 0
     model.eval()
     pixels, labels_N = torch.as_tensor(part[0]), as_labels(part[1])
-    for rows_B in torch.arange(len(labels_N)).split(batch_size):
+    for rows_B in torch.split(torch.arange(len(labels_N)), batch_size):
         predicted_B = model(pixels[rows_B].to(device)).argmax(-1).cpu()
         hits += int((predicted_B == labels_N[rows_B].cpu()).sum())
     return hits / len(labels_N)
