@@ -29,7 +29,6 @@ TASKS = {
     ("my_way_home", "POSITION_X"): "Doom, my way home: place, x",
     ("my_way_home", "ANGLE"): "Doom, my way home: direction of view",
     ("seaquest", "ram_70"): "Seaquest: column of the submarine",
-    ("health_gathering", "ANGLE"): "Doom, health gathering: direction of view",
     ("pong", "ram_50"): "Pong: height of the other paddle",
     ("ms_pacman", "ram_16"): "Ms. Pac-Man: her row",
 }

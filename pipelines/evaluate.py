@@ -17,7 +17,6 @@ import pathlib
 import platform
 import sys
 import time
-from functools import partial
 from typing import Any
 
 # Lets `python pipelines/evaluate.py` work from an uninstalled checkout, as `ray job submit` runs it.
@@ -169,7 +168,7 @@ def evaluate(cfg: EvaluateConfig, *, console: Console | None = None) -> dict[str
         "rows": rows,
         **({"supervised": supervised} if supervised else {}),
         "provenance": subject.provenance,
-        "settings": json.loads(json.dumps(dataclasses.asdict(cfg))),  # tuples as they are read back
+        "settings": json.loads(json.dumps(dataclasses.asdict(cfg))),  # as the file will have it
         "data": {
             name: {
                 "manifest_hash": manifest.manifest_hash,
@@ -209,14 +208,12 @@ def probe(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     bank_ND = torch.from_numpy(train.features[row]).to(device)
     sets = (bank_ND, train.labels_N, torch.from_numpy(test.features[row]), test.labels_N)
-    other = None
-    if shifted is not None:
-        other = (torch.from_numpy(shifted.features[row]), shifted.labels_N)
+    other = None if shifted is None else (torch.from_numpy(shifted.features[row]), shifted.labels_N)
     linear = linear_probe(*sets, shifted=other, epochs=cfg.probe_epochs, seed=cfg.seed)
-    votes = partial(knn_accuracy, *sets[:2], k=cfg.knn_k, temperature=cfg.knn_temperature)
+    votes = (cfg.knn_k, cfg.knn_temperature)
     return {
-        "knn": votes(*sets[2:]),
-        "knn_shift": votes(*other) if other else None,
+        "knn": knn_accuracy(*sets, *votes),
+        "knn_shift": None if other is None else knn_accuracy(*sets[:2], *other, *votes),
         "linear": dataclasses.asdict(linear),
         "few_shot_1pct": dataclasses.asdict(few_shot(*sets, share=0.01, seed=cfg.seed)),
         "few_shot_10": dataclasses.asdict(few_shot(*sets, per_class=10, seed=cfg.seed)),

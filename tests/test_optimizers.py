@@ -15,8 +15,8 @@ from models.hyperoptim import HyperAdamW
 from pipelines import optimizers, trainer
 from pipelines.checkpoints import CheckpointError
 from pipelines.config import OptimConfig
+from pipelines.curves import training_curves
 from pipelines.optimizers import Combined, build_optimizer, read_hyperparameters
-from pipelines.report import _curves
 from pipelines.schedules import learning_rate, set_schedules, tunes_at
 from pipelines.train_state import load_optimizer, optimizer_tensors
 
@@ -165,7 +165,8 @@ def test_settings_out_of_range_name_their_flag():
 def test_the_report_draws_what_was_tuned(tmp_path):
     rows = [{"step": s, "loss": 1.0 / s, "lr": 1e-3, "tuned_lr": 1e-3 * s} for s in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    curves = {curve["title"]: curve for curve in _curves(str(tmp_path))}
+    drawn = training_curves(str(tmp_path)).values()
+    curves = {curve["title"]: curve for section in drawn for curve in section}
     assert set(curves) == {"Loss", "Learning rate", "Learning rate, tuned"}
     assert curves["Learning rate, tuned"]["last"] == "0.003"
     assert "polyline" in curves["Learning rate, tuned"]["chart"]

@@ -107,7 +107,8 @@ def vjepa_gameplay() -> PretrainConfig:
 
     python -m pipelines.pretrain vjepa_gameplay --data.train SHARDS
 
-    Ingest with --video.fps 15 and a short side of 64 or more. Expected time and result: not run.
+    Ingest with --video.fps 15 and a short side of 64 or more. Expected time and result: not run as it
+    stands; `levjepa_gameplay` is what was run.
     """
     base = vjepa_movingmnist()
     return replace(
@@ -133,7 +134,9 @@ def levjepa_gameplay() -> PretrainConfig:
     python -m pipelines.pretrain levjepa_gameplay --data.train SHARDS
 
     Footage of `pipelines.fetch gameplay --side 64`, ingested with --video.fps 15 --video.segment-seconds 2.
-    No crops and no other stretch of time: where things are must stay the same in both views.
+    No crops and no other stretch of time: where things are must stay the same in both views. 14 minutes of
+    two shared cores; over seven tasks the mean of kNN is 55.0% against 48.6% of random weights, of the
+    attentive probe 62.1% against 60.1% (benchmarks/gameplay.md).
     """
     base = vjepa_gameplay()
     return replace(
