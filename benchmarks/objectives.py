@@ -6,7 +6,9 @@
 The recipes `*cifar10_demo` in the product's own training loop, with its crops, masks and schedules, on
 images held in memory (no Ray). Each gets as many steps as fit into `--seconds` of this process's CPU
 time, decoding included, as timed on its first steps; so a busy machine changes the speed, but much
-less than the clock's the number of steps. One JSON object a run goes to `--out`; finished runs are
+less than the clock's the number of steps. `--controls` runs each without what keeps it from collapse, as
+long, and notes what the watch says first (MAE has nothing of the kind: its control is in
+tests/test_objectives.py). One JSON object a run goes to `--out`; finished runs are
 skipped, and all of the file is printed as a table.
 """
 
@@ -46,6 +48,13 @@ from pipelines.train_state import new_state
 from pipelines.trainer import train
 
 TIMED_STEPS = 25
+CONTROLS: dict[str, dict[str, Any]] = {
+    "cifar10_demo": {"target": "self"},
+    "lejepa_cifar10_demo": {"sigreg_weight": 0.0},
+    "vicreg_cifar10_demo": {"vicreg_weights": (25.0, 0.0, 0.0)},
+    "dmjd_cifar10_demo": {"target": "self"},
+}
+"""What is changed of the objective, and must make it collapse."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +79,8 @@ class Args:
     """One JSON object a run."""
     precision: str = "bf16"
     """Of the recipe: bf16 or fp32."""
+    controls: bool = False
+    """Run the negative controls of `recipes` instead."""
 
 
 @dataclass(frozen=True)
@@ -153,31 +164,48 @@ def fitted(cfg: PretrainConfig, steps: int) -> PretrainConfig:
     )
 
 
+def configured(args: Args, name: str, seed: int, storage: str) -> PretrainConfig:
+    base = RECIPES[name][1]
+    settings = {"storage": storage, "seed": seed, "precision": args.precision, "threads": 1}
+    cfg = dataclasses.replace(base, run=dataclasses.replace(base.run, **settings))
+    if not args.controls:
+        return cfg
+    objective = dataclasses.replace(cfg.objective, **CONTROLS[name])
+    watch = dataclasses.replace(cfg.watch, action="warn")
+    return dataclasses.replace(cfg, objective=objective, watch=watch)
+
+
 def run(args: Args, name: str, seed: int, splits: dict[str, Split]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        base = RECIPES[name][1]
-        settings = {"storage": folder, "seed": seed, "precision": args.precision, "threads": 1}
-        cfg = dataclasses.replace(base, run=dataclasses.replace(base.run, **settings))
+        cfg = configured(args, name, seed, folder)
         data = DataSource(
             lambda cfg, **where: memory_batches(splits["train"], cfg, **where),
             len(splits["train"].labels_N) // cfg.data.batch_size,
             "memory",
         )
 
+        warnings: list[str] = []
+
+        def say(line: str) -> None:
+            if line.startswith("WARNING"):
+                warnings.append(line)
+
         def timed(steps: int) -> tuple[float, Last, Any]:
             store = Last(Path(tempfile.mkdtemp(dir=folder)))
             start = time.process_time()
-            outcome = train(fitted(cfg, steps), Worker(), data, store, say=lambda line: None)
+            outcome = train(fitted(cfg, steps), Worker(), data, store, say=say)
             return time.process_time() - start, store, outcome
 
         timed(3)  # what is done once
         per_step = timed(TIMED_STEPS)[0] / TIMED_STEPS
         steps = max(1, round(args.seconds / per_step))
+        warnings.clear()
         seconds, store, outcome = timed(steps)
         from pipelines.checkpoints import load_encoder
 
         encoder = load_encoder(str(store.newest))[0]
     found = {"name": name, "seed": seed, "budget": args.seconds, "data": args.data or "sample"}
+    found |= {"control": args.controls, "warning": warnings[0] if warnings else None}
     found |= {
         "steps": outcome.step,
         "collapsed": outcome.collapsed,
@@ -216,8 +244,20 @@ def probe(
     }
 
 
-def print_table(out: Path) -> None:
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
+def read_rows(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def _matches(args: Args, name: str, seed: int, row: dict[str, Any]) -> bool:
+    """Whether a row is the run of these settings."""
+    asked = (name, seed, args.seconds, args.data or "sample", args.controls)
+    return asked == (
+        *(row[k] for k in ("name", "seed", "budget", "data")),
+        row.get("control", False),
+    )
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
     print(
         "| recipe | seeds | CPU s | steps | images | kNN | linear | RankMe | kNN over random init |"
     )
@@ -244,19 +284,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(args.data) if args.data else sample_folder(Path(folder))
         splits = {name: read_split(root / name) for name in ("train", "test")}
-    done = set()
-    if args.out.exists():
-        rows = [json.loads(line) for line in args.out.read_text().splitlines()]
-        done = {(row["name"], row["seed"]) for row in rows}
+    args.out.touch()
+    names = [name for name in args.recipes if not args.controls or name in CONTROLS]
     for seed in args.seeds:
-        for name in args.recipes:
-            if (name, seed) in done:
+        for name in names:
+            # Read anew each time: two of these may share the file.
+            if any(_matches(args, name, seed, row) for row in read_rows(args.out)):
                 continue
             found = run(args, name, seed, splits)
             with args.out.open("a") as file:
                 file.write(json.dumps(found) + "\n")
             print(json.dumps(found), flush=True)
-    print_table(args.out)
+    rows = read_rows(args.out)
+    print_table([row for row in rows if _matches(args, row["name"], row["seed"], row)])
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ import torch
 import tyro
 from ray import serve as ray_serve
 
+from benchmarks.serve_memory import resident_mib
 from serve.lm_app import build_app
 from serve.lm_settings import LMSettings
 
@@ -52,21 +52,6 @@ class Readings:
     pinned_tokens: int = 0
     errors: list[str] = field(default_factory=list)
     memory_mib: list[dict[str, float]] = field(default_factory=list)
-
-
-def resident_mib() -> dict[str, float]:
-    """Resident memory of the Serve processes, by the name Ray gives them."""
-    found = dict.fromkeys(PROCESSES, 0.0)
-    for process in Path("/proc").iterdir():
-        try:
-            title = (process / "cmdline").read_bytes().decode(errors="replace")
-            pages = int((process / "statm").read_text().split()[1])
-        except (OSError, ValueError, IndexError):
-            continue
-        for name in PROCESSES:
-            if title.startswith("ray::") and name in title:
-                found[name] += pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-    return found
 
 
 async def pin(client: httpx.AsyncClient, number: int) -> int:
@@ -108,7 +93,7 @@ async def stream(client: httpx.AsyncClient, number: int, until: float, readings:
 
 async def watch(until: float, readings: Readings) -> None:
     while time.perf_counter() < until:
-        readings.memory_mib.append(resident_mib())
+        readings.memory_mib.append(resident_mib(PROCESSES))
         await asyncio.sleep(5)
 
 

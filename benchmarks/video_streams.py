@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import os
 import socket
 import sys
 import tempfile
@@ -31,6 +30,8 @@ import tyro
 from PIL import Image
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
+
+from benchmarks.serve_memory import resident_mib
 
 APP = "streams"
 PROCESSES = (f"ServeReplica:{APP}:Embedder", f"ServeReplica:{APP}:Ingress", "ProxyActor")
@@ -114,21 +115,6 @@ def write_artifact(config: Config, folder: Path) -> None:
     save_artifact(folder, encoder, prep, {"run": "benchmark", "step": 0, "manifest_hash": ""})
 
 
-def resident_mib() -> dict[str, float]:
-    """Resident memory of the Serve processes, by the name Ray gives them."""
-    found = dict.fromkeys(PROCESSES, 0.0)
-    for process in Path("/proc").iterdir():
-        try:
-            title = (process / "cmdline").read_bytes().decode(errors="replace")
-            pages = int((process / "statm").read_text().split()[1])
-        except (OSError, ValueError, IndexError):
-            continue
-        for name in PROCESSES:
-            if title.startswith("ray::") and name in title:
-                found[name] += pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-    return found
-
-
 class Client:
     """One stream.
 
@@ -192,7 +178,7 @@ class Client:
 async def watch(seconds: float, readings: Readings) -> None:
     """Reads memory until cancelled or for that long."""
     for _ in range(int(seconds / 5) + 1):
-        readings.memory_mib.append(resident_mib())
+        readings.memory_mib.append(resident_mib(PROCESSES))
         await asyncio.sleep(5)
 
 
@@ -204,7 +190,7 @@ async def measure(config: Config, url: str) -> Readings:
     watcher = asyncio.create_task(watch(config.seconds, readings))
     await asyncio.gather(*(client.run(url, start_at) for client in clients))
     watcher.cancel()
-    readings.memory_mib.append(resident_mib())
+    readings.memory_mib.append(resident_mib(PROCESSES))
     return readings
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import io
+import re
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any, BinaryIO, TypeAlias
@@ -29,6 +30,10 @@ CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif"
 
 # The same results on every processor. ACCURATE_RND as well would darken RGB by 2 levels of 255.
 SCALING = Interpolation.BICUBIC | Interpolation.BITEXACT
+
+# Of a Matroska stream, by its usual writers: when it ends. Not `Fraction`'s own syntax, in which a
+# few bytes of exponent are a number of gigabytes.
+CLOCK_TIME = re.compile(r"([0-9]{1,6}):([0-9]{1,2}):([0-9]{1,2}(?:\.[0-9]{1,12})?)")
 
 U8 = npt.NDArray[np.uint8]
 Packet: TypeAlias = "av.Packet[Any]"  # generic in its stub only
@@ -148,6 +153,23 @@ def pixel_aspect(stream: av.VideoStream) -> Fraction:
     """Width / height of one pixel; 1 where the file says nothing, or nonsense."""
     aspect = Fraction(stream.sample_aspect_ratio or 1)
     return aspect if LEAST_ASPECT <= aspect <= 1 / LEAST_ASPECT else Fraction(1)
+
+
+def declared_seconds(container: Any, stream: av.VideoStream) -> Fraction | None:
+    """Returns the length of a video stream by the file's header, None where it does not say.
+
+    Matroska says when the stream ends, and when the file does: the later one counts, of limits too.
+    """
+    if stream.duration and stream.time_base:
+        return stream.duration * stream.time_base
+    ends = []
+    if written := CLOCK_TIME.fullmatch(stream.metadata.get("DURATION", "")):
+        hours, minutes, seconds = (Fraction(part) for part in written.groups())
+        ends.append(hours * 3600 + minutes * 60 + seconds)
+    if container.duration and not container.streams.audio:  # else it may be that of the sound
+        ends.append(Fraction(container.duration, av.time_base))
+    start = (stream.start_time or 0) * (stream.time_base or Fraction(0))
+    return max(ends) - start if ends else None
 
 
 def describe(error: BaseException) -> str:

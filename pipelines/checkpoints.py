@@ -29,7 +29,7 @@ from models.vit import VisionTransformer
 from pipelines.config import PretrainConfig, from_json, to_json
 from pipelines.storage import join_uri, local_copy, open_uri, ray_storage
 
-FORMAT = 1
+FORMAT = 2
 GROUPS = ("model", "optimizer", "loop")
 
 
@@ -51,8 +51,8 @@ class CheckpointState:
     """Identity of the training shards."""
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     """The newest reading of every metric."""
-    strikes: int = 0
-    """Suspicious readings in a row of the collapse watch."""
+    strikes: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Suspicious readings in a row, of each feature that the collapse watch looks at."""
     world_size: int = 1
     """Processes that wrote it."""
     format: int = FORMAT
@@ -152,7 +152,7 @@ def load_share(folder: Path, group: str, rank: int, world_size: int) -> dict[str
         raise CheckpointError(f"{path}: checkpoint does not load: {error}") from error
 
 
-def _decides_the_run(key: str) -> bool:
+def decides_the_run(key: str) -> bool:
     """Whether changing this setting would make another run of it (facts: docs/checkpoints.md)."""
     free = {"data.train", "data.test", "data.decode_in", "data.decode_threads"}
     free |= {"data.prefetch_batches"}
@@ -173,11 +173,11 @@ def check_resumable(
     Raises:
         CheckpointError: naming every flag that differs.
     """
-    before, after = _flatten(dataclasses.asdict(saved)), _flatten(dataclasses.asdict(cfg))
+    before, after = flatten(dataclasses.asdict(saved)), flatten(dataclasses.asdict(cfg))
     differing = [
         f"--{key.replace('_', '-')} was {before[key]!r}, is now {after[key]!r}"
         for key in after
-        if _decides_the_run(key) and before[key] != after[key]
+        if decides_the_run(key) and before[key] != after[key]
     ]
     if state.manifest_hash != manifest_hash:
         differing.append(
@@ -192,11 +192,12 @@ def check_resumable(
         )
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat

@@ -2,7 +2,7 @@
 
     python -m pipelines.demo
 
-unpacks the shipped CIFAR-10 sample, ingests it, pretrains the recipe `cifar10_demo`, evaluates it
+unpacks the shipped CIFAR-10 sample, ingests it, pretrains LeJEPA (or another `--recipe`), evaluates it
 beside random-init and raw pixels, exports, embeds the whole set, serves the encoder and asks it
 over HTTP about test images, whose nearest neighbours it prints.
 """
@@ -50,7 +50,7 @@ from pipelines.export import export
 from pipelines.fetch import sample_folder
 from pipelines.ingest import ingest
 from pipelines.pretrain import pretrain
-from pipelines.recipes import cifar10_demo
+from pipelines.recipes import RECIPES
 from pipelines.shards import read_rows
 from serve.app import build_app
 from serve.settings import ServeSettings
@@ -68,7 +68,7 @@ def demo(cfg: DemoConfig) -> dict[str, Any]:
         start_ray()
         for split, shards in (("train", train), ("test", test)):
             ingest(IngestConfig(source=str(folders / split), out=shards))
-    with step(console, "2/6 pretrain: I-JEPA on Ray Train, watched for collapse"):
+    with step(console, f"2/6 pretrain: {cfg.recipe} on Ray Train, watched for collapse"):
         result = pretrain(run_config(cfg, out, train, test))
     with step(console, "3/6 evaluate: beside random-init and raw pixels"):
         evaluation = EvaluateConfig(
@@ -112,9 +112,9 @@ def start_ray() -> None:
 
 def run_config(cfg: DemoConfig, out: Path, train: str, test: str) -> PretrainConfig:
     """The recipe, aimed at the demo's data."""
-    recipe = cifar10_demo()
+    recipe = RECIPES[cfg.recipe][1]
     changes: dict[str, Any] = {"storage": str(out / "runs"), "seed": cfg.seed}
-    changes["name"] = f"demo-seed{cfg.seed}"
+    changes["name"] = f"{cfg.recipe}-seed{cfg.seed}"
     if cfg.steps is not None:
         changes["steps"] = cfg.steps
     changes["precision"] = cfg.precision or ("bf16" if cpu_has_bf16() else recipe.run.precision)

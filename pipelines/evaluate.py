@@ -17,6 +17,7 @@ import pathlib
 import platform
 import sys
 import time
+from functools import partial
 from typing import Any
 
 # Lets `python pipelines/evaluate.py` work from an uninstalled checkout, as `ray job submit` runs it.
@@ -35,6 +36,7 @@ from models.weights import load_artifact
 from pipelines.attentive_probe import attentive_probe
 from pipelines.checkpoints import CheckpointError, load_encoder
 from pipelines.clip_sampling import ClipSampler, training_sampler
+from pipelines.comparison import comparison_table, read_compared
 from pipelines.config import ClipConfig, EvaluateConfig
 from pipelines.features import Wanted, check_classes
 from pipelines.metrics import rankme
@@ -146,6 +148,7 @@ def evaluate(cfg: EvaluateConfig, *, console: Console | None = None) -> dict[str
     """
     console, start = console or Console(), time.time()
     manifests = _manifests(cfg)
+    compared = read_compared(cfg, manifests)
     subject = with_sampler(cfg, load_subject(cfg.checkpoint), manifests[0].modality)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     subject.encoder.to(device)
@@ -166,7 +169,7 @@ def evaluate(cfg: EvaluateConfig, *, console: Console | None = None) -> dict[str
         "rows": rows,
         **({"supervised": supervised} if supervised else {}),
         "provenance": subject.provenance,
-        "settings": json.loads(json.dumps(dataclasses.asdict(cfg))),  # as the file will have it
+        "settings": json.loads(json.dumps(dataclasses.asdict(cfg))),  # tuples as they are read back
         "data": {
             name: {
                 "manifest_hash": manifest.manifest_hash,
@@ -187,8 +190,10 @@ def evaluate(cfg: EvaluateConfig, *, console: Console | None = None) -> dict[str
         ]
         results["task"] = task_of(max(read), test.labels_N)
     console.print(results_table(results))
+    if compared:
+        console.print(comparison_table(results, compared))
     _write(cfg.out, "results.json", json.dumps(results, indent=2).encode())
-    html = write_report(results, subject, train, test, baseline)
+    html = write_report(results, subject, train, test, baseline, compared)
     console.print(f"report: {_write(cfg.out, 'report.html', html.encode())}")
     return results
 
@@ -204,12 +209,14 @@ def probe(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     bank_ND = torch.from_numpy(train.features[row]).to(device)
     sets = (bank_ND, train.labels_N, torch.from_numpy(test.features[row]), test.labels_N)
-    other = None if shifted is None else (torch.from_numpy(shifted.features[row]), shifted.labels_N)
+    other = None
+    if shifted is not None:
+        other = (torch.from_numpy(shifted.features[row]), shifted.labels_N)
     linear = linear_probe(*sets, shifted=other, epochs=cfg.probe_epochs, seed=cfg.seed)
-    votes = (cfg.knn_k, cfg.knn_temperature)
+    votes = partial(knn_accuracy, *sets[:2], k=cfg.knn_k, temperature=cfg.knn_temperature)
     return {
-        "knn": knn_accuracy(*sets, *votes),
-        "knn_shift": None if other is None else knn_accuracy(*sets[:2], *other, *votes),
+        "knn": votes(*sets[2:]),
+        "knn_shift": votes(*other) if other else None,
         "linear": dataclasses.asdict(linear),
         "few_shot_1pct": dataclasses.asdict(few_shot(*sets, share=0.01, seed=cfg.seed)),
         "few_shot_10": dataclasses.asdict(few_shot(*sets, per_class=10, seed=cfg.seed)),

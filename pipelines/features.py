@@ -78,6 +78,7 @@ class Wanted:
 
 
 LABELLED = Wanted()
+EVERY = Wanted(column="sample_id")
 
 
 def check_classes(sets: Mapping[str, Manifest]) -> None:
@@ -115,6 +116,11 @@ def load_labelled(uri: str, limit: int | None = None, *, seed: int = 0) -> pa.Ta
     if not sum(table.num_rows for table in tables):
         raise ValueError(f"{uri}: nothing is labelled; probes need shards with labels")
     return pa.concat_tables(tables)
+
+
+def load_samples(uri: str, limit: int) -> pa.Table:
+    """As `load_labelled`, of any rows, labelled or not."""
+    return pa.concat_tables(list(iter_labelled(uri, limit, wanted=EVERY)))
 
 
 def iter_labelled(

@@ -44,6 +44,8 @@ SEGMENT_PIECES = 512
 """Read tasks in one Ray dataset; many epochs fit, so that no epoch waits for an execution to start."""
 STARVED_SECONDS = 60.0
 """Without a first batch and without a free CPU for this long, loading gives up."""
+WATCH_SECONDS = 5.0
+"""How often it looks for a free CPU while the first batch is awaited."""
 CLOSE_SECONDS = 10.0
 """How long a loader that is closed waits for its thread, which Ray may keep."""
 LEAST_CPUS = 0.05  # a smaller share of a CPU a rank is taken for a mistake
@@ -342,7 +344,7 @@ def ahead(source: Generator[T], depth: int, watch: Callable[[], None]) -> Iterat
     Args:
         source: what to run; closed in its thread when the consumer stops.
         depth: items kept ready.
-        watch: called every few seconds while the first item is awaited; may raise.
+        watch: called every `WATCH_SECONDS` while the first item is awaited; may raise.
 
     Raises:
         Whatever `source` raises, where it would have yielded.
@@ -388,6 +390,6 @@ class _Failure:
 def _first(items: queue.Queue[Any], watch: Callable[[], None]) -> Any:
     while True:
         try:
-            return items.get(timeout=5)
+            return items.get(timeout=WATCH_SECONDS)
         except queue.Empty:
             watch()

@@ -35,14 +35,15 @@ def rankme(features_ND: Tensor, *, centred: bool = False) -> float:
     features = torch.as_tensor(features_ND).double()
     if centred:
         features = features - features.mean(dim=0)
-    return _effective_rank(torch.linalg.svdvals(features))
+    return effective_rank(torch.linalg.svdvals(features))
 
 
-def _effective_rank(singular_values: Tensor) -> float:
-    total = singular_values.sum()
+def effective_rank(values: Tensor) -> float:
+    """Exp of the entropy of `values` (none negative) normalised to sum to 1 (arXiv 2210.02885)."""
+    total = values.sum()
     if not total > 0:  # nothing there (or NaN): no direction at all counts as one
         return float("nan") if torch.isnan(total) else 1.0
-    p = singular_values / total + RANKME_EPS
+    p = values / total + RANKME_EPS
     return float(torch.exp(-(p * torch.log(p)).sum()))
 
 
@@ -102,12 +103,23 @@ class CollapseWatch:
     encoder maps all images to one vector, but to another one after every step, and across steps
     that drift would pass for variety.
 
+    The encoder's readings are called `rankme` and so on, those of another feature `embedded_rankme`.
+
     All in fp64: close to collapse the variance is a small difference of large numbers, which fp32
     would lose. That costs D*D*B multiply-adds a step, nothing beside an encoder.
     """
 
-    def __init__(self, cfg: WatchConfig, dim: int, device: torch.device | str = "cpu") -> None:
-        self.cfg = cfg
+    def __init__(
+        self,
+        cfg: WatchConfig,
+        dim: int,
+        device: torch.device | str = "cpu",
+        *,
+        of: str = "target_pooled",
+    ) -> None:
+        self.cfg, self._dim = cfg, dim
+        self._of_encoder = of == "target_pooled"
+        self._prefix = "" if self._of_encoder else f"{of}_"
         self.strikes = 0
         """Readings in a row that looked collapsed."""
         zeros = partial(torch.zeros, dtype=torch.float64, device=device)
@@ -119,8 +131,8 @@ class CollapseWatch:
         }
 
     def update(self, pooled_BD: Tensor) -> None:
-        """Adds the rows of one step; no host sync."""
-        pooled_BD = pooled_BD.detach().double()
+        """Adds the rows of one step, of them the first `dim` columns; no host sync."""
+        pooled_BD = pooled_BD.detach()[:, : self._dim].double()
         rows = pooled_BD.shape[0]
         sum_D = pooled_BD.sum(dim=0)
         unit_sum_D = torch.nn.functional.normalize(pooled_BD, dim=1).sum(dim=0)
@@ -153,12 +165,13 @@ class CollapseWatch:
         variance_D = (scatter_DD.diagonal() / (rows - updates)).clamp(min=0)
         # Below this the scatter is the rounding noise of equal fp32 rows, whose rank looks high.
         is_noise = scatter_DD.trace() <= 1e-12 * gram_DD.trace()
-        return {
+        found = {
             "rankme": _rankme_of_gram(gram_DD),
             "rankme_centred": 1.0 if is_noise else _rankme_of_gram(scatter_DD),
             "std": float(variance_D.sqrt().mean()),
             "cosine": float(pair_sum) / pairs,
         }
+        return {self._prefix + name: value for name, value in found.items()}
 
     def _reset(self) -> None:
         for moment in self._moments.values():
@@ -177,8 +190,9 @@ class CollapseWatch:
         self.strikes = self.strikes + 1 if crossed else 0
         if not crossed or self.strikes < self.cfg.patience:
             return None
+        subject = "encoder has" if self._of_encoder else "embeddings have"
         return (
-            f"the encoder has collapsed at step {step}: {'; '.join(crossed)} "
+            f"the {subject} collapsed at step {step}: {'; '.join(crossed)} "
             f"({self.strikes} readings in a row). Try a lower --optim.lr, a longer "
             "--optim.warmup-steps, --objective.target ema or, of lejepa, a larger "
             "--objective.sigreg-weight; --watch.action warn goes on regardless."
@@ -192,9 +206,12 @@ class CollapseWatch:
             ("cosine", "mean pairwise cosine", "above", cfg.max_cosine),
         ]
         flags = {"rankme_centred": "min-rankme", "std": "min-std", "cosine": "max-cosine"}
+        if not self._of_encoder:
+            bounds[1] = (*bounds[1][:3], cfg.min_embedded_std)
+            flags["std"] = "min-embedded-std"
         crossed = []
         for key, name, side, bound in bounds:
-            value = reading[key]
+            value = reading[self._prefix + key]
             bad = value < bound if side == "below" else value > bound
             if bad or not math.isfinite(value):
                 crossed.append(f"{name} {value:.5g} is not within --watch.{flags[key]} {bound:g}")
@@ -215,4 +232,4 @@ class CollapseWatch:
 def _rankme_of_gram(gram_DD: Tensor) -> float:
     if not torch.isfinite(gram_DD).all():
         return float("nan")
-    return _effective_rank(torch.linalg.eigvalsh(gram_DD).clamp(min=0).sqrt())
+    return effective_rank(torch.linalg.eigvalsh(gram_DD).clamp(min=0).sqrt())

@@ -18,7 +18,7 @@ import functools
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,11 +59,18 @@ class PretrainResult:
     metrics: dict[str, float]
 
 
-def pretrain(cfg: PretrainConfig) -> PretrainResult:
+def pretrain(
+    cfg: PretrainConfig, *, callbacks: Sequence[Any] = (), stream: Any = None
+) -> PretrainResult:
     """Trains `cfg` through Ray Train and waits for the end.
 
     Uses the Ray that this process has, or RAY_ADDRESS names, or `ray start` left on this machine;
     else (or with RAY_ADDRESS=local) one of its own.
+
+    Args:
+        cfg: The run.
+        callbacks: Ray Train's, told of every checkpoint.
+        stream: Takes lines for a person; None is stdout.
 
     Raises:
         ValueError: no training data named, or the cluster cannot fit the run.
@@ -72,12 +79,12 @@ def pretrain(cfg: PretrainConfig) -> PretrainResult:
     """
     if not cfg.data.train:
         raise ValueError("--data.train: name the folder or s3:// prefix of ingested shards")
-    cfg = _with_absolute_paths(cfg)
+    cfg = with_absolute_paths(cfg)
     run_uri = join_uri(cfg.run.storage, cfg.run.name)
-    _check_early(cfg, run_uri)
-    _start_ray(cfg)
+    check_early(cfg, run_uri)
+    start_ray(cpus_needed(cfg))
     check_fits(cfg)
-    outcome = _fit(cfg)
+    outcome = _fit(cfg, callbacks, stream or sys.stdout)
     if outcome.refused:
         raise CheckpointError(outcome.refused)
     if outcome.collapsed:
@@ -91,7 +98,8 @@ def pretrain(cfg: PretrainConfig) -> PretrainResult:
     )
 
 
-def _with_absolute_paths(cfg: PretrainConfig) -> PretrainConfig:
+def with_absolute_paths(cfg: PretrainConfig) -> PretrainConfig:
+    """`cfg` as workers need it, which run in other directories."""
     data = dataclasses.replace(
         cfg.data, train=absolute_uri(cfg.data.train), test=absolute_uri(cfg.data.test)
     )
@@ -103,8 +111,13 @@ def _with_absolute_paths(cfg: PretrainConfig) -> PretrainConfig:
     return dataclasses.replace(cfg, data=data, run=run)
 
 
-def _check_early(cfg: PretrainConfig, run_uri: str) -> None:
-    """Finds in a second what workers would find in twenty: bad data, a run of other settings."""
+def check_early(cfg: PretrainConfig, run_uri: str) -> None:
+    """Finds in a second what workers would find in twenty: bad data, a run of other settings.
+
+    Raises:
+        ValueError: naming the flag.
+        CheckpointError: naming the flags that differ from the run's.
+    """
     from models.vit import find_preset
     from pipelines.loading import check_modality
     from pipelines.maskers import make_masker
@@ -126,7 +139,8 @@ def _check_early(cfg: PretrainConfig, run_uri: str) -> None:
         resolve_checkpoint(cfg.run.init_from)
 
 
-def _start_ray(cfg: PretrainConfig) -> None:
+def start_ray(cpus: float) -> None:
+    """Makes sure of a Ray; one of our own has room for `cpus`."""
     import ray
 
     if ray.is_initialized():
@@ -139,23 +153,27 @@ def _start_ray(cfg: PretrainConfig) -> None:
         ray.init(runtime_env=runtime_env)
         return
     # A Ray of our own: CPUs are only a count here, so one with too few cores still gets room.
-    cpus = max(os.cpu_count() or 1, math.ceil(_worker_cpus(cfg) + DATA_CPUS))
     try:
-        ray.init(num_cpus=cpus, runtime_env=runtime_env)
+        ray.init(num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)), runtime_env=runtime_env)
     except ValueError as error:
         if "existing cluster" not in str(error):
             raise
         ray.init(runtime_env=runtime_env)  # Ray found the one that `ray start` left
 
 
-def _worker_cpus(cfg: PretrainConfig) -> float:
-    return cfg.run.workers * cfg.run.cpus_per_worker
+def cpus_needed(cfg: PretrainConfig) -> float:
+    """CPUs that a run's workers and its data tasks reserve."""
+    return cfg.run.workers * cfg.run.cpus_per_worker + DATA_CPUS
 
 
-def check_fits(cfg: PretrainConfig) -> None:
+def check_fits(cfg: PretrainConfig, *, runs: int = 1) -> None:
     """Refuses a run whose workers and Ray Data tasks cannot both get CPUs (or GPUs).
 
     On an autoscaling cluster what counts is the size it may grow to.
+
+    Args:
+        cfg: The run.
+        runs: So many of them at a time.
 
     Raises:
         ValueError: naming what there is, what is needed and the flags.
@@ -166,29 +184,31 @@ def check_fits(cfg: PretrainConfig) -> None:
     there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     may_grow = state.get_max_resources_from_cluster_config() or {}
     cpus = max(there.get("CPU", 0.0), may_grow.get("CPU", 0.0))
-    needed = _worker_cpus(cfg) + DATA_CPUS
+    needed = runs * cpus_needed(cfg)
+    many = f", --concurrent {runs} times," if runs > 1 else ""
     if cpus < needed:
         raise ValueError(
             f"the Ray cluster has {cpus:g} CPUs; {cfg.run.workers} workers at "
             f"--run.cpus-per-worker {cfg.run.cpus_per_worker:g} and {DATA_CPUS:g} for the data "
-            f"tasks need {needed:g}. Lower --run.cpus-per-worker or --run.workers, or add nodes."
+            f"tasks{many} need {needed:g}. Lower --run.cpus-per-worker or --run.workers, or add "
+            "nodes."
         )
     gpus = max(there.get("GPU", 0.0), may_grow.get("GPU", 0.0))
-    if cfg.run.gpu and gpus < cfg.run.workers:
+    if cfg.run.gpu and gpus < runs * cfg.run.workers:
         raise ValueError(
-            f"the Ray cluster has {gpus:g} GPUs; --run.workers {cfg.run.workers} with --run.gpu "
-            "needs one each."
+            f"the Ray cluster has {gpus:g} GPUs; --run.workers {cfg.run.workers} with --run.gpu"
+            f"{many} needs one each."
         )
 
 
-def _fit(cfg: PretrainConfig) -> Outcome:
+def _fit(cfg: PretrainConfig, callbacks: Sequence[Any], stream: Any) -> Outcome:
     from ray.train import ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from pipelines.trainer import train_worker
 
     resources = {"CPU": cfg.run.cpus_per_worker} | ({"GPU": 1} if cfg.run.gpu else {})
-    with _progress(sys.stdout) as queue:
+    with _progress(stream) as queue:
         trainer = TorchTrainer(
             functools.partial(train_worker, cfg, queue),  # type: ignore[arg-type]
             # With GPUs too, gloo for what lives on the CPU: messages and the moments of the watch.
@@ -196,7 +216,7 @@ def _fit(cfg: PretrainConfig) -> Outcome:
             scaling_config=ScalingConfig(
                 num_workers=cfg.run.workers, use_gpu=cfg.run.gpu, resources_per_worker=resources
             ),
-            run_config=_run_config(cfg),
+            run_config=_run_config(cfg, callbacks),
         )
         # Typed as Ray Train V1 when imported from its public place; it is V2.
         result: Any = trainer.fit()
@@ -204,7 +224,7 @@ def _fit(cfg: PretrainConfig) -> Outcome:
     return outcome
 
 
-def _run_config(cfg: PretrainConfig) -> Any:
+def _run_config(cfg: PretrainConfig, callbacks: Sequence[Any]) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig
 
     path, filesystem = ray_storage(cfg.run.storage)
@@ -219,6 +239,7 @@ def _run_config(cfg: PretrainConfig) -> Any:
             checkpoint_score_attribute="score" if cfg.run.probe_every else None,
         ),
         logging_config=LoggingConfig(log_level="WARNING"),
+        callbacks=list(callbacks),
     )
 
 

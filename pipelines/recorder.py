@@ -18,11 +18,14 @@ from pipelines.checkpoints import CheckpointState, save_checkpoint
 from pipelines.config import PretrainConfig, to_json
 from pipelines.online_probe import OnlineProbe, build_probe
 from pipelines.optimizers import read_hyperparameters
+from pipelines.rank_probe import RankProbe
 from pipelines.storage import RunFolder, join_uri
 from pipelines.tracking import MetricsLog, SampleLog, StepTimer, progress_line, speed
 from pipelines.train_state import TrainState
 
 Say = Callable[[str], None]
+REPORTED = ("knn", "loss", "fixed_rankme", "lidar")
+"""Metrics that Ray Train is told of with a checkpoint."""
 
 
 class Batches(Protocol):
@@ -104,11 +107,13 @@ class Recorder:
         self._folder = RunFolder(join_uri(cfg.run.storage, cfg.run.name))
         self._log: MetricsLog | None = None
         self._probe: OnlineProbe | None = None
+        self._rank_probe: RankProbe | None = None
         self._samples = self._sample_log() if cfg.run.log_samples else None
         if worker.rank == 0:
             (self._folder.local / "config.json").write_text(to_json(cfg))
             self._log = MetricsLog(self._folder, state.step)
             self._probe = build_probe(cfg, say)
+            self._rank_probe = RankProbe(cfg) if cfg.run.rank_every else None
             if self._probe and state.step == 0:
                 self._log.write(0, self._with_knn({}))
 
@@ -120,7 +125,7 @@ class Recorder:
         self, batch: dict[str, Any], schedule: dict[str, float], grad_norm: Tensor | None
     ) -> str | None:
         """Records the step just taken; returns why the run must stop, if it must."""
-        run, step = self.cfg.run, self.state.step
+        run, state, step = self.cfg.run, self.state, self.state.step
         collapsed = None
         values: dict[str, Any] = {}
         if self._samples:
@@ -128,8 +133,10 @@ class Recorder:
         if self.reads_at(step):
             values, collapsed = self._read(schedule, grad_norm)
         stop = collapsed is not None and self.cfg.watch.action == "stop"
-        if run.probe_every and (step % run.probe_every == 0 or step == run.steps) and not stop:
+        if self._due(run.probe_every) and not stop:
             values |= self._with_knn({})
+        if self._rank_probe and self._due(run.rank_every) and not stop:
+            values |= self._rank_probe(state.objective.feature_encoder)
         if values:
             self._write(values)
         if stop:
@@ -138,6 +145,10 @@ class Recorder:
             self._checkpoint(values)
         return None
 
+    def _due(self, every: int) -> bool:
+        step = self.state.step
+        return bool(every) and (step % every == 0 or step == self.cfg.run.steps)
+
     def _read(
         self, schedule: dict[str, float], grad_norm: Tensor | None
     ) -> tuple[dict[str, Any], str | None]:
@@ -145,13 +156,16 @@ class Recorder:
         values: dict[str, Any] = {"epoch": self._epoch(), **state.meter.reading(), **schedule}
         if grad_norm is not None:
             values["grad_norm"] = float(grad_norm)
-        values |= state.watch.reading()
+        readings = {name: watch.reading() for name, watch in state.watches.items()}
+        for reading in readings.values():
+            values |= reading
         values |= read_hyperparameters(state.optimizer)
         self._say_skipped(values.get("skipped_steps", 0.0))
         verdict = None
         if cfg.watch.action != "off":
             verdict = _not_finite(values["loss"], state.step)
-            verdict = verdict or state.watch.judge(values, state.step)
+            found = [w.judge(readings[name], state.step) for name, w in state.watches.items()]
+            verdict = verdict or next((line for line in found if line), None)
         # Every process has the same sums, but not surely the same eigenvalues to the last bit.
         verdict = self.worker.first(verdict)
         if verdict:
@@ -193,12 +207,12 @@ class Recorder:
             epoch=self._epoch(),
             manifest_hash=self.data.manifest_hash,
             metrics=dict(state.metrics),
-            strikes=state.watch.strikes,
+            strikes={name: watch.strikes for name, watch in state.watches.items()},
             world_size=worker.world_size,
         )
         # Only a probe of these very weights may rank them.
         reported = {"step": state.step, "score": values.get("knn", -1.0)}
-        reported |= {k: v for k, v in values.items() if k in ("knn", "loss")}
+        reported |= {k: v for k, v in values.items() if k in REPORTED}
 
         def write(folder: Path) -> None:
             save_checkpoint(folder, state.tensors(), saved, cfg, rank=worker.rank)

@@ -7,24 +7,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
 import pyarrow as pa
-from markupsafe import Markup
 from torch import Tensor
 
 from models.preprocessing import Preprocessing
 from models.vit import VisionTransformer
 from pipelines.clip_sampling import ClipSampler
+from pipelines.comparison import compared_rows
 from pipelines.config import ModelConfig, ObjectiveConfig, PretrainConfig, to_json
+from pipelines.curves import training_curves
 from pipelines.features import decode_all, extract_features, read_places
 from pipelines.figures import (
     context_picture,
-    line_chart,
     masked_clip,
     pca_pictures,
     picture_uri,
@@ -35,10 +35,8 @@ from pipelines.masking import key_of, sample_keys
 from pipelines.probe_sets import ProbeSet
 from pipelines.probes import knn_predict, nearest
 from pipelines.reading import STREAM_LEGACY
-from pipelines.storage import local_copy, open_uri
-from pipelines.tracking import METRICS, read_metrics
 
-Column = Callable[[dict[str, Any]], tuple[str, float | None]]
+Column = Callable[[Mapping[str, Any]], tuple[str, float | None]]
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 NAMES = {
@@ -51,26 +49,6 @@ NAMES = {
 """Rows of the table of results."""
 QUERIES, NEIGHBOURS, MASKED = 10, 6, 8
 PCA_SHOWN, PCA_FITTED, PCA_BATCH = 8, 256, 32
-CURVES = (
-    ("loss", "Loss", 1.0, "Falls when the encoder learns, and when it collapses."),
-    ("rankme", "RankMe", 1.0, "Effective rank of pooled features; 1 is collapse."),
-    ("knn", "Online kNN, %", 100.0, "On a small fixed bank of labelled samples."),
-    ("std", "Feature spread", 1.0, "Mean standard deviation per dimension."),
-    ("cosine", "Mean pairwise cosine", 1.0, "1 means that all samples look the same."),
-    ("samples_per_s", "Samples per second", 1.0, "Of the whole run."),
-    ("lr", "Learning rate", 1.0, "As scheduled."),
-    ("tuned_lr", "Learning rate, tuned", 1.0, "The schedule times the optimizer's own factor."),
-    ("wd", "Weight decay", 1.0, "As scheduled."),
-    (
-        "tuned_weight_decay",
-        "Weight decay, tuned",
-        1.0,
-        "The schedule times the optimizer's factor.",
-    ),
-    ("tuned_beta1", "Beta 1, tuned", 1.0, "Decay rate of the gradient's average."),
-    ("tuned_beta2", "Beta 2, tuned", 1.0, "Decay rate of the squared gradient's average."),
-    ("tuned_eps", "Epsilon, tuned", 1.0, "Floor of the update's denominator."),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +72,7 @@ def write_report(
     train: ProbeSet,
     test: ProbeSet,
     baseline: VisionTransformer,
+    compared: Sequence[dict[str, Any]] = (),
 ) -> str:
     """Draws everything and fills the template.
 
@@ -103,6 +82,7 @@ def write_report(
         train: the labelled set the probes learned from.
         test: the labelled set they were scored on; its images are shown.
         baseline: the randomly initialised encoder of the table.
+        compared: results of other evaluations, to stand beside.
 
     Returns:
         The HTML.
@@ -112,22 +92,26 @@ def write_report(
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(TEMPLATE.read_text()).render(
         results=results,
-        rows=_table(results),
+        rows=_table(
+            {NAMES[key].capitalize(): row for key, row in results["rows"].items()},
+            results.get("supervised"),
+        ),
+        compared=_table(compared_rows(results, compared)) if compared else [],
         headline=_headline(results),
-        curves=_curves(subject.run_uri),
+        sections=training_curves(subject.run_uri),
         neighbours=_neighbours(results, subject, train, test),
         pca=_pca(subject, baseline, pixels),
         masks=_masks(subject, shown, pixels),
         noun="clip" if subject.sampler else "image",
         counts=[len(part.labels_N) for part in (train, test)],
-        columns=[name for name, _ in _columns(results)],
+        columns=[name for name, _ in _columns(results["rows"])],
         mask_note=_mask_note(subject.config),
         provenance=json.dumps(results["provenance"], indent=2),
         config=to_json(subject.config) if subject.config else None,
     )
 
 
-def _columns(results: dict[str, Any]) -> list[tuple[str, Column]]:
+def _columns(rows: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Column]]:
     """Columns of the table: a name, and a row's (text, value or None where there is no best)."""
     columns: list[tuple[str, Column]] = [
         ("kNN", lambda r: (_percent(r["knn"]), r["knn"])),
@@ -139,14 +123,14 @@ def _columns(results: dict[str, Any]) -> list[tuple[str, Column]]:
             lambda r: (f"{r['rankme']:.1f} of {r['width']}" if "rankme" in r else "\u2013", None),
         ),
     ]
-    if "attentive" in results["rows"]["encoder"]:
+    if all("attentive" in row for row in rows.values()):
         columns.insert(0, ("Attentive probe", lambda r: _accuracy(r["attentive"])))
-    if results["rows"]["encoder"]["knn_shift"] is not None:
+    if all(row.get("knn_shift") is not None for row in rows.values()):
         columns.insert(1, ("Shifted", lambda r: _shifted(*main_score(r))))
     return columns
 
 
-def main_score(row: dict[str, Any]) -> tuple[float, float]:
+def main_score(row: Mapping[str, Any]) -> tuple[float, float]:
     """A row's main accuracy, attentive probe or kNN, on the test set and on the shifted one."""
     if "attentive" in row:
         return row["attentive"]["accuracy"], row["attentive"]["shift_accuracy"]
@@ -178,16 +162,19 @@ def _headline(results: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _table(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the table: a name and cells of (text, share of the column's largest)."""
-    columns = [column for _, column in _columns(results)]
-    cells = {key: [column(row) for column in columns] for key, row in results["rows"].items()}
-    if found := results.get("supervised"):
-        cells["supervised"] = _supervised_cells(found, _columns(results))
+def _table(
+    rows: Mapping[str, Mapping[str, Any]], supervised: dict[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    """Rows of a table: a name and cells of (text, share of the column's largest)."""
+    named = _columns(rows)
+    columns = [column for _, column in named]
+    cells = {name: [column(row) for column in columns] for name, row in rows.items()}
+    if supervised:
+        cells["Supervised"] = _supervised_cells(supervised, named)
     best = [max((row[i][1] or 0) for row in cells.values()) for i in range(len(columns))]
     return [
         {
-            "name": NAMES[key].capitalize(),
+            "name": name,
             "cells": [
                 {
                     "text": text,
@@ -197,7 +184,7 @@ def _table(results: dict[str, Any]) -> list[dict[str, Any]]:
                 for i, (text, value) in enumerate(row)
             ],
         }
-        for key, row in cells.items()
+        for name, row in cells.items()
     ]
 
 
@@ -222,21 +209,6 @@ def _accuracy(probe: dict[str, Any]) -> tuple[str, float]:
 
 def _with_spread(score: dict[str, Any]) -> tuple[str, float]:
     return f"{100 * score['mean']:.1f} \u00b1 {100 * score['std']:.1f}", score["mean"]
-
-
-def _curves(run_uri: str | None) -> list[dict[str, Any]]:
-    if run_uri is None or not open_uri(run_uri)[0].exists(f"{open_uri(run_uri)[1]}/{METRICS}"):
-        return []
-    with local_copy(run_uri, METRICS) as folder:
-        readings = read_metrics(folder / METRICS)
-    curves = []
-    for key, title, scale, note in CURVES:
-        points = [(r["step"], r[key]) for r in readings if isinstance(r.get(key), int | float)]
-        if len(points) >= 2:
-            last = f"{scale * points[-1][1]:.4g}"
-            chart = Markup(line_chart(points, title, scale=scale))
-            curves.append({"title": title, "note": note, "chart": chart, "last": last})
-    return curves
 
 
 def _spread(labels_N: np.ndarray, count: int) -> np.ndarray:

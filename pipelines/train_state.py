@@ -32,7 +32,8 @@ class TrainState:
 
     objective: Objective
     optimizer: torch.optim.Optimizer
-    watch: CollapseWatch
+    watches: dict[str, CollapseWatch]
+    """By the name of what each looks at in `Output.monitored`."""
     meter: MeanMeter
     step: int = 0
     """Optimizer steps taken."""
@@ -49,7 +50,8 @@ class TrainState:
         loop = {"rng.cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             loop["rng.cuda"] = torch.cuda.get_rng_state(self.device)
-        loop |= {f"watch.{name}": t for name, t in self.watch.state().items()}
+        for name, watch in self.watches.items():
+            loop |= {f"watch.{name}.{key}": t for key, t in watch.state().items()}
         loop |= {f"meter.{name}": t for name, t in self.meter.state().items()}
         return {
             "model": dict(self.objective.state_dict()),
@@ -74,11 +76,14 @@ class TrainState:
         mine = range(rank, saved.world_size, world_size)
         shares = [load_share(folder, "loop", r, saved.world_size) for r in mine]
         self._restore_loop(shares)
-        self.step, self.metrics, self.watch.strikes = saved.step, saved.metrics, saved.strikes
+        self.step, self.metrics = saved.step, saved.metrics
+        for name, watch in self.watches.items():
+            watch.strikes = saved.strikes.get(name, 0)
         return saved
 
     def _restore_loop(self, shares: list[dict[str, Tensor]]) -> None:
-        self.watch.load(_select(share, "watch.") for share in shares)
+        for name, watch in self.watches.items():
+            watch.load(_select(share, f"watch.{name}.") for share in shares)
         self.meter.load((_select(share, "meter.") for share in shares), self.device)
         if shares:
             torch.set_rng_state(shares[0]["rng.cpu"])
@@ -100,12 +105,13 @@ def new_state(cfg: PretrainConfig, device: torch.device) -> TrainState:
     ).to(device)
     if device.type == "cpu" and cfg.run.precision == "bf16":
         use_plain_attention(objective)
-    width = objective.feature_encoder.width
-    assert isinstance(width, int)
     return TrainState(
         objective=objective,
         optimizer=build_optimizer(objective, cfg.optim),
-        watch=CollapseWatch(cfg.watch, width, device),
+        watches={
+            name: CollapseWatch(cfg.watch, columns, device, of=name)
+            for name, columns in objective.watched.items()
+        },
         meter=MeanMeter(),
     )
 

@@ -92,7 +92,8 @@ def train(
                 (output.loss / cfg.run.accumulate).backward()  # type: ignore[no-untyped-call]
                 timer.mark("backward")
             state.meter.update({"loss": output.loss, **output.metrics})
-            state.watch.update(output.monitored["target_pooled"])
+            for name, watch in state.watches.items():
+                watch.update(output.monitored[name])
 
         rate, decay = set_schedules(state.optimizer, step, cfg.optim, cfg.run.steps)
         grad_norm = _clip(cfg, state, reading=recorder.reads_at(step))

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from models.video_decode import VideoError, open_video
+from models.video_decode import VideoError, declared_seconds, open_video
 from pipelines.config import IngestConfig
 from pipelines.readers import Item
 from pipelines.segmenting import Segment, Segmenter
 from pipelines.shards import hash_bytes
-from pipelines.video_reading import FrameReader, Loss, declared_seconds, presentation_times
+from pipelines.video_reading import FrameReader, Loss, presentation_times
 
 # Limits: they decide whether a file is taken, not what its segments hold.
 _LIMITS = ("max_pixels", "max_bytes", "max_seconds")

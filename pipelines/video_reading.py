@@ -15,7 +15,7 @@ from typing import Any
 
 import av
 
-from models.video_decode import VideoError, describe, pixel_aspect
+from models.video_decode import VideoError, declared_seconds, describe, pixel_aspect
 
 DEFAULT_RATE = 25  # of a stream that states none
 READ_TRIES = 8  # demuxer errors in a row before the rest is given up
@@ -219,23 +219,6 @@ class FrameReader:
         if self._open_damage.places:
             return f"ends in damage after {float(self._end):.3f} s: {self._open_damage.first}"
         return ""
-
-
-def declared_seconds(container: Any, stream: av.VideoStream) -> Fraction | None:
-    """Returns the length of the video stream by the header, None where it does not say."""
-    if stream.duration and stream.time_base:
-        return stream.duration * stream.time_base
-    written = stream.metadata.get("DURATION", "")  # Matroska, by its usual writers
-    parts = written.split(":")
-    if len(parts) == 3:
-        try:
-            hours, minutes, seconds = (Fraction(part) for part in parts)
-            return hours * 3600 + minutes * 60 + seconds
-        except (ValueError, ZeroDivisionError):
-            return None
-    if container.duration and not container.streams.audio:  # else it may be that of the sound
-        return Fraction(container.duration, av.time_base)
-    return None
 
 
 def presentation_times(container: Any, stream: av.VideoStream) -> list[int]:

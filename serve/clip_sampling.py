@@ -20,7 +20,13 @@ import numpy.typing as npt
 from PIL import Image
 
 from models.preprocessing import Preprocessing, eval_transform
-from models.video_decode import VideoError, decode_frames, open_video, pixel_aspect
+from models.video_decode import (
+    VideoError,
+    declared_seconds,
+    decode_frames,
+    open_video,
+    pixel_aspect,
+)
 
 # What cameras, phones, browsers and editors write. FFmpeg has hundreds of other decoders, some of
 # them little tested.
@@ -126,7 +132,7 @@ def read_index(video: bytes, request: ClipRequest) -> VideoIndex:
     with open_video(io.BytesIO(video), max_pixels=request.max_pixels) as (container, stream):
         if stream.codec_context.name not in CODECS:
             raise VideoError("unsupported_codec", f"{stream.codec_context.name} is not decoded")
-        declared_s = _declared_s(container, stream)
+        declared_s = float(declared_seconds(container, stream) or 0)
         if declared_s > request.max_s:
             raise VideoError("too_long", f"{declared_s:g} s is over the limit of {request.max_s:g}")
         stamps, rotation, period = _scan(container, stream, request.max_source_frames)
@@ -174,15 +180,6 @@ def _scan(
     if not stamps:
         raise VideoError("empty", "no frames")
     return stamps, rotation or 0, period
-
-
-def _declared_s(container: av.container.InputContainer, stream: av.VideoStream) -> float:
-    """The length by the header, 0 where it does not say."""
-    if stream.duration and stream.time_base:
-        return float(stream.duration * stream.time_base)
-    if container.duration and not container.streams.audio:  # else it may be that of the sound
-        return container.duration / av.time_base
-    return 0.0
 
 
 def _transformed(

@@ -18,12 +18,18 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def ray_local() -> Iterator[None]:
-    """Starts Ray once for the session: 4 logical CPUs, whatever the machine has."""
+def ray_local(s3: dict[str, str]) -> Iterator[None]:
+    """Starts Ray once for the session: 4 logical CPUs, whatever the machine has.
+
+    Its workers know the way to the session's S3; this process only where a test says so.
+    """
     import ray
 
     os.environ.pop("RAY_ADDRESS", None)
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=True)
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in s3.items():
+            patch.setenv(key, value)
+        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=True)
     yield
     ray.shutdown()
 

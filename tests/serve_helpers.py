@@ -7,12 +7,16 @@ import io
 import struct
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -20,6 +24,9 @@ from models.images import decode_image
 from models.preprocessing import Preprocessing, eval_transform, normalize
 from models.vit import VisionTransformer
 from models.weights import load_artifact, save_artifact
+
+if TYPE_CHECKING:
+    from ray.serve import Deployment
 
 WIDTH, PATCHES, SIZE = 32, 16, 32
 
@@ -86,6 +93,17 @@ def direct_tokens(folder: Path, image_bytes: bytes) -> np.ndarray:
 
 def unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+def miss_killed_replicas_soon(patch: pytest.MonkeyPatch, app: ModuleType) -> None:
+    """Lets Serve look after the replicas of an app's module every half second, not every 5 or 10."""
+    for name in ("_embedder_deployment", "_model_deployment", "_ingress_deployment"):
+        if make := getattr(app, name, None):
+            patch.setattr(app, name, partial(_watched, make))
+
+
+def _watched(make: Callable[[Any], Deployment], settings: Any) -> Deployment:
+    return make(settings).options(health_check_period_s=0.5)
 
 
 class _Handler(BaseHTTPRequestHandler):

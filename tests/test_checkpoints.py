@@ -37,7 +37,7 @@ def _trained(cfg, seed=0):
         if parameter.requires_grad:
             parameter.grad = torch.randn_like(parameter)
     state.optimizer.step()
-    state.watch.update(torch.randn(6, 96))
+    state.watches["target_pooled"].update(torch.randn(6, 96))
     state.meter.update({"loss": torch.tensor(0.5)})
     state.step = 1
     return state
@@ -57,7 +57,7 @@ def _saved(step=1, world_size=1, **fields):
 def _save(folder, cfg, state, world_size=1):
     folder.mkdir(parents=True)
     for rank in range(world_size):
-        saved = _saved(world_size=world_size, strikes=1, metrics={"knn": 0.25})
+        saved = _saved(world_size=world_size, strikes={"target_pooled": 1}, metrics={"knn": 0.25})
         save_checkpoint(folder, state.tensors(), saved, cfg, rank=rank)
     return folder
 
@@ -84,7 +84,8 @@ def test_shares_of_any_number_of_processes_are_read_back_bitwise(cfg, tmp_path, 
     # Rank 1 of a run of three takes back what rank 1 wrote (here all wrote the same).
     saved = other.restore(folder, rank=world_size - 1, world_size=world_size)
     _assert_same(other.tensors(), before)
-    assert (other.step, other.watch.strikes, other.metrics) == (1, 1, {"knn": 0.25})
+    assert (other.step, other.metrics) == (1, {"knn": 0.25})
+    assert other.watches["target_pooled"].strikes == 1
     assert saved.position == 8
 
 
@@ -93,7 +94,10 @@ def test_meters_of_two_processes_fold_into_one_that_goes_on_alone(cfg, tmp_path)
     folder = _save(tmp_path / "ck", cfg, state, world_size=2)
     alone = new_state(cfg, CPU)
     alone.restore(folder, rank=0, world_size=1)
-    assert torch.equal(alone.watch.state()["counts"], 2 * state.watch.state()["counts"])
+    assert torch.equal(
+        alone.watches["target_pooled"].state()["counts"],
+        2 * state.watches["target_pooled"].state()["counts"],
+    )
     assert alone.meter.reading() == {"loss": 0.5}
 
 
@@ -101,7 +105,7 @@ def test_a_late_joiner_beyond_the_saved_processes_starts_with_empty_meters(cfg, 
     folder = _save(tmp_path / "ck", cfg, _trained(cfg))
     late = new_state(cfg, CPU)
     late.restore(folder, rank=1, world_size=2)
-    assert not late.watch.state()["counts"].any()
+    assert not late.watches["target_pooled"].state()["counts"].any()
     assert late.step == 1
 
 

@@ -33,7 +33,8 @@ from moto.server import ThreadedMotoServer
 from models.weights import load_artifact
 from pipelines.config import ExportConfig
 from pipelines.export import export
-from pipelines.shards import read_manifest
+from pipelines.shards import read_manifest, verify_shards
+from pipelines.staging import STAGING
 
 ROOT = Path(__file__).resolve().parent.parent
 BUCKET = "rayjepa-cluster-test"
@@ -210,16 +211,17 @@ def shards(cluster: LocalCluster, cifar_sample: Path) -> str:
         *("python", "pipelines/ingest.py", "--source", f"s3://{BUCKET}/raw", "--out", uri),
         *("--row-group-rows", "32"),
     )
+    assert verify_shards(uri).num_samples == 320
+    assert not bucket().exists(f"{BUCKET}/shards/{STAGING}")
     return uri
 
 
-def pretrain(cluster: LocalCluster, shards: str, *overrides: str) -> str:
+def pretrain(cluster: LocalCluster, shards: str) -> str:
     return cluster.submit(
         *("python", "pipelines/pretrain.py", "debug", "--data.train", shards),
         # Two CPUs of a node's three: one worker a node, and one CPU left for its data tasks.
         *("--run.storage", f"s3://{BUCKET}/runs", "--run.workers", "2"),
         *("--run.cpus-per-worker", "2", "--run.threads", "1", "--run.log-samples"),
-        *overrides,
     )
 
 
@@ -228,7 +230,7 @@ def lines_of(path: str) -> list[dict[str, Any]]:
 
 
 def samples_by_rank() -> dict[int, list[str]]:
-    """Sample ids that each worker trained on, in all attempts of the run."""
+    """Sample ids that each worker trained on."""
     found: dict[int, list[str]] = {}
     for path in bucket().glob(f"{BUCKET}/runs/debug/samples-rank*.jsonl"):
         for line in lines_of(path.removeprefix(f"{BUCKET}/")):
@@ -243,23 +245,19 @@ def nodes_of_workers(cluster: LocalCluster) -> set[str]:
 
 
 @pytest.mark.ray
-def test_pretrain_and_resume_by_jobs(cluster: LocalCluster, shards: str) -> None:
+def test_pretrain_by_a_job(cluster: LocalCluster, shards: str) -> None:
+    """Resuming on S3 has its tests in test_pretrain.py."""
     run = f"s3://{BUCKET}/runs/debug"
-    printed = pretrain(cluster, shards, "--run.stop-after", "6")
-    assert f"run {run} at step 6" in printed
+    printed = pretrain(cluster, shards)
+    assert f"run {run} at step 10" in printed
     assert len(nodes_of_workers(cluster)) == 2
-    assert [r["step"] for r in lines_of("runs/debug/metrics.jsonl")] == [2, 4, 6]
-    state = json.loads(bucket().cat(f"{BUCKET}/runs/debug/checkpoint_00000006/state.json"))
-    assert (state["step"], state["world_size"]) == (6, 2)
+    assert [r["step"] for r in lines_of("runs/debug/metrics.jsonl")] == [2, 4, 6, 8, 10]
+    state = json.loads(bucket().cat(f"{BUCKET}/runs/debug/checkpoint_00000010/state.json"))
+    assert (state["step"], state["world_size"]) == (10, 2)
     assert state["manifest_hash"] == read_manifest(shards).manifest_hash
 
-    printed = pretrain(cluster, shards)
-    assert "resuming run 'debug' at step 6" in printed
-    assert f"run {run} at step 10" in printed
-    assert [r["step"] for r in lines_of("runs/debug/metrics.jsonl")] == [2, 4, 6, 8, 10]
-
-    # 320 images at 32 a step: the ten steps are one epoch, and both nodes together saw every image
-    # of it once, across the interruption.
+    # 320 images at 32 a step: the ten steps are one epoch, of which both nodes together saw every
+    # image once.
     by_rank = samples_by_rank()
     assert {rank: len(ids) for rank, ids in by_rank.items()} == {0: 160, 1: 160}
     assert len({*by_rank[0], *by_rank[1]}) == 320

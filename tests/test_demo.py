@@ -59,7 +59,10 @@ def test_it_ends_with_neighbours_asked_for_over_http(demo: tuple[Path, str]) -> 
     for line in ("6/6 serve", "nearest training images", "kNN ", "report: ", "the demo took"):
         assert line in printed
     results = json.loads((out / "evaluation" / "results.json").read_text())
-    assert (results["provenance"]["run"], results["provenance"]["step"]) == ("demo-seed0", STEPS)
+    assert (results["provenance"]["run"], results["provenance"]["step"]) == (
+        "lejepa_cifar10_demo-seed0",
+        STEPS,
+    )
     assert {"encoder", "random_init", "raw_pixels"} == set(results["rows"])
     (vectors,) = (out / "embeddings").iterdir()
     tables = [pq.read_table(path) for path in sorted(vectors.glob("*.parquet"))]

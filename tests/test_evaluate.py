@@ -6,6 +6,7 @@ N images, D features.
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -15,12 +16,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from fake_training import change, memory_batches, tiny_config
+from rich.console import Console
 
 from models.preprocessing import Preprocessing, normalize
 from models.vit import VisionTransformer
 from models.weights import save_artifact
 from pipelines import evaluate as job
 from pipelines import reading, report
+from pipelines.comparison import comparison_table, read_compared
 from pipelines.config import (
     DataConfig,
     EvaluateConfig,
@@ -29,6 +33,7 @@ from pipelines.config import (
     PretrainConfig,
     RunConfig,
 )
+from pipelines.curves import SECTIONS, training_curves
 from pipelines.evaluate import evaluate, load_subject, random_init
 from pipelines.features import (
     PLACE,
@@ -55,6 +60,7 @@ from pipelines.shards import (
     write_manifest,
     write_shard,
 )
+from pipelines.train_state import new_state
 
 PREP = Preprocessing(image_size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 Shards = tuple[str, str]
@@ -230,7 +236,25 @@ def evaluation(
         out=str(out),
         probe_epochs=3,
     )
-    return evaluate(cfg), out
+    other = tmp_path_factory.mktemp("other")
+    (other / "results.json").write_text(json.dumps(_other_results(cfg)))
+    return evaluate(dataclasses.replace(cfg, compare=(str(other),))), out
+
+
+def _other_results(cfg: EvaluateConfig) -> dict:
+    """Made-up results of a run named "rival", by `cfg`'s settings on `cfg`'s data."""
+    few = {"mean": 0.1, "std": 0.01, "labelled": 10, "draws": 5}
+    row = {"knn": 0.987, "linear": {"accuracy": 0.876}, "few_shot_1pct": few, "few_shot_10": few}
+    hashes = {name: read_manifest(getattr(cfg, name)).manifest_hash for name in ("data", "test")}
+    return {
+        "rows": {
+            "encoder": {**row, "width": 48, "rankme": 12.3},
+            "random_init": {**row, "knn": 0.5, "width": 48, "rankme": 3.4},
+        },
+        "provenance": {"run": "rival", "step": 7},
+        "settings": dataclasses.asdict(cfg),
+        "data": {name: {"manifest_hash": value} for name, value in hashes.items()},
+    }
 
 
 def test_results_hold_every_number_beside_both_baselines(evaluation: tuple[dict, Path]) -> None:
@@ -290,6 +314,80 @@ def test_the_report_is_self_contained_and_complete(evaluation: tuple[dict, Path]
     assert page.tags.count("svg") == 3  # loss, RankMe, kNN of metrics.jsonl
     assert f"{100 * results['rows']['raw_pixels']['knn']:.1f}" in html
     assert "vit_micro32" in html  # the training configuration
+
+
+def test_other_evaluations_stand_beside_in_report_and_table(
+    evaluation: tuple[dict, Path], cifar_shards: Shards
+) -> None:
+    results, out = evaluation
+    html = (out / "report.html").read_text()
+    table = html.partition("<h2>Comparison</h2>")[2].partition("</section>")[0]
+    names = re.findall(r"<tr><td>([^<]*)</td>", table)
+    assert names == ["small, step 30", "rival, step 7", "random init", "raw pixels"]
+    assert re.search(r'class="best">98\.7', table)  # the rival's kNN
+    assert f"{100 * results['rows']['encoder']['knn']:.1f}" in table
+    cfg = EvaluateConfig(checkpoint="", data=cifar_shards[0], test=cifar_shards[1])
+    other = _other_results(cfg)
+    shown = io.StringIO()
+    Console(file=shown, width=120).print(comparison_table(results, [other, other]))
+    lines = shown.getvalue()
+    assert re.search(r"rival, step 7 .* 98\.7 .* \+48\.7 .* 87\.6 .* 12\.3 of 48", lines)
+    assert "rival, step 7 (2)" in lines
+
+
+def test_an_evaluation_that_does_not_compare_is_refused(
+    cifar_shards: Shards, tmp_path: Path
+) -> None:
+    cfg = EvaluateConfig(checkpoint="", data=cifar_shards[0], test=cifar_shards[1])
+    manifests = [read_manifest(uri) for uri in cifar_shards]
+    file = tmp_path / "results.json"
+    cfg = dataclasses.replace(cfg, compare=(str(file),))
+
+    def read(results: dict) -> list[dict]:
+        file.write_text(json.dumps(results))
+        return read_compared(cfg, manifests)
+
+    with pytest.raises(ValueError, match=r"--compare .*: no results\.json there"):
+        read_compared(cfg, manifests)
+    good = json.loads(json.dumps(_other_results(cfg)))
+    assert read(good) == [good]
+    with pytest.raises(ValueError, match=r"no results of pipelines\.evaluate"):
+        read({"rows": {}})
+    with pytest.raises(ValueError, match="with --knn-k 5, not 20"):
+        read(good | {"settings": good["settings"] | {"knn_k": 5}})
+    with pytest.raises(ValueError, match="other data than --test"):
+        read(good | {"data": good["data"] | {"test": {"manifest_hash": "x"}}})
+
+
+def test_curves_are_grouped_and_only_those_that_were_logged(tmp_path: Path) -> None:
+    rows = [
+        {"step": s, "loss": 1 / s, "invariance": s, "sigreg": 2.0 * s, "tuned_lr": 1e-3 * s}
+        for s in (1, 2, 3)
+    ]
+    rows[2]["variance"] = 1.0  # one reading makes no curve
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn = training_curves(str(tmp_path))
+    titles = {section: [curve["title"] for curve in curves] for section, curves in drawn.items()}
+    assert titles == {
+        "Training": ["Loss"],
+        "Terms of the loss": ["Invariance", "SIGReg"],
+        "Optimizer": ["Learning rate, tuned"],
+    }
+    assert drawn["Terms of the loss"][1]["last"] == "6"
+    assert training_curves(None) == training_curves(str(tmp_path / "none")) == {}
+
+
+def test_every_term_that_an_objective_logs_has_a_curve() -> None:
+    """Of a tiny batch of each objective; without this a new objective's terms would be forgotten."""
+    known = {curve[0] for curves in SECTIONS.values() for curve in curves}
+    for name in ("lejepa", "vicreg", "mae", "ijepa"):
+        cfg = tiny_config(Path(), steps=4)
+        cfg = change(cfg, objective={"name": name, "projector": (8, 8), "slices": 8})
+        cfg = change(cfg, objective={"regularize": "target_pooled" if name == "lejepa" else None})
+        objective = new_state(cfg, torch.device("cpu")).objective
+        batch = next(memory_batches(cfg, rank=0, world_size=1, start_step=0, end_step=1))
+        output = objective({key: batch[key] for key in objective.inputs})
+        assert output.metrics.keys() <= known
 
 
 def test_legacy_masks_shown_are_those_of_the_first_batch(

@@ -568,13 +568,13 @@ def test_killed_at_half_and_run_again(ray_local: None, cifar_sample: Path, tmp_p
     assert len(ids) == len(ids.unique()) == 2500
 
 
-@pytest.mark.ray
-def test_s3_to_s3_by_the_command(
+def test_s3_to_s3(
+    in_process: None,
     mixed: tuple[Path, dict[str, int]],
     s3: dict[str, str],
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """By its command, as a job of a cluster: test_cluster.py."""
     import fsspec
 
     for key, value in s3.items():
@@ -587,8 +587,7 @@ def test_s3_to_s3_by_the_command(
             fs.pipe_file(f"bucket/raw/{path.relative_to(mixed[0])}", path.read_bytes())
             count += 1
     source, out = "s3://bucket/raw", "s3://bucket/out"
-    process = start_ingest(source, out, tmp_path / "log", ("pipelines/ingest.py",))
-    assert process.wait() == 0, (tmp_path / "log").read_text()
+    ingest(IngestConfig(source=source, out=out))
     manifest = verify_shards(out)
     total = manifest.num_samples + manifest.duplicates + sum(manifest.quarantined.values())
     assert total == count

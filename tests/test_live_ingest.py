@@ -6,13 +6,8 @@ import dataclasses
 import datetime as dt
 import io
 import os
-import signal
 import socket
 import threading
-import time
-import types
-from collections.abc import Callable, Iterator
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +17,28 @@ import pytest
 
 from models.video_decode import decode_frames
 from pipelines import following, live_source, publishing
-from pipelines.config import IngestConfig, LiveConfig, VideoConfig
-from pipelines.following import follow, stop_on_signals
-from pipelines.ingest import ingest
-from pipelines.live_source import Connection, file_identity, from_position, public_name
-from pipelines.publishing import LiveSet, Progress, Timeline
+from pipelines.following import follow
+from pipelines.live_source import Connection
 from pipelines.shards import list_names, read_manifest, read_rows, verify_shards
+from tests.live_streams import (
+    COMPLETE,
+    FRAMES,
+    LIVE,
+    LONG_S,
+    VIDEO,
+    WHOLE,
+    Following,
+    check_numbers,
+    config,
+    first_key_frame,
+    follow_until,
+    frames_in,
+    ids,
+    numbers,
+    uris,
+    wait_for,
+)
 from tests.video_files import CYCLE, number_of, write_sound, write_video
-
-VIDEO = VideoConfig(fps=10, segment_seconds=1, key_frame_every=4, crf=1)
-LIVE = LiveConfig(publish_seconds=1e-3, backoff_seconds=0.01, most_backoff_seconds=0.02)
-FRAMES = 132  # at 30 a second
-WHOLE = [n % CYCLE for n in range(0, FRAMES, 3)]
-COMPLETE = 40  # of `WHOLE`, in segments that are whole while more may come
-LONG_S = 60.0  # nothing here takes so long; a test that hangs ends then
 
 
 @pytest.fixture(autouse=True)
@@ -47,86 +50,6 @@ def _slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 def transport() -> bytes:
     """Four seconds and a bit as MPEG-TS; the key frames are not where segments begin."""
     return write_video(io.BytesIO(), FRAMES, container="mpegts", options={"g": "7"}).getvalue()
-
-
-def first_key_frame(transport: bytes, cut: int) -> int:
-    """Number of the first key frame behind a byte."""
-    with av.open(io.BytesIO(transport)) as file:
-        packets = [packet for packet in file.demux(video=0) if packet.size]
-        start, base = min(p.pts for p in packets), packets[0].time_base
-        key = next(p for p in packets if p.is_keyframe and p.pos >= cut)
-        return round((key.pts - start) * base * 30)
-
-
-def config(source: Any, out: Path, **changes: Any) -> IngestConfig:
-    cfg = IngestConfig(source=str(source), out=str(out), follow=True, video=VIDEO, live=LIVE)
-    return dataclasses.replace(cfg, **changes)
-
-
-def numbers(out: Path | str) -> list[int]:
-    """Numbers, modulo `CYCLE`, of all published frames, in order."""
-    rows = read_rows(out).to_pylist()
-    decoded = [decode_frames(row["video"], range(row["num_frames"])) for row in rows]
-    return [number_of(frame) for frames in decoded for frame in frames]
-
-
-def ids(out: Path | str) -> list[bytes]:
-    return read_rows(out, columns=["sample_id"])["sample_id"].to_pylist()
-
-
-def uris(out: Path) -> str:
-    return " ".join(read_rows(out, columns=["source_uri"])["source_uri"].to_pylist())
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + LONG_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def frames_in(out: Path | str) -> int:
-    return (read_manifest(out).num_frames or 0) if "manifest.json" in list_names(out) else 0
-
-
-def follow_until(cfg: IngestConfig, frames: int) -> None:
-    """Follows until that many frames are published, which must be within whole segments."""
-    with Following(cfg) as running:
-        wait_for(lambda: running.error is not None or frames_in(cfg.out) >= frames)
-
-
-def check_numbers(out: Path | str) -> None:
-    """The film from its beginning, without a gap or a repeat; its end may not have come yet."""
-    shown = numbers(out)
-    assert len(shown) >= COMPLETE
-    assert shown == WHOLE[: len(shown)]
-
-
-class Following:
-    """`follow` in a thread."""
-
-    def __init__(self, cfg: IngestConfig) -> None:
-        self.stop = threading.Event()
-        self.error: BaseException | None = None
-        self._cfg = cfg
-        self.thread = threading.Thread(target=self._run)
-
-    def _run(self) -> None:
-        try:
-            follow(self._cfg, self.stop)
-        except BaseException as error:
-            self.error = error
-
-    def __enter__(self) -> Following:
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop.set()
-        self.thread.join(LONG_S)
-        assert not self.thread.is_alive()
-        if self.error is not None:
-            raise self.error
 
 
 # ---------------------------------------------------------------------------- sources
@@ -289,25 +212,6 @@ def test_it_ends_by_itself_and_publishes_all(
     check_numbers(tmp_path / "out")
 
 
-def test_how_long_no_video_may_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = types.SimpleNamespace(now=100.0, monotonic=lambda: clock.now, time=time.time)
-    monkeypatch.setattr(following, "time", clock)
-    cfg = config("x", tmp_path, live=LiveConfig(open_seconds=30, end_seconds=600))
-    with LiveSet(cfg) as live_set:
-        follower = following.Follower(cfg, live_set, threading.Event())
-        clock.now += 29
-        assert not follower._tick()
-        assert not follower._over()
-        clock.now += 2
-        assert follower._tick()
-        with pytest.raises(ValueError, match="not open after 30 s: nothing came"):
-            follower._over()
-        follower._connections = 1
-        assert not follower._over()
-        clock.now += 600
-        assert follower._over()
-
-
 def test_shards_are_published_by_bytes_too(transport: bytes, tmp_path: Path) -> None:
     source, out = tmp_path / "a.ts", tmp_path / "out"
     source.write_bytes(transport)
@@ -453,98 +357,6 @@ def test_a_file_of_two_recordings_is_gone_on_with_at_the_right_one(
     assert len(set(ids(out))) == read_manifest(out).num_samples
 
 
-def test_a_file_that_was_short_when_it_was_opened_is_the_same_later(tmp_path: Path) -> None:
-    path = tmp_path / "a"
-    path.write_bytes(b"abc")
-    short = file_identity(str(path))
-    with path.open("ab") as file:
-        file.write(b"d" * 10_000)
-    assert file_identity(str(path), short) == short
-    assert file_identity(str(path)) != short
-    path.write_bytes(b"abX")
-    assert file_identity(str(path), short) != short
-
-
-def row(number: int) -> dict[str, Any]:
-    return {
-        "sample_id": number.to_bytes(16),
-        "video": b"x" * 100,
-        "num_frames": 10,
-        "fps": 10.0,
-        "start_s": float(number),
-        "height": 4,
-        "width": 4,
-        "source_uri": "x",
-        "recorded_at": dt.datetime(2026, 1, 1, tzinfo=dt.UTC),
-        "moments": [0.5] * 3 + [0.3] * 3,
-    }
-
-
-LINE = Timeline(identity="a", origin=Fraction(1, 3), end=Fraction(7, 3))
-
-
-def test_only_one_publishes(tmp_path: Path) -> None:
-    cfg = config("x", tmp_path)
-    with LiveSet(cfg) as first:
-        first.publish([row(0)], LINE, {})
-        with pytest.raises(ValueError, match="somebody else publishes"):
-            LiveSet(cfg)
-        # Storage without locks: the other one has come between.
-        (tmp_path / "manifest.json").write_text(
-            dataclasses.replace(first.manifest, fingerprint="other").to_json()
-        )
-        with pytest.raises(ValueError, match="somebody else publishes"):
-            first.publish([row(1)], LINE, {})
-        first.manifest = read_manifest(tmp_path)
-    assert ids(tmp_path) == [row(0)["sample_id"]]
-
-
-def test_progress_survives_and_runs_are_numbered_upwards(tmp_path: Path) -> None:
-    runs = []
-    for number in range(3):
-        with LiveSet(config("x", tmp_path)) as live_set:
-            live_set.publish([row(number)], LINE, {"corrupt": 1})
-            runs.append(live_set.run)
-    manifest = verify_shards(tmp_path)
-    assert runs == sorted(set(runs))
-    assert manifest.losses == {"corrupt": 3}
-    assert manifest.mean == (0.5, 0.5, 0.5)
-    assert manifest.std == pytest.approx([0.05**0.5] * 3, abs=1e-6)
-    progress = Progress.from_json(manifest.live)
-    assert progress.timeline == LINE
-    assert progress.seconds == 3.0
-    assert Progress.from_json(progress.to_json()) == progress
-
-
-def test_sets_do_not_mix(tmp_path: Path) -> None:
-    live, files = tmp_path / "live", tmp_path / "files"
-    cfg = config("x", live)
-    with LiveSet(cfg) as live_set:
-        live_set.publish([row(0)], LINE, {})
-    with pytest.raises(ValueError, match="--short-side"):
-        LiveSet(dataclasses.replace(cfg, short_side=64))
-    with pytest.raises(ValueError, match=r"--video.*crf"):
-        LiveSet(dataclasses.replace(cfg, video=dataclasses.replace(VIDEO, crf=9)))
-    # Ingest of files would replace the set, and remove what cannot be had again.
-    raw = tmp_path / "raw"
-    raw.mkdir()
-    write_video(raw / "a.mp4", 3)
-    with pytest.raises(ValueError, match="live stream"):
-        ingest(dataclasses.replace(cfg, source=str(raw), follow=False))
-    assert ids(live) == [row(0)["sample_id"]]
-    files.mkdir()
-    manifest = dataclasses.replace(read_manifest(live), live=None)
-    (files / "manifest.json").write_text(manifest.to_json())
-    with pytest.raises(ValueError, match="data set of files"):
-        LiveSet(config("x", files))
-    foreign = tmp_path / "foreign"
-    foreign.mkdir()
-    (foreign / "thesis.tex").write_text("years")
-    with pytest.raises(ValueError, match=r"thesis\.tex"):
-        LiveSet(config("x", foreign))
-    assert [path.name for path in foreign.iterdir()] == ["thesis.tex"]
-
-
 def test_on_s3(
     transport: bytes, s3: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -563,91 +375,3 @@ def test_on_s3(
     assert len(set(ids(out))) == manifest.num_samples
     check_numbers(out)
     s3fs.S3FileSystem.clear_instance_cache()
-
-
-# ---------------------------------------------------------------------------- parts
-
-
-@dataclasses.dataclass
-class FakePacket:
-    pts: int
-    is_keyframe: bool = False
-    size: int = 10
-    dts: int | None = None
-    time_base: Fraction = Fraction(1, 10)
-
-
-def packets() -> Iterator[FakePacket]:
-    """Three groups, the pictures of each but the first in another order than shown; then the end."""
-    yield from (FakePacket(1), FakePacket(2))  # the tail of a group whose key frame was missed
-    for start in (3, 13, 23):
-        yield FakePacket(start, True)
-        yield from (FakePacket(start + n) for n in (2, 1, 4, 3, 6, 5, 8, 7, 9))
-    yield FakePacket(0, size=0)
-
-
-@pytest.mark.parametrize(
-    ("position", "first"),
-    [(None, 3), (Fraction(0), 3), (Fraction("1.2"), 3), (Fraction("1.3"), 13), (Fraction(2), 13)],
-)
-def test_packets_from_a_position_begin_with_its_key_frame(
-    position: Fraction | None, first: int
-) -> None:
-    taken = list(from_position(packets(), position))
-    whole = list(packets())
-    assert taken == whole[whole.index(FakePacket(first, True)) :]
-
-
-def test_nothing_but_the_end_is_left_behind_the_last_packet() -> None:
-    assert list(from_position(packets(), Fraction(100))) == [FakePacket(0, size=0)]
-
-
-def test_signals_stop_once() -> None:
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with stop_on_signals() as stop:
-        assert not stop.is_set()
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.wait(LONG_S)
-        assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
-
-
-def test_waits_grow_and_stay_within_their_limit(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    live = LiveConfig(backoff_seconds=1, most_backoff_seconds=5)
-    cfg = config("x", tmp_path, live=live)
-    with LiveSet(cfg) as live_set:
-        follower = following.Follower(cfg, live_set, threading.Event())
-        monkeypatch.setattr(follower, "_tick", lambda: True)  # none of the waits takes time
-        for failures in range(4):
-            follower._wait(failures)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" s:")[0].rpartition(" ")[2] for line in lines] == ["1", "2", "4", "5"]
-
-
-@pytest.mark.parametrize(
-    ("source", "shown"),
-    [
-        ("rtsp://me:pw@cam:554/1?token=t#x", "rtsp://cam:554/1"),
-        ("tcp://[::1]:9", "tcp://[::1]:9"),
-        ("/data/a#b?.ts", "/data/a#b?.ts"),
-        ("-", "-"),
-    ],
-)
-def test_public_names_hold_no_secret(source: str, shown: str) -> None:
-    assert public_name(source) == shown
-
-
-def test_flags_are_named() -> None:
-    for flag in ("publish", "open", "read", "backoff", "most_backoff", "end"):
-        with pytest.raises(ValueError, match=f"--live.{flag.replace('_', '-')}-seconds"):
-            LiveConfig(**{f"{flag}_seconds": 0})
-    with pytest.raises(ValueError, match=r"--live.options: 'rtsp_transport'"):
-        LiveConfig(options=("rtsp_transport",))
-    with pytest.raises(ValueError, match=r"--live.backoff-seconds"):
-        LiveConfig(backoff_seconds=9, most_backoff_seconds=3)
-    with pytest.raises(ValueError, match="--modality"):
-        IngestConfig(source="x", out="y", follow=True, modality="image")
-    with pytest.raises(ValueError, match="--format"):
-        IngestConfig(source="x", out="y", follow=True, format="list")

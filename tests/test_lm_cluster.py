@@ -20,7 +20,7 @@ import pytest
 import rich.console
 import s3fs
 from lm_serving import MODEL, events, replica_pids, wait_until
-from serve_helpers import WIDTH, png_uri, save_tiny_artifact
+from serve_helpers import WIDTH, miss_killed_replicas_soon, png_uri, save_tiny_artifact
 
 from pipelines.chat import ChatClient, ChatConfig, chat
 
@@ -69,15 +69,10 @@ def served(
         max_stream_bytes=STREAM_BYTES,
     )
     images = ServeSettings(artifact=str(encoder), threads=1, cpus=0.1, ingress_cpus=0.1)
-    actor = {"num_cpus": 0.1, "runtime_env": {"env_vars": s3}}
-    make = lm_app._model_deployment
     with pytest.MonkeyPatch.context() as patch:
         for key, value in s3.items():
             patch.setenv(key, value)
-        # Ray was started long before the store: its replicas are told where that is.
-        patch.setattr(
-            lm_app, "_model_deployment", lambda args: make(args).options(ray_actor_options=actor)
-        )
+        miss_killed_replicas_soon(patch, lm_app)
         fs = s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True)
         fs.mkdir("lm-sessions")
         ray_serve.start(http_options={"host": "127.0.0.1", "port": port})

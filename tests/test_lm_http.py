@@ -16,6 +16,7 @@ import httpx
 import openai
 import pytest
 from lm_serving import MODEL, events, replica_pids, wait_until
+from serve_helpers import miss_killed_replicas_soon
 
 pytestmark = pytest.mark.ray
 
@@ -35,7 +36,7 @@ def served(
 ) -> Iterator[Served]:
     from ray import serve as ray_serve
 
-    from serve.lm_app import build_app
+    from serve import lm_app
     from serve.lm_settings import LMSettings
 
     store = tmp_path_factory.mktemp("sessions")
@@ -59,7 +60,9 @@ def served(
         max_stream_bytes=20_000_000,
     )
     ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
-    ray_serve.run(build_app(settings), name=APP)
+    with pytest.MonkeyPatch.context() as patch:
+        miss_killed_replicas_soon(patch, lm_app)
+        ray_serve.run(lm_app.build_app(settings), name=APP)
     yield Served(f"http://127.0.0.1:{port}", store)
     ray_serve.shutdown()
 

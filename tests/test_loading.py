@@ -387,6 +387,7 @@ def test_cpus_taken_by_others_fail_soon(
     hog = Hog.remote()
     ray.get(hog.hold.remote())
     monkeypatch.setattr(loading, "STARVED_SECONDS", 1.0)
+    monkeypatch.setattr(loading, "WATCH_SECONDS", 0.1)
     monkeypatch.setattr(loading, "CLOSE_SECONDS", 0.1)
     batches = train_batches(config(data), rank=0, world_size=1, start_step=0, end_step=4)
     try:

@@ -112,6 +112,16 @@ def test_each_kind_of_collapse_is_called_by_its_flag(features, flag):
     assert "step 7" in message
 
 
+def test_embeddings_are_read_under_their_own_name_and_by_their_first_columns():
+    watch = CollapseWatch(WatchConfig(patience=1, grace_steps=0), dim=24, of="embedded")
+    watch.update(torch.cat([torch.ones(64, 24), _features(64)], dim=1))
+    reading = watch.reading()
+    assert set(reading) == {f"embedded_{k}" for k in ("rankme", "rankme_centred", "std", "cosine")}
+    message = watch.judge(reading, step=7)
+    assert message is not None
+    assert message.startswith("the embeddings have collapsed at step 7")
+
+
 def test_healthy_features_are_not_called_collapsed_even_with_a_large_mean():
     watch = _watch(patience=1, grace_steps=0)
     watch.update(_features(mean=5.0))

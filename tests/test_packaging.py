@@ -109,6 +109,14 @@ def test_every_module_imports_without_starting_ray() -> None:
     assert ray.is_initialized() == before
 
 
+def test_http_ingress_and_decoders_start_without_torch() -> None:
+    """It would triple the time to start one, and their memory."""
+    modules = "serve.app, serve.decode_worker, models.preprocessing"
+    code = f"import sys, {modules}; print([m for m in ('torch', 'timm') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stdout + done.stderr
+
+
 def test_setuptools_lists_every_package_and_the_data_files_exist() -> None:
     folders = {p.parent.relative_to(ROOT) for p in source_files()}
     assert {".".join(f.parts) for f in folders} == set(PROJECT["tool"]["setuptools"]["packages"])

@@ -24,7 +24,7 @@ from pipelines.checkpoints import CheckpointError, load_encoder, load_tensors, r
 from pipelines.config import PretrainConfig
 from pipelines.loading import train_batches
 from pipelines.plan import make_plan
-from pipelines.pretrain import LinePrinter, _progress, check_fits, pretrain
+from pipelines.pretrain import LinePrinter, _progress, check_fits, main, pretrain
 from pipelines.recipes import RECIPES, debug
 from pipelines.recorder import DataSource, Worker
 from pipelines.shards import read_manifest
@@ -79,35 +79,31 @@ def _cli(arguments: list[str], cwd: Path, env: dict[str, str]) -> subprocess.Com
 
 @pytest.fixture(scope="module")
 def one_worker(cifar_shards, s3, tmp_path_factory):
-    """One worker, from the command line, checkpoints on S3, stopped at step 7 and run again."""
+    """One worker, checkpoints on S3: stopped at step 7, and run again from the command line."""
     folder = tmp_path_factory.mktemp("one_worker")
+    every = {"log_every": 1, "checkpoint_every": 12, "probe_every": 24, "keep_checkpoints": 1}
+    cfg = _config(cifar_shards, "s3://pretrain/runs", name="one", log_samples=True, **every)
+    cfg = change(cfg, data={"test": cifar_shards[1]})
+    command = [
+        *("debug", "--data.train", cifar_shards[0], "--data.test", cifar_shards[1]),
+        *("--run.storage", "s3://pretrain/runs", "--run.name", "one", "--run.steps", str(STEPS)),
+        *("--run.log-every", "1", "--run.checkpoint-every", "12", "--run.probe-every", "24"),
+        *("--run.threads", "1", "--run.keep-checkpoints", "1", "--run.log-samples"),
+    ]
     with pytest.MonkeyPatch.context() as patch:
         for key, value in s3.items():
             patch.setenv(key, value)
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
         import s3fs
 
         remote = s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True)
         remote.mkdir("pretrain")
-        command = [
-            *("debug", "--data.train", cifar_shards[0], "--data.test", cifar_shards[1]),
-            *(
-                "--run.storage",
-                "s3://pretrain/runs",
-                "--run.name",
-                "one",
-                "--run.steps",
-                str(STEPS),
-            ),
-            *("--run.log-every", "1", "--run.checkpoint-every", "12", "--run.probe-every", "24"),
-            *("--run.threads", "1", "--run.keep-checkpoints", "1", "--run.log-samples"),
-        ]
-        first = _cli([*command, "--run.stop-after", "7"], folder, s3)
-        assert first.returncode == 0, first.stderr[-3000:]
+        assert pretrain(change(cfg, run={"stop_after": 7})).step == 7
         listed_first = {Path(p).name for p in remote.ls("pretrain/runs/one")}
-        second = _cli(command, folder, s3)
-        assert second.returncode == 0, second.stderr[-3000:]
+        done = _cli(command, folder, s3)
+        assert done.returncode == 0, done.stderr[-3000:]
         remote.get("pretrain/runs/one", str(folder / "one"), recursive=True)
-        yield folder / "one", first, second, listed_first
+        yield folder / "one", done, listed_first
 
 
 @pytest.fixture(scope="module")
@@ -144,14 +140,13 @@ def _samples_so_far(folder: Path) -> list[dict]:
         return []
 
 
-def test_command_line_runs_resumes_and_probes_on_s3_from_an_uninstalled_checkout(one_worker):
-    folder, first, second, listed_first = one_worker
-    assert "at step 7" in first.stdout
+def test_command_line_resumes_and_probes_on_s3_from_an_uninstalled_checkout(one_worker):
+    folder, done, listed_first = one_worker
     assert "checkpoint_00000007" in listed_first
-    assert "resuming run 'one' at step 7" in second.stdout
-    assert f"step {STEPS}/{STEPS} loss" in second.stdout
-    assert "knn" in second.stdout
-    assert "img/s wait" in second.stdout
+    assert "resuming run 'one' at step 7" in done.stdout
+    assert f"step {STEPS}/{STEPS} loss" in done.stdout
+    assert "knn" in done.stdout
+    assert "img/s wait" in done.stdout
 
     rows = read_metrics(folder / "metrics.jsonl")
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))
@@ -162,8 +157,8 @@ def test_command_line_runs_resumes_and_probes_on_s3_from_an_uninstalled_checkout
     assert json.loads((folder / "config.json").read_text())["run"]["name"] == "one"
 
     best = max((24, 48), key=lambda step: (scores[step], step))
-    assert f"best checkpoint s3://pretrain/runs/one/checkpoint_{best:08d}" in second.stdout
-    assert f"last checkpoint s3://pretrain/runs/one/checkpoint_{STEPS:08d}" in second.stdout
+    assert f"best checkpoint s3://pretrain/runs/one/checkpoint_{best:08d}" in done.stdout
+    assert f"last checkpoint s3://pretrain/runs/one/checkpoint_{STEPS:08d}" in done.stdout
     # One is kept for its score, and the newest.
     kept = {path.parent.name for path in folder.glob("checkpoint_*/state.json")}
     assert kept == {f"checkpoint_{step:08d}" for step in {best, STEPS}}
@@ -272,24 +267,21 @@ def test_resume_with_the_real_loader_is_bitwise_and_goes_on_with_the_next_batch(
 
 
 def test_without_a_stopped_target_the_run_collapses_and_the_watch_stops_it(
-    cifar_shards, ray_local, tmp_path
+    cifar_shards, ray_local, tmp_path, monkeypatch
 ):
-    import ray
-
-    address = ray.get_runtime_context().gcs_address
     overrides = ["--data.batch-size", "64", "--optim.lr", "1e-2", "--optim.start-lr", "1e-2"]
     common = ["debug", "--data.train", cifar_shards[0], "--run.storage", str(tmp_path)]
     common += ["--run.steps", "200", "--run.log-every", "10", "--run.checkpoint-every", "1000"]
-    control = _cli(
-        [*common, *overrides, "--run.threads", "1", "--objective.target", "self"],
-        tmp_path,
-        {"RAY_ADDRESS": address},
-    )
-    assert control.returncode == 1
-    message = [line for line in control.stderr.splitlines() if line.startswith("error: ")]
-    assert len(message) == 1
-    assert "the encoder has collapsed at step" in message[0]
-    assert "--objective.target ema" in message[0]
+    control = ["pretrain", *common, *overrides, "--run.threads", "1", "--objective.target", "self"]
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    monkeypatch.setattr(sys, "argv", control)
+    with pytest.raises(SystemExit) as ended:  # its text, on stderr, and status 1
+        main()
+    message = str(ended.value)
+    assert message.startswith("error: ")
+    assert len(message.splitlines()) == 1
+    assert "the encoder has collapsed at step" in message
+    assert "--objective.target ema" in message
     rows = read_metrics(tmp_path / "debug" / "metrics.jsonl")
     assert rows[-1]["collapsed"] is True
     assert rows[-1]["step"] < 200

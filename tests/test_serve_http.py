@@ -29,6 +29,7 @@ from serve_helpers import (
     direct_tokens,
     encoded,
     image_server,
+    miss_killed_replicas_soon,
     picture,
     png_uri,
     save_tiny_artifact,
@@ -56,7 +57,7 @@ class Served:
 def served(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     from ray import serve as ray_serve
 
-    from serve.app import build_app
+    from serve import app
     from serve.settings import ServeSettings
 
     folder = tmp_path_factory.mktemp("artifact") / "tiny"
@@ -64,7 +65,8 @@ def served(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with image_server() as images_port:
+    with image_server() as images_port, pytest.MonkeyPatch.context() as patch:
+        miss_killed_replicas_soon(patch, app)
         settings = ServeSettings(
             artifact=str(folder),
             num_replicas=2,
@@ -78,7 +80,7 @@ def served(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             allow_hosts=(f"private:127.0.0.1:{images_port}", "localhost"),
         )
         ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
-        ray_serve.run(build_app(settings), name=APP)
+        ray_serve.run(app.build_app(settings), name=APP)
         yield Served(f"http://127.0.0.1:{port}", folder, images_port)
         ray_serve.shutdown()
 

@@ -148,12 +148,12 @@ def test_standardised_tokens_show_a_probe_what_a_common_part_hides() -> None:
     rng = np.random.default_rng(0)
     labels_N = rng.integers(0, 2, 200)
     tokens = rng.normal(size=(200, 6, 8)).astype(np.float32)
-    tokens[:, :, 3] += 2 * labels_N[:, None]
+    tokens[:, 2, 3] += 8 * labels_N
     scale, shared = np.array([1, 5, 0.1, 0.02, 2, 1, 3, 0.5]), 50 * rng.normal(size=8)
     loud = (tokens * scale + shared).astype(np.float32)
     parts = (loud[:140], labels_N[:140], loud[140:], labels_N[140:])
-    settings = {"heads": 2, "epochs": 40, "lrs": (5e-3,), "weight_decays": (0.1,)}
-    assert attentive_probe(*parts, standardise=True, **settings).accuracy > 0.85
+    settings = {"heads": 2, "epochs": 100, "lrs": (3e-3,), "weight_decays": (0.1,)}
+    assert attentive_probe(*parts, standardise=True, **settings).accuracy > 0.8
     assert attentive_probe(*parts, **settings).accuracy < 0.7
     probes = AttentiveProbes(1, 8, 2, 2)
     probes.standardise(loud)

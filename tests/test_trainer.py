@@ -320,6 +320,26 @@ def test_a_collapsed_run_stops_uncheckpointed_and_says_so(tmp_path):
     assert (healthy.step, healthy.collapsed) == (12, None)
 
 
+def test_embeddings_that_collapse_stop_a_run_whose_encoder_has_not(tmp_path):
+    cfg = tiny_config(tmp_path, log_every=2, steps=40)
+    cfg = change(
+        cfg,
+        objective={"name": "lejepa", "sigreg_weight": 0.0, "projector": (64, 32)},
+        # Nothing but agreement is asked for, and the encoder's own features stay apart.
+        optim={"lr": 5e-3},
+        watch={"action": "stop", "grace_steps": 2, "patience": 2},
+    )
+    outcome, _ = _run(cfg, tmp_path / "ck")
+    assert outcome.collapsed is not None
+    assert outcome.collapsed.startswith("the embeddings have collapsed")
+    assert "--watch.min-embedded-std" in outcome.collapsed
+    assert _lines(cfg)[-1]["std"] > 0.1
+
+    cfg = change(cfg, run={"name": "held"}, objective={"sigreg_weight": 0.5})
+    held, _ = _run(cfg, tmp_path / "held-ck")
+    assert (held.step, held.collapsed) == (40, None)
+
+
 def test_strikes_survive_a_resume(tmp_path):
     cfg = tiny_config(tmp_path, log_every=2)
     cfg = change(cfg, watch={"action": "stop", "grace_steps": 2, "patience": 2})

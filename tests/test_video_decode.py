@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import types
 from fractions import Fraction
 
 import av
@@ -11,7 +12,14 @@ import numpy as np
 import pytest
 
 from models import video_decode
-from models.video_decode import VideoError, count_frames, decode_frames
+from models.video_decode import (
+    VideoError,
+    count_frames,
+    declared_seconds,
+    decode_frames,
+    open_video,
+)
+from serve.clip_sampling import ClipRequest, read_index
 from tests.video_files import CYCLE, number_of, write_video
 
 
@@ -127,3 +135,34 @@ def test_damage_is_an_error_or_the_right_frame(video: bytes) -> None:
         except VideoError as error:
             outcomes.add(error.reason)
     assert len(outcomes) > 1
+
+
+LIMITS = ClipRequest(frames=1, max_frames=9, max_source_frames=999, max_pixels=9_999, max_s=99)
+
+
+@pytest.mark.parametrize("container", ["mp4", "matroska"])
+@pytest.mark.parametrize("begin", [0, 2])
+def test_declared_length_is_that_of_the_video_beside_sound(container: str, begin: int) -> None:
+    times = [begin + Fraction(n, 30) for n in range(60)]
+    file = write_video(io.BytesIO(), 60, times=times, audio=True, container=container)
+    whole = file.getvalue()
+    with open_video(io.BytesIO(whole)) as (opened, stream):
+        assert float(declared_seconds(opened, stream) or 0) == pytest.approx(2, abs=0.05)
+    assert read_index(whole, LIMITS).duration_s == pytest.approx(2, abs=0.05)
+    if container == "matroska":  # what is cut off an MP4 at its end is the index of it
+        with pytest.raises(VideoError, match="truncated"):
+            read_index(whole[: len(whole) * 3 // 4], LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("written", "seconds"),
+    [("01:00:02.500000000", Fraction(7205, 2)), ("1e999999999:0:0", None), ("nan:0:0", None)],
+)
+def test_length_in_a_tag_is_a_clock_s_or_none(written: str, seconds: Fraction | None) -> None:
+    """`Fraction("1e999999999")` would be a number of 400 megabytes."""
+    stream = types.SimpleNamespace(
+        duration=None, time_base=Fraction(1, 1000), start_time=100, metadata={"DURATION": written}
+    )
+    container = types.SimpleNamespace(duration=None)
+    found = declared_seconds(container, stream)  # type: ignore[arg-type]
+    assert found == (None if seconds is None else seconds - Fraction(1, 10))

@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.ingest import kill_when_staged, start_ingest
 from models.video_decode import VideoError, decode_frames
 from pipelines import ingest as ingest_module
 from pipelines.config import IngestConfig, VideoConfig
@@ -563,27 +562,6 @@ def test_ray_tasks_give_the_same_bytes_and_done_is_done(
     with monkeypatch.context() as patch:
         patch.setattr(ingest_module, "_run", run_backwards)
         assert run_quietly(settings(footage, tmp_path / "here")) == first
-
-
-@pytest.mark.ray
-def test_killed_at_half_and_run_again(ray_local: None, tmp_path: Path) -> None:
-    """SIGKILL to `python -m pipelines.ingest` and to its Ray; the rest in this process."""
-    source, out = tmp_path / "raw", tmp_path / "out"
-    source.mkdir()
-    first = write_video(source / "0.mp4", 60, size=(120, 160)).read_bytes()
-    for index in range(1, 200):  # alike but for a box that players skip
-        box = (12).to_bytes(4) + b"free" + index.to_bytes(4)
-        (source / f"{index}.mp4").write_bytes(first + box)
-    command = ("-m", "pipelines.ingest", "--short-side", "64")
-    process = start_ingest(source, out, tmp_path / "log", command)
-    assert 1 <= kill_when_staged(process, out, 1) < 8, (tmp_path / "log").read_text()
-    with pytest.raises(ValueError, match="not finished"):
-        read_manifest(out)
-    cfg = IngestConfig(source=str(source), out=str(out), short_side=64)
-    assert run_quietly(cfg) == run_quietly(dataclasses.replace(cfg, out=str(tmp_path / "whole")))
-    for shard in read_manifest(out).shards:
-        assert (out / shard.file).read_bytes() == (tmp_path / "whole" / shard.file).read_bytes()
-    assert read_manifest(out).num_frames == 200 * 30
 
 
 def test_changed_sidecar_is_ingested_again(in_process: None, tmp_path: Path) -> None:

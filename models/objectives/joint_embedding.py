@@ -18,6 +18,9 @@ from models.synced import SyncedBatchNorm
 from models.views import Views, kept_tokens
 from models.vit import VisionTransformer
 
+WATCHED_COLUMNS = 512
+"""Of an embedding: the watch keeps their square, and any of them shows a collapse."""
+
 
 class JointEmbedding(Objective):
     """Embeddings of several views of a sample are to agree, and not to collapse.
@@ -59,6 +62,13 @@ class JointEmbedding(Objective):
     def feature_encoder(self) -> VisionTransformer:
         """The encoder, without the projector."""
         return self.encoder
+
+    @property
+    def watched(self) -> dict[str, int]:
+        """The embeddings too: where they collapse, the encoder may stay as it began and learn nothing."""
+        last = self.projector[-1]
+        assert isinstance(last, nn.Linear)
+        return {**super().watched, "embedded": min(last.out_features, WATCHED_COLUMNS)}
 
     def forward(self, batch: Batch) -> Output:
         """`compare` of the views' embeddings."""

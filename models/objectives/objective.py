@@ -31,8 +31,8 @@ class Output:
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """Detached scalars to log; reading them is the caller's host sync."""
     monitored: dict[str, Tensor] = field(default_factory=dict)
-    """fp32 features [N, D], with their gradient where they have one, for `Regularized`;
-    `target_pooled` [B, D] is what the collapse watch judges."""
+    """fp32 features [N, D], with their gradient where they have one, for `Regularized` and, of
+    `Objective.watched`, the collapse watch."""
 
 
 class Objective(nn.Module, ABC):
@@ -54,3 +54,10 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def feature_encoder(self) -> nn.Module:
         """The network to evaluate, export and serve."""
+
+    @property
+    def watched(self) -> dict[str, int]:
+        """Which of `Output.monitored` the collapse watch judges, and how many of their columns."""
+        width = self.feature_encoder.width
+        assert isinstance(width, int)
+        return {"target_pooled": width}

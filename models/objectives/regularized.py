@@ -37,6 +37,11 @@ class Regularized(Objective):
         """The objective's."""
         return self.objective.feature_encoder
 
+    @property
+    def watched(self) -> dict[str, int]:
+        """The objective's."""
+        return self.objective.watched
+
     def forward(self, batch: Batch) -> Output:
         """The objective's output with the larger loss; the statistic is its metric `regularizer`.
 

@@ -24,6 +24,7 @@ from pipelines.config.jobs import (
     EvaluateConfig,
     ExportConfig,
 )
+from pipelines.config.sweep import SweepConfig
 from pipelines.config.train import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -53,6 +54,7 @@ __all__ = [
     "OptimConfig",
     "PretrainConfig",
     "RunConfig",
+    "SweepConfig",
     "VideoConfig",
     "VideoMaskConfig",
     "ViewsConfig",

@@ -58,6 +58,8 @@ class EvaluateConfig:
     """Images, or frames of clips, per forward pass."""
     limit: int | None = None
     """Use at most this many images or clips of each set."""
+    compare: tuple[str, ...] = ()
+    """results.json files (or their folders) of other evaluations on the same data, to stand beside."""
     seed: int = 0
     """Seed of random-init, few-shot draws and probe order."""
 
@@ -120,6 +122,14 @@ class DemoConfig:
 
     out: str = "demo-out"
     """Folder of everything the demo makes; run again, it goes on from what is there."""
+    recipe: Literal[
+        "lejepa_cifar10_demo",
+        "cifar10_demo",
+        "vicreg_cifar10_demo",
+        "mae_cifar10_demo",
+        "dmjd_cifar10_demo",
+    ] = "lejepa_cifar10_demo"
+    """What is pretrained; `cifar10_demo` is I-JEPA. benchmarks/objectives.md compares them."""
     seed: int = 0
     """Seed of weights, order, crops and masks."""
     steps: int | None = None

@@ -173,7 +173,8 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class WatchConfig:
-    """When a run counts as collapsed, judged on the pooled target output."""
+    """When a run counts as collapsed, judged on the pooled features of the encoder that is kept and, of
+    joint embeddings, on the embeddings too."""
 
     action: Literal["stop", "warn", "off"] = "stop"
     """What to do about a collapse."""
@@ -182,6 +183,9 @@ class WatchConfig:
     below this."""
     min_std: float = 1e-3
     """Collapsed when the mean per-dimension standard deviation falls below this."""
+    min_embedded_std: float = 0.1
+    """The same of embeddings, for which SIGReg and VICReg ask for 1: 0.5 to 0.95 in healthy runs, below
+    0.06 after 30 steps without them."""
     max_cosine: float = 0.9999
     """Collapsed when the mean pairwise cosine rises above this."""
     patience: int = 2
@@ -226,6 +230,9 @@ class RunConfig:
     """Steps between readings of metrics: the only host syncs."""
     probe_every: int = 0
     """Steps between online kNN probes; 0 for never."""
+    rank_every: int = 0
+    """Steps between readings of RankMe and LiDAR on fixed training samples, which compare over runs of
+    one encoder shape; 0 for never. A sweep sets it."""
     checkpoint_every: int = 100
     """Steps between checkpoints; the last step always makes one."""
     keep_checkpoints: int = 2

@@ -1,0 +1,220 @@
+"""Choosing hyperparameters without labels: many short runs of a recipe, ranked by RankMe.
+
+    python -m pipelines.sweep lejepa_cifar10_demo --data.train SHARDS --samples 12 \\
+        --space optim.lr=log:3e-4:3e-2 objective.sigreg_weight=0.005,0.02,0.08
+
+Every run is a `pretrain` under OUT/runs, on Ray Tune; the worse ones by RankMe (or LiDAR) of fixed
+training samples are stopped early. With labelled shards in --data.test, which nothing is chosen by,
+the sweep says how well RankMe ranked the runs. Writes OUT/results.jsonl and OUT/sweep.png. The same
+command again goes on with what is missing. docs/sweep.md says what the numbers can and cannot tell.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import sys
+from typing import Annotated, Any
+
+if __name__ == "__main__" and not __package__:  # `python pipelines/sweep.py`, uninstalled
+    sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
+
+import tyro
+from rich.console import Console
+
+from pipelines.checkpoints import CheckpointError, decides_the_run, flatten
+from pipelines.config import PretrainConfig, SweepConfig
+from pipelines.pretrain import check_early, check_fits, cpus_needed, start_ray, with_absolute_paths
+from pipelines.recipes import RECIPES
+from pipelines.storage import absolute_uri, join_uri, open_uri
+from pipelines.sweep_report import Row, plot, table, verdict
+from pipelines.sweep_space import Settings, apply, draw, parse_space
+from pipelines.sweep_trials import Reading, Score, Train, run_trials, score_run, train_trial
+
+SWEEP, RESULTS, PLOT = "sweep.json", "results.jsonl", "sweep.png"
+
+
+def sweep(
+    cfg: SweepConfig,
+    base: PretrainConfig,
+    *,
+    train: Train = train_trial,
+    score: Score = score_run,
+    console: Console | None = None,
+) -> list[Row]:
+    """Runs what is missing of a sweep, scores every run, writes and prints the results.
+
+    Args:
+        cfg: The sweep.
+        base: The recipe; every run is this with some fields replaced.
+        train: What a trial does.
+        score: Reads a run's newest checkpoint.
+        console: Where lines and the table go; None for stdout.
+
+    Returns:
+        A row for every run, in the order of the draw.
+
+    Raises:
+        ValueError: a flag that cannot be, or a folder that holds another sweep.
+        CheckpointError: a run of the sweep exists and cannot be continued.
+    """
+    console = console or Console()
+    cfg = dataclasses.replace(cfg, out=absolute_uri(cfg.out))
+    drawn, plan = make_plan(cfg, base)
+    book = Book(cfg, plan, drawn)
+    for run in plan:
+        check_early(run, join_uri(run.run.storage, run.run.name))
+    _check_labels(plan[0])
+    book.begin()
+    start_ray(cfg.concurrent * cpus_needed(plan[0]) + 1)
+    check_fits(plan[0], runs=cfg.concurrent)
+    console.print(f"{len(plan)} runs under {cfg.out}, {len(book.ended)} of them there already")
+    run_trials(cfg, plan, book.ended, book.record, console.print, train)
+    for trial in book.unscored:
+        book.score(trial, score(plan[trial]))
+    rows = book.rows
+    _write(cfg.out, PLOT, plot(rows))
+    console.print(table(rows))
+    for line in verdict(rows):
+        console.print(line, highlight=False)
+    console.print(f"results: {join_uri(cfg.out, RESULTS)}, plot: {join_uri(cfg.out, PLOT)}")
+    return rows
+
+
+def make_plan(
+    cfg: SweepConfig, base: PretrainConfig
+) -> tuple[list[Settings], list[PretrainConfig]]:
+    """What every run sets, and its whole configuration.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    if not base.data.train:
+        raise ValueError("--data.train: name the folder or s3:// prefix of ingested shards")
+    if base.run.stop_after is not None:
+        raise ValueError("--run.stop-after: a sweep stops runs itself; set --run.steps")
+    base = with_absolute_paths(base)
+    drawn = draw(parse_space(cfg.space, base), cfg.samples, cfg.seed)
+    return drawn, [_run(cfg, apply(base, settings), i) for i, settings in enumerate(drawn)]
+
+
+def _run(cfg: SweepConfig, run: PretrainConfig, trial: int) -> PretrainConfig:
+    own = dataclasses.replace(
+        run.run,
+        name=f"trial_{trial:03d}",
+        storage=join_uri(cfg.out, "runs"),
+        rank_every=run.run.checkpoint_every,  # readings travel with checkpoints
+    )
+    return dataclasses.replace(run, run=own)
+
+
+def _check_labels(run: PretrainConfig) -> None:
+    from pipelines.features import check_classes
+    from pipelines.shards import read_manifest
+
+    if run.data.test:
+        sets = {"--data.train": run.data.train, "--data.test": run.data.test}
+        check_classes({flag: read_manifest(uri) for flag, uri in sets.items()})
+
+
+class Book:
+    """The rows of results.jsonl, written anew with every change; sweep.json says of which sweep."""
+
+    def __init__(self, cfg: SweepConfig, plan: list[PretrainConfig], drawn: list[Settings]) -> None:
+        self._out, self._plan, self._drawn = cfg.out, plan, drawn
+        self._sweep = self._identity()
+        self._refuse_another()
+        rows = [Row(**json.loads(line)) for line in _read(cfg.out, RESULTS).splitlines()]
+        # What failed is tried again; a run that collapsed would again.
+        self._rows = {row.trial: row for row in rows if row.outcome != "failed"}
+
+    def begin(self) -> None:
+        """Claims the folder for this sweep."""
+        _write(self._out, SWEEP, json.dumps(self._sweep, indent=2).encode())
+
+    def _identity(self) -> dict[str, Any]:
+        base = flatten(dataclasses.asdict(self._plan[0]))
+        varied = self._drawn[0].keys()
+        mine = {k: v for k, v in base.items() if decides_the_run(k) and k not in varied}
+        mine |= {"data.train": base["data.train"], "runs": self._drawn}
+        found: dict[str, Any] = json.loads(json.dumps(mine))
+        return found
+
+    def _refuse_another(self) -> None:
+        before, mine = json.loads(_read(self._out, SWEEP) or "null"), self._sweep
+        if before not in (None, mine):
+            keys = [k for k in {**before, **mine} if before.get(k) != mine.get(k)]
+            names = ["--space, --samples or --seed" if k == "runs" else f"--{k}" for k in keys]
+            raise ValueError(
+                f"--out: {self._out} holds another sweep, with other {', '.join(sorted(names))}; "
+                "name another folder"
+            )
+
+    @property
+    def ended(self) -> list[int]:
+        """Trials that have, in the order in which they did."""
+        return list(self._rows)
+
+    @property
+    def unscored(self) -> list[int]:
+        """Those of them whose checkpoint has not been read."""
+        return [row.trial for row in self._rows.values() if not row.scored]
+
+    @property
+    def rows(self) -> list[Row]:
+        """In the order of the draw."""
+        return [self._rows[trial] for trial in sorted(self._rows)]
+
+    def record(self, trial: int, how: Reading) -> None:
+        """A trial has ended."""
+        run = self._plan[trial].run
+        place = join_uri(run.storage, run.name)
+        self._rows[trial] = Row(trial=trial, settings=self._drawn[trial], run=place, **how)
+        self._save()
+
+    def score(self, trial: int, found: Reading) -> None:
+        """Its checkpoint has been read."""
+        self._rows[trial] = dataclasses.replace(self._rows[trial], scored=True, **found)
+        self._save()
+
+    def _save(self) -> None:
+        lines = [json.dumps(dataclasses.asdict(row)) + "\n" for row in self._rows.values()]
+        _write(self._out, RESULTS, "".join(lines).encode())
+
+
+def _read(out: str, name: str) -> str:
+    fs, path = open_uri(out)
+    file = f"{path}/{name}"
+    return str(fs.cat_file(file).decode()) if fs.exists(file) else ""
+
+
+def _write(out: str, name: str, data: bytes) -> None:
+    fs, path = open_uri(out)
+    fs.makedirs(path, exist_ok=True)
+    fs.pipe_file(f"{path}/{name}", data)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Command:
+    """Flags of the sweep as they are, those of the recipe with their section's name before them."""
+
+    sweep: Annotated[SweepConfig, tyro.conf.arg(name="")]
+    recipe: Annotated[PretrainConfig, tyro.conf.arg(name="")]
+
+
+def main() -> None:
+    """Parses a recipe, the sweep's flags and overrides; sweeps."""
+    commands = {
+        name: (line, _Command(sweep=SweepConfig(), recipe=recipe))
+        for name, (line, recipe) in RECIPES.items()
+    }
+    command = tyro.extras.overridable_config_cli(commands, description=__doc__)
+    try:
+        sweep(command.sweep, command.recipe)
+    except (CheckpointError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
