@@ -46,8 +46,9 @@ from models.vit import VisionTransformer
 from models.weights import Artifact, load_artifact
 from pipelines.clip_sampling import ClipSampler
 from pipelines.config import ClipConfig, EmbedConfig
-from pipelines.features import COLUMNS, compute_features, decode_batches, encoder_features
+from pipelines.features import compute_features, decode_batches, encoder_features
 from pipelines.following import stop_on_signals
+from pipelines.probe_rows import COLUMNS
 from pipelines.progress import Meter
 from pipelines.shards import (
     MANIFEST,

@@ -37,8 +37,8 @@ from pipelines.checkpoints import CheckpointError, load_encoder
 from pipelines.clip_sampling import ClipSampler, training_sampler
 from pipelines.comparison import comparison_table, read_compared
 from pipelines.config import ClipConfig, EvaluateConfig
-from pipelines.features import Wanted, check_classes
 from pipelines.metrics import rankme
+from pipelines.probe_rows import Wanted, check_classes
 from pipelines.probe_sets import (
     Labels,
     ProbeSet,

@@ -24,7 +24,8 @@ class OnlineProbe:
 
     def __init__(self, cfg: PretrainConfig) -> None:
         # Here, because only rank 0 of a run that probes needs it.
-        from pipelines.features import check_classes, decode_all, load_labelled, table_labels
+        from pipelines.features import decode_all
+        from pipelines.probe_rows import check_classes, load_labelled, table_labels
         from pipelines.shards import read_manifest
 
         train, test = read_manifest(cfg.data.train), read_manifest(cfg.data.test)

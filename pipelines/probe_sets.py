@@ -17,20 +17,16 @@ from models.preprocessing import Preprocessing
 from models.vit import VisionTransformer
 from pipelines.clip_sampling import ClipSampler
 from pipelines.features import (
-    LABELLED,
-    PLACE,
     Featurizer,
     Pooling,
-    Wanted,
     compute_features,
     decode_batches,
     encoder_features,
-    iter_labelled,
     pixel_features,
     single_frame,
-    table_labels,
     tubelet_features,
 )
+from pipelines.probe_rows import LABELLED, PLACE, Wanted, iter_labelled, table_labels
 
 TOKEN_BYTES = 8 * 2**30
 """Most memory for the frozen tokens that attentive probes read."""

@@ -32,7 +32,8 @@ class RankProbe:
     """Reads an encoder's RankMe and LiDAR on samples decoded once, by the evaluation transform."""
 
     def __init__(self, cfg: PretrainConfig) -> None:
-        from pipelines.features import decode_all, load_samples
+        from pipelines.features import decode_all
+        from pipelines.probe_rows import load_samples
 
         self._autocast = cfg.run.precision == "bf16"
         self._prep = Preprocessing(

@@ -22,7 +22,7 @@ from pipelines.clip_sampling import ClipSampler
 from pipelines.comparison import compared_rows
 from pipelines.config import ModelConfig, ObjectiveConfig, PretrainConfig, to_json
 from pipelines.curves import training_curves
-from pipelines.features import decode_all, extract_features, read_places
+from pipelines.features import decode_all, extract_features
 from pipelines.figures import (
     context_picture,
     masked_clip,
@@ -32,6 +32,7 @@ from pipelines.figures import (
 )
 from pipelines.maskers import make_masker
 from pipelines.masking import key_of, sample_keys
+from pipelines.probe_rows import read_places
 from pipelines.probe_sets import ProbeSet
 from pipelines.probes import knn_predict, nearest
 from pipelines.reading import STREAM_LEGACY

@@ -110,7 +110,7 @@ def _run(cfg: SweepConfig, run: PretrainConfig, trial: int) -> PretrainConfig:
 
 
 def _check_labels(run: PretrainConfig) -> None:
-    from pipelines.features import check_classes
+    from pipelines.probe_rows import check_classes
     from pipelines.shards import read_manifest
 
     if run.data.test:

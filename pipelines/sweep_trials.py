@@ -223,7 +223,8 @@ def _score(cfg: PretrainConfig) -> Reading:
 def _probe(cfg: PretrainConfig, encoder: Any) -> Reading:
     from models.preprocessing import Preprocessing
     from pipelines.clip_sampling import training_sampler
-    from pipelines.features import extract_features, load_labelled, table_labels
+    from pipelines.features import extract_features
+    from pipelines.probe_rows import load_labelled, table_labels
     from pipelines.probes import knn_accuracy, linear_probe
 
     prep = Preprocessing(image_size=cfg.model.image_size, mean=cfg.model.mean, std=cfg.model.std)

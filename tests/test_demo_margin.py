@@ -14,10 +14,11 @@ from fake_training import FolderStore, change
 from pipelines.checkpoints import load_encoder
 from pipelines.config import IngestConfig, PretrainConfig
 from pipelines.evaluate import random_init
-from pipelines.features import extract_features, load_labelled, table_labels
+from pipelines.features import extract_features
 from pipelines.ingest import ingest
 from pipelines.loading import train_batches
 from pipelines.plan import make_plan
+from pipelines.probe_rows import load_labelled, table_labels
 from pipelines.probes import knn_accuracy
 from pipelines.recipes import RECIPES
 from pipelines.recorder import DataSource, Worker

@@ -36,21 +36,17 @@ from pipelines.config import (
 from pipelines.curves import SECTIONS, training_curves
 from pipelines.evaluate import evaluate, load_subject, random_init
 from pipelines.features import (
-    PLACE,
     compute_features,
     decode_all,
     decode_batches,
     encoder_features,
     extract_features,
-    iter_labelled,
-    load_labelled,
     pixel_features,
-    read_places,
-    table_labels,
 )
 from pipelines.figures import line_chart, pca_pictures
 from pipelines.loading import make_reader
 from pipelines.online_probe import build_probe
+from pipelines.probe_rows import PLACE, iter_labelled, load_labelled, read_places, table_labels
 from pipelines.probes import knn_accuracy
 from pipelines.shards import (
     open_shards,
@@ -111,7 +107,7 @@ def test_limit_counts_labelled_rows_and_reads_few_row_groups(
         whole.append(group) if "image" in columns else None
         return read_row_group(fs, root, file, group, columns)
 
-    monkeypatch.setattr("pipelines.features.read_row_group", counted)
+    monkeypatch.setattr("pipelines.probe_rows.read_row_group", counted)
     load_labelled(cifar_shards[0], 100)  # 32 row groups of 16
     assert len(whole) == 7
 

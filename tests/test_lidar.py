@@ -17,9 +17,10 @@ from torch import nn
 from models.preprocessing import Preprocessing
 from models.vit import VisionTransformer
 from pipelines.config import DataConfig, ModelConfig, PretrainConfig
-from pipelines.features import extract_features, load_samples
+from pipelines.features import extract_features
 from pipelines.lidar import lidar
 from pipelines.metrics import rankme
+from pipelines.probe_rows import load_samples
 from pipelines.rank_probe import RankProbe
 from pipelines.recorder import Worker
 from pipelines.trainer import train

@@ -21,18 +21,12 @@ from pipelines.checkpoints import load_encoder
 from pipelines.clip_sampling import training_sampler
 from pipelines.config import IngestConfig, PretrainConfig, VideoConfig
 from pipelines.evaluate import random_init
-from pipelines.features import (
-    compute_features,
-    decode_all,
-    encoder_features,
-    load_labelled,
-    single_frame,
-    table_labels,
-)
+from pipelines.features import compute_features, decode_all, encoder_features, single_frame
 from pipelines.fetch_movingmnist import write_moving
 from pipelines.ingest import ingest
 from pipelines.loading import train_batches
 from pipelines.plan import make_plan
+from pipelines.probe_rows import load_labelled, table_labels
 from pipelines.probes import few_shot
 from pipelines.recipes import levjepa_movingmnist
 from pipelines.recorder import DataSource, Worker

@@ -21,7 +21,7 @@ from pipelines.attentive_probe import AttentiveProbes, attentive_probe
 from pipelines.clip_sampling import ClipSampler
 from pipelines.config import ClipConfig, EvaluateConfig
 from pipelines.evaluate import evaluate
-from pipelines.features import Wanted, iter_labelled
+from pipelines.probe_rows import Wanted, iter_labelled
 from pipelines.probes import knn_accuracy, linear_probe
 from pipelines.state_labels import Bins, find_column, state_reader
 from pipelines.supervised import Supervised, supervised_baseline

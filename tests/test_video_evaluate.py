@@ -36,12 +36,12 @@ from pipelines.evaluate import evaluate, load_subject, probe_set, with_sampler
 from pipelines.features import (
     decode_all,
     encoder_features,
-    load_labelled,
     pixel_features,
     single_frame,
     tubelet_features,
 )
 from pipelines.figures import masked_clip, pca_pictures, picture_uri
+from pipelines.probe_rows import load_labelled
 
 PREP = Preprocessing(image_size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 SAMPLER = ClipSampler(frames=4, settings=ClipConfig(stride=2))
