@@ -22,8 +22,8 @@ import ray
 import torch
 import tyro
 from ray import serve as ray_serve
+from serve_memory import resident_mib
 
-from benchmarks.serve_memory import resident_mib
 from serve.lm_app import build_app
 from serve.lm_settings import LMSettings
 
