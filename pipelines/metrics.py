@@ -200,21 +200,21 @@ class CollapseWatch:
 
     def _crossed(self, reading: dict[str, float]) -> list[str]:
         cfg = self.cfg
-        bounds = [
-            ("rankme_centred", "RankMe of the centred features", "below", cfg.min_rankme),
-            ("std", "mean per-dimension standard deviation", "below", cfg.min_std),
-            ("cosine", "mean pairwise cosine", "above", cfg.max_cosine),
-        ]
-        flags = {"rankme_centred": "min-rankme", "std": "min-std", "cosine": "max-cosine"}
+        least = ("min-std", cfg.min_std)
         if not self._of_encoder:
-            bounds[1] = (*bounds[1][:3], cfg.min_embedded_std)
-            flags["std"] = "min-embedded-std"
+            least = ("min-embedded-std", cfg.min_embedded_std)
+        rank, std = "RankMe of the centred features", "mean per-dimension standard deviation"
+        bounds = [
+            ("rankme_centred", rank, "below", "min-rankme", cfg.min_rankme),
+            ("std", std, "below", *least),
+            ("cosine", "mean pairwise cosine", "above", "max-cosine", cfg.max_cosine),
+        ]
         crossed = []
-        for key, name, side, bound in bounds:
+        for key, name, side, flag, bound in bounds:
             value = reading[self._prefix + key]
             bad = value < bound if side == "below" else value > bound
             if bad or not math.isfinite(value):
-                crossed.append(f"{name} {value:.5g} is not within --watch.{flags[key]} {bound:g}")
+                crossed.append(f"{name} {value:.5g} is not within --watch.{flag} {bound:g}")
         return crossed
 
     def state(self) -> dict[str, Tensor]:
