@@ -138,39 +138,24 @@ def levjepa_gameplay() -> PretrainConfig:
     two shared cores; over seven tasks the mean of kNN is 55.0% against 48.6% of random weights, of the
     attentive probe 62.1% against 60.1% (benchmarks/gameplay.md).
     """
-    base = vjepa_gameplay()
+    base, games = levjepa_movingmnist(), vjepa_gameplay()
     return replace(
         base,
-        data=replace(
-            base.data, batch_size=64, lanes=16, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0)
-        ),
-        model=replace(base.model, frames=4),
-        objective=ObjectiveConfig(
-            name="levjepa", projector=(256, 128), sigreg_weight=0.02, slices=256
-        ),
-        views=ViewsConfig(
-            global_scale=(1.0, 1.0),
-            ratio=(1.0, 1.0),
-            flip=0.0,
-            colour=0.0,
-            grey=0.0,
-            token_drop=0.75,
-        ),
-        optim=OptimConfig(
-            lr=2e-3,
-            start_lr=2e-4,
+        data=replace(base.data, shuffle_window=games.data.shuffle_window),
+        clip=games.clip,
+        video_mask=games.video_mask,
+        model=replace(games.model, frames=4),
+        views=replace(base.views, time_window=1.0, token_drop=0.75),
+        optim=replace(
+            base.optim,
             final_lr=3e-4,
             warmup_steps=60,
+            weight_decay=0.04,
             final_weight_decay=0.04,
             clip_norm=10.0,
         ),
         run=replace(
-            base.run,
-            name="levjepa_gameplay",
-            steps=1000,
-            probe_every=0,
-            checkpoint_every=200,
-            precision="bf16",
+            base.run, name="levjepa_gameplay", steps=1000, checkpoint_every=200, precision="bf16"
         ),
     )
 
