@@ -32,10 +32,11 @@ import torch
 import tyro
 from PIL import Image
 
-from models.preprocessing import Preprocessing, normalize
+from models.preprocessing import normalize
 from models.vit import VisionTransformer
 from pipelines.config import PretrainConfig
 from pipelines.crops import decode_rows
+from pipelines.features import preprocessing_of
 from pipelines.fetch import sample_folder
 from pipelines.maskers import make_masker
 from pipelines.masking import STREAM_FLIP, key_of, permutation, sample_keys, uniforms
@@ -225,7 +226,7 @@ def baseline(cfg: PretrainConfig, splits: dict[str, Split]) -> dict[str, float]:
 def probe(
     encoder: VisionTransformer, cfg: PretrainConfig, splits: dict[str, Split]
 ) -> dict[str, float]:
-    prep = Preprocessing(image_size=32, mean=cfg.model.mean, std=cfg.model.std)
+    prep = preprocessing_of(cfg.model)
     with torch.no_grad():
         features = {
             name: torch.cat(

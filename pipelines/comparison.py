@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from pipelines.config import EvaluateConfig
+from pipelines.probe_sets import SETS
 from pipelines.shards import Manifest
 from pipelines.storage import open_uri
 
@@ -41,9 +42,10 @@ def _read(uri: str, cfg: EvaluateConfig, manifests: Sequence[Manifest]) -> Resul
     results: Results = json.loads(fs.cat_file(file))
     if not {"rows", "data", "settings", "provenance"} <= results.keys():
         raise ValueError(f"--compare {uri}: these are no results of pipelines.evaluate")
-    for name, manifest in zip(("data", "test"), manifests, strict=False):
-        if results["data"][name]["manifest_hash"] != manifest.manifest_hash:
-            raise ValueError(f"--compare {uri}: was evaluated on other data than --{name}")
+    for name, manifest in zip(SETS, manifests, strict=False):
+        if results["data"].get(name, {}).get("manifest_hash") != manifest.manifest_hash:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--compare {uri}: was evaluated on other data than --{flag}")
     for key in COMPARED:
         theirs, ours = results["settings"].get(key), getattr(cfg, key)
         if theirs != (list(ours) if isinstance(ours, tuple) else ours):

@@ -29,7 +29,6 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from models.preprocessing import Preprocessing
 from models.vit import VisionTransformer
 from models.weights import load_artifact
 from pipelines.attentive_probe import attentive_probe
@@ -37,9 +36,11 @@ from pipelines.checkpoints import CheckpointError, load_encoder
 from pipelines.clip_sampling import ClipSampler, training_sampler
 from pipelines.comparison import comparison_table, read_compared
 from pipelines.config import ClipConfig, EvaluateConfig
+from pipelines.features import preprocessing_of
 from pipelines.metrics import rankme
 from pipelines.probe_rows import Wanted, check_classes
 from pipelines.probe_sets import (
+    SETS,
     Labels,
     ProbeSet,
     check_token_bytes,
@@ -54,7 +55,6 @@ from pipelines.storage import open_uri
 from pipelines.supervised import supervised_baseline
 
 RANKME_ROWS = 10_000
-SETS = ("data", "test", "shift_test")
 PACKAGES = ("torch", "timm", "numpy", "pyarrow")
 
 
@@ -74,8 +74,7 @@ def load_subject(uri: str) -> Subject:
     except CheckpointError as error:
         raise ValueError(f"--checkpoint: no artifact, and {error}") from error
     encoder.eval().requires_grad_(False)
-    model = config.model
-    prep = Preprocessing(image_size=model.image_size, mean=model.mean, std=model.std)
+    prep = preprocessing_of(config.model)
     checkpoint = str(info["uri"]).rstrip("/")
     provenance = {
         "run": config.run.name,

@@ -24,10 +24,10 @@ if __name__ == "__main__" and not __package__:
 
 import tyro
 
-from models.preprocessing import Preprocessing
 from models.weights import save_artifact
 from pipelines.checkpoints import load_encoder
 from pipelines.config import ExportConfig
+from pipelines.features import preprocessing_of
 from pipelines.storage import is_local, open_uri
 
 PACKAGES = ("torch", "timm")
@@ -47,7 +47,7 @@ def export(cfg: ExportConfig) -> str:
     encoder, config, info = load_encoder(cfg.checkpoint)
     encoder.eval()
     model = config.model
-    prep = Preprocessing(image_size=model.image_size, mean=model.mean, std=model.std)
+    prep = preprocessing_of(model)
     provenance = {
         "run": config.run.name,
         "step": info["step"],

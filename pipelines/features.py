@@ -30,6 +30,7 @@ from models.preprocessing import Preprocessing, eval_transform, normalize
 from models.video_decode import decode_frames
 from models.vit import VisionTransformer
 from pipelines.clip_sampling import ClipSampler
+from pipelines.config import ModelConfig
 from pipelines.probe_rows import in_order
 
 Pooling: TypeAlias = Literal["mean", "patches"]
@@ -41,6 +42,11 @@ PIXEL_SIDE = 32
 PLACE_WIDTH = 96  # of the positions beside raw tubelets
 CLIP_NUMBERS = 12_288
 """And those of a clip shrunk to no more than this many numbers."""
+
+
+def preprocessing_of(model: ModelConfig) -> Preprocessing:
+    """The evaluation transform of a run's encoder."""
+    return Preprocessing(image_size=model.image_size, mean=model.mean, std=model.std)
 
 
 def load_image(data: bytes, prep: Preprocessing) -> np.ndarray:

@@ -8,7 +8,6 @@ import numpy as np
 from torch import Tensor
 
 from models.objectives import Objective
-from models.preprocessing import Preprocessing
 from pipelines.clip_sampling import training_sampler
 from pipelines.config import PretrainConfig
 
@@ -24,16 +23,14 @@ class OnlineProbe:
 
     def __init__(self, cfg: PretrainConfig) -> None:
         # Here, because only rank 0 of a run that probes needs it.
-        from pipelines.features import decode_all
+        from pipelines.features import decode_all, preprocessing_of
         from pipelines.probe_rows import check_classes, load_labelled, table_labels
         from pipelines.shards import read_manifest
 
         train, test = read_manifest(cfg.data.train), read_manifest(cfg.data.test)
         check_classes({"--data.train": train, "--data.test": test})
         self._autocast = cfg.run.precision == "bf16"
-        self._prep = Preprocessing(
-            image_size=cfg.model.image_size, mean=cfg.model.mean, std=cfg.model.std
-        )
+        self._prep = preprocessing_of(cfg.model)
         sampler = training_sampler(cfg)
         self._samples: list[Tensor] = []
         self._labels: list[np.ndarray] = []

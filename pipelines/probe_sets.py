@@ -28,6 +28,8 @@ from pipelines.features import (
 )
 from pipelines.probe_rows import LABELLED, PLACE, Wanted, iter_labelled, table_labels
 
+SETS = ("data", "test", "shift_test")
+"""The sets of an evaluation, by the flags that name them."""
 TOKEN_BYTES = 8 * 2**30
 """Most memory for the frozen tokens that attentive probes read."""
 TUBELETS = "raw_tubelets"  # raw pixels as tokens, by which an attentive probe reads them

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from models.keyed_random import mix
-from models.preprocessing import Preprocessing
 from models.views import Views
 from pipelines.clip_sampling import training_sampler
 from pipelines.config import PretrainConfig, ViewsConfig
@@ -32,13 +31,11 @@ class RankProbe:
     """Reads an encoder's RankMe and LiDAR on samples decoded once, by the evaluation transform."""
 
     def __init__(self, cfg: PretrainConfig) -> None:
-        from pipelines.features import decode_all
+        from pipelines.features import decode_all, preprocessing_of
         from pipelines.probe_rows import load_samples
 
         self._autocast = cfg.run.precision == "bf16"
-        self._prep = Preprocessing(
-            image_size=cfg.model.image_size, mean=cfg.model.mean, std=cfg.model.std
-        )
+        self._prep = preprocessing_of(cfg.model)
         table = load_samples(cfg.data.train, RANKME_ROWS)
         self._samples = decode_all(table, self._prep, training_sampler(cfg))
         # Not the run's own views: a sweep may change those.

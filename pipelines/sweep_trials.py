@@ -221,13 +221,12 @@ def _score(cfg: PretrainConfig) -> Reading:
 
 
 def _probe(cfg: PretrainConfig, encoder: Any) -> Reading:
-    from models.preprocessing import Preprocessing
     from pipelines.clip_sampling import training_sampler
-    from pipelines.features import extract_features
+    from pipelines.features import extract_features, preprocessing_of
     from pipelines.probe_rows import load_labelled, table_labels
     from pipelines.probes import knn_accuracy, linear_probe
 
-    prep = Preprocessing(image_size=cfg.model.image_size, mean=cfg.model.mean, std=cfg.model.std)
+    prep = preprocessing_of(cfg.model)
     sets: list[Any] = []
     for uri in (cfg.data.train, cfg.data.test):
         table = load_labelled(uri, PROBE_ROWS)

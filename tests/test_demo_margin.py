@@ -14,7 +14,7 @@ from fake_training import FolderStore, change
 from pipelines.checkpoints import load_encoder
 from pipelines.config import IngestConfig, PretrainConfig
 from pipelines.evaluate import random_init
-from pipelines.features import extract_features
+from pipelines.features import extract_features, preprocessing_of
 from pipelines.ingest import ingest
 from pipelines.loading import train_batches
 from pipelines.plan import make_plan
@@ -64,10 +64,7 @@ def _train(cfg: PretrainConfig) -> tuple[float, float]:
 
 
 def _knn(encoder, cfg: PretrainConfig) -> float:
-    from models.preprocessing import Preprocessing
-
-    model = cfg.model
-    prep = Preprocessing(image_size=model.image_size, mean=model.mean, std=model.std)
+    prep = preprocessing_of(cfg.model)
     bank, query = (load_labelled(uri) for uri in (cfg.data.train, cfg.data.test))
     features = (extract_features(encoder, prep, rows) for rows in (bank, query))
     bank_ND, query_QD = features

@@ -347,6 +347,8 @@ def test_an_evaluation_that_does_not_compare_is_refused(
         read_compared(cfg, manifests)
     good = json.loads(json.dumps(_other_results(cfg)))
     assert read(good) == [good]
+    with pytest.raises(ValueError, match="on other data than --shift-test"):
+        read_compared(cfg, [*manifests, manifests[1]])
     with pytest.raises(ValueError, match=r"no results of pipelines\.evaluate"):
         read({"rows": {}})
     with pytest.raises(ValueError, match="with --knn-k 5, not 20"):
