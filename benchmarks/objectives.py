@@ -48,7 +48,7 @@ from pipelines.recorder import DataSource, Worker
 from pipelines.train_state import new_state
 from pipelines.trainer import train
 
-TIMED_STEPS = 25
+TIMED_STEPS = 100
 CONTROLS: dict[str, dict[str, Any]] = {
     "cifar10_demo": {"target": "self"},
     "lejepa_cifar10_demo": {"sigreg_weight": 0.0},
