@@ -9,18 +9,17 @@ time, decoding included, as timed on its first steps; so a busy machine changes 
 less than the clock's the number of steps. `--controls` runs each without what keeps it from collapse, as
 long, and notes what the watch says first (MAE has nothing of the kind: its control is in
 tests/test_objectives.py). One JSON object a run goes to `--out`; finished runs are
-skipped, and all of the file is printed as a table.
+skipped, with `--keep` unfinished ones go on from their last checkpoint (a twelfth of a run), and all of
+the file is printed as a table.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +29,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 import tyro
+from kept_runs import KeptRun
 from PIL import Image
 
 from models.preprocessing import normalize
 from models.vit import VisionTransformer
+from pipelines.checkpoints import load_encoder
 from pipelines.config import PretrainConfig
 from pipelines.crops import decode_rows
 from pipelines.features import preprocessing_of
@@ -46,7 +47,7 @@ from pipelines.reading import random_crops
 from pipelines.recipes import RECIPES
 from pipelines.recorder import DataSource, Worker
 from pipelines.train_state import new_state
-from pipelines.trainer import train
+from pipelines.trainer import Outcome, train
 
 TIMED_STEPS = 100
 CONTROLS: dict[str, dict[str, Any]] = {
@@ -82,6 +83,9 @@ class Args:
     """Of the recipe: bf16 or fp32."""
     controls: bool = False
     """Run the negative controls of `recipes` instead."""
+    keep: Path | None = None
+    """Folder for checkpoints of what is running, so that a killed run goes on; None starts it anew.
+    Controls are always started anew."""
 
 
 @dataclass(frozen=True)
@@ -139,25 +143,11 @@ def memory_batches(
         }
 
 
-class Last:
-    """A checkpoint store that keeps the newest in a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.newest = folder, folder
-
-    @contextlib.contextmanager
-    def latest(self) -> Iterator[None]:
-        yield None
-
-    def save(self, write: Any, metrics: dict[str, Any]) -> None:
-        self.newest = Path(tempfile.mkdtemp(dir=self.folder))
-        write(self.newest)
-
-
 def fitted(cfg: PretrainConfig, steps: int) -> PretrainConfig:
     """The recipe with another length; warm-up keeps its share."""
     warmup = max(1, cfg.optim.warmup_steps * steps // cfg.run.steps)
-    quiet = {"probe_every": 0, "checkpoint_every": steps, "log_every": max(1, steps // 20)}
+    quiet = {"probe_every": 0, "checkpoint_every": max(TIMED_STEPS, steps // 12)}
+    quiet["log_every"] = max(1, steps // 20)
     return dataclasses.replace(
         cfg,
         optim=dataclasses.replace(cfg.optim, warmup_steps=warmup),
@@ -176,6 +166,13 @@ def configured(args: Args, name: str, seed: int, storage: str) -> PretrainConfig
     return dataclasses.replace(cfg, objective=objective, watch=watch)
 
 
+def run_folder(args: Args, name: str, seed: int, temporary: Path) -> Path:
+    # A control's first warning would be lost with the process that said it.
+    kept = args.keep if args.keep and not args.controls else temporary
+    data = Path(args.data).name if args.data else "sample"
+    return kept / f"{name}-{seed}-{data}-{args.seconds:g}"
+
+
 def run(args: Args, name: str, seed: int, splits: dict[str, Split]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         cfg = configured(args, name, seed, folder)
@@ -191,20 +188,25 @@ def run(args: Args, name: str, seed: int, splits: dict[str, Split]) -> dict[str,
             if line.startswith("WARNING"):
                 warnings.append(line)
 
-        def timed(steps: int) -> tuple[float, Last, Any]:
-            store = Last(Path(tempfile.mkdtemp(dir=folder)))
-            start = time.process_time()
-            outcome = train(fitted(cfg, steps), Worker(), data, store, say=say)
-            return time.process_time() - start, store, outcome
+        def trained(steps: int, store: KeptRun) -> Outcome:
+            return train(fitted(cfg, steps), Worker(), data, store, say=say)
 
-        timed(3)  # what is done once
-        per_step = timed(TIMED_STEPS)[0] / TIMED_STEPS
-        steps = max(1, round(args.seconds / per_step))
-        warnings.clear()
-        seconds, store, outcome = timed(steps)
-        from pipelines.checkpoints import load_encoder
+        def timed(steps: int) -> float:
+            store = KeptRun(Path(tempfile.mkdtemp(dir=folder)))
+            trained(steps, store)
+            return store.cpu_seconds
 
-        encoder = load_encoder(str(store.newest))[0]
+        def length() -> int:
+            timed(3)  # what is done once
+            per_step = timed(TIMED_STEPS) / TIMED_STEPS
+            warnings.clear()
+            return max(1, round(args.seconds / per_step))
+
+        kept = KeptRun(run_folder(args, name, seed, Path(folder)))
+        outcome = trained(kept.steps(length), kept)
+        seconds = kept.cpu_seconds
+        assert kept.newest
+        encoder = load_encoder(str(kept.newest))[0]
     found = {"name": name, "seed": seed, "budget": args.seconds, "data": args.data or "sample"}
     found |= {"control": args.controls, "warning": warnings[0] if warnings else None}
     found |= {
