@@ -4,6 +4,9 @@ Thilak et al. 2023 (arXiv 2312.04000): the rank of linear discriminant analysis 
 samples and whose members are augmented views of each. Unlike RankMe it does not count directions in
 which views of one sample differ as much as samples do.
 
+A departure: the mean of Q views scatters by W/Q itself, which puts 1/Q under every eigenvalue and, with the few
+views that are cheap enough to read often, drowns the rest. Here that share is taken out again.
+
 Shape suffixes: N samples, Q views of each, D feature width.
 """
 
@@ -19,10 +22,11 @@ DELTA = 1e-4
 
 
 def lidar(features_NQD: Tensor, *, delta: float = DELTA) -> float:
-    """Exp of the entropy of the normalised eigenvalues of W^(-1/2) B W^(-1/2).
+    """Exp of the entropy of the normalised positive eigenvalues of V^(-1/2) (B - W/Q) V^(-1/2).
 
-    B is the covariance of the samples' mean features, W the mean covariance of views about their
-    sample's mean, plus `delta` on its diagonal; plain means, in fp64.
+    B is the covariance of the samples' mean features (over N - 1), W the covariance of views about their
+    sample's mean (over N (Q - 1)), V is W plus `delta` on its diagonal; in fp64. So B - W/Q is an unbiased
+    estimate of the covariance that the means of endlessly many views would have.
 
     Args:
         features_NQD: [N, Q, D]; the value cannot exceed min(N - 1, D).
@@ -30,7 +34,7 @@ def lidar(features_NQD: Tensor, *, delta: float = DELTA) -> float:
 
     Returns:
         Between 1 (nothing, or a single direction, tells samples apart) and D; NaN of features that
-        are not finite.
+        are not finite. Of pure noise it is not small: about half of the directions come out positive.
 
     Raises:
         ValueError: fewer than two samples or views.
@@ -48,9 +52,10 @@ def lidar(features_NQD: Tensor, *, delta: float = DELTA) -> float:
     if between_ND.square().sum() <= 1e-12 * means_ND.square().sum():
         return 1.0
     identity_DD = torch.eye(D, dtype=torch.float64, device=means_ND.device)
-    W_DD = within_MD.T @ within_MD / (N * Q) + delta * identity_DD
-    # With W = L L^T those eigenvalues are the squared singular values of L^-1 B^(1/2).
-    whitened_DN = torch.linalg.solve_triangular(
-        torch.linalg.cholesky(W_DD), between_ND.T, upper=False
-    )
-    return effective_rank(torch.linalg.svdvals(whitened_DN).square())
+    W_DD = within_MD.T @ within_MD / (N * (Q - 1))
+    B_DD = between_ND.T @ between_ND / (N - 1) - W_DD / Q
+    # With V = L L^T those eigenvalues are the ones of L^-1 (B - W/Q) L^-T.
+    L_DD = torch.linalg.cholesky(W_DD + delta * identity_DD)
+    half_DD = torch.linalg.solve_triangular(L_DD, B_DD, upper=False)
+    whole_DD = torch.linalg.solve_triangular(L_DD, half_DD.T, upper=False)
+    return effective_rank(torch.linalg.eigvalsh(whole_DD).clamp(min=0))

@@ -26,20 +26,21 @@ from pipelines.recorder import Worker
 from pipelines.trainer import train
 
 
-def _reference(features_NQD, delta):
-    """exp(entropy) of the eigenvalues of W^-1/2 B W^-1/2, by loops and an eigendecomposition."""
+def _reference(features_NQD, delta, *, corrected=True):
+    """exp(entropy) of the positive eigenvalues of V^-1/2 (B - W/Q) V^-1/2, by loops; without the
+    correction the paper's own."""
     N, Q, D = features_NQD.shape
     mean = features_NQD.reshape(-1, D).mean(0)
-    B, W = np.zeros((D, D)), delta * np.eye(D)
+    B, W = np.zeros((D, D)), np.zeros((D, D))
     for sample in features_NQD:
         own = sample.mean(0)
-        B += np.outer(own - mean, own - mean) / N
+        B += np.outer(own - mean, own - mean) / (N - 1)
         for view in sample:
-            W += np.outer(view - own, view - own) / (N * Q)
-    values, vectors = np.linalg.eigh(W)
+            W += np.outer(view - own, view - own) / (N * (Q - 1))
+    values, vectors = np.linalg.eigh(W + delta * np.eye(D))
     root = vectors @ np.diag(values**-0.5) @ vectors.T
-    p = np.linalg.eigvalsh(root @ B @ root)
-    p = p / p.sum() + 1e-7
+    p = np.linalg.eigvalsh(root @ (B - corrected * W / Q) @ root)
+    p = np.maximum(p, 0) / np.maximum(p, 0).sum() + 1e-7
     return float(np.exp(-(p * np.log(p)).sum()))
 
 
@@ -65,6 +66,17 @@ def test_lidar_counts_the_directions_that_tell_samples_apart_and_rankme_all():
     mixed = _features(500, 10, 16, spread=half, scatter=0.1 * half + 1.0 * (1 - half))
     assert 7.5 < lidar(torch.from_numpy(mixed)) < 9
     assert rankme(torch.from_numpy(mixed).flatten(0, 1), centred=True) > 15
+
+
+def test_few_views_do_not_drown_what_tells_samples_apart():
+    # Five of 64 directions differ between samples, as much as views of one sample do in all of them.
+    few = np.repeat([1.0, 0.0], [5, 59])
+    features = _features(512, 8, 64, spread=few, scatter=np.ones(64))
+    many = _features(512, 200, 64, spread=few, scatter=np.ones(64))
+    ideal = lidar(torch.from_numpy(many))
+    assert 4.5 < ideal < 7
+    assert lidar(torch.from_numpy(features)) < 2.5 * ideal
+    assert _reference(features, 1e-4, corrected=False) > 6 * ideal
 
 
 def test_collapsed_features_have_no_direction():
