@@ -21,6 +21,7 @@ if __name__ == "__main__" and not __package__:  # `python pipelines/sweep.py`, u
     sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
 
 import tyro
+from ray.exceptions import RayError
 from rich.console import Console
 
 from pipelines.checkpoints import CheckpointError, decides_the_run, flatten
@@ -71,8 +72,7 @@ def sweep(
     check_fits(plan[0], runs=cfg.concurrent)
     console.print(f"{len(plan)} runs under {cfg.out}, {len(book.ended)} of them there already")
     run_trials(cfg, plan, book.ended, book.record, console.print, train)
-    for trial in book.unscored:
-        book.score(trial, score(plan[trial]))
+    _score_missing(book, plan, score, console)
     rows = book.rows
     _write(cfg.out, PLOT, plot(rows))
     console.print(table(rows))
@@ -80,6 +80,18 @@ def sweep(
         console.print(line, highlight=False)
     console.print(f"results: {join_uri(cfg.out, RESULTS)}, plot: {join_uri(cfg.out, PLOT)}")
     return rows
+
+
+def _score_missing(book: Book, plan: list[PretrainConfig], score: Score, console: Console) -> None:
+    for trial in book.unscored:
+        try:
+            found = score(plan[trial])
+        except (CheckpointError, RayError) as error:
+            # Unscored, it is read again when the sweep is run again.
+            reason = str(error).strip().splitlines()[-1]
+            console.print(f"WARNING: trial {trial}: its checkpoint was not read: {reason}")
+        else:
+            book.score(trial, found)
 
 
 def make_plan(
@@ -105,8 +117,15 @@ def _run(cfg: SweepConfig, run: PretrainConfig, trial: int) -> PretrainConfig:
         name=f"trial_{trial:03d}",
         storage=join_uri(cfg.out, "runs"),
         rank_every=run.run.checkpoint_every,  # readings travel with checkpoints
+        threads=run.run.threads or _threads(cfg, run),
     )
     return dataclasses.replace(run, run=own)
+
+
+def _threads(cfg: SweepConfig, run: PretrainConfig) -> int | None:
+    """Of a worker: as many as the CPUs it reserves where runs share a machine's cores."""
+    shared = cfg.concurrent > 1 and not run.run.gpu
+    return max(1, round(run.run.cpus_per_worker)) if shared else None
 
 
 def _check_labels(run: PretrainConfig) -> None:
@@ -158,8 +177,13 @@ class Book:
 
     @property
     def unscored(self) -> list[int]:
-        """Those of them whose checkpoint has not been read."""
-        return [row.trial for row in self._rows.values() if not row.scored]
+        """Those of them whose checkpoint has not been read, or not against the labels there are now."""
+        labels = bool(self._plan[0].data.test)
+        return [
+            row.trial
+            for row in self._rows.values()
+            if not row.scored or (labels and row.rankme is not None and row.knn is None)
+        ]
 
     @property
     def rows(self) -> list[Row]:
@@ -192,7 +216,9 @@ def _read(out: str, name: str) -> str:
 def _write(out: str, name: str, data: bytes) -> None:
     fs, path = open_uri(out)
     fs.makedirs(path, exist_ok=True)
-    fs.pipe_file(f"{path}/{name}", data)
+    # On a local disk it appears at once and whole, or a kill would leave a line cut off.
+    with fs.transaction, fs.open(f"{path}/{name}", "wb") as file:
+        file.write(data)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

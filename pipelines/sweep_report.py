@@ -48,8 +48,11 @@ def best(rows: Sequence[Row], by: str) -> Row | None:
 
 
 def verdict(rows: Sequence[Row]) -> list[str]:
-    """What was chosen without labels, and what that costs by them, in sentences."""
-    lines = []
+    """What was chosen without labels, and what that costs by them, in sentences.
+
+    Runs that collapsed or failed take no part, whatever their last checkpoint reads.
+    """
+    rows, lines = [row for row in rows if row.outcome in ("finished", "stopped")], []
     for by, name in RANKS.items():
         chosen = best(rows, by)
         if chosen is None:

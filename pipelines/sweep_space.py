@@ -22,6 +22,7 @@ Settings = dict[str, Any]
 FREE = {
     "model": {"patch_std", "predictor_width", "predictor_depth", "activation_checkpointing"},
     "run": {"seed"},
+    "clip": {"jitter"},
 }
 """Of these sections, what may vary; the rest would change what RankMe is measured on, or the run's
 length, place and machine."""

@@ -63,7 +63,9 @@ def readings(cfg: PretrainConfig) -> list[Reading]:
 
     with local_copy(join_uri(cfg.run.storage, cfg.run.name), METRICS) as folder:
         rows = read_metrics(folder / METRICS)
-    return [{"step": r["step"], **_ranks(r)} for r in rows if set(METRIC.values()) <= r.keys()]
+    # metrics.jsonl has null for what was not finite.
+    read = (r for r in rows if all(r.get(name) is not None for name in METRIC.values()))
+    return [{"step": r["step"], **_ranks(r)} for r in read]
 
 
 def _run_trial(config: Mapping[str, int], plan: Sequence[PretrainConfig], train: Train) -> None:

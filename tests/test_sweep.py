@@ -14,6 +14,7 @@ import pytest
 from fake_training import change
 from rich.console import Console
 
+from pipelines.checkpoints import CheckpointError
 from pipelines.config import SweepConfig
 from pipelines.recipes import debug, lejepa_cifar10_demo
 from pipelines.sweep import make_plan, sweep
@@ -71,6 +72,7 @@ def test_values_get_the_type_of_their_field():
         ("model.encoder=vit_s", "not comparable"),
         ("run.steps=100,200", "not comparable"),
         ("data.train=a,b", "same data"),
+        ("clip.stride=1,2", "not comparable"),  # frames that RankMe would be measured on
     ],
 )
 def test_what_cannot_vary_is_refused_by_its_entry(entry, message):
@@ -102,6 +104,11 @@ def test_a_plan_that_cannot_be_is_refused_before_anything_starts(tmp_path):
     assert [run.optim.lr for run in plan] == [1.0, 2.0] == [s["optim.lr"] for s in drawn]
     assert [run.run.name for run in plan] == ["trial_000", "trial_001"]
     assert {run.run.rank_every for run in plan} == {base.run.checkpoint_every}
+    assert plan[0].run.threads == base.run.threads
+    wide = change(base, run={"threads": None, "cpus_per_worker": 3.0})
+    assert make_plan(cfg, wide)[1][0].run.threads is None
+    several = dataclasses.replace(cfg, concurrent=2)
+    assert make_plan(several, wide)[1][0].run.threads == 3
     assert Path(plan[0].data.train).is_absolute()
     with pytest.raises(ValueError, match=r"--data\.train"):
         make_plan(cfg, debug())
@@ -159,7 +166,10 @@ def test_runs_that_never_came_to_a_checkpoint_are_rows_and_take_no_part():
     rows = _rows([3.0, 2.0, 1.0], [0.3, 0.2, 0.1])
     rows[1] = dataclasses.replace(rows[1], outcome="stopped", step=5)
     lost = Row(trial=3, settings={"optim.lr": 1.0}, outcome="collapsed", reason="nan")
-    text = "\n".join(verdict([*rows, lost]))
+    # A projector that collapses leaves the encoder at its random weights, whose RankMe may be the best.
+    stale = dataclasses.replace(lost, trial=4, rankme=9.0, lidar=9.0, knn=0.9, scored=True)
+    text = "\n".join(verdict([*rows, lost, stale]))
+    assert "RankMe chooses trial 0" in text
     assert "over 3 runs: Spearman +1.00" in text
     assert "between steps 0 and 5" in text
     assert "nothing to choose from" in verdict([lost])[0]
@@ -192,6 +202,7 @@ def _readings(cfg, value):
     folder = Path(cfg.run.storage) / cfg.run.name
     folder.mkdir(parents=True, exist_ok=True)
     rows = [{"step": step, "fixed_rankme": value, "lidar": value} for step in (10, 20, 30)]
+    rows.append({"step": 40, "fixed_rankme": None, "lidar": None})  # features that were not finite
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
@@ -245,34 +256,46 @@ def test_a_sweep_stops_the_worse_runs_records_failures_and_goes_on_with_what_is_
         return train
 
     def score(run):
-        return {"rankme": 10 * run.optim.lr, "lidar": 1.0, "step": 90}
+        probes = {"knn": run.optim.lr, "linear": 0.5} if run.data.test else {}
+        return {"rankme": 10 * run.optim.lr, "lidar": 1.0, "step": 90, **probes}
 
-    def go(broken):
+    def unreadable(run):
+        raise CheckpointError("cut off")
+
+    def go(broken, base=base, score=score):
         said = io.StringIO()
         console = Console(file=said, width=200)
         return sweep(cfg, base, train=fake(broken), score=score, console=console), said.getvalue()
 
-    rows, said = go(broken=0.2)
+    rows, said = go(broken=0.2, score=unreadable)
     assert [(row.settings["optim.lr"], row.outcome) for row in rows] == [
         (0.3, "finished"),
         (0.2, "failed"),
     ]
     assert rows[1].reason == "RuntimeError: the disk is full"
     assert "trial 0 step 30 RankMe 0.3" in said
-    assert "RankMe chooses trial 0" in said
-    assert "cannot be said" in said
+    assert "WARNING: trial 0: its checkpoint was not read: cut off" in said
+    assert "nothing to choose from" in said
     assert (tmp_path / "sweep" / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
     again, said = go(broken=None)
     names = started.read_text().split()
     assert names == ["trial_000", "trial_001", "trial_001"]  # only what had failed
-    assert again[0] == rows[0]
+    assert again[0] == dataclasses.replace(rows[0], scored=True, rankme=3.0, lidar=1.0, step=90)
+    assert "RankMe chooses trial 0" in said
+    assert "cannot be said" in said
     assert again[1].outcome == "stopped"  # by a rung that the run before had reached
     assert "trial 1 step 10 RankMe 0.2" in said
     assert "trial 1 step 20" not in said
     assert "1 of them there already" in said
     lines = (tmp_path / "sweep" / "results.jsonl").read_text().splitlines()
     assert [Row(**json.loads(line)) for line in lines] == again
+
+    # Labels that came later: scored again, not run again.
+    labelled, said = go(None, change(base, data={"test": cifar_shards[1]}))
+    assert [row.knn for row in labelled] == [0.3, 0.2]
+    assert "RankMe against kNN over 2 runs" in said
+    assert started.read_text().split() == names
 
     other = dataclasses.replace(cfg, space=("optim.lr=0.3,0.5",))
     with pytest.raises(ValueError, match=r"--out: .* holds another sweep, with other --space"):
