@@ -152,13 +152,13 @@ def load_share(folder: Path, group: str, rank: int, world_size: int) -> dict[str
         raise CheckpointError(f"{path}: checkpoint does not load: {error}") from error
 
 
-def decides_the_run(key: str) -> bool:
-    """Whether changing this setting would make another run of it (facts: docs/checkpoints.md)."""
+def decides_the_run(key: str, cfg: PretrainConfig) -> bool:
+    """Whether changing this setting would make another run of `cfg` (facts: docs/checkpoints.md)."""
     free = {"data.train", "data.test", "data.decode_in", "data.decode_threads"}
     free |= {"data.prefetch_batches"}
     section = key.partition(".")[0]
     if section == "run":
-        return key in {"run.seed", "run.steps"}
+        return key in {"run.seed", "run.steps"} or (key == "run.accumulate" and cfg.compares_rows)
     return section != "watch" and key not in free
 
 
@@ -177,7 +177,7 @@ def check_resumable(
     differing = [
         f"--{key.replace('_', '-')} was {before[key]!r}, is now {after[key]!r}"
         for key in after
-        if decides_the_run(key) and before[key] != after[key]
+        if decides_the_run(key, cfg) and before[key] != after[key]
     ]
     if state.manifest_hash != manifest_hash:
         differing.append(

@@ -6,9 +6,10 @@ torch is in the extra `optimizers`.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ def _schedulefree(groups: Groups, cfg: OptimConfig) -> Optimizer:
     optimizer: Optimizer = package.AdamWScheduleFree(
         groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps
     )
-    # The weights stay where gradients are taken; the target's EMA averages them once more.
+    # The weights stay where gradients are taken; `averaged` is for who reads them.
     optimizer.train()  # type: ignore[attr-defined]
     return optimizer
 
@@ -138,6 +139,32 @@ class Combined(Optimizer):
         """Torch's, for all parts at once."""
         super().load_state_dict(state_dict)
         self._share()
+
+
+def is_schedule_free(optimizer: Optimizer) -> bool:
+    """Whether the weights that it trains are not the ones to be evaluated."""
+    return type(optimizer).__name__ == "AdamWScheduleFree"
+
+
+@contextlib.contextmanager
+def averaged(optimizer: Optimizer) -> Iterator[None]:
+    """Within, the weights are Schedule-Free's average, to be evaluated and kept (Defazio et al. 2024,
+    x); of other optimizers they are what they are. Afterwards they are the trained ones, bit for bit."""
+    if not is_schedule_free(optimizer):
+        yield
+        return
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    trained = [p.detach().clone() for p in weights]
+    optimizer.eval()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p, value in zip(weights, trained, strict=True):
+                p.copy_(value)
+        # Not `train()`, which would calculate them back.
+        for group in optimizer.param_groups:
+            group["train_mode"] = True
 
 
 def read_hyperparameters(optimizer: Optimizer) -> dict[str, float]:

@@ -118,6 +118,7 @@ def check_early(cfg: PretrainConfig, run_uri: str) -> None:
         ValueError: naming the flag.
         CheckpointError: naming the flags that differ from the run's.
     """
+    from models.objectives import find_objective
     from models.vit import find_preset
     from pipelines.loading import check_modality
     from pipelines.maskers import make_masker
@@ -129,6 +130,7 @@ def check_early(cfg: PretrainConfig, run_uri: str) -> None:
     check_modality(cfg, manifest)
     make_plan(manifest.row_groups(), cfg.data, cfg.run.seed)  # refuses too few rows for a batch
     find_preset(cfg.model.encoder)
+    find_objective(cfg.objective.name)
     make_masker(cfg).check()
     check_installed(cfg.optim)
     checkpoints = committed_checkpoints(run_uri)

@@ -17,7 +17,7 @@ from torch import Tensor
 from pipelines.checkpoints import CheckpointState, save_checkpoint
 from pipelines.config import PretrainConfig, to_json
 from pipelines.online_probe import OnlineProbe, build_probe
-from pipelines.optimizers import read_hyperparameters
+from pipelines.optimizers import averaged, read_hyperparameters
 from pipelines.rank_probe import RankProbe
 from pipelines.storage import RunFolder, join_uri
 from pipelines.tracking import MetricsLog, SampleLog, StepTimer, progress_line, speed
@@ -136,7 +136,8 @@ class Recorder:
         if self._due(run.probe_every) and not stop:
             values |= self._with_knn({})
         if self._rank_probe and self._due(run.rank_every) and not stop:
-            values |= self._rank_probe(state.objective.feature_encoder)
+            with averaged(state.optimizer):
+                values |= self._rank_probe(state.objective.feature_encoder)
         if values:
             self._write(values)
         if stop:
@@ -181,9 +182,10 @@ class Recorder:
             self.say(f"WARNING: {new:.0f} steps skipped: the gradient was not finite")
 
     def _with_knn(self, values: dict[str, Any]) -> dict[str, Any]:
-        return (
-            values if self._probe is None else {**values, "knn": self._probe(self.state.objective)}
-        )
+        if self._probe is None:
+            return values
+        with averaged(self.state.optimizer):
+            return {**values, "knn": self._probe(self.state.objective)}
 
     def _epoch(self) -> float:
         return self.state.step / self.data.steps_per_epoch

@@ -155,7 +155,9 @@ class Book:
     def _identity(self) -> dict[str, Any]:
         base = flatten(dataclasses.asdict(self._plan[0]))
         varied = self._drawn[0].keys()
-        mine = {k: v for k, v in base.items() if decides_the_run(k) and k not in varied}
+        mine = {
+            k: v for k, v in base.items() if decides_the_run(k, self._plan[0]) and k not in varied
+        }
         mine |= {"data.train": base["data.train"], "runs": self._drawn}
         found: dict[str, Any] = json.loads(json.dumps(mine))
         return found

@@ -23,7 +23,7 @@ from pipelines.checkpoints import (
 )
 from pipelines.config import PretrainConfig
 from pipelines.metrics import CollapseWatch, MeanMeter
-from pipelines.optimizers import build_optimizer
+from pipelines.optimizers import averaged, build_optimizer, is_schedule_free
 
 
 @dataclasses.dataclass
@@ -54,10 +54,17 @@ class TrainState:
             loop |= {f"watch.{name}.{key}": t for key, t in watch.state().items()}
         loop |= {f"meter.{name}": t for name, t in self.meter.state().items()}
         return {
-            "model": dict(self.objective.state_dict()),
+            "model": self._model_tensors(),
             "optimizer": optimizer_tensors(self.objective, self.optimizer),
             "loop": loop,
         }
+
+    def _model_tensors(self) -> dict[str, Tensor]:
+        """The weights to evaluate."""
+        if not is_schedule_free(self.optimizer):
+            return dict(self.objective.state_dict())
+        with averaged(self.optimizer):
+            return {name: t.clone() for name, t in self.objective.state_dict().items()}
 
     def restore(self, folder: Path, *, rank: int, world_size: int) -> CheckpointState:
         """Continues from a checkpoint written by any number of processes.
@@ -118,6 +125,8 @@ def new_state(cfg: PretrainConfig, device: torch.device) -> TrainState:
 
 LEVELS = ":hyper."
 """Heads the names of a hyperoptimizer's tensors, which belong to no parameter."""
+TRAINED = "trained"
+"""Ends the names of Schedule-Free's weights where gradients are taken; the model's are their average."""
 COUNTS = ":group."
 """Heads the names of the numbers that an optimizer keeps in its groups."""
 
@@ -130,6 +139,8 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
     }
+    if is_schedule_free(optimizer):
+        tensors |= {f"{names[id(p)]}:{TRAINED}": p.detach() for p in optimizer.state}
     if isinstance(optimizer, HyperOptimizer):
         tensors |= {LEVELS + name: t.clone() for name, t in optimizer.hyper_tensors().items()}
     for index, group in enumerate(optimizer.param_groups):
@@ -168,11 +179,20 @@ def load_optimizer(
         if name not in index:
             raise CheckpointError(f"optimizer state of {name!r}, which this model does not train")
         state.setdefault(index[name], {})[field] = value
+    _load_trained(list(_parameters(optimizer)), state)
     if _select(tensors, LEVELS) and not isinstance(optimizer, HyperOptimizer):
         raise CheckpointError("optimizer state of hyperparameters that tune themselves")
     whole = optimizer.state_dict()
     optimizer.load_state_dict({**whole, "state": state, **_levels(optimizer, tensors)})
     _load_counts(optimizer, _select(tensors, COUNTS))
+
+
+def _load_trained(parameters: list[nn.Parameter], state: dict[int, dict[str, Any]]) -> None:
+    """Takes Schedule-Free's weights out of the state and trains on from them."""
+    with torch.no_grad():
+        for index, values in state.items():
+            if (trained := values.pop(TRAINED, None)) is not None:
+                parameters[index].copy_(trained)
 
 
 def _levels(

@@ -67,8 +67,8 @@ def train(
     say = say if worker.rank == 0 else lambda line: None
     _set_up_process(cfg, worker)
     state, refused = _start(cfg, worker, data, store, say)
-    if refused:
-        return Outcome(state.step, state.metrics, refused=refused)
+    if state is None:
+        return Outcome(0, {}, refused=refused)
     model = _wrap(cfg, worker, state)
     recorder = Recorder(cfg, worker, state, data, store, say)
     batches = data.batches(
@@ -204,17 +204,18 @@ def _set_up_process(cfg: PretrainConfig, worker: Worker) -> None:
 
 def _start(
     cfg: PretrainConfig, worker: Worker, data: DataSource, store: CheckpointStore, say: Say
-) -> tuple[TrainState, str | None]:
-    """The state to train from. In this order, and no other:
+) -> tuple[TrainState | None, str | None]:
+    """The state to train from, or why there is none. In this order, and no other:
 
     1. the run's own newest checkpoint, 2. the weights of `run.init_from`, 3. scratch.
 
     A checkpoint that exists and cannot be used is a refusal on every process, never a fresh start.
     """
-    state = new_state(cfg, worker.device)
+    state: TrainState | None = None
     error: str | None = None
     with store.latest() as folder:
         try:
+            state = new_state(cfg, worker.device)
             if folder is not None:
                 _check(cfg, folder, data)
                 state.restore(folder, rank=worker.rank, world_size=worker.world_size)
@@ -225,7 +226,8 @@ def _start(
                 say(f"starting from the weights of {info['uri']} (step {info['step']})")
         except (CheckpointError, ValueError) as problem:
             error = str(problem)
-    return state, worker.first(error)
+    refused = worker.first(error)
+    return (None if refused else state), refused
 
 
 def _check(cfg: PretrainConfig, folder: Path, data: DataSource) -> None:

@@ -18,7 +18,7 @@ from models.predictor import Predictor
 from models.views import Views
 from models.vit import VisionTransformer, build_encoder, find_preset
 
-__all__ = ["OBJECTIVES", "Batch", "Objective", "Output", "build_objective"]
+__all__ = ["OBJECTIVES", "Batch", "Objective", "Output", "build_objective", "find_objective"]
 
 Settings = Mapping[str, Any]
 
@@ -150,15 +150,20 @@ OBJECTIVES: dict[str, Callable[[Settings, Settings], Objective]] = {
 }
 
 
+def find_objective(name: str) -> Callable[[Settings, Settings], Objective]:
+    """Returns a row of `OBJECTIVES`, or a ValueError that lists them."""
+    if name not in OBJECTIVES:
+        raise ValueError(f"--objective.name: no {name!r}; one of {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[name]
+
+
 def build_objective(name: str, *, model: Settings, objective: Settings) -> Objective:
     """Builds a row of `OBJECTIVES` from `PretrainConfig`'s `model_settings` and `objective_settings`.
 
     Raises:
         ValueError: no such objective or preset.
     """
-    if name not in OBJECTIVES:
-        raise ValueError(f"--objective.name: no {name!r}; one of {', '.join(OBJECTIVES)}")
-    built = OBJECTIVES[name](model, objective)
+    built = find_objective(name)(model, objective)
     on = objective.get("regularize")
     if on is None:
         return built

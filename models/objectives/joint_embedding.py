@@ -64,6 +64,11 @@ class JointEmbedding(Objective):
         return self.encoder
 
     @property
+    def regularizable(self) -> tuple[str, ...]:
+        """Features and embeddings of the first view."""
+        return ("target_pooled", "embedded")
+
+    @property
     def watched(self) -> dict[str, int]:
         """The embeddings too: where they collapse, the encoder may stay as it began and learn nothing."""
         last = self.projector[-1]

@@ -67,6 +67,12 @@ class LatentPrediction(Objective):
         """The target encoder (the control has none: its own context encoder)."""
         return self.encoder if self.target_encoder is None else self.target_encoder
 
+    @property
+    def regularizable(self) -> tuple[str, ...]:
+        """What the context encoder sees; of the control also the target."""
+        both = ("context_pooled", "target_pooled")
+        return both if self.target_encoder is None else both[:1]
+
     def encode_target(self, patches_BNP: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Features of the whole input.
 

@@ -56,6 +56,11 @@ class Objective(nn.Module, ABC):
         """The network to evaluate, export and serve."""
 
     @property
+    def regularizable(self) -> tuple[str, ...]:
+        """Which of `Output.monitored` have a gradient, so that `Regularized` can be of them."""
+        return ("target_pooled",)
+
+    @property
     def watched(self) -> dict[str, int]:
         """Which of `Output.monitored` the collapse watch judges, and how many of their columns."""
         width = self.feature_encoder.width

@@ -5,7 +5,6 @@ Shape legend: N rows, D width.
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from models.objectives.objective import Batch, Objective, Output
@@ -19,11 +18,19 @@ class Regularized(Objective):
         objective: the objective.
         sigreg: the statistic.
         weight: of the statistic.
-        on: name of the tensor; it must have a gradient.
+        on: name of the tensor.
+
+    Raises:
+        ValueError: the objective monitors no such tensor, or it has no gradient.
     """
 
     def __init__(self, objective: Objective, sigreg: SIGReg, *, weight: float, on: str) -> None:
         super().__init__()
+        if on not in objective.regularizable:
+            raise ValueError(
+                f"--objective.regularize: {on!r} is no tensor with a gradient that "
+                f"{type(objective).__name__} monitors; one of {', '.join(objective.regularizable)}"
+            )
         self.objective, self.sigreg = objective, sigreg
         self.weight, self.on = weight, on
 
@@ -38,32 +45,24 @@ class Regularized(Objective):
         return self.objective.feature_encoder
 
     @property
+    def regularizable(self) -> tuple[str, ...]:
+        """The objective's."""
+        return self.objective.regularizable
+
+    @property
     def watched(self) -> dict[str, int]:
         """The objective's."""
         return self.objective.watched
 
     def forward(self, batch: Batch) -> Output:
-        """The objective's output with the larger loss; the statistic is its metric `regularizer`.
-
-        Raises:
-            ValueError: the objective monitors no such tensor, or it has no gradient.
-        """
+        """The objective's output with the larger loss; the statistic is its metric `regularizer`."""
         output: Output = self.objective(batch)
-        statistic = self.sigreg(self._rows(output))
+        statistic = self.sigreg(output.monitored[self.on])
         return Output(
             output.loss + self.weight * statistic,
             {**output.metrics, "regularizer": statistic.detach()},
             output.monitored,
         )
-
-    def _rows(self, output: Output) -> torch.Tensor:
-        learned = [name for name, tensor in output.monitored.items() if tensor.requires_grad]
-        if torch.is_grad_enabled() and self.on not in learned:
-            raise ValueError(
-                f"--objective.regularize: {self.on!r} is no tensor with a gradient that "
-                f"{type(self.objective).__name__} monitors; one of {', '.join(learned) or 'none'}"
-            )
-        return output.monitored[self.on]
 
     def after_step(self, step: int, total_steps: int) -> None:
         """The objective's, and other slices for the next step."""

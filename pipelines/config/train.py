@@ -164,6 +164,11 @@ class OptimConfig:
         )
         require(self.warmup_steps >= 0, "optim.warmup-steps", "must be >= 0")
         require(all(0 <= b < 1 for b in self.betas), "optim.betas", "must lie in [0, 1)")
+        hyper = self.name == "hyper-adamw"
+        require(self.eps > 0 if hyper else self.eps >= 0, "optim.eps", "must be positive")
+        stuck = [b for b, beta in zip(("beta1", "beta2"), self.betas, strict=True) if not beta]
+        stuck = [b for b in stuck if hyper and b in self.tune]
+        require(not stuck, "optim.tune", f"{stuck} are 0, and no factor leads away from there")
         require(self.clip_norm is None or self.clip_norm > 0, "optim.clip-norm", "must be positive")
         require(self.hyper_lr >= 0, "optim.hyper-lr", "must be >= 0")
         low, high = self.tune_bounds
@@ -221,7 +226,8 @@ class RunConfig:
     threads: int | None = None
     """Torch threads per worker on CPU; None divides the machine's cores among its workers."""
     accumulate: int = 1
-    """Micro-batches per optimizer step on every worker."""
+    """Micro-batches per optimizer step on every worker. Where rows of a batch are compared with each other
+    (lejepa, levjepa, vicreg, --objective.regularize) it changes the loss: each is a batch of its own."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Autocast type; weights, EMA and optimizer state stay fp32."""
     compile: bool = False
@@ -247,6 +253,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         for flag in ("steps", "workers", "accumulate", "log_every", "checkpoint_every"):
             require(getattr(self, flag) > 0, f"run.{flag.replace('_', '-')}", "must be positive")
+        stops = self.stop_after is None or self.stop_after > 0
+        require(stops, "run.stop-after", "must be positive")
         require(self.cpus_per_worker > 0, "run.cpus-per-worker", "must be positive")
         require(self.keep_checkpoints > 0, "run.keep-checkpoints", "must be positive")
 
@@ -290,6 +298,11 @@ class PretrainConfig:
             "video-mask.kind",
             "videomae takes one mask a clip: tube, or one entry of --video-mask.blocks",
         )
+        require(
+            not self.compares_rows or self.data.batch_size // accumulate > 1,
+            "run.accumulate",
+            f"{self.objective.name} needs two rows or more in a micro-batch",
+        )
         if self.masks == "none":
             side = self.views.local_size or self.model.image_size
             ok = side % self.model.patch_size == 0 and side <= self.model.image_size
@@ -306,6 +319,11 @@ class PretrainConfig:
     def masks(self) -> Masks:
         """Which masks the objective asks the loader for (`pipelines.maskers`)."""
         return MASKS.get(self.objective.name, "blocks")
+
+    @property
+    def compares_rows(self) -> bool:
+        """Whether the loss is of all rows of a micro-batch together, not their mean."""
+        return self.masks == "none" or self.objective.regularize is not None
 
     @property
     def model_settings(self) -> dict[str, Any]:
