@@ -1,4 +1,4 @@
-"""Stand-ins for the loader and for Ray Train's checkpoints: the loop in-process, what a run leaves."""
+"""Stand-ins for the loader and Ray Train's checkpoints: the loop in-process, and its results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loader where it cannot go on: no CPU left, damaged shards, impossible settings; closing it."""
+"""The loader where it cannot go on: no CPU left, damaged shards, impossible settings; its end."""
 
 from __future__ import annotations
 
