@@ -119,3 +119,14 @@ def s3() -> Iterator[dict[str, str]]:
     yield keys | {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_DEFAULT_REGION": "us-east-1"}
     server.stop()
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ingest without Ray: one process, the last task first."""
+    from ingest_helpers import run_backwards
+
+    from pipelines import ingest as ingest_module
+
+    monkeypatch.setattr(ingest_module, "_run", run_backwards)
+    monkeypatch.setattr(ingest_module.ray, "is_initialized", lambda: True)

@@ -1,15 +1,17 @@
-"""Stand-ins for the loader and for Ray Train's checkpoints, so that the loop runs in-process."""
+"""Stand-ins for the loader and Ray Train's checkpoints: the loop in-process, and its results."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from pipelines.checkpoints import load_tensors
 from pipelines.config import (
     DataConfig,
     ModelConfig,
@@ -21,9 +23,13 @@ from pipelines.config import (
 )
 from pipelines.maskers import make_masker
 from pipelines.masking import sample_keys
-from pipelines.recorder import DataSource
+from pipelines.recorder import DataSource, Worker
+from pipelines.tracking import read_metrics
+from pipelines.trainer import train
 
 NUM_SAMPLES = 40  # five batches of eight an epoch
+TIMED = {"samples_per_s", "data_wait_share", "forward_share", "backward_share"}
+TIMED |= {"optimizer_share", "peak_memory_bytes"}
 
 
 def tiny_config(storage: Path, **run) -> PretrainConfig:
@@ -104,3 +110,31 @@ class FolderStore:
         write(staged)
         staged.rename(self.folder / f"checkpoint_{metrics['step']:08d}")
         self.reported.append(metrics)
+
+
+def run_training(cfg, folder, data=MEMORY):
+    lines = []
+    outcome = train(cfg, Worker(), data, FolderStore(folder), lines.append)
+    return outcome, lines
+
+
+def end_of(folder, step=12):
+    """Everything the checkpoint of a step holds, times aside."""
+    checkpoint = folder / f"checkpoint_{step:08d}"
+    tensors = {g: load_tensors(checkpoint, g, 1) for g in ("model", "optimizer", "loop")}
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["metrics"] = {k: v for k, v in state["metrics"].items() if k not in TIMED}
+    return tensors, state
+
+
+def lines_of(cfg):
+    path = FolderStore(cfg.run.storage).folder / cfg.run.name / "metrics.jsonl"
+    return [{k: v for k, v in row.items() if k not in TIMED} for row in read_metrics(path)]
+
+
+def assert_bitwise(ours, theirs):
+    assert ours[1] == theirs[1]
+    for group, tensors in theirs[0].items():
+        assert ours[0][group].keys() == tensors.keys()
+        for name, value in tensors.items():
+            assert torch.equal(ours[0][group][name], value), f"{group} {name}"

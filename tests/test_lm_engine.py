@@ -6,54 +6,13 @@ import threading
 import time
 
 import pytest
-from lm_helpers import EOS, ByteTokenizer, held_bytes, scripted_llama, tiny_llama
+from lm_engine_helpers import GREEDY, alone, ask, ids, make, run
+from lm_helpers import held_bytes
 
 from models.sink_lm.cache import NoFreeSlab
-from models.sink_lm.engine import Engine, SessionBusy, SessionExists, UnknownSession
-from models.sink_lm.generation import EndEvent, Generation, GenerationRequest, TokenEvent
-from models.sink_lm.llama import Llama
+from models.sink_lm.engine import SessionBusy, SessionExists, UnknownSession
+from models.sink_lm.generation import EndEvent
 from models.sink_lm.sampling import Sampling
-
-GREEDY = Sampling(temperature=0)
-
-
-def make(model: Llama | None = None, **changes: object) -> Engine:
-    settings = {"sessions": 4, "capacity": 24, "prefill_chunk": 5} | changes
-    return Engine(model or tiny_llama(), ByteTokenizer(), **settings)  # type: ignore[arg-type]
-
-
-def ask(count: int | None = 12, **changes: object) -> GenerationRequest:
-    settings = {"sampling": GREEDY, "max_tokens": count, "ignore_eos": True} | changes
-    return GenerationRequest(**settings)  # type: ignore[arg-type]
-
-
-def run(engine: Engine, *generations: Generation) -> list[list[TokenEvent | EndEvent]]:
-    found: list[list] = [[] for _ in generations]
-    for _ in range(2000):
-        worked = engine.tick()
-        for events, generation in zip(found, generations, strict=True):
-            events += generation.take()
-        if not worked or all(generation.done for generation in generations):
-            return found
-    raise AssertionError("the engine does not come to an end")
-
-
-def ids(events: list) -> list[int]:
-    return [event.token for event in events if isinstance(event, TokenEvent)]
-
-
-def alone(prompt: bytes | list[int], count: int, sinks: int = 4) -> list[int]:
-    """Greedy tokens by nothing but `decode`, one token at a time."""
-    import torch
-
-    model = tiny_llama()
-    slabs = model.slabs(sessions=1, capacity=24)
-    slot, out = slabs.allocate(sinks), list(prompt)
-    for index in range(len(prompt) + count - 1):
-        logits = model.decode(torch.tensor(out[index : index + 1]), slabs, [slot])
-        if index >= len(prompt) - 1:
-            out.append(int(logits.argmax()))
-    return out[len(prompt) :]
 
 
 @pytest.mark.parametrize("by_bucket", [False, True])
@@ -217,67 +176,6 @@ def test_a_refused_request_leaves_no_trace(
     with pytest.raises(ValueError, match=message):
         engine.submit("a", tokens, ask(sampling=sampling))
     assert (engine.info("a").position, engine.info("a").busy, log) == (0, False, [])
-
-
-def test_text_ends_at_a_stop_string_across_tokens_and_at_the_end_token() -> None:
-    engine = make(scripted_llama("abcdefg"))
-    engine.open("a")
-    events = run(engine, engine.submit("a", list(b"a"), ask(None, stop=("def",))))[0]
-    assert "".join(event.text for event in events) == "bc"
-    assert events[-1] == EndEvent("stop", "def", "", 1, 5)
-    engine.open("b")
-    events = run(engine, engine.submit("b", list(b"a"), ask(None, ignore_eos=False)))[0]
-    assert "".join(event.text for event in events) == "bcdefg"
-    assert events[-1] == EndEvent("stop", None, "", 1, 7)
-    assert events[-2].token == EOS
-
-
-def test_held_back_text_comes_out_at_the_end() -> None:
-    engine = make(scripted_llama("abcdefg"))
-    engine.open("a")
-    events = run(engine, engine.submit("a", list(b"a"), ask(4, stop=("exx",))))[0]
-    assert [event.text for event in events] == ["b", "c", "d", "", "e"]
-
-
-def test_characters_come_whole() -> None:
-    engine = make(scripted_llama("aé☃"))
-    engine.open("a")
-    events = run(engine, engine.submit("a", list(b"a"), ask(None, ignore_eos=False)))[0]
-    assert [event.text for event in events[:5]] == ["", "é", "", "", "☃"]
-
-
-def test_seeds_repeat_whoever_shares_the_batch() -> None:
-    def tokens(others: int) -> list[int]:
-        engine = make()
-        sampling = Sampling(seed=7, temperature=1.5)
-        for number in range(others):
-            engine.open(f"o{number}")
-            engine.submit(f"o{number}", list(b"other"), ask(30, sampling=Sampling(seed=number)))
-        engine.open("me")
-        return ids(run(engine, engine.submit("me", list(b"me"), ask(20, sampling=sampling)))[0])
-
-    assert tokens(0) == tokens(3)
-
-
-def test_nothing_ends_an_answer_before_min_tokens() -> None:
-    engine = make(scripted_llama("abcdefg"))
-    engine.open("a")
-    rules = ask(20, stop=("b", "fg"), min_tokens=4, ignore_eos=False)
-    events = run(engine, engine.submit("a", list(b"a"), rules))[0]
-    assert "".join(event.text for event in events) == "bcde"
-    assert events[-1] == EndEvent("stop", "fg", "", 1, 6)
-    engine.open("b")
-    rules = ask(7, min_tokens=3, ignore_eos=False, stop_token_ids=(ord("g"), 99_999))
-    found = ids(run(engine, engine.submit("b", list(b"e"), rules))[0])
-    assert found[0] == ord("f")
-    assert not {ord("g"), EOS} & set(found[:3])
-    assert len(found) > 3
-
-
-@pytest.mark.parametrize("bad", [{"max_tokens": 0}, {"max_tokens": -1}, {"min_tokens": -1}])
-def test_requests_out_of_range_are_refused_by_name(bad: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=next(iter(bad))):
-        GenerationRequest(**bad)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("bad", ["prefill_chunk", "max_buffered"])

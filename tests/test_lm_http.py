@@ -5,66 +5,38 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from lm_bad_requests import BAD
+from lm_http_helpers import (
+    APP,
+    GREEDY,
+    Served,
+    complete,
+    complete_retrying,
+    endless,
+    serve_tiny_lm,
+    text_of,
+)
 from lm_serving import MODEL, events, replica_pids, wait_until
-from serve_helpers import miss_killed_replicas_soon
 
 pytestmark = pytest.mark.ray
 
-APP = f"lm{os.getpid()}"
 EMOJI = "🎉"
-
-
-@dataclass(frozen=True)
-class Served:
-    url: str
-    store: Path
 
 
 @pytest.fixture(scope="module")
 def served(
     ray_local: None, tiny_lm: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
-    from ray import serve as ray_serve
-
-    from serve import lm_app
-    from serve.lm_settings import LMSettings
-
-    store = tmp_path_factory.mktemp("sessions")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    settings = LMSettings(
-        model=str(tiny_lm),
-        store=str(store),
-        sessions=3,
-        cache=32,
-        prefill_chunk=16,
-        threads=1,
-        cpus=0.1,
-        ingress_cpus=0.1,
-        snapshot_every=50,
-        max_choices=3,
-        max_reply_tokens=400,
-        max_prompt_tokens=2_000,
-        max_request_bytes=100_000,
-        max_stream_bytes=20_000_000,
-    )
-    ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
-    with pytest.MonkeyPatch.context() as patch:
-        miss_killed_replicas_soon(patch, lm_app)
-        ray_serve.run(lm_app.build_app(settings), name=APP)
-    yield Served(f"http://127.0.0.1:{port}", store)
-    ray_serve.shutdown()
+    with serve_tiny_lm(tiny_lm, tmp_path_factory.mktemp("sessions")) as served:
+        yield served
 
 
 @pytest.fixture(scope="module")
@@ -76,19 +48,6 @@ def http(served: Served) -> Iterator[httpx.Client]:
 @pytest.fixture(scope="module")
 def client(served: Served) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{served.url}/v1", api_key="unused", max_retries=0)
-
-
-GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0}
-
-
-def complete(http: httpx.Client, **body: Any) -> Any:
-    reply = http.post("/v1/completions", json=GREEDY | body)
-    assert reply.status_code == 200, reply.text
-    return reply.json()
-
-
-def text_of(reply: Any) -> str:
-    return str(reply["choices"][0]["text"])
 
 
 def test_openai_client_completes_and_streams_the_same(client: openai.OpenAI) -> None:
@@ -295,84 +254,6 @@ def test_characters_are_never_broken(http: httpx.Client, client: openai.OpenAI) 
     assert (text_of(first), text_of(second)) == ("", EMOJI)
 
 
-BAD: list[tuple[str, str, Any, int, str, str | None]] = [
-    ("no body", "completions", b"", 400, "invalid_json", None),
-    ("not JSON", "completions", b"{prompt", 400, "invalid_json", None),
-    ("not UTF-8", "completions", b'{"prompt": "\xff"}', 400, "invalid_json", None),
-    ("NaN", "completions", b'{"prompt": "a", "temperature": NaN}', 400, "invalid_json", None),
-    ("a list", "completions", ["a"], 400, "invalid_type", None),
-    ("no prompt", "completions", {}, 400, "empty_input", "prompt"),
-    ("empty prompt", "completions", {"prompt": ""}, 400, "empty_input", "prompt"),
-    ("an empty one", "completions", {"prompt": ["a", ""]}, 400, "empty_input", "prompt[1]"),
-    ("unknown field", "completions", {"prompt": "a", "max_token": 3}, 400, "unknown_field",
-     "max_token"),
-    ("unknown model", "completions", {"prompt": "a", "model": "gpt"}, 404, "model_not_found",
-     "model"),
-    ("echo", "completions", {"prompt": "a", "echo": True}, 400, "invalid_value", "echo"),
-    ("hot", "completions", {"prompt": "a", "temperature": 2.1}, 400, "invalid_value",
-     "temperature"),
-    ("text for a number", "completions", {"prompt": "a", "top_p": "1"}, 400, "invalid_value",
-     "top_p"),
-    ("top_p 0", "completions", {"prompt": "a", "top_p": 0}, 400, "invalid_value", "top_p"),
-    ("min_p 2", "completions", {"prompt": "a", "min_p": 2}, 400, "invalid_value", "min_p"),
-    ("top_k -1", "completions", {"prompt": "a", "top_k": -1}, 400, "invalid_value", "top_k"),
-    ("no tokens", "completions", {"prompt": "a", "max_tokens": 0}, 400, "invalid_value",
-     "max_tokens"),
-    ("endless, not streamed", "completions", {"prompt": "a", "max_tokens": None}, 400,
-     "invalid_value", "max_tokens"),
-    ("long, not streamed", "completions", {"prompt": "a", "max_tokens": 401}, 400,
-     "invalid_value", "max_tokens"),
-    ("min over max", "completions", {"prompt": "a", "max_tokens": 2, "min_tokens": 3}, 400,
-     "invalid_value", "min_tokens"),
-    ("many answers", "completions", {"prompt": "a", "n": 4}, 400, "invalid_value", "n"),
-    ("many prompts", "completions", {"prompt": ["a"] * 4}, 400, "invalid_value", "prompt"),
-    ("five stops", "completions", {"prompt": "a", "stop": list("abcde")}, 400, "invalid_value",
-     None),
-    ("empty stop", "completions", {"prompt": "a", "stop": ""}, 400, "invalid_value", None),
-    ("id beyond", "completions", {"prompt": [1, 9_999]}, 400, "invalid_value", "prompt[1]"),
-    ("id below", "completions", {"prompt": [-1]}, 400, "invalid_value", None),
-    ("bias on text", "completions", {"prompt": "a", "logit_bias": {"a": 1}}, 400,
-     "invalid_value", "logit_bias"),
-    ("bias beyond", "completions", {"prompt": "a", "logit_bias": {"9999": 1}}, 400,
-     "invalid_value", "logit_bias[0]"),
-    ("bias too strong", "completions", {"prompt": "a", "logit_bias": {"1": 101}}, 400,
-     "invalid_value", "logit_bias.1"),
-    ("usage, no stream", "completions", {"prompt": "a", "stream_options":
-     {"include_usage": True}}, 400, "invalid_value", "stream_options"),
-    ("logprobs 21", "completions", {"prompt": "a", "logprobs": 21}, 400, "invalid_value",
-     "logprobs"),
-    ("long prompt", "completions", {"prompt": "a" * 2_001}, 400, "prompt_too_long", "prompt"),
-    ("large body", "completions", b" " * 100_001, 413, "request_too_large", None),
-    ("session's name", "completions", {"prompt": "a", "session_id": "../x"}, 400,
-     "invalid_value", "session_id"),
-    ("n in a session", "completions", {"prompt": "a", "session_id": "x", "n": 2}, 400,
-     "invalid_value", "n"),
-    ("prompts in a session", "completions", {"prompt": ["a", "b"], "session_id": "x"}, 400,
-     "invalid_value", "prompt"),
-    ("resume nothing", "completions", {"prompt": "a", "resume_at": 3}, 400, "invalid_value",
-     "resume_at"),
-    ("go on with nothing", "completions", {"session_id": "nobody"}, 404, "session_not_found",
-     "session_id"),
-    ("no messages", "chat/completions", {"messages": []}, 400, "empty_input", "messages"),
-    ("a tool", "chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, 400,
-     "invalid_value", "messages.0.role"),
-    ("stray in a message", "chat/completions", {"messages": [{"role": "user", "content": "x",
-     "tool_calls": []}]}, 400, "unknown_field", "messages.0.tool_calls"),
-    ("two limits", "chat/completions", {"messages": [{"role": "user", "content": "x"}],
-     "max_tokens": 1, "max_completion_tokens": 2}, 400, "invalid_value",
-     "max_completion_tokens"),
-    ("top without logprobs", "chat/completions", {"messages": [{"role": "user",
-     "content": "x"}], "top_logprobs": 2}, 400, "invalid_value", "top_logprobs"),
-    ("nothing to tokenize", "tokenize", {}, 400, "invalid_value", "prompt"),
-    ("id to detokenize", "detokenize", {"tokens": [9_999]}, 400, "invalid_value", "tokens[0]"),
-    ("both pins", "sessions", {"sink_tokens": 2, "pin_prefix": "a"}, 400, "invalid_value",
-     "sink_tokens"),
-    ("long pin", "sessions", {"pin_prefix": "a" * 31}, 400, "invalid_value", "pin_prefix"),
-    ("many sinks", "sessions", {"sink_tokens": 31}, 400, "invalid_value", "sink_tokens"),
-    ("no time", "sessions", {"ttl_s": 0}, 400, "invalid_value", "ttl_s"),
-]  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("route", "body", "status", "code", "param"),
     [case[1:] for case in BAD],
@@ -391,12 +272,6 @@ def test_malformed_requests(
     assert error["message"]
     if param is not None:
         assert error["param"] == param
-
-
-def endless(http: httpx.Client, session_id: str | None, **more: Any) -> Any:
-    body = GREEDY | {"prompt": "and then", "max_tokens": None, "ignore_eos": True, "stream": True}
-    extra = {"session_id": session_id} if session_id else {}
-    return http.stream("POST", "/v1/completions", json=body | extra | more)
 
 
 def test_busy_cancel_and_no_free_slab(http: httpx.Client, client: openai.OpenAI) -> None:
@@ -479,16 +354,6 @@ def test_kill_9_mid_stream_loses_and_repeats_nothing(served: Served, http: httpx
     rest = complete_retrying(http, session_id="resumer", resume_at=position, max_tokens=300)
     assert (got + text_of(rest))[: len(expected)] == expected[: len(got + text_of(rest))]
     assert len(text_of(rest)) > 100
-
-
-def complete_retrying(http: httpx.Client, **body: Any) -> Any:
-    deadline = time.monotonic() + 60
-    while True:
-        reply = http.post("/v1/completions", json=GREEDY | {"ignore_eos": True} | body)
-        if reply.status_code == 200 or time.monotonic() > deadline:
-            assert reply.status_code == 200, reply.text
-            return reply.json()
-        time.sleep(0.3)
 
 
 def test_resume_is_checked(http: httpx.Client) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
-import itertools
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,140 +10,20 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from loading_helpers import assert_equal, config, global_batches, join, variants, write_samples
 from PIL import Image
 
 from models.images import decode_image
 from pipelines import loading, reading
-from pipelines.config import DataConfig, MaskConfig, ModelConfig, PretrainConfig
-from pipelines.crops import DecodeError, decode_rows
-from pipelines.loading import StarvedError, ahead, cluster_share, make_reader, train_batches
+from pipelines.config import MaskConfig, PretrainConfig
+from pipelines.loading import ahead, cluster_share, make_reader, train_batches
 from pipelines.masking import multiblock_masks, sample_keys
-from pipelines.reading import random_crops
-from pipelines.shards import (
-    IMAGE_SCHEMA,
-    Manifest,
-    hash_bytes,
-    open_shards,
-    read_manifest,
-    read_row_group,
-    write_manifest,
-    write_shard,
-)
-
-ROWS = 150
-
-
-def encode(image: Image.Image, kind: str, **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def picture(seed: int, width: int, height: int) -> Image.Image:
-    """Smooth colours with structure at several scales, unlike any other seed's."""
-    rng = np.random.default_rng(seed)
-    small = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
-    return small.resize((width, height), Image.Resampling.BICUBIC)
-
-
-def variants() -> list[bytes]:
-    """Every kind that ingest may store, and some that it would have re-encoded."""
-    exif = Image.Exif()
-    exif[0x0112] = 6  # rotate by 90 degrees when shown
-    return [
-        encode(picture(1, 40, 30), "PNG"),
-        encode(picture(2, 40, 30), "JPEG", quality=95),
-        encode(picture(3, 40, 30).convert("L"), "PNG"),
-        encode(picture(4, 40, 30).convert("L"), "JPEG", quality=95),
-        encode(picture(5, 40, 30).convert("CMYK"), "JPEG", quality=95),
-        encode(picture(6, 40, 30), "JPEG", quality=95, exif=exif),
-        encode(picture(7, 40, 30), "WEBP", lossless=True),
-        encode(picture(8, 40, 30).convert("RGBA"), "PNG"),
-        encode(picture(9, 40, 30).convert("P"), "PNG"),
-        encode(picture(10, 600, 400), "JPEG", quality=95),  # decoded at reduced scale
-        encode(picture(11, 9, 120), "PNG"),  # no crop of an allowed ratio fits by chance
-        encode(picture(12, 32, 32), "PNG"),
-    ]
-
-
-def row_of(data: bytes, name: str, label: int | None = None) -> dict:
-    image = decode_image(data)
-    return {
-        "sample_id": hash_bytes(data),
-        "image": data,
-        "height": image.height,
-        "width": image.width,
-        "label": label,
-        "source_uri": name,
-    }
-
-
-def write_rows(folder: Path, rows: list[dict]) -> str:
-    fs, root = open_shards(folder)
-    table = pa.Table.from_pylist(rows, IMAGE_SCHEMA)
-    shards = [
-        write_shard(fs, root, table.slice(first, 70), 16) for first in range(0, len(rows), 70)
-    ]
-    manifest = Manifest(
-        num_samples=len(rows),
-        num_bytes=sum(len(row["image"]) for row in rows),
-        shards=tuple(shards),
-        mean=(0.5, 0.5, 0.5),
-        std=(0.25, 0.25, 0.25),
-        quarantined={},
-        duplicates=0,
-        ingest={},
-        fingerprint="made by a test",
-    )
-    write_manifest(folder, manifest)
-    return str(folder)
+from pipelines.shards import hash_bytes, open_shards, read_row_group
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    rows = [row_of(data, f"kind-{i}") for i, data in enumerate(variants())]
-    for i in range(len(rows), ROWS):
-        rows.append(row_of(encode(picture(100 + i, 20, 24), "PNG"), f"plain-{i}", i % 10))
-    return write_rows(tmp_path_factory.mktemp("shards"), rows)
-
-
-def config(data: str, mask: MaskConfig | None = None, **fields) -> PretrainConfig:
-    settings = {"batch_size": 32, "lanes": 8, "shuffle_window": 9, "flip": True, **fields}
-    return PretrainConfig(
-        data=DataConfig(train=data, **settings),
-        mask=mask or MaskConfig(),
-        model=ModelConfig(image_size=32, patch_size=4),
-    )
-
-
-def global_batches(cfg: PretrainConfig, world_size: int, start: int, end: int) -> list[dict]:
-    ranks = [
-        train_batches(cfg, rank=rank, world_size=world_size, start_step=start, end_step=end)
-        for rank in range(world_size)
-    ]
-    return [join(parts) for parts in zip(*ranks, strict=True)]
-
-
-def join(parts: tuple[dict, ...]) -> dict:
-    joined = {}
-    for key, first in parts[0].items():
-        values = [part[key] for part in parts]
-        if isinstance(first, torch.Tensor):
-            joined[key] = torch.cat(values)
-        elif isinstance(first, np.ndarray):
-            joined[key] = np.concatenate(values)
-        else:
-            joined[key] = list(itertools.chain(*values)) if isinstance(first, list) else first
-    return joined
-
-
-def assert_equal(found: list[dict], expected: list[dict]) -> None:
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected, strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
-            same = a[key] == b[key]
-            assert np.all(np.asarray(same)), (key, a["step"])
+    return write_samples(tmp_path_factory.mktemp("shards"))
 
 
 @pytest.fixture(scope="module")
@@ -359,150 +236,6 @@ def test_workers_that_leave_a_quarter_cpu(alone: list[dict], data: str) -> None:
         for worker in workers:
             ray.kill(worker)
     assert_equal(found, alone)
-
-
-@pytest.mark.ray
-def test_workers_that_leave_no_cpu_fail_at_once(data: str, ray_local: None) -> None:
-    import ray
-
-    @ray.remote(num_cpus=4)
-    def work(cfg: PretrainConfig) -> None:
-        next(train_batches(cfg, rank=0, world_size=1, start_step=0, end_step=1))
-
-    with pytest.raises(StarvedError, match=r"--run\.cpus-per-worker"):
-        ray.get(work.remote(config(data)), timeout=90)
-
-
-@pytest.mark.ray
-def test_cpus_taken_by_others_fail_soon(
-    data: str, ray_local: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import ray
-
-    @ray.remote(num_cpus=4)
-    class Hog:
-        def hold(self) -> None:
-            pass
-
-    hog = Hog.remote()
-    ray.get(hog.hold.remote())
-    monkeypatch.setattr(loading, "STARVED_SECONDS", 1.0)
-    monkeypatch.setattr(loading, "WATCH_SECONDS", 0.1)
-    monkeypatch.setattr(loading, "CLOSE_SECONDS", 0.1)
-    batches = train_batches(config(data), rank=0, world_size=1, start_step=0, end_step=4)
-    try:
-        with pytest.raises(StarvedError, match=r"--run\.cpus-per-worker"):
-            next(batches)
-    finally:
-        ray.kill(hog)
-
-
-@pytest.mark.ray
-def test_closing_early_frees_the_cluster(data: str, ray_local: None) -> None:
-    import ray
-
-    batches = train_batches(config(data), rank=0, world_size=1, start_step=0, end_step=100_000)
-    next(batches)
-    batches.close()
-    deadline = time.monotonic() + 20
-    while ray.available_resources().get("CPU") != 4:
-        assert time.monotonic() < deadline, "tasks still running"
-        time.sleep(0.2)
-
-
-# --- what goes wrong
-
-
-@pytest.mark.ray
-@pytest.mark.parametrize("place", ["trainer", "data"])
-def test_corrupt_image_names_the_sample(tmp_path: Path, ray_local: None, place: str) -> None:
-    rows = [row_of(encode(picture(i, 20, 24), "JPEG"), f"file-{i}") for i in range(32)]
-    rows[7]["image"] = rows[7]["image"][:-40]  # inside the pixels, past the headers
-    data = write_rows(tmp_path, rows)
-    with pytest.raises(DecodeError, match=rows[7]["sample_id"].hex() + r" \(file-7\): truncated"):
-        list(
-            train_batches(
-                config(data, decode_in=place), rank=0, world_size=1, start_step=0, end_step=1
-            )
-        )
-
-
-@pytest.mark.ray
-def test_missing_shard_surfaces(tmp_path: Path, ray_local: None) -> None:
-    rows = [row_of(encode(picture(i, 20, 24), "PNG"), f"file-{i}") for i in range(32)]
-    data = write_rows(tmp_path, rows)
-    shard = read_manifest(data).shards[0].file
-    (tmp_path / shard).unlink()
-    with pytest.raises(Exception, match=shard):
-        list(train_batches(config(data), rank=0, world_size=1, start_step=0, end_step=1))
-
-
-@pytest.mark.parametrize(
-    ("change", "flag"),
-    [
-        ({"batch_size": 160}, "--data.batch-size"),
-        ({"mask": MaskConfig(context_keep=60)}, "--mask.context-keep"),
-    ],
-)
-def test_impossible_settings_name_the_flag(data: str, change: dict, flag: str) -> None:
-    with pytest.raises(ValueError, match=flag):
-        next(train_batches(config(data, **change), rank=0, world_size=1, start_step=0, end_step=1))
-
-
-def test_no_manifest(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="not ingested"):
-        next(train_batches(config(str(tmp_path)), rank=0, world_size=1, start_step=0, end_step=1))
-
-
-def test_no_steps(data: str) -> None:
-    assert not list(train_batches(config(data), rank=0, world_size=1, start_step=5, end_step=5))
-
-
-def test_size_that_contradicts_the_manifest_is_refused() -> None:
-    row = {**row_of(variants()[0], "kind-0"), "height": 31, "crop": [0, 0, 8, 8], "flipped": False}
-    with pytest.raises(DecodeError, match="stored as 31x40, decodes to 30x40"):
-        decode_rows(pa.Table.from_pylist([row]), np.empty((1, 3, 32, 32), np.uint8))
-
-
-# --- crops
-
-
-def test_crops_lie_inside_and_follow_scale_and_ratio() -> None:
-    keys = sample_keys([i.to_bytes(16, "little") for i in range(20_000)], 0, 0)
-    sizes = np.tile(np.array([[400, 500]], np.int32), (len(keys), 1))
-    left, top, right, bottom = random_crops(keys, sizes, (0.3, 1.0), (3 / 4, 4 / 3)).T
-    assert left.min() == top.min() == 0
-    assert right.max() == 500
-    assert bottom.max() == 400
-    width, height = right - left, bottom - top
-    area, ratio = width * height / 200_000, width / height
-    assert 0.295 < area.min() < 0.31
-    assert area.max() > 0.95
-    assert ratio.min() == pytest.approx(3 / 4, abs=0.01)
-    assert ratio.max() == pytest.approx(4 / 3, abs=0.01)
-    # The same distribution as torchvision's, which is the usual one.
-    reference = torchvision_areas(2000)
-    for q in (0.1, 0.5, 0.9):
-        assert np.quantile(area, q) == pytest.approx(np.quantile(reference, q), abs=0.03)
-
-
-def torchvision_areas(count: int) -> np.ndarray:
-    from torchvision.transforms import RandomResizedCrop
-
-    image = torch.empty(3, 400, 500)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        drawn = [
-            RandomResizedCrop.get_params(image, [0.3, 1.0], [3 / 4, 4 / 3]) for _ in range(count)
-        ]
-    return np.array([h * w for _, _, h, w in drawn]) / 200_000
-
-
-def test_crop_of_extreme_shapes_is_centred() -> None:
-    keys = sample_keys([i.to_bytes(16, "little") for i in range(3)], 0, 0)
-    sizes = np.array([[10, 1000], [1000, 10], [1, 1]], np.int32)
-    boxes = random_crops(keys, sizes, (1.0, 1.0), (3 / 4, 4 / 3))
-    assert boxes.tolist() == [[493, 0, 506, 10], [0, 493, 10, 506], [0, 0, 1, 1]]
 
 
 # --- running ahead

@@ -7,8 +7,7 @@ import json
 
 import pytest
 import torch
-from fake_training import change, tiny_config
-from test_trainer import _assert_bitwise, _end, _lines, _run
+from fake_training import assert_bitwise, change, end_of, lines_of, run_training, tiny_config
 from torch import nn
 
 from models.hyperoptim import HyperAdamW
@@ -36,24 +35,24 @@ def with_optimizer(cfg, name, **optim):
 @pytest.mark.parametrize("name", SETTINGS)
 def test_stop_and_resume_is_bitwise_the_uninterrupted_run(name, tmp_path):
     cfg = with_optimizer(tiny_config(tmp_path / "whole"), name)
-    whole, _ = _run(cfg, tmp_path / "whole" / "ck")
+    whole, _ = run_training(cfg, tmp_path / "whole" / "ck")
     assert whole.step == 12
     parts = with_optimizer(tiny_config(tmp_path / "parts"), name)
-    _run(change(parts, run={"stop_after": 7}), tmp_path / "parts" / "ck")
-    _run(parts, tmp_path / "parts" / "ck")
-    _assert_bitwise(_end(tmp_path / "parts" / "ck"), _end(tmp_path / "whole" / "ck"))
-    assert _lines(parts) == _lines(cfg)
+    run_training(change(parts, run={"stop_after": 7}), tmp_path / "parts" / "ck")
+    run_training(parts, tmp_path / "parts" / "ck")
+    assert_bitwise(end_of(tmp_path / "parts" / "ck"), end_of(tmp_path / "whole" / "ck"))
+    assert lines_of(parts) == lines_of(cfg)
 
 
 def test_factors_are_1_in_the_warm_up_move_then_and_stay_for_the_last_quarter(tmp_path):
     cfg = with_optimizer(tiny_config(tmp_path, log_every=1), "hyper-adamw", tune=("lr",))
-    _run(cfg, tmp_path / "ck")
-    factors = [row["tuned_lr"] / row["lr"] for row in _lines(cfg)]
+    run_training(cfg, tmp_path / "ck")
+    factors = [row["tuned_lr"] / row["lr"] for row in lines_of(cfg)]
     assert factors[:3] == pytest.approx([1.0] * 3, rel=1e-12)  # warmup_steps
     moving = itertools.pairwise(factors[2:9])
     assert all(a != pytest.approx(b, rel=1e-6) for a, b in moving)
     assert factors[9:] == pytest.approx([factors[8]] * 3, rel=1e-12)  # step 9 of 12 was the last
-    assert all(row["skipped_steps"] == 0 for row in _lines(cfg))
+    assert all(row["skipped_steps"] == 0 for row in lines_of(cfg))
     assert [tunes_at(step, cfg.optim, 12) for step in (3, 4, 9, 10)] == [False, True, True, False]
 
 
@@ -86,11 +85,11 @@ def test_a_skipped_step_is_said_once_and_counted(tmp_path, monkeypatch):
 
     monkeypatch.setattr(trainer, "_clip", poisoned)
     cfg = with_optimizer(tiny_config(tmp_path, log_every=2), "hyper-adamw")
-    outcome, said = _run(cfg, tmp_path / "ck")
+    outcome, said = run_training(cfg, tmp_path / "ck")
     assert outcome.step == 12
     assert sum("1 steps skipped" in line for line in said) == 1
-    assert [row["skipped_steps"] for row in _lines(cfg)] == [0, 0, 1, 1, 1, 1]
-    tensors = _end(tmp_path / "ck")[0]
+    assert [row["skipped_steps"] for row in lines_of(cfg)] == [0, 0, 1, 1, 1, 1]
+    tensors = end_of(tmp_path / "ck")[0]
     assert float(tensors["optimizer"][":hyper.steps"]) == 11
     assert all(bool(t.isfinite().all()) for t in tensors["model"].values())
 
@@ -138,7 +137,7 @@ def test_muon_takes_the_matrices_and_adamw_the_rest():
 
 def test_prodigy_says_the_rate_it_found_and_schedule_free_has_no_anneal(tmp_path):
     cfg = with_optimizer(tiny_config(tmp_path), "prodigy")
-    outcome, _ = _run(cfg, tmp_path / "ck")
+    outcome, _ = run_training(cfg, tmp_path / "ck")
     assert 0 < outcome.metrics["tuned_lr"] < 0.1
     free = OptimConfig(name="schedulefree", warmup_steps=4)
     assert [learning_rate(step, free, 10) for step in (4, 7, 10)] == [free.lr] * 3

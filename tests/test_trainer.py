@@ -9,59 +9,33 @@ import shutil
 
 import pytest
 import torch
-from fake_training import MEMORY, FolderStore, change, memory_batches, tiny_config
+from fake_training import (
+    assert_bitwise,
+    change,
+    end_of,
+    lines_of,
+    memory_batches,
+    run_training,
+    tiny_config,
+)
 
 from pipelines import recorder
 from pipelines.checkpoints import load_tensors
 from pipelines.recorder import DataSource, Worker
-from pipelines.tracking import StepTimer, progress_line, read_metrics
+from pipelines.tracking import StepTimer, progress_line
 from pipelines.train_state import new_state
-from pipelines.trainer import _wrap, train
+from pipelines.trainer import _wrap
 
 CPU = torch.device("cpu")
-TIMED = {"samples_per_s", "data_wait_share", "forward_share", "backward_share"}
-TIMED |= {"optimizer_share", "peak_memory_bytes"}
-
-
-def _run(cfg, folder, data=MEMORY):
-    lines = []
-    outcome = train(cfg, Worker(), data, FolderStore(folder), lines.append)
-    return outcome, lines
-
-
-def _end(folder, step=12):
-    """Everything the checkpoint of a step holds, times aside."""
-    checkpoint = folder / f"checkpoint_{step:08d}"
-    tensors = {g: load_tensors(checkpoint, g, 1) for g in ("model", "optimizer", "loop")}
-    state = json.loads((checkpoint / "state.json").read_text())
-    state["metrics"] = {k: v for k, v in state["metrics"].items() if k not in TIMED}
-    return tensors, state
-
-
-def _lines(cfg):
-    path = FolderStore(cfg.run.storage).folder / cfg.run.name / "metrics.jsonl"
-    return [{k: v for k, v in row.items() if k not in TIMED} for row in read_metrics(path)]
-
-
-def _assert_bitwise(ours, theirs):
-    assert ours[1] == theirs[1]
-    for group, tensors in theirs[0].items():
-        assert ours[0][group].keys() == tensors.keys()
-        for name, value in tensors.items():
-            assert torch.equal(ours[0][group][name], value), f"{group} {name}"
-
-
-def _accumulating(cfg):
-    return change(cfg, run={"accumulate": 2})
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["plain", "accumulate"])
 def uninterrupted(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
     cfg = tiny_config(folder, accumulate=request.param)
-    outcome, _ = _run(cfg, folder / "ck")
+    outcome, _ = run_training(cfg, folder / "ck")
     assert outcome.step == 12
-    return request.param, _end(folder / "ck"), _lines(cfg)
+    return request.param, end_of(folder / "ck"), lines_of(cfg)
 
 
 # Epochs end at 5 and 10, readings are at 5, 10 and 12, checkpoints at 4, 8 and 12.
@@ -69,7 +43,7 @@ def uninterrupted(request, tmp_path_factory):
 def test_stop_anywhere_and_resume_is_bitwise_the_uninterrupted_run(uninterrupted, tmp_path, stop):
     accumulate, end, lines = uninterrupted
     cfg = tiny_config(tmp_path, accumulate=accumulate)
-    stopped, _ = _run(change(cfg, run={"stop_after": stop}), tmp_path / "ck")
+    stopped, _ = run_training(change(cfg, run={"stop_after": stop}), tmp_path / "ck")
     assert stopped.step == stop
     asked = []
 
@@ -78,11 +52,11 @@ def test_stop_anywhere_and_resume_is_bitwise_the_uninterrupted_run(uninterrupted
         yield from memory_batches(cfg, **where)
 
     torch.manual_seed(99)  # whatever the new process's generator holds
-    _, said = _run(cfg, tmp_path / "ck", DataSource(watched, 5, "memory-hash"))
+    _, said = run_training(cfg, tmp_path / "ck", DataSource(watched, 5, "memory-hash"))
     assert asked == [(stop, 12)]
     assert f"at step {stop}" in said[0]
-    _assert_bitwise(_end(tmp_path / "ck"), end)
-    assert _lines(cfg) == lines
+    assert_bitwise(end_of(tmp_path / "ck"), end)
+    assert lines_of(cfg) == lines
 
 
 OBJECTIVES = {
@@ -103,12 +77,14 @@ def test_every_objective_trains_and_resumes_bitwise(tmp_path, name):
         small = {"name": name, "projector": (32, 16), "slices": 16, **OBJECTIVES[name]}
         cfg = change(cfg, objective=small, mask={"context_keep": None if name == "ijepa" else 6})
         for stop in stops:
-            outcome, _ = _run(change(cfg, run={"stop_after": stop}), tmp_path / folder / "ck")
+            outcome, _ = run_training(
+                change(cfg, run={"stop_after": stop}), tmp_path / folder / "ck"
+            )
             assert (outcome.step, outcome.collapsed) == (stop, None)
-        return _end(tmp_path / folder / "ck", 4), _lines(cfg)
+        return end_of(tmp_path / folder / "ck", 4), lines_of(cfg)
 
     whole, resumed = run("whole", 4), run("resumed", 1, 4)
-    _assert_bitwise(resumed[0], whole[0])
+    assert_bitwise(resumed[0], whole[0])
     assert resumed[1] == whole[1]
     readings = whole[1][-1]
     assert readings["loss"] > 0
@@ -129,13 +105,13 @@ def test_a_crash_after_the_checkpoint_redoes_the_lost_steps_and_their_metrics(
             yield batch
 
     with pytest.raises(OSError, match="host lost"):
-        _run(cfg, tmp_path / "ck", DataSource(crashing, 5, "memory-hash"))
-    assert [row["step"] for row in _lines(cfg)] == [5, 10]
+        run_training(cfg, tmp_path / "ck", DataSource(crashing, 5, "memory-hash"))
+    assert [row["step"] for row in lines_of(cfg)] == [5, 10]
     path = tmp_path / "run" / "metrics.jsonl"
     path.write_text(path.read_text() + '{"step": 11, "lo')  # killed while writing
-    _run(cfg, tmp_path / "ck")  # from step 8
-    _assert_bitwise(_end(tmp_path / "ck"), end)
-    assert _lines(cfg) == lines
+    run_training(cfg, tmp_path / "ck")  # from step 8
+    assert_bitwise(end_of(tmp_path / "ck"), end)
+    assert lines_of(cfg) == lines
 
 
 def test_a_crash_before_the_first_checkpoint_leaves_one_reading_of_step_0(tmp_path, monkeypatch):
@@ -147,12 +123,12 @@ def test_a_crash_before_the_first_checkpoint_leaves_one_reading_of_step_0(tmp_pa
         raise OSError("host lost")
 
     with pytest.raises(OSError, match="host lost"):
-        _run(cfg, tmp_path / "ck", DataSource(crashing, 5, "memory-hash"))
-    assert [row["step"] for row in _lines(cfg)] == [0]
-    _run(cfg, tmp_path / "ck")
-    assert [row["step"] for row in _lines(cfg) if "knn" in row] == [0, 12]
-    _run(change(cfg, run={"stop_after": 12}), tmp_path / "ck")  # a resume keeps it
-    assert [row["step"] for row in _lines(cfg) if "knn" in row] == [0, 12]
+        run_training(cfg, tmp_path / "ck", DataSource(crashing, 5, "memory-hash"))
+    assert [row["step"] for row in lines_of(cfg)] == [0]
+    run_training(cfg, tmp_path / "ck")
+    assert [row["step"] for row in lines_of(cfg) if "knn" in row] == [0, 12]
+    run_training(change(cfg, run={"stop_after": 12}), tmp_path / "ck")  # a resume keeps it
+    assert [row["step"] for row in lines_of(cfg) if "knn" in row] == [0, 12]
 
 
 def test_no_buffer_travels_between_processes_at_a_step(tmp_path):
@@ -175,32 +151,32 @@ def test_resuming_without_the_position_would_be_noticed(uninterrupted, tmp_path)
     """Negative control: a loader that starts the epoch over on resume fails the comparison."""
     accumulate, end, _ = uninterrupted
     cfg = tiny_config(tmp_path, accumulate=accumulate)
-    _run(change(cfg, run={"stop_after": 7}), tmp_path / "ck")
+    run_training(change(cfg, run={"stop_after": 7}), tmp_path / "ck")
 
     def forgetful(cfg, *, start_step, end_step, **ranks):
         begin = start_step - start_step % 5
         count = end_step - start_step
         yield from memory_batches(cfg, start_step=begin, end_step=begin + count, **ranks)
 
-    _run(cfg, tmp_path / "ck", DataSource(forgetful, 5, "memory-hash"))
+    run_training(cfg, tmp_path / "ck", DataSource(forgetful, 5, "memory-hash"))
     with pytest.raises(AssertionError):
-        _assert_bitwise(_end(tmp_path / "ck"), end)
+        assert_bitwise(end_of(tmp_path / "ck"), end)
 
 
 def test_accumulation_changes_nothing_but_rounding(tmp_path):
     ends = {}
     for accumulate in (1, 4):
         cfg = tiny_config(tmp_path / str(accumulate), accumulate=accumulate, log_every=1)
-        _run(cfg, tmp_path / str(accumulate) / "ck")
-        ends[accumulate] = [row["loss"] for row in _lines(cfg)]
+        run_training(cfg, tmp_path / str(accumulate) / "ck")
+        ends[accumulate] = [row["loss"] for row in lines_of(cfg)]
     assert ends[1] == pytest.approx(ends[4], abs=1e-5)
 
 
 def test_training_changes_the_weights_and_frozen_does_not(tmp_path):
     cfg = tiny_config(tmp_path)
     fresh = new_state(cfg, CPU).objective.state_dict()
-    _run(cfg, tmp_path / "ck")
-    trained = _end(tmp_path / "ck")[0]["model"]
+    run_training(cfg, tmp_path / "ck")
+    trained = end_of(tmp_path / "ck")[0]["model"]
     moved = [name for name in fresh if not torch.equal(fresh[name], trained[name])]
     assert any(name.startswith("encoder.") for name in moved)
     assert any(name.startswith("target_encoder.") for name in moved)
@@ -210,8 +186,8 @@ def test_training_changes_the_weights_and_frozen_does_not(tmp_path):
         optim={"lr": 0.0, "start_lr": 0.0, "final_lr": 0.0},
         run={"name": "frozen"},
     )
-    _run(frozen, tmp_path / "frozen-ck")
-    kept = _end(tmp_path / "frozen-ck")[0]["model"]
+    run_training(frozen, tmp_path / "frozen-ck")
+    kept = end_of(tmp_path / "frozen-ck")[0]["model"]
     assert all(torch.equal(fresh[name], kept[name]) for name in fresh)
 
 
@@ -229,9 +205,9 @@ def test_bf16_autocast_keeps_fp32_weights_and_learns_about_the_same(tmp_path):
     losses = {}
     for precision in ("fp32", "bf16"):
         cfg = tiny_config(tmp_path / precision, precision=precision)
-        outcome, _ = _run(cfg, tmp_path / precision / "ck")
+        outcome, _ = run_training(cfg, tmp_path / precision / "ck")
         losses[precision] = outcome.metrics["loss"]
-    tensors = _end(tmp_path / "bf16" / "ck")[0]
+    tensors = end_of(tmp_path / "bf16" / "ck")[0]
     floating = [t for g in ("model", "optimizer") for t in tensors[g].values() if t.ndim]
     assert all(t.dtype == torch.float32 for t in floating)
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
@@ -241,10 +217,10 @@ def test_bf16_autocast_keeps_fp32_weights_and_learns_about_the_same(tmp_path):
 def test_clipping_bounds_the_update_and_logs_the_norm_before(tmp_path):
     cfg = change(tiny_config(tmp_path), optim={"clip_norm": 1e-3, "warmup_steps": 0})
     clipped = change(cfg, run={"steps": 1})
-    outcome, _ = _run(clipped, tmp_path / "ck")
+    outcome, _ = run_training(clipped, tmp_path / "ck")
     assert outcome.metrics["grad_norm"] > 1e-2
     moments = [
-        t for n, t in _end(tmp_path / "ck", 1)[0]["optimizer"].items() if n.endswith("exp_avg")
+        t for n, t in end_of(tmp_path / "ck", 1)[0]["optimizer"].items() if n.endswith("exp_avg")
     ]
     # exp_avg after one step is 0.1 of the gradient as clipped.
     norm = math.sqrt(sum(float(t.double().square().sum()) for t in moments)) * 10
@@ -253,12 +229,12 @@ def test_clipping_bounds_the_update_and_logs_the_norm_before(tmp_path):
 
 def test_own_checkpoint_then_init_from_then_scratch(tmp_path):
     donor = tiny_config(tmp_path / "donor", seed=5)
-    _run(donor, tmp_path / "donor" / "ck")
+    run_training(donor, tmp_path / "donor" / "ck")
     donor_end = tmp_path / "donor" / "ck" / "checkpoint_00000012"
     cfg = tiny_config(tmp_path, init_from=str(donor_end), steps=12, stop_after=4)
     frozen = change(cfg, optim={"lr": 0.0, "start_lr": 0.0, "final_lr": 0.0})
 
-    outcome, said = _run(frozen, tmp_path / "ck")
+    outcome, said = run_training(frozen, tmp_path / "ck")
     assert outcome.step == 4
     assert str(donor_end) in said[0]
     theirs = load_tensors(donor_end, "model", 1)
@@ -266,109 +242,35 @@ def test_own_checkpoint_then_init_from_then_scratch(tmp_path):
     assert torch.equal(ours["encoder.norm.bias"], theirs["encoder.norm.bias"])
 
     shutil.rmtree(donor_end)  # its own checkpoint comes first: the donor is not even looked at
-    outcome, said = _run(change(frozen, run={"stop_after": 8}), tmp_path / "ck")
+    outcome, said = run_training(change(frozen, run={"stop_after": 8}), tmp_path / "ck")
     assert (outcome.step, outcome.refused) == (8, None)
     assert "resuming" in said[0]
 
 
 def test_an_unusable_checkpoint_stops_the_run_instead_of_starting_over(tmp_path):
     cfg = tiny_config(tmp_path, stop_after=4)
-    _run(cfg, tmp_path / "ck")
-    refused, _ = _run(change(cfg, optim={"lr": 0.5}), tmp_path / "ck")
+    run_training(cfg, tmp_path / "ck")
+    refused, _ = run_training(change(cfg, optim={"lr": 0.5}), tmp_path / "ck")
     assert "--optim.lr" in refused.refused
     share = next((tmp_path / "ck").glob("*/optimizer-*"))
     share.write_bytes(share.read_bytes()[:1000])
-    refused, _ = _run(cfg, tmp_path / "ck")
+    refused, _ = run_training(cfg, tmp_path / "ck")
     assert str(share) in refused.refused
-    absent, _ = _run(tiny_config(tmp_path, init_from=str(tmp_path / "no")), tmp_path / "other")
+    absent, _ = run_training(
+        tiny_config(tmp_path, init_from=str(tmp_path / "no")), tmp_path / "other"
+    )
     assert "neither a checkpoint nor a run" in absent.refused
     assert not list((tmp_path / "other").iterdir())  # nothing was trained
 
 
 def test_a_finished_run_is_left_alone(tmp_path):
     cfg = tiny_config(tmp_path)
-    _run(cfg, tmp_path / "ck")
-    lines, end = _lines(cfg), _end(tmp_path / "ck")
-    outcome, _ = _run(cfg, tmp_path / "ck")
+    run_training(cfg, tmp_path / "ck")
+    lines, end = lines_of(cfg), end_of(tmp_path / "ck")
+    outcome, _ = run_training(cfg, tmp_path / "ck")
     assert outcome.step == 12
-    assert _lines(cfg) == lines
-    _assert_bitwise(_end(tmp_path / "ck"), end)
-
-
-# One picture for all samples: every feature is the same, whatever the weights.
-def _one_picture(cfg, **where):
-    for batch in memory_batches(cfg, **where):
-        yield {**batch, "images": torch.full_like(batch["images"], 90)}
-
-
-SAME = DataSource(_one_picture, 5, "memory-hash")
-
-
-def test_a_collapsed_run_stops_uncheckpointed_and_says_so(tmp_path):
-    cfg = tiny_config(tmp_path, log_every=2, checkpoint_every=3)
-    cfg = change(cfg, watch={"action": "stop", "grace_steps": 2, "patience": 2})
-    outcome, said = _run(cfg, tmp_path / "ck", SAME)
-    assert outcome.step == 6  # readings at 4 and 6 count, the one at 2 is in the grace period
-    assert "--watch.min-std" in outcome.collapsed
-    assert "step 6" in outcome.collapsed
-    assert said[-2] == outcome.collapsed
-    last = _lines(cfg)[-1]
-    assert (last["step"], last["collapsed"]) == (6, True)
-    assert [p.name for p in (tmp_path / "ck").iterdir()] == ["checkpoint_00000003"]
-
-    healthy, _ = _run(change(cfg, run={"name": "healthy"}), tmp_path / "healthy-ck")
-    assert (healthy.step, healthy.collapsed) == (12, None)
-
-
-def test_embeddings_that_collapse_stop_a_run_whose_encoder_has_not(tmp_path):
-    cfg = tiny_config(tmp_path, log_every=2, steps=40)
-    cfg = change(
-        cfg,
-        objective={"name": "lejepa", "sigreg_weight": 0.0, "projector": (64, 32)},
-        # Nothing but agreement is asked for, and the encoder's own features stay apart.
-        optim={"lr": 5e-3},
-        watch={"action": "stop", "grace_steps": 2, "patience": 2},
-    )
-    outcome, _ = _run(cfg, tmp_path / "ck")
-    assert outcome.collapsed is not None
-    assert outcome.collapsed.startswith("the embeddings have collapsed")
-    assert "--watch.min-embedded-std" in outcome.collapsed
-    assert _lines(cfg)[-1]["std"] > 0.1
-
-    cfg = change(cfg, run={"name": "held"}, objective={"sigreg_weight": 0.5})
-    held, _ = _run(cfg, tmp_path / "held-ck")
-    assert (held.step, held.collapsed) == (40, None)
-
-
-def test_strikes_survive_a_resume(tmp_path):
-    cfg = tiny_config(tmp_path, log_every=2)
-    cfg = change(cfg, watch={"action": "stop", "grace_steps": 2, "patience": 2})
-    _run(change(cfg, run={"stop_after": 5}), tmp_path / "ck", SAME)
-    outcome, _ = _run(cfg, tmp_path / "ck", SAME)
-    assert outcome.step == 6
-    assert outcome.collapsed
-
-
-def test_warn_goes_on_and_off_does_not_look(tmp_path):
-    for action, warnings in (("warn", True), ("off", False)):
-        cfg = tiny_config(tmp_path, log_every=2, name=action)
-        cfg = change(cfg, watch={"action": action, "grace_steps": 0, "patience": 1})
-        outcome, said = _run(cfg, tmp_path / f"{action}-ck", SAME)
-        assert (outcome.step, outcome.collapsed) == (12, None)
-        assert any("WARNING" in line for line in said) == warnings
-        assert any("collapsed" in row for row in _lines(cfg)) == warnings
-
-
-def test_a_loss_that_is_not_a_number_stops_the_run_at_once(tmp_path):
-    cfg = tiny_config(tmp_path, log_every=1, checkpoint_every=100)
-    cfg = change(
-        cfg,
-        optim={"lr": 1e12, "start_lr": 1e12, "warmup_steps": 0},
-        watch={"action": "stop", "grace_steps": 100},
-    )
-    outcome, _ = _run(cfg, tmp_path / "ck")
-    assert "the loss is" in outcome.collapsed
-    assert _lines(cfg)[-1]["loss"] is None  # metrics.jsonl stays JSON
+    assert lines_of(cfg) == lines
+    assert_bitwise(end_of(tmp_path / "ck"), end)
 
 
 def test_a_loader_that_ends_early_or_gives_a_wrong_batch_is_an_error(tmp_path):
@@ -381,15 +283,15 @@ def test_a_loader_that_ends_early_or_gives_a_wrong_batch_is_an_error(tmp_path):
 
     cfg = tiny_config(tmp_path, steps=3, checkpoint_every=100)
     with pytest.raises(RuntimeError, match="ended at step 2 of 3"):
-        _run(cfg, tmp_path / "a", DataSource(short, 5, "memory-hash"))
+        run_training(cfg, tmp_path / "a", DataSource(short, 5, "memory-hash"))
     with pytest.raises(ValueError, match="7 images a worker, not 8"):
-        _run(cfg, tmp_path / "b", DataSource(thin, 5, "memory-hash"))
+        run_training(cfg, tmp_path / "b", DataSource(thin, 5, "memory-hash"))
 
 
 def test_sample_log_writes_every_step_of_every_attempt(tmp_path):
     cfg = tiny_config(tmp_path, log_samples=True)
-    _run(change(cfg, run={"stop_after": 3}), tmp_path / "ck")
-    _run(cfg, tmp_path / "ck")
+    run_training(change(cfg, run={"stop_after": 3}), tmp_path / "ck")
+    run_training(cfg, tmp_path / "ck")
     rows = [
         json.loads(line)
         for path in sorted((tmp_path / "run").glob("samples-rank0-*.jsonl"))
@@ -402,7 +304,7 @@ def test_sample_log_writes_every_step_of_every_attempt(tmp_path):
 
 
 def test_probe_without_labels_is_skipped_with_a_line(tmp_path):
-    outcome, said = _run(tiny_config(tmp_path, probe_every=4), tmp_path / "ck")
+    outcome, said = run_training(tiny_config(tmp_path, probe_every=4), tmp_path / "ck")
     assert "no online kNN" in said[0]
     assert "knn" not in outcome.metrics
 
@@ -434,8 +336,8 @@ def test_compiled_objective_has_the_same_losses_and_checkpoint_names(tmp_path):
     losses = {}
     for compiled in (False, True):
         cfg = tiny_config(tmp_path / str(compiled), compile=compiled, log_every=1, steps=4)
-        _run(cfg, tmp_path / str(compiled) / "ck")
-        losses[compiled] = [row["loss"] for row in _lines(cfg)]
+        run_training(cfg, tmp_path / str(compiled) / "ck")
+        losses[compiled] = [row["loss"] for row in lines_of(cfg)]
     assert losses[True] == pytest.approx(losses[False], abs=1e-5)
-    names = {c: set(_end(tmp_path / str(c) / "ck", 4)[0]["model"]) for c in (False, True)}
+    names = {c: set(end_of(tmp_path / str(c) / "ck", 4)[0]["model"]) for c in (False, True)}
     assert names[True] == names[False]

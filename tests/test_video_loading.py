@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from test_loading import assert_equal, global_batches
+from loading_helpers import assert_equal, global_batches
 from video_files import number_of, picture, write_video
 
 from models.video_decode import decode_frames

@@ -1,0 +1,87 @@
+"""The tiny language model served on Ray, and requests to it over HTTP."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from lm_serving import MODEL
+from serve_helpers import miss_killed_replicas_soon
+
+APP = f"lm{os.getpid()}"
+GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0}
+
+
+@dataclass(frozen=True)
+class Served:
+    url: str
+    store: Path
+
+
+@contextmanager
+def serve_tiny_lm(model: Path, store: Path) -> Iterator[Served]:
+    """One replica and one ingress on the Ray that is running."""
+    from ray import serve as ray_serve
+
+    from serve import lm_app
+    from serve.lm_settings import LMSettings
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = LMSettings(
+        model=str(model),
+        store=str(store),
+        sessions=3,
+        cache=32,
+        prefill_chunk=16,
+        threads=1,
+        cpus=0.1,
+        ingress_cpus=0.1,
+        snapshot_every=50,
+        max_choices=3,
+        max_reply_tokens=400,
+        max_prompt_tokens=2_000,
+        max_request_bytes=100_000,
+        max_stream_bytes=20_000_000,
+    )
+    ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
+    with pytest.MonkeyPatch.context() as patch:
+        miss_killed_replicas_soon(patch, lm_app)
+        ray_serve.run(lm_app.build_app(settings), name=APP)
+    yield Served(f"http://127.0.0.1:{port}", store)
+    ray_serve.shutdown()
+
+
+def complete(http: httpx.Client, **body: Any) -> Any:
+    reply = http.post("/v1/completions", json=GREEDY | body)
+    assert reply.status_code == 200, reply.text
+    return reply.json()
+
+
+def text_of(reply: Any) -> str:
+    return str(reply["choices"][0]["text"])
+
+
+def endless(http: httpx.Client, session_id: str | None, **more: Any) -> Any:
+    body = GREEDY | {"prompt": "and then", "max_tokens": None, "ignore_eos": True, "stream": True}
+    extra = {"session_id": session_id} if session_id else {}
+    return http.stream("POST", "/v1/completions", json=body | extra | more)
+
+
+def complete_retrying(http: httpx.Client, **body: Any) -> Any:
+    deadline = time.monotonic() + 60
+    while True:
+        reply = http.post("/v1/completions", json=GREEDY | {"ignore_eos": True} | body)
+        if reply.status_code == 200 or time.monotonic() > deadline:
+            assert reply.status_code == 200, reply.text
+            return reply.json()
+        time.sleep(0.3)
