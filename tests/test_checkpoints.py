@@ -201,6 +201,16 @@ def test_what_would_make_another_run_is_refused_by_its_flag(cfg, changes, flag):
         check_resumable(cfg, _saved(), change(cfg, **changes), "memory-hash")
 
 
+def test_micro_batches_decide_a_run_whose_loss_compares_rows(cfg):
+    other = {"run": {"accumulate": 2}}
+    for changes in ({"objective": {"name": "lejepa"}}, {"objective": {"regularize": "x"}}):
+        compares = change(cfg, **changes)
+        with pytest.raises(CheckpointError, match=r"--run\.accumulate was 1, is now 2"):
+            check_resumable(compares, _saved(), change(compares, **other), "memory-hash")
+        with pytest.raises(ValueError, match=r"--run\.accumulate: .* two rows"):
+            change(compares, run={"accumulate": cfg.data.batch_size})
+
+
 @pytest.mark.parametrize(
     "changes",
     [

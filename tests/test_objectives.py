@@ -357,8 +357,17 @@ def test_a_time_window_is_all_that_a_view_sees(pictures: Tensor) -> None:
         assert (objective.embed(changed, keys)[0] - first).abs().max() > 1e-3
 
 
-def test_a_regularizer_on_nothing_that_learns_is_refused(pictures: Tensor) -> None:
-    for name, on in (("ijepa", "target_pooled"), ("ijepa", "logits")):
-        cfg = config(name, regularize=on)
+def test_a_regularizer_on_nothing_that_learns_is_refused() -> None:
+    for on in ("target_pooled", "logits"):
         with pytest.raises(ValueError, match=r"--objective\.regularize: .* one of context_pooled"):
-            build(cfg)(batch_of(cfg, pictures, torch.arange(4), 0))
+            build(config("ijepa", regularize=on))
+
+
+@pytest.mark.parametrize("name", ["ijepa", "dmjd", "mae", "lejepa", "vicreg"])
+def test_what_can_be_regularized_is_what_has_a_gradient(pictures: Tensor, name: str) -> None:
+    for target in ("ema", "self"):
+        cfg = config(name, target=target)
+        objective = build(cfg)
+        monitored = objective(batch_of(cfg, pictures, torch.arange(4), 0)).monitored
+        learned = {key for key, tensor in monitored.items() if tensor.requires_grad}
+        assert set(objective.regularizable) == learned

@@ -15,7 +15,7 @@ from pipelines import optimizers, trainer
 from pipelines.checkpoints import CheckpointError
 from pipelines.config import OptimConfig
 from pipelines.curves import training_curves
-from pipelines.optimizers import Combined, build_optimizer, read_hyperparameters
+from pipelines.optimizers import Combined, averaged, build_optimizer, read_hyperparameters
 from pipelines.schedules import learning_rate, set_schedules, tunes_at
 from pipelines.train_state import load_optimizer, optimizer_tensors
 
@@ -135,6 +135,40 @@ def test_muon_takes_the_matrices_and_adamw_the_rest():
         assert torch.equal(mine, reference)
 
 
+def test_what_is_read_of_schedule_free_is_the_average_and_training_goes_on_undisturbed():
+    cfg = OptimConfig(name="schedulefree", lr=0.1, start_lr=0.1)
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    optimizer = build_optimizer(model, cfg)
+    iterates = []
+    for step in range(1, 6):
+        set_schedules(optimizer, step, cfg, 10)
+        model(torch.ones(4, 3) * step).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        iterates.append(optimizer.state[model.weight]["z"].clone())
+    trained = model.weight.detach().clone()
+    with averaged(optimizer):
+        # At one rate all along the iterates weigh alike.
+        torch.testing.assert_close(model.weight.detach(), torch.stack(iterates).mean(0))
+        assert not torch.allclose(model.weight, trained, rtol=1e-3)
+    assert torch.equal(model.weight, trained)
+    optimizer.step()  # it refuses outside its training mode
+
+
+def test_a_checkpoint_holds_schedule_frees_average_and_what_it_goes_on_from(tmp_path):
+    cfg = with_optimizer(tiny_config(tmp_path), "schedulefree")
+    cfg = change(cfg, objective={"target": "self"}, watch={"action": "off"})
+    run_training(cfg, tmp_path / "ck")
+    tensors = end_of(tmp_path / "ck")[0]
+    name = "encoder.blocks.0.attn.qkv.weight"
+    average = tensors["model"][name]
+    trained, iterate = (tensors["optimizer"][f"{name}:{of}"] for of in ("trained", "z"))
+    beta = cfg.optim.betas[0]
+    torch.testing.assert_close(trained, beta * average + (1 - beta) * iterate)
+    assert not torch.equal(trained, average)
+
+
 def test_prodigy_says_the_rate_it_found_and_schedule_free_has_no_anneal(tmp_path):
     cfg = with_optimizer(tiny_config(tmp_path), "prodigy")
     outcome, _ = run_training(cfg, tmp_path / "ck")
@@ -156,6 +190,8 @@ def test_settings_out_of_range_name_their_flag():
         "hyper-lr": {"hyper_lr": -1.0},
         "tune-bounds": {"tune_bounds": (2.0, 3.0)},
         "tune-until": {"tune_until": 1.5},
+        "eps": {"name": "hyper-adamw", "eps": 0.0},
+        "tune": {"name": "hyper-adamw", "tune": ("beta1",), "betas": (0.0, 0.999)},
     }.items():
         with pytest.raises(ValueError, match=f"--optim.{flag}"):
             OptimConfig(**settings)

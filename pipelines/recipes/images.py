@@ -138,7 +138,9 @@ def mae_cifar10_demo() -> PretrainConfig:
         mask=MaskConfig(hidden=0.5),
         objective=ObjectiveConfig(name="mae"),
         optim=lejepa_cifar10_demo().optim,
-        run=replace(base.run, name="mae_cifar10_demo", steps=3600, probe_every=900),
+        run=replace(
+            base.run, name="mae_cifar10_demo", steps=3600, probe_every=900, checkpoint_every=900
+        ),
     )
 
 
@@ -155,7 +157,9 @@ def dmjd_cifar10_demo() -> PretrainConfig:
         base,
         mask=MaskConfig(contexts=4, context_keep=6),
         objective=replace(base.objective, name="dmjd"),
-        run=replace(base.run, name="dmjd_cifar10_demo", steps=1500, probe_every=500),
+        run=replace(
+            base.run, name="dmjd_cifar10_demo", steps=1500, probe_every=500, checkpoint_every=500
+        ),
     )
 
 
