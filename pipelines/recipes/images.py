@@ -87,7 +87,7 @@ def lejepa_cifar10_demo() -> PretrainConfig:
         # The picture whole: all cropping is left to the views.
         data=replace(base.data, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=False),
         objective=ObjectiveConfig(
-            name="lejepa", projector=(512, 512, 64), sigreg_weight=0.02, slices=256
+            name="lejepa", projector=(512, 512, 64), sigreg_weight=0.05, slices=256
         ),
         optim=OptimConfig(
             lr=1.5e-3,
