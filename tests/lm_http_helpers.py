@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from free_ports import free_ports
 from lm_serving import MODEL
 from serve_helpers import miss_killed_replicas_soon
 
@@ -34,9 +34,7 @@ def serve_tiny_lm(model: Path, store: Path) -> Iterator[Served]:
     from serve import lm_app
     from serve.lm_settings import LMSettings
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     settings = LMSettings(
         model=str(model),
         store=str(store),

@@ -72,21 +72,27 @@ def row_of(data: bytes, name: str, label: int | None = None) -> dict:
 
 
 def write_rows(folder: Path, rows: list[dict]) -> str:
+    return write_shards(folder, pa.Table.from_pylist(rows, IMAGE_SCHEMA), 70, 16)
+
+
+def write_shards(
+    folder: Path, table: pa.Table, shard_rows: int, group_rows: int, **manifest_fields
+) -> str:
+    """Shards of images or segments with a manifest, as ingest would leave them."""
     fs, root = open_shards(folder)
-    table = pa.Table.from_pylist(rows, IMAGE_SCHEMA)
-    shards = [
-        write_shard(fs, root, table.slice(first, 70), 16) for first in range(0, len(rows), 70)
-    ]
+    parts = [table.slice(first, shard_rows) for first in range(0, len(table), shard_rows)]
+    (payload,) = {"image", "video"} & set(table.column_names)
     manifest = Manifest(
-        num_samples=len(rows),
-        num_bytes=sum(len(row["image"]) for row in rows),
-        shards=tuple(shards),
+        num_samples=len(table),
+        num_bytes=sum(len(data.as_py()) for data in table[payload]),
+        shards=tuple(write_shard(fs, root, part, group_rows) for part in parts),
         mean=(0.5, 0.5, 0.5),
         std=(0.25, 0.25, 0.25),
         quarantined={},
         duplicates=0,
         ingest={},
         fingerprint="made by a test",
+        **manifest_fields,
     )
     write_manifest(folder, manifest)
     return str(folder)

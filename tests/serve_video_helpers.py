@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import uvicorn
+from free_ports import free_ports
 
 from models.preprocessing import Preprocessing, normalize
 from models.vit import VisionTransformer
@@ -80,9 +80,7 @@ def local_server(
 ) -> Iterator[LocalServer]:
     """Serves an artifact in a thread; the embedder's batcher runs in the same event loop."""
     full = ServeSettings(artifact=str(artifact), threads=1, **settings)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     started: dict[str, Any] = {}
     ready = threading.Event()
 

@@ -14,7 +14,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -28,6 +27,7 @@ from typing import Any
 import fsspec
 import pytest
 import torch
+from free_ports import free_ports
 from moto.server import ThreadedMotoServer
 
 from models.weights import load_artifact
@@ -40,16 +40,6 @@ ROOT = Path(__file__).resolve().parent.parent
 BUCKET = "rayjepa-cluster-test"
 START_S = 120
 JOB_S = 400
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 def bucket() -> Any:

@@ -6,20 +6,23 @@ import io
 import json
 import os
 import signal
-import socket
 import threading
 import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
+import lm_http_helpers
 import pytest
 import rich.console
 import s3fs
-from lm_serving import MODEL, events, replica_pids, wait_until
+from free_ports import free_ports
+from lm_http_helpers import text_of
+from lm_serving import events, replica_pids, wait_until
 from serve_helpers import WIDTH, miss_killed_replicas_soon, png_uri, save_tiny_artifact
 
 from pipelines.chat import ChatClient, ChatConfig, chat
@@ -27,7 +30,7 @@ from pipelines.chat import ChatClient, ChatConfig, chat
 pytestmark = pytest.mark.ray
 
 APP = f"lm{os.getpid()}"
-GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0, "ignore_eos": True}
+GREEDY = lm_http_helpers.GREEDY | {"ignore_eos": True}
 STREAM_BYTES = 10_000
 
 
@@ -52,9 +55,7 @@ def served(
 
     encoder = tmp_path_factory.mktemp("encoder") / "tiny"
     save_tiny_artifact(encoder)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     settings = LMSettings(
         model=str(tiny_lm),
         store="s3://lm-sessions/here",
@@ -90,14 +91,7 @@ def http(served: Served) -> Iterator[httpx.Client]:
         yield client
 
 
-def complete(http: httpx.Client, **body: Any) -> Any:
-    reply = http.post("/v1/completions", json=GREEDY | body)
-    assert reply.status_code == 200, reply.text
-    return reply.json()
-
-
-def text_of(reply: Any) -> str:
-    return str(reply["choices"][0]["text"])
+complete = partial(lm_http_helpers.complete, ignore_eos=True)
 
 
 def status(http: httpx.Client, name: str) -> Any:

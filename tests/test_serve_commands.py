@@ -6,7 +6,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
+from free_ports import free_ports
 from serve_helpers import WIDTH, png_uri, save_tiny_artifact
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,16 +23,6 @@ BIN = Path(sys.executable).parent
 START_S = 240  # of a node or a replica on a busy machine; seconds on an idle one
 
 pytestmark = pytest.mark.ray
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 def wait_for_dashboard(url: str, token: str, node: subprocess.Popen[bytes]) -> None:

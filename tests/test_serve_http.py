@@ -7,7 +7,6 @@ import io
 import json
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
+from free_ports import free_ports
 from serve_bad_requests import MALFORMED, PNG, URI
 from serve_helpers import (
     PATCHES,
@@ -60,9 +60,7 @@ def served(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
     folder = tmp_path_factory.mktemp("artifact") / "tiny"
     save_tiny_artifact(folder)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     with image_server() as images_port, pytest.MonkeyPatch.context() as patch:
         miss_killed_replicas_soon(patch, app)
         settings = ServeSettings(

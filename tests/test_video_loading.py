@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from loading_helpers import assert_equal, global_batches
+from loading_helpers import assert_equal, global_batches, write_shards
 from video_files import number_of, picture, write_video
 
 from models.video_decode import decode_frames
@@ -32,11 +32,7 @@ from pipelines.masking import sample_keys
 from pipelines.masking_video import video_masks
 from pipelines.shards import (
     VIDEO_SCHEMA,
-    Manifest,
     hash_bytes,
-    open_shards,
-    write_manifest,
-    write_shard,
 )
 
 ROWS = 40
@@ -64,24 +60,15 @@ def segment(number: int) -> dict:
 
 
 def write_rows(folder: Path, rows: list[dict], classes: tuple[str, ...] = ("a", "b", "c")) -> str:
-    fs, root = open_shards(folder)
-    shard = write_shard(fs, root, pa.Table.from_pylist(rows, VIDEO_SCHEMA), 5)
-    manifest = Manifest(
+    return write_shards(
+        folder,
+        pa.Table.from_pylist(rows, VIDEO_SCHEMA),
+        len(rows),
+        5,
         modality="video",
         classes=classes,
-        num_samples=len(rows),
-        num_bytes=sum(len(row["video"]) for row in rows),
         num_frames=sum(row["num_frames"] for row in rows),
-        shards=(shard,),
-        mean=(0.5, 0.5, 0.5),
-        std=(0.25, 0.25, 0.25),
-        quarantined={},
-        duplicates=0,
-        ingest={},
-        fingerprint="made by a test",
     )
-    write_manifest(folder, manifest)
-    return str(folder)
 
 
 @pytest.fixture(scope="session")
