@@ -75,6 +75,8 @@ class Args:
     """Runs of every row."""
     seconds: float = 200.0
     """CPU seconds of training."""
+    steps: int | None = None
+    """Of every run, instead of as many as fit into `seconds`: what fits there on another machine."""
     data: str | None = None
     """Folder `{train,test}/<class>/*.png`; None takes the shipped sample (2,500 and 800 images)."""
     out: Path = Path("objectives.jsonl")
@@ -203,7 +205,7 @@ def run(args: Args, name: str, seed: int, splits: dict[str, Split]) -> dict[str,
             return max(1, round(args.seconds / per_step))
 
         kept = KeptRun(run_folder(args, name, seed, Path(folder)))
-        outcome = trained(kept.steps(length), kept)
+        outcome = trained(kept.steps(lambda: args.steps or length()), kept)
         seconds = kept.cpu_seconds
         assert kept.newest
         encoder = load_encoder(str(kept.newest))[0]
