@@ -25,7 +25,7 @@ from ray.exceptions import RayError
 from rich.console import Console
 
 from pipelines.checkpoints import CheckpointError, decides_the_run, flatten
-from pipelines.config import PretrainConfig, SweepConfig
+from pipelines.config import PretrainConfig, RunConfig, SweepConfig
 from pipelines.pretrain import check_early, check_fits, cpus_needed, start_ray, with_absolute_paths
 from pipelines.recipes import RECIPES
 from pipelines.storage import absolute_uri, join_uri, open_uri
@@ -106,6 +106,10 @@ def make_plan(
         raise ValueError("--data.train: name the folder or s3:// prefix of ingested shards")
     if base.run.stop_after is not None:
         raise ValueError("--run.stop-after: a sweep stops runs itself; set --run.steps")
+    if base.run.storage != RunConfig().storage:
+        raise ValueError("--run.storage: a sweep's runs are in the folder named by --out")
+    if base.run.name not in {recipe.run.name for _, recipe in RECIPES.values()}:
+        raise ValueError("--run.name: a sweep names its runs itself")
     base = with_absolute_paths(base)
     drawn = draw(parse_space(cfg.space, base), cfg.samples, cfg.seed)
     return drawn, [_run(cfg, apply(base, settings), i) for i, settings in enumerate(drawn)]

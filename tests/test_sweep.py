@@ -114,6 +114,10 @@ def test_a_plan_that_cannot_be_is_refused_before_anything_starts(tmp_path):
         make_plan(cfg, debug())
     with pytest.raises(ValueError, match=r"--run\.stop-after"):
         make_plan(cfg, change(base, run={"stop_after": 3}))
+    with pytest.raises(ValueError, match=r"--run\.storage: .* --out"):
+        make_plan(cfg, change(base, run={"storage": "elsewhere"}))
+    with pytest.raises(ValueError, match=r"--run\.name"):
+        make_plan(cfg, change(base, run={"name": "mine"}))
     with pytest.raises(ValueError, match="--space"):
         make_plan(SweepConfig(out=str(tmp_path)), base)
     assert not list(tmp_path.iterdir())
