@@ -2,7 +2,7 @@
 
     python -m pipelines.demo
 
-unpacks the shipped CIFAR-10 sample, ingests it, pretrains LeJEPA (or another `--recipe`), evaluates it
+unpacks the shipped CIFAR-10 sample, ingests it, pretrains VICReg (or another `--recipe`), evaluates it
 beside random-init and raw pixels, exports, embeds the whole set, serves the encoder and asks it
 over HTTP about test images, whose nearest neighbours it prints.
 """

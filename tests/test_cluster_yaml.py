@@ -183,10 +183,10 @@ def test_pretrain_commands_fit_as_printed(
         check_fits(cfg)
     if document == "README.md":
         assert [(w, a[0]) for w, a in commands] == [
-            *(("laptop", "laptop"), ("laptop", "ijepa_vits16")),
+            *(("laptop", "vicreg_laptop"), ("laptop", "ijepa_vits16")),
             ("cluster", "ijepa_vitb16"),
         ]
-        assert not RECIPES["laptop"][1].run.gpu
+        assert not RECIPES["vicreg_laptop"][1].run.gpu
         monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 64.0, "GPU": 1.0})
         with pytest.raises(ValueError, match=r"--run\.workers 8"):  # what README printed before
             check_fits(RECIPES["ijepa_vits16"][1])

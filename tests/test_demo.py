@@ -60,7 +60,7 @@ def test_it_ends_with_neighbours_asked_for_over_http(demo: tuple[Path, str]) -> 
         assert line in printed
     results = json.loads((out / "evaluation" / "results.json").read_text())
     assert (results["provenance"]["run"], results["provenance"]["step"]) == (
-        "lejepa_cifar10_demo-seed0",
+        "vicreg_cifar10_demo-seed0",
         STEPS,
     )
     assert {"encoder", "random_init", "raw_pixels"} == set(results["rows"])

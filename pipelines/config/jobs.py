@@ -123,12 +123,12 @@ class DemoConfig:
     out: str = "demo-out"
     """Folder of everything the demo makes; run again, it goes on from what is there."""
     recipe: Literal[
+        "vicreg_cifar10_demo",
         "lejepa_cifar10_demo",
         "cifar10_demo",
-        "vicreg_cifar10_demo",
         "mae_cifar10_demo",
         "dmjd_cifar10_demo",
-    ] = "lejepa_cifar10_demo"
+    ] = "vicreg_cifar10_demo"
     """What is pretrained; `cifar10_demo` is I-JEPA. benchmarks/objectives.md compares them."""
     seed: int = 0
     """Seed of weights, order, crops and masks."""

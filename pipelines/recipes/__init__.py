@@ -22,6 +22,7 @@ from pipelines.recipes.images import (
     lejepa_cifar10_demo,
     mae_cifar10_demo,
     vicreg_cifar10_demo,
+    vicreg_laptop,
 )
 from pipelines.recipes.video import (
     levjepa_gameplay,
@@ -50,6 +51,7 @@ __all__ = [
     "levjepa_movingmnist",
     "mae_cifar10_demo",
     "vicreg_cifar10_demo",
+    "vicreg_laptop",
     "vjepa2_vitl16",
     "vjepa_gameplay",
     "vjepa_movingmnist",
@@ -65,6 +67,7 @@ RECIPES: dict[str, tuple[str, PretrainConfig]] = {
         vicreg_cifar10_demo,
         mae_cifar10_demo,
         dmjd_cifar10_demo,
+        vicreg_laptop,
         laptop,
         cifar10_vits,
         ijepa_vits16,
