@@ -79,7 +79,8 @@ def lejepa_cifar10_demo() -> PretrainConfig:
 
     Two views of the whole picture, cut and recoloured by the device. 250 s on two cores of an AMD EPYC
     with bf16. kNN on the 800 test images: 38.0 for seed 0, from random weights' 24.8; on all of CIFAR-10
-    after 600 CPU seconds 51.1, 49.6, 50.4 for seeds 0 to 2, from 28.8, 28.3, 28.6 (benchmarks/objectives.md).
+    after 600 CPU seconds 51.1, 49.6, 50.4 for seeds 0 to 2, after an hour 61.7, 61.8, from 28.8, 28.3, 28.6
+    (benchmarks/objectives.md).
     """
     base = cifar10_demo()
     return replace(
@@ -114,7 +115,8 @@ def vicreg_cifar10_demo() -> PretrainConfig:
 
     Views, optimizer and length of `lejepa_cifar10_demo`. 256 s on two cores of an Intel Xeon with bf16. kNN
     on the 800 test images: 41.1 for seed 0, from random weights' 24.8; on all of CIFAR-10 after 600 CPU
-    seconds 52.7, 53.1, 53.0 for seeds 0 to 2, from 28.8, 28.3, 28.6 (benchmarks/objectives.md).
+    seconds 52.7, 53.1, 53.0 for seeds 0 to 2, after an hour 63.9, 63.7, from 28.8, 28.3, 28.6
+    (benchmarks/objectives.md).
     """
     base = lejepa_cifar10_demo()
     return replace(
