@@ -170,9 +170,9 @@ def test_hidden_pixels_are_painted_better_than_by_chance_and_the_control_fails(
         objective = build(cfg)
         assert isinstance(objective, MAE)
         objective.__class__ = kind
-        losses = learn(objective, cfg, pictures, 40, 5e-3)
+        losses = learn(objective, cfg, pictures, 80, 2e-3)
         loss = np.mean(losses[-8:])
-        # The variance of the pixels: what their mean colour would leave.
+        # 1 is the variance of the pixels. Of five seeds 0.80 to 0.83, of the control 0.94.
         assert loss < 0.9, f"the loss is {loss:.3f}"
         assert losses[0] > 0.95
 
