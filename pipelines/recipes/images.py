@@ -188,7 +188,8 @@ def vicreg_laptop() -> PretrainConfig:
 
     python -m pipelines.pretrain vicreg_laptop --data.train URI --data.test URI --run.storage URI
 
-    Expected time and result: not run.
+    35 images/s on two cores of an Intel Xeon in fp32 (40 steps, 2026-11-28), at which its 5,000 steps are
+    two and a half hours. Result: not run.
     """
     base, demo = laptop(), vicreg_cifar10_demo()
     return replace(
