@@ -83,6 +83,9 @@ class Args:
     """One JSON object a run."""
     precision: str = "bf16"
     """Of the recipe: bf16 or fp32."""
+    compile: bool = False
+    """`--run.compile`: as many steps in less time, after minutes of compiling. With `--steps` only: the
+    compiler would be timed too."""
     controls: bool = False
     """Run the negative controls of `recipes` instead."""
     keep: Path | None = None
@@ -126,7 +129,8 @@ def memory_batches(
     per_epoch = len(split.labels_N) // size
     for step in range(start_step, end_step):
         epoch, index = divmod(step, per_epoch)
-        order = permutation(key_of(cfg.run.seed, epoch), len(split.labels_N))
+        if index == 0 or step == start_step:
+            order = permutation(key_of(cfg.run.seed, epoch), len(split.labels_N))
         rows = split.table.take(pa.array(order[index * size : (index + 1) * size]))
         ids = rows["sample_id"].to_pylist()
         keys_B = sample_keys(ids, cfg.run.seed, epoch)
@@ -160,6 +164,7 @@ def fitted(cfg: PretrainConfig, steps: int) -> PretrainConfig:
 def configured(args: Args, name: str, seed: int, storage: str) -> PretrainConfig:
     base = RECIPES[name][1]
     settings = {"storage": storage, "seed": seed, "precision": args.precision, "threads": 1}
+    settings["compile"] = args.compile
     cfg = dataclasses.replace(base, run=dataclasses.replace(base.run, **settings))
     if not args.controls:
         return cfg
@@ -217,6 +222,7 @@ def run(args: Args, name: str, seed: int, splits: dict[str, Split]) -> dict[str,
         "cpu_seconds": round(seconds, 1),
     }
     found |= {"images": outcome.step * cfg.data.batch_size, "precision": args.precision}
+    found |= {"compile": args.compile}
     return found | probe(encoder, cfg, splits) | {"random_init": baseline(cfg, splits)}
 
 
@@ -285,6 +291,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
+    if args.compile and args.steps is None:
+        raise SystemExit("--compile needs --steps: the steps timed first would be the compiler's")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(args.data) if args.data else sample_folder(Path(folder))

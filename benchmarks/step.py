@@ -97,10 +97,7 @@ class OurLoop:
             {"params": [p for p in trained if p.ndim > 1]},
             {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0},
         ]
-        cuda = trained[0].is_cuda
-        self.optimizer = torch.optim.AdamW(
-            groups, lr=LR, weight_decay=DECAY, fused=cuda, foreach=not cuda
-        )
+        self.optimizer = torch.optim.AdamW(groups, lr=LR, weight_decay=DECAY, fused=True)
 
     def step(self, tape: Tape) -> torch.Tensor:
         batch = dict(zip(("images", "context_ids", "target_ids"), tape, strict=True))

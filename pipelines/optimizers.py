@@ -47,7 +47,7 @@ def check_installed(cfg: OptimConfig) -> None:
 def build_optimizer(model: nn.Module, cfg: OptimConfig) -> Optimizer:
     """The optimizer `cfg.name` over the trainable parameters in two groups, decaying and not.
 
-    Fused on CUDA, foreach elsewhere. Learning rate and decay are placeholders until
+    Learning rate and decay are placeholders until
     `set_schedules`; the groups keep the parameters in the module's order, which is what makes
     checkpoints of the optimizer independent of anything but the names.
 
@@ -66,10 +66,8 @@ def build_optimizer(model: nn.Module, cfg: OptimConfig) -> Optimizer:
 
 
 def _adamw(groups: Groups, cfg: OptimConfig) -> Optimizer:
-    on_cuda = groups[0]["params"][0].is_cuda
-    return torch.optim.AdamW(
-        groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=on_cuda, foreach=not on_cuda
-    )
+    # One pass over the memory; on a CPU too (benchmarks/step.md).
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
 
 
 def _hyper_adamw(groups: Groups, cfg: OptimConfig) -> Optimizer:

@@ -119,9 +119,9 @@ def test_muon_takes_the_matrices_and_adamw_the_rest():
     muon = torch.optim.Muon(
         [linear.weight], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
     )
-    adamw = torch.optim.AdamW([conv.weight], lr=0.01, weight_decay=0.1, foreach=True)
+    adamw = torch.optim.AdamW([conv.weight], lr=0.01, weight_decay=0.1, fused=True)
     rest = [conv.bias, linear.bias, norm.weight, norm.bias]
-    rest = torch.optim.AdamW(rest, lr=0.01, weight_decay=0.0, foreach=True)
+    rest = torch.optim.AdamW(rest, lr=0.01, weight_decay=0.0, fused=True)
     for step in range(3):
         x = torch.randn(5, 1, 3, 3, generator=torch.Generator().manual_seed(step))
         for model, steppers in ((ours, [combined]), (theirs, [muon, adamw, rest])):
