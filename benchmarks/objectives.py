@@ -302,7 +302,9 @@ def main() -> None:
     for seed in args.seeds:
         for name in names:
             # Read anew each time: two of these may share the file.
-            if any(_matches(args, name, seed, row) for row in read_rows(args.out)):
+            done = [row for row in read_rows(args.out) if _matches(args, name, seed, row)]
+            if done:
+                print(f"{name}, seed {seed}: {args.out} has its run of {done[0]['steps']:,} steps")
                 continue
             found = run(args, name, seed, splits)
             with args.out.open("a") as file:
