@@ -79,7 +79,7 @@ def lejepa_cifar10_demo() -> PretrainConfig:
 
     Two views of the whole picture, cut and recoloured by the device. 250 s on two cores of an AMD EPYC
     with bf16. kNN on the 800 test images: 38.0 for seed 0, from random weights' 24.8; on all of CIFAR-10
-    after 600 CPU seconds 51.1, 49.6, 50.4 for seeds 0 to 2, after an hour 61.7, 61.8, from 28.8, 28.3, 28.6
+    after 600 CPU seconds 51.1, 49.6, 50.4 for seeds 0 to 2, after an hour 61.7, 61.8, 61.1, from 28.8, 28.3, 28.6
     (benchmarks/objectives.md).
     """
     base = cifar10_demo()
