@@ -16,6 +16,7 @@ the file is printed as a table.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import statistics
@@ -127,10 +128,10 @@ def memory_batches(
     """`loading.train_batches` for one process and a table in memory, in another order."""
     masker, size = make_masker(cfg), cfg.data.batch_size
     per_epoch = len(split.labels_N) // size
+    ordered = functools.lru_cache(maxsize=1)(permutation)  # sorted once an epoch, not once a step
     for step in range(start_step, end_step):
         epoch, index = divmod(step, per_epoch)
-        if index == 0 or step == start_step:
-            order = permutation(key_of(cfg.run.seed, epoch), len(split.labels_N))
+        order = ordered(key_of(cfg.run.seed, epoch), len(split.labels_N))
         rows = split.table.take(pa.array(order[index * size : (index + 1) * size]))
         ids = rows["sample_id"].to_pylist()
         keys_B = sample_keys(ids, cfg.run.seed, epoch)
@@ -163,8 +164,8 @@ def fitted(cfg: PretrainConfig, steps: int) -> PretrainConfig:
 
 def configured(args: Args, name: str, seed: int, storage: str) -> PretrainConfig:
     base = RECIPES[name][1]
-    settings = {"storage": storage, "seed": seed, "precision": args.precision, "threads": 1}
-    settings["compile"] = args.compile
+    settings = {"storage": storage, "seed": seed, "precision": args.precision}
+    settings |= {"compile": args.compile, "threads": 1}
     cfg = dataclasses.replace(base, run=dataclasses.replace(base.run, **settings))
     if not args.controls:
         return cfg
@@ -221,8 +222,8 @@ def run(args: Args, name: str, seed: int, splits: dict[str, Split]) -> dict[str,
         "collapsed": outcome.collapsed,
         "cpu_seconds": round(seconds, 1),
     }
-    found |= {"images": outcome.step * cfg.data.batch_size, "precision": args.precision}
-    found |= {"compile": args.compile}
+    found |= {"images": outcome.step * cfg.data.batch_size}
+    found |= {"precision": args.precision, "compile": args.compile}
     return found | probe(encoder, cfg, splits) | {"random_init": baseline(cfg, splits)}
 
 

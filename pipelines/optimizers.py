@@ -47,9 +47,9 @@ def check_installed(cfg: OptimConfig) -> None:
 def build_optimizer(model: nn.Module, cfg: OptimConfig) -> Optimizer:
     """The optimizer `cfg.name` over the trainable parameters in two groups, decaying and not.
 
-    Learning rate and decay are placeholders until
-    `set_schedules`; the groups keep the parameters in the module's order, which is what makes
-    checkpoints of the optimizer independent of anything but the names.
+    Learning rate and decay are placeholders until `set_schedules`; the groups keep the parameters
+    in the module's order, which is what makes checkpoints of the optimizer independent of anything
+    but the names.
 
     Raises:
         ValueError: its package is not installed.
