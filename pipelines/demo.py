@@ -89,8 +89,9 @@ def demo(cfg: DemoConfig) -> dict[str, Any]:
         answers = ask(url, Path(artifact).name, [row["image"] for row in queries.to_pylist()])
         console.print(neighbour_table(answers, queries, vectors, results["classes"]))
     console.print(verdict(results))
-    console.print(f"report: {out / 'evaluation' / 'report.html'}")
-    console.print(f"serve it yourself: serve run serve.app:build_app artifact={artifact}")
+    console.print(f"report: {out / 'evaluation' / 'report.html'}", soft_wrap=True)
+    command = f"serve run serve.app:build_app artifact={artifact}"
+    console.print(f"serve it yourself: {command}", soft_wrap=True)  # it is there to be copied
     console.print(f"the demo took {time.monotonic() - started:.0f} s")
     return results
 
