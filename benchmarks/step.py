@@ -85,7 +85,7 @@ def build_ours(args: Args, preset: str, patch: int) -> IJEPA:
 
 
 class OurLoop:
-    """The trainer's step: autocast, fused or foreach AdamW, multi-tensor EMA, no sync."""
+    """The trainer's step: autocast, fused AdamW, multi-tensor EMA, no sync."""
 
     def __init__(self, objective: IJEPA, bf16: bool, compiled: bool = False) -> None:
         self.objective, self.bf16 = objective, bf16
