@@ -125,7 +125,7 @@ class ReferenceLoop:
                 "weight_decay": 0,
             },
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=decay, foreach=False)
+        self.optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=decay)
 
     def step(
         self, images: Tensor, context: Tensor, targets: Tensor, momentum: float, bf16: bool
