@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from lm_models import LLAMA3, MODELS, YARN, difference, make_hf, our_logits, smollm2_file
+from lm_models import LINEAR, LLAMA3, MODELS, YARN, difference, make_hf, our_logits, smollm2_file
 
 from models.sink_lm.config import UnsupportedModel
 from models.sink_lm.gguf_file import BLOCK_NAMES, TOP_NAMES
@@ -127,6 +128,101 @@ def test_gguf_of_another_kind_is_refused(tmp_path: Path) -> None:
     writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
     finish(writer)
     with pytest.raises(UnsupportedModel, match="gpt2"):
+        load_model(str(path))
+
+
+@pytest.mark.parametrize("key", ["rope.scale_linear", "rope.scaling.factor"])
+def test_gguf_keeps_linear_scaling_without_a_type(key: str, tmp_path: Path) -> None:
+    hf = make_hf("Llama", rope_parameters=LINEAR)
+    writer = write_gguf(tmp_path / "model.gguf", hf)
+    writer.add_float32(f"llama.{key}", LINEAR["factor"])
+    finish(writer)
+    assert difference(hf, tmp_path) < 1e-4
+
+
+def add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    """Adds metadata in the type that llama.cpp's converter would give it."""
+    kinds: dict[type, Callable[[str, Any], None]] = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        list: writer.add_array,
+        str: writer.add_string,
+    }
+    kinds[type(value)](key, value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("llama.attention.scale", 0.3),
+        ("llama.attention.clamp_kqv", 8.0),
+        ("llama.attention.causal", False),
+        ("llama.attention.max_alibi_bias", 8.0),
+        ("llama.attention.value_length", 32),
+        ("llama.attn_logit_softcapping", 50.0),
+        ("llama.final_logit_softcapping", 30.0),
+        ("llama.logit_scale", 0.25),
+        ("llama.embedding_scale", 12.0),
+        ("llama.residual_scale", 0.22),
+        ("llama.expert_count", 8),
+        ("llama.rope.dimension_sections", [8, 12, 12, 0]),
+        ("llama.rope.scaling.attn_factor", 0.5),
+        ("llama.rope.freq_base_swa", 1e4),
+        ("llama.a_setting_of_next_year", 2),
+        ("split.count", 2),
+    ],
+)
+def test_gguf_keys_that_change_the_function_are_refused(
+    key: str, value: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.gguf"
+    writer = write_gguf(path, make_hf("Llama"))
+    add(writer, key, value)
+    finish(writer)
+    with pytest.raises(UnsupportedModel, match=f"{re.escape(str(path))}: .*{key.split('.', 1)[1]}"):
+        load_model(str(path))
+
+
+def test_gguf_keys_at_their_neutral_values_are_no_obstacle(tmp_path: Path) -> None:
+    hf = make_hf("Llama")
+    writer = write_gguf(tmp_path / "model.gguf", hf)
+    for key, value in {
+        "vocab_size": 97,
+        "tensor_data_layout": "Meta AI original pth",
+        "attention.causal": True,
+        "attention.scale": 0.25,
+        "attention.clamp_kqv": 0.0,
+        "attention.value_length": 16,
+        "logit_scale": 1.0,
+        "residual_scale": 0.0,
+        "expert_count": 0,
+        "expert_used_count": 0,
+        "rope.dimension_count": 16,
+        "rope.scaling.attn_factor": 1.0,
+        "rope.scaling.factor": 1.0,
+    }.items():
+        add(writer, f"llama.{key}", value)
+    finish(writer)
+    assert difference(hf, tmp_path) < 1e-4
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.03, 0.3, 0.9, 0.999])
+def test_gguf_that_breaks_off_is_named(share: float, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    finish(write_gguf(path, make_hf("Llama")))
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        load_model(str(path))
+
+
+def test_gguf_of_the_other_byte_order_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.add_block_count(2)
+    writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
+    finish(writer)
+    with pytest.raises(ValueError, match=re.escape(str(path))):
         load_model(str(path))
 
 

@@ -185,6 +185,36 @@ def test_chat_says_what_is_wrong(tokenizer: Tokenizer, sentencepiece: Tokenizer)
         sentencepiece.chat([{"role": "user", "content": "hi"}])
 
 
+def test_no_message_has_all_marks(tokenizer: Tokenizer) -> None:
+    """Control tokens stay text whatever private-use characters stand around them."""
+    everything = "".join(map(chr, range(0xE000, 0xF900)))
+    for content in (
+        everything + "<|im_end|>",
+        "<|im_end|>" + everything * 2 + "<|im_end|>" + everything,
+        "".join(2 * char for char in everything) + "<|im_end|>\ue000\ue000\ue000",
+    ):
+        ids = tokenizer.chat([{"role": "user", "content": content}])
+        assert [i for i in ids if tokenizer.is_special(i)] == [1, 2, 1]
+        assert streamed(tokenizer, ids) == f"user\n{content}\nassistant\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "error"),
+    [
+        ("{{ messages[0]['content'] + 1 }}", "TypeError"),
+        ("{{ messages[0].missing.deeper }}", "no attribute 'missing'"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{% for %}", "chat template says"),
+        ("{{ messages[7]['content'] }}", "no element 7"),
+    ],
+)
+def test_whatever_a_template_raises_is_said(template: str, error: str, folder: Path) -> None:
+    own = load_tokenizer(str(folder))
+    own._hf.chat_template = template
+    with pytest.raises(ValueError, match=f"messages: .*{error}"):
+        own.chat([{"role": "user", "content": "hi"}])
+
+
 def test_threads_share_a_tokenizer(tokenizer: Tokenizer) -> None:
     plain, control = (
         tokenizer.encode(ATTACK, bos=False, parse_special=parse) for parse in (False, True)
@@ -223,6 +253,12 @@ def test_missing_tokenizers_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"none of tokenizer\.json"):
         load_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model"')
+    with pytest.raises(ValueError, match=f"{tmp_path}: the tokenizer cannot be read"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(40))
+    with pytest.raises(ValueError, match=r"model\.gguf: "):
+        load_tokenizer(str(tmp_path / "model.gguf"))
 
 
 @pytest.mark.network

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,7 @@ def test_every_wrong_tensor_is_named(tmp_path: Path) -> None:
     edit_tensors(tmp_path, spoil)
     with pytest.raises(ValueError, match="missing") as caught:
         load_model(str(tmp_path))
-    assert set(str(caught.value).split("; ")) == {
+    assert set(str(caught.value).removeprefix(f"{tmp_path}: ").split("; ")) == {
         "missing model.norm.weight",
         "missing model.layers.0.self_attn.k_proj.bias",
         "unexpected model.layers.1.mlp.up_proj.bias",
@@ -159,6 +160,20 @@ def test_every_wrong_tensor_is_named(tmp_path: Path) -> None:
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"attention_bias": True}, "attention_bias"),
+        ({"no_rope_layers": [1, 0]}, "no_rope_layers"),
+        ({"residual_multiplier": 0.22}, "residual_multiplier = 0.22"),
+        ({"attention_multiplier": 0.5}, "attention_multiplier"),
+        ({"query_pre_attn_scalar": 256}, "query_pre_attn_scalar"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ({"logits_scaling": 8.0}, "logits_scaling"),
+        ({"is_causal": False}, "is_causal = False"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"clip_qkv": 8.0}, "clip_qkv"),
+        ({"num_local_experts": 8}, "num_local_experts"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "without its factor"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial"),
+        ({"rope_parameters": {"rope_type": "default", "mrope_section": [4, 4]}}, "mrope_section"),
     ],
 )
 def test_what_cannot_stream_is_refused_by_name(
@@ -166,7 +181,60 @@ def test_what_cannot_stream_is_refused_by_name(
 ) -> None:
     make_hf("Llama").save_pretrained(tmp_path)
     edit_config(tmp_path, **changes)
-    with pytest.raises(UnsupportedModel, match=named):
+    with pytest.raises(UnsupportedModel, match=rf"config\.json: .*{named}"):
+        load_model(str(tmp_path))
+
+
+def test_settings_that_change_nothing_are_no_obstacle(tmp_path: Path) -> None:
+    hf = make_hf("Llama")
+    hf.save_pretrained(tmp_path)
+    neutral = {"residual_multiplier": 1.0, "final_logit_softcapping": None, "is_causal": True}
+    usual = {"query_pre_attn_scalar": 16, "attention_multiplier": 0.25, "num_local_experts": 0}
+    other = {"chunk_size_feed_forward": 0, "use_mrope": False, "max_window_layers": 2}
+    edit_config(tmp_path, **neutral, **usual, **other, unsloth_version="2026.1")
+    assert difference(hf, tmp_path) < 1e-4
+
+
+def cut(path: Path, size: int) -> None:
+    path.write_bytes(path.read_bytes()[:size])
+
+
+@pytest.mark.parametrize(
+    ("file", "spoil", "named"),
+    [
+        ("model.safetensors", lambda path: cut(path, 5000), "damaged or cut off"),
+        ("model.safetensors", lambda path: cut(path, 4), "damaged or cut off"),
+        (
+            "model.safetensors",
+            lambda path: path.write_text("version https://git-lfs.example/spec/v1\noid sha256:0"),
+            "Git LFS pointer",
+        ),
+        ("config.json", lambda path: path.write_text("{"), "JSONDecodeError"),
+        ("config.json", lambda path: path.write_text("[1]"), "holds a JSON list"),
+        ("config.json", lambda path: edit_config(path.parent, hidden_size=None), "TypeError"),
+        ("config.json", lambda path: edit_config(path.parent, num_key_value_heads="x"), "'x'"),
+        ("config.json", lambda path: edit_config(path.parent, rope_scaling="x"), "rope_scaling = "),
+        ("config.json", lambda path: cut(path, 0), "JSONDecodeError"),
+        ("generation_config.json", lambda path: path.write_text("null"), "NoneType, not an object"),
+        ("model.safetensors.index.json", lambda path: path.write_text("{}"), "no 'weight_map'"),
+        ("model.safetensors.index.json", lambda path: path.write_text('{"weight_map": 3}'), "int"),
+    ],
+)
+def test_damaged_files_are_named(
+    file: str, spoil: Callable[[Path], object], named: str, tmp_path: Path
+) -> None:
+    make_hf("Llama").save_pretrained(tmp_path)
+    spoil(tmp_path / file)
+    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path / file))}: .*{named}"):
+        load_model(str(tmp_path))
+
+
+def test_a_setting_that_is_missing_is_named_with_its_file(tmp_path: Path) -> None:
+    make_hf("Llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["vocab_size"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config\.json: gives no 'vocab_size'"):
         load_model(str(tmp_path))
 
 
@@ -177,7 +245,10 @@ def test_missing_models_are_named(tmp_path: Path) -> None:
         load_model(str(tmp_path))
     make_hf("Llama").save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors: no such file$"):
+        load_model(str(tmp_path))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"\.bin and \.pt files are not read"):
         load_model(str(tmp_path))
 
 

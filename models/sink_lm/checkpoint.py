@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from models.sink_lm.config import LMConfig, UnsupportedModel, config_from_hf
-from models.sink_lm.location import read_config
+from models.sink_lm.location import errors_name, read_config, read_json
 
 Shape = tuple[int, ...]
 
@@ -35,17 +34,20 @@ def open_folder(folder: Path, stack: ExitStack) -> Checkpoint:
 
     Raises:
         FileNotFoundError: names the file that is missing.
-        UnsupportedModel: names what cannot stream.
+        UnsupportedModel: names the file and what cannot stream.
+        ValueError: names the file that is damaged.
     """
     config = read_config(folder)
-    cfg = config_from_hf(config)
-    if config.get("quantization_config"):
-        raise UnsupportedModel("quantization_config: quantised weights are read from GGUF only")
+    with errors_name(folder / "config.json"):
+        cfg = config_from_hf(config)
+        if config.get("quantization_config"):
+            raise UnsupportedModel("quantization_config: quantised weights are read from GGUF only")
     files: dict[str, Any] = {}
     for path in _safetensors(folder):
-        opened: AbstractContextManager[Any] = safe_open(path, framework="pt")
-        file = stack.enter_context(opened)
-        files |= dict.fromkeys(file.keys(), file)
+        with errors_name(path):
+            opened: AbstractContextManager[Any] = safe_open(path, framework="pt")
+            file = stack.enter_context(opened)
+            files |= dict.fromkeys(file.keys(), file)
     shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in files.items()}
     return Checkpoint(cfg=cfg, shapes=shapes, read=lambda name: files[name].get_tensor(name))
 
@@ -54,8 +56,12 @@ def _safetensors(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        found = read_json(index)
+        with errors_name(index):
+            names = sorted(set(found["weight_map"].values()))
     for name in names:
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name}: no such file")
+            pickles = "; .bin and .pt files are not read, because reading them can run code"
+            other = pickles if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) else ""
+            raise FileNotFoundError(f"{folder / name}: no such file{other}")
     return [folder / name for name in names]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -13,6 +14,43 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
 }
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
+ROPE_KEYS = frozenset(
+    (
+        *("rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"),
+        *("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+        *("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
+    )
+)
+# Settings of other decoders that change the function carry one of these words in their names. The
+# values behind it leave the function as it is; any other is refused, known by us or not.
+OFF = (None, False, 0)
+NEUTRAL = {
+    "alibi": OFF,
+    "bidirectional": OFF,
+    "causal": (None, True),
+    "chunk": OFF,
+    "clip": OFF,
+    "cross_attention": OFF,
+    "expert": (*OFF, 1),
+    "lora": OFF,
+    "moe": (*OFF, 1),
+    "multiplier": (None, 1),
+    "parallel_residual": OFF,
+    "qk_layernorm": OFF,
+    "qk_norm": OFF,
+    "rope": OFF,
+    "rotary": (None, False, 1),
+    "scal": (None, False, 1),
+    "softcap": OFF,
+    "window": OFF,
+}
+# Read below, or without a meaning where no window is used.
+READ = frozenset(
+    (
+        *("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"),
+        *("sliding_window", "use_sliding_window", "max_window_layers"),
+    )
+)
 
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
 
@@ -150,16 +188,39 @@ def _check_details(config: Mapping[str, Any], kind: str) -> None:
         raise UnsupportedModel("mlp_bias is not implemented")
     if config.get("attention_bias") and kind in ("llama", "qwen3"):
         raise UnsupportedModel("attention_bias (a bias on the output projection too)")
-    if float(config.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise UnsupportedModel("partial_rotary_factor: partly rotated heads are not implemented")
+    for key, value in config.items():
+        words = () if key in READ else [word for word in NEUTRAL if word in key]
+        if any(value not in NEUTRAL[word] for word in words) and not _is_usual(key, value, config):
+            raise UnsupportedModel(f"{key} = {value!r} is not implemented")
+    if set(config.get("layer_types") or ()) - {"full_attention", "sliding_attention"}:
+        raise UnsupportedModel(f"layer_types {config['layer_types']!r} is not implemented")
+
+
+def _is_usual(key: str, value: Any, config: Mapping[str, Any]) -> bool:
+    """Whether a setting spells out what is done anyway: scores are divided by sqrt(head_dim)."""
+    width = config.get("head_dim") or config["hidden_size"] / config["num_attention_heads"]
+    usual = {"query_pre_attn_scalar": width, "attention_multiplier": width**-0.5}
+    return key in usual and math.isclose(value, usual[key], rel_tol=1e-4)
 
 
 def _rope(config: Mapping[str, Any]) -> RopeConfig:
-    found = dict(config.get("rope_scaling") or {})
-    found |= dict(config.get("rope_parameters") or {})  # transformers 5 holds theta here as well
+    found: dict[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):  # transformers 5 holds theta in the second
+        given = config.get(name) or {}
+        if not isinstance(given, Mapping):
+            raise UnsupportedModel(f"{name} = {given!r} is not an object")
+        found |= given
     kind = found.get("rope_type") or found.get("type") or "default"
     if kind not in ROPE_KINDS:
         raise UnsupportedModel(f"rope type {kind!r} is not one of {', '.join(ROPE_KINDS)}")
+    unknown = sorted(key for key in found.keys() - ROPE_KEYS if found[key] is not None)
+    if unknown:
+        raise UnsupportedModel(f"rope setting {unknown[0]} is not implemented")
+    if kind != "default" and found.get("factor") is None:
+        raise UnsupportedModel(f"rope type {kind!r} without its factor")
+    partial = found.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    if float(partial) != 1.0:
+        raise UnsupportedModel("partial_rotary_factor: partly rotated heads are not implemented")
     theta = found.get("rope_theta") or config.get("rope_theta") or 10_000.0
     trained = found.get("original_max_position_embeddings")
     simple = ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")

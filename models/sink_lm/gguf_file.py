@@ -7,6 +7,7 @@ Keys and layouts: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from models.sink_lm.checkpoint import Checkpoint
 from models.sink_lm.config import LMConfig, RopeConfig, UnsupportedModel, config_from_hf
+from models.sink_lm.location import errors_name
 from models.sink_lm.rope import frequencies
 
 CONFIG_KEYS = {
@@ -34,14 +36,15 @@ CONFIG_KEYS = {
     "attention.sliding_window": "sliding_window",
     "rope.freq_base": "rope_theta",
 }
+ROPE_READ = ("rope.freq_base", "rope.dimension_count")
 SCALING_KEYS = {
-    "type": "rope_type",
-    "factor": "factor",
     "original_context_length": "original_max_position_embeddings",
     "yarn_beta_fast": "beta_fast",
     "yarn_beta_slow": "beta_slow",
     "finetuned": "finetuned",
 }
+# Keys of an architecture that do not change what its decoder computes.
+DESCRIPTIONS = frozenset(["vocab_size", "tensor_data_layout", "attention.layer_norm_epsilon"])
 TOP_NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -69,28 +72,45 @@ def open_gguf(path: Path) -> Checkpoint:
     """Opens a `.gguf` file of architecture llama (Mistral too), qwen2 or qwen3.
 
     Raises:
-        ValueError: not a GGUF file, or a key of the configuration is missing.
-        UnsupportedModel: names what cannot stream.
+        ValueError: names the file: no GGUF file, one that breaks off, or a key of the
+            configuration is missing.
+        UnsupportedModel: names the file and what cannot stream.
     """
-    reader = GGUFReader(path)
-    fields = {key: field.contents() for key, field in reader.fields.items() if len(field.data) == 1}
-    tensors = {_hf_name(tensor.name): tensor for tensor in reader.tensors}
-    factors = tensors.pop(FACTORS, None)
-    try:
+    with errors_name(path):
+        reader = GGUFReader(path)
+        fields = _fields(reader)
+        tensors = {_hf_name(tensor.name): tensor for tensor in reader.tensors}
+        factors = tensors.pop(FACTORS, None)
         cfg = config_from_hf(_config(fields, tensors))
-    except KeyError as error:
-        raise ValueError(f"{path}: the metadata gives no {error}") from error
-    if factors is not None:
-        cfg = replace(cfg, rope=_llama3(cfg, _dequantised(factors)))
+        _check_keys(fields, cfg)
+        if factors is not None:
+            cfg = replace(cfg, rope=_llama3(cfg, _dequantised(factors)))
 
     def read(name: str) -> Tensor:
         tensor = _dequantised(tensors[name])
-        return (
-            _unpermuted(tensor, name, cfg) if fields["general.architecture"] == "llama" else tensor
-        )
+        is_llama = fields["general.architecture"] == "llama"
+        return _unpermuted(tensor, name, cfg) if is_llama else tensor
 
     shapes = {name: tuple(map(int, reversed(tensor.shape))) for name, tensor in tensors.items()}
     return Checkpoint(cfg=cfg, shapes=shapes, read=read)
+
+
+def _fields(reader: GGUFReader) -> dict[str, Any]:
+    """The metadata: single values, and those of the architecture that layers have one each of."""
+    fields = {key: field.contents() for key, field in reader.fields.items() if len(field.data) == 1}
+    kind = fields["general.architecture"]
+    if fields.get("split.count", 1) > 1:
+        raise UnsupportedModel(
+            f"split.count is {fields['split.count']}: one of several files; join them with llama.cpp's "
+            "`llama-gguf-split --merge`"
+        )
+    for key, field in reader.fields.items():
+        if key.startswith(f"{kind}.") and key not in fields:
+            values = field.contents()
+            if any(value != values[0] for value in values):
+                raise UnsupportedModel(f"{key}: layers that differ are not implemented")
+            fields[key] = values[0]
+    return fields
 
 
 def _hf_name(name: str) -> str:
@@ -122,15 +142,42 @@ def _config(fields: Mapping[str, Any], tensors: Mapping[str, ReaderTensor]) -> d
     return config
 
 
+def _check_keys(fields: Mapping[str, Any], cfg: LMConfig) -> None:
+    """Refuses what the file says of its decoder and nothing here reads, known to us or not."""
+    prefix = f"{fields['general.architecture']}."
+    for key in sorted(fields):
+        own = key.removeprefix(prefix)
+        read = own in CONFIG_KEYS or own in DESCRIPTIONS or own.startswith("rope.")
+        if key.startswith(prefix) and not read and not _is_neutral(own, fields[key], cfg.head_dim):
+            raise UnsupportedModel(f"{key} = {fields[key]} is not implemented")
+
+
+def _is_neutral(key: str, value: Any, head_dim: int) -> bool:
+    """Whether a key that nothing reads leaves the function as it is; 0 means "not set" in GGUF."""
+    if key == "attention.causal":
+        return bool(value)
+    if key == "attention.value_length":
+        return bool(value == head_dim)
+    if key == "attention.scale":
+        return value == 0 or math.isclose(value, head_dim**-0.5, rel_tol=1e-4)
+    return value in ("", 0) or ("scale" in key and value == 1)
+
+
 def _scaling(own: Mapping[str, Any]) -> dict[str, Any] | None:
-    prefix = "rope.scaling."
-    given = {key.removeprefix(prefix): own[key] for key in own if key.startswith(prefix)}
-    if given.get("type", "none") == "none":
+    """The stretching of the rotary frequencies; a factor without a type means `linear`."""
+    given = {key: own[key] for key in own if key.startswith("rope.") and key not in ROPE_READ}
+    # Old files write the factor of linear scaling so; 0 is "not set".
+    old = given.pop("rope.scale_linear", 0)
+    factor = given.pop("rope.scaling.factor", 0) or old or 1.0
+    kind = given.pop("rope.scaling.type", "none" if factor == 1 else "linear")
+    known = {f"rope.scaling.{key}": name for key, name in SCALING_KEYS.items()}
+    for key in given:
+        if key not in known and not (key.endswith("attn_factor") and given[key] == 1):
+            raise UnsupportedModel(f"{key} is not implemented")
+    if kind == "none":
         return None
-    unknown = sorted(given.keys() - SCALING_KEYS.keys())
-    if unknown:
-        raise UnsupportedModel(f"{prefix}{unknown[0]} is not implemented")
-    return {SCALING_KEYS[key]: value for key, value in given.items()}
+    named = {known[key]: value for key, value in given.items() if key in known}
+    return {"rope_type": kind, "factor": factor, **named}
 
 
 def _llama3(cfg: LMConfig, factors_F: Tensor) -> RopeConfig:

@@ -27,11 +27,12 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.integrations.gguf.reader import read_gguf_metadata
 
 from models.sink_lm.config import UnsupportedModel
-from models.sink_lm.location import locate, read_config
+from models.sink_lm.location import errors_name, locate, read_config
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
 PRIVATE_USE = range(0xE000, 0xF900)
+PRIVATE_RUN = re.compile(r"([\ue000-\uf8ff])\1*")
 
 
 class Tokenizer:
@@ -121,13 +122,13 @@ class Tokenizer:
             add_generation_prompt: end with the opening of the assistant's answer.
 
         Raises:
-            ValueError: the model has no chat template, or the template refuses the messages.
+            ValueError: the model has no chat template, or the template refuses the messages or
+                fails on them.
         """
         if not any(self._special_text.search(text) for m in messages for text in m.values()):
             text = self._render(messages, add_generation_prompt)
             return list(self._control.encode(text, add_special_tokens=False).ids)
-        everything = "".join(text for message in messages for text in message.values())
-        mark = next(char for char in map(chr, PRIVATE_USE) if char not in everything)
+        mark = _mark("".join(text for message in messages for text in message.values()))
         # A mark inside each one keeps the template from making it whole; it is taken out again.
         marked = [
             {
@@ -154,6 +155,9 @@ class Tokenizer:
             )
         except TemplateError as error:
             raise ValueError(f"messages: the chat template says: {error}") from error
+        except Exception as error:  # the model's own program, given what a client sent
+            message = f"the chat template fails on them: {type(error).__name__}: {error}"
+            raise ValueError(f"messages: {message}") from error
 
 
 class Detokenizer:
@@ -181,21 +185,42 @@ class Detokenizer:
         return self._decoder.decode(b"", final=True)
 
 
+def _mark(text: str) -> str:
+    """A string that stays findable wherever it is put into `text`: longer than any run of its kind.
+
+    Control tokens hold no private-use characters, so that a mark inside one touches none of them.
+    """
+    longest = dict.fromkeys(map(chr, PRIVATE_USE), 0)
+    for run in PRIVATE_RUN.finditer(text):
+        longest[run[1]] = max(longest[run[1]], len(run[0]))
+    char = min(longest, key=longest.__getitem__)
+    return char * (longest[char] + 1)
+
+
 def load_tokenizer(path: str) -> Tokenizer:
     """Returns the tokenizer of the model at `path`: a folder, a hub id or a GGUF file.
 
     Raises:
         FileNotFoundError: no model there, or one without a tokenizer.
         UnsupportedModel: a kind of tokenizer that is not known here.
+        ValueError: names the file that is damaged.
     """
     source = locate(path)
     if source.is_file():
-        return Tokenizer(_from_gguf(source))
+        with errors_name(source):
+            return Tokenizer(_from_gguf(source))
     if not any((source / name).is_file() for name in TOKENIZER_FILES):
         raise FileNotFoundError(f"{path}: none of {', '.join(TOKENIZER_FILES)}")
     ends = read_config(source).get("eos_token_id")
     eos_ids = [ends] if isinstance(ends, int) else ends or []
-    return Tokenizer(AutoTokenizer.from_pretrained(source), eos_ids)
+    return Tokenizer(_from_folder(source), eos_ids)
+
+
+def _from_folder(folder: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # `tokenizers` raises nothing narrower for a file it cannot parse
+        raise ValueError(f"{folder}: the tokenizer cannot be read: {error}") from error
 
 
 def _from_gguf(path: Path) -> Any:

@@ -40,7 +40,7 @@ def load_model(
     Raises:
         FileNotFoundError: nothing there, or a shard is missing.
         UnsupportedModel: names what cannot stream.
-        ValueError: names every missing, unexpected or mis-shaped tensor.
+        ValueError: names the file, and every missing, unexpected or mis-shaped tensor.
     """
     source = locate(path)
     with ExitStack() as stack:
@@ -51,7 +51,9 @@ def load_model(
             model = Llama(cfg)
             if dtype == torch.int8:
                 _make_int8(model)
-        _check(checkpoint, {name: shape for rows in parts.values() for name, shape in rows.items()})
+        expected = {name: shape for rows in parts.values() for name, shape in rows.items()}
+        if faults := _faults(checkpoint, expected):
+            raise ValueError(f"{source}: {'; '.join(faults)}")
         state: dict[str, Tensor] = {}
         for name, rows in parts.items():
             tensors = [checkpoint.read(row).to(device) for row in rows]
@@ -118,13 +120,13 @@ def _layer_parts(cfg: LMConfig) -> dict[str, dict[str, Shape]]:
     return parts
 
 
-def _check(checkpoint: Checkpoint, expected: Mapping[str, Shape]) -> None:
-    """Holds the checkpoint against what the decoder needs."""
+def _faults(checkpoint: Checkpoint, expected: Mapping[str, Shape]) -> list[str]:
+    """What keeps the checkpoint from being the decoder's."""
     shapes = checkpoint.shapes
     extra = {name for name in shapes.keys() - expected.keys() if not ROTARY_BUFFER.fullmatch(name)}
     if checkpoint.cfg.tie_embeddings and HEAD in extra and EMBED in shapes:
         if not torch.equal(checkpoint.read(HEAD), checkpoint.read(EMBED)):
-            raise ValueError(f"tie_word_embeddings is true, yet {HEAD} differs from {EMBED}")
+            return [f"tie_word_embeddings is true, yet {HEAD} differs from {EMBED}"]
         extra.remove(HEAD)  # the same tensor, stored twice
     faults = [f"missing {name}" for name in expected if name not in shapes]
     faults += [f"unexpected {name}" for name in sorted(extra)]
@@ -133,5 +135,4 @@ def _check(checkpoint: Checkpoint, expected: Mapping[str, Shape]) -> None:
         for name, shape in expected.items()
         if name in shapes and shapes[name] != shape
     ]
-    if faults:
-        raise ValueError("; ".join(faults))
+    return faults
