@@ -25,7 +25,6 @@ from typing import Any, TypeVar
 
 import fsspec
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models.blocks import LN_EPS
@@ -48,6 +47,7 @@ from models.foreign_configs import (
 from models.key_maps import to_transformers, to_vjepa2
 from models.predictor import Predictor
 from models.preprocessing import Preprocessing, normalize
+from models.tensor_files import save_tensors
 from models.vit import VisionTransformer
 
 SCHEMA_VERSION = 1
@@ -205,7 +205,7 @@ def _write_files(
 ) -> None:
     folder.mkdir()
     config = {"rayjepa": _our_config(encoder, prep, provenance)}
-    save_file(_to_save(encoder), folder / "model.safetensors", METADATA)
+    save_tensors(_to_save(encoder), folder / "model.safetensors", METADATA)
     if encoder.frames == 1 and encoder.positions == "sincos":
         config = timm_config(encoder, prep) | config
         _write_ijepa(folder / "transformers", encoder, prep)
@@ -216,7 +216,7 @@ def _write_files(
 
 def _write_ijepa(folder: Path, encoder: VisionTransformer, prep: Preprocessing) -> None:
     folder.mkdir()
-    save_file(to_transformers(_to_save(encoder)), folder / "model.safetensors", METADATA)
+    save_tensors(to_transformers(_to_save(encoder)), folder / "model.safetensors", METADATA)
     _write_json(folder / "config.json", ijepa_config(encoder))
     _write_json(folder / "preprocessor_config.json", processor_config(prep))
 
@@ -226,7 +226,7 @@ def _write_vjepa2(
 ) -> None:
     folder.mkdir()
     state = to_vjepa2(_to_save(encoder), _to_save(predictor) if predictor else None)
-    save_file(state, folder / "model.safetensors", METADATA)
+    save_tensors(state, folder / "model.safetensors", METADATA)
     _write_json(folder / "config.json", vjepa2_config(encoder, predictor))
     _write_json(folder / "video_preprocessor_config.json", video_processor_config(prep))
 

@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from models.objectives import Objective, build_objective
+from models.tensor_files import save_tensors
 from models.vit import VisionTransformer
 from pipelines.config import PretrainConfig, from_json, to_json
 from pipelines.storage import join_uri, local_copy, open_uri, ray_storage
@@ -82,7 +83,7 @@ def save_checkpoint(
         if group != "loop":
             share = {name: share[name] for name in _shares(share, state.world_size)[rank]}
         path = folder / _file_name(group, rank, state.world_size)
-        save_file({name: t.detach().contiguous() for name, t in share.items()}, path)
+        save_tensors(share, path)
     if rank == 0:
         (folder / "config.json").write_text(to_json(config))
         (folder / "state.json").write_text(json.dumps(dataclasses.asdict(state), indent=2))

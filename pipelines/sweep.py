@@ -28,6 +28,7 @@ from pipelines.checkpoints import CheckpointError, decides_the_run, flatten
 from pipelines.config import PretrainConfig, RunConfig, SweepConfig
 from pipelines.pretrain import check_early, check_fits, cpus_needed, start_ray, with_absolute_paths
 from pipelines.recipes import RECIPES
+from pipelines.shards import put_atomic
 from pipelines.storage import absolute_uri, join_uri, open_uri
 from pipelines.sweep_report import Row, plot, table, verdict
 from pipelines.sweep_space import Settings, apply, draw, parse_space
@@ -221,10 +222,7 @@ def _read(out: str, name: str) -> str:
 
 def _write(out: str, name: str, data: bytes) -> None:
     fs, path = open_uri(out)
-    fs.makedirs(path, exist_ok=True)
-    # On a local disk it appears at once and whole, or a kill would leave a line cut off.
-    with fs.transaction, fs.open(f"{path}/{name}", "wb") as file:
-        file.write(data)
+    put_atomic(fs, f"{path}/{name}", data)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,26 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    """Marks `ray` every test that needs `ray_local`, by whatever fixture it comes."""
+    for item in items:
+        if "ray_local" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.ray)
+
+
+def _ray_runs() -> bool:
+    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
+
+
+@pytest.fixture(autouse=True)
+def _only_marked_tests_start_ray(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = _ray_runs()
+    yield
+    if _ray_runs() and not before and request.node.get_closest_marker("ray") is None:
+        pytest.fail("this test started Ray and has no mark `ray`")
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import fsspec
@@ -62,7 +63,7 @@ def test_a_remote_artifact_is_replaced_and_nothing_else(
 def test_an_artifact_that_reads_back_differently_is_not_published(
     small_checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = models.weights.save_file
+    write = models.weights.save_tensors
 
     def damaged(state, path, metadata):
         state = dict(state)
@@ -70,7 +71,23 @@ def test_an_artifact_that_reads_back_differently_is_not_published(
             state["blocks.0.mlp.fc1.bias"] = state["blocks.0.mlp.fc1.bias"] + 1e-3
         write(state, path, metadata)
 
-    monkeypatch.setattr(models.weights, "save_file", damaged)
+    monkeypatch.setattr(models.weights, "save_tensors", damaged)
     with pytest.raises(RuntimeError, match="other features"):
         export(ExportConfig(checkpoint=small_checkpoint, out=str(tmp_path / "artifact")))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_what_is_exported_is_readable_by_whom_the_umask_lets_read(
+    small_checkpoint: str, tmp_path: Path, umask: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        export(ExportConfig(checkpoint=small_checkpoint, out=str(tmp_path / "artifact")))
+    finally:
+        os.umask(before)
+    paths = [tmp_path / "artifact", *(tmp_path / "artifact").rglob("*")]
+    assert {p.name for p in paths} > {"model.safetensors", "config.json", "transformers"}
+    for path in paths:
+        allowed = 0o777 if path.is_dir() else 0o666
+        assert path.stat().st_mode & 0o777 == allowed & ~umask, path

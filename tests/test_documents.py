@@ -1,0 +1,33 @@
+"""Numbers in the documents that the code knows."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import models.weights
+import pipelines.checkpoints
+import pipelines.embed
+import pipelines.shards
+import serve.session_store
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+VERSIONS = {
+    "shards": pipelines.shards.SCHEMA_VERSION,
+    "checkpoint": pipelines.checkpoints.FORMAT,
+    "artifact": models.weights.SCHEMA_VERSION,
+    "embeddings": pipelines.embed.SCHEMA_VERSION,
+    "stored session of the language model": serve.session_store.FORMAT,
+}
+
+
+def test_the_table_of_versions_is_the_codes() -> None:
+    table = (DOCS / "architecture.md").read_text().partition("### Versions on disk")[2]
+    rows = re.findall(r"^\| ([^|]+) \| [^|]*`[^|]* \| (\d+) \|$", table.partition("###")[0], re.M)
+    assert {name: int(number) for name, number in rows} == VERSIONS
+
+
+def test_the_page_on_checkpoints_says_their_format() -> None:
+    text = (DOCS / "checkpoints.md").read_text()
+    said = re.findall(r"`format` in `state\.json` is (\d+)", text)
+    assert said == [str(pipelines.checkpoints.FORMAT)]
