@@ -104,6 +104,7 @@ def _reference(item: Any, param: str, default: Kind) -> Reference:
 
 
 def _object_reference(item: dict[str, Any], param: str, default: Kind) -> Reference:
+    item = _given(item)
     for foreign in _FOREIGN:
         if foreign in item or item.get("type") == foreign:
             raise _wrong_modality(foreign, param)
@@ -135,7 +136,7 @@ def parse_sampling(item: dict[str, Any], param: str) -> Sampling:
     Raises:
         ApiError: 400 for a value that makes no sense.
     """
-    values = {key: item[key] for key in _SAMPLING if item.get(key) is not None}
+    values = {key: value for key, value in _given(item).items() if key in _SAMPLING}
     for key, value in values.items():
         most = MAX_FPS if key == "fps" else math.inf
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -172,11 +173,17 @@ def _part_reference(part: dict[str, Any], param: str, key: str) -> Reference:
         raise ApiError(400, "invalid_content", message, param=f"{param}.type")
     target = part[key]
     if isinstance(target, dict):
+        target = _given(target)
         _only_keys(target, {"url", "detail"}, f"{param}.{key}")
         target = target.get("url")
     text = _text(target, f"{param}.{key}.url")
     sampling = parse_sampling(part, param) if is_video else None
     return Reference(f"{param}.{key}.url", text, _URL.match(text) is not None, sampling)
+
+
+def _given(item: dict[str, Any]) -> dict[str, Any]:
+    """What an object says; `null` is as good as absent."""
+    return {key: value for key, value in item.items() if value is not None}
 
 
 def _only_keys(item: dict[str, Any], allowed: set[str], param: str) -> None:

@@ -1,46 +1,33 @@
 """Request bodies of the language model's routes, in the OpenAI shape.
 
 A field that is not named here is refused. `null` means "not given", as OpenAI's clients send it,
-except for `max_tokens`, where it means "until cancelled".
+except for the `max_tokens` of a streamed completion, where it means "until cancelled".
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from serve.ingress.bodies import RequestModel
 from serve.lm_contract import is_session_id
 
 MAX_STOPS = 4
 MAX_TOP_LOGPROBS = 20
-_MEANS_SOMETHING = ("max_tokens", "max_completion_tokens")
 
 TokenIds = list[Annotated[int, Field(ge=0)]]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
-class _Body(BaseModel):
-    """No stray fields, no silent conversions."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_absent(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        return {k: v for k, v in values.items() if v is not None or k in _MEANS_SOMETHING}
-
-
-class StreamOptions(_Body):
+class StreamOptions(RequestModel):
     """Options of a streamed reply."""
 
     include_usage: bool = False
     """Send one more chunk, with the usage and no choices."""
 
 
-class Generate(_Body):
+class Generate(RequestModel):
     """What completions and chat have in common."""
 
     model: str | None = None
@@ -53,7 +40,7 @@ class Generate(_Body):
     """Tokens to generate at most; `null` with `stream` goes on until cancelled."""
     n: int = Field(1, ge=1)
     """Answers to the same prompt; more than one only without a session."""
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] = []
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] = Field([])
     """One string or up to four that end the answer; not part of it."""
     temperature: float = Field(1.0, ge=0, le=2)
     """0 takes the likeliest token."""
@@ -65,13 +52,13 @@ class Generate(_Body):
     """Keep tokens at least this likely, relative to the likeliest."""
     seed: int | None = Field(None, ge=0, lt=2**63)
     """Makes sampling repeatable."""
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = {}
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field({})
     """Added to the logits of these token ids."""
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     """Subtracted from the logits of tokens that were generated."""
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     """Subtracted once for each time a token was generated."""
-    stop_token_ids: TokenIds = []
+    stop_token_ids: TokenIds = Field([])
     """Tokens that end the answer, beside the model's own end token."""
     ignore_eos: bool = False
     """Go on after the model's end token."""
@@ -105,6 +92,8 @@ class Generate(_Body):
 class CompletionRequest(Generate):
     """Body of `POST /v1/completions`."""
 
+    null_means_something: ClassVar[frozenset[str]] = frozenset({"max_tokens"})
+
     prompt: str | TokenIds | list[str] | list[TokenIds] = ""
     """Text or token ids; without a session also a list of those. Empty with a session goes on."""
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
@@ -113,14 +102,14 @@ class CompletionRequest(Generate):
     """Only false: a prompt is never sent back."""
 
 
-class TextPart(_Body):
+class TextPart(RequestModel):
     """A piece of a message in OpenAI's list form."""
 
     type: Literal["text"]
     text: str
 
 
-class Message(_Body):
+class Message(RequestModel):
     """One message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -139,7 +128,7 @@ class Message(_Body):
 class ChatRequest(Generate):
     """Body of `POST /v1/chat/completions`."""
 
-    messages: list[Message] = []
+    messages: list[Message] = Field([])
     """With a session only the new ones; none goes on with the answer."""
     max_completion_tokens: int | None = Field(None, ge=1)
     """OpenAI's newer name of `max_tokens`."""
@@ -158,7 +147,7 @@ class ChatRequest(Generate):
         return self
 
 
-class TokenizeRequest(_Body):
+class TokenizeRequest(RequestModel):
     """Body of `POST /v1/tokenize`: a prompt or messages."""
 
     model: str | None = None
@@ -178,14 +167,14 @@ class TokenizeRequest(_Body):
         return self
 
 
-class DetokenizeRequest(_Body):
+class DetokenizeRequest(RequestModel):
     """Body of `POST /v1/detokenize`."""
 
     model: str | None = None
     tokens: TokenIds
 
 
-class CreateSession(_Body):
+class CreateSession(RequestModel):
     """Body of `POST /v1/sessions`."""
 
     model: str | None = None
@@ -207,7 +196,7 @@ class CreateSession(_Body):
         return self
 
 
-class ForkSession(_Body):
+class ForkSession(RequestModel):
     """Body of `POST /v1/sessions/{id}/fork`."""
 
     session_id: str | None = None

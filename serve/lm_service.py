@@ -58,10 +58,9 @@ class LanguageService:
         session_id = self._session(request, header)
         feeds = tuple(map(self._text_feed, self._prompts(request, session_id)))
         limit = request.max_tokens
-        if "max_tokens" not in request.model_fields_set:
+        is_endless = request.stream and "max_tokens" in request.model_fields_set
+        if limit is None and not is_endless:
             limit = DEFAULT_COMPLETION_TOKENS
-        elif limit is None and not request.stream:
-            raise _invalid("max_tokens", "null, until cancelled, needs stream: true")
         start = self._start(request, session_id, feeds, limit, request.logprobs)
         return self._job(request, start, CompletionShape, logprobs=request.logprobs is not None)
 

@@ -10,9 +10,10 @@ import struct
 from typing import Annotated, Any, Literal
 
 import pydantic_core
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from serve.contract import ModelCard, Pooling
+from serve.ingress.bodies import RequestModel, field_error
 from serve.inputs import MAX_FPS
 from serve.schemas import ApiError
 
@@ -23,10 +24,8 @@ _CLOSE_CODES |= {504: 1013}
 NORMAL, BAD_DATA = 1000, 1007
 
 
-class StreamStart(BaseModel):
+class StreamStart(RequestModel):
     """The first message of a client."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
     type: Literal["start"]
     model: str | None = None
@@ -57,19 +56,15 @@ class StreamStart(BaseModel):
     """These four as in `POST /v1/embeddings`."""
 
 
-class Acknowledgement(BaseModel):
+class Acknowledgement(RequestModel):
     """All embeddings up to an index have been read."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["ack"]
     index: int = Field(ge=0)
 
 
-class End(BaseModel):
+class End(RequestModel):
     """No more frames will come; those that wait are finished."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["end"]
 
@@ -84,10 +79,7 @@ def parse_start(text: str, card: ModelCard) -> StreamStart:
     Raises:
         ApiError: 400, naming the field at fault.
     """
-    try:
-        start = StreamStart.model_validate_json(text)
-    except ValidationError as error:
-        raise _message_error(error) from error
+    start: StreamStart = _parse(text, TypeAdapter(StreamStart))
     if start.dimensions is not None and start.dimensions > card.dimensions:
         message = f"dimensions must lie between 1 and {card.dimensions}"
         raise ApiError(400, "invalid_value", message, param="dimensions")
@@ -96,19 +88,22 @@ def parse_start(text: str, card: ModelCard) -> StreamStart:
 
 def parse_control(text: str) -> Control:
     """Reads any later text message; raises as `parse_start`."""
+    control: Control = _parse(text, _CONTROL)
+    return control
+
+
+def _parse(text: str, kind: TypeAdapter[Any]) -> Any:
     try:
-        return _CONTROL.validate_json(text)
+        values = pydantic_core.from_json(text, allow_inf_nan=False)
+    except ValueError as error:
+        raise ApiError(400, "invalid_json", f"a message is not valid JSON: {error}") from error
+    try:
+        return kind.validate_python(values)
     except ValidationError as error:
-        raise _message_error(error) from error
-
-
-def _message_error(error: ValidationError) -> ApiError:
-    problem = error.errors()[0]
-    param = ".".join(str(part) for part in problem["loc"]) or None
-    kind = problem["type"]
-    code = {"json_invalid": "invalid_json", "extra_forbidden": "unknown_field"}.get(kind)
-    message = f"{param or 'message'}: {problem['msg']}"
-    return ApiError(400, code or "invalid_message", message, param=param)
+        told = field_error(error, values)
+        code = "unknown_field" if told.code == "unknown_field" else "invalid_message"
+        message = str(told) if told.param else f"message: {told}"
+        raise ApiError(400, code, message, param=told.param) from error
 
 
 def split_timestamp(data: bytes) -> tuple[float, bytes]:

@@ -1,0 +1,167 @@
+"""Request bodies: strict JSON, `null` as good as absent, and errors that say what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeVar
+
+import pydantic_core
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from serve.ingress.errors import ApiError
+
+Body = TypeVar("Body", bound=BaseModel)
+
+_SHOULD_BE = "Input should be "
+# Pydantic's own words name our classes.
+_OBJECT_TYPES = {"model_type", "model_attributes_type", "dict_type"}
+
+
+class RequestModel(BaseModel):
+    """What clients send: no stray fields, no silent conversions, `null` means absent.
+
+    Clients serialise what their caller did not give as `null`. A field that must be given keeps it,
+    so that the error says so.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+    null_means_something: ClassVar[frozenset[str]] = frozenset()
+    """Fields whose `null` differs from their absence."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        required = {name for name, field in cls.model_fields.items() if field.is_required()}
+        kept = required | cls.null_means_something
+        return {name: value for name, value in values.items() if value is not None or name in kept}
+
+
+def parse_body(body: bytes, kind: type[Body]) -> Body:
+    """Parses and validates a request body.
+
+    Raises:
+        ApiError: 400 for text that is not strict JSON (NaN and Infinity are not, nor is very deep
+            nesting), or for the first field at fault.
+    """
+    try:
+        values = pydantic_core.from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise ApiError(400, "invalid_json", f"the body is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ApiError(400, "invalid_type", "the body must be a JSON object")
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise field_error(error, values, known=kind.model_fields) from error
+
+
+def field_error(error: ValidationError, values: Any, *, known: Iterable[str] = ()) -> ApiError:
+    """A 400 for the first field at fault.
+
+    Args:
+        error: of the validation.
+        values: what was validated.
+        known: names of the fields there are, for who misspelt one.
+    """
+    problem = _first(_problems(error, values))
+    param = ".".join(problem.path)
+    if problem.kind == "extra_forbidden":
+        listed = f"; known: {', '.join(known)}" if known and len(problem.path) == 1 else ""
+        return ApiError(400, "unknown_field", f"unknown field {param!r}{listed}", param=param)
+    if problem.check:  # of several fields; its message names the one at fault
+        return ApiError(400, "invalid_value", problem.message, param=problem.check)
+    code = "missing_field" if problem.kind == "missing" else "invalid_value"
+    message = f"{param}: {problem.message}" if param else problem.message
+    return ApiError(400, code, message, param=param or None)
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """One of pydantic's errors.
+
+    Attributes:
+        path: keys and indices that lead to the value at fault, as they stand in what was sent.
+        kind: pydantic's name of the error.
+        message: for people.
+        branches: where on the path a union was entered, and by which of its forms.
+        check: the field that a check of a whole model names, else empty.
+    """
+
+    path: tuple[str, ...]
+    kind: str
+    message: str
+    branches: tuple[tuple[int, str], ...]
+    check: str = ""
+
+
+def _problems(error: ValidationError, values: Any) -> list[_Problem]:
+    return [_problem(detail, values) for detail in error.errors()]
+
+
+def _problem(detail: Any, value: Any) -> _Problem:
+    """Splits pydantic's location into keys that were sent and names of a union's forms."""
+    path: list[str] = []
+    branches: list[tuple[int, str]] = []
+    kind, location = detail["type"], detail["loc"]
+    for place, part in enumerate(location, 1):
+        is_missing = kind == "missing" and place == len(location)
+        if isinstance(value, dict) and (part in value or is_missing):
+            path.append(str(part))
+            value = value.get(part)
+        elif isinstance(value, list) and isinstance(part, int):
+            path.append(str(part))
+            value = value[part]
+        else:
+            branches.append((len(path), str(part)))
+    if kind != "value_error":
+        message = f"{_SHOULD_BE}an object" if kind in _OBJECT_TYPES else detail["msg"]
+        return _Problem(tuple(path), kind, message, tuple(branches))
+    message = str(detail["ctx"]["error"])
+    check = ".".join([*path, message.partition(":")[0]])
+    return _Problem(tuple(path), kind, message, tuple(branches), check)
+
+
+def _first(problems: list[_Problem]) -> _Problem:
+    """The first thing to tell; of a union what its nearest form lacks.
+
+    A stray field is reported before a missing one: it is usually the missing one, misspelt. Before
+    both comes a wrong `type`, which says what the other fields have to be.
+    """
+
+    def place(problem: _Problem) -> int:
+        if problem.kind == "literal_error" and problem.path[-1:] == ("type",):
+            return 0
+        return 1 if problem.kind == "extra_forbidden" else 2
+
+    plain = [problem for problem in problems if not problem.branches]
+    unions: dict[tuple[str, ...], dict[str, list[_Problem]]] = {}
+    for problem in problems:
+        if problem.branches:
+            (depth, form), *rest = problem.branches
+            inner = replace(problem, branches=tuple(rest))
+            unions.setdefault(problem.path[:depth], {}).setdefault(form, []).append(inner)
+    plain += [_nearest(forms, len(path)) for path, forms in unions.items()]
+    return min(plain, key=place)
+
+
+def _nearest(forms: dict[str, list[_Problem]], depth: int) -> _Problem:
+    """What the form of a union lacks that comes closest; several at once where they come as close."""
+
+    def distance(problems: list[_Problem]) -> tuple[bool, int, int, int]:
+        others = [problem for problem in problems if problem.kind.endswith("_type")]
+        is_other = any(len(problem.path) == depth for problem in others)
+        deepest = max(len(problem.path) for problem in problems)
+        return is_other, len(others), len(problems), -deepest
+
+    least = min(map(distance, forms.values()))
+    first, *others = [_first(found) for found in forms.values() if distance(found) == least]
+    message = first.message
+    for other in others:
+        if other.path != first.path:
+            message += f"; or {'.'.join(other.path)}: {other.message}"
+        elif (shorter := other.message.removeprefix(_SHOULD_BE)) not in message:
+            message += f", or {shorter}"
+    return replace(first, message=message)
