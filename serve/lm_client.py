@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from serve.lm_contract import End, LMCard, Piece, Refused, Start, Started, Taken
+from serve.lm_contract import End, LMCard, Piece, Refused, SessionState, Start, Started, Taken
 from serve.schemas import ApiError, ErrorType, queue_full, server_error
 
 TAKE_WAIT_S = 1.0
@@ -78,10 +78,19 @@ class LMClient:
                 raise queue_full() from error
         raise server_error(503, "no_replica", "no model replica could take the request")
 
+    def open(self, start: Start) -> Answer:
+        """Asks for a generation, without waiting for it to begin."""
+        return Answer(self, start.session_id or uuid.uuid4().hex, start)
+
     async def answer(self, start: Start) -> Answer:
         """Starts a generation; raises `ApiError` before anything is generated."""
-        key = start.session_id or uuid.uuid4().hex
-        return Answer(self, key, start, await self.start(key, start))
+        answer = self.open(start)
+        try:
+            await answer.begin()
+        except BaseException:
+            answer.close()
+            raise
+        return answer
 
     async def start(self, key: str, start: Start) -> Started:
         """Has a replica begin; whoever stops waiting (a time limit) wants no answer any more."""
@@ -124,27 +133,40 @@ class LMClient:
 
 
 class Answer:
-    """A generation in progress, whichever replica it runs on.
+    """A generation that is about to begin or in progress, whichever replica it runs on.
 
     Args:
         client: calls the deployment.
         key: what routes to the replica.
-        start: how it was started.
-        started: what the replica said.
+        start: what to generate; asked for at once.
 
     Attributes:
-        started: what the first replica said.
         session: the session, as of the latest piece.
     """
 
-    def __init__(self, client: LMClient, key: str, start: Start, started: Started) -> None:
+    def __init__(self, client: LMClient, key: str, start: Start) -> None:
         self._client, self._key, self._start = client, key, start
-        self.started = started
-        self.session = started.session
-        self._position, self._made = started.position, 0
+        self._starting = asyncio.ensure_future(client.start(key, start))
+        self.session: SessionState | None = None
+        self._position = self._made = 0
         self._choices = max(1, len(start.feeds) * start.n)
         self._ended: set[int] = set()
         self._closed = False
+
+    async def begin(self, within_s: float | None = None) -> None:
+        """Waits until the replica has begun, or for so many seconds.
+
+        Raises:
+            ApiError: it refuses.
+        """
+        begun, _ = await asyncio.wait({self._starting}, timeout=within_s)
+        if begun:
+            self.session, self._position = self.started.session, self.started.position
+
+    @property
+    def started(self) -> Started:
+        """What the first replica said, once it has; raises what it refused with."""
+        return self._starting.result()
 
     async def pieces(self) -> AsyncGenerator[tuple[Piece, ...], None]:
         """Yields what is new, nothing where nothing is, until every choice has ended.
@@ -152,6 +174,7 @@ class Answer:
         Leaving early cancels the generation, at a token boundary; the session stays.
         """
         try:
+            await self.begin()
             while len(self._ended) < self._choices:
                 taken = await self._client.take(self._key, self._start.request_id)
                 if taken is None or _is_lost(taken):
@@ -167,8 +190,12 @@ class Answer:
             self.close()
 
     def close(self) -> None:
-        """Cancels what has not ended; for a reader who may leave before he asks for any piece."""
-        if len(self._ended) < self._choices and not self._closed:
+        """Cancels what has not ended or not begun; for a reader who may leave before any piece."""
+        if not self._starting.done():
+            self._starting.cancel()
+        elif _failed(self._starting):
+            return
+        elif len(self._ended) < self._choices and not self._closed:
             self._closed = True
             self._client.cancel(self._key, self._start.request_id)
 
@@ -205,6 +232,10 @@ class Answer:
                 if error.status != 429 or attempt + 1 == ATTEMPTS:
                     raise
             await asyncio.sleep(1)  # the replicas that are left have no slab free yet
+
+
+def _failed(task: asyncio.Task[Started]) -> bool:
+    return task.cancelled() or task.exception() is not None
 
 
 def _replica_lost() -> ApiError:

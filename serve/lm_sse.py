@@ -6,6 +6,8 @@ the end. What fails after the first byte travels as an event too: the status is 
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import pydantic_core
@@ -13,7 +15,9 @@ import pydantic_core
 from serve.schemas import ApiError
 
 DONE = b"data: [DONE]\n\n"
-PING = b": ping\n\n"
+PING = b": ping\n"
+"""A comment is a line. No empty line after it, which would end an event: clients that keep the last
+`id`, as OpenAI's for Python does, then make an event without data of it, and fail on that."""
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 MEDIA_TYPE = "text/event-stream"
 
@@ -27,3 +31,34 @@ def event(value: dict[str, Any], position: int | None = None) -> bytes:
 def failure(error: ApiError) -> bytes:
     """An error after the first byte."""
     return b"data: %s\n\n" % error.body()
+
+
+async def with_pings(
+    events: AsyncGenerator[bytes, None], ping_s: float
+) -> AsyncGenerator[bytes, None]:
+    """Yields events, and a comment after every `ping_s` without one, whatever they wait for.
+
+    Args:
+        events: closed when this is.
+        ping_s: seconds of silence.
+    """
+    following: asyncio.Task[bytes] | None = None
+    try:
+        while True:
+            following = asyncio.ensure_future(_next(events))
+            while not (await asyncio.wait({following}, timeout=ping_s))[0]:
+                yield PING
+            data = following.result()
+            if not data:
+                return
+            yield data
+    finally:
+        if following is not None:
+            following.cancel()
+            await asyncio.wait({following})
+        await events.aclose()
+
+
+async def _next(events: AsyncGenerator[bytes, None]) -> bytes:
+    """The next event; none at the end."""
+    return await anext(events, b"")
