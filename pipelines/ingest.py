@@ -89,6 +89,8 @@ def ingest(cfg: IngestConfig) -> Manifest:
     console = Console()
     _check_out(cfg.out)
     listing = list_source(cfg)
+    for note in listing.notes:
+        console.print(f"note: {note}", markup=False, highlight=False)
     cfg = dataclasses.replace(cfg, modality=listing.modality)
     chunks = [chunk_to_json(chunk) for chunk in listing.chunks]
     keys = [chunk_key(chunk, cfg) for chunk in chunks]
@@ -196,8 +198,8 @@ def _merge(
     if listing.num_items not in (None, items):
         raise ValueError(f"{cfg.source}: {items} items, {listing.num_items} when it was listed")
     if sum(quarantined.values()) == items:
-        one = f"not one good {cfg.modality} among {items}"
-        raise ValueError(f"{cfg.source}: {one}: {quarantined}")
+        one = f"not one good {cfg.modality} among {items}: {quarantined}"
+        raise ValueError(f"{cfg.source}: {one}; {cfg.out}/{QUARANTINE} has each with its reason")
     index = build_index(keys, tables)
     keep_N = first_occurrences(index.ids_N16)
     classes = choose_classes(tables, listing.classes)
@@ -292,7 +294,8 @@ def _summary(manifest: Manifest, listing: Listing, seconds: float, console: Cons
         *((f"  {reason}", count) for reason, count in manifest.quarantined.items()),
         ("losses in kept ones", sum(manifest.losses.values()) if video else None),
         *((f"  {reason}", count) for reason, count in manifest.losses.items()),
-        ("files ignored by name", listing.ignored),
+        ("files ignored", listing.ignored),
+        *((f"  {suffix}", count) for suffix, count in listing.passed_over),
         ("shards", len(manifest.shards)),
     ):
         if count is not None:

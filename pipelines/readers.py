@@ -18,19 +18,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.config import IngestConfig
-from pipelines.sources import (
-    IMAGE_SUFFIXES,
-    Chunk,
-    Entry,
-    raise_if_unreachable,
-    sidecar_path,
-    suffix_of,
-)
+from pipelines.ingestion.entries import UNLISTED, Entry
+from pipelines.ingestion.media import suffix_of, suffixes
+from pipelines.sources import Chunk, raise_if_unreachable, sidecar_path
 
 READ_BYTES = 32 * 2**20
 PARQUET_BATCH_ROWS = 64
 LARGEST_LABEL = 2**20  # larger integers are names, not class indices
 NO_FILE = ("unreadable", "no regular file, or a link to nothing")
+NO_LISTING = ("unreadable", "a folder that this user may not list")
 LABEL_KEYS = ("label", "cls", "class")
 
 Label = int | str | None
@@ -107,7 +103,7 @@ def _read_files(fs: Any, chunk: Chunk, cfg: IngestConfig) -> Iterator[Item]:
         for entry in group:
             uri, data = chunk.uri(entry), by_path.get(entry.path)
             if entry.size < 0:
-                yield Item(uri, problem=NO_FILE)
+                yield Item(uri, problem=NO_LISTING if entry.size == UNLISTED else NO_FILE)
             elif data is None:
                 yield Item(uri, problem=_too_many_bytes(entry.size, cfg.max_bytes))
             elif isinstance(data, BaseException):
@@ -134,7 +130,7 @@ def _read_videos(fs: Any, chunk: Chunk, cfg: IngestConfig) -> Iterator[Item]:
     for entry in chunk.entries:
         uri = chunk.uri(entry)
         if entry.size < 0:
-            yield Item(uri, problem=NO_FILE)
+            yield Item(uri, problem=NO_LISTING if entry.size == UNLISTED else NO_FILE)
             continue
         if entry.size > cfg.video.max_bytes:
             yield Item(uri, problem=_too_many_bytes(entry.size, cfg.video.max_bytes))
@@ -246,7 +242,7 @@ def _group_items(group: Group, uri: str) -> Iterator[Item]:
     except ValueError as error:
         label, label_problem = None, ("bad_label", str(error))
     for name, data in group.items():
-        if suffix_of(name) not in IMAGE_SUFFIXES:
+        if suffix_of(name) not in suffixes("image"):
             continue
         if isinstance(data, tuple):
             yield Item(f"{uri}#{name}", problem=data)

@@ -14,13 +14,15 @@ from __future__ import annotations
 import csv
 import dataclasses
 import errno
+import glob
 import hashlib
 import json
 import posixpath
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,8 +30,13 @@ from typing import Any, Literal
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.config import IngestConfig
+from pipelines.ingestion.entries import NO_FILE, UNLISTED, Entry, entry_of, local_entry
+from pipelines.ingestion.folders import Found, walk, walk_matching
+from pipelines.ingestion.media import Content, Modality, look_into, suffix_of, suffixes
+from pipelines.ingestion.names import escaped
 
 CHUNK_ITEMS = 512
 CHUNK_BYTES = 64 * 2**20
@@ -37,38 +44,14 @@ CHUNK_BYTES = 64 * 2**20
 VIDEO_CHUNK_ITEMS = 32
 VIDEO_CHUNK_BYTES = 8 * 2**20
 
-SUFFIXES = {
-    "image": frozenset(
-        [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"]
-    ),
-    "video": frozenset([".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif"]),
-}
-IMAGE_SUFFIXES = SUFFIXES["image"]
 # Beside NAME.mp4, one row a frame of it: NAME.actions.npy, NAME.states.npy.
 SIDECARS = ("actions", "states")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
 Kind = Literal["folder", "list", "webdataset", "parquet"]
-Modality = Literal["image", "video"]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One file of a source.
-
-    Attributes:
-        path: in its file system, without protocol.
-        size: bytes; -1 for what is no regular file (a link to nothing, a pipe).
-        tag: changes when the file does (ETag or modification time).
-        label: class name from the folder, or as the list has it; None for files at the top.
-        sidecars: which of `SIDECARS` lie beside it.
-    """
-
-    path: str
-    size: int
-    tag: str
-    label: str | None = None
-    sidecars: tuple[str, ...] = ()
+MODALITIES: tuple[Modality, ...] = ("image", "video")
+File = tuple[str, str, Entry]  # name below the source, protocol, and the file
+_STREAMS = ("rtsp", "rtsps", "rtmp", "rtmps", "srt", "udp", "tcp", "rtp")
 
 
 @dataclass(frozen=True)
@@ -106,7 +89,8 @@ class Listing:
         num_items: images or videos, as far as known without reading; None for tars.
         num_bytes: bytes of all files.
         modality: what the items are.
-        ignored: files that are neither by their names.
+        passed_over: how many files of which suffix are neither, by name and content.
+        notes: what the user should know of how the source was read, a sentence each.
         classes: class names by index, when the source declares them (Hugging Face Parquet).
     """
 
@@ -115,8 +99,14 @@ class Listing:
     num_items: int | None
     num_bytes: int
     modality: Modality = "image"
-    ignored: int = 0
+    passed_over: tuple[tuple[str, int], ...] = ()
+    notes: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
+
+    @property
+    def ignored(self) -> int:
+        """Number of files that are passed over."""
+        return sum(count for _, count in self.passed_over)
 
 
 def list_source(cfg: IngestConfig) -> Listing:
@@ -126,16 +116,21 @@ def list_source(cfg: IngestConfig) -> Listing:
         ValueError: nothing to read there, images and videos both and no word which, or a Parquet
             file without the image column.
     """
-    fs, root = fsspec.core.url_to_fs(cfg.source)
+    fs, root = _file_system(cfg.source)
     fs.invalidate_cache()  # S3 listings are remembered by the process
     protocol = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
-    entries, base = _find(fs, root.rstrip("/"), fs._strip_protocol(cfg.out))
-    kind = _kind(entries, cfg)
+    found, base = _find(fs, root.rstrip("/") or root, fs._strip_protocol(cfg.out))
+    entries = found.files
+    if not entries and not fs.exists(root):
+        raise ValueError(f"--source: {cfg.source} does not exist")
+    looked = _look(fs, entries, base)
+    kind = _kind(entries, root, looked, cfg)
     if kind == "folder":
-        keyed = [(entry.path.removeprefix(base), entry) for entry in entries]
-        return _list_files(kind, [(name, protocol, entry) for name, entry in keyed], cfg)
+        files = [(entry.path.removeprefix(base), protocol, entry) for entry in entries]
+        listing = _list_files(kind, files, looked, cfg)
+        return dataclasses.replace(listing, notes=(*_notes(found), *listing.notes))
     if kind == "list":
-        return _list_files(kind, _read_list(fs, entries[0].path, protocol), cfg)
+        return _list_files(kind, _read_list(fs, entries[0].path, protocol), {}, cfg)
     if cfg.modality == "video":
         raise ValueError(f"--modality: videos are read from folders and lists, not from {kind}")
     if kind == "webdataset":
@@ -145,86 +140,191 @@ def list_source(cfg: IngestConfig) -> Listing:
     return _list_parquet(fs, protocol, entries, cfg)
 
 
-def _find(fs: Any, root: str, out: str) -> tuple[list[Entry], str]:
+def _file_system(source: str) -> tuple[Any, str]:
+    """Returns the file system of a source and its path there.
+
+    Raises:
+        ValueError: its protocol is none that is read here.
+    """
+    protocol, found, _ = source.partition("://")
+    if found and "::" not in source:
+        if protocol.lower() in _STREAMS:
+            raise ValueError(f"--source: {source} is a live stream: add --follow")
+        if protocol.lower() in ("http", "https"):
+            raise ValueError(
+                f"--source: {source} is a web address; download it and give the folder or file, "
+                "or add --follow if it is a live stream"
+            )
+        try:
+            fsspec.get_filesystem_class(protocol)
+        except (ImportError, ValueError) as error:
+            other = "write s3:// in lower case" if protocol.lower() == "s3" else "copy it there"
+            raise ValueError(
+                f"--source: {protocol}:// is not read ({source}); only local paths and s3:// are: "
+                f"{other}"
+            ) from error
+    fs, root = fsspec.core.url_to_fs(source)
+    return fs, root
+
+
+def _find(fs: Any, root: str, out: str) -> tuple[Found, str]:
     """Returns every visible file below `root`, sorted by path, and the folder `root` stands for.
 
     Hidden files, and what lies below `out`, are passed over.
     """
-    magic = re.search(r"[*?[]", root)
-    if magic and not fs.exists(root):
-        base = root[: root.rfind("/", 0, magic.start()) + 1]
-        found: dict[str, dict[str, Any]] = fs.glob(root, detail=True)
+    is_pattern = glob.has_magic(root) and not fs.exists(root)
+    if isinstance(fs, LocalFileSystem):
+        found, base = walk_matching(root, out) if is_pattern else _walk(root, out)
     else:
-        found = fs.find(root, detail=True)
-        base = root.rpartition("/")[0] + "/" if root in found else root + "/"
-    entries = []
-    for path, info in sorted(found.items()):
+        found, base = _list_remote(fs, root, out, is_pattern=is_pattern)
+    files = [_with_folder(entry, base) for entry in found.files]
+    return dataclasses.replace(found, files=files), base
+
+
+def _walk(root: str, out: str) -> tuple[Found, str]:
+    try:
+        entry = local_entry(root)
+        if entry is not None:
+            return Found([entry]), root.rpartition("/")[0] + "/"
+        base = f"{root.rstrip('/')}/"
+        return walk(base, out), base
+    except FileNotFoundError:
+        return Found(), root
+    except PermissionError as error:
+        raise ValueError(f"--source: {root} may not be listed by this user") from error
+
+
+def _list_remote(fs: Any, root: str, out: str, *, is_pattern: bool) -> tuple[Found, str]:
+    infos: dict[str, dict[str, Any]]
+    if is_pattern:
+        base = re.split("[*?[]", root)[0].rpartition("/")[0] + "/"
+        infos = fs.glob(root, detail=True)
+    else:
+        infos = fs.find(root, detail=True)
+        base = root.rpartition("/")[0] + "/" if root in infos else root + "/"
+    found = Found()
+    for path, info in sorted(infos.items()):
         parts = path.removeprefix(base).split("/")
         hidden = any(part.startswith(".") for part in parts) or path.startswith(f"{out}/")
         if not hidden and info["type"] != "directory" and not path.endswith("/"):
-            entries.append(_entry(path, info, parts[-2] if len(parts) > 1 else None))
-    return entries, base
+            found.files.append(entry_of(path, info))
+    return found, base
 
 
-def _entry(path: str, info: dict[str, Any], label: str | None) -> Entry:
-    tag = info.get("ETag") or info.get("mtime") or info.get("LastModified") or ""
-    size = -1 if info["type"] == "other" else int(info["size"] or 0)
-    return Entry(path, size, str(tag), label)
+def _with_folder(entry: Entry, base: str) -> Entry:
+    folders = entry.path.removeprefix(base).split("/")[:-1]
+    return dataclasses.replace(entry, label=folders[-1]) if folders else entry
 
 
-def _kind(entries: list[Entry], cfg: IngestConfig) -> Kind:
+def _notes(found: Found) -> Iterator[str]:
+    if found.again:
+        first, count = escaped(found.again[0]), len(found.again)
+        yield f"{count} linked folders lead to what is in the source already: {first}, ..."
+    if found.stored:
+        yield f"{len(found.stored)} files without a suffix are taken by the links to them alone"
+
+
+def _look(fs: Any, entries: list[Entry], base: str) -> dict[str, Content]:
+    """Returns what the files are whose suffix does not say it, by path."""
+    known = frozenset().union(*(suffixes(modality) for modality in MODALITIES))
+    unknown = [entry for entry in entries if suffix_of(entry.path) not in known]
+    return look_into(fs, sorted(unknown, key=lambda e: _path_hash(e.path.removeprefix(base))))
+
+
+def _kind(entries: list[Entry], root: str, looked: dict[str, Content], cfg: IngestConfig) -> Kind:
     names = [entry.path.lower() for entry in entries]
-    suffixes = {suffix_of(name) for name in names}
+    found = {suffix_of(name) for name in names}
     kinds: list[tuple[Kind, bool]] = [
         ("list", len(names) == 1 and names[0].endswith(".csv")),
-        ("folder", any(suffixes & known for known in SUFFIXES.values())),
+        ("folder", any(found & suffixes(modality) for modality in MODALITIES)),
         ("webdataset", any(name.endswith(TAR_SUFFIXES) for name in names)),
-        ("parquet", ".parquet" in suffixes),
-        # Last, because tars and Parquet files have company without a suffix, like Spark's _SUCCESS.
-        ("folder", "" in suffixes),
+        ("parquet", ".parquet" in found),
+        # Last, because tars and Parquet files have company of any name, like Spark's _SUCCESS.
+        (
+            "folder",
+            any(_is_item(entry, modality, looked) for entry in entries for modality in MODALITIES),
+        ),
     ]
     for kind, present in kinds:
         if present and cfg.format in ("auto", kind):
             return kind
-    wanted = "images, tars or Parquet files, nor videos," if cfg.format == "auto" else cfg.format
-    raise ValueError(f"--source: no {wanted} found at {cfg.source} ({len(entries)} files there)")
+    wanted = "images, videos, tars or Parquet files" if cfg.format == "auto" else cfg.format
+    raise ValueError(f"--source: no {wanted} found at {cfg.source} ({_told(_counts(entries))})")
 
 
-def suffix_of(path: str) -> str:
-    """Returns the last suffix in lower case, as `PurePath.suffix` does but 10 times as fast."""
-    name = path.rpartition("/")[2]
-    dot = name.rfind(".")
-    return name[dot:].lower() if dot > 0 else ""
+def _is_item(entry: Entry, modality: Modality, looked: dict[str, Content]) -> bool:
+    """True for a file of a folder that is of this modality by suffix or content.
 
-
-def _is_media(path: str, *modalities: str) -> bool:
-    """True for suffixes of those modalities (of all, without any named), and for no suffix at all.
-
-    Objects named by a hash have none.
+    Likewise for one without a suffix that may be: objects named by a hash have none, and what is
+    damaged among them is to be reported.
     """
-    suffix = suffix_of(path)
-    return not suffix or any(suffix in SUFFIXES[name] for name in modalities or SUFFIXES)
+    suffix = suffix_of(entry.path)
+    if suffix in suffixes(modality) or entry.size == UNLISTED:
+        return True
+    if any(suffix in suffixes(other) for other in MODALITIES):
+        return False
+    content = looked.get(entry.path, "")
+    return content == modality or (not suffix and content == "")
 
 
-def _modality(names: list[str], cfg: IngestConfig) -> Modality:
+def _is_named_item(entry: Entry, modality: Modality) -> bool:
+    """True for a file that a list names, unless its suffix is one of another modality."""
+    suffix = suffix_of(entry.path)
+    others = any(suffix in suffixes(other) for other in MODALITIES if other != modality)
+    sidecar = any(entry.path.endswith(f".{name}.npy") for name in SIDECARS)
+    return suffix in suffixes(modality) or not (others or sidecar)
+
+
+def _counts(entries: Iterable[Entry]) -> tuple[tuple[str, int], ...]:
+    """Returns how many files there are of each suffix, the commonest first."""
+    names = Counter(suffix_of(entry.path) or "without a suffix" for entry in entries)
+    return tuple(sorted(names.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _told(counts: tuple[tuple[str, int], ...]) -> str:
+    total = sum(count for _, count in counts)
+    shown = ", ".join(f"{count} {escaped(suffix)}" for suffix, count in counts[:8])
+    return f"{total} files there" + (f": {shown}" if shown else "")
+
+
+def _modality(entries: list[Entry], looked: dict[str, Content], cfg: IngestConfig) -> Modality:
     if cfg.modality != "auto":
         return cfg.modality
-    suffixes = {suffix_of(name) for name in names} - {".gif"}  # either
-    images, videos = (bool(suffixes & SUFFIXES[name]) for name in ("image", "video"))
+    found = {suffix_of(entry.path) for entry in entries} - {".gif"}  # either
+    images, videos = (bool(found & suffixes(modality)) for modality in MODALITIES)
+    if not (images or videos):
+        images, videos = ("image" in looked.values(), "video" in looked.values())
     if images and videos:
         raise ValueError(f"--modality: both images and videos at {cfg.source}: say which to take")
     return "video" if videos else "image"
 
 
-def _list_files(kind: Kind, files: list[tuple[str, str, Entry]], cfg: IngestConfig) -> Listing:
+def _list_files(
+    kind: Kind, files: list[File], looked: dict[str, Content], cfg: IngestConfig
+) -> Listing:
     """Cuts files into chunks: (name below the source, protocol, entry) each."""
-    modality = _modality([entry.path for _, _, entry in files], cfg)
+    modality = _modality([entry for _, _, entry in files], looked, cfg)
     files = _with_sidecars(files) if modality == "video" else files
-    wanted = [file for file in files if _is_media(file[2].path, modality)]
-    keyed = [(_path_hash(name), protocol, entry) for name, protocol, entry in wanted]
+    named = kind == "list"
+    wanted, passed = list[File](), list[Entry]()
+    for file in files:
+        entry = file[2]
+        if _is_named_item(entry, modality) if named else _is_item(entry, modality, looked):
+            wanted.append(file)
+        else:
+            passed.append(entry)
+    counts = _counts(passed)
+    if not wanted:
+        raise ValueError(f"--source: no {modality}s found at {cfg.source} ({_told(counts)})")
+    size = sum(max(entry.size, 0) for _, _, entry in wanted)
+    chunks = _cut(kind, wanted, size, modality)
+    return Listing(kind, chunks, len(wanted), size, modality, counts)
+
+
+def _cut(kind: Kind, files: list[File], size: int, modality: Modality) -> tuple[Chunk, ...]:
+    """Cuts files into a power of two of chunks by hash: few new files change few chunks."""
+    keyed = [(_path_hash(name), protocol, entry) for name, protocol, entry in files]
     keyed.sort(key=lambda file: (file[0], file[2].path))
-    size = sum(max(entry.size, 0) for _, _, entry in keyed)
-    # A power of two, cut by hash: a few new files change a few chunks, not all those after them.
     items, bytes_ = CHUNK_ITEMS, CHUNK_BYTES
     if modality == "video":
         items, bytes_ = VIDEO_CHUNK_ITEMS, VIDEO_CHUNK_BYTES
@@ -233,13 +333,10 @@ def _list_files(kind: Kind, files: list[tuple[str, str, Entry]], cfg: IngestConf
     buckets: dict[tuple[int, str], list[Entry]] = {}
     for key, protocol, entry in keyed:
         buckets.setdefault((key * count >> 64, protocol), []).append(entry)
-    chunks = tuple(Chunk(kind, at[1], tuple(bucket)) for at, bucket in buckets.items())
-    if not chunks:
-        raise ValueError(f"--source: no {modality}s found at {cfg.source} ({len(files)} files)")
-    return Listing(kind, chunks, len(keyed), size, modality, len(files) - len(keyed))
+    return tuple(Chunk(kind, at[1], tuple(bucket)) for at, bucket in buckets.items())
 
 
-def _with_sidecars(files: list[tuple[str, str, Entry]]) -> list[tuple[str, str, Entry]]:
+def _with_sidecars(files: list[File]) -> list[File]:
     """Takes sidecars out of the files and notes them, and their tags, at the files they are of."""
     tags = {(protocol, entry.path): entry.tag for _, protocol, entry in files}
     paths = {sidecar_path(entry.path, name) for _, _, entry in files for name in SIDECARS}
@@ -276,7 +373,7 @@ def _read_list(fs: Any, path: str, protocol: str) -> list[tuple[str, str, Entry]
     found: list[tuple[str, str, Entry]] = []
     for row, (kind, name) in zip(rows, places, strict=True):
         label = row[1].strip() or None if len(row) > 1 else None
-        entry = there.get((kind, name), Entry(name, -1, ""))
+        entry = there.get((kind, name), Entry(name, NO_FILE, ""))
         found.append((row[0], kind, dataclasses.replace(entry, label=label)))
         beside = [(kind, sidecar_path(name, sidecar)) for sidecar in SIDECARS]
         found += [(at[1], kind, there[at]) for at in beside if at in there]
@@ -297,19 +394,29 @@ def _list_parents(places: list[tuple[str, str]]) -> dict[tuple[str, str], Entry]
 
     def files(place: tuple[str, str]) -> dict[tuple[str, str], Entry]:
         protocol, folder = place
-        try:
-            infos = fsspec.filesystem(protocol).ls(folder, detail=True)
-        except FileNotFoundError:
-            return {}
-        named = [(info["name"], info) for info in infos if info["type"] != "directory"]
-        return {(protocol, name): _entry(name, info, None) for name, info in named}
+        return {(protocol, entry.path): entry for entry in _list_folder(protocol, folder)}
 
     with ThreadPoolExecutor(16) as pool:
         return {key: entry for found in pool.map(files, folders) for key, entry in found.items()}
 
 
+def _list_folder(protocol: str, folder: str) -> Iterator[Entry]:
+    fs = fsspec.filesystem(protocol)
+    try:
+        infos = fs.ls(folder, detail=not isinstance(fs, LocalFileSystem))
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return
+    for info in infos:
+        if isinstance(info, str):  # fsspec does not say what a link leads to
+            entry = local_entry(info)
+            if entry is not None:
+                yield entry
+        elif info["type"] != "directory":
+            yield entry_of(info["name"], info)
+
+
 def _path_hash(path: str) -> int:
-    return int.from_bytes(hashlib.blake2b(path.encode(), digest_size=8).digest())
+    return int.from_bytes(hashlib.blake2b(escaped(path).encode(), digest_size=8).digest())
 
 
 def _list_parquet(fs: Any, protocol: str, entries: list[Entry], cfg: IngestConfig) -> Listing:

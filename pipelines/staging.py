@@ -23,10 +23,12 @@ import pyarrow.parquet as pq
 from models.images import ImageError
 from models.video_decode import VideoError
 from pipelines.config import IngestConfig
+from pipelines.ingestion.entries import Entry
+from pipelines.ingestion.names import escaped
 from pipelines.preparing import prepare_image
 from pipelines.readers import Item, read_chunk
 from pipelines.shards import SCHEMAS, encode_table, hash_bytes, open_shards, put_atomic
-from pipelines.sources import Chunk, Entry
+from pipelines.sources import Chunk
 from pipelines.video_preparing import prepare_video
 from pipelines.video_reading import Loss
 
@@ -140,12 +142,18 @@ def stage_chunk(row: dict[str, Any], cfg: IngestConfig) -> dict[str, Any]:
     items: list[dict[str, Any]] = []
     count = done = 0
     for item in read_chunk(chunk_from_json(row["chunk"]), cfg):
-        items += _stage_item(item, cfg, parts)
+        items += _stage_item(_storable(item), cfg, parts)
         count, done = count + 1, done + item.num_bytes
     parts.flush()
     table = pa.Table.from_pylist(items, ITEMS_SCHEMA)
     put_atomic(fs, items_path(prefix), encode_table(table, 2**16))
     return {"key": row["key"], "items": count, "bytes": done}
+
+
+def _storable(item: Item) -> Item:
+    """Returns `item` with its names as Arrow can hold them; its file was opened by the true ones."""
+    label = escaped(item.label) if isinstance(item.label, str) else item.label
+    return dataclasses.replace(item, uri=escaped(item.uri), label=label)
 
 
 def _stage_item(item: Item, cfg: IngestConfig, parts: _Parts) -> list[dict[str, Any]]:
@@ -165,7 +173,7 @@ def _stage_item(item: Item, cfg: IngestConfig, parts: _Parts) -> list[dict[str, 
     for number, (reason, text) in zip(numbers, losses, strict=True):
         # Addresses of objects differ from run to run, and the quarantine must not.
         detail = re.sub(r" at 0x[0-9a-f]+", "", text)
-        refusal = {"source_uri": item.uri, "reason": reason, "detail": detail}
+        refusal = {"source_uri": item.uri, "reason": reason, "detail": escaped(detail)}
         rows.append({"segment": number, **refusal})
     return rows
 
