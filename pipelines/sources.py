@@ -13,14 +13,10 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import errno
 import glob
 import hashlib
-import json
 import posixpath
 import re
-import tarfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,15 +24,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import fsspec
-import pyarrow as pa
-import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.config import IngestConfig
+from pipelines.config.ingest import LABEL_COLUMN
 from pipelines.ingestion.entries import NO_FILE, UNLISTED, Entry, entry_of, local_entry
+from pipelines.ingestion.failures import raise_if_unreachable as raise_if_unreachable
 from pipelines.ingestion.folders import Found, walk, walk_matching
 from pipelines.ingestion.media import Content, Modality, look_into, suffix_of, suffixes
 from pipelines.ingestion.names import escaped
+from pipelines.ingestion.parquet_listing import list_parquet, partition_label
 
 CHUNK_ITEMS = 512
 CHUNK_BYTES = 64 * 2**20
@@ -46,7 +43,10 @@ VIDEO_CHUNK_BYTES = 8 * 2**20
 
 # Beside NAME.mp4, one row a frame of it: NAME.actions.npy, NAME.states.npy.
 SIDECARS = ("actions", "states")
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+TAR_SUFFIXES = (
+    *(".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz"),
+    *(".tar.xz", ".txz", ".tar.zst", ".tzst"),
+)
 
 Kind = Literal["folder", "list", "webdataset", "parquet"]
 MODALITIES: tuple[Modality, ...] = ("image", "video")
@@ -66,6 +66,7 @@ class Chunk:
             not be opened.
         rows: Parquet only: [first, last + 1) of its rows in the file; a file that could not be
             opened counts as one row.
+        label_map: Parquet only: the class of each of the file's own indices; None: they are the same.
     """
 
     kind: Kind
@@ -73,6 +74,7 @@ class Chunk:
     entries: tuple[Entry, ...]
     row_groups: tuple[int, int] = (0, 0)
     rows: tuple[int, int] = (0, 1)
+    label_map: tuple[int, ...] | None = None
 
     def uri(self, entry: Entry) -> str:
         """Returns the address of `entry`."""
@@ -114,7 +116,7 @@ def list_source(cfg: IngestConfig) -> Listing:
 
     Raises:
         ValueError: nothing to read there, images and videos both and no word which, or a Parquet
-            file without the image column.
+            file without the image column, or without a label column that was named.
     """
     fs, root = _file_system(cfg.source)
     fs.invalidate_cache()  # S3 listings are remembered by the process
@@ -136,7 +138,9 @@ def list_source(cfg: IngestConfig) -> Listing:
     if kind == "webdataset":
         tars = [entry for entry in entries if entry.path.lower().endswith(TAR_SUFFIXES)]
         chunks = tuple(Chunk("webdataset", protocol, (tar,)) for tar in tars)
-        return Listing("webdataset", chunks, None, sum(tar.size for tar in tars))
+        others = _counts([e for e in entries if not e.path.lower().endswith(TAR_SUFFIXES)])
+        size = sum(tar.size for tar in tars)
+        return Listing("webdataset", chunks, None, size, passed_over=others)
     return _list_parquet(fs, protocol, entries, cfg)
 
 
@@ -421,56 +425,21 @@ def _path_hash(path: str) -> int:
 
 def _list_parquet(fs: Any, protocol: str, entries: list[Entry], cfg: IngestConfig) -> Listing:
     files = [entry for entry in entries if entry.path.lower().endswith(".parquet")]
-    with ThreadPoolExecutor(16) as pool:
-        footers = list(pool.map(lambda entry: _footer(fs, entry.path), files))
-    chunks: list[Chunk] = []
-    classes: tuple[str, ...] = ()
-    for entry, footer in zip(files, footers, strict=True):
-        if footer is None:
-            chunks.append(Chunk("parquet", protocol, (entry,)))
-            continue
-        schema = footer.schema.to_arrow_schema()
-        if cfg.image_column not in schema.names:
-            raise ValueError(f"--image-column: {entry.path} has only the columns {schema.names}")
-        classes = classes or _declared_classes(schema, cfg.label_column)
-        chunks += [Chunk("parquet", protocol, (entry,), *span) for span in _spans(footer)]
-    rows = sum(chunk.rows[1] - chunk.rows[0] for chunk in chunks)
-    size = sum(entry.size for entry in files)
-    return Listing("parquet", tuple(chunks), rows, size, classes=classes)
-
-
-def _footer(fs: Any, path: str) -> Any:
-    try:
-        with fs.open(path, "rb") as file:
-            return pq.ParquetFile(file).metadata
-    except (OSError, pa.ArrowException) as error:
-        raise_if_unreachable(error)
-        return None  # its one chunk reports it
-
-
-def _spans(footer: Any) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Yields runs of row groups of about `CHUNK_BYTES`: ([start, stop) of groups, of rows)."""
-    start, first, row, size = 0, 0, 0, 0
-    for group in range(footer.num_row_groups):
-        size += footer.row_group(group).total_byte_size
-        row += footer.row_group(group).num_rows
-        if size >= CHUNK_BYTES or group == footer.num_row_groups - 1:
-            yield (start, group + 1), (first, row)
-            start, first, size = group + 1, row, 0
-
-
-def _declared_classes(schema: pa.Schema, column: str) -> tuple[str, ...]:
-    """Returns the class names that Hugging Face `datasets` stores in the schema's metadata."""
-    text = (schema.metadata or {}).get(b"huggingface", b"{}")
-    feature = json.loads(text).get("info", {}).get("features", {}).get(column) or {}
-    return tuple(feature.get("names") or ())
-
-
-def raise_if_unreachable(error: BaseException) -> None:
-    """Raises errors that say nothing about one object: quarantining them would lose good data."""
-    passing = (errno.EBUSY, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENETUNREACH)
-    ours = isinstance(error, OSError | EOFError | tarfile.TarError | zlib.error | pa.ArrowException)
-    if not ours or isinstance(error, ConnectionError | TimeoutError):
-        raise error
-    if getattr(error, "errno", None) in passing:
-        raise error
+    others = [entry for entry in entries if not entry.path.lower().endswith(".parquet")]
+    found = list_parquet(fs, [entry.path for entry in files], cfg, CHUNK_BYTES)
+    column = cfg.label_column or LABEL_COLUMN
+    labels = [partition_label(entry.path, column) for entry in files]
+    files = [dataclasses.replace(e, label=label) for e, label in zip(files, labels, strict=True)]
+    chunks = tuple(
+        Chunk("parquet", protocol, (files[p.file],), p.row_groups, p.rows, p.label_map)
+        for p in found.pieces
+    )
+    return Listing(
+        kind="parquet",
+        chunks=chunks,
+        num_items=found.num_items,
+        num_bytes=sum(entry.size for entry in files),
+        passed_over=_counts(others),
+        classes=found.classes,
+        notes=found.notes,
+    )

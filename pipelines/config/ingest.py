@@ -7,6 +7,8 @@ from typing import Literal
 
 from pipelines.config.checks import require
 
+LABEL_COLUMN = "label"
+
 
 @dataclass(frozen=True, kw_only=True)
 class VideoConfig:
@@ -93,9 +95,14 @@ class IngestConfig:
     video: VideoConfig = field(default_factory=VideoConfig)
     """How video is cut and stored."""
     image_column: str = "image"
-    """Parquet sources: the column of encoded bytes (or Hugging Face's `{bytes, path}` struct)."""
-    label_column: str = "label"
-    """Parquet sources: the column of labels; absent means unlabelled."""
+    """Parquet sources: the column of encoded bytes, of Hugging Face's `{bytes, path}` structs, of paths,
+    or of lists of these. `image.bytes` is a field of a struct."""
+    label_column: str | None = None
+    """Parquet sources: the column of labels, or the key of folders named KEY=VALUE. By default it is
+    `label`, and files without it are unlabelled."""
+    image_member: tuple[str, ...] = ()
+    """Tars with several pictures a sample: take those whose names end in `.` and one of these, as in
+    `jpg` or `seg.png`."""
     follow: bool = False
     """`source` is a live stream: publish shards while it runs, until it ends or SIGTERM comes."""
     live: LiveConfig = field(default_factory=LiveConfig)
@@ -118,6 +125,9 @@ class IngestConfig:
     """Rows in one Parquet row group: the smallest unit a loader reads."""
 
     def __post_init__(self) -> None:
+        for pattern in self.image_member:
+            names_one = bool(pattern.strip("*. ")) and "/" not in pattern
+            require(names_one, "image-member", f"{pattern!r} is no ending of names, as jpg is")
         require(self.short_side is None or self.short_side >= 8, "short-side", "must be at least 8")
         require(1 <= self.quality <= 100, "quality", "must be between 1 and 100")
         require(self.max_pixels > 0, "max-pixels", "must be positive")
