@@ -63,7 +63,10 @@ NO_ROW = -1
 _TALLY = b"rayjepa.tally"  # in the schema's metadata
 
 # Settings that say where things are or how rows are packed, not what is in a row.
-_NOT_CONTENT = ("source", "out", "format", "shard_bytes", "row_group_rows", "follow", "live")
+_NOT_CONTENT = (
+    *("source", "out", "format", "shard_bytes", "row_group_rows", "follow", "live"),
+    *("class_level", "classes"),  # the listing has the labels by the first; indices come last
+)
 # Settings that say nothing about this modality.
 _NOT_OF = {
     "image": ("video",),

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pipelines.config.checks import require
 
-LABEL_COLUMN = "label"
+IMAGE_COLUMN, LABEL_COLUMN = "image", "label"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class IngestConfig:
     """Raw images or videos of any source to validated Parquet shards."""
 
     source: str
-    """Folder, `s3://` prefix or CSV list (`path,label`) of images or videos; for images also a
+    """Folder, `s3://` prefix or list (CSV, TSV, text, JSON lines) of images or videos; for images also a
     WebDataset tar (or a folder or glob of them), or a Parquet file or folder. With --follow one live
     stream: a URL or device that FFmpeg opens, a file that grows, a named pipe, or `-`."""
     out: str
@@ -96,13 +96,18 @@ class IngestConfig:
     """How video is cut and stored."""
     image_column: str = "image"
     """Parquet sources: the column of encoded bytes, of Hugging Face's `{bytes, path}` structs, of paths,
-    or of lists of these. `image.bytes` is a field of a struct."""
+    or of lists of these. `image.bytes` is a field of a struct. Of lists, the column of paths, where
+    it has none of the usual names."""
     label_column: str | None = None
-    """Parquet sources: the column of labels, or the key of folders named KEY=VALUE. By default it is
-    `label`, and files without it are unlabelled."""
+    """Parquet sources and lists: the column of labels, or the key of folders named KEY=VALUE. By default it is
+    `label` (in lists one of the usual names), and files without it are unlabelled."""
     image_member: tuple[str, ...] = ()
     """Tars with several pictures a sample: take those whose names end in `.` and one of these, as in
     `jpg` or `seg.png`."""
+    class_level: int | None = None
+    """Folders: which folder above a file is its class: 1 is the first below the source, -1 the file's
+    own, 0 none. By default the file's own, or where all of these are called `images`, `train` and
+    the like, the one above."""
     follow: bool = False
     """`source` is a live stream: publish shards while it runs, until it ends or SIGTERM comes."""
     live: LiveConfig = field(default_factory=LiveConfig)
