@@ -180,8 +180,7 @@ def perplexity(cfg: PerplexityConfig) -> list[Row]:
 
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    tokenizer = load_tokenizer(cfg.model)
-    ids = tokenizer.encode(cfg.text.read_text(encoding="utf-8"), bos=tokenizer.adds_bos)
+    ids = load_tokenizer(cfg.model).encode(cfg.text.read_text(encoding="utf-8"), bos=True)
     tokens_T = torch.tensor(ids[: cfg.max_tokens])
     if len(tokens_T) <= max(numbers("--cache", cfg.cache)):
         raise ValueError(f"--text {cfg.text} has {len(tokens_T)} tokens, fewer than --cache")

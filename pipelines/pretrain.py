@@ -29,11 +29,9 @@ from pipelines.checkpoints import (
     committed_checkpoints,
     read_config,
     read_state,
+    resolve_checkpoint,
 )
 from pipelines.config import PretrainConfig
-from pipelines.runs.initial_weights import check_initial
-from pipelines.runs.resuming import Start, find_start, go_back
-from pipelines.runs.run_checkpoints import best_checkpoint
 from pipelines.storage import absolute_uri, join_uri, local_copy, ray_storage
 
 if TYPE_CHECKING:
@@ -83,22 +81,17 @@ def pretrain(
         raise ValueError("--data.train: name the folder or s3:// prefix of ingested shards")
     cfg = with_absolute_paths(cfg)
     run_uri = join_uri(cfg.run.storage, cfg.run.name)
-    stream = stream or sys.stdout
-    start = check_early(cfg, run_uri)
-    say = functools.partial(print, file=stream, flush=True)
-    if start.note:
-        say(start.note)
+    check_early(cfg, run_uri)
     start_ray(cpus_needed(cfg))
     check_fits(cfg)
-    go_back(start, ranked=bool(cfg.run.probe_every), say=say)
-    outcome = _fit(cfg, callbacks, stream)
+    outcome = _fit(cfg, callbacks, stream or sys.stdout)
     if outcome.refused:
         raise CheckpointError(outcome.refused)
     if outcome.collapsed:
         raise CollapseError(outcome.collapsed)
     return PretrainResult(
         run_uri=run_uri,
-        best_checkpoint=best_checkpoint(run_uri) or "",
+        best_checkpoint=resolve_checkpoint(run_uri),
         last_checkpoint=committed_checkpoints(run_uri)[-1][0],
         step=outcome.step,
         metrics=outcome.metrics,
@@ -118,16 +111,12 @@ def with_absolute_paths(cfg: PretrainConfig) -> PretrainConfig:
     return dataclasses.replace(cfg, data=data, run=run)
 
 
-def check_early(cfg: PretrainConfig, run_uri: str) -> Start:
-    """Finds in a second what workers would find in twenty: bad data, a run of other settings, or one
-    whose checkpoints are damaged.
-
-    Returns:
-        Where the run goes on.
+def check_early(cfg: PretrainConfig, run_uri: str) -> None:
+    """Finds in a second what workers would find in twenty: bad data, a run of other settings.
 
     Raises:
         ValueError: naming the flag.
-        CheckpointError: naming the flags that differ from the run's, or what of the run is whole.
+        CheckpointError: naming the flags that differ from the run's.
     """
     from models.objectives import find_objective
     from models.vit import find_preset
@@ -135,7 +124,6 @@ def check_early(cfg: PretrainConfig, run_uri: str) -> Start:
     from pipelines.maskers import make_masker
     from pipelines.optimizers import check_installed
     from pipelines.plan import make_plan
-    from pipelines.recorder import end_step
     from pipelines.shards import read_manifest
 
     manifest = read_manifest(cfg.data.train)
@@ -145,13 +133,12 @@ def check_early(cfg: PretrainConfig, run_uri: str) -> Start:
     find_objective(cfg.objective.name)
     make_masker(cfg).check()
     check_installed(cfg.optim)
-    start = find_start(run_uri, cfg.run.resume_from, min(cfg.run.checkpoint_every, end_step(cfg)))
-    if start.uri:
-        with local_copy(start.uri, "*.json") as folder:
+    checkpoints = committed_checkpoints(run_uri)
+    if checkpoints:
+        with local_copy(checkpoints[-1][0], "*.json") as folder:
             check_resumable(read_config(folder), read_state(folder), cfg, manifest.manifest_hash)
     elif cfg.run.init_from:
-        start = dataclasses.replace(start, note=check_initial(cfg))
-    return start
+        resolve_checkpoint(cfg.run.init_from)
 
 
 def start_ray(cpus: float) -> None:

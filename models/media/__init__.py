@@ -1,0 +1,1 @@
+"""Encoded pictures: their formats, their metadata, their colours."""

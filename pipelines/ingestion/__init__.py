@@ -1,1 +1,0 @@
-"""The parts of ingest: what lies at a source, and what becomes of it."""
