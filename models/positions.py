@@ -12,6 +12,7 @@ import math
 from typing import NamedTuple
 
 import torch
+from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import nn
 from torch.nn import functional
 
@@ -129,6 +130,46 @@ def rope_angles(head_dim: int, side: int, tubes: int, layout: str) -> torch.Tens
     return functional.pad(angles, (0, head_dim - 3 * share))
 
 
+class Grid(NamedTuple):
+    """Places of tokens: `tubes` time steps (1 for images) of `side` x `side` patches."""
+
+    side: int
+    tubes: int
+
+    def __str__(self) -> str:
+        return f"{self.tubes} x {self.side} x {self.side}"
+
+
+def sincos_table(width: int, grid: Grid) -> torch.Tensor:
+    """The fixed table of a grid, float32 [N, width]: the 2-D one where there is a single time step."""
+    return sincos_2d(width, grid.side) if grid.tubes == 1 else sincos_3d(width, *grid)
+
+
+def fit_table(table_1ND: torch.Tensor, old: Grid, new: Grid) -> torch.Tensor:
+    """A position table of one grid made to suit another.
+
+    The fixed table is computed anew. Any other was learned: its rows and columns are interpolated as
+    timm does (bicubic, antialiased), its time steps linearly.
+
+    Args:
+        table_1ND: [1, N, D] of the grid `old`.
+        old: its grid.
+        new: the grid that is wanted.
+
+    Returns:
+        [1, N', D] of the grid `new`.
+    """
+    width = table_1ND.shape[-1]
+    if torch.allclose(table_1ND[0].float(), sincos_table(width, old), atol=1e-5):
+        return sincos_table(width, new)[None].to(table_1ND.dtype)
+    sizes = {"new_size": [new.side, new.side], "old_size": [old.side, old.side]}
+    steps = table_1ND.view(old.tubes, 1, old.side**2, width)
+    resized = [resample_abs_pos_embed(step, num_prefix_tokens=0, **sizes) for step in steps]
+    by_time = torch.cat(resized).flatten(1).T[None]  # [1, side * side * D, tubes]
+    stretched = functional.interpolate(by_time, size=new.tubes, mode="linear")
+    return stretched[0].T.reshape(1, new.tubes * new.side**2, width)
+
+
 def make_positions(
     positions: str, *, width: int, heads: int, side: int, tubes: int
 ) -> tuple[nn.Parameter | None, Rope | None]:
@@ -151,5 +192,5 @@ def make_positions(
         raise ValueError(f"--model.positions: no {positions!r}; one of {', '.join(POSITIONS)}")
     if positions != "sincos":
         return None, Rope(width // heads, side, tubes, positions)
-    table = sincos_2d(width, side) if tubes == 1 else sincos_3d(width, side, tubes)
+    table = sincos_table(width, Grid(side, tubes))
     return nn.Parameter(table[None], requires_grad=False), None

@@ -14,7 +14,6 @@ last. Killed anywhere and run again, ingest does only what is missing and ends w
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
 import pathlib
@@ -47,7 +46,6 @@ from pipelines.merging import (
     plan_shards,
     read_shard_note,
 )
-from pipelines.preparing import DIM
 from pipelines.progress import Meter
 from pipelines.shards import (
     LOSSES,
@@ -71,12 +69,11 @@ from pipelines.staging import (
     chunk_to_json,
     items_path,
     read_items,
+    read_tally,
     stage_chunk,
 )
 
 IO_THREADS = 16
-NOTES = {DIM: "dim 16-bit images"}
-"""What a note of the manifest is called in the summary."""
 
 
 def ingest(cfg: IngestConfig) -> Manifest:
@@ -93,6 +90,8 @@ def ingest(cfg: IngestConfig) -> Manifest:
     console = Console()
     _check_out(cfg.out)
     listing = list_source(cfg)
+    for note in listing.notes:
+        console.print(f"note: {note}", markup=False, highlight=False)
     cfg = dataclasses.replace(cfg, modality=listing.modality)
     chunks = [chunk_to_json(chunk) for chunk in listing.chunks]
     keys = [chunk_key(chunk, cfg) for chunk in chunks]
@@ -106,9 +105,10 @@ def ingest(cfg: IngestConfig) -> Manifest:
         ray.init(include_dashboard=False)
     items = _stage(chunks, keys, listing, cfg, console)
     manifest = _merge(keys, items, listing, fingerprint, cfg, console)
+    notes = sum((read_tally(table).notes for table in items), Counter())
     write_manifest(cfg.out, manifest)
     _clean_up(cfg, manifest)
-    _summary(manifest, listing, time.monotonic() - started, console)
+    _summary(manifest, listing, notes, time.monotonic() - started, console)
     return manifest
 
 
@@ -195,13 +195,16 @@ def _merge(
     refused = pa.concat_tables([table.filter(table["reason"].is_valid()) for table in tables])
     missing = pc.equal(refused["segment"], NO_ROW)
     losses = _write_quarantine(refused.filter(missing), LOSSES, cfg)
+    ignored = sum((read_tally(table).ignored for table in tables), Counter[str]())
     quarantined = _write_quarantine(refused.filter(pc.invert(missing)), QUARANTINE, cfg)
     items = sum(pc.sum(pc.equal(table["segment"], 0)).as_py() or 0 for table in tables)
     if listing.num_items not in (None, items):
         raise ValueError(f"{cfg.source}: {items} items, {listing.num_items} when it was listed")
+    if items == 0:
+        raise ValueError(f"{cfg.source}: no {cfg.modality} in it, but {dict(ignored)}")
     if sum(quarantined.values()) == items:
-        one = f"not one good {cfg.modality} among {items}"
-        raise ValueError(f"{cfg.source}: {one}: {quarantined}")
+        one = f"not one good {cfg.modality} among {items}: {quarantined}"
+        raise ValueError(f"{cfg.source}: {one}; {cfg.out}/{QUARANTINE} has each with its reason")
     index = build_index(keys, tables)
     keep_N = first_occurrences(index.ids_N16)
     classes = choose_classes(tables, listing.classes)
@@ -230,16 +233,10 @@ def _merge(
         quarantined=quarantined,
         duplicates=duplicates,
         losses=losses,
-        notes=_count_notes(tables),
+        ignored=dict(sorted(ignored.items())),
         ingest=settings,
         fingerprint=fingerprint,
     )
-
-
-def _count_notes(tables: Sequence[pa.Table]) -> dict[str, int]:
-    """How often each note stands beside a good item, duplicates included."""
-    notes = (pc.list_flatten(table["notes"]).to_pylist() for table in tables)
-    return dict(sorted(Counter(itertools.chain.from_iterable(notes)).items()))
 
 
 def _write_quarantine(refused: pa.Table, file: str, cfg: IngestConfig) -> dict[str, int]:
@@ -288,7 +285,13 @@ def _clean_up(cfg: IngestConfig, manifest: Manifest) -> None:
     remove_unnamed(cfg.out, manifest.shards)
 
 
-def _summary(manifest: Manifest, listing: Listing, seconds: float, console: Console) -> None:
+def _summary(
+    manifest: Manifest,
+    listing: Listing,
+    notes: Counter[str],
+    seconds: float,
+    console: Console,
+) -> None:
     video = manifest.modality == "video"
     items = manifest.num_samples + manifest.duplicates + sum(manifest.quarantined.values())
     table = Table("ingested", "", title=None)
@@ -301,10 +304,18 @@ def _summary(manifest: Manifest, listing: Listing, seconds: float, console: Cons
         ("duplicates dropped", manifest.duplicates),
         ("quarantined", sum(manifest.quarantined.values())),
         *((f"  {reason}", count) for reason, count in manifest.quarantined.items()),
-        ("losses in kept ones", sum(manifest.losses.values()) if video else None),
+        (
+            "losses in kept ones",
+            sum(manifest.losses.values()) if video or manifest.losses else None,
+        ),
         *((f"  {reason}", count) for reason, count in manifest.losses.items()),
-        *((NOTES[note], count) for note, count in manifest.notes.items()),
-        ("files ignored by name", listing.ignored),
+        ("files ignored", listing.ignored),
+        *((f"  {suffix}", count) for suffix, count in listing.passed_over),
+        (
+            "members that are no images",
+            sum(manifest.ignored.values()) if manifest.ignored else None,
+        ),
+        *((f"  {kind}", count) for kind, count in manifest.ignored.items()),
         ("shards", len(manifest.shards)),
     ):
         if count is not None:
@@ -314,11 +325,8 @@ def _summary(manifest: Manifest, listing: Listing, seconds: float, console: Cons
     rate = (manifest.num_frames if video else items) or 0
     table.add_row("frames/s" if video else "images/s", f"{rate / seconds:,.0f}")
     console.print(table)
-    if dim := manifest.notes.get(DIM):
-        console.print(
-            f"warning: {dim:,} 16-bit images use less than an eighth of their range, and are nearly "
-            "black; if they hold fewer bits, say so with --deep-range (4095 for 12, or auto)"
-        )
+    if sharing := notes["images that share a sample"]:
+        console.print(f"{sharing:,} images share a sample with others: --image-member chooses")
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from pipelines.shards import (
     sample_ids_array,
     write_shard,
 )
-from pipelines.staging import STAGING, part_path
+from pipelines.staging import STAGING, part_path, staged_schema
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Classes:
 
     Attributes:
         names: class names by index.
-        by_name: labels are looked up in `names`; otherwise they are indices already.
+        by_name: integers too are looked up in `names`; otherwise they are indices already.
     """
 
     names: tuple[str, ...]
@@ -47,8 +47,9 @@ class Classes:
 def choose_classes(tables: Sequence[pa.Table], declared: tuple[str, ...]) -> Classes:
     """Decides the class list from every label seen.
 
-    Integers alone are indices, named by `declared` where the source declares names; as soon as one
-    label is a name, all of them are names, in sorted order.
+    Integers are indices, named by `declared` where the source declares names; names that it does not
+    declare follow these. Where nothing is declared, all labels are names as soon as one of them is,
+    in sorted order.
 
     Args:
         tables: items of all chunks, `label_index` and `label_name`.
@@ -59,11 +60,11 @@ def choose_classes(tables: Sequence[pa.Table], declared: tuple[str, ...]) -> Cla
     for table in tables:
         names.update(table["label_name"].unique().drop_null().to_pylist())
         indices.update(table["label_index"].unique().drop_null().to_pylist())
-    if names:
-        return Classes(tuple(sorted(names | {str(index) for index in indices})), True)
     count = max(indices, default=-1) + 1
     if declared and count <= len(declared):
-        return Classes(declared, False)
+        return Classes((*declared, *sorted(names - set(declared))), False)
+    if names:
+        return Classes(tuple(sorted(names | {str(index) for index in indices})), True)
     return Classes(tuple(str(index) for index in range(count)), False)
 
 
@@ -89,6 +90,7 @@ class Index:
         keys: staging key of each chunk that has good rows.
         parts: rows in each staging part, by chunk.
         starts: position of the first row of each chunk, and of the end.
+        labels_N: `label_index` and `label_name` of each row.
         ids_N16: sample ids.
         sizes_N: bytes of the encoded image or segment.
         frames_N: frames of the segment; 0 for images.
@@ -98,6 +100,7 @@ class Index:
     keys: list[str]
     parts: list[list[int]]
     starts: np.ndarray
+    labels_N: pa.Table
     ids_N16: np.ndarray
     sizes_N: np.ndarray
     frames_N: np.ndarray
@@ -117,6 +120,7 @@ def build_index(keys: Sequence[str], tables: Sequence[pa.Table]) -> Index:
         keys=[key for key, _ in good],
         parts=[np.bincount(table["part"].to_numpy()).tolist() for _, table in good],
         starts=np.cumsum([0] + [table.num_rows for _, table in good]),
+        labels_N=pa.concat_tables([t.select(["label_index", "label_name"]) for _, t in good]),
         ids_N16=np.concatenate([sample_ids_array(table) for _, table in good]),
         sizes_N=np.concatenate([table["size"].to_numpy() for _, table in good]),
         frames_N=np.concatenate([pc.fill_null(t["num_frames"], 0).to_numpy() for _, t in good]),
@@ -131,6 +135,7 @@ def plan_shards(index: Index, keep_N: np.ndarray, classes: Classes, cfg: IngestC
         One plan a shard, as JSON: what travels to the task, and what its result is named after.
     """
     kept_K = np.flatnonzero(keep_N)
+    labels_K = _labels(index.labels_N.take(kept_K), classes)
     firsts = np.arange(0, len(kept_K), cfg.row_group_rows)
     group_bytes = np.add.reduceat(index.sizes_N[kept_K], firsts)
     cuts, size = [0], 0
@@ -143,9 +148,19 @@ def plan_shards(index: Index, keep_N: np.ndarray, classes: Classes, cfg: IngestC
     plans = []
     for start, stop in itertools.pairwise(cuts):
         segments = _segments(index, keep_N, int(kept_K[start]), int(kept_K[stop - 1]) + 1)
-        plan = {**dataclasses.asdict(classes), "rows": stop - start, "segments": segments}
+        labels = labels_K.slice(start, stop - start).to_pylist()
+        plan = {"rows": stop - start, "segments": segments, "labels": labels}
         plans.append(json.dumps({**plan, "row_group_rows": cfg.row_group_rows}, sort_keys=True))
     return plans
+
+
+def _labels(labels: pa.Table, classes: Classes) -> pa.Array:
+    """Returns class indices (int32, null where unlabelled) of `label_index` and `label_name`."""
+    names, indices = labels["label_name"], labels["label_index"]
+    if classes.by_name:
+        names = pc.coalesce(names, pc.cast(indices, pa.string()))
+    by_name = pc.index_in(names, value_set=pa.array(classes.names, pa.string()))
+    return pc.coalesce(by_name, indices).combine_chunks()
 
 
 def _segments(index: Index, keep_N: np.ndarray, start: int, stop: int) -> list[dict[str, Any]]:
@@ -186,11 +201,14 @@ def merge_shard(row: dict[str, Any], cfg: IngestConfig) -> dict[str, Any]:
     """
     fs, root = open_shards(cfg.out)
     plan = json.loads(row["plan"])
-    staged = pa.concat_tables([_read_segment(fs, root, s) for s in plan["segments"]])
+    staged = pa.concat_tables(
+        [_read_segment(fs, root, segment, cfg.modality) for segment in plan["segments"]]
+    )
     assert staged.num_rows == plan["rows"], f"{staged.num_rows} rows, planned {plan['rows']}"
     moments = np.asarray(staged["moments"].combine_chunks().flatten()).reshape(-1, 6)
     names = SCHEMAS[cfg.modality].names
-    columns = [_labels(staged, plan) if name == "label" else staged[name] for name in names]
+    labels = pa.array(plan["labels"], pa.int32())
+    columns = [labels if name == "label" else staged[name] for name in names]
     table = pa.Table.from_arrays(columns, names)
     shard = write_shard(fs, root, table, plan["row_group_rows"])
     note = {"shard": dataclasses.asdict(shard), "moments": moments.sum(axis=0).tolist()}
@@ -198,13 +216,14 @@ def merge_shard(row: dict[str, Any], cfg: IngestConfig) -> dict[str, Any]:
     return {"items": shard.rows, "bytes": shard.bytes}
 
 
-def _read_segment(fs: Any, root: str, segment: dict[str, Any]) -> pa.Table:
+def _read_segment(fs: Any, root: str, segment: dict[str, Any], modality: str) -> pa.Table:
     start, stop = segment["rows"]
+    columns = staged_schema(modality).names
     tables, first = [], 0
     for number, rows in enumerate(segment["parts"]):
         if first < stop and first + rows > start:
             path = part_path(f"{root}/{STAGING}/{segment['key']}", number)
-            part = pq.read_table(io.BytesIO(fs.cat_file(path)))
+            part = pq.read_table(io.BytesIO(fs.cat_file(path)), columns=columns)
             low = max(start - first, 0)
             tables.append(part.slice(low, min(stop - first, rows) - low))
         first += rows
@@ -214,19 +233,6 @@ def _read_segment(fs: Any, root: str, segment: dict[str, Any]) -> pa.Table:
     keep = np.ones(stop - start, bool)
     keep[np.array(segment["drop"]) - start] = False
     return table.filter(pa.array(keep))
-
-
-def _labels(staged: pa.Table, plan: dict[str, Any]) -> pa.Array:
-    if not plan["by_name"]:
-        return staged["label_index"]
-    index_of = {name: index for index, name in enumerate(plan["names"])}
-    names = staged["label_name"].to_pylist()
-    indices = staged["label_index"].to_pylist()
-    texts = [
-        str(index) if name is None and index is not None else name
-        for name, index in zip(names, indices, strict=True)
-    ]
-    return pa.array([None if t is None else index_of[t] for t in texts], pa.int32())
 
 
 def read_shard_note(fs: Any, root: str, plan: str) -> tuple[Shard, list[float]]:

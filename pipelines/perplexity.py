@@ -180,7 +180,8 @@ def perplexity(cfg: PerplexityConfig) -> list[Row]:
 
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    ids = load_tokenizer(cfg.model).encode(cfg.text.read_text(encoding="utf-8"), bos=True)
+    tokenizer = load_tokenizer(cfg.model)
+    ids = tokenizer.encode(cfg.text.read_text(encoding="utf-8"), bos=tokenizer.adds_bos)
     tokens_T = torch.tensor(ids[: cfg.max_tokens])
     if len(tokens_T) <= max(numbers("--cache", cfg.cache)):
         raise ValueError(f"--text {cfg.text} has {len(tokens_T)} tokens, fewer than --cache")

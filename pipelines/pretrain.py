@@ -29,9 +29,11 @@ from pipelines.checkpoints import (
     committed_checkpoints,
     read_config,
     read_state,
-    resolve_checkpoint,
 )
 from pipelines.config import PretrainConfig
+from pipelines.runs.initial_weights import check_initial
+from pipelines.runs.resuming import Start, find_start, go_back
+from pipelines.runs.run_checkpoints import best_checkpoint
 from pipelines.storage import absolute_uri, join_uri, local_copy, ray_storage
 
 if TYPE_CHECKING:
@@ -81,17 +83,22 @@ def pretrain(
         raise ValueError("--data.train: name the folder or s3:// prefix of ingested shards")
     cfg = with_absolute_paths(cfg)
     run_uri = join_uri(cfg.run.storage, cfg.run.name)
-    check_early(cfg, run_uri)
+    stream = stream or sys.stdout
+    start = check_early(cfg, run_uri)
+    say = functools.partial(print, file=stream, flush=True)
+    if start.note:
+        say(start.note)
     start_ray(cpus_needed(cfg))
     check_fits(cfg)
-    outcome = _fit(cfg, callbacks, stream or sys.stdout)
+    go_back(start, ranked=bool(cfg.run.probe_every), say=say)
+    outcome = _fit(cfg, callbacks, stream)
     if outcome.refused:
         raise CheckpointError(outcome.refused)
     if outcome.collapsed:
         raise CollapseError(outcome.collapsed)
     return PretrainResult(
         run_uri=run_uri,
-        best_checkpoint=resolve_checkpoint(run_uri),
+        best_checkpoint=best_checkpoint(run_uri) or "",
         last_checkpoint=committed_checkpoints(run_uri)[-1][0],
         step=outcome.step,
         metrics=outcome.metrics,
@@ -111,12 +118,16 @@ def with_absolute_paths(cfg: PretrainConfig) -> PretrainConfig:
     return dataclasses.replace(cfg, data=data, run=run)
 
 
-def check_early(cfg: PretrainConfig, run_uri: str) -> None:
-    """Finds in a second what workers would find in twenty: bad data, a run of other settings.
+def check_early(cfg: PretrainConfig, run_uri: str) -> Start:
+    """Finds in a second what workers would find in twenty: bad data, a run of other settings, or one
+    whose checkpoints are damaged.
+
+    Returns:
+        Where the run goes on.
 
     Raises:
         ValueError: naming the flag.
-        CheckpointError: naming the flags that differ from the run's.
+        CheckpointError: naming the flags that differ from the run's, or what of the run is whole.
     """
     from models.objectives import find_objective
     from models.vit import find_preset
@@ -124,6 +135,7 @@ def check_early(cfg: PretrainConfig, run_uri: str) -> None:
     from pipelines.maskers import make_masker
     from pipelines.optimizers import check_installed
     from pipelines.plan import make_plan
+    from pipelines.recorder import end_step
     from pipelines.shards import read_manifest
 
     manifest = read_manifest(cfg.data.train)
@@ -133,12 +145,13 @@ def check_early(cfg: PretrainConfig, run_uri: str) -> None:
     find_objective(cfg.objective.name)
     make_masker(cfg).check()
     check_installed(cfg.optim)
-    checkpoints = committed_checkpoints(run_uri)
-    if checkpoints:
-        with local_copy(checkpoints[-1][0], "*.json") as folder:
+    start = find_start(run_uri, cfg.run.resume_from, min(cfg.run.checkpoint_every, end_step(cfg)))
+    if start.uri:
+        with local_copy(start.uri, "*.json") as folder:
             check_resumable(read_config(folder), read_state(folder), cfg, manifest.manifest_hash)
     elif cfg.run.init_from:
-        resolve_checkpoint(cfg.run.init_from)
+        start = dataclasses.replace(start, note=check_initial(cfg))
+    return start
 
 
 def start_ray(cpus: float) -> None:

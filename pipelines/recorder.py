@@ -14,18 +14,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipelines.checkpoints import CheckpointState, save_checkpoint
 from pipelines.config import PretrainConfig, to_json
 from pipelines.online_probe import OnlineProbe, build_probe
 from pipelines.optimizers import averaged, read_hyperparameters
 from pipelines.rank_probe import RankProbe
+from pipelines.runs.checkpoint_files import CheckpointState, report_of, save_checkpoint
 from pipelines.storage import RunFolder, join_uri
 from pipelines.tracking import MetricsLog, SampleLog, StepTimer, progress_line, speed
 from pipelines.train_state import TrainState
 
 Say = Callable[[str], None]
-REPORTED = ("knn", "loss", "fixed_rankme", "lidar")
-"""Metrics that Ray Train is told of with a checkpoint."""
 
 
 class Batches(Protocol):
@@ -212,14 +210,11 @@ class Recorder:
             strikes={name: watch.strikes for name, watch in state.watches.items()},
             world_size=worker.world_size,
         )
-        # Only a probe of these very weights may rank them.
-        reported = {"step": state.step, "score": values.get("knn", -1.0)}
-        reported |= {k: v for k, v in values.items() if k in REPORTED}
 
         def write(folder: Path) -> None:
             save_checkpoint(folder, state.tensors(), saved, cfg, rank=worker.rank)
 
-        self.store.save(write, reported)
+        self.store.save(write, report_of(state.step, values))
         self._sync()
 
     def _sync(self) -> None:

@@ -3,7 +3,7 @@
     OUT/manifest.json          written last: a folder without it is not a data set
     OUT/part-<16 hex>.parquet  named by content; row groups are the smallest unit a loader reads
     OUT/quarantine.parquet     what ingest refused, and why
-    OUT/losses.parquet         what is missing of videos that were kept in part, and why
+    OUT/losses.parquet         what is missing of items that were kept in part, and why
 
 A set that grows (pipelines/publishing.py) keeps to it: shards are added, never changed or removed, and
 every manifest is a whole data set.
@@ -110,8 +110,9 @@ class Manifest:
         std: RGB channel standard deviations, likewise.
         quarantined: number of refused source items by reason.
         duplicates: source items dropped because an earlier one had the same bytes.
-        losses: number of losses by reason, in videos that were kept in part.
-        notes: number of source items by what is worth knowing of them although they are kept.
+        losses: number of losses by reason, in items that were kept in part: videos, and images whose
+            label was not understood.
+        ignored: by kind, how much of the source's archives is no image.
         ingest: the ingest configuration, without its `out`.
         fingerprint: hash of that configuration and of the source listing.
         live: of a set that live streams grow: where it stands (`publishing.Progress`); else None.
@@ -129,7 +130,7 @@ class Manifest:
     quarantined: dict[str, int]
     duplicates: int
     losses: dict[str, int] = dataclasses.field(default_factory=dict)
-    notes: dict[str, int] = dataclasses.field(default_factory=dict)
+    ignored: dict[str, int] = dataclasses.field(default_factory=dict)
     ingest: dict[str, Any]
     fingerprint: str
     live: dict[str, Any] | None = None

@@ -24,13 +24,12 @@ from models.objectives import Output
 from pipelines.checkpoints import (
     CheckpointError,
     check_resumable,
-    load_objective,
-    load_weights,
     read_config,
     read_state,
 )
 from pipelines.config import PretrainConfig
 from pipelines.recorder import CheckpointStore, DataSource, Recorder, Say, Worker, end_step
+from pipelines.runs.initial_weights import load_initial
 from pipelines.schedules import set_schedules
 from pipelines.train_state import TrainState, new_state
 
@@ -221,9 +220,7 @@ def _start(
                 state.restore(folder, rank=worker.rank, world_size=worker.world_size)
                 say(f"resuming run {cfg.run.name!r} at step {state.step}")
             elif cfg.run.init_from:
-                source, _, info = load_objective(cfg.run.init_from)
-                load_weights(state.objective, source.state_dict(), cfg.run.init_from)
-                say(f"starting from the weights of {info['uri']} (step {info['step']})")
+                say(load_initial(cfg, state.objective))
         except (CheckpointError, ValueError) as problem:
             error = str(problem)
     refused = worker.first(error)

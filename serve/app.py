@@ -6,36 +6,34 @@ many cores. Nothing happens at import: all state belongs to replicas.
 """
 # No `from __future__ import annotations` here: Serve reads `build_app`'s annotation as a class.
 
-import asyncio
-import os
-import time
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 from prometheus_client import Gauge
 from ray import serve as ray_serve
-from ray.exceptions import RayActorError, RayError
-from ray.serve.config import AutoscalingConfig, BackpressureConfig
-from ray.serve.exceptions import (
-    BackPressureError,
-    DeploymentUnavailableError,
-    RayServeException,
-)
+from ray.exceptions import RayActorError
+from ray.serve.config import AutoscalingConfig
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from serve.contract import EMBEDDER, Floats, Pixels, Pooling
 from serve.http_api import Limits, Parts, RequestMetrics, create_http_app
-from serve.lm_settings import LMSettings
+from serve.ingress.deployment import (
+    QUIET,
+    Readiness,
+    bind_telemetry,
+    ingress_options,
+    read_api_key,
+)
+from serve.ingress.intake import Intake
 from serve.schemas import queue_full, server_error
 from serve.service import EmbeddingService
 from serve.settings import ServeSettings
 from serve.streams import StreamHub
-from serve.telemetry import Reporter, Telemetry
+from serve.telemetry import Reporter
 
 EMBED_ATTEMPTS = 3
 """Calls made for one request when embedder replicas die under it."""
-READY_CACHE_S = 1.0
-_QUIET = {"enable_access_log": False}
 
 
 class EmbedderClient:
@@ -67,48 +65,6 @@ class EmbedderClient:
         raise server_error(503, "no_replica", "no model replica could take the request")
 
 
-class Readiness:
-    """Whether a model replica is running, looked up at most once a second.
-
-    Serve's controller is asked first: under load a question to the model would queue behind the
-    requests, and busy is not the same as unready. But the controller forgets the deployments of an
-    application whose latest config it could not build, while they go on serving; so a no from it
-    is checked with the model.
-
-    Args:
-        model: handle of the deployment; it has `describe`.
-        name: of the deployment.
-    """
-
-    def __init__(self, model: Any, name: str = EMBEDDER) -> None:
-        self._model, self._name = model, name
-        self._app_name = ray_serve.get_replica_context().app_name
-        self._checked_at = -READY_CACHE_S
-        self._ready = False
-
-    async def __call__(self) -> bool:
-        """Whether requests can be served."""
-        if time.monotonic() - self._checked_at >= READY_CACHE_S:
-            self._checked_at = time.monotonic()
-            self._ready = await asyncio.to_thread(self._is_listed) or await self._answers()
-        return self._ready
-
-    async def _answers(self) -> bool:
-        try:
-            async with asyncio.timeout(READY_CACHE_S):
-                await self._model.describe.remote()
-        except (TimeoutError, RayError, RayServeException):
-            return False
-        return True
-
-    def _is_listed(self) -> bool:
-        application = ray_serve.status().applications.get(self._app_name)
-        deployment = application and application.deployments.get(self._name)
-        # Annotated as an enum, but the controller sends plain strings.
-        states: dict[Any, int] = dict(deployment.replica_states) if deployment else {}
-        return states.get("RUNNING", 0) > 0
-
-
 @ray_serve.ingress()
 class Ingress:
     """HTTP replica.
@@ -138,9 +94,11 @@ class Ingress:
             metrics=request_metrics,
             streams=StreamHub(settings, card, embed, service.media, registry),
             limits=Limits(settings.max_request_bytes, settings.timeout_s),
+            intake=Intake(settings, max_requests=settings.max_queued),  # one image each at least
             scrape=self._scrape,
-            is_ready=Readiness(self._embedder),
+            is_ready=Readiness(self._embedder, EMBEDDER),
             api_key=read_api_key(settings),
+            cors_origins=settings.cors_origins,
         )
         admission = service.admission
         images = Gauge("rayjepa_images_in_flight", "Images waiting or running", registry=registry)
@@ -152,29 +110,12 @@ class Ingress:
         return await self._reporter.scrape()
 
 
-def read_api_key(settings: ServeSettings | LMSettings) -> str | None:
-    """The key clients must send, or None when none is asked for.
-
-    Raises:
-        ValueError: a key is asked for and there is none; serving anyone would be worse.
-    """
-    if settings.api_key_env is None:
-        return None
-    key = os.environ.get(settings.api_key_env, "")
-    if not key:
-        raise ValueError(f"api_key_env names {settings.api_key_env}, which is not set here")
-    return key
-
-
 def build_app(args: ServeSettings) -> ray_serve.Application:
     """Builds the application; Serve calls it with the command line's or config file's `args`."""
     path = Path(args.artifact)
     if path.exists():  # replicas may run in another directory
         args = args.model_copy(update={"artifact": str(path.resolve())})
-    make_telemetry = ray_serve.deployment(
-        name=Telemetry.__name__, ray_actor_options={"num_cpus": 0}, logging_config=_QUIET
-    )
-    telemetry = make_telemetry(Telemetry).bind()
+    telemetry = bind_telemetry()
     embedder = _embedder_deployment(args).bind(args, telemetry)
     return _ingress_deployment(args).bind(args, embedder, telemetry)
 
@@ -199,23 +140,12 @@ def _embedder_deployment(settings: ServeSettings) -> ray_serve.Deployment:
         max_ongoing_requests=3 * settings.batch_size,
         max_queued_requests=settings.max_queued,
         max_constructor_retry_count=2,
-        logging_config=_QUIET,
+        logging_config=QUIET,
         **options,
     )
     return make(Embedder)
 
 
 def _ingress_deployment(settings: ServeSettings) -> ray_serve.Deployment:
-    make = ray_serve.deployment(
-        name=Ingress.__name__,
-        num_replicas=settings.ingress_replicas,
-        ray_actor_options={"num_cpus": settings.ingress_cpus},
-        # Above our own limits on images and streams, so that overload gets our typed 429; Serve's
-        # own, with a plain-text body, is the second line.
-        max_ongoing_requests=settings.max_queued + settings.max_streams + 64,
-        max_queued_requests=settings.max_queued,
-        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
-        max_constructor_retry_count=2,
-        logging_config={"enable_access_log": settings.access_log},
-    )
+    make = ray_serve.deployment(name=Ingress.__name__, **ingress_options(settings))
     return make(Ingress)

@@ -1,22 +1,23 @@
-"""The FastAPI application: routes, body limits, API key, typed errors, request metrics."""
+"""The FastAPI application of the embeddings server: its parts and routes."""
 
 from __future__ import annotations
 
 import asyncio
-import hmac
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from fastapi import FastAPI, Request, Response, WebSocket
-from fastapi.responses import PlainTextResponse
-from prometheus_client import CollectorRegistry, Counter, Histogram
-from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from fastapi import FastAPI, Request, Response
 
+from serve.ingress.application import (
+    add_gate,
+    add_operation_routes,
+    check_content_type,
+    read_body,
+)
+from serve.ingress.gate import RequestMetrics as RequestMetrics
+from serve.ingress.intake import Intake
 from serve.schemas import (
-    ApiError,
     EmbeddingRequest,
     EmbeddingResponse,
     ErrorResponse,
@@ -26,12 +27,7 @@ from serve.schemas import (
 )
 from serve.service import EmbeddingService
 from serve.streams import StreamHub
-from serve.streams_api import add_stream_route, refuse
-from serve.telemetry import LATENCY_BUCKETS_S
-
-PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
-OPEN_PATHS = frozenset({"/healthz", "/metrics", "/docs", "/redoc", "/openapi.json"})
-"""What needs no API key: probes, scrapers and the description of the API."""
+from serve.streams_api import add_stream_route
 
 
 @dataclass(frozen=True)
@@ -42,26 +38,6 @@ class Limits:
     timeout_s: float
 
 
-class RequestMetrics:
-    """Counts and times the requests of one replica."""
-
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "rayjepa_requests",
-            "HTTP requests by route and status",
-            ["route", "status"],
-            registry=self.registry,
-        )
-        self.latency_s = Histogram(
-            "rayjepa_request_seconds",
-            "Time from the head of a request to the end of its reply",
-            ["route"],
-            buckets=LATENCY_BUCKETS_S,
-            registry=self.registry,
-        )
-
-
 @dataclass(frozen=True, kw_only=True)
 class Parts:
     """What the application is made of.
@@ -69,20 +45,24 @@ class Parts:
     Attributes:
         service: answers embedding requests.
         limits: see `Limits`.
+        intake: reads bodies.
         metrics: this replica's request metrics.
         scrape: returns the Prometheus text of all replicas.
         is_ready: whether a model replica is up.
         api_key: what clients must present everywhere but on `OPEN_PATHS`; None serves anyone.
         streams: what the streams of this replica share; None serves none.
+        cors_origins: pages that may call it from a browser.
     """
 
     service: EmbeddingService
     limits: Limits
+    intake: Intake
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     scrape: Callable[[], Awaitable[str]]
     is_ready: Callable[[], Awaitable[bool]]
     api_key: str | None = None
     streams: StreamHub | None = None
+    cors_origins: Sequence[str] = ()
 
 
 def create_http_app(parts: Parts) -> FastAPI:
@@ -100,12 +80,17 @@ def create_http_app(parts: Parts) -> FastAPI:
         redirect_slashes=False,
         responses={"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}},
     )
-    add_error_handlers(app)
     _add_embedding_routes(app, parts)
     add_operation_routes(app, is_ready=parts.is_ready, scrape=parts.scrape)
     if parts.streams is not None:
         add_stream_route(app, parts.streams)
-    app.add_middleware(Gate, metrics=parts.metrics, api_key=parts.api_key)
+    add_gate(
+        app,
+        metrics=parts.metrics,
+        api_key=parts.api_key,
+        intake=parts.intake,
+        cors_origins=parts.cors_origins,
+    )
     return app
 
 
@@ -148,32 +133,6 @@ def _add_embedding_routes(app: FastAPI, parts: Parts) -> None:
         return _model(service)
 
 
-Ready = Callable[[], Awaitable[bool]]
-Scrape = Callable[[], Awaitable[str]]
-
-
-def add_operation_routes(app: FastAPI, *, is_ready: Ready, scrape: Scrape) -> None:
-    """Adds `/healthz` and `/metrics`.
-
-    Args:
-        app: takes the routes.
-        is_ready: whether a model replica is up.
-        scrape: returns the Prometheus text of all replicas.
-    """
-
-    @app.get("/healthz", response_class=PlainTextResponse)
-    async def healthz() -> PlainTextResponse:
-        """200 when requests can be served, else 503."""
-        if not await is_ready():
-            raise server_error(503, "not_ready", "no model replica is running")
-        return PlainTextResponse("ok")
-
-    @app.get("/metrics", response_class=PlainTextResponse)
-    async def metrics() -> Response:
-        """Prometheus text, summed over all replicas."""
-        return Response(await scrape(), media_type=PROMETHEUS_TEXT)
-
-
 def _model(service: EmbeddingService) -> Model:
     card = service.card
     return Model(
@@ -185,118 +144,4 @@ def _model(service: EmbeddingService) -> Model:
         modality="image" if card.frames == 1 else "video",
         frames=card.frames,
         tubelet=card.tubelet,
-    )
-
-
-def check_content_type(request: Request) -> None:
-    """Raises a 415 for anything but plain JSON."""
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type != "application/json":
-        message = f"send application/json, not {content_type or 'an unlabelled body'}"
-        raise ApiError(415, "unsupported_content_type", message)
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise ApiError(415, "unsupported_content_encoding", "send the body uncompressed")
-
-
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """Reads a body, and stops where it gets too long: a declared length may be absent or wrong."""
-    too_long = ApiError(413, "request_too_large", f"the body has more than {max_bytes} bytes")
-    length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length) > max_bytes:
-        raise too_long
-    chunks, size = [], 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > max_bytes:
-            raise too_long
-        chunks.append(chunk)
-    return b"".join(chunks)
-
-
-def error_response(error: ApiError) -> Response:
-    """The reply that tells a client of an error."""
-    return Response(error.body(), error.status, error.headers, media_type="application/json")
-
-
-def add_error_handlers(app: FastAPI) -> None:
-    """Makes every error of an application a typed one."""
-
-    @app.exception_handler(ApiError)
-    async def typed(_: Request, error: ApiError) -> Response:
-        return error_response(error)
-
-    @app.exception_handler(HTTPException)
-    async def routing(request: Request, error: HTTPException) -> Response:
-        code = {404: "route_not_found", 405: "method_not_allowed"}.get(error.status_code, "http")
-        message = f"{error.detail}: {request.method} {request.url.path}"
-        headers = dict(error.headers or {})
-        return error_response(ApiError(error.status_code, code, message, headers=headers))
-
-    @app.exception_handler(Exception)
-    async def unexpected(_: Request, error: Exception) -> Response:
-        # Starlette raises the error again once this is sent, and Serve logs it under the request's
-        # id, which the client has; its text may hold anything and stays with us.
-        return error_response(server_error(500, "internal_error", "internal error"))
-
-
-class Gate:
-    """Around every request: the API key, the count and the time.
-
-    Plain ASGI: Starlette's function middleware costs a task per request.
-    """
-
-    def __init__(self, app: ASGIApp, metrics: RequestMetrics, api_key: str | None) -> None:
-        self._app = app
-        self._metrics = metrics
-        self._api_key = api_key.encode() if api_key is not None else None
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handles one request."""
-        if scope["type"] != "http":
-            if scope["type"] == "websocket" and not self._is_allowed(scope):
-                websocket = WebSocket(scope, receive, send)
-                await websocket.accept()  # or the client would not learn why
-                await refuse(websocket, _unauthorized())
-                return
-            await self._app(scope, receive, send)
-            return
-        started, status = time.perf_counter(), 499  # nothing sent: the client went away
-
-        async def watched_send(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            if self._is_allowed(scope):
-                await self._app(scope, receive, watched_send)
-            else:
-                await error_response(_unauthorized())(scope, receive, watched_send)
-        except Exception:
-            status = 500  # sent by the handler outside of us
-            raise
-        finally:
-            # Only known routes become labels: a scanner must not grow the metrics.
-            route = getattr(scope.get("route"), "path", "other")
-            self._metrics.requests.labels(route, str(status)).inc()
-            self._metrics.latency_s.labels(route).observe(time.perf_counter() - started)
-
-    def _is_allowed(self, scope: Scope) -> bool:
-        # Serve leaves its `route_prefix` in the path and names it in `root_path`. A list of what is
-        # open rather than of what is closed: a path that reads otherwise than expected asks for a key.
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
-        if self._api_key is None or path in OPEN_PATHS:
-            return True
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        scheme, _, token = given.partition(b" ")
-        return scheme.lower() == b"bearer" and hmac.compare_digest(token.strip(), self._api_key)
-
-
-def _unauthorized() -> ApiError:
-    return ApiError(
-        401,
-        "invalid_api_key",
-        "missing or wrong API key; send it as `Authorization: Bearer KEY`",
-        headers={"WWW-Authenticate": "Bearer"},
     )

@@ -17,8 +17,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from models.images import ImageError
-from models.preprocessing import Preprocessing, load_image
+from models.images import ImageError, decode_image
+from models.preprocessing import Preprocessing, eval_transform
 from serve.schemas import ApiError
 
 _DATA_URI = re.compile(r"data:([^;,]*)((?:;[^;,]+)*?)(;base64)?,", re.IGNORECASE)
@@ -251,6 +251,6 @@ def to_pixels(
         ApiError: 400 with the decoder's reason as its code.
     """
     try:
-        return load_image(data, prep, max_pixels=max_pixels)
+        return eval_transform(decode_image(data, max_pixels=max_pixels), prep)
     except ImageError as error:
         raise ApiError(400, error.reason, f"unusable image: {error.detail}", param=param) from error

@@ -11,14 +11,14 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
-from serve.http_api import (
-    Gate,
-    RequestMetrics,
-    add_error_handlers,
+from serve.ingress.application import (
+    add_gate,
     add_operation_routes,
     check_content_type,
     read_body,
 )
+from serve.ingress.gate import RequestMetrics
+from serve.ingress.intake import Intake
 from serve.lm_client import LMClient
 from serve.lm_contract import SessionState, is_session_id
 from serve.lm_http_replies import Replies
@@ -66,13 +66,19 @@ def create_lm_app(parts: LMParts) -> FastAPI:
         redirect_slashes=False,
         responses={"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}},
     )
-    add_error_handlers(app)
     _add_generation_routes(app, parts)
     _add_session_routes(app, parts)
     _add_token_routes(app, parts)
     _add_model_routes(app, parts)
     add_operation_routes(app, is_ready=parts.is_ready, scrape=parts.scrape)
-    app.add_middleware(Gate, metrics=parts.metrics, api_key=parts.api_key)
+    settings = parts.settings
+    add_gate(
+        app,
+        metrics=parts.metrics,
+        api_key=parts.api_key,
+        intake=Intake(settings, max_requests=settings.max_requests),
+        cors_origins=settings.cors_origins,
+    )
     return app
 
 

@@ -10,19 +10,24 @@ from typing import Any
 
 from fastapi import FastAPI
 from ray import serve as ray_serve
-from ray.serve.config import BackpressureConfig, RequestRouterConfig
+from ray.serve.config import RequestRouterConfig
 
-from serve.app import Readiness, read_api_key
-from serve.http_api import RequestMetrics
+from serve.ingress.deployment import (
+    QUIET,
+    Readiness,
+    bind_telemetry,
+    ingress_options,
+    read_api_key,
+)
+from serve.ingress.gate import RequestMetrics
 from serve.lm_api import LMParts, create_lm_app
 from serve.lm_client import LMClient
 from serve.lm_contract import LANGUAGE_MODEL
 from serve.lm_service import LanguageService
 from serve.lm_settings import LMSettings
-from serve.telemetry import Reporter, Telemetry
+from serve.telemetry import Reporter
 
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
-_QUIET = {"enable_access_log": False}
 
 
 @ray_serve.ingress()
@@ -66,10 +71,7 @@ class LMIngress:
 def build_app(args: LMSettings) -> ray_serve.Application:
     """Builds the application; Serve calls it with the command line's or config file's `args`."""
     args = _absolute(args)
-    make_telemetry = ray_serve.deployment(
-        name=Telemetry.__name__, ray_actor_options={"num_cpus": 0}, logging_config=_QUIET
-    )
-    telemetry = make_telemetry(Telemetry).bind()
+    telemetry = bind_telemetry()
     model = _model_deployment(args).bind(args, telemetry)
     return _ingress_deployment(args).bind(args, model, telemetry)
 
@@ -103,21 +105,11 @@ def _model_deployment(settings: LMSettings) -> ray_serve.Deployment:
         max_constructor_retry_count=2,
         graceful_shutdown_timeout_s=30,
         health_check_period_s=5,
-        logging_config=_QUIET,
+        logging_config=QUIET,
     )
     return make(LanguageModel)
 
 
 def _ingress_deployment(settings: LMSettings) -> ray_serve.Deployment:
-    make = ray_serve.deployment(
-        name=LMIngress.__name__,
-        num_replicas=settings.ingress_replicas,
-        ray_actor_options={"num_cpus": settings.ingress_cpus},
-        # Above our own limit, so that overload gets our typed 429.
-        max_ongoing_requests=settings.max_requests + 64,
-        max_queued_requests=settings.max_requests,
-        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
-        max_constructor_retry_count=2,
-        logging_config={"enable_access_log": settings.access_log},
-    )
+    make = ray_serve.deployment(name=LMIngress.__name__, **ingress_options(settings))
     return make(LMIngress)

@@ -101,6 +101,8 @@ class Events:
         return usage(self._answer.started, self._made)
 
     def _event(self, chunk: dict[str, Any], position: int | None = None) -> bytes:
+        if self._job.usage_so_far:
+            chunk = {"usage": self._usage()} | chunk
         data = lm_sse.event(chunk, position if self._answer.session is not None else None)
         self._sent += len(data)
         return data

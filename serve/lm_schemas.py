@@ -6,18 +6,32 @@ except for the `max_tokens` of a streamed completion, where it means "until canc
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from serve.ingress.bodies import RequestModel
 from serve.lm_contract import is_session_id
+from serve.lm_neutral import MESSAGE, REQUEST, Tolerant
 
-MAX_STOPS = 4
+MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20
+MAX_ID_DIGITS = 18
+"""Of a token id written as a key: enough for 64 bits."""
 
 TokenIds = list[Annotated[int, Field(ge=0)]]
-Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Stop = Annotated[str, Field(max_length=256)]
+
+
+def _stop_list(value: Any) -> Any:
+    """One string stands for a list of it; an empty one stops nothing."""
+    stops = [value] if isinstance(value, str) else value
+    return [stop for stop in stops if stop != ""] if isinstance(stops, list) else stops
+
+
+def _drawn_afresh(seed: int | None) -> int | None:
+    """-1 is no seed, as vLLM and llama.cpp have it."""
+    return None if seed == -1 else seed
 
 
 class StreamOptions(RequestModel):
@@ -25,10 +39,16 @@ class StreamOptions(RequestModel):
 
     include_usage: bool = False
     """Send one more chunk, with the usage and no choices."""
+    continuous_usage_stats: bool = False
+    """With `include_usage`: the usage so far in every chunk, as vLLM sends it."""
+    include_obfuscation: bool = False
+    """OpenAI's field; ignored: no chunk is padded."""
 
 
-class Generate(RequestModel):
+class Generate(Tolerant):
     """What completions and chat have in common."""
+
+    neutral = REQUEST
 
     model: str | None = None
     """A name from `GET /v1/models`; may be left out."""
@@ -40,18 +60,22 @@ class Generate(RequestModel):
     """Tokens to generate at most; `null` with `stream` goes on until cancelled."""
     n: int = Field(1, ge=1)
     """Answers to the same prompt; more than one only without a session."""
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] = Field([])
-    """One string or up to four that end the answer; not part of it."""
+    stop: Annotated[
+        list[Stop],
+        Field(max_length=MAX_STOPS),
+        BeforeValidator(_stop_list, json_schema_input_type=str | list[str]),
+    ] = Field([])
+    """One string or up to 16 that end the answer; not part of it."""
     temperature: float = Field(1.0, ge=0, le=2)
     """0 takes the likeliest token."""
-    top_p: float = Field(1.0, gt=0, le=1)
-    """Keep the likeliest tokens that have this much probability together."""
-    top_k: int = Field(0, ge=0)
-    """Keep this many of the likeliest tokens; 0 keeps all."""
+    top_p: float = Field(1.0, ge=0, le=1)
+    """Keep the likeliest tokens that have this much probability together; 0 keeps the likeliest."""
+    top_k: Annotated[int, Field(ge=-1), AfterValidator(lambda top_k: max(top_k, 0))] = 0
+    """Keep this many of the likeliest tokens; 0 and -1 keep all."""
     min_p: float = Field(0.0, ge=0, le=1)
     """Keep tokens at least this likely, relative to the likeliest."""
-    seed: int | None = Field(None, ge=0, lt=2**63)
-    """Makes sampling repeatable."""
+    seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63), AfterValidator(_drawn_afresh)] = None
+    """Makes sampling repeatable; -1 draws afresh, as if there were none."""
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field({})
     """Added to the logits of these token ids."""
     presence_penalty: float = Field(0.0, ge=-2, le=2)
@@ -80,13 +104,9 @@ class Generate(RequestModel):
                 "session_id: 1 to 128 letters, digits and _ . : -, beginning with a letter or digit"
             )
         for token in self.logit_bias:
-            if not token.isascii() or not token.isdigit():
-                raise ValueError(f"logit_bias: {token!r} is not a token id")
+            if not token.isascii() or not token.isdigit() or len(token) > MAX_ID_DIGITS:
+                raise ValueError(f"logit_bias: {token[:40]!r} is not a token id")
         return self
-
-    def stops(self) -> tuple[str, ...]:
-        """The stop strings."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
 class CompletionRequest(Generate):
@@ -102,15 +122,19 @@ class CompletionRequest(Generate):
     """Only false: a prompt is never sent back."""
 
 
-class TextPart(RequestModel):
+class TextPart(Tolerant):
     """A piece of a message in OpenAI's list form."""
+
+    neutral = MESSAGE
 
     type: Literal["text"]
     text: str
 
 
-class Message(RequestModel):
+class Message(Tolerant):
     """One message of a chat."""
+
+    neutral = MESSAGE
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]

@@ -27,12 +27,14 @@ class Job:
         shape: how to write the reply.
         stream: whether it is streamed.
         include_usage: whether a stream ends with its usage.
+        usage_so_far: whether every chunk of it has the usage up to there.
     """
 
     start: Start
     shape: Shape
     stream: bool
     include_usage: bool
+    usage_so_far: bool
 
     @property
     def choices(self) -> int:
@@ -191,7 +193,7 @@ class LanguageService:
         self.check_tokens(request.stop_token_ids, "stop_token_ids")
         options = Options(
             max_tokens=limit,
-            stop=request.stops(),
+            stop=tuple(request.stop),
             stop_token_ids=tuple(request.stop_token_ids),
             logit_bias=bias,
             logprobs=logprobs,
@@ -218,12 +220,13 @@ class LanguageService:
             raise _invalid("min_tokens", f"{request.min_tokens} exceed max_tokens {limit}")
 
     def _job(self, request: Generate, start: Start, kind: type[Shape], *, logprobs: bool) -> Job:
-        card = self.card
+        card, options = self.card, request.stream_options
         return Job(
             start=start,
             shape=kind(card.name, card.fingerprint, self.tokenizer.token_bytes, logprobs=logprobs),
             stream=request.stream,
-            include_usage=request.stream_options.include_usage,
+            include_usage=options.include_usage,
+            usage_so_far=options.include_usage and options.continuous_usage_stats,
         )
 
 

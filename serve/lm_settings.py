@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from serve.ingress.settings import IngressSettings
 
 
-class LMSettings(BaseModel):
+class LMSettings(IngressSettings):
     """What to serve, how much of it, and every limit."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     model: str = Field(min_length=1)
     """Hugging Face folder or hub id (safetensors), `.gguf` file, or a folder that holds one."""
-    name: str | None = None
+    name: str | None = Field(None, min_length=1)
     """Name clients ask for; None takes the model's last path component."""
-    store: str | None = None
+    store: str | None = Field(None, min_length=1)
     """Folder on all nodes, or fsspec URL (`s3://...`), where sessions are kept. None keeps them in
     memory: they then end with their replica, and none can be resumed or swapped out."""
 
@@ -41,14 +41,10 @@ class LMSettings(BaseModel):
 
     num_replicas: int = Field(1, ge=1)
     """Model replicas; a session stays with one."""
-    ingress_replicas: int = Field(1, ge=1)
-    """HTTP replicas."""
     cpus: float = Field(1.0, ge=0)
     """CPUs Ray reserves per model replica (a reservation; `threads` is what is used)."""
     gpus: float = Field(0.0, ge=0)
     """GPUs per model replica; 0 runs on CPU."""
-    ingress_cpus: float = Field(0.5, ge=0)
-    """CPUs Ray reserves per ingress replica."""
 
     snapshot_every: int = Field(4096, ge=1)
     """Tokens between two snapshots of a session's keys and values."""
@@ -78,11 +74,6 @@ class LMSettings(BaseModel):
     """Seconds for a reply that is not streamed; then a 504."""
     ping_s: float = Field(15.0, gt=0)
     """Silence after which a stream sends a comment, so that proxies keep it open."""
-
-    api_key_env: str | None = None
-    """Environment variable, in the ingress replicas, that holds the API key; None serves anyone."""
-    access_log: bool = False
-    """One log line per request from Ray Serve."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

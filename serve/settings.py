@@ -9,7 +9,9 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
+
+from serve.ingress.settings import IngressSettings, split_list
 
 # [private:]host[:port]; a leading dot means "any subdomain of", a lone * any public host.
 _HOST_RULE = re.compile(
@@ -19,24 +21,20 @@ _HOST_RULE = re.compile(
 
 def _split_hosts(value: object) -> object:
     """Turns the command line's `a.org,b.org` into a list, and checks every entry's shape."""
-    hosts = [part for part in value.split(",") if part] if isinstance(value, str) else value
-    if not isinstance(hosts, list | tuple):
-        return hosts
-    cleaned = tuple(str(host).strip().lower() for host in hosts)
-    for host in cleaned:
-        if not _HOST_RULE.match(host):
-            raise ValueError(f"{host!r} is not `[private:]host[:port]`")
-    return cleaned
+    hosts = split_list(value)
+    if isinstance(hosts, tuple):
+        for host in hosts:
+            if not _HOST_RULE.match(host):
+                raise ValueError(f"{host!r} is not `[private:]host[:port]`")
+    return hosts
 
 
-class ServeSettings(BaseModel):
+class ServeSettings(IngressSettings):
     """What to serve, how it batches, and every limit."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     artifact: str = Field(min_length=1)
     """Folder or `s3://` prefix of an exported artifact (`python -m pipelines.export`)."""
-    model: str | None = None
+    model: str | None = Field(None, min_length=1)
     """Name clients ask for; None takes the artifact folder's name."""
 
     dtype: Literal["fp32", "bf16"] = "fp32"
@@ -63,14 +61,10 @@ class ServeSettings(BaseModel):
     """Autoscale up to this many embedder replicas; None keeps `num_replicas`."""
     target_ongoing: float = Field(8.0, gt=0)
     """Requests in flight per embedder replica that autoscaling aims at."""
-    ingress_replicas: int = Field(1, ge=1)
-    """HTTP replicas: parsing, decoding, resizing."""
     cpus: float = Field(1.0, ge=0)
     """CPUs Ray reserves per embedder replica (a reservation; `threads` is what is used)."""
     gpus: float = Field(0.0, ge=0)
     """GPUs per embedder replica; 0 runs on CPU."""
-    ingress_cpus: float = Field(0.5, ge=0)
-    """CPUs Ray reserves per ingress replica."""
 
     max_request_bytes: int = Field(67_108_864, ge=1)
     """Bytes of one request body; more is a 413, read no further."""
@@ -116,12 +110,6 @@ class ServeSettings(BaseModel):
     `private:` in front also allows addresses that are not public."""
     fetch_timeout_s: float = Field(10.0, gt=0)
     """Seconds for one fetch, redirects included."""
-
-    api_key_env: str | None = None
-    """Environment variable, in the ingress replicas, that holds the API key; None serves anyone.
-    Named but unset or empty, the replica refuses to start."""
-    access_log: bool = False
-    """One log line per request from Ray Serve (costs throughput)."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

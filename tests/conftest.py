@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,12 +18,19 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
-def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
-    """Marks `ray` every test that needs `ray_local`, by whatever fixture it comes."""
+@pytest.hookimpl(wrapper=True)  # before `-m` chooses and xdist reads the groups
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> Generator[None]:
+    """Marks `ray` every test that needs `ray_local`, by whatever fixture it comes.
+
+    Of the two processes that share the suite one gets all of those, so that Ray starts once; of the
+    other tests a file goes to one process, so that the fixtures of a file are made once.
+    """
     for item in items:
         if "ray_local" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.ray)
+        group = "ray" if item.get_closest_marker("ray") else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
+    yield
 
 
 def _ray_runs() -> bool:

@@ -30,6 +30,7 @@ class ByteTokenizer:
     """Token id = byte; 256 ends a text."""
 
     bos_id = None
+    adds_bos = False
     eos_ids = (EOS,)
     vocab_size = 257
 

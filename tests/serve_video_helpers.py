@@ -22,6 +22,7 @@ from serve.batching import Batcher
 from serve.contract import ModelCard
 from serve.embedder import Encoder
 from serve.http_api import Limits, Parts, RequestMetrics, create_http_app
+from serve.ingress.intake import Intake
 from serve.service import EmbeddingService
 from serve.settings import ServeSettings
 from serve.streams import StreamHub
@@ -148,6 +149,7 @@ def _build(
         metrics=metrics,
         streams=StreamHub(settings, card, embed, service.media, metrics.registry),
         limits=Limits(settings.max_request_bytes, settings.timeout_s),
+        intake=Intake(settings, max_requests=settings.max_queued),
         scrape=scrape,
         is_ready=is_ready,
         api_key=api_key,

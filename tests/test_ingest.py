@@ -296,5 +296,5 @@ def test_command_line_reports_errors_without_a_traceback(tmp_path: Path) -> None
     process = start_ingest(tmp_path / "nothing", tmp_path / "out", tmp_path / "log")
     assert process.wait() == 1
     text = (tmp_path / "log").read_text()
-    assert "--source: no images" in text
+    assert re.search("--source: .*nothing does not exist", text)
     assert "Traceback" not in text

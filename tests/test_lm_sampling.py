@@ -41,6 +41,7 @@ def test_draws_follow_the_softmax(temperature: float) -> None:
         ({"top_p": 0.5}, {0}),
         ({"top_p": 0.6}, {0, 1}),
         ({"top_p": 1e-9}, {0}),
+        ({"top_p": 0.0}, {0}),
         ({"min_p": 0.3}, {0, 1}),
         ({"min_p": 1.0}, {0}),
         ({"top_k": 3, "top_p": 0.99}, {0, 1, 4}),
@@ -134,7 +135,7 @@ def test_logprobs_are_of_the_untouched_logits() -> None:
     "bad",
     [
         {"temperature": -1},
-        {"top_p": 0},
+        {"top_p": -0.1},
         {"top_p": 1.1},
         {"min_p": 2},
         {"top_k": -1},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import os
 
 import conftest
 import pytest
@@ -12,17 +12,30 @@ ON_RAY = {"ray_local", "cifar_shards"}
 
 
 class _Item:
-    def __init__(self, *fixtures: str) -> None:
-        self.fixturenames, self.marks = fixtures, []
+    def __init__(self, name: str, *fixtures: str) -> None:
+        self.nodeid, self.fixturenames, self.marks = name, fixtures, []
 
     def add_marker(self, mark: pytest.MarkDecorator) -> None:
-        self.marks.append(mark.name)
+        self.marks.append(mark.mark)
+
+    def get_closest_marker(self, name: str) -> pytest.Mark | None:
+        return next((mark for mark in self.marks if mark.name == name), None)
 
 
-def test_the_mark_follows_from_the_fixture() -> None:
-    items = [_Item("tmp_path", "s3", "ray_local"), _Item("tmp_path", "s3"), SimpleNamespace()]
-    conftest.pytest_collection_modifyitems(items)
-    assert [getattr(item, "marks", []) for item in items] == [["ray"], [], []]
+def test_the_mark_and_the_process_follow_from_the_fixture() -> None:
+    items = [_Item("tests/a.py::x", "s3", "ray_local"), _Item("tests/a.py::y", "s3")]
+    next(conftest.pytest_collection_modifyitems(items))
+    marks = [[(mark.name, mark.args) for mark in item.marks] for item in items]
+    assert marks == [
+        [("ray", ()), ("xdist_group", ("ray",))],
+        [("xdist_group", ("tests/a.py",))],
+    ]
+
+
+def test_the_processes_know_which_tests_belong_together(request: pytest.FixtureRequest) -> None:
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        pytest.skip("one process runs everything")
+    assert request.node.nodeid.endswith("@tests/test_marks.py")
 
 
 def test_every_collected_test_on_ray_has_the_mark(request: pytest.FixtureRequest) -> None:

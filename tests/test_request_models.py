@@ -12,7 +12,7 @@ import pytest
 from serve import lm_schemas, stream_messages
 from serve.ingress.bodies import RequestModel, parse_body
 from serve.inputs import parse_input
-from serve.lm_schemas import ChatRequest, CompletionRequest, TokenizeRequest
+from serve.lm_schemas import ChatRequest, CompletionRequest, CreateSession, TokenizeRequest
 from serve.schemas import ApiError, EmbeddingRequest
 from serve.stream_messages import parse_control, parse_start
 
@@ -127,10 +127,9 @@ def test_two_names_of_one_limit(one: int | None, other: int | None) -> None:
 @pytest.mark.parametrize(
     ("model", "values", "param", "message"),
     [
-        (CompletionRequest, {"stop": list("abcde")}, "stop", "at most 4"),
-        (CompletionRequest, {"stop": 5}, "stop", "a valid string, or a valid list"),
+        (CompletionRequest, {"stop": ["a"] * 17}, "stop", "at most 16"),
+        (CreateSession, {"pin_prefix": 5}, "pin_prefix", "a valid string, or a valid list"),
         (CompletionRequest, {"stop": ["a", 5]}, "stop.1", "a valid string"),
-        (CompletionRequest, {"stop": ["a", ""]}, "stop.1", "at least 1 character"),
         (CompletionRequest, {"prompt": True}, "prompt", "a valid string, or a valid list"),
         (
             CompletionRequest,

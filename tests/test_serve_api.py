@@ -15,9 +15,10 @@ from ray.serve.exceptions import BackPressureError
 from serve_helpers import PATCHES, SIZE, WIDTH, png_uri, unit
 
 from models.preprocessing import Preprocessing
-from serve.app import EmbedderClient, read_api_key
+from serve.app import EmbedderClient
 from serve.contract import ModelCard
 from serve.http_api import Limits, Parts, create_http_app
+from serve.ingress.intake import Intake
 from serve.schemas import ApiError
 from serve.service import EmbeddingService
 from serve.settings import ServeSettings
@@ -57,6 +58,8 @@ def make_parts(
     return Parts(
         service=EmbeddingService(full, CARD, embed),
         limits=Limits(full.max_request_bytes, full.timeout_s),
+        intake=Intake(full, max_requests=full.max_queued),
+        cors_origins=full.cors_origins,
         scrape=scrape,
         is_ready=is_ready,
         api_key=api_key,
@@ -116,7 +119,7 @@ def test_api_key_guards_all_but_the_open_paths_under_any_route_prefix(prefix: st
     requests = [("GET", models, good)]
     requests += [("GET", prefix + path, {}) for path in ("/healthz", "/metrics", "/openapi.json")]
     closed = [("GET", models, kw) for kw in bad] + [("POST", f"{prefix}/v1/embeddings", {})]
-    closed += [("GET", f"{prefix}/healthz/", {}), ("GET", f"{prefix}{prefix}/v1/models", {})]
+    closed += [("GET", f"{prefix}/healthz/x", {}), ("GET", f"{prefix}{prefix}/v1/models", {})]
     replies = call(parts, *requests, *closed, root_path=prefix)
     assert [reply.status_code for reply in replies[:4]] == [200] * 4
     for reply in replies[4:]:
@@ -124,18 +127,6 @@ def test_api_key_guards_all_but_the_open_paths_under_any_route_prefix(prefix: st
         assert reply.json()["error"]["code"] == "invalid_api_key"
         assert reply.headers["www-authenticate"] == "Bearer"
     assert "s3cret" not in replies[4].text
-
-
-def test_a_key_that_is_asked_for_but_missing_stops_the_server(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    settings = ServeSettings(artifact="a", api_key_env="RAYJEPA_TEST_KEY")
-    monkeypatch.delenv("RAYJEPA_TEST_KEY", raising=False)
-    with pytest.raises(ValueError, match="RAYJEPA_TEST_KEY"):
-        read_api_key(settings)
-    monkeypatch.setenv("RAYJEPA_TEST_KEY", "k")
-    assert read_api_key(settings) == "k"
-    assert read_api_key(ServeSettings(artifact="a")) is None
 
 
 def test_overload_is_shed_with_429_and_the_rest_served() -> None:

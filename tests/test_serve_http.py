@@ -209,7 +209,7 @@ def test_malformed_http(http: httpx.Client) -> None:
     check_error(http.get(post), 405, "method_not_allowed", None)
     check_error(http.delete("/v1/models"), 405, "method_not_allowed", None)
     check_error(http.get("/v1/nothing"), 404, "route_not_found", None)
-    check_error(http.post("/v1/embeddings/", json={}), 404, "route_not_found", None)
+    check_error(http.post("/v1/embeddings/", json={}), 400, "missing_field", "input")
     check_error(http.get("/v1/models/none"), 404, "model_not_found", "model")
 
 

@@ -39,13 +39,14 @@ def test_modality_is_what_is_found(tmp_path: Path) -> None:
     for suffix in suffixes:
         write(tmp_path / "v" / f"a.{suffix}")
     write(tmp_path / "v" / "README.md")
-    write(tmp_path / "v" / "LICENSE")  # no suffix: not enough to make this a set of images
+    write(tmp_path / "v" / "LICENSE")
+    write(tmp_path / "v" / "d41d8cd9", b"\0\0\0\x20ftypisom")
     listing = list_source(config(tmp_path / "v"))
     assert listing.modality == "video"
-    assert names(listing) == {*(f"a.{suffix}" for suffix in suffixes), "LICENSE"}
-    assert (listing.num_items, listing.ignored) == (8, 1)
+    assert names(listing) == {*(f"a.{suffix}" for suffix in suffixes), "d41d8cd9"}
+    assert (listing.num_items, listing.ignored) == (8, 2)
     write(tmp_path / "i" / "a.gif")
-    write(tmp_path / "i" / "no_suffix")
+    write(tmp_path / "i" / "no_suffix", bytes(8))
     assert list_source(config(tmp_path / "i")).modality == "image"
     assert list_source(config(tmp_path / "i", modality="video")).modality == "video"
 

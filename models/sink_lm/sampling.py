@@ -27,7 +27,7 @@ class Sampling:
     temperature: float = 1.0
     """Divides the logits; 0 always takes the likeliest token."""
     top_p: float = 1.0
-    """Draw from the fewest tokens whose probabilities sum to this."""
+    """Draw from the fewest tokens whose probabilities sum to this; the likeliest at least."""
     top_k: int = 0
     """Draw from this many likeliest tokens; 0 from all."""
     min_p: float = 0.0
@@ -56,8 +56,8 @@ class Sampling:
             raise ValueError("logit_bias must be finite")
         if self.temperature < 0:
             raise ValueError(f"temperature must be at least 0, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if not 0 <= self.top_p <= 1:
+            raise ValueError(f"top_p must lie in [0, 1], got {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p must lie in [0, 1], got {self.min_p}")
         if self.top_k < 0:

@@ -26,6 +26,8 @@ def from_json(cls: type[T], text: str) -> T:
 
 
 def _from_dict(cls: type[T], values: dict[str, Any], path: str) -> T:
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: an object was expected, not {values!r:.40}")
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(values) - set(hints))
     if unknown:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pipelines.config.checks import require
-from pipelines.config.pixels import check_deep_range, parse_colour
+
+IMAGE_COLUMN, LABEL_COLUMN = "image", "label"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ class IngestConfig:
     """Raw images or videos of any source to validated Parquet shards."""
 
     source: str
-    """Folder, `s3://` prefix or CSV list (`path,label`) of images or videos; for images also a
+    """Folder, `s3://` prefix or list (CSV, TSV, text, JSON lines) of images or videos; for images also a
     WebDataset tar (or a folder or glob of them), or a Parquet file or folder. With --follow one live
     stream: a URL or device that FFmpeg opens, a file that grows, a named pipe, or `-`."""
     out: str
@@ -94,9 +95,19 @@ class IngestConfig:
     video: VideoConfig = field(default_factory=VideoConfig)
     """How video is cut and stored."""
     image_column: str = "image"
-    """Parquet sources: the column of encoded bytes (or Hugging Face's `{bytes, path}` struct)."""
-    label_column: str = "label"
-    """Parquet sources: the column of labels; absent means unlabelled."""
+    """Parquet sources: the column of encoded bytes, of Hugging Face's `{bytes, path}` structs, of paths,
+    or of lists of these. `image.bytes` is a field of a struct. Of lists, the column of paths, where
+    it has none of the usual names."""
+    label_column: str | None = None
+    """Parquet sources and lists: the column of labels, or the key of folders named KEY=VALUE. By default it is
+    `label` (in lists one of the usual names), and files without it are unlabelled."""
+    image_member: tuple[str, ...] = ()
+    """Tars with several pictures a sample: take those whose names end in `.` and one of these, as in
+    `jpg` or `seg.png`."""
+    class_level: int | None = None
+    """Folders: which folder above a file is its class: 1 is the first below the source, -1 the file's
+    own, 0 none. By default the file's own, or where all of these are called `images`, `train` and
+    the like, the one above."""
     follow: bool = False
     """`source` is a live stream: publish shards while it runs, until it ends or SIGTERM comes."""
     live: LiveConfig = field(default_factory=LiveConfig)
@@ -109,13 +120,6 @@ class IngestConfig:
     unusual colour mode makes re-encoding necessary."""
     quality: int = 95
     """JPEG and WebP quality when re-encoding."""
-    background: str = "black"
-    """What is seen through transparent places of images: `black`, `white`, `R,G,B` (0 to 255 each) or
-    `#rrggbb`. Encoders trained on the set serve with the same."""
-    deep_range: int | Literal["auto"] = 65535
-    """The value that is white in 16-bit images whose file does not say it: 4095 for 12-bit data of
-    X-rays and microscopes. `auto` takes, for each image by itself, white of the fewest bits (8, 10, 12,
-    14, 16) that hold its brightest value."""
     max_pixels: int = 100_000_000
     """Images with more pixels than this are quarantined as decompression bombs, undecoded."""
     max_bytes: int = 67_108_864
@@ -126,10 +130,11 @@ class IngestConfig:
     """Rows in one Parquet row group: the smallest unit a loader reads."""
 
     def __post_init__(self) -> None:
+        for pattern in self.image_member:
+            names_one = bool(pattern.strip("*. ")) and "/" not in pattern
+            require(names_one, "image-member", f"{pattern!r} is no ending of names, as jpg is")
         require(self.short_side is None or self.short_side >= 8, "short-side", "must be at least 8")
         require(1 <= self.quality <= 100, "quality", "must be between 1 and 100")
-        parse_colour("background", self.background)
-        check_deep_range("deep-range", self.deep_range)
         require(self.max_pixels > 0, "max-pixels", "must be positive")
         require(self.max_bytes > 0, "max-bytes", "must be positive")
         require(self.shard_bytes >= 1024, "shard-bytes", "must be at least 1024")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,6 +25,9 @@ MASKS: dict[str, Masks] = {
 """What each objective needs a masker for."""
 VIDEO = ("vjepa", "levjepa", "videomae")
 """Objectives that learn from clips."""
+
+NEWEST_WHOLE = "newest-whole"
+"""Value of `--run.resume-from`."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -245,8 +249,12 @@ class RunConfig:
     """Checkpoints kept: the best by online probe, and the newest."""
     max_failures: int = 3
     """Restarts from the newest checkpoint after a worker or node is lost; -1 for no limit."""
+    resume_from: str | None = None
+    """Goes back to a whole checkpoint of this run: `newest-whole`, or its name, `checkpoint_<step>`. Newer
+    ones are moved to `set-aside-<n>` in the run's folder. Without it the run goes on from its newest."""
     init_from: str | None = None
-    """Checkpoint whose weights start the run when the run has none of its own."""
+    """Checkpoint whose weights start the run when the run has none of its own; of any image size and
+    clip length."""
     log_samples: bool = False
     """Write the sample ids of every step to `samples-rank*.jsonl` (audits and tests)."""
 
@@ -255,6 +263,12 @@ class RunConfig:
             require(getattr(self, flag) > 0, f"run.{flag.replace('_', '-')}", "must be positive")
         stops = self.stop_after is None or self.stop_after > 0
         require(stops, "run.stop-after", "must be positive")
+        named = NEWEST_WHOLE if self.resume_from is None else self.resume_from
+        require(
+            named == NEWEST_WHOLE or re.fullmatch(r"checkpoint_\d+", named) is not None,
+            "run.resume-from",
+            f"{NEWEST_WHOLE}, or a checkpoint of the run as checkpoint_<step>; got {named!r}",
+        )
         require(self.cpus_per_worker > 0, "run.cpus-per-worker", "must be positive")
         require(self.keep_checkpoints > 0, "run.keep-checkpoints", "must be positive")
 

@@ -1,1 +1,0 @@
-"""Encoded pictures: their formats, their metadata, their colours."""

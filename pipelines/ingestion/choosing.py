@@ -1,0 +1,68 @@
+"""Which of a source's files are its items, and what counts as passed over."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from pipelines.ingestion.entries import UNLISTED, Entry
+from pipelines.ingestion.media import Content, Modality, suffix_of, suffixes
+from pipelines.ingestion.names import escaped
+
+MODALITIES: tuple[Modality, ...] = ("image", "video")
+# Beside NAME.mp4, one row a frame of it: NAME.actions.npy, NAME.states.npy.
+SIDECARS = ("actions", "states")
+
+Counts = tuple[tuple[str, int], ...]
+
+
+def says_what_it_is(path: str) -> bool:
+    """True for names with a suffix of images or videos."""
+    return any(suffix_of(path) in suffixes(modality) for modality in MODALITIES)
+
+
+def is_item(entry: Entry, modality: Modality, looked: dict[str, Content]) -> bool:
+    """True for a file of a folder that is of this modality by suffix or content.
+
+    Likewise for one without a suffix that may be: objects named by a hash have none, and what is
+    damaged among them is to be reported.
+    """
+    suffix = suffix_of(entry.path)
+    if suffix in suffixes(modality) or entry.size == UNLISTED:
+        return True
+    if says_what_it_is(entry.path):
+        return False
+    content = looked.get(entry.path, "")
+    return content == modality or (not suffix and content == "")
+
+
+def is_named_item(entry: Entry, modality: Modality) -> bool:
+    """True for a file that a list names, unless its suffix is of the other modality alone."""
+    if suffix_of(entry.path) in suffixes(modality):
+        return True
+    sidecar = any(entry.path.endswith(f".{name}.npy") for name in SIDECARS)
+    return not (sidecar or says_what_it_is(entry.path))
+
+
+def count_suffixes(entries: Iterable[Entry]) -> Counts:
+    """Returns how many files there are of each suffix, the commonest first."""
+    names = Counter(escaped(suffix_of(entry.path)) or "without a suffix" for entry in entries)
+    return tuple(sorted(names.items(), key=lambda item: (-item[1], item[0])))
+
+
+def told(counts: Counts) -> str:
+    """Returns counts of files by suffix as words."""
+    total = sum(count for _, count in counts)
+    shown = ", ".join(f"{count} {suffix}" for suffix, count in counts[:8])
+    return f"{total} files there" + (f": {shown}" if shown else "")
+
+
+def find_modality(entries: Sequence[Entry], looked: dict[str, Content]) -> Modality | None:
+    """Returns what the files are, by suffix or else by content; None where they are both."""
+    found = {suffix_of(entry.path) for entry in entries} - {".gif"}  # either
+    images, videos = (bool(found & suffixes(modality)) for modality in MODALITIES)
+    if not (images or videos):
+        images, videos = ("image" in looked.values(), "video" in looked.values())
+    if images and videos:
+        return None
+    return "video" if videos else "image"

@@ -1,0 +1,39 @@
+"""What goes wrong while a source is read: one object's failure, or the storage's."""
+
+from __future__ import annotations
+
+import errno
+import lzma
+import tarfile
+import zlib
+
+import pyarrow as pa
+
+# What a damaged archive, or one object that the storage refuses, may raise.
+DAMAGE = (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError, pa.ArrowException)
+_PASSING = (errno.EBUSY, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENETUNREACH)
+
+
+def raise_if_unreachable(error: BaseException) -> None:
+    """Raises errors that say nothing about one object: quarantining them would lose good data."""
+    if not isinstance(error, DAMAGE) or isinstance(error, ConnectionError | TimeoutError):
+        raise error
+    if getattr(error, "errno", None) in _PASSING:
+        raise error
+
+
+def problem_of(error: BaseException, otherwise: str = "unreadable") -> tuple[str, str]:
+    """Returns (reason, detail): `unreadable` for what the storage refused, else `otherwise`.
+
+    Raises:
+        BaseException: `error` itself, where it is not about one object.
+    """
+    raise_if_unreachable(error)
+    if isinstance(error, OSError) and error.strerror:
+        return "unreadable", f"{type(error).__name__}: {error.strerror}"
+    return otherwise, f"{type(error).__name__}: {error}"
+
+
+def too_many_bytes(size: int, limit: int) -> tuple[str, str]:
+    """Returns the problem of an object of `size` bytes where `limit` are allowed."""
+    return "too_many_bytes", f"{size} is over the limit of {limit} bytes"

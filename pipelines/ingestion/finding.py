@@ -1,0 +1,81 @@
+"""Every visible file of a source, local or remote."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from fsspec.implementations.local import LocalFileSystem
+
+from pipelines.ingestion.entries import Entry, entry_of, local_entry
+from pipelines.ingestion.folders import Found, walk, walk_matching
+from pipelines.ingestion.names import escaped
+
+
+def find(fs: Any, root: str, out: str) -> tuple[Found, str]:
+    """Returns every visible file below `root`, sorted by path, and the folder `root` stands for.
+
+    Hidden files, and what lies below `out`, are passed over. A file's label is its folder's name.
+
+    Args:
+        fs: the file system.
+        root: a folder, a glob pattern, or one file, in it.
+        out: where the data set is written, in it.
+
+    Raises:
+        ValueError: this user may not list it.
+    """
+    is_pattern = glob.has_magic(root) and not fs.exists(root)
+    if isinstance(fs, LocalFileSystem):
+        found, base = walk_matching(root, out) if is_pattern else _walk(root, out)
+    else:
+        found, base = _list_remote(fs, root, out, is_pattern=is_pattern)
+    files = [_with_folder(entry, base) for entry in found.files]
+    return dataclasses.replace(found, files=files), base
+
+
+def notes_of(found: Found) -> Iterator[str]:
+    """Yields what the user should know of links in the source."""
+    if found.again:
+        first, count = escaped(found.again[0]), len(found.again)
+        yield f"{count} linked folders lead to what is in the source already: {first}, ..."
+    if found.stored:
+        yield f"{len(found.stored)} files without a suffix are taken by the links to them alone"
+
+
+def _walk(root: str, out: str) -> tuple[Found, str]:
+    try:
+        entry = local_entry(root)
+        if entry is not None:
+            return Found([entry]), root.rpartition("/")[0] + "/"
+        base = f"{root.rstrip('/')}/"
+        return walk(base, out), base
+    except FileNotFoundError:
+        return Found(), root
+    except PermissionError as error:
+        raise ValueError(f"--source: {root} may not be listed by this user") from error
+
+
+def _list_remote(fs: Any, root: str, out: str, *, is_pattern: bool) -> tuple[Found, str]:
+    infos: dict[str, dict[str, Any]]
+    if is_pattern:
+        base = re.split("[*?[]", root)[0].rpartition("/")[0] + "/"
+        infos = fs.glob(root, detail=True)
+    else:
+        infos = fs.find(root, detail=True)
+        base = root.rpartition("/")[0] + "/" if root in infos else root + "/"
+    found = Found()
+    for path, info in sorted(infos.items()):
+        parts = path.removeprefix(base).split("/")
+        hidden = any(part.startswith(".") for part in parts) or path.startswith(f"{out}/")
+        if not hidden and info["type"] != "directory" and not path.endswith("/"):
+            found.files.append(entry_of(path, info))
+    return found, base
+
+
+def _with_folder(entry: Entry, base: str) -> Entry:
+    folders = entry.path.removeprefix(base).split("/")[:-1]
+    return dataclasses.replace(entry, label=folders[-1]) if folders else entry

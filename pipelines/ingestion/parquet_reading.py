@@ -1,0 +1,172 @@
+"""Reads rows of Parquet files: images as bytes, as paths to files, or several in one row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipelines.config import IngestConfig
+from pipelines.config.ingest import LABEL_COLUMN
+from pipelines.ingestion.failures import problem_of, too_many_bytes
+from pipelines.ingestion.items import Item, Problem
+from pipelines.ingestion.labels import NOT_UNDERSTOOD, UNDECLARED, Label, LabelError, as_label
+from pipelines.ingestion.parquet_listing import column_path
+
+if TYPE_CHECKING:
+    from pipelines.sources import Chunk
+
+BATCH_ROWS = 64
+LONGEST_PATH = 4096
+
+
+def read_parquet(fs: Any, chunk: Chunk, cfg: IngestConfig) -> Iterator[Item]:
+    """Yields the images of the chunk's rows; what is lost to damage is an item a row."""
+    entry, row = chunk.entries[0], chunk.rows[0]
+    uri = chunk.uri(entry)
+    try:
+        with fs.open(entry.path, "rb") as file:
+            parquet = pq.ParquetFile(file)
+            rows = _Rows(fs, chunk, parquet.schema_arrow, cfg)
+            for group in range(*chunk.row_groups):
+                yield from _read_group(parquet, group, row, rows)
+                row += parquet.metadata.row_group(group).num_rows
+        problem = ("unreadable", "could not be opened when it was listed")
+    except (OSError, pa.ArrowException) as error:
+        problem = problem_of(error, "corrupt_archive")
+    for lost in range(row, chunk.rows[1]):
+        yield Item(f"{uri}#row={lost}", problem=problem)
+
+
+def _read_group(parquet: Any, group: int, row: int, rows: _Rows) -> Iterator[Item]:
+    """Yields the rows of one row group; the rows behind damage are items with that problem."""
+    end = row + parquet.metadata.row_group(group).num_rows
+    try:
+        for batch in parquet.iter_batches(BATCH_ROWS, [group], rows.columns):
+            for number in range(batch.num_rows):
+                yield from rows.items(batch, number, row)
+                row += 1
+    except (OSError, pa.ArrowException) as error:
+        problem = problem_of(error, "corrupt_archive")
+        for lost in range(row, end):
+            yield Item(f"{rows.uri}#row={lost}", problem=problem)
+
+
+class _Missing(Exception):
+    """There is no image to be had.
+
+    Attributes:
+        problem: reason and detail.
+    """
+
+    def __init__(self, detail: str, reason: str = "missing_image") -> None:
+        super().__init__(detail)
+        self.problem: Problem = (reason, detail)
+
+
+class _Rows:
+    """Makes items of the rows of one file."""
+
+    def __init__(self, fs: Any, chunk: Chunk, schema: pa.Schema, cfg: IngestConfig) -> None:
+        entry = chunk.entries[0]
+        self._fs, self._protocol, self._max_bytes = fs, chunk.protocol, cfg.max_bytes
+        self._folder = entry.path.rpartition("/")[0]
+        self._partition, self._label_map = entry.label, chunk.label_map
+        self.uri = chunk.uri(entry)
+        self._image = column_path(schema, cfg.image_column)
+        self._label = column_path(schema, cfg.label_column or LABEL_COLUMN)
+        self.columns = [".".join(path) for path in (self._image, self._label) if path]
+
+    def items(self, batch: pa.RecordBatch, number: int, row: int) -> Iterator[Item]:
+        """Yields the images of one row: row `number` of `batch`, row `row` of the file."""
+        label, label_problem = self._read_label(batch, number)
+        uri = f"{self.uri}#row={row}"
+        try:
+            image = self._value(batch, self._image, number)
+            images = image if isinstance(image, list) else [image]
+            if not images:
+                raise _Missing("the row has an empty list of images")
+        except _Missing as error:
+            yield Item(uri, problem=error.problem)
+            return
+        for place, one in enumerate(images):
+            of_several = f"{uri}&image={place}" if len(images) > 1 else uri
+            try:
+                yield Item(of_several, self._encoded(one), label, None, label_problem)
+            except _Missing as error:
+                yield Item(of_several, problem=error.problem)
+
+    def _value(self, batch: pa.RecordBatch, path: list[str] | None, number: int) -> Any:
+        assert path is not None, "the listing has seen this column"
+        column = batch.column(path[0]).slice(number, 1)
+        for name in path[1:]:
+            column = pc.struct_field(column, name)
+        try:
+            return column[0].as_py()
+        except (ValueError, OverflowError) as error:  # text that is no UTF-8, nanoseconds
+            raise _Missing(f"{column.type}: {error}") from error
+
+    def _read_label(self, batch: pa.RecordBatch, number: int) -> tuple[Label, Problem | None]:
+        try:
+            if self._label is None:
+                return as_label(self._partition), None
+            label = as_label(self._value(batch, self._label, number))
+        except LabelError as error:
+            return None, (error.reason, error.detail)
+        except _Missing as error:
+            return None, (NOT_UNDERSTOOD, error.problem[1])
+        if self._label_map is None or not isinstance(label, int):
+            return label, None
+        if label >= len(self._label_map):
+            count = len(self._label_map)
+            return None, (UNDECLARED, f"{label}, and this file declares {count} classes")
+        return self._label_map[label], None
+
+    def _encoded(self, image: Any) -> bytes:
+        """Returns the bytes of one image.
+
+        Raises:
+            _Missing: there are none.
+        """
+        if isinstance(image, dict):  # Hugging Face's Image feature
+            fields = sorted(image)
+            path, image = image.get("path"), image.get("bytes")
+            if image is None and isinstance(path, str):
+                image = path
+            elif image is None and not {"bytes", "path"} & set(fields):
+                raise _Missing(f"a struct of {fields}, neither bytes nor path among them")
+        if image is None:
+            raise _Missing("the row has no image bytes")
+        if isinstance(image, str):
+            return self._read_file(image)
+        if not isinstance(image, bytes):
+            raise _Missing(f"{type(image).__name__} instead of bytes")
+        return image
+
+    def _read_file(self, name: str) -> bytes:
+        """Returns a file named in a row: by a path from the Parquet file's folder, or an address."""
+        shown = repr(name if len(name) <= 80 else f"{name[:77]}...")
+        if not name.strip() or len(name) > LONGEST_PATH or not name.isprintable():
+            raise _Missing(f"text that is no path: {shown}")
+        if "://" in name and name.partition("://")[0] not in ("file", "s3", self._protocol):
+            raise _Missing(f"{shown}: of addresses only s3:// and file:// are read")
+        fs, path = self._fs, f"{self._folder}/{name}" if not name.startswith("/") else name
+        if "://" in name:
+            fs, path = fsspec.core.url_to_fs(name)
+        try:
+            info = fs.info(path)
+            if info["type"] == "directory":
+                raise _Missing(f"{shown} is a folder")
+            if (info["size"] or 0) > self._max_bytes:
+                raise _Missing(*reversed(too_many_bytes(info["size"], self._max_bytes)))
+            data: bytes = fs.cat_file(path)
+        except FileNotFoundError as error:
+            raise _Missing(f"nothing at {shown}") from error
+        except OSError as error:
+            reason, detail = problem_of(error)
+            raise _Missing(detail, reason) from error
+        return data

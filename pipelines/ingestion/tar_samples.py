@@ -1,0 +1,197 @@
+"""Which label file of a tar belongs to which image, by their names alone.
+
+Names and labels are all that is kept of an archive (about 300 bytes a member), and they are matched at
+its end: so a label counts wherever it lies, and no image is read twice or waits in memory.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from pipelines.ingestion.items import Problem, Tally
+from pipelines.ingestion.labels import LABEL_SUFFIXES, NO_FIT, Label
+from pipelines.ingestion.media import suffix_of
+
+# More images than this share a name only by chance (`shot.0001.png`), not as pictures of a sample.
+MOST_OF_A_SAMPLE = 16
+
+Labelled = tuple[Label, Problem | None]
+
+
+def stems(path: str) -> Iterator[str]:
+    """Yields `path` and what is left of it without its last suffix, the last two, ..., the longest first.
+
+    The last one is the key by which WebDataset groups: the path up to the first dot of the name.
+    """
+    folder, slash, name = path.rpartition("/")
+    while name:
+        yield f"{folder}{slash}{name}"
+        name = name.rpartition(".")[0]
+
+
+def key_of(path: str) -> str:
+    """Returns the path up to the first dot of the name."""
+    folder, slash, name = path.rpartition("/")
+    return f"{folder}{slash}{name.partition('.')[0]}"
+
+
+def gives_way(path: str, stems_taken: set[str], wanted: Iterable[str]) -> bool:
+    """True for `x.seg.png` where `x.png` is taken, unless `seg.png` itself is among the wanted."""
+    _, _, *shorter = stems(path)
+    return any(s in stems_taken and path[len(s) + 1 :].lower() not in wanted for s in shorter)
+
+
+@dataclass(slots=True)
+class Picture:
+    """An image of the archive.
+
+    Attributes:
+        number: of its item.
+        path: of its member.
+        archive: which of several archives, one behind the other in one file.
+        own: it has a label file that is named after it alone.
+    """
+
+    number: int
+    path: str
+    archive: int
+    own: bool = False
+
+
+@dataclass(slots=True)
+class LabelFile:
+    """A label file of the archive, and what is in it.
+
+    Attributes:
+        path: of its member.
+        archive: as of a picture.
+        label: class index or name.
+        problem: why there is none although the file is there.
+        used: it belongs to an image.
+    """
+
+    path: str
+    archive: int
+    label: Label
+    problem: Problem | None
+    used: bool = False
+
+
+@dataclass
+class Samples:
+    """The names in one archive.
+
+    Attributes:
+        pictures: in the order of the archive.
+        labels: likewise.
+    """
+
+    pictures: list[Picture] = field(default_factory=list)
+    labels: list[LabelFile] = field(default_factory=list)
+
+    def finish(self, tally: Tally) -> None:
+        """Writes every image's label to `tally`, and counts the label files."""
+        found: dict[int, Labelled] = {}
+        pictures: dict[int, list[Picture]] = defaultdict(list)
+        labels: dict[int, list[LabelFile]] = defaultdict(list)
+        for picture in self.pictures:
+            pictures[picture.archive].append(picture)
+        for label in self.labels:
+            labels[label.archive].append(label)
+        for archive, files in labels.items():
+            _fit(pictures[archive], files, found)
+        # All images in one archive, all labels in the next.
+        _fit(self._without(found), [file for file in self.labels if not file.used], found)
+        self._fit_samples(found)
+        self._take_folders(found)
+        tally.labels |= found
+        used = sum(label.used for label in self.labels)
+        tally.ignored += Counter({"label": used, "label without image": len(self.labels) - used})
+        tally.notes += Counter({"images that share a sample": self._sharing()})
+
+    def _without(self, found: dict[int, Labelled]) -> list[Picture]:
+        return [picture for picture in self.pictures if picture.number not in found]
+
+    def _fit_samples(self, found: dict[int, Labelled]) -> None:
+        """Images that no label file fits get the only one of their sample, if there is only one."""
+        by_key: dict[tuple[int, str], list[LabelFile]] = defaultdict(list)
+        for label in self.labels:
+            by_key[label.archive, key_of(label.path)].append(label)
+        used = []
+        for picture in self._without(found):
+            labels = by_key.get((picture.archive, key_of(picture.path)), [])
+            if len(labels) == 1 and not labels[0].used:
+                used += labels
+                found[picture.number] = labels[0].label, labels[0].problem
+            elif labels:
+                detail = f"none of {len(labels)} label files of its sample is named after it"
+                found[picture.number] = None, (NO_FIT, detail)
+        for label in used:
+            label.used = True
+
+    def _take_folders(self, found: dict[int, Labelled]) -> None:
+        """The folder is the label where label files lie neither in it nor apart, without image."""
+        labelled = {posixpath.dirname(label.path) for label in self.labels}
+        apart = {_base(label.path) for label in self.labels if not label.used}
+        for picture in self._without(found):
+            folder = posixpath.dirname(picture.path)
+            label = posixpath.basename(folder) or None
+            if folder not in labelled and _base(picture.path) not in apart:
+                found[picture.number] = label, None
+
+    def _sharing(self) -> int:
+        """Returns how many images are one of several of their sample, without a label of their own."""
+        groups: dict[tuple[int, str], dict[str, bool]] = defaultdict(dict)
+        for picture in self.pictures:
+            groups[picture.archive, key_of(picture.path)][picture.path] = picture.own
+        several = [own for own in groups.values() if 2 <= len(own) <= MOST_OF_A_SAMPLE]
+        return sum(len(own) for own in several if not all(own.values()))
+
+
+def _base(path: str) -> str:
+    return posixpath.splitext(posixpath.basename(path))[0]
+
+
+def _fit(
+    pictures: Iterable[Picture], labels: Iterable[LabelFile], found: dict[int, Labelled]
+) -> None:
+    """Finds for every picture the label file with the longest stem that its own name begins with."""
+    by_stem: dict[str, list[LabelFile]] = defaultdict(list)
+    for label in labels:
+        by_stem[posixpath.splitext(label.path)[0]].append(label)
+    pictures = list(pictures)
+    copies, seen = Counter(picture.path for picture in pictures), Counter[str]()
+    for picture in pictures:
+        place = seen[picture.path]
+        seen[picture.path] += 1
+        for depth, stem in enumerate(stems(picture.path)):
+            if stem in by_stem:
+                picture.own = depth <= 1
+                found[picture.number] = _choose(by_stem[stem], place, copies[picture.path])
+                break
+
+
+def _choose(files: list[LabelFile], place: int, copies: int) -> Labelled:
+    """Chooses among label files of one stem.
+
+    Args:
+        files: of every suffix, and with equal names.
+        place: of the image among those of its name.
+        copies: how many images have its name.
+    """
+    chosen: list[Labelled] = []
+    for suffix in LABEL_SUFFIXES:
+        same = [file for file in files if suffix_of(file.path) == suffix]
+        for file in same:
+            file.used = True
+        if len(same) == copies:
+            chosen.append((same[place].label, same[place].problem))
+        elif (copies == 1 and same) or len({(file.label, file.problem) for file in same}) == 1:
+            chosen.append((same[-1].label, same[-1].problem))  # as extracting the tar leaves it
+        elif same:
+            detail = f"{len(same)} label files named after {copies} images of one name"
+            chosen.append((None, (NO_FIT, detail)))
+    return min(chosen, key=lambda labelled: (labelled[1] is not None, labelled[0] is None))

@@ -1,0 +1,189 @@
+"""What a checkpoint folder holds, how it is written by many processes and read by one.
+
+    config.json                              the run's configuration
+    state.json                               step, position in the data, metrics so far, manifest hash
+    model-00000-of-00002.safetensors         objective's weights, target encoder included
+    optimizer-00000-of-00002.safetensors     optimizer state by parameter name
+    loop-00000-of-00002.safetensors          random number generators, meters
+
+Each of W processes writes its share of the tensors to files of its own, without talking to the
+others; Ray Train merges the folders. No pickle: reading a stranger's checkpoint runs no code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from models.tensor_files import save_tensors
+from pipelines.config import PretrainConfig, from_json, to_json
+
+FORMAT = 2
+GROUPS = ("model", "optimizer", "loop")
+REPORTED = ("knn", "loss", "fixed_rankme", "lidar")
+"""Metrics that Ray Train is told of with a checkpoint."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used; the run stops rather than start over silently."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointState:
+    """state.json: where a run stood."""
+
+    step: int
+    """Optimizer steps taken."""
+    position: int
+    """Samples consumed: step x batch size, the run's whole position in the data."""
+    epoch: float
+    """Position in epochs."""
+    manifest_hash: str
+    """Identity of the training shards."""
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    """The newest reading of every metric."""
+    strikes: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Suspicious readings in a row, of each feature that the collapse watch looks at."""
+    world_size: int = 1
+    """Processes that wrote it."""
+    format: int = FORMAT
+    """Version of this layout."""
+
+
+def save_checkpoint(
+    folder: Path,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: CheckpointState,
+    config: PretrainConfig,
+    *,
+    rank: int = 0,
+) -> None:
+    """Writes one process's share of a checkpoint into `folder`.
+
+    Args:
+        folder: Existing folder; the processes' folders are merged afterwards.
+        tensors: Per group of `GROUPS`, named tensors. `model` and `optimizer` are the same on every
+            process and are divided among them; `loop` is this process's own.
+        state: Goes to state.json (rank 0 writes it).
+        config: Goes to config.json (rank 0 writes it).
+        rank: This process, of `state.world_size`.
+    """
+    for group in GROUPS:
+        share = dict(tensors[group])
+        if group != "loop":
+            share = {name: share[name] for name in _shares(share, state.world_size)[rank]}
+        save_tensors(share, folder / file_name(group, rank, state.world_size))
+    if rank == 0:
+        (folder / "config.json").write_text(to_json(config))
+        (folder / "state.json").write_text(json.dumps(dataclasses.asdict(state), indent=2))
+
+
+def _shares(tensors: Mapping[str, Tensor], parts: int) -> list[list[str]]:
+    """Divides tensors into `parts` of about equal bytes, the same way on every process."""
+    names: list[list[str]] = [[] for _ in range(parts)]
+    loads = [0] * parts
+    for name in sorted(tensors, key=lambda n: (-tensors[n].nbytes, n)):
+        lightest = loads.index(min(loads))
+        names[lightest].append(name)
+        loads[lightest] += tensors[name].nbytes
+    return names
+
+
+def file_name(group: str, rank: int, world_size: int) -> str:
+    """The file of one process's share of a group."""
+    return f"{group}-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def parse_state(text: str) -> CheckpointState:
+    """Reads the text of state.json.
+
+    Raises:
+        ValueError: it is damaged, or of another format.
+    """
+    try:
+        state = CheckpointState(**json.loads(text))
+    except TypeError as error:
+        raise ValueError(f"not what a checkpoint holds: {error}") from error
+    if state.format != FORMAT:
+        raise ValueError(f"checkpoint format {state.format}, expected {FORMAT}")
+    for name, least in (("step", 0), ("position", 0), ("world_size", 1)):
+        value = getattr(state, name)
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} is {value!r}")
+    return state
+
+
+def read_state(folder: Path) -> CheckpointState:
+    """Reads state.json of a checkpoint folder.
+
+    Raises:
+        CheckpointError: absent, unreadable, or of another format.
+    """
+    try:
+        return parse_state((folder / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: cannot read state.json: {error}") from error
+
+
+def read_config(folder: Path) -> PretrainConfig:
+    """Reads config.json of a checkpoint folder.
+
+    Raises:
+        CheckpointError: absent, unreadable, or with keys this version does not know.
+    """
+    try:
+        return from_json(PretrainConfig, (folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: cannot read config.json: {error}") from error
+
+
+def load_tensors(folder: Path, group: str, world_size: int) -> dict[str, Tensor]:
+    """Reads one group's tensors, all shares put together, onto the CPU.
+
+    Raises:
+        CheckpointError: a share is missing, cut short or not a safetensors file.
+    """
+    tensors: dict[str, Tensor] = {}
+    for rank in range(world_size):
+        tensors |= load_share(folder, group, rank, world_size)
+    return tensors
+
+
+def load_share(folder: Path, group: str, rank: int, world_size: int) -> dict[str, Tensor]:
+    """Reads the share of one group that process `rank` of `world_size` wrote; raises as above."""
+    path = folder / file_name(group, rank, world_size)
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: checkpoint does not load: {error}") from error
+
+
+def report_of(step: int, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What Ray Train is told with the checkpoint of a step, and ranks it by.
+
+    Args:
+        step: of the checkpoint.
+        values: read at this very step: only a probe of these weights may rank them.
+    """
+    reported = {k: v for k, v in values.items() if k in REPORTED}
+    return {"step": step, "score": values.get("knn", -1.0), **reported}
+
+
+def recover_report(state: CheckpointState, config: PretrainConfig) -> dict[str, Any]:
+    """`report_of` a checkpoint, from what it holds itself."""
+    run = config.run
+    every = {"loss": run.log_every, "knn": run.probe_every}
+    every |= dict.fromkeys(("fixed_rankme", "lidar"), run.rank_every)
+    read = {
+        name
+        for name, steps in every.items()
+        if steps and (state.step % steps == 0 or state.step == run.steps)
+    }
+    return report_of(state.step, {k: v for k, v in state.metrics.items() if k in read})

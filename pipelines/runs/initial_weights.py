@@ -1,0 +1,141 @@
+"""`--run.init-from`: a run that starts from another's weights, if need be on another grid of tokens.
+
+Image size and clip length may differ: nothing but position tables depends on them. Whatever else
+differs in shape is refused before workers start, from the headers of the files alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from models.objectives import Objective, build_objective
+from models.positions import Grid, fit_table
+from pipelines.checkpoints import flatten, load_weights
+from pipelines.config import PretrainConfig
+from pipelines.runs.checkpoint_files import (
+    CheckpointError,
+    load_tensors,
+    read_config,
+    read_state,
+)
+from pipelines.runs.integrity import Shapes, read_shapes
+from pipelines.runs.run_checkpoints import resolve_checkpoint
+from pipelines.storage import local_copy
+
+TABLE = "pos_embed"
+"""Last part of a position table's name, in encoder, target encoder, predictor and decoder."""
+SHAPING = (
+    *("model.encoder", "model.patch_size", "model.tubelet", "model.positions"),
+    *("model.predictor_width", "model.predictor_depth"),
+    *("objective.name", "objective.target", "objective.projector", "objective.regularize"),
+    *("video_mask.kind", "video_mask.blocks"),
+)
+"""Settings that decide which weights there are, and their shapes."""
+
+
+@dataclass(frozen=True)
+class _Source:
+    uri: str
+    step: int
+    world_size: int
+    config: PretrainConfig
+
+
+def grid_of(cfg: PretrainConfig) -> Grid:
+    """The tokens of a run's images or clips."""
+    model = cfg.model
+    return Grid(model.image_size // model.patch_size, model.frames // model.tubelet)
+
+
+def check_initial(cfg: PretrainConfig) -> str | None:
+    """Whether the weights of `run.init_from` fit the run, by their shapes alone.
+
+    Returns:
+        A line for a person where positions are going to be fitted to another grid.
+
+    Raises:
+        CheckpointError: no such checkpoint, not whole, or weights of other shapes.
+        ValueError: the run's own objective cannot be built.
+    """
+    source = _find(cfg)
+    with torch.device("meta"):
+        objective = build(cfg)
+    try:
+        found = read_shapes(source.uri)
+    except ValueError as error:
+        raise CheckpointError(f"--run.init-from {source.uri}: {error}") from error
+    expected = {name: tuple(t.shape) for name, t in objective.state_dict().items()}
+    _refuse_misfits(source, cfg, found, expected)
+    old, new = grid_of(source.config), grid_of(cfg)
+    if old == new:
+        return None
+    return (
+        f"--run.init-from {source.uri}: trained on {old} tokens (time x rows x columns); its "
+        f"positions are fitted to the {new} of this run"
+    )
+
+
+def load_initial(cfg: PretrainConfig, objective: Objective) -> str:
+    """Puts the weights of `run.init_from` into an objective; says which, and raises as above."""
+    source = _find(cfg)
+    with local_copy(source.uri, "model-*.safetensors") as folder:
+        tensors = load_tensors(folder, "model", source.world_size)
+    old, new = grid_of(source.config), grid_of(cfg)
+    if old != new:
+        tensors |= {n: fit_table(tensors[n], old, new) for n in _tables(tensors)}
+    expected = {name: tuple(t.shape) for name, t in objective.state_dict().items()}
+    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    _refuse_misfits(source, cfg, found, expected)
+    load_weights(objective, tensors, source.uri)
+    return f"starting from the weights of {source.uri} (step {source.step})"
+
+
+def build(cfg: PretrainConfig) -> Objective:
+    """The run's objective, with fresh weights."""
+    return build_objective(
+        cfg.objective.name, model=cfg.model_settings, objective=cfg.objective_settings
+    )
+
+
+def _find(cfg: PretrainConfig) -> _Source:
+    assert cfg.run.init_from
+    try:
+        uri = resolve_checkpoint(cfg.run.init_from)
+        with local_copy(uri, "*.json") as folder:
+            state, config = read_state(folder), read_config(folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"--run.init-from: {error}") from error
+    return _Source(uri, state.step, state.world_size, config)
+
+
+def _tables(names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.rpartition(".")[2] == TABLE]
+
+
+def _refuse_misfits(source: _Source, cfg: PretrainConfig, found: Shapes, expected: Shapes) -> None:
+    tables = set(_tables(expected)) & set(found)  # fitted to the grid
+    wrong = [n for n in sorted(expected.keys() | found.keys()) if expected.get(n) != found.get(n)]
+    wrong = [name for name in wrong if name not in tables]
+    if not wrong:
+        return
+    shown = [f"{n} {found.get(n, 'absent')}, not {expected.get(n, 'there')}" for n in wrong[:3]]
+    raise CheckpointError(
+        f"--run.init-from {source.uri}: {len(wrong)} weights do not fit: {'; '.join(shown)}.\n"
+        f"{_differing(source.config, cfg)}\n"
+        "Take over these settings, or leave --run.init-from out; only the image size and the clip's "
+        "length may differ."
+    )
+
+
+def _differing(saved: PretrainConfig, cfg: PretrainConfig) -> str:
+    before, after = flatten(dataclasses.asdict(saved)), flatten(dataclasses.asdict(cfg))
+    flags = [
+        f"--{key.replace('_', '-')} was {before[key]}, is {after[key]}"
+        for key in SHAPING
+        if before[key] != after[key]
+    ]
+    return f"Settings that differ: {'; '.join(flags) or 'none that is known'}."

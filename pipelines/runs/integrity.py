@@ -1,0 +1,131 @@
+"""Whether a checkpoint is whole: all its files, readable, of the size that their headers say.
+
+Only headers are read, so that a checkpoint on S3 is judged in a few requests. Flipped bits within a
+tensor are not seen: that takes digests of the files, which checkpoints do not hold.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from pipelines.config import PretrainConfig, from_json
+from pipelines.runs.checkpoint_files import GROUPS, CheckpointState, file_name, parse_state
+from pipelines.storage import open_uri
+
+Shapes = dict[str, tuple[int, ...]]
+
+BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+BYTES |= {"U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4}
+BYTES |= {"U64": 8, "I64": 8, "F64": 8, "C64": 8}
+"""Of one element, by safetensors' name of the type."""
+
+
+def find_fault(uri: str, groups: Sequence[str] = GROUPS) -> str | None:
+    """Why a checkpoint is not whole, or None.
+
+    Args:
+        uri: Of the checkpoint's folder.
+        groups: Whose tensors are looked at; evaluation needs only the model's.
+    """
+    fs, path = open_uri(uri)
+    if not fs.exists(path):
+        return "is missing"
+    try:
+        state, _ = read_description(fs, path)
+        for group in groups:
+            for rank in range(state.world_size):
+                _read_named_header(fs, path, file_name(group, rank, state.world_size))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def read_shapes(uri: str, group: str = "model") -> Shapes:
+    """Shapes of a group's tensors by name, without their values.
+
+    Raises:
+        ValueError: naming the file that is missing or damaged.
+    """
+    fs, path = open_uri(uri)
+    state, _ = read_description(fs, path)
+    shapes: Shapes = {}
+    for rank in range(state.world_size):
+        shapes |= _read_named_header(fs, path, file_name(group, rank, state.world_size))
+    return shapes
+
+
+def read_description(fs: Any, path: str) -> tuple[CheckpointState, PretrainConfig]:
+    """state.json and config.json of a checkpoint.
+
+    Raises:
+        ValueError: naming the file that is missing or damaged.
+    """
+    texts = {}
+    for name in ("state.json", "config.json"):
+        try:
+            texts[name] = fs.cat_file(f"{path}/{name}")
+        except FileNotFoundError:
+            raise ValueError(f"{name} is missing") from None
+        if not texts[name].strip():
+            raise ValueError(f"{name} is empty")
+    try:
+        state = parse_state(texts["state.json"].decode())
+    except ValueError as error:
+        raise ValueError(f"state.json cannot be read: {error}") from error
+    try:
+        return state, from_json(PretrainConfig, texts["config.json"].decode())
+    except ValueError as error:
+        raise ValueError(f"config.json cannot be read: {error}") from error
+
+
+def _read_named_header(fs: Any, path: str, name: str) -> Shapes:
+    try:
+        return read_header(fs, f"{path}/{name}")
+    except FileNotFoundError:
+        raise ValueError(f"{name} is missing") from None
+    except ValueError as error:
+        raise ValueError(f"{name} {error}") from error
+
+
+def read_header(fs: Any, path: str) -> Shapes:
+    """Shapes by name from the header of a safetensors file: 8 bytes of length, JSON, then the data.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is cut, too long, or no safetensors file; a predicate of it.
+    """
+    size = int(fs.size(path))
+    length = int.from_bytes(fs.cat_file(path, start=0, end=8), "little") if size > 8 else size
+    if length > size - 8:
+        raise ValueError(f"is cut or no safetensors file ({size:,} bytes)")
+    try:
+        entries = json.loads(fs.cat_file(path, start=8, end=8 + length))
+        shapes, expected = _parse_header(entries)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ValueError("has a damaged header") from None
+    if size != 8 + length + expected:
+        raise ValueError(f"has {size:,} bytes where its header says {8 + length + expected:,}")
+    return shapes
+
+
+def _parse_header(entries: dict[str, Any]) -> tuple[Shapes, int]:
+    """Shapes by name and the number of bytes they fill, end to end."""
+    shapes: Shapes = {}
+    spans = []
+    for name, entry in entries.items():
+        if name == "__metadata__":
+            continue
+        shapes[name] = tuple(entry["shape"])
+        begin, end = entry["data_offsets"]
+        if end - begin != math.prod(shapes[name]) * BYTES[entry["dtype"]]:
+            raise ValueError(f"{name} has another size")
+        spans.append((begin, end))
+    position = 0
+    for begin, end in sorted(spans):
+        if begin != position:
+            raise ValueError("tensors do not lie end to end")
+        position = end
+    return shapes, position

@@ -1,0 +1,135 @@
+"""What every application has beside its own routes: probes, metrics, typed errors, the gate."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import PlainTextResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Match, Route
+
+from serve.ingress.errors import ApiError, error_response, server_error
+from serve.ingress.gate import Gate, RequestMetrics
+from serve.ingress.intake import Intake
+
+PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
+_METHODS = {"GET", "POST", "DELETE"}
+_SHOWN_TO_BROWSERS = ("x-request-id", "retry-after", "x-should-retry")
+_WHOLE_SERVER = ("", "/", "*")
+
+Ready = Callable[[], Awaitable[bool]]
+Scrape = Callable[[], Awaitable[str]]
+
+
+def add_operation_routes(app: FastAPI, *, is_ready: Ready, scrape: Scrape) -> None:
+    """Adds `/healthz`, `/health` and `/metrics`.
+
+    Args:
+        app: takes the routes.
+        is_ready: whether a model replica is up.
+        scrape: returns the Prometheus text of all replicas.
+    """
+
+    @app.get("/healthz", response_class=PlainTextResponse)
+    @app.get("/health", response_class=PlainTextResponse)
+    async def health() -> PlainTextResponse:
+        """200 when requests can be served, else 503."""
+        if not await is_ready():
+            raise server_error(503, "not_ready", "no model replica is running")
+        return PlainTextResponse("ok")
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Prometheus text, summed over all replicas."""
+        return Response(await scrape(), media_type=PROMETHEUS_TEXT)
+
+
+def add_gate(
+    app: FastAPI,
+    *,
+    metrics: RequestMetrics,
+    api_key: str | None,
+    intake: Intake,
+    cors_origins: Sequence[str],
+) -> None:
+    """Puts the gate around an application, and around both what browsers ask for.
+
+    Args:
+        app: has all its routes.
+        metrics: see `Gate`.
+        api_key: see `Gate`.
+        intake: see `Gate`.
+        cors_origins: pages that may call it; none, and browsers refuse to.
+    """
+    add_error_handlers(app)
+    app.add_middleware(Gate, metrics=metrics, api_key=api_key, intake=intake)
+    if cors_origins:  # outside of the gate: a preflight has no key, and errors need the headers too
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=cors_origins,
+            allow_methods=sorted(_METHODS | {"HEAD"}),
+            allow_headers=["*"],
+            expose_headers=_SHOWN_TO_BROWSERS,
+        )
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Makes the errors of an application typed ones, and answers OPTIONS."""
+
+    @app.exception_handler(ApiError)
+    async def typed(_: Request, error: ApiError) -> Response:
+        return error_response(error)
+
+    @app.exception_handler(HTTPException)
+    async def routing(request: Request, error: HTTPException) -> Response:
+        headers = dict(error.headers or {})
+        methods = _methods(request)
+        if methods:
+            headers["Allow"] = ", ".join(methods)
+        if request.method == "OPTIONS" and methods:
+            return Response(status_code=204, headers=headers)
+        code = {404: "route_not_found", 405: "method_not_allowed"}.get(error.status_code, "http")
+        message = f"{error.detail}: {request.method} {request.url.path}"
+        return error_response(ApiError(error.status_code, code, message, headers=headers))
+
+
+def _methods(request: Request) -> list[str]:
+    """Methods that a path has, over all of its routes; those of the server for `/` and `*`."""
+    scope = request.scope
+    found: set[str] = set()
+    for route in request.app.routes:
+        if isinstance(route, Route) and route.matches(scope)[0] is not Match.NONE:
+            found |= route.methods or set()
+    is_server = scope["path"].removeprefix(scope.get("root_path", "")) in _WHOLE_SERVER
+    if request.method == "OPTIONS" and is_server:
+        found |= _METHODS
+    if "GET" in found:
+        found |= {"HEAD"}
+    return sorted(found | {"OPTIONS"}) if found else []
+
+
+def check_content_type(request: Request) -> None:
+    """Raises a 415 for anything but plain JSON."""
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json":
+        message = f"send application/json, not {content_type or 'an unlabelled body'}"
+        raise ApiError(415, "unsupported_content_type", message)
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise ApiError(415, "unsupported_content_encoding", "send the body uncompressed")
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """Reads a body, and stops where it gets too long: a declared length may be absent or wrong."""
+    too_long = ApiError(413, "request_too_large", f"the body has more than {max_bytes} bytes")
+    length = request.headers.get("content-length", "")
+    if length.isdigit() and int(length) > max_bytes:
+        raise too_long
+    chunks, size = [], 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > max_bytes:
+            raise too_long
+        chunks.append(chunk)
+    return b"".join(chunks)

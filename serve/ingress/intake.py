@@ -1,0 +1,113 @@
+"""Bodies on their way: how long each may take, how many bytes all may hold, how many are worked on.
+
+A body that is not there yet holds no place, so that clients who send half of one keep nobody out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from starlette.types import Message, Receive
+
+from serve.ingress.errors import ApiError, queue_full
+from serve.ingress.settings import IngressSettings
+
+LEAST_BYTES_PER_S = 1024
+"""A body that comes faster may take as long as it needs; a phone on a bad line manages that."""
+
+
+class Intake:
+    """Takes in the bodies of one replica's requests.
+
+    Args:
+        settings: the limits of bodies that are arriving.
+        max_requests: whose body is there and that are not answered yet.
+    """
+
+    def __init__(self, settings: IngressSettings, *, max_requests: int) -> None:
+        self._timeout_s = settings.body_timeout_s
+        self._max_bytes = settings.max_arriving_bytes or 16 * settings.max_request_bytes
+        self._max_requests = max_requests
+        self.arriving_bytes = self.requests = 0
+
+    @contextmanager
+    def watch(self, receive: Receive) -> Iterator[Receive]:
+        """Gives what reads the body of one request, within the limits, until the request ends.
+
+        The function that it yields raises:
+            ApiError: 408 for a body that does not come, 429 where there is no room for it.
+        """
+        arrival = _Arrival(self, receive)
+        try:
+            yield arrival.receive
+        finally:
+            arrival.leave()
+
+    def deadline(self, started: float, received: int) -> float:
+        """When the next piece of a body has to be there, by `time.monotonic`."""
+        stalled = time.monotonic() + self._timeout_s
+        return min(stalled, started + self._timeout_s + received / LEAST_BYTES_PER_S)
+
+    def check(self) -> None:
+        """Raises a 429 when no place is free."""
+        if self.requests >= self._max_requests:
+            raise queue_full()
+
+    def grow(self, size: int) -> None:
+        """Raises a 429 when so many more bytes do not fit."""
+        if self.arriving_bytes + size > self._max_bytes:
+            raise queue_full()
+        self.arriving_bytes += size
+
+    def slow(self) -> ApiError:
+        """408, and the connection is closed: what comes later would be taken for a new request."""
+        message = (
+            f"the body did not arrive: nothing for {self._timeout_s:g} s, or less than "
+            f"{LEAST_BYTES_PER_S} bytes a second"
+        )
+        return ApiError(408, "body_timeout", message, headers={"Connection": "close"})
+
+
+class _Arrival:
+    """The body of one request."""
+
+    def __init__(self, intake: Intake, receive: Receive) -> None:
+        self._intake, self._receive = intake, receive
+        self._started = time.monotonic()
+        self._size = 0
+        self._is_whole = False
+
+    async def receive(self) -> Message:
+        """The next ASGI message."""
+        if self._is_whole:
+            return await self._receive()  # only to hear that the client leaves
+        self._intake.check()  # shed load before reading a body
+        left_s = self._intake.deadline(self._started, self._size) - time.monotonic()
+        try:
+            async with asyncio.timeout(left_s):
+                message = await self._receive()
+        except TimeoutError as error:
+            raise self._intake.slow() from error
+        if message["type"] == "http.request":
+            self._take(message)
+        return message
+
+    def _take(self, message: Message) -> None:
+        size = len(message.get("body", b""))
+        self._intake.grow(size)
+        self._size += size
+        if not message.get("more_body", False):
+            self._intake.check()
+            self._intake.requests += 1
+            self._intake.arriving_bytes -= self._size
+            self._is_whole = True
+
+    def leave(self) -> None:
+        """Frees what the request holds."""
+        if self._is_whole:
+            self._intake.requests -= 1
+        else:
+            self._intake.arriving_bytes -= self._size

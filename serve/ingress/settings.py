@@ -1,0 +1,73 @@
+"""Settings that every application has: its HTTP replicas, bodies, browsers and the key."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[^\s/?#@\[\]:]+)(:\d{1,5})?")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def split_list(value: object) -> object:
+    """Turns the command line's `a,b` into a tuple, stripped and in lower case."""
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple):
+        return parts
+    return tuple(part for part in (str(part).strip().lower() for part in parts) if part)
+
+
+def _origins(value: object) -> object:
+    origins = split_list(value)
+    if not isinstance(origins, tuple):
+        return origins
+    origins = tuple(origin.removesuffix("/") for origin in origins)
+    for origin in origins:
+        if not _ORIGIN.fullmatch(origin):
+            raise ValueError(f"{origin!r} is not an origin, `https://host[:port]` without a path")
+    return origins
+
+
+class IngressSettings(BaseModel):
+    """Of an application's HTTP replicas."""
+
+    # Text from an environment variable or a YAML block often ends in a line break.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, str_strip_whitespace=True
+    )
+
+    ingress_replicas: int = Field(1, ge=1)
+    """HTTP replicas: parsing, and what else needs no model."""
+    ingress_cpus: float = Field(0.5, ge=0)
+    """CPUs Ray reserves per ingress replica."""
+    body_timeout_s: float = Field(10.0, gt=0)
+    """A body of which nothing comes for this long is a 408, and so is one that has taken longer than
+    this and comes at less than 1024 bytes a second."""
+    max_request_bytes: int = Field(8_388_608, ge=1)
+    """Bytes of one request body; more is a 413, read no further."""
+    max_arriving_bytes: int | None = None
+    """Bytes of all bodies that are still arriving at an ingress replica; more is a 429. None is 16
+    times `max_request_bytes`."""
+    cors_origins: Annotated[tuple[str, ...], BeforeValidator(_origins)] = ()
+    """Web pages that may call this server from a browser, `https://app.example.org`; `*` is any page,
+    empty none."""
+    api_key_env: str | None = None
+    """Environment variable, in the ingress replicas, that holds the API key; None serves anyone.
+    Where it is unset, or holds what no client can send, the replica refuses to start."""
+    access_log: bool = False
+    """One log line per request from Ray Serve (costs throughput)."""
+
+    @model_validator(mode="after")
+    def _takes_one(self) -> Self:
+        if self.max_arriving_bytes is not None and self.max_arriving_bytes < self.max_request_bytes:
+            raise ValueError("max_arriving_bytes is less than max_request_bytes")
+        return self
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _is_a_name(cls, name: str | None) -> str | None:
+        if name is not None and not _VARIABLE.fullmatch(name):
+            raise ValueError("give the name of an environment variable, not the key itself")
+        return name
