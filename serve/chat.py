@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from models.sink_lm.engine import Engine
 from models.sink_lm.llama import Llama
@@ -24,9 +24,12 @@ from serve.lm_model import fingerprint
 from serve.lm_refusals import NO_RETRY, Refusal, session_busy
 from serve.lm_sessions import SessionTable
 from serve.lm_settings import LMSettings
+from serve.lm_slab_queue import SlabQueue
 from serve.lm_starts import Starter
 from serve.session_store import SessionStore
 from serve.telemetry import Reporter
+
+QUEUE_BUCKETS_S = (0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
 _DTYPES = {
     "fp32": torch.float32,
@@ -72,12 +75,25 @@ class LanguageModel:
             capacity=settings.cache,
         )
         self._desk = Desk(self._sessions)
+        self._queue_wait_s = Histogram(
+            "rayjepa_queue_wait_seconds",
+            "Time requests waited for a slab",
+            buckets=QUEUE_BUCKETS_S,
+            registry=None,
+        )
+        self._queue = SlabQueue(
+            settings.max_queued,
+            settings.queue_timeout_s,
+            room=self._sessions.room,
+            waited=self._queue_wait_s.observe,
+        )
         self._starter = Starter(
             self._engine,
             self._thread,
             self._sessions,
             self._desk,
             self._tokenizer,
+            queue=self._queue,
             capacity=settings.cache,
         )
         self._housekeeper = Housekeeper(settings, self._sessions, self._desk)
@@ -114,7 +130,7 @@ class LanguageModel:
         if running is None:
             return Taken(pieces=(Piece(index=0, tokens=(), end=End(reason="lost")),))
         pieces = await running.take(max_tokens, wait_s)
-        self._generated.inc(sum(len(piece.tokens) for piece in pieces))
+        self._generated.inc(sum(piece.made for piece in pieces))
         held = self._sessions.get(running.kept) if running.kept is not None else None
         if running.ended and self._desk.get(request_id) is running:
             await self._desk.forget(request_id)
@@ -128,6 +144,7 @@ class LanguageModel:
         await self._end(request_id)
 
     async def _end(self, request_id: str) -> None:
+        self._desk.leave(request_id)
         async with self._desk.locks.get(request_id):
             await self._desk.end(request_id)
 
@@ -229,4 +246,9 @@ class LanguageModel:
         answers.set_function(lambda: len(self._desk))
         held = Gauge("rayjepa_sessions_in_memory", "Sessions with a slab", registry=registry)
         held.set_function(lambda: len(self._sessions.held()))
+        queued = Gauge(
+            "rayjepa_queued_requests", "Requests that wait for a slab", registry=registry
+        )
+        queued.set_function(lambda: len(self._queue))
+        registry.register(self._queue_wait_s)
         self._reporter = Reporter(registry, telemetry)

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from models.sink_lm.generation import EndEvent, Generation, TokenEvent
+from models.sink_lm.generation import EndEvent, Event, Generation, PromptEvent, TokenEvent
 from models.sink_lm.session import UnknownSession
 from serve.lm_contract import End, Piece, Token
 from serve.lm_held import Held, io
@@ -47,6 +47,7 @@ class Source:
         text: makes the text of its tokens; None takes the engine's.
         replay: what the log has of the answer.
         end: of an answer that has ended before.
+        prompt: tokens to show before its own.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Source:
         text: AnswerText | None = None,
         replay: Replay | None = None,
         end: End | None = None,
+        prompt: Sequence[Token] = (),
     ) -> None:
         self.session_id = session_id
         self.notify: Callable[[], None] | None = None
@@ -65,7 +67,7 @@ class Source:
         self._generation, self._replay = generation, replay
         self._held, self._text, self._shown = held, text, 0
         self._own_end: End | None = None
-        self._ready: deque[Token | End] = deque(() if end is None else (end,))
+        self._ready: deque[Token | End] = deque(prompt if end is None else (end,))
         self._filling = self._cancelled = False
 
     def tell(self, notify: Callable[[], None]) -> None:
@@ -141,7 +143,9 @@ class Source:
             self._ready.popleft()
         return tokens, None
 
-    def _convert(self, event: TokenEvent | EndEvent) -> list[Token | End]:
+    def _convert(self, event: Event) -> list[Token | End]:
+        if isinstance(event, PromptEvent):
+            return [prompt_token(event)]
         if isinstance(event, EndEvent):
             text = event.text
             if self._text is not None:
@@ -150,15 +154,24 @@ class Source:
                 End(reason=event.reason, stop=event.stop, text=text, message=event.message or "")
             ]
         if self._text is None:
-            return [Token(event.position, event.token, event.text, event.logprob, tuple(event.top))]
+            return [_token(event, event.text, event.offset)]
         self._shown += 1
         token, end = self._text.show(event.position, event.token, self._shown)
         self._own_end = end
-        token = Token(token.position, token.token, token.text, event.logprob, tuple(event.top))
+        token = _token(event, token.text, token.offset)
         if end is None or end.stop is None or not isinstance(end.stop, str):
             return [token]  # the engine sees every other end itself
         self.cancel()
         return [token, end]
+
+
+def prompt_token(event: PromptEvent) -> Token:
+    """A token of the prompt, for whoever asked for it."""
+    return Token(0, event.token, "", event.logprob, event.top, in_prompt=True)
+
+
+def _token(event: TokenEvent, text: str, offset: int) -> Token:
+    return Token(event.position, event.token, text, event.logprob, event.top, offset)
 
 
 class RunningAnswer:

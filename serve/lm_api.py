@@ -166,13 +166,7 @@ def _add_token_routes(app: FastAPI, parts: LMParts) -> None:
         """Token ids of a text or of messages."""
         body = await _parse(request, parts, TokenizeRequest)
         service.check_model(body.model)
-        ids = await asyncio.to_thread(
-            service.tokenize,
-            body.prompt,
-            body.messages,
-            add_special_tokens=body.add_special_tokens,
-            add_generation_prompt=body.add_generation_prompt,
-        )
+        ids = await asyncio.to_thread(service.tokenize, body)
         reply: dict[str, Any] = {"count": len(ids), "max_model_len": None, "tokens": list(ids)}
         if body.return_token_strs:
             token_bytes = service.tokenizer.token_bytes

@@ -202,7 +202,7 @@ class Answer:
     def _note(self, taken: Taken) -> None:
         self.session = taken.session or self.session
         for piece in taken.pieces:
-            self._made += len(piece.tokens)
+            self._made += piece.made
             if piece.tokens:
                 self._position = piece.tokens[-1].position
             if piece.end is not None:

@@ -99,6 +99,7 @@ class Options:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,14 +187,17 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One generated token.
+    """One generated token, or one of the prompt where its log probabilities were asked for.
 
     Attributes:
-        position: stream position after it.
+        position: stream position after it; 0 in the prompt.
         token: its id.
-        text: what it completes; empty within a character or a possible stop string.
+        text: what it completes; empty within a character or a possible stop string, and in the
+            prompt.
         logprob: its log probability, if asked for.
         top: the likeliest (id, log probability), likeliest first.
+        offset: characters of the answer before the first one that it has a part in.
+        in_prompt: whether it was given.
     """
 
     position: int
@@ -201,6 +205,8 @@ class Token:
     text: str
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    offset: int = 0
+    in_prompt: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +233,11 @@ class Piece:
     index: int
     tokens: tuple[Token, ...]
     end: End | None = None
+
+    @property
+    def made(self) -> int:
+        """Tokens that were generated."""
+        return sum(not token.in_prompt for token in self.tokens)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
 from collections.abc import Iterator
 
@@ -21,6 +23,7 @@ class Desk:
     def __init__(self, sessions: SessionTable) -> None:
         self._sessions = sessions
         self._answers: dict[str, RunningAnswer] = {}
+        self._expected: dict[str, asyncio.Event] = {}
         self.locks = Locks()
         """Whoever starts a request's answer holds its lock: to cancel it is to wait for it."""
 
@@ -34,6 +37,20 @@ class Desk:
         """An answer in progress."""
         return self._answers.get(request_id)
 
+    @contextlib.contextmanager
+    def expect(self, request_id: str) -> Iterator[asyncio.Event]:
+        """While an answer is being started: an event that is set when nobody waits for it."""
+        gone = self._expected[request_id] = asyncio.Event()
+        try:
+            yield gone
+        finally:
+            del self._expected[request_id]
+
+    def leave(self, request_id: str) -> None:
+        """Nobody waits for an answer any more that may still have to begin."""
+        if request_id in self._expected:
+            self._expected[request_id].set()
+
     def put(self, request_id: str, running: RunningAnswer, held: Held | None = None) -> None:
         """Takes an answer in, for a kept session or for a temporary one."""
         self._answers[request_id] = running
@@ -45,7 +62,8 @@ class Desk:
         """Ends an answer at a token boundary; its session stays."""
         running = self._answers.get(request_id)
         if running is not None:
-            await running.stop()
+            if running.kept is not None:
+                await running.stop()
             await self.forget(request_id)
 
     async def forget(self, request_id: str) -> None:
@@ -58,5 +76,4 @@ class Desk:
             held.answer, held.last_used = None, time.monotonic()
             held.log.when_durable(None)
         if running.kept is None:
-            for source in running.sources:
-                await self._sessions.close_temporary(source.session_id)
+            await self._sessions.close_temporary([each.session_id for each in running.sources])

@@ -10,7 +10,7 @@ from typing import Any
 from serve import lm_sse
 from serve.lm_client import Answer
 from serve.lm_contract import End, Piece
-from serve.lm_replies import session_fields, usage
+from serve.lm_replies import ShownTokens, session_fields, usage
 from serve.lm_service import Job
 from serve.lm_settings import LMSettings
 from serve.schemas import ApiError, server_error
@@ -36,6 +36,7 @@ class Events:
         self._job, self._shape, self._answer = job, job.shape, answer
         self._settings = settings
         self._open = list(range(job.choices))
+        self._shown = [ShownTokens() for _ in self._open]
         self._position: int | None = None
         self._made = self._sent = 0
 
@@ -62,7 +63,7 @@ class Events:
                 yield data
                 if self._is_full():
                     break
-        for index in self._open:
+        for index in tuple(self._open):
             yield self._last(index, End(reason="length", stop=MAX_STREAM_BYTES), self._position)
         if self._job.include_usage:
             yield self._event(self._shape.only_usage(self._usage()) | session_entry(self._answer))
@@ -82,20 +83,25 @@ class Events:
         A token whose text waits for more (half a character) has no event, and its position is not
         sent as an `id`: who resumes there gets it again, whole.
         """
-        self._made += len(piece.tokens)
-        text = "".join(token.text for token in piece.tokens)
-        if text or (self._shape.logprobs and piece.tokens):
+        self._made += piece.made
+        text, shown = "".join(token.text for token in piece.tokens), self._shown[piece.index]
+        tokens = shown.push(piece.tokens, None) if self._shape.logprobs else []
+        if text or tokens:
             seen = next((token.position for token in reversed(piece.tokens) if token.text), None)
             self._position = seen or self._position
-            yield self._event(self._shape.chunk(piece.index, text, piece.tokens), seen)
+            yield self._event(self._shape.chunk(piece.index, text, tokens), seen)
         if piece.end is not None:
             raise_failure(piece.end)
-            self._open.remove(piece.index)
             session = self._answer.session
             yield self._last(piece.index, piece.end, session.stream_position if session else None)
 
     def _last(self, index: int, end: End, position: int | None) -> bytes:
-        return self._event(self._shape.last(index, end) | session_entry(self._answer), position)
+        """The event that closes a choice, with the tokens that waited for the end."""
+        self._open.remove(index)
+        tokens = self._shown[index].push((), end)
+        return self._event(
+            self._shape.last(index, end, tokens) | session_entry(self._answer), position
+        )
 
     def _usage(self) -> dict[str, Any]:
         return usage(self._answer.started, self._made)

@@ -61,17 +61,17 @@ class Replies:
             self._running -= 1
 
     async def _whole(self, job: Job) -> Response:
-        choices = [Choice() for _ in range(job.choices)]
-        made, keep = 0, job.shape.logprobs
+        choices = [Choice(keep_tokens=job.shape.logprobs) for _ in range(job.choices)]
+        made = 0
         try:
             async with asyncio.timeout(self._settings.timeout_s):
                 answer = await self._client.answer(job.start)
                 async with contextlib.aclosing(answer.pieces()) as pieces:
                     async for batch in pieces:
                         for piece in batch:
-                            made += len(piece.tokens)
+                            made += piece.made
                             raise_failure(piece.end)
-                            choices[piece.index].add(piece.tokens, piece.end, keep_tokens=keep)
+                            choices[piece.index].add(piece.tokens, piece.end)
         except TimeoutError as error:
             message = f"no reply within {self._settings.timeout_s:g} s"
             raise server_error(504, "timeout", message) from error

@@ -31,6 +31,7 @@ def generation_request(options: Options) -> GenerationRequest:
         stop_token_ids=options.stop_token_ids,
         ignore_eos=options.ignore_eos,
         min_tokens=options.min_tokens,
+        prompt_logprobs=options.prompt_logprobs,
     )
 
 

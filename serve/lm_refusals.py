@@ -38,10 +38,24 @@ def session_exists(session_id: str) -> Refusal:
     return Refusal(409, "session_exists", message, param="session_id", headers=NO_RETRY)
 
 
-def no_slab() -> Refusal:
-    """429: every slab belongs to a session that generates, or that is stored nowhere."""
-    message = "every slab is in use; retry after the given delay"
-    return Refusal(429, "no_free_slab", message, headers={"Retry-After": "1"})
+class NoSlab(Refusal):
+    """Every slab belongs to a session that generates, or that is stored nowhere."""
+
+
+def no_slab(*, waiting: int = 0, waited_s: float = 0.0) -> NoSlab:
+    """429: see `NoSlab`; where requests queue, too many do or this one did for too long."""
+    message = "every slab is in use"
+    if waiting:
+        message += f" and {waiting} requests wait for one"
+    elif waited_s:
+        message += f" and none came free within {waited_s:g} s"
+    message += "; retry after the given delay"
+    return NoSlab(429, "no_free_slab", message, headers={"Retry-After": "1"})
+
+
+def nobody_waits() -> Refusal:
+    """409: the caller went away before the answer began; nobody reads this."""
+    return Refusal(409, "cancelled", "nobody waits for the answer", headers=NO_RETRY)
 
 
 def session_busy(session_id: str) -> Refusal:

@@ -116,10 +116,23 @@ class CompletionRequest(Generate):
 
     prompt: str | TokenIds | list[str] | list[TokenIds] = ""
     """Text or token ids; without a session also a list of those. Empty with a session goes on."""
+    max_tokens: int | None = Field(None, ge=0)
+    """See `Generate`; 0, with `echo`, generates nothing."""
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     """Log probabilities of the tokens, and of so many of the likeliest."""
-    echo: Literal[False] = False
-    """Only false: a prompt is never sent back."""
+    echo: bool = False
+    """Begin the reply with the prompt, with `logprobs` with those of its tokens too; not in a
+    session."""
+    add_special_tokens: bool = True
+    """Begin a text as the model's streams begin: with its start token, if it is trained with one."""
+    parse_special: bool = False
+    """Read control tokens written out in a text (`<|im_start|>`) as such; llama.cpp's field."""
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens: 0 only with echo: true, which sends the prompt back")
+        return self
 
 
 class TextPart(Tolerant):
@@ -179,6 +192,8 @@ class TokenizeRequest(RequestModel):
     messages: list[Message] | None = None
     add_special_tokens: bool = True
     """Begin as a stream begins (prompt only; a template has its own)."""
+    parse_special: bool = False
+    """Read control tokens written out in the prompt as such."""
     add_generation_prompt: bool = True
     """End messages where the assistant begins."""
     return_token_strs: bool = False

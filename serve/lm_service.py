@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import codecs
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from models.sink_lm.tokenizer import Tokenizer
 from serve.lm_chat_feed import chat_feed
 from serve.lm_contract import Feed, LMCard, Options, Start, is_session_id
-from serve.lm_replies import ChatShape, CompletionShape, Shape
-from serve.lm_schemas import ChatRequest, CompletionRequest, CreateSession, Generate, Message
+from serve.lm_replies import ChatShape, CompletionShape, Echo, Shape
+from serve.lm_schemas import (
+    ChatRequest,
+    CompletionRequest,
+    CreateSession,
+    Generate,
+    Message,
+    TokenizeRequest,
+)
 from serve.lm_settings import LMSettings
 from serve.schemas import ApiError
 
@@ -58,13 +67,20 @@ class LanguageService:
     def completion(self, request: CompletionRequest, header: str | None) -> Job:
         """Plans a completion; raises `ApiError` for what is wrong with it."""
         session_id = self._session(request, header)
-        feeds = tuple(map(self._text_feed, self._prompts(request, session_id)))
+        prompts = self._prompts(request, session_id)
+        feeds = tuple(self._text_feed(prompt, request) for prompt in prompts)
         limit = request.max_tokens
         is_endless = request.stream and "max_tokens" in request.model_fields_set
         if limit is None and not is_endless:
             limit = DEFAULT_COMPLETION_TOKENS
+        echoes = self._echoes(request, session_id, prompts, feeds) if request.echo else ()
         start = self._start(request, session_id, feeds, limit, request.logprobs)
-        return self._job(request, start, CompletionShape, logprobs=request.logprobs is not None)
+        return self._job(
+            request,
+            start,
+            partial(CompletionShape, echoes=echoes),
+            logprobs=request.logprobs is not None,
+        )
 
     def chat(self, request: ChatRequest, header: str | None) -> Job:
         """Plans a chat turn; raises `ApiError` for what is wrong with it."""
@@ -88,7 +104,7 @@ class LanguageService:
         if prefix is None:
             return ()
         if isinstance(prefix, str):
-            ids = self._text_feed(prefix).start
+            ids = self._text_feed(prefix, CompletionRequest()).start
         else:
             ids = self._template(prefix, add_generation_prompt=False)
         self._check_length(ids, "pin_prefix")
@@ -110,12 +126,14 @@ class LanguageService:
                 where = f"{param}[{index}]"
                 raise _invalid(where, f"{token} is not below {self.card.vocab_size}")
 
-    def tokenize(self, prompt: str | None, messages: Sequence[Message] | None, **how: bool) -> Any:
+    def tokenize(self, request: TokenizeRequest) -> Sequence[int]:
         """Token ids of a text or of messages."""
-        if messages is not None:
-            return self._template(messages, add_generation_prompt=how["add_generation_prompt"])
-        bos = how["add_special_tokens"] and self.tokenizer.adds_bos
-        return self.tokenizer.encode(prompt or "", bos=bos)
+        if request.messages is not None:
+            how = {"add_generation_prompt": request.add_generation_prompt}
+            return self._template(request.messages, **how)
+        bos = request.add_special_tokens and self.tokenizer.adds_bos
+        parse = request.parse_special
+        return self.tokenizer.encode(request.prompt or "", bos=bos, parse_special=parse)
 
     def _session(self, request: Generate, header: str | None) -> str | None:
         self.check_model(request.model)
@@ -147,16 +165,36 @@ class LanguageService:
                 raise ApiError(400, "empty_input", f"{where} is empty", param=where)
         return prompts
 
-    def _text_feed(self, prompt: str | list[int]) -> Feed:
+    def _text_feed(self, prompt: str | list[int], request: CompletionRequest) -> Feed:
         if isinstance(prompt, str):
-            ids = tuple(self.tokenizer.encode(prompt, bos=False))
-            bos = self.tokenizer.bos_id
-            start = (bos, *ids) if self.tokenizer.adds_bos and bos is not None else ids
+            parse = request.parse_special
+            ids = tuple(self.tokenizer.encode(prompt, bos=False, parse_special=parse))
+            begins = request.add_special_tokens and self.tokenizer.adds_bos
+            bos = self.tokenizer.bos_id if begins else None
+            start = ids if bos is None else (bos, *ids)
         else:
             self.check_tokens(prompt, "prompt")
             ids = start = tuple(prompt)  # ids are taken as they are
         self._check_length(ids, "prompt")
         return Feed(start=start, follow=ids)
+
+    def _echoes(
+        self,
+        request: CompletionRequest,
+        session_id: str | None,
+        prompts: Sequence[Any],
+        feeds: Sequence[Feed],
+    ) -> tuple[Echo, ...]:
+        """The prompt of every choice, for replies that begin with it."""
+        if session_id is not None:
+            raise _invalid("echo", "a session's reply has what is new only")
+        tokens = request.n * sum(len(feed.start) for feed in feeds)
+        limit = self._settings.max_echo_tokens
+        if request.logprobs is not None and tokens > limit:
+            message = f"{tokens} prompt tokens with logprobs; this server sends {limit} back"
+            raise _invalid("echo", message)
+        each = (echo(self.tokenizer, p, f.start) for p, f in zip(prompts, feeds, strict=True))
+        return tuple(one for one in each for _ in range(request.n))
 
     def _chat_feed(self, messages: Sequence[Message], *, kept: bool) -> Feed:
         """The messages as a stream's beginning and, for a session, as a later turn."""
@@ -197,6 +235,9 @@ class LanguageService:
             stop_token_ids=tuple(request.stop_token_ids),
             logit_bias=bias,
             logprobs=logprobs,
+            prompt_logprobs=logprobs
+            if isinstance(request, CompletionRequest) and request.echo
+            else None,
             **{name: getattr(request, name) for name in _PLAIN_OPTIONS},
         )
         return Start(
@@ -219,7 +260,9 @@ class LanguageService:
         if limit is not None and request.min_tokens > limit:
             raise _invalid("min_tokens", f"{request.min_tokens} exceed max_tokens {limit}")
 
-    def _job(self, request: Generate, start: Start, kind: type[Shape], *, logprobs: bool) -> Job:
+    def _job(
+        self, request: Generate, start: Start, kind: Callable[..., Shape], *, logprobs: bool
+    ) -> Job:
         card, options = self.card, request.stream_options
         return Job(
             start=start,
@@ -234,6 +277,20 @@ _PLAIN_OPTIONS = (
     *("ignore_eos", "min_tokens", "temperature", "top_p", "top_k", "min_p", "seed"),
     *("presence_penalty", "frequency_penalty"),
 )
+
+
+def echo(tokenizer: Tokenizer, prompt: str | Sequence[int], ids: Sequence[int]) -> Echo:
+    """A prompt as text, and where in it its tokens begin; of ids the text without control tokens."""
+    decoder, pieces, starts, chars = codecs.getincrementaldecoder("utf-8")("replace"), [], [], 0
+    for token in ids:
+        starts.append(chars)
+        if isinstance(prompt, str) or not tokenizer.is_special(token):
+            pieces.append(decoder.decode(tokenizer.token_bytes(token)))
+            chars += len(pieces[-1])
+    if not isinstance(prompt, str):
+        return Echo("".join(pieces) + decoder.decode(b"", final=True), tuple(starts))
+    extra = chars - len(prompt)  # a start token, SentencePiece's first space
+    return Echo(prompt, tuple(min(max(0, start - extra), len(prompt)) for start in starts))
 
 
 def _invalid(param: str, message: str) -> ApiError:

@@ -251,13 +251,32 @@ class SessionTable:
         """Takes a slab for a stream that nobody comes back to."""
         await self._with_room(lambda: self._engine.open(session_id, sinks=self._sinks))
 
-    async def restore_temporary(self, session_id: str, state: dict[str, Tensor]) -> None:
-        """Takes a slab for one of several answers to the same prompt."""
-        await self._with_room(lambda: self._engine.restore(session_id, state))
+    async def refill_temporary(self, session_ids: Sequence[str], state: dict[str, Tensor]) -> None:
+        """Makes several temporary streams the same one, in the slabs that they have."""
 
-    async def close_temporary(self, session_id: str) -> None:
-        """Frees a temporary stream's slab."""
-        await self._thread.call(lambda: self._engine.close(session_id))
+        def refill() -> None:
+            for session_id in session_ids:
+                self._engine.close(session_id)
+                self._engine.restore(session_id, state)
+
+        await self._thread.call(refill)
+
+    async def close_temporary(self, session_ids: Sequence[str]) -> None:
+        """Frees the slabs of temporary streams, all after the tick in progress."""
+
+        def close() -> None:
+            for session_id in session_ids:
+                self._engine.close(session_id)
+
+        await self._thread.call(close)
+
+    def room(self) -> int:
+        """Slabs that are free, or belong to idle sessions that can be stored."""
+        return self._engine.slabs.free + len(self._evictable())
+
+    def _evictable(self) -> list[Held]:
+        idle = [h for h in self._held.values() if h.answer is None and h.stored is not None]
+        return [held for held in idle if not self.is_locked(held.session_id)]
 
     async def expire_held(self, held: Held) -> None:
         """Deletes an idle session with a slab here if its time is over."""
@@ -324,8 +343,7 @@ class SessionTable:
             try:
                 return await self._thread.call(work)
             except NoFreeSlab as error:
-                idle = [h for h in self._held.values() if h.answer is None and h.stored is not None]
-                idle = [h for h in idle if not self.is_locked(h.session_id)]
+                idle = self._evictable()
                 if not idle:
                     raise no_slab() from error
                 oldest = min(idle, key=lambda held: held.last_used)

@@ -62,12 +62,20 @@ class LMSettings(IngressSettings):
     """Tokens of one prompt; more is a 400."""
     max_reply_tokens: int = Field(4096, ge=1)
     """Tokens of a reply that is not streamed, and its limit where none is given."""
+    max_echo_tokens: int = Field(65_536, ge=0)
+    """Prompt tokens, of all answers of one request, that are sent back with log probabilities
+    (`echo` with `logprobs`); more is a 400."""
     max_choices: int = Field(8, ge=1)
     """Answers of one request: prompts times `n`."""
     max_stream_bytes: int | None = Field(16_777_216, ge=1)
     """Bytes of one streamed reply; then it ends with `length`, and a session goes on with
     `resume_at` at the last event's id. Bounds what a client that does not read costs
     (docs/streaming_http.md); None for no limit."""
+    max_queued: int = Field(64, ge=0)
+    """Requests of one replica that may wait for a slab; more are a 429, and with 0 all that find
+    none."""
+    queue_timeout_s: float = Field(60.0, gt=0)
+    """Seconds a request waits for a slab; then a 429. The wait is part of `timeout_s`."""
     max_requests: int = Field(256, ge=1)
     """Requests an ingress replica holds at once."""
     timeout_s: float = Field(600.0, gt=0)

@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-import torch
-
 from models.sink_lm.engine import Engine
-from models.sink_lm.generation import Generation
+from models.sink_lm.generation import Generation, PromptEvent
 from models.sink_lm.tokenizer import Tokenizer
-from serve.lm_answers import Replay, RunningAnswer, Source
-from serve.lm_contract import TAIL, Feed, Options, SessionState, Start, Started
+from serve.lm_answers import Replay, RunningAnswer, Source, prompt_token
+from serve.lm_contract import TAIL, Feed, Options, SessionState, Start, Started, Token
 from serve.lm_desk import Desk
 from serve.lm_engine_thread import EngineThread
 from serve.lm_held import Held, io
 from serve.lm_model import generation_request
 from serve.lm_refusals import (
     NO_RETRY,
+    NoSlab,
     Refusal,
     cannot_follow,
     check_resume,
     log_failed,
+    nobody_waits,
     replaced,
     session_busy,
 )
 from serve.lm_sessions import SessionTable
+from serve.lm_slab_queue import SlabQueue
 from serve.lm_text import AnswerText
 from serve.session_store import Turn
 
@@ -45,6 +47,7 @@ class Starter:
         sessions: those it generates in.
         desk: takes the answers.
         tokenizer: the model's.
+        queue: where requests wait for a slab.
         capacity: tokens a session sees.
     """
 
@@ -56,8 +59,10 @@ class Starter:
         desk: Desk,
         tokenizer: Tokenizer,
         *,
+        queue: SlabQueue,
         capacity: int,
     ) -> None:
+        self._queue = queue
         self._engine, self._thread = engine, thread
         self._sessions, self._desk = sessions, desk
         self._tokenizer, self._capacity = tokenizer, capacity
@@ -66,25 +71,33 @@ class Starter:
         """Feeds a prompt and begins to answer it; see `Start`."""
         async with self._desk.locks.get(start.request_id):
             await self._desk.end(start.request_id)  # what a call made that is repeated now
-            if start.session_id is None:
-                return await self._start_temporary(start)
-            async with self._sessions.locked(start.session_id):
-                held = await self._sessions.take(start.session_id, create=bool(start.feeds))
+            with self._desk.expect(start.request_id) as gone:
+                if start.session_id is None:
+                    return await self._start_temporary(start, gone)
+                return await self._start_kept(start.session_id, start, gone)
+
+    async def _start_kept(self, session_id: str, start: Start, gone: asyncio.Event) -> Started:
+        async def attempt() -> Started:
+            async with self._sessions.locked(session_id):
+                held = await self._sessions.take(session_id, create=bool(start.feeds))
                 return await self._start_session(held, start)
 
-    async def _start_temporary(self, start: Start) -> Started:
+        if self._sessions.get(session_id) is not None:  # it has a slab and need not wait for one
+            with contextlib.suppress(NoSlab):  # it had
+                return await attempt()
+        return await self._queue.run(attempt, 1, gone)
+
+    async def _start_temporary(self, start: Start, gone: asyncio.Event) -> Started:
         """A stream of its own for every answer; answers to one prompt share its prefill."""
-        opened: list[str] = []
-        sources = []
+        names = [_temporary_name() for _ in range(len(start.feeds) * start.n)]
+        await self._queue.run(partial(self._open, names), len(names), gone)
         try:
-            for feed in start.feeds:
-                for number, name in enumerate(await self._open_temporary(feed, start.n, opened)):
-                    rest = () if start.n > 1 else feed.start
-                    options = _seeded(start.options, number)
-                    sources.append(Source(name, await self._submit(name, rest, options)))
+            sources = []
+            for number, feed in enumerate(start.feeds):
+                own = names[number * start.n : (number + 1) * start.n]
+                sources += await self._sources(feed, own, start.options, gone)
         except BaseException:
-            for name in opened:
-                await self._sessions.close_temporary(name)
+            await self._sessions.close_temporary(names)
             raise
         self._desk.put(start.request_id, RunningAnswer(sources, kept=None))
         return Started(
@@ -94,30 +107,45 @@ class Starter:
             position=len(start.feeds[0].start),
         )
 
-    async def _open_temporary(self, feed: Feed, answers: int, opened: list[str]) -> list[str]:
-        """Takes slabs; for several answers with all of the prompt but its last token read."""
-        names = [_temporary_name() for _ in range(answers)]
-        await self._sessions.open_temporary(names[0])
-        opened.append(names[0])
-        if answers == 1:
-            return names
-        state = await self._prefilled(names[0], feed.start)
-        opened.remove(names[0])
-        await self._sessions.close_temporary(names[0])
-        for name in names:
-            await self._sessions.restore_temporary(name, state)
-            opened.append(name)
-        return names
+    async def _open(self, names: Sequence[str]) -> None:
+        """Takes all the slabs or none: who held some and waited for more could wait for ever."""
+        opened: list[str] = []
+        try:
+            for name in names:
+                await self._sessions.open_temporary(name)
+                opened.append(name)
+        except BaseException:
+            await self._sessions.close_temporary(opened)
+            raise
 
-    async def _prefilled(self, name: str, prompt: Sequence[int]) -> dict[str, torch.Tensor]:
-        """The state of a stream that has read a prompt but for its last token."""
-        if len(prompt) > 1:
-            # One token sampled after the rest of the prompt, and thrown away: it was not read yet.
-            throwaway = await self._submit(name, prompt[:-1], Options(max_tokens=1))
-            while not throwaway.ended:
-                await asyncio.sleep(0.005)
-        state = await self._thread.call(partial(self._engine.export, name))
-        return state | {"pending": torch.tensor(prompt[-1:])}
+    async def _sources(
+        self, feed: Feed, names: Sequence[str], options: Options, gone: asyncio.Event
+    ) -> list[Source]:
+        """The answers to one prompt, each in a stream of its own."""
+        if len(names) == 1:
+            return [Source(names[0], await self._submit(names[0], feed.start, options))]
+        prompt = await self._read(names[0], feed.start, options, gone)
+        state = await self._thread.call(partial(self._engine.export, names[0]))
+        await self._sessions.refill_temporary(names[1:], state)
+        rest, sources = replace(options, prompt_logprobs=None), []
+        for number, name in enumerate(names):
+            generation = await self._submit(name, (), _seeded(rest, number))
+            sources.append(Source(name, generation, prompt=prompt))
+        return sources
+
+    async def _read(
+        self, name: str, prompt: Sequence[int], options: Options, gone: asyncio.Event
+    ) -> list[Token]:
+        """Has a stream read a prompt but for its last token; returns what is told of its tokens."""
+        only = Options(max_tokens=0, prompt_logprobs=options.prompt_logprobs)
+        reading, tokens = await self._submit(name, prompt, only), []
+        while not reading.done:
+            if gone.is_set():
+                raise nobody_waits()
+            events = reading.take(max_events=1024)
+            tokens += [prompt_token(event) for event in events if isinstance(event, PromptEvent)]
+            await asyncio.sleep(0.005)
+        return tokens
 
     async def _start_session(self, held: Held, start: Start) -> Started:
         repeated = held.turn.request_id == start.request_id

@@ -36,22 +36,24 @@ class AnswerText:
             if number >= len(before) - answered and not options.min_tokens:
                 stop = self._ends(token) or self._stops.push(text)[1]
                 self.over = End(reason="stop") if stop else None
+        self._chars = self._stops.held  # what is shown with the first token, or after it
 
     def show(self, position: int, token: int, number: int) -> tuple[Token, End | None]:
         """One more token, the answer's `number`th (from 1), and the end if it is the last."""
-        options = self._options
+        options, offset, end = self._options, self._chars, None
         if number > options.min_tokens and self._ends(token):
             named = token if token in options.stop_token_ids else None
-            return Token(position, token, ""), End(
-                reason="stop", stop=named, text=self._stops.flush()
-            )
+            end = End(reason="stop", stop=named, text=self._stops.flush())
+            return Token(position, token, "", offset=offset), end
         text, stop = self._decoder.push(token), None
+        self._chars += len(text)
         if number > options.min_tokens:
             text, stop = self._stops.push(text)
-        end = End(reason="stop", stop=stop) if stop is not None else None
+        if stop is not None:
+            end = End(reason="stop", stop=stop)
         if end is None and number == options.max_tokens:
             end = End(reason="length", text=self._stops.flush())
-        return Token(position, token, text), end
+        return Token(position, token, text, offset=offset), end
 
     def flush(self) -> str:
         """What was held back, once nothing follows."""

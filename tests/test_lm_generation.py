@@ -65,7 +65,7 @@ def test_nothing_ends_an_answer_before_min_tokens() -> None:
     assert len(found) > 3
 
 
-@pytest.mark.parametrize("bad", [{"max_tokens": 0}, {"max_tokens": -1}, {"min_tokens": -1}])
+@pytest.mark.parametrize("bad", [{"prompt_logprobs": -1}, {"max_tokens": -1}, {"min_tokens": -1}])
 def test_requests_out_of_range_are_refused_by_name(bad: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         GenerationRequest(**bad)  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ from models.sink_lm.buckets import BucketDecoder
 from models.sink_lm.cache import NoFreeSlab
 from models.sink_lm.generation import EndEvent, Generation, GenerationRequest, TokenEvent
 from models.sink_lm.llama import Llama
-from models.sink_lm.sampling import Choice, choose
+from models.sink_lm.sampling import Choice, choose, scored
 from models.sink_lm.session import (
     Session,
     SessionBusy,
@@ -34,6 +34,8 @@ from models.sink_lm.session import (
 from models.sink_lm.tokenizer import Tokenizer
 
 Journal = Callable[[str, Sequence[int]], None]
+SCORED_ROWS = 32
+"""Tokens of a prompt whose logits are in memory at the same time."""
 
 log = logging.getLogger(__name__)
 
@@ -174,8 +176,11 @@ class Engine:
                 max_buffered=self._max_buffered,
                 on_room=self._work.set,
             )
+            is_first = self._position(session) == 0
             self._append(session_id, session, tokens)
             session.generation, session.used_at = generation, time.monotonic()
+            if is_first and request.prompt_logprobs is not None:
+                generation.accept_prompt([Choice(tokens[0])])  # nothing comes before it
         self._work.set()
         return generation
 
@@ -278,7 +283,7 @@ class Engine:
 
     def _prefill(self) -> bool:
         """Reads one chunk of the prompt whose turn it is; restored streams have one to read too."""
-        waiting = {name for name, session in self._sessions.items() if len(session.pending) > 1}
+        waiting = {name for name, session in self._sessions.items() if session.has_prompt}
         self._turn = deque(name for name in self._turn if name in waiting)
         self._turn.extend(sorted(waiting.difference(self._turn)))
         if not self._turn:
@@ -292,15 +297,25 @@ class Engine:
         count = min(self._prefill_chunk, len(session.pending) - 1)
         if count < 1:
             return
-        tokens_T = torch.tensor([session.pending[i] for i in range(count)])
-        self.model.prefill(self._put(tokens_T), self.slabs, session.slot, logits="none")
+        ids = [session.pending[i] for i in range(count + 1)]
+        x_TE = self.model.read(self._put(torch.tensor(ids[:-1])), self.slabs, session.slot)
         for _ in range(count):
             session.pending.popleft()
+        if session.generation is not None:
+            self._score(x_TE, ids[1:], session.generation)
+
+    @torch.inference_mode()
+    def _score(self, x_TE: Tensor, after: Sequence[int], generation: Generation) -> None:
+        """Reports what follows each token, if asked to; the logits of all would be too large."""
+        count = generation.request.prompt_logprobs
+        for row in range(0, len(after) if count is not None else 0, SCORED_ROWS):
+            rows = slice(row, row + SCORED_ROWS)
+            generation.accept_prompt(scored(self.model.logits(x_TE[rows]), after[rows], count))
 
     def _decode(self) -> bool:
         """Feeds the last pending token of each session, and samples the next."""
         running = [(name, s) for name, s in self._sessions.items() if s.is_running]
-        ready = [(name, session) for name, session in running if len(session.pending) == 1]
+        ready = [(name, s) for name, s in running if len(s.pending) == 1 and not s.end_if_read()]
         if not ready:
             return False
         ready.sort(key=lambda item: item[1].slot)

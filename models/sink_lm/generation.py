@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -25,7 +25,9 @@ class GenerationRequest:
     sampling: Sampling = field(default_factory=Sampling)
     """How to choose tokens."""
     max_tokens: int | None = None
-    """End after this many; None goes on until cancelled."""
+    """End after this many; None goes on until cancelled, 0 reads the prompt but for its last token."""
+    prompt_logprobs: int | None = None
+    """Report the tokens of the prompt first, each with so many likeliest; None does not."""
     stop: tuple[str, ...] = ()
     """Strings that end the answer and are not part of it."""
     stop_token_ids: tuple[int, ...] = ()
@@ -41,8 +43,10 @@ class GenerationRequest:
         Raises:
             ValueError: names the field.
         """
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if self.max_tokens is not None and self.max_tokens < 0:
+            raise ValueError(f"max_tokens must be at least 0, got {self.max_tokens}")
+        if self.prompt_logprobs is not None and self.prompt_logprobs < 0:
+            raise ValueError(f"prompt_logprobs must be at least 0, got {self.prompt_logprobs}")
         if self.min_tokens < 0:
             raise ValueError(f"min_tokens must be at least 0, got {self.min_tokens}")
 
@@ -57,11 +61,28 @@ class TokenEvent:
         text: what became readable; empty within a character or a possible stop string.
         logprob: its log probability, if asked for.
         top: the likeliest (id, log probability).
+        offset: characters of the answer before the first one that it has a part in.
     """
 
     position: int
     token: int
     text: str
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PromptEvent:
+    """One token of the prompt that was read.
+
+    Attributes:
+        token: its id.
+        logprob: its log probability after those before it; None for the first of a stream.
+        top: the likeliest (id, log probability) in its place.
+    """
+
+    token: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
 
@@ -87,7 +108,7 @@ class EndEvent:
     message: str | None = None
 
 
-Event = TokenEvent | EndEvent
+Event = TokenEvent | PromptEvent | EndEvent
 
 
 class Generation:
@@ -127,7 +148,7 @@ class Generation:
         self.cancelled = False
         self._text = tokenizer.stream()
         self._stops = StopMatcher(request.stop)
-        self._prompt_tokens, self._tokens = prompt_tokens, 0
+        self._prompt_tokens, self._tokens, self._chars = prompt_tokens, 0, 0
         self._max_buffered, self._on_room = max_buffered, on_room
         self._events: deque[Event] = deque()
         self._ready = threading.Condition()
@@ -169,18 +190,24 @@ class Generation:
         self.cancelled = True
         self._on_room()
 
+    def accept_prompt(self, choices: Sequence[Choice]) -> None:
+        """Takes tokens of the prompt that the engine has read, for who asked for them."""
+        for choice in choices:
+            self._put(PromptEvent(choice.token, choice.logprob, choice.top))
+
     def accept(self, choice: Choice, position: int) -> None:
         """Takes the engine's next token; may end the answer."""
         self._tokens += 1
-        token = choice.token
+        token, offset = choice.token, self._chars
         if token in self._end_ids or token in self._eos_ids:
-            self._put(TokenEvent(position, token, "", choice.logprob, choice.top))
+            self._put(TokenEvent(position, token, "", choice.logprob, choice.top, offset))
             self.end("stop", stop=token if token in self._end_ids else None)
             return
         text, stop = self._text.push(token), None
+        self._chars += len(text)
         if self._tokens > self.request.min_tokens:
             text, stop = self._stops.push(text)
-        self._put(TokenEvent(position, token, text, choice.logprob, choice.top))
+        self._put(TokenEvent(position, token, text, choice.logprob, choice.top, offset))
         if stop is not None:
             self.end("stop", stop=stop)
         elif self._tokens == self.request.max_tokens:

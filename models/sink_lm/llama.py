@@ -142,14 +142,27 @@ class Llama(nn.Module):
         Raises:
             ValueError: no token.
         """
+        x_TE = self.read(tokens_T, slabs, slot)
+        if logits == "none":
+            return None
+        return self.logits(x_TE) if logits == "all" else self.logits(x_TE[-1:])[0]
+
+    @torch.inference_mode()
+    def read(self, tokens_T: Tensor, slabs: Slabs, slot: int) -> Tensor:
+        """Feeds the next tokens of one session as `prefill` does, and leaves the head to the caller.
+
+        Returns:
+            The residual stream [T, E] after every layer, for `logits` of some rows at a time.
+
+        Raises:
+            ValueError: no token.
+        """
         if not len(tokens_T):
             raise ValueError("a chunk needs at least one token")
         attend = ChunkAttention(slot, len(tokens_T), slabs, *self.rotary(tokens_T.device))
         x_TE = self.run(tokens_T, attend)
         slabs.advance(slot, len(tokens_T))
-        if logits == "none":
-            return None
-        return self.logits(x_TE) if logits == "all" else self.logits(x_TE[-1:])[0]
+        return x_TE
 
     def rotary(self, device: torch.device) -> tuple[Tensor, float]:
         """Frequencies, float64 [D / 2], and the factor on rotated heads.

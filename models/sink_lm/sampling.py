@@ -226,6 +226,18 @@ def _cut(probabilities_V: Tensor, rule: Sampling) -> Tensor:
     return torch.zeros_like(probabilities_V).scatter(-1, ids_C, kept_C)
 
 
+def scored(logits_RV: Tensor, tokens: Sequence[int], count: int | None) -> list[Choice]:
+    """Tokens that are given, not chosen, with their log probabilities.
+
+    Args:
+        logits_RV: float [R, V], one row a token: what came before it.
+        tokens: R.
+        count: likeliest tokens to report.
+    """
+    rows = zip(logits_RV, tokens, strict=True)
+    return [_with_logprobs(logits_V, count, token) for logits_V, token in rows]
+
+
 def _with_logprobs(logits_V: Tensor, count: int | None, token: int) -> Choice:
     if count is None:
         return Choice(token)

@@ -68,6 +68,20 @@ class Session:
         return self.generation is not None
 
     @property
+    def has_prompt(self) -> bool:
+        """Whether the next tick may read more of its prompt."""
+        is_paused = self.generation is not None and self.generation.is_paused
+        return len(self.pending) > 1 and not is_paused
+
+    def end_if_read(self) -> bool:
+        """Ends an answer of no tokens, whose prompt is read but for the last one."""
+        if self.generation is None or self.generation.request.max_tokens != 0:
+            return False
+        self.generation.end("length")
+        self.generation = None
+        return True
+
+    @property
     def is_running(self) -> bool:
         """Whether the next tick has work for it."""
         generation = self.generation

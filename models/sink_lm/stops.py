@@ -41,6 +41,11 @@ class StopMatcher:
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], None
 
+    @property
+    def held(self) -> int:
+        """Characters that are held back."""
+        return len(self._held)
+
     def flush(self) -> str:
         """What was held back, once it is clear that nothing follows."""
         held, self._held = self._held, ""
