@@ -46,6 +46,8 @@ def serve_tiny_lm(model: Path, store: Path) -> Iterator[Served]:
         ingress_cpus=0.1,
         snapshot_every=50,
         max_choices=3,
+        max_queued=0,
+        ping_s=0.3,
         max_reply_tokens=400,
         max_prompt_tokens=2_000,
         max_request_bytes=100_000,

@@ -323,23 +323,65 @@ def test_busy_cancel_and_no_free_slab(http: httpx.Client, client: openai.OpenAI)
     wait_until(is_quiet, 15)  # sooner than a reader who stays away is given up
 
 
+class CountsPings(httpx.HTTPTransport):
+    """Looks at the bytes that the client reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pings = 0
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        reply = super().handle_request(request)
+        assert isinstance(reply.stream, httpx.SyncByteStream)
+        return httpx.Response(
+            reply.status_code,
+            headers=reply.headers,
+            stream=Counted(reply.stream, self),
+            extensions=reply.extensions,
+        )
+
+
+class Counted(httpx.SyncByteStream):
+    def __init__(self, stream: httpx.SyncByteStream, counts: CountsPings) -> None:
+        self._stream, self._counts = stream, counts
+
+    def __iter__(self) -> Iterator[bytes]:
+        for data in self._stream:
+            self._counts.pings += data.count(b": ping\n")
+            yield data
+
+    def close(self) -> None:
+        self._stream.close()
+
+
 def test_kill_9_mid_stream_loses_and_repeats_nothing(served: Served, http: httpx.Client) -> None:
     """The replica dies twice: once under a reader who stays, once under one who comes back."""
     expected = text_of(complete(http, prompt="and then", max_tokens=400, ignore_eos=True))
-    # The ingress goes on with another replica by itself: the client sees a pause.
+    # The ingress goes on with another replica by itself: the official client sees a pause, and
+    # reads over the comments in it.
+    counts = CountsPings()
+    official = openai.OpenAI(
+        base_url=f"{served.url}/v1",
+        api_key="unused",
+        max_retries=0,
+        http_client=httpx.Client(transport=counts, timeout=60),
+    )
     got, killed = "", False
-    with endless(http, "survivor", max_tokens=400) as reply:
-        for _, data in events(reply.iter_lines()):
-            if data == "[DONE]":
-                break
-            assert "error" not in data, data
-            got += data["choices"][0]["text"]
-            if len(got) > 60 and not killed:
-                killed = True
-                for pid in replica_pids(APP, "LanguageModel"):
-                    os.kill(pid, signal.SIGKILL)
+    for chunk in official.completions.create(
+        **GREEDY,
+        prompt="and then",
+        max_tokens=400,
+        stream=True,
+        extra_body={"session_id": "survivor", "ignore_eos": True},
+    ):
+        got += chunk.choices[0].text
+        if len(got) > 60 and not killed:
+            killed = True
+            for pid in replica_pids(APP, "LanguageModel"):
+                os.kill(pid, signal.SIGKILL)
     assert killed
     assert got == expected
+    assert counts.pings >= 3
 
     # The client's connection breaks as well: it resumes at the last position it has seen.
     wait_until(lambda: http.get("/healthz").status_code == 200, 60)
