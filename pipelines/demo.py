@@ -28,7 +28,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 import tyro
 from ray import serve as ray_serve
 from rich.console import Console
@@ -51,6 +50,8 @@ from pipelines.fetch import sample_folder
 from pipelines.ingest import ingest
 from pipelines.pretrain import pretrain
 from pipelines.recipes import RECIPES
+from pipelines.runtime.cluster import start_ray
+from pipelines.runtime.places import prepare
 from pipelines.shards import read_rows
 from serve.app import build_app
 from serve.settings import ServeSettings
@@ -61,7 +62,8 @@ NEIGHBOURS = 6
 
 def demo(cfg: DemoConfig) -> dict[str, Any]:
     """Runs the whole way; returns `evaluate`'s results."""
-    out, console, started = Path(cfg.out).resolve(), Console(), time.monotonic()
+    cfg = prepare(cfg)
+    out, console, started = Path(cfg.out), Console(), time.monotonic()
     with step(console, "1/6 ingest: image folders to validated shards"):
         folders = sample_folder(out / "images")
         train, test = str(out / "shards" / "train"), str(out / "shards" / "test")
@@ -103,12 +105,6 @@ def step(console: Console, title: str) -> Iterator[None]:
     started = time.monotonic()
     yield
     console.print(f"({time.monotonic() - started:.0f} s)")
-
-
-def start_ray() -> None:
-    """Starts a local Ray, or joins the job's, as every job of ours does."""
-    if not ray.is_initialized():
-        ray.init(include_dashboard=False, log_to_driver=False)
 
 
 def run_config(cfg: DemoConfig, out: Path, train: str, test: str) -> PretrainConfig:

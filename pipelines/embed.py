@@ -50,6 +50,8 @@ from pipelines.features import compute_features, decode_batches, encoder_feature
 from pipelines.following import stop_on_signals
 from pipelines.probe_rows import COLUMNS
 from pipelines.progress import Meter
+from pipelines.runtime.cluster import start_ray
+from pipelines.runtime.places import prepare
 from pipelines.shards import (
     MANIFEST,
     Manifest,
@@ -60,7 +62,6 @@ from pipelines.shards import (
     read_manifest,
     read_row_group,
 )
-from pipelines.storage import absolute_uri
 
 RECORD = "embed.json"
 SCHEMA_VERSION = 1
@@ -89,7 +90,7 @@ def embed(cfg: EmbedConfig) -> dict[str, Any]:
         ValueError: no artifact or no shards there, or `cfg.out` holds anything else than an
             unfinished or finished run of this very job.
     """
-    cfg = _absolute(cfg)
+    cfg = prepare(cfg)
     console = Console()
     artifact, manifest = load_artifact(cfg.artifact), read_manifest(cfg.data)
     record = _describe(cfg, artifact, manifest)
@@ -111,7 +112,7 @@ def follow(cfg: EmbedConfig, stop: threading.Event) -> dict[str, Any] | None:
     Raises:
         ValueError: as `embed`; or `cfg.data` is a set that does not grow.
     """
-    cfg = _absolute(cfg)
+    cfg = prepare(cfg)
     console, embedder, record = Console(), Embedder(cfg), None
     artifact = load_artifact(cfg.artifact)
     while True:
@@ -133,15 +134,6 @@ def follow(cfg: EmbedConfig, stop: threading.Event) -> dict[str, Any] | None:
                 return record
         if stop.wait(cfg.poll_seconds):
             return record
-
-
-def _absolute(cfg: EmbedConfig) -> EmbedConfig:
-    return dataclasses.replace(
-        cfg,
-        artifact=absolute_uri(cfg.artifact),
-        data=absolute_uri(cfg.data),
-        out=absolute_uri(cfg.out),
-    )
 
 
 def _finish(
@@ -234,7 +226,7 @@ def _missing(out: str, record: dict[str, Any], pieces: list[Piece]) -> list[Piec
 
 
 def _run(pieces: list[Piece], cfg: EmbedConfig, manifest: Manifest, console: Console) -> None:
-    _start_ray()
+    start_ray()
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False  # ours counts images and bytes
     context.print_on_execution_start = False
@@ -252,17 +244,6 @@ def _run(pieces: list[Piece], cfg: EmbedConfig, manifest: Manifest, console: Con
     with Meter(console, "embedding", int(manifest.num_bytes * share), noun) as meter:
         for result in results.iter_rows():
             meter.advance(result["rows"], result["bytes"])
-
-
-def _start_ray() -> None:
-    """Starts a local Ray or joins the one that RAY_ADDRESS names, unless there is one already."""
-    if ray.is_initialized():
-        return
-    # Inside a Ray job its runtime environment already brings this code to every worker.
-    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    root = str(pathlib.Path(__file__).resolve().parent.parent)
-    path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
-    ray.init(runtime_env=None if in_job else {"env_vars": {"PYTHONPATH": path}})
 
 
 class Embedder:

@@ -49,6 +49,7 @@ from pipelines.probe_sets import (
 )
 from pipelines.probes import few_shot, knn_accuracy, linear_probe, task_of
 from pipelines.report import NAMES, Subject, main_score, write_report
+from pipelines.runtime.places import prepare
 from pipelines.shards import Manifest, read_manifest
 from pipelines.state_labels import Bins, find_column, state_reader
 from pipelines.storage import open_uri
@@ -145,6 +146,7 @@ def evaluate(cfg: EvaluateConfig, *, console: Console | None = None) -> dict[str
         ValueError: sets without labels or with other classes than each other, or no such encoder.
     """
     console, start = console or Console(), time.time()
+    cfg = prepare(cfg)
     manifests = _manifests(cfg)
     compared = read_compared(cfg, manifests)
     subject = with_sampler(cfg, load_subject(cfg.checkpoint), manifests[0].modality)

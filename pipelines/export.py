@@ -28,6 +28,7 @@ from models.weights import save_artifact
 from pipelines.checkpoints import load_encoder
 from pipelines.config import ExportConfig
 from pipelines.features import preprocessing_of
+from pipelines.runtime.places import prepare
 from pipelines.storage import is_local, open_uri
 
 PACKAGES = ("torch", "timm")
@@ -44,6 +45,7 @@ def export(cfg: ExportConfig) -> str:
         ValueError: `cfg.out` holds something that is no artifact.
         RuntimeError: the artifact read back gives other features (nothing is published).
     """
+    cfg = prepare(cfg)
     encoder, config, info = load_encoder(cfg.checkpoint)
     encoder.eval()
     model = config.model

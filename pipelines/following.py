@@ -37,6 +37,7 @@ from pipelines.live_source import (
 )
 from pipelines.progress import SECONDS_BETWEEN_LINES
 from pipelines.publishing import LiveSet, Timeline
+from pipelines.runtime.places import prepare
 from pipelines.segmenting import Segment, Segmenter, rate_of
 from pipelines.shards import Manifest, hash_bytes
 from pipelines.video_preparing import segment_id, segment_row
@@ -53,6 +54,7 @@ def follow(cfg: IngestConfig, stop: threading.Event | None = None) -> Manifest:
         ValueError: the source cannot be opened or brings no video, or `cfg.out` is not ours.
         OSError: the storage failed; run again to go on.
     """
+    cfg = prepare(cfg)
     with LiveSet(cfg) as live_set:
         return Follower(cfg, live_set, stop or threading.Event()).run()
 

@@ -47,6 +47,8 @@ from pipelines.merging import (
     read_shard_note,
 )
 from pipelines.progress import Meter
+from pipelines.runtime.cluster import start_ray
+from pipelines.runtime.places import prepare
 from pipelines.shards import (
     LOSSES,
     QUARANTINE,
@@ -88,6 +90,7 @@ def ingest(cfg: IngestConfig) -> Manifest:
     """
     started = time.monotonic()
     console = Console()
+    cfg = prepare(cfg)
     _check_out(cfg.out)
     listing = list_source(cfg)
     for note in listing.notes:
@@ -101,8 +104,7 @@ def ingest(cfg: IngestConfig) -> Manifest:
         _clean_up(cfg, finished)
         console.print(f"{cfg.out}: {finished.num_samples:,} samples, up to date")
         return finished
-    if not ray.is_initialized():
-        ray.init(include_dashboard=False)
+    start_ray()
     items = _stage(chunks, keys, listing, cfg, console)
     manifest = _merge(keys, items, listing, fingerprint, cfg, console)
     notes = sum((read_tally(table).notes for table in items), Counter())

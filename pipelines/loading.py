@@ -36,6 +36,7 @@ from pipelines.maskers import MASK_NAMES, Masker, make_masker
 from pipelines.masking import sample_keys
 from pipelines.plan import Piece, make_plan, pieces, rank_lanes
 from pipelines.reading import BLOCK_BYTES, Reader, read_pieces
+from pipelines.runtime.cluster import start_ray
 from pipelines.shards import Manifest, read_manifest
 
 T = TypeVar("T")
@@ -164,8 +165,7 @@ def cluster_share(cfg: PretrainConfig, world_size: int) -> Share:
     """
     import ray
 
-    if not ray.is_initialized():
-        ray.init()
+    start_ray()
     context: Any = ray.get_runtime_context()
     in_worker = context.worker.mode == ray.WORKER_MODE
     assigned = context.get_assigned_resources().get("CPU", 0.0) if in_worker else 0.0

@@ -15,12 +15,9 @@ if __name__ == "__main__" and not __package__:  # `python pipelines/pretrain.py`
 
 import dataclasses
 import functools
-import math
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.checkpoints import (
@@ -34,16 +31,14 @@ from pipelines.config import PretrainConfig
 from pipelines.runs.initial_weights import check_initial
 from pipelines.runs.resuming import Start, find_start, go_back
 from pipelines.runs.run_checkpoints import best_checkpoint
-from pipelines.storage import absolute_uri, join_uri, local_copy, ray_storage
+from pipelines.runtime.cluster import check_fits, cpus_needed, start_ray
+from pipelines.runtime.places import prepare
+from pipelines.storage import join_uri, local_copy, ray_storage
 
 if TYPE_CHECKING:
     from ray.util.queue import Queue
 
     from pipelines.trainer import Outcome
-
-ROOT = Path(__file__).resolve().parent.parent
-DATA_CPUS = 0.5
-"""CPUs that must be left for Ray Data's tasks; with none the loader would wait for ever."""
 
 
 class CollapseError(RuntimeError):
@@ -81,14 +76,14 @@ def pretrain(
     """
     if not cfg.data.train:
         raise ValueError("--data.train: name the folder or s3:// prefix of ingested shards")
-    cfg = with_absolute_paths(cfg)
+    cfg = prepare(cfg)
     run_uri = join_uri(cfg.run.storage, cfg.run.name)
     stream = stream or sys.stdout
     start = check_early(cfg, run_uri)
     say = functools.partial(print, file=stream, flush=True)
     if start.note:
         say(start.note)
-    start_ray(cpus_needed(cfg))
+    start_ray(cpus_needed(cfg), training=True)
     check_fits(cfg)
     go_back(start, ranked=bool(cfg.run.probe_every), say=say)
     outcome = _fit(cfg, callbacks, stream)
@@ -103,19 +98,6 @@ def pretrain(
         step=outcome.step,
         metrics=outcome.metrics,
     )
-
-
-def with_absolute_paths(cfg: PretrainConfig) -> PretrainConfig:
-    """`cfg` as workers need it, which run in other directories."""
-    data = dataclasses.replace(
-        cfg.data, train=absolute_uri(cfg.data.train), test=absolute_uri(cfg.data.test)
-    )
-    run = dataclasses.replace(
-        cfg.run,
-        storage=absolute_uri(cfg.run.storage),
-        init_from=absolute_uri(cfg.run.init_from) if cfg.run.init_from else None,
-    )
-    return dataclasses.replace(cfg, data=data, run=run)
 
 
 def check_early(cfg: PretrainConfig, run_uri: str) -> Start:
@@ -152,68 +134,6 @@ def check_early(cfg: PretrainConfig, run_uri: str) -> Start:
     elif cfg.run.init_from:
         start = dataclasses.replace(start, note=check_initial(cfg))
     return start
-
-
-def start_ray(cpus: float) -> None:
-    """Makes sure of a Ray; one of our own has room for `cpus`."""
-    import ray
-
-    if ray.is_initialized():
-        return
-    # Inside a Ray job its runtime environment already brings this code to every worker.
-    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
-    runtime_env = None if in_job else {"env_vars": {"PYTHONPATH": path}}
-    if os.environ.get("RAY_ADDRESS", "local") != "local":
-        ray.init(runtime_env=runtime_env)
-        return
-    # A Ray of our own: CPUs are only a count here, so one with too few cores still gets room.
-    try:
-        ray.init(num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)), runtime_env=runtime_env)
-    except ValueError as error:
-        if "existing cluster" not in str(error):
-            raise
-        ray.init(runtime_env=runtime_env)  # Ray found the one that `ray start` left
-
-
-def cpus_needed(cfg: PretrainConfig) -> float:
-    """CPUs that a run's workers and its data tasks reserve."""
-    return cfg.run.workers * cfg.run.cpus_per_worker + DATA_CPUS
-
-
-def check_fits(cfg: PretrainConfig, *, runs: int = 1) -> None:
-    """Refuses a run whose workers and Ray Data tasks cannot both get CPUs (or GPUs).
-
-    On an autoscaling cluster what counts is the size it may grow to.
-
-    Args:
-        cfg: The run.
-        runs: So many of them at a time.
-
-    Raises:
-        ValueError: naming what there is, what is needed and the flags.
-    """
-    import ray
-    from ray._private.state import state  # no public way to the autoscaler's limits in 2.60
-
-    there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    may_grow = state.get_max_resources_from_cluster_config() or {}
-    cpus = max(there.get("CPU", 0.0), may_grow.get("CPU", 0.0))
-    needed = runs * cpus_needed(cfg)
-    many = f", --concurrent {runs} times," if runs > 1 else ""
-    if cpus < needed:
-        raise ValueError(
-            f"the Ray cluster has {cpus:g} CPUs; {cfg.run.workers} workers at "
-            f"--run.cpus-per-worker {cfg.run.cpus_per_worker:g} and {DATA_CPUS:g} for the data "
-            f"tasks{many} need {needed:g}. Lower --run.cpus-per-worker or --run.workers, or add "
-            "nodes."
-        )
-    gpus = max(there.get("GPU", 0.0), may_grow.get("GPU", 0.0))
-    if cfg.run.gpu and gpus < runs * cfg.run.workers:
-        raise ValueError(
-            f"the Ray cluster has {gpus:g} GPUs; --run.workers {cfg.run.workers} with --run.gpu"
-            f"{many} needs one each."
-        )
 
 
 def _fit(cfg: PretrainConfig, callbacks: Sequence[Any], stream: Any) -> Outcome:

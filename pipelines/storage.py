@@ -29,11 +29,19 @@ def is_local(fs: Any) -> bool:
 
 
 def absolute_uri(uri: str) -> str:
-    """Makes a local path absolute (Ray Train workers run in another directory)."""
+    """Makes a local path absolute (tasks and workers run in other directories).
+
+    `~` and `file://` are understood. Links stay as they are named: other machines may have them lead
+    elsewhere.
+    """
     if not uri:
         return uri
     fs, path = open_uri(uri)
-    return str(Path(path).resolve()) if is_local(fs) else uri.rstrip("/")
+    if not is_local(fs):
+        return uri.rstrip("/")
+    if ".." in Path(path).parts:  # what is above a link is above what it leads to
+        return str(Path(path).resolve())
+    return str(Path(path))
 
 
 def join_uri(uri: str, *names: str) -> str:

@@ -26,10 +26,12 @@ from rich.console import Console
 
 from pipelines.checkpoints import CheckpointError, decides_the_run, flatten
 from pipelines.config import PretrainConfig, RunConfig, SweepConfig
-from pipelines.pretrain import check_early, check_fits, cpus_needed, start_ray, with_absolute_paths
+from pipelines.pretrain import check_early
 from pipelines.recipes import RECIPES
+from pipelines.runtime.cluster import check_fits, cpus_needed, start_ray
+from pipelines.runtime.places import absolute, prepare
 from pipelines.shards import put_atomic
-from pipelines.storage import absolute_uri, join_uri, open_uri
+from pipelines.storage import join_uri, open_uri
 from pipelines.sweep_report import Row, plot, table, verdict
 from pipelines.sweep_space import Settings, apply, draw, parse_space
 from pipelines.sweep_trials import Reading, Score, Train, run_trials, score_run, train_trial
@@ -62,14 +64,15 @@ def sweep(
         CheckpointError: a run of the sweep exists and cannot be continued.
     """
     console = console or Console()
-    cfg = dataclasses.replace(cfg, out=absolute_uri(cfg.out))
+    cfg = prepare(cfg)
     drawn, plan = make_plan(cfg, base)
+    prepare(plan[0], write=False)
     book = Book(cfg, plan, drawn)
     for run in plan:
         check_early(run, join_uri(run.run.storage, run.run.name))
     _check_labels(plan[0])
     book.begin()
-    start_ray(cfg.concurrent * cpus_needed(plan[0]) + 1)
+    start_ray(cfg.concurrent * cpus_needed(plan[0]) + 1, training=True)
     check_fits(plan[0], runs=cfg.concurrent)
     console.print(f"{len(plan)} runs under {cfg.out}, {len(book.ended)} of them there already")
     run_trials(cfg, plan, book.ended, book.record, console.print, train)
@@ -111,7 +114,7 @@ def make_plan(
         raise ValueError("--run.storage: a sweep's runs are in the folder named by --out")
     if base.run.name not in {recipe.run.name for _, recipe in RECIPES.values()}:
         raise ValueError("--run.name: a sweep names its runs itself")
-    base = with_absolute_paths(base)
+    base = absolute(base)
     drawn = draw(parse_space(cfg.space, base), cfg.samples, cfg.seed)
     return drawn, [_run(cfg, apply(base, settings), i) for i, settings in enumerate(drawn)]
 

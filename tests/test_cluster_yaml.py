@@ -18,8 +18,8 @@ import yaml
 from moto import mock_aws
 from ray.autoscaler._private import util
 
-from pipelines.pretrain import check_fits
 from pipelines.recipes import RECIPES
+from pipelines.runtime.cluster import check_fits
 
 ROOT = Path(__file__).resolve().parent.parent
 

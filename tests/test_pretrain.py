@@ -24,9 +24,10 @@ from pipelines.checkpoints import CheckpointError, load_encoder, load_tensors, r
 from pipelines.config import PretrainConfig
 from pipelines.loading import train_batches
 from pipelines.plan import make_plan
-from pipelines.pretrain import LinePrinter, _progress, check_fits, main, pretrain
+from pipelines.pretrain import LinePrinter, _progress, main, pretrain
 from pipelines.recipes import RECIPES, debug
 from pipelines.recorder import DataSource, Worker
+from pipelines.runtime.cluster import check_fits
 from pipelines.shards import read_manifest
 from pipelines.tracking import read_metrics
 from pipelines.trainer import _say_into, train

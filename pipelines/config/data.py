@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipelines.config.checks import require, require_range
+from pipelines.config.places import ReadPlace
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which shards to train on and how a batch is made of them."""
 
-    train: str = ""
+    train: ReadPlace = ""
     """Folder or `s3://` prefix of ingested shards to pretrain on."""
-    test: str = ""
+    test: ReadPlace = ""
     """Labelled shards held out for the online probe; empty splits nothing off and skips the probe."""
     batch_size: int = 256
     """Images or clips in one optimizer step, over all workers and accumulation steps."""

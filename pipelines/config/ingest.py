@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from pipelines.config.checks import require
+from pipelines.config.places import PlaceField, WrittenPlace
 
 IMAGE_COLUMN, LABEL_COLUMN = "image", "label"
 
@@ -82,11 +83,11 @@ class LiveConfig:
 class IngestConfig:
     """Raw images or videos of any source to validated Parquet shards."""
 
-    source: str
+    source: Annotated[str, PlaceField(unless="follow")]
     """Folder, `s3://` prefix or list (CSV, TSV, text, JSON lines) of images or videos; for images also a
     WebDataset tar (or a folder or glob of them), or a Parquet file or folder. With --follow one live
     stream: a URL or device that FFmpeg opens, a file that grows, a named pipe, or `-`."""
-    out: str
+    out: WrittenPlace
     """Where shards, manifest and quarantine go: a local folder or an `s3://` prefix."""
     format: Literal["auto", "folder", "list", "webdataset", "parquet"] = "auto"
     """How to read `source`; `auto` decides by the file names found there."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from pipelines.config.checks import require
+from pipelines.config.places import PlaceField, ReadPlace, WrittenPlace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,22 +14,22 @@ class EvaluateConfig:
     """What an encoder learned: kNN, linear probe, few-shot, RankMe, beside two baselines; of clips
     also an attentive probe, and the encoder on single frames as a third baseline."""
 
-    checkpoint: str
+    checkpoint: ReadPlace
     """Checkpoint or exported artifact (folder or `s3://` prefix); a run folder means its best checkpoint."""
-    data: str
+    data: ReadPlace
     """Labelled shards the probes learn from."""
-    test: str
+    test: ReadPlace
     """Labelled shards the probes are scored on."""
-    shift_test: str | None = None
+    shift_test: ReadPlace | None = None
     """A second test set, scored by the same probes as --test: what a change of the footage costs."""
-    out: str = "evaluation"
+    out: WrittenPlace = "evaluation"
     """Folder for results.json and report.html."""
     only: str | None = None
     """Use only rows of this class of the shards (of games, one game)."""
     state: str | None = None
     """Of video: instead of the shards' classes, this column of a frame's `states` (a number, or a name
     in --columns), in bins, at the clip's middle frame."""
-    columns: str | None = None
+    columns: ReadPlace | None = None
     """columns.json of `pipelines.fetch gameplay`: what --state's names are, by the game in --only."""
     bins: int = 4
     """Classes made of --state, each with an equal share of the training set."""
@@ -58,7 +59,7 @@ class EvaluateConfig:
     """Images, or frames of clips, per forward pass."""
     limit: int | None = None
     """Use at most this many images or clips of each set."""
-    compare: tuple[str, ...] = ()
+    compare: tuple[ReadPlace, ...] = ()
     """results.json files (or their folders) of other evaluations on the same data, to stand beside."""
     seed: int = 0
     """Seed of random-init, few-shot draws and probe order."""
@@ -76,9 +77,9 @@ class EvaluateConfig:
 class ExportConfig:
     """A checkpoint's target encoder as an artifact that timm and transformers load."""
 
-    checkpoint: str
+    checkpoint: ReadPlace
     """Checkpoint, or a run folder (its best checkpoint)."""
-    out: str
+    out: WrittenPlace
     """Folder of the artifact."""
 
 
@@ -86,11 +87,11 @@ class ExportConfig:
 class EmbedConfig:
     """A whole data set through an exported encoder into Parquet."""
 
-    artifact: str
+    artifact: ReadPlace
     """Folder or `s3://` prefix of the exported artifact."""
-    data: str
+    data: Annotated[str, PlaceField(unless="follow")]
     """Ingested shards."""
-    out: str
+    out: WrittenPlace
     """Folder or `s3://` prefix for the embedding Parquet files."""
     pooling: Literal["mean", "patches"] = "mean"
     """One vector an image or video segment, or one a patch."""
@@ -120,7 +121,7 @@ class EmbedConfig:
 class DemoConfig:
     """The whole way on the shipped CIFAR-10 sample, ending in an HTTP request."""
 
-    out: str = "demo-out"
+    out: WrittenPlace = "demo-out"
     """Folder of everything the demo makes; run again, it goes on from what is there."""
     recipe: Literal[
         "vicreg_cifar10_demo",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipelines.config.checks import require
+from pipelines.config.places import WrittenPlace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class SweepConfig:
     reduction: float = 3.0
     """Of the runs that get to a rung, one in so many goes on; rungs are the first checkpoint, so many
     times that, and so on."""
-    out: str = "sweep"
+    out: WrittenPlace = "sweep"
     """Folder or `s3://` prefix of the runs, the results and the plot; the same again goes on with what is
     missing."""
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pipelines.config.checks import require
 from pipelines.config.data import ClipConfig, DataConfig, MaskConfig, VideoMaskConfig
+from pipelines.config.places import PlaceField, WrittenPlace
 from pipelines.config.views import ViewsConfig
 
 Masks = Literal["blocks", "clip", "random", "disjoint", "none"]
@@ -213,7 +214,7 @@ class RunConfig:
 
     name: str = "run"
     """Folder of this run under `storage`; the same name again resumes it."""
-    storage: str = "runs"
+    storage: WrittenPlace = "runs"
     """Where runs live: a local folder or an `s3://` prefix."""
     steps: int = 1000
     """Optimizer steps in the whole run; the schedules end here."""
@@ -252,7 +253,7 @@ class RunConfig:
     resume_from: str | None = None
     """Goes back to a whole checkpoint of this run: `newest-whole`, or its name, `checkpoint_<step>`. Newer
     ones are moved to `set-aside-<n>` in the run's folder. Without it the run goes on from its newest."""
-    init_from: str | None = None
+    init_from: Annotated[str, PlaceField(required=False)] | None = None
     """Checkpoint whose weights start the run when the run has none of its own; of any image size and
     clip length."""
     log_samples: bool = False

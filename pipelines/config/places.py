@@ -1,0 +1,90 @@
+"""Which fields of a configuration name a place: a file, a folder or a URI's prefix.
+
+A field says so in its type, `ReadPlace` or `WrittenPlace`; with that it is made absolute, tried before
+work begins and named by its flag in what goes wrong (`pipelines.runtime`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, TypeVar
+
+C = TypeVar("C")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlaceField:
+    """What a field's type says of the place it names."""
+
+    written: bool = False
+    """The job writes there."""
+    required: bool = True
+    """What is read must be there when the job begins."""
+    unless: str = ""
+    """A field beside it; where that is set, this one names something else (a device, a stream)."""
+
+
+ReadPlace = Annotated[str, PlaceField()]
+WrittenPlace = Annotated[str, PlaceField(written=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A place that a configuration names."""
+
+    flag: str
+    """As on the command line: `--data.train`."""
+    uri: str
+    field: PlaceField
+
+
+def places(*configs: Any) -> list[Place]:
+    """All places that configurations name, in the order of their fields."""
+    found: list[Place] = []
+
+    def note(place: Place) -> str:
+        found.append(place)
+        return place.uri
+
+    for config in configs:
+        _visit(config, "--", note)
+    return found
+
+
+def with_places(config: C, function: Callable[[Place], str]) -> C:
+    """Replaces every place that `config` names by what `function` makes of it."""
+    changed: C = _visit(config, "--", function)
+    return changed
+
+
+def _visit(config: Any, prefix: str, function: Callable[[Place], str]) -> Any:
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        flag = f"{prefix}{field.name.replace('_', '-')}"
+        if dataclasses.is_dataclass(value):
+            changes[field.name] = _visit(value, f"{flag}.", function)
+            continue
+        for mark in _marks(hints[field.name]):
+            if not (mark.unless and getattr(config, mark.unless)):
+                changes[field.name] = _replace(value, flag, mark, function)
+    changes = {name: new for name, new in changes.items() if new != getattr(config, name)}
+    return dataclasses.replace(config, **changes) if changes else config
+
+
+def _marks(hint: Any) -> Iterator[PlaceField]:
+    """The mark in a field's type, also inside `| None` and `tuple[...]`."""
+    yield from (mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, PlaceField))
+    for part in typing.get_args(hint):
+        yield from _marks(part)
+
+
+def _replace(value: Any, flag: str, mark: PlaceField, function: Callable[[Place], str]) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_replace(one, flag, mark, function) for one in value)
+    if not value:  # not given
+        return value
+    return type(value)(function(Place(flag, str(value), mark)))

@@ -1,0 +1,159 @@
+"""The Ray that a job runs on: one door for every command, whoever started Ray, and from any folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from pipelines.config import PretrainConfig
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+DATA_CPUS = 0.5
+"""CPUs that must be left for Ray Data's tasks; with none the loader would wait for ever."""
+JOB_ENV = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+LOG_ENV = "RAY_LOG_TO_DRIVER"
+"""Ray's own: 1 shows what workers print and log."""
+
+
+def start_ray(cpus: float = 0.0, *, training: bool = False) -> None:
+    """Makes sure that this process has a Ray whose workers find our packages.
+
+    In this order: the one it has already; the one that RAY_ADDRESS names; the one that `ray start`
+    left on this machine; one of its own (as with RAY_ADDRESS=local) with room for `cpus`.
+
+    Args:
+        cpus: What the job reserves; CPUs are only a count, so that a machine with fewer cores still
+            gets room.
+        training: Starts the dashboard too, which Ray Train asks whether a run is still alive.
+
+    Raises:
+        ValueError: RAY_ADDRESS is not the address of a Ray.
+        ConnectionError: no Ray there.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return
+    settings: dict[str, Any] = {
+        "runtime_env": runtime_env(),
+        "include_dashboard": None if training else False,
+        "logging_level": logging.WARNING,
+        # What a worker raises is raised here too, once, and told in words; Ray would print it before.
+        "log_to_driver": None if LOG_ENV in os.environ else False,
+    }
+    _quiet_loggers()
+    own: dict[str, Any] = {"num_cpus": max(os.cpu_count() or 1, math.ceil(cpus))}
+    address = os.environ.get("RAY_ADDRESS") or None
+    if address == "local":
+        ray.init(address, **settings, **own)
+    elif address is not None:
+        _join(address, settings)
+    else:
+        _join_or_start(settings, own)
+
+
+def _join(address: str, settings: dict[str, Any]) -> None:
+    import ray
+    from ray._private.authentication.authentication_token_setup import (
+        maybe_enable_token_auth_if_token_available,  # `ray.init` does it only without an address
+    )
+
+    if "://" in address:
+        raise ValueError(
+            f"RAY_ADDRESS: {address} is not the address of a node; give HOST:PORT as `ray start` "
+            "prints it (6379 is its usual port), or use `ray job submit`"
+        )
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    try:
+        ray.init(address, **settings)
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"RAY_ADDRESS: no Ray answers at {address}; unset it to start one on this machine"
+        ) from error
+
+
+def _join_or_start(settings: dict[str, Any], own: dict[str, Any]) -> None:
+    """Ray itself finds what `ray start` left here, and then refuses to be told of CPUs."""
+    import ray
+
+    try:
+        ray.init(**settings, **own)
+    except ValueError as error:
+        if "existing cluster" not in str(error):
+            raise
+        try:
+            ray.init(**settings)
+        except ConnectionError:  # one that was killed: its address stays behind
+            ray.init("local", **settings, **own)
+
+
+def _quiet_loggers() -> None:
+    """Leaves of Ray's console lines the warnings that say something about this machine or data."""
+    for name in (
+        "ray._private.authentication.authentication_token_setup",  # that its default is its default
+        "ray.data._internal.progress",  # that our meters stand in place of its bars
+    ):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.addFilter(_is_warning)
+
+
+def _is_warning(record: logging.LogRecord) -> bool:
+    return record.levelno == logging.WARNING
+
+
+def runtime_env() -> dict[str, Any] | None:
+    """Brings our packages to workers: they run in other folders, and we may not be installed.
+
+    Inside a Ray job that came with a working directory that one does it, on every node.
+    """
+    job = json.loads(os.environ.get(JOB_ENV, "{}")).get("runtime_env") or {}
+    if {"working_dir", "py_modules"} & job.keys() or "PYTHONPATH" in job.get("env_vars", {}):
+        return None  # Ray refuses to have the same set twice
+    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
+    return {"env_vars": {"PYTHONPATH": path}}
+
+
+def cpus_needed(cfg: PretrainConfig) -> float:
+    """CPUs that a run's workers and its data tasks reserve."""
+    return cfg.run.workers * cfg.run.cpus_per_worker + DATA_CPUS
+
+
+def check_fits(cfg: PretrainConfig, *, runs: int = 1) -> None:
+    """Refuses a run whose workers and Ray Data tasks cannot both get CPUs (or GPUs).
+
+    On an autoscaling cluster what counts is the size it may grow to.
+
+    Args:
+        cfg: The run.
+        runs: So many of them at a time.
+
+    Raises:
+        ValueError: naming what there is, what is needed and the flags.
+    """
+    import ray
+    from ray._private.state import state  # no public way to the autoscaler's limits in 2.60
+
+    there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    may_grow = state.get_max_resources_from_cluster_config() or {}
+    cpus = max(there.get("CPU", 0.0), may_grow.get("CPU", 0.0))
+    needed = runs * cpus_needed(cfg)
+    many = f", --concurrent {runs} times," if runs > 1 else ""
+    if cpus < needed:
+        raise ValueError(
+            f"the Ray cluster has {cpus:g} CPUs; {cfg.run.workers} workers at "
+            f"--run.cpus-per-worker {cfg.run.cpus_per_worker:g} and {DATA_CPUS:g} for the data "
+            f"tasks{many} need {needed:g}. Lower --run.cpus-per-worker or --run.workers, or add "
+            "nodes."
+        )
+    gpus = max(there.get("GPU", 0.0), may_grow.get("GPU", 0.0))
+    if cfg.run.gpu and gpus < runs * cfg.run.workers:
+        raise ValueError(
+            f"the Ray cluster has {gpus:g} GPUs; --run.workers {cfg.run.workers} with --run.gpu"
+            f"{many} needs one each."
+        )

@@ -1,0 +1,130 @@
+"""The places a configuration names, made ready before work begins: absolute, there, and writable.
+
+What is wrong with one is said at once and by its flag, before Ray starts or an image is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+
+from pipelines.config.places import Place, places, with_places
+from pipelines.storage import absolute_uri, is_local, open_uri
+
+C = TypeVar("C")
+PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs"}
+"""Packages of fsspec's that bring file systems, by protocol, where the name is not in fsspec itself."""
+
+
+def prepare(config: C, *, write: bool = True) -> C:
+    """Makes every place of a configuration absolute, and tries each.
+
+    Args:
+        config: Any configuration, or a part of one.
+        write: Also tries to write where the job will.
+
+    Returns:
+        `config` as tasks and workers need it, which run in other folders and on other machines.
+
+    Raises:
+        ValueError: a protocol that nothing here reads; a place to read that is not there. Names flag
+            and value.
+        OSError: a place cannot be read or written.
+    """
+    config = absolute(config)
+    for place in places(config):
+        if place.field.written:
+            if write:
+                try_writing(place)
+        elif place.field.required:
+            _require_there(place)
+    return config
+
+
+def absolute(config: C) -> C:
+    """Makes every place of a configuration absolute.
+
+    Raises:
+        ValueError: a protocol that nothing here reads.
+    """
+    return with_places(config, _absolute)
+
+
+def _absolute(place: Place) -> str:
+    """Raises ValueError unless the protocol is one that can be read here."""
+    protocol, separator, _ = place.uri.partition("://")
+    if not separator:
+        return absolute_uri(place.uri)
+    if protocol not in fsspec.available_protocols():
+        hint = f"; write {protocol.lower()}://" if protocol.lower() in ("s3", "file") else ""
+        raise ValueError(
+            f"{place.flag}: {place.uri}: nothing here reads {protocol}://{hint}\n{READ}"
+        )
+    try:
+        return absolute_uri(place.uri)
+    except ImportError as error:
+        package = PACKAGES.get(protocol) or error.name or f"fsspec's package for {protocol}://"
+        raise ValueError(
+            f"{place.flag}: {place.uri}: to read {protocol}://, pip install {package}\n{READ}"
+        ) from error
+
+
+READ = "Places are local paths, file:// or s3:// (S3 and what speaks its protocol)."
+
+
+def _require_there(place: Place) -> None:
+    fs, path = open_uri(place.uri)
+    pattern = re.search(r"[*?[]", path)
+    if pattern or fs.exists(path):
+        return
+    bucket = missing_bucket(fs, path)
+    if bucket:
+        raise ValueError(f"{place.flag}: {place.uri}: there is no bucket {bucket!r}")
+    raise ValueError(f"{place.flag}: {place.uri} does not exist")
+
+
+def missing_bucket(fs: Any, path: str) -> str | None:
+    """The bucket of a path on S3, if it is not there."""
+    if "s3" not in fs.protocol:
+        return None
+    bucket: str = fs.split_path(path)[0]
+    return None if fs.exists(bucket) else bucket
+
+
+def try_writing(place: Place) -> None:
+    """Writes a small file where a job will write, and removes it.
+
+    Of a local folder that is not there yet, in the nearest one above it that is.
+
+    Raises:
+        OSError: it cannot be written there.
+    """
+    fs, path = open_uri(place.uri)
+    name = f".rayjepa-{uuid.uuid4().hex[:12]}"
+    if not is_local(fs):
+        fs.pipe_file(f"{path}/{name}", b"x")
+        with contextlib.suppress(PermissionError):  # some may write and not remove
+            fs.rm_file(f"{path}/{name}")
+        return
+    folder = Path(path)
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{place.flag}: {place.uri}: {folder} is a file, not a folder")
+    trial = folder / name
+    try:
+        trial.write_bytes(b"x")
+    finally:
+        trial.unlink(missing_ok=True)
+
+
+def holding(found: Sequence[Place], text: str) -> Place | None:
+    """The place that a path, an address or a sentence is about: the longest that is in it."""
+    inside = [place for place in found if place.uri.rstrip("/") in text]
+    return max(inside, key=lambda place: len(place.uri), default=None)
