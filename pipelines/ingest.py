@@ -37,10 +37,13 @@ from rich.table import Table
 
 from pipelines.config import IngestConfig
 from pipelines.following import follow, stop_on_signals
+from pipelines.ingestion.choosing import shortened
+from pipelines.ingestion.class_list import read_classes
 from pipelines.merging import (
     build_index,
     choose_classes,
     first_occurrences,
+    labels_left_out,
     marker_path,
     merge_shard,
     plan_shards,
@@ -76,6 +79,7 @@ from pipelines.staging import (
 )
 
 IO_THREADS = 16
+NOT_IN_CLASSES = "label_not_in_classes"
 
 
 def ingest(cfg: IngestConfig) -> Manifest:
@@ -92,13 +96,14 @@ def ingest(cfg: IngestConfig) -> Manifest:
     console = Console()
     cfg = prepare(cfg)
     _check_out(cfg.out)
+    fixed = read_classes(cfg.classes) if cfg.classes else ()
     listing = list_source(cfg)
     for note in listing.notes:
-        console.print(f"note: {note}", markup=False, highlight=False)
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     cfg = dataclasses.replace(cfg, modality=listing.modality)
     chunks = [chunk_to_json(chunk) for chunk in listing.chunks]
     keys = [chunk_key(chunk, cfg) for chunk in chunks]
-    fingerprint = _fingerprint(keys, listing, cfg)
+    fingerprint = _fingerprint(keys, listing, fixed, cfg)
     finished = _finished(cfg, fingerprint)
     if finished is not None:
         _clean_up(cfg, finished)
@@ -106,7 +111,7 @@ def ingest(cfg: IngestConfig) -> Manifest:
         return finished
     start_ray()
     items = _stage(chunks, keys, listing, cfg, console)
-    manifest = _merge(keys, items, listing, fingerprint, cfg, console)
+    manifest = _merge(keys, items, listing, fixed, fingerprint, cfg, console)
     notes = sum((read_tally(table).notes for table in items), Counter())
     write_manifest(cfg.out, manifest)
     _clean_up(cfg, manifest)
@@ -114,8 +119,10 @@ def ingest(cfg: IngestConfig) -> Manifest:
     return manifest
 
 
-def _fingerprint(keys: Sequence[str], listing: Listing, cfg: IngestConfig) -> str:
-    packing = [cfg.shard_bytes, cfg.row_group_rows, listing.classes]
+def _fingerprint(
+    keys: Sequence[str], listing: Listing, fixed: tuple[str, ...], cfg: IngestConfig
+) -> str:
+    packing = [cfg.shard_bytes, cfg.row_group_rows, listing.classes, *([fixed] if fixed else [])]
     return hash_bytes(json.dumps([keys, packing]).encode()).hex()
 
 
@@ -189,6 +196,7 @@ def _merge(
     keys: list[str],
     tables: list[pa.Table],
     listing: Listing,
+    fixed: tuple[str, ...],
     fingerprint: str,
     cfg: IngestConfig,
     console: Console,
@@ -209,7 +217,12 @@ def _merge(
         raise ValueError(f"{cfg.source}: {one}; {cfg.out}/{QUARANTINE} has each with its reason")
     index = build_index(keys, tables)
     keep_N = first_occurrences(index.ids_N16)
-    classes = choose_classes(tables, listing.classes)
+    classes = choose_classes(tables, listing.classes, fixed)
+    if fixed and (left_out := labels_left_out(index, keep_N, classes)):
+        losses |= {NOT_IN_CLASSES: left_out.total()}
+        shown = ", ".join(f"{name} ({count})" for name, count in left_out.most_common(6))
+        note = f"note: {left_out.total()} labels are not in --classes and left out: {shown}"
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
     plans = plan_shards(index, keep_N, classes, cfg)
     num_bytes = int(index.sizes_N[keep_N].sum())
     with Meter(console, "writing", num_bytes, "samples") as meter:
@@ -312,7 +325,7 @@ def _summary(
         ),
         *((f"  {reason}", count) for reason, count in manifest.losses.items()),
         ("files ignored", listing.ignored),
-        *((f"  {suffix}", count) for suffix, count in listing.passed_over),
+        *((f"  {suffix}", count) for suffix, count in shortened(listing.passed_over)),
         (
             "members that are no images",
             sum(manifest.ignored.values()) if manifest.ignored else None,

@@ -9,6 +9,7 @@ import dataclasses
 import io
 import itertools
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,8 @@ from pipelines.shards import (
 )
 from pipelines.staging import STAGING, part_path, staged_schema
 
+MOST_UNUSED = 2**16  # classes without an example, before integers are taken for names
+
 
 @dataclass(frozen=True)
 class Classes:
@@ -38,23 +41,32 @@ class Classes:
     Attributes:
         names: class names by index.
         by_name: integers too are looked up in `names`; otherwise they are indices already.
+        index_names: what integers are called where they are looked up; their digits beyond its end.
     """
 
     names: tuple[str, ...]
     by_name: bool
+    index_names: tuple[str, ...] = ()
 
 
-def choose_classes(tables: Sequence[pa.Table], declared: tuple[str, ...]) -> Classes:
+def choose_classes(
+    tables: Sequence[pa.Table], declared: tuple[str, ...], fixed: tuple[str, ...] = ()
+) -> Classes:
     """Decides the class list from every label seen.
 
     Integers are indices, named by `declared` where the source declares names; names that it does not
     declare follow these. Where nothing is declared, all labels are names as soon as one of them is,
-    in sorted order.
+    in sorted order. So they are where integers are far larger than there are of them.
 
     Args:
         tables: items of all chunks, `label_index` and `label_name`.
         declared: class names the source declares, or nothing.
+        fixed: the class names the user wants; other labels are left out. Integers are what `declared`
+            calls them, else one of these names, or where none is an integer the index of one.
     """
+    if fixed:
+        digits = any(name.isdecimal() for name in fixed)
+        return Classes(fixed, True, declared or (() if digits else fixed))
     names: set[str] = set()
     indices: set[int] = set()
     for table in tables:
@@ -65,6 +77,8 @@ def choose_classes(tables: Sequence[pa.Table], declared: tuple[str, ...]) -> Cla
         return Classes((*declared, *sorted(names - set(declared))), False)
     if names:
         return Classes(tuple(sorted(names | {str(index) for index in indices})), True)
+    if count > MOST_UNUSED + 2 * len(indices):
+        return Classes(tuple(str(index) for index in sorted(indices)), True)
     return Classes(tuple(str(index) for index in range(count)), False)
 
 
@@ -156,11 +170,26 @@ def plan_shards(index: Index, keep_N: np.ndarray, classes: Classes, cfg: IngestC
 
 def _labels(labels: pa.Table, classes: Classes) -> pa.Array:
     """Returns class indices (int32, null where unlabelled) of `label_index` and `label_name`."""
-    names, indices = labels["label_name"], labels["label_index"]
+    values = pa.array(classes.names, pa.string())
     if classes.by_name:
-        names = pc.coalesce(names, pc.cast(indices, pa.string()))
-    by_name = pc.index_in(names, value_set=pa.array(classes.names, pa.string()))
-    return pc.coalesce(by_name, indices).combine_chunks()
+        return pc.index_in(_label_names(labels, classes), value_set=values).combine_chunks()
+    by_name = pc.index_in(labels["label_name"], value_set=values)
+    return pc.coalesce(by_name, labels["label_index"]).combine_chunks()
+
+
+def _label_names(labels: pa.Table, classes: Classes) -> pa.ChunkedArray:
+    indices = labels["label_index"]
+    known = pc.less(indices, len(classes.index_names))
+    called = pa.array(classes.index_names, pa.string()).take(pc.if_else(known, indices, None))
+    return pc.coalesce(labels["label_name"], called, pc.cast(indices, pa.string()))
+
+
+def labels_left_out(index: Index, keep_N: np.ndarray, classes: Classes) -> Counter[str]:
+    """Returns the labels of kept rows that are none of the classes, with how many rows have them."""
+    labels = index.labels_N.filter(pa.array(keep_N & index.firsts_N))
+    names = _label_names(labels, classes)
+    outside = pc.invert(pc.is_in(names, value_set=pa.array(classes.names, pa.string())))
+    return Counter(names.filter(pc.and_(outside, names.is_valid())).to_pylist())
 
 
 def _segments(index: Index, keep_N: np.ndarray, start: int, stop: int) -> list[dict[str, Any]]:

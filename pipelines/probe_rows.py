@@ -68,7 +68,10 @@ def check_classes(sets: Mapping[str, Manifest]) -> None:
     first, second = (manifest.classes for manifest in sets.values())
     if first != second:
         differing = ", ".join(sorted(set(first) ^ set(second))[:6]) or "their order"
-        raise ValueError(f"{' and '.join(sets)} have different classes: {differing}")
+        raise ValueError(
+            f"{' and '.join(sets)} have different classes: {differing}; ingest the second again "
+            "with --classes and the folder of the first"
+        )
 
 
 def load_labelled(uri: str, limit: int | None = None, *, seed: int = 0) -> pa.Table:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from benchmarks.ingest import encoded, noise
 from pipelines.config import IngestConfig
+from pipelines.ingestion.choosing import shortened, told
 from pipelines.ingestion.media import FIRST_LOOKS, content_of, suffixes
 from pipelines.ingestion.names import escaped
 from pipelines.readers import Item, read_chunk
@@ -300,6 +301,15 @@ def test_files_of_unknown_suffix_are_looked_into(tmp_path: Path) -> None:
     )
     total = sum(1 for _ in tmp_path.iterdir())
     assert listing.ignored + len(found) == total
+
+
+def test_only_the_commonest_suffixes_are_told() -> None:
+    counts = tuple((f".{letter}", 20 - number) for number, letter in enumerate("abcdefghij"))
+    assert shortened(counts) == (*counts[:8], ("others", 12 + 11))
+    assert shortened(counts[:8]) == counts[:8]
+    assert told(counts) == (
+        "155 files there: 20 .a, 19 .b, 18 .c, 17 .d, 16 .e, 15 .f, 14 .g, 13 .h, 23 others"
+    )
 
 
 def test_a_folder_without_one_known_suffix_is_what_it_holds(tmp_path: Path) -> None:

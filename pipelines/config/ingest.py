@@ -109,6 +109,9 @@ class IngestConfig:
     """Folders: which folder above a file is its class: 1 is the first below the source, -1 the file's
     own, 0 none. By default the file's own, or where all of these are called `images`, `train` and
     the like, the one above."""
+    classes: str = ""
+    """Fixes the classes and their order, as a test set needs those of its training set: a text file
+    with a name a line, or an ingested set (its folder or manifest.json). Other labels are left out."""
     follow: bool = False
     """`source` is a live stream: publish shards while it runs, until it ends or SIGTERM comes."""
     live: LiveConfig = field(default_factory=LiveConfig)
@@ -142,4 +145,5 @@ class IngestConfig:
         require(self.row_group_rows > 0, "row-group-rows", "must be positive")
         if self.follow:
             require(self.modality != "image", "modality", "--follow takes videos only")
+            require(not self.classes, "classes", "goes without --follow: streams have no labels")
             require(self.format == "auto", "format", "goes without --follow (see --live.format)")

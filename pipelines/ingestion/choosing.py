@@ -13,6 +13,8 @@ MODALITIES: tuple[Modality, ...] = ("image", "video")
 # Beside NAME.mp4, one row a frame of it: NAME.actions.npy, NAME.states.npy.
 SIDECARS = ("actions", "states")
 
+MOST_SUFFIXES = 8  # told by name
+
 Counts = tuple[tuple[str, int], ...]
 
 
@@ -53,8 +55,14 @@ def count_suffixes(entries: Iterable[Entry]) -> Counts:
 def told(counts: Counts) -> str:
     """Returns counts of files by suffix as words."""
     total = sum(count for _, count in counts)
-    shown = ", ".join(f"{count} {suffix}" for suffix, count in counts[:8])
+    shown = ", ".join(f"{count} {suffix}" for suffix, count in shortened(counts))
     return f"{total} files there" + (f": {shown}" if shown else "")
+
+
+def shortened(counts: Counts) -> Counts:
+    """Returns the commonest suffixes, and all others as one."""
+    rest = sum(count for _, count in counts[MOST_SUFFIXES:])
+    return (*counts[:MOST_SUFFIXES], *([("others", rest)] if rest else []))
 
 
 def find_modality(entries: Sequence[Entry], looked: dict[str, Content]) -> Modality | None:
