@@ -22,7 +22,8 @@ from typing import Any
 import av
 from rich.console import Console
 
-from models.video_decode import VideoError
+from models.media.containers import VideoError
+from models.media.video_reader import Restarts, frame_period
 from pipelines.config import IngestConfig
 from pipelines.live_source import (
     PLAYLISTS,
@@ -276,7 +277,8 @@ class _Positioned:
         if not line.begun:
             return from_position(packets, None)
         jumps = line.jumps if self._connection.kind == "file" else 0  # of a playlist long past
-        return from_position(packets, line.end, jumps, self._max_gap)
+        restarts = Restarts(frame_period(stream), self._max_gap)
+        return from_position(packets, line.end, jumps, restarts)
 
 
 class _Cutter:

@@ -20,11 +20,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import av
 
-from models.video_decode import VideoError, describe, limit_decoder
+from models.media.containers import VideoError, choose_stream, describe
+from models.media.video_reader import Packet, Restarts, stamp_of
 from pipelines.config import IngestConfig
 
 QUEUE_BYTES = 32 * 2**20
@@ -35,7 +36,6 @@ HEAD_BYTES = 4096  # tell one file that grows from the next under its name
 PLAYLISTS = ("hls", "dash")  # a new connection begins with what the last one has had
 
 Kind = Literal["url", "file", "pipe"]
-Packet: TypeAlias = "av.Packet[Any]"
 
 
 class SourceError(ValueError):
@@ -195,7 +195,7 @@ class Connection:
         try:
             with contextlib.ExitStack() as stack:
                 self._container = self._open(stack)
-                stream = self._video_stream(self._container)
+                stream = choose_stream(self._container, self._cfg.video.max_pixels)
                 with self._changed:
                     self.format, self._stream = self._container.format, stream
                     self._changed.notify_all()
@@ -237,15 +237,6 @@ class Connection:
             growing, "r", format=live.format or None, options=options, metadata_errors="replace"
         )
 
-    def _video_stream(self, container: Any) -> av.VideoStream:
-        if not container.streams.video:
-            raise VideoError("no_video", f"{len(container.streams)} streams, none of them video")
-        stream: av.VideoStream = container.streams.video[0]
-        if stream.codec_context is None:
-            raise VideoError("no_video", "no decoder for the video stream")
-        limit_decoder(stream, self._cfg.video.max_pixels)
-        return stream
-
     def _pump(self, stream: av.VideoStream) -> None:
         last = time.monotonic()
         for packet in self._container.demux():  # of all streams: sound alone must not look alive
@@ -269,7 +260,10 @@ class Connection:
 
 
 def from_position(
-    packets: Iterable[Packet], position: Fraction | None, jumps: int = 0, max_gap: float = math.inf
+    packets: Iterable[Packet],
+    position: Fraction | None,
+    jumps: int = 0,
+    restarts: Restarts | None = None,
 ) -> Iterator[Packet]:
     """Leaves out the packets before a time by the source's clock, but not what decoding needs.
 
@@ -277,24 +271,23 @@ def from_position(
         packets: of one video stream.
         position: seconds; None begins with the first key frame.
         jumps: how often the clock went back, before that time was reached.
-        max_gap: seconds that it has to go back for that.
+        restarts: tells when it does; None never.
     """
     packets = iter(packets)
     group: list[Packet] = []  # from the last key frame on
-    size, last = 0, -math.inf
+    size = 0
     for packet in packets:
         if not packet.size:  # the end
             yield packet
             return
-        decoded = float(packet.dts * packet.time_base) if packet.dts is not None else last
-        jumps, last = jumps - (decoded < last - max_gap), decoded
+        jumps -= restarts is not None and restarts.at(packet)
         if packet.is_keyframe or size > QUEUE_BYTES:
             group, size = [], 0
         if not (group or packet.is_keyframe):
             continue
         group.append(packet)
         size += packet.size
-        stamp = packet.pts if packet.pts is not None else packet.dts
+        stamp = stamp_of(packet)
         late = position is None or stamp is None or stamp * packet.time_base >= position
         if jumps < 0 or (jumps == 0 and late):
             yield from group

@@ -12,20 +12,20 @@ from typing import Any, Protocol
 
 import av
 
+from models.media.containers import VideoError, choose_stream, describe
+from models.media.video_reader import FrameReader
 from models.preprocessing import Preprocessing
-from models.video_decode import (
-    RgbConverter,
-    VideoError,
-    describe,
-    limit_decoder,
-    pixel_aspect,
-)
+from models.video_decode import RgbConverter
 from serve.clip_sampling import CODECS, upright_pixels
 
 # No playlists, and nothing that needs the end of a file first.
 CONTAINERS = "mpegts,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2"
 PROBE_BYTES = 1_000_000  # to find the streams; five million by default, seconds of a live source
-READ_TRIES = 8  # damaged reads in a row before the source counts as broken
+MAX_GAP_S = 5.0  # a time further back begins a new timeline, with a key frame or without
+TS_SYNC, TS_SIZES = 0x47, (188, 192, 204)
+LAST_BYTES = 20 * max(TS_SIZES)
+# Behind the last packet, before they count as unreadable: room for an index, and a share of the whole.
+TAIL_BYTES, TAIL_SHARE = 4096, 50
 
 
 class Channel(Protocol):
@@ -45,12 +45,17 @@ class AskedFile:
         channel: to the replica.
         clock: called with False before each wait for the source, which is not our time, and with
             True after it.
+
+    Attributes:
+        received: bytes that came.
     """
 
     def __init__(self, channel: Channel, clock: Callable[[bool], None]) -> None:
         self._channel, self._clock = channel, clock
         self._held = memoryview(b"")
         self._ended = False
+        self._last = b""
+        self.received = 0
 
     def read(self, size: int = -1) -> bytes:
         """Returns at least one byte, or none at the end."""
@@ -60,9 +65,20 @@ class AskedFile:
             _, data = self._channel.receive()
             self._clock(True)
             self._held, self._ended = memoryview(data), not data
+            self._last = (self._last + data)[-LAST_BYTES:]
+            self.received += len(data)
         piece = self._held[: size if size >= 0 else len(self._held)]
         self._held = self._held[len(piece) :]
         return bytes(piece)
+
+    @property
+    def ends_in_transport(self) -> bool:
+        """Whether the last bytes are packets of MPEG-TS, which may be empty ones."""
+        return any(
+            set(self._last[first::size]) == {TS_SYNC}
+            for size in TS_SIZES
+            for first in range(min(size, len(self._last)))
+        )
 
 
 def decode_stream(
@@ -81,64 +97,59 @@ def decode_stream(
         max_pixels: refuse larger frames.
 
     Raises:
-        VideoError: with the reason.
+        VideoError: with the reason; `decode_error` also at the end of what cannot be read on.
     """
     options = {"format_whitelist": CONTAINERS, "probesize": str(PROBE_BYTES)}
+    file = AskedFile(channel, clock)
     try:
-        container = av.open(
-            AskedFile(channel, clock), "r", options=options, metadata_errors="replace"
-        )
+        container = av.open(file, "r", options=options, metadata_errors="replace")
     except av.FFmpegError as error:
         detail = f"none of {CONTAINERS} that can be read front to back: {describe(error)}"
         raise VideoError("not_a_video", detail) from error
     with contextlib.closing(container):
-        stream = _video_stream(container, max_pixels)
-        convert, aspect = RgbConverter(), pixel_aspect(stream)
-        for frame, time_s in _timed(_frames(container, stream, max_pixels)):
-            pixels = upright_pixels(convert(frame), round(frame.rotation / 90), aspect, prep)
-            channel.send({"time_s": time_s}, pixels.data.cast("B"))
+        stream = choose_stream(container, max_pixels)
+        if stream.codec_context.name not in CODECS:
+            raise VideoError("unsupported_codec", f"{stream.codec_context.name} is not decoded")
+        source, convert = _Positioned(container), RgbConverter()
+        reader = FrameReader(
+            source, stream, max_seconds=None, max_pixels=max_pixels, max_gap=MAX_GAP_S
+        )
+        for timed in reader:
+            turns = round(timed.frame.rotation / 90)
+            pixels = upright_pixels(convert(timed.frame), turns, timed.aspect, prep)
+            channel.send({"time_s": float(timed.time)}, pixels.data.cast("B"))
+        _check_end(reader, file, source.reached)
 
 
-def _video_stream(container: Any, max_pixels: int) -> av.VideoStream:
-    if not container.streams.video:
-        raise VideoError("no_video", f"{len(container.streams)} streams, none of them video")
-    stream: av.VideoStream = container.streams.video[0]
-    context = stream.codec_context
-    if context is None or context.name not in CODECS:
-        raise VideoError("unsupported_codec", "no decoder for the video stream is allowed")
-    limit_decoder(stream, max_pixels)
-    return stream
+class _Positioned:
+    """A container that knows up to which byte it gave packets, for a `FrameReader`."""
+
+    def __init__(self, container: Any) -> None:
+        self.format, self.streams, self.duration = container.format, container.streams, None
+        self.reached = 0
+        self._container = container
+
+    def demux(self, stream: av.VideoStream) -> Iterator[Any]:
+        """Yields the packets of one stream."""
+        for packet in self._container.demux():
+            if packet.pos is not None:
+                self.reached = max(self.reached, packet.pos + packet.size)
+            if packet.stream_index == stream.index:
+                yield packet
 
 
-def _frames(container: Any, stream: av.VideoStream, max_pixels: int) -> Iterator[av.VideoFrame]:
-    """Frames in the order shown; after damage, none until the next key frame."""
-    waiting, failures = False, 0
-    packets = container.demux(stream)
-    while failures < READ_TRIES:
-        try:
-            for packet in packets:
-                failures = 0
-                try:
-                    frames = stream.codec_context.decode(packet if packet.size else None)
-                except av.FFmpegError:
-                    waiting = True
-                    continue
-                for frame in frames:
-                    if frame.width * frame.height > max_pixels:
-                        raise VideoError("too_many_pixels", f"{frame.width}x{frame.height}")
-                    waiting = (waiting or frame.is_corrupt) and not frame.key_frame
-                    if not waiting:
-                        yield frame
-            return
-        except av.FFmpegError:
-            failures += 1
-            packets = container.demux(stream)
+def _check_end(reader: FrameReader, file: AskedFile, reached: int) -> None:
+    """Tells a stream that could not be read on from one that ended, maybe in mid-packet.
 
+    Most demuxers take bytes that are none of theirs for the end.
 
-def _timed(frames: Iterator[av.VideoFrame]) -> Iterator[tuple[av.VideoFrame, float]]:
-    """(frame, seconds since the first)."""
-    first: float | None = None
-    for frame in frames:
-        stamp = float(frame.time if frame.time is not None else 0.0)
-        first = stamp if first is None else first
-        yield frame, stamp - first
+    Raises:
+        VideoError: `decode_error`.
+    """
+    why = reader.unreadable
+    tail = file.received - reached
+    if not why and tail > TAIL_BYTES + file.received // TAIL_SHARE and not file.ends_in_transport:
+        why = f"its last {tail} bytes hold no picture and no sound"
+    if why:
+        detail = f"the container cannot be read on, front to back: {why}"
+        raise VideoError("decode_error", detail)

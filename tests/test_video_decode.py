@@ -11,15 +11,11 @@ import av
 import numpy as np
 import pytest
 
-from models import video_decode
-from models.video_decode import (
-    VideoError,
-    count_frames,
-    declared_seconds,
-    decode_frames,
-    open_video,
-)
-from serve.clip_sampling import ClipRequest, read_index
+from models.media.containers import VideoError, declared_seconds, open_video
+from models.media.video_reader import FrameDecoder
+from models.preprocessing import Preprocessing
+from models.video_decode import count_frames, decode_frames
+from serve.clip_sampling import ClipRequest, sample_video
 from tests.video_files import CYCLE, number_of, write_video
 
 
@@ -58,40 +54,40 @@ def test_no_index_no_frame(video: bytes) -> None:
     assert decode_frames(video, []).shape == (0, 48, 64, 3)
 
 
-def test_counting_decodes_nothing(video: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video_decode, "_decode_packets", None)
+@pytest.fixture
+def fed(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Packets that a decoder was given."""
+    packets: list[object] = []
+    decode = FrameDecoder.decode
+
+    def counting(self: FrameDecoder, packet: object) -> object:
+        packets.append(packet)
+        return decode(self, packet)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(FrameDecoder, "decode", counting)
+    return packets
+
+
+def test_counting_decodes_nothing(video: bytes, fed: list[object]) -> None:
     assert count_frames(video) == 40
+    assert fed == []
 
 
 @pytest.mark.parametrize(("index", "most"), [(0, 1), (39, 10), (20, 1), (24, 5)])
-def test_decoding_starts_at_the_key_frame_before(
-    index: int, most: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    video, fed = clip(options={"bf": "0"}), []
-
-    class Context:
-        def __init__(self, context: object) -> None:
-            self._context = context
-
-        def decode(self, packet: object) -> object:
-            fed.append(packet)
-            return self._context.decode(packet)  # type: ignore[attr-defined]
-
-        def __getattr__(self, name: str) -> object:
-            return getattr(self._context, name)
-
-    class Stream:
-        def __init__(self, stream: object) -> None:
-            self.codec_context = Context(stream.codec_context)  # type: ignore[attr-defined]
-
-    whole = video_decode._decode_packets
-    monkeypatch.setattr(
-        video_decode,
-        "_decode_packets",
-        lambda stream, packets, wanted: whole(Stream(stream), packets, wanted),  # type: ignore[arg-type]
-    )
+def test_decoding_starts_at_the_key_frame_before(index: int, most: int, fed: list[object]) -> None:
+    video = clip(options={"bf": "0"})
     assert number_of(decode_frames(video, [index])[0]) == index % CYCLE
     assert len(fed) <= most
+
+
+@pytest.mark.parametrize("container", ["mp4", "matroska", "avi"])
+def test_a_long_group_costs_one_pass(container: str, fed: list[object]) -> None:
+    options = {"g": "999", "bf": "0"}
+    buffer = io.BytesIO()
+    video = write_video(buffer, 120, container=container, options=options).getvalue()
+    numbers = list(range(0, 120, 8))
+    assert [number_of(f) for f in decode_frames(video, numbers)] == [n % CYCLE for n in numbers]
+    assert len(fed) <= 122  # the first frame may be looked at before
 
 
 def test_variable_times_do_not_confuse_the_numbers() -> None:
@@ -137,6 +133,7 @@ def test_damage_is_an_error_or_the_right_frame(video: bytes) -> None:
     assert len(outcomes) > 1
 
 
+PREP = Preprocessing(image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
 LIMITS = ClipRequest(frames=1, max_frames=9, max_source_frames=999, max_pixels=9_999, max_s=99)
 
 
@@ -148,10 +145,10 @@ def test_declared_length_is_that_of_the_video_beside_sound(container: str, begin
     whole = file.getvalue()
     with open_video(io.BytesIO(whole)) as (opened, stream):
         assert float(declared_seconds(opened, stream) or 0) == pytest.approx(2, abs=0.05)
-    assert read_index(whole, LIMITS).duration_s == pytest.approx(2, abs=0.05)
+    assert sample_video(whole, LIMITS, PREP)[2] == pytest.approx(2, abs=0.05)
     if container == "matroska":  # what is cut off an MP4 at its end is the index of it
         with pytest.raises(VideoError, match="truncated"):
-            read_index(whole[: len(whole) * 3 // 4], LIMITS)
+            sample_video(whole[: len(whole) * 3 // 4], LIMITS, PREP)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Video as it is stored and sent: containers, frames in order and by number."""
