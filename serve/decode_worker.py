@@ -51,7 +51,7 @@ class Channel:
 
     def send(self, head: dict[str, Any], payload: bytes | memoryview = b"") -> None:
         """Sends one message."""
-        text = json.dumps(head).encode()
+        text = json.dumps(head, allow_nan=False).encode()
         self._connection.sendall(LENGTHS.pack(len(text), len(payload)) + text)
         self._connection.sendall(payload)
 

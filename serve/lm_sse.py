@@ -10,8 +10,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any
 
-import pydantic_core
-
+from serve.ingress.json_text import to_json
 from serve.schemas import ApiError
 
 DONE = b"data: [DONE]\n\n"
@@ -25,7 +24,7 @@ MEDIA_TYPE = "text/event-stream"
 def event(value: dict[str, Any], position: int | None = None) -> bytes:
     """One event; `position` becomes its `id`."""
     head = b"" if position is None else b"id: %d\n" % position
-    return b"%sdata: %s\n\n" % (head, pydantic_core.to_json(value))
+    return b"%sdata: %s\n\n" % (head, to_json(value))
 
 
 def failure(error: ApiError) -> bytes:

@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import pydantic_core
 
 from serve.contract import Floats, ModelCard, Pixels, Pooling
+from serve.ingress.json_text import to_json
 from serve.inputs import Kind, Reference, parse_input
 from serve.media import Item, MediaLoader
-from serve.schemas import ApiError, EmbeddingRequest, parse_request, queue_full
+from serve.schemas import ApiError, EmbeddingRequest, parse_request, queue_full, server_error
 from serve.settings import ServeSettings
 
 EmbedFunction = Callable[[Pixels, Pooling], Awaitable[Floats]]
@@ -151,7 +151,7 @@ class EmbeddingService:
             "model": self.card.name,
             "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
         }
-        return pydantic_core.to_json(reply)
+        return to_json(reply)
 
 
 def count_steps(part: Pixels, card: ModelCard) -> int:
@@ -223,7 +223,13 @@ def _entry(request: EmbeddingRequest, index: int, item: Item, row: Floats) -> di
 
 
 def encode_values(values: Floats, encoding_format: str) -> str | list[Any]:
-    """Numbers for JSON, or base64 of the float32 values, little-endian."""
+    """Numbers for JSON, or base64 of the float32 values, little-endian.
+
+    Raises:
+        ApiError: 500, some are no numbers.
+    """
+    if not np.isfinite(values).all():
+        raise server_error(500, "not_finite", "the model's output holds NaN or infinity")
     if encoding_format == "base64":
         return base64.b64encode(values.astype("<f4").tobytes()).decode("ascii")
     listed: list[Any] = values.tolist()

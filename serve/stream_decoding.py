@@ -146,10 +146,12 @@ def _check_end(reader: FrameReader, file: AskedFile, reached: int) -> None:
     Raises:
         VideoError: `decode_error`.
     """
-    why = reader.unreadable
-    tail = file.received - reached
-    if not why and tail > TAIL_BYTES + file.received // TAIL_SHARE and not file.ends_in_transport:
-        why = f"its last {tail} bytes hold no picture and no sound"
-    if why:
-        detail = f"the container cannot be read on, front to back: {why}"
-        raise VideoError("decode_error", detail)
+    why, room = reader.unreadable, TAIL_BYTES + reached // TAIL_SHARE
+    while not why:
+        tail = file.received - reached
+        if tail > room and not file.ends_in_transport:
+            why = f"its last {tail} bytes hold no picture and no sound"
+        elif not file.read(LAST_BYTES):  # the demuxer may have left some
+            return
+    detail = f"the container cannot be read on, front to back: {why}"
+    raise VideoError("decode_error", detail)

@@ -14,6 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from serve.contract import ModelCard, Pooling
 from serve.ingress.bodies import RequestModel, field_error
+from serve.ingress.json_text import to_json
 from serve.inputs import MAX_FPS
 from serve.schemas import ApiError
 
@@ -136,4 +137,4 @@ def close_code(error: ApiError) -> int:
 
 def to_text(message: dict[str, Any]) -> str:
     """JSON text of a message."""
-    return pydantic_core.to_json(message).decode()
+    return to_json(message).decode()

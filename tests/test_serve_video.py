@@ -98,11 +98,12 @@ def test_containers(container: str) -> None:
 
 
 def test_rotated_and_anamorphic_video_is_seen_as_a_player_shows_it() -> None:
-    rotated = write_video(io.BytesIO(), 4, rotation=90, container="mp4").getvalue()
-    pixels, _, _ = sample_video(rotated, request_for(), PREP)
-    upright = np.rot90(picture(0), 1)
-    expected = eval_transform(Image.fromarray(np.ascontiguousarray(upright)), PREP)
-    assert np.abs(pixels[0].astype(int) - expected).mean() < 4
+    for rotation, turns in ((90, 1), (180, 2), (-90, 3)):
+        rotated = write_video(io.BytesIO(), 4, rotation=rotation, container="mp4").getvalue()
+        pixels, _, _ = sample_video(rotated, request_for(), PREP)
+        upright = np.rot90(picture(0), turns)
+        expected = eval_transform(Image.fromarray(np.ascontiguousarray(upright)), PREP)
+        assert np.abs(pixels[0].astype(int) - expected).mean() < 4
     tall = write_video(io.BytesIO(), 4, aspect=Fraction(1, 2), container="mp4").getvalue()
     pixels, _, _ = sample_video(tall, request_for(), PREP)
     shown, stored = (
@@ -215,17 +216,22 @@ def _prep(artifact: Path) -> Preprocessing:
 
 
 def test_a_longer_range_is_several_clips(server: LocalServer, artifact: Path) -> None:
-    """Seven frames: a clip of four, and one of three whose last frame is repeated."""
-    pixels, _, _ = sample_video(CLEAN, request_for(fps=10.0, end_s=0.7), _prep(artifact))
-    assert len(pixels) == 7
+    """Five frames: a clip of four, and one of a single time step, its only frame repeated; the mean
+    is that of all tokens, not of the clips.
+    """
+    pixels, _, _ = sample_video(CLEAN, request_for(fps=10.0, end_s=0.5), _prep(artifact))
+    assert len(pixels) == 5
     first = direct_clip_tokens(artifact, pixels[:4])
     second = direct_clip_tokens(artifact, np.concatenate([pixels[4:], pixels[-1:]]))
-    item = {"video": base64.b64encode(CLEAN).decode(), "fps": 10, "end_s": 0.7}
+    assert len(second) == len(first) // 2
+    item = {"video": base64.b64encode(CLEAN).decode(), "fps": 10, "end_s": 0.5}
     tokens = np.concatenate([first, second])
     mean = vectors_of(post(server, input=[item]))
     np.testing.assert_allclose(mean, unit(tokens.mean(axis=0)), atol=1e-5)
+    by_clips = unit((first.mean(axis=0) + second.mean(axis=0)) / 2)
+    assert np.abs(mean - by_clips).max() > 1e-3
     steps = vectors_of(post(server, input=item, pooling="per_frame"))
-    assert steps.shape == (4, WIDTH)
+    assert steps.shape == (3, WIDTH)
     np.testing.assert_allclose(steps[2], unit(second[:PATCHES].mean(axis=0)), atol=1e-5)
 
 
@@ -307,7 +313,8 @@ def test_hostile_videos_get_typed_errors_in_time(server: LocalServer) -> None:
         code = "" if reply.status_code == 200 else reply.json()["error"]["code"]
         lines.append(f"{case.name:24} {reply.status_code} {code:24} {seconds:.2f} s")
         assert reply.status_code in (200, 400, 413), lines[-1]
-        assert seconds < DEADLINE_S + 2, lines[-1]
+        # However busy this machine is; `slow to decode` would take much longer.
+        assert seconds < 6 * DEADLINE_S, lines[-1]
         if case.codes:
             assert code in case.codes, lines[-1]
             assert reply.json()["error"]["param"] == "input.video"

@@ -64,8 +64,8 @@ class IndexedVideo:
         self._stamps = self._stamps_of_packets()
         if not self._stamps:
             self._times = self._decoded_times()
-        if damage.places and not len(self):
-            raise VideoError("decode_error", damage.first)
+            if not self._times and damage.first:
+                raise VideoError("decode_error", damage.first)
 
     def __len__(self) -> int:
         """Returns the number of frames."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-import pydantic_core
 from pydantic import BaseModel, Field
 from starlette.responses import Response
+
+from serve.ingress.json_text import to_json
 
 ErrorType = Literal["invalid_request_error", "rate_limit_error", "server_error"]
 
@@ -49,7 +50,7 @@ class ApiError(Exception):
             "param": self.param,
             "code": self.code,
         }
-        return pydantic_core.to_json({"error": error})
+        return to_json({"error": error})
 
 
 class ErrorDetail(BaseModel):

@@ -1,0 +1,208 @@
+"""Live containers: every frame with its time, and an end that says whether all could be read."""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from serve_video_helpers import LocalServer, local_server, save_clip_artifact
+from video_files import CYCLE, number_of, write_video
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
+
+from models.media.containers import VideoError
+from models.preprocessing import Preprocessing
+from serve.ingress.errors import ApiError
+from serve.ingress.json_text import to_json
+from serve.service import encode_values
+from serve.stream_decoding import decode_stream
+from serve.stream_messages import to_text
+
+PREP = Preprocessing(image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
+FRAMES, RATE = 40, 30
+FRAGMENTED = {"movflags": "frag_keyframe+empty_moov"}
+NOISE = np.random.default_rng(0).bytes(60_000)
+FORMATS = {
+    "mpegts": ("mpegts", {}),
+    "matroska": ("matroska", {}),
+    "webm": ("webm", {"codec": "libvpx"}),
+    "fragmented": ("mp4", {"muxer": FRAGMENTED}),
+    "faststart": ("mp4", {"muxer": {"movflags": "faststart"}}),
+}
+
+
+def container(name: str, frames: int = FRAMES, **more: Any) -> bytes:
+    kind, options = FORMATS[name]
+    with tempfile.TemporaryDirectory() as folder:  # faststart reads what it wrote
+        path = write_video(Path(folder) / "a", frames, container=kind, **options | more)
+        return bytes(path.read_bytes())
+
+
+class Replica:
+    """The other end of a decoder's channel: gives bytes in pieces, keeps what comes."""
+
+    def __init__(self, data: bytes, piece: int = 1_000) -> None:
+        self._data, self._piece = io.BytesIO(data), piece
+        self.frames: list[tuple[float, np.ndarray]] = []
+
+    def send(self, head: dict[str, Any], payload: bytes | memoryview = b"") -> None:
+        text = json.dumps(head, allow_nan=False)
+        if "time_s" in text:
+            pixels = np.frombuffer(payload, np.uint8).reshape(32, 32, 3)
+            self.frames.append((head["time_s"], pixels))
+
+    def receive(self) -> tuple[dict[str, Any], bytes]:
+        return {}, self._data.read(self._piece)
+
+
+def decoded(data: bytes) -> Replica:
+    replica = Replica(data)
+    decode_stream(replica, PREP, clock=lambda running: None, max_pixels=10**6)
+    return replica
+
+
+def complaint(data: bytes) -> VideoError:
+    with pytest.raises(VideoError) as caught:
+        decoded(data)
+    return caught.value
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_frame_comes_with_its_time(name: str) -> None:
+    """Those too that come out only when the decoder is emptied, which had none."""
+    frames = decoded(container(name)).frames
+    assert [number_of(pixels) for _, pixels in frames] == [n % CYCLE for n in range(FRAMES)]
+    assert [time for time, _ in frames] == pytest.approx(
+        [n / RATE for n in range(FRAMES)], abs=1e-3
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "faststart"])
+def test_a_stream_cut_anywhere_has_ended(name: str) -> None:
+    data = container(name, options={"bf": "0"} if name != "webm" else None)
+    for share in (0.6, 0.7, 0.8, 0.9):
+        frames = decoded(data[: int(len(data) * share)]).frames
+        assert [number_of(pixels) for _, pixels in frames] == [
+            n % CYCLE for n in range(len(frames))
+        ]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_rubbish_behind_a_good_beginning_is_an_error(name: str) -> None:
+    data = container(name)
+    for rubbish in (NOISE, bytes(60_000), b"<html></html>\n" * 5_000):
+        assert complaint(data + rubbish).reason == "decode_error"
+        assert complaint(data[: len(data) * 2 // 3] + rubbish).reason == "decode_error"
+
+
+def test_empty_transport_packets_are_no_rubbish() -> None:
+    empty = (b"\x47\x1f\xff\x10" + bytes(184)) * 400
+    assert len(decoded(container("mpegts") + empty).frames) == FRAMES
+
+
+def test_a_file_that_cannot_be_read_front_to_back_is_an_error() -> None:
+    file = write_video(io.BytesIO(), FRAMES, container="mp4", codec="mjpeg", size=(720, 960))
+    data = file.getvalue()
+    assert data.index(b"mdat") < data.index(b"moov")
+    assert len(data) > 50_000
+    error = complaint(data)
+    assert error.reason == "decode_error"
+    assert "front to back" in error.detail
+
+
+def test_nothing_at_all_is_an_error() -> None:
+    for data in (b"", NOISE, b"\x47" * 1_000):
+        assert complaint(data).reason in ("not_a_video", "no_video", "decode_error")
+
+
+def test_a_source_that_begins_anew_keeps_all_its_frames() -> None:
+    """Within the first seconds of its clock, in another size: nothing may be dropped."""
+    first, second = container("webm"), container("webm", 20, size=(96, 128))
+    frames = decoded(first + second).frames
+    expected = [n % CYCLE for n in (*range(FRAMES), *range(20))]
+    assert [number_of(pixels) for _, pixels in frames] == expected
+    assert frames[FRAMES][0] == 0
+
+
+def test_times_are_those_of_the_source() -> None:
+    times = [2 + Fraction(n * n, 100) for n in range(12)]
+    frames = decoded(container("matroska", 12, times=times)).frames
+    seconds = [float(time - times[0]) for time in times]
+    assert [time for time, _ in frames] == pytest.approx(seconds, abs=1e-3)
+
+
+# JSON
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf"), np.float32("nan")])
+def test_what_json_cannot_say_is_never_sent(number: float) -> None:
+    with pytest.raises(ValueError, match="JSON compliant"):
+        to_json({"a": [1.0, {"b": float(number)}]})
+    with pytest.raises(ValueError, match="JSON compliant"):
+        to_text({"start_s": float(number)})
+    for encoding in ("float", "base64"):
+        with pytest.raises(ApiError) as caught:
+            encode_values(np.array([0.0, number], np.float32), encoding)
+        assert (caught.value.status, caught.value.code) == (500, "not_finite")
+
+
+def test_words_that_look_like_such_numbers_may_be_said() -> None:
+    value = {"NaN": ["Infinity", "-Infinity", 1.5, None, "é"]}
+    assert json.loads(to_json(value)) == value
+
+
+# Over a socket
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+    folder = tmp_path_factory.mktemp("artifact") / "clips"
+    save_clip_artifact(folder)
+    with local_server(folder) as running:
+        yield running
+
+
+def strict(text: str | bytes) -> dict[str, Any]:
+    """What a browser's parser takes."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"Unexpected token {name}")
+
+    message: dict[str, Any] = json.loads(text, parse_constant=refuse)
+    return message
+
+
+def talk(server: LocalServer, data: bytes) -> tuple[list[dict[str, Any]], int | None]:
+    """All messages of a stream of these bytes, and the close code."""
+    messages = []
+    with connect(f"ws://127.0.0.1:{server.port}/v1/streams", max_size=None) as socket:
+        socket.send(json.dumps({"type": "start", "source": "container", "unacknowledged": 64}))
+        for first in range(0, len(data), 5_000):
+            socket.send(data[first : first + 5_000])
+        socket.send(json.dumps({"type": "end"}))
+        try:
+            while True:
+                messages.append(strict(socket.recv(timeout=30)))
+                if messages[-1]["type"] == "embedding":
+                    socket.send(json.dumps({"type": "ack", "index": messages[-1]["index"]}))
+        except ConnectionClosed:
+            return messages, socket.close_code
+
+
+def test_ends_of_streams_over_a_socket(server: LocalServer) -> None:
+    data = container("mpegts")
+    (_, *embeddings, ended), code = talk(server, data)
+    assert (ended["type"], ended["received"], code) == ("ended", FRAMES, 1000)
+    assert embeddings[-1]["end_s"] == pytest.approx((FRAMES - 1) / RATE)
+    (*_, error), code = talk(server, data + NOISE)
+    assert (error["error"]["code"], code) == ("decode_error", 1007)
+    ordinary = write_video(io.BytesIO(), 40, container="mp4", codec="mjpeg", size=(720, 960))
+    (*_, error), code = talk(server, ordinary.getvalue())
+    assert (error["error"]["code"], code) == ("decode_error", 1007)
