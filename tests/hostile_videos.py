@@ -153,7 +153,11 @@ def _bombs() -> list[Hostile]:
     while (at := mjpeg.find(b"\xff\xc0\0\x11\x08", at) + 1) > 0:  # a JPEG's size
         mjpeg[at + 4 : at + 8] = struct.pack(">HH", 65_000, 65_000)
     large = video_in("mp4", "libx264", 1, size=(1500, 1500), options={"preset": "ultrafast"})
-    heavy = video_in("mp4", "mpeg4", 20, size=(SIDE, SIDE))
+    # Sixteen pictures of 12 MB that others may refer to: a decoder must keep them all.
+    kept = {"preset": "ultrafast", "refs": "16", "bf": "0", "g": "99", "crf": "30"}
+    heavy = video_in(
+        "mp4", "libx264", 20, size=(SIDE, SIDE), options=kept, pixel_format="yuv444p10le"
+    )
     return [
         Hostile("GIF of 4 gigapixels", _gif(65_000, 65_000, 1), codes=("decode_error",)),
         Hostile("AVI whose frames grow", bytes(mjpeg), codes=("decode_error",)),

@@ -45,6 +45,7 @@ def write_video(
     options: dict[str, str] | None = None,
     muxer: dict[str, str] | None = None,
     drop: tuple[int, ...] = (),
+    pixel_format: str | None = None,
 ) -> Any:
     """Writes `frames` pictures and returns `path`.
 
@@ -62,12 +63,14 @@ def write_video(
         options: of the encoder.
         muxer: options of the container.
         drop: numbers of packets that are left out.
+        pixel_format: of the encoder's input; None is the codec's usual one.
     """
     target = path if isinstance(path, io.BytesIO) else str(path)
     with av.open(target, "w", format=container, container_options=muxer or {}) as file:
         stream = file.add_stream(codec, rate=rate)
         stream.height, stream.width = size
-        stream.pix_fmt = {"gif": "rgb8", "mjpeg": "yuvj420p"}.get(codec, "yuv420p")
+        usual = {"gif": "rgb8", "mjpeg": "yuvj420p"}.get(codec, "yuv420p")
+        stream.pix_fmt = pixel_format or usual
         stream.options = {"threads": "1", **(options or {})}
         if codec == "libx264":
             stream.options = {
