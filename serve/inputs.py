@@ -7,8 +7,6 @@ name it by.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import math
 import re
 from dataclasses import dataclass
@@ -19,9 +17,10 @@ import numpy.typing as npt
 
 from models.images import ImageError, decode_image
 from models.preprocessing import Preprocessing, eval_transform
+from serve.base64_text import BLANK, decode, split_data_uri
 from serve.schemas import ApiError
 
-_DATA_URI = re.compile(r"data:([^;,]*)((?:;[^;,]+)*?)(;base64)?,", re.IGNORECASE)
+_DATA_URI = re.compile(r"data:", re.IGNORECASE)
 _MEDIA_TYPE = {
     "image": re.compile(r"(image/[a-z0-9.+-]+|application/octet-stream)?", re.IGNORECASE),
     "video": re.compile(r"(video/[a-z0-9.+-]+|image/gif|application/octet-stream)?", re.IGNORECASE),
@@ -90,6 +89,7 @@ def parse_input(value: Any, *, max_items: int, default: Kind = "image") -> list[
 
 def _reference(item: Any, param: str, default: Kind) -> Reference:
     if isinstance(item, str):
+        item = item.strip(BLANK)
         is_video = default == "video" or _VIDEO_URI.match(item) is not None
         is_url = _URL.match(item) is not None
         return Reference(param, item, is_url, Sampling() if is_video else None)
@@ -125,7 +125,7 @@ def _object_reference(item: dict[str, Any], param: str, default: Kind) -> Refere
     _only_keys(item, {key, *_SAMPLING} if is_video else {key}, param)
     is_url = key == "url" or (is_named and _URL.match(text) is not None)
     # A data URI under "url" is inline data all the same.
-    is_url = is_url and not text.startswith("data:")
+    is_url = is_url and _DATA_URI.match(text) is None
     sampling = parse_sampling(item, param) if is_video else None
     return Reference(f"{param}.{key}", text, is_url, sampling)
 
@@ -197,7 +197,7 @@ def _text(value: Any, param: str) -> str:
     if not isinstance(value, str):
         message = f"must be a string, not {type(value).__name__}"
         raise ApiError(400, "invalid_type", message, param=param)
-    return value
+    return value.strip(BLANK)
 
 
 def _wrong_modality(got: str, param: str) -> ApiError:
@@ -206,31 +206,38 @@ def _wrong_modality(got: str, param: str) -> ApiError:
 
 
 def decode_base64(reference: Reference, *, max_bytes: int) -> bytes:
-    """Bytes of an inline image or video: a base64 data URI or bare base64, decoded strictly.
+    """Bytes of an inline image or video: a base64 data URI or bare base64.
 
     Raises:
         ApiError: 400 for anything malformed, 413 for more than `max_bytes`.
     """
-    text = reference.text
-    if text[:5].lower() == "data:":
-        head = _DATA_URI.match(text)
-        if head is None or head[3] is None:
-            message = f"a data URI must read data:{reference.kind}/...;base64,..."
-            raise ApiError(400, "invalid_data_uri", message, param=reference.param)
-        if not _MEDIA_TYPE[reference.kind].fullmatch(head[1]):
-            message = f"media type {head[1]!r} is not that of the {reference.kind} it should be"
-            raise ApiError(400, "unsupported_media_type", message, param=reference.param)
-        text = text[head.end() :]
-    if len(text) * 3 // 4 > max_bytes + 2:
-        raise too_large(reference, max_bytes)
+    text, is_uri = reference.text, _DATA_URI.match(reference.text) is not None
     try:
-        data = base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        message = f"not a data URI, http(s) URL or base64 {reference.kind}; text is not embedded"
+        if is_uri:
+            media_type, text = split_data_uri(text)
+            _check_media_type(media_type, reference)
+    except ValueError as error:
+        message = f"a data URI must read data:{reference.kind}/...;base64,...: {error}"
+        raise ApiError(400, "invalid_data_uri", message, param=reference.param) from error
+    try:
+        data = decode(text, is_uri=is_uri)
+    except ValueError as error:
+        message = f"the base64 of the data URI {error}"
+        if not is_uri:
+            message = (
+                f"not a data URI or http(s) URL, and as base64 it {error}; text is not embedded"
+            )
         raise ApiError(400, "invalid_base64", message, param=reference.param) from error
     if len(data) > max_bytes:
         raise too_large(reference, max_bytes)
     return data
+
+
+def _check_media_type(media_type: str, reference: Reference) -> None:
+    if not _MEDIA_TYPE[reference.kind].fullmatch(media_type):
+        shown = media_type[:80]
+        message = f"media type {shown!r} is not that of the {reference.kind} it should be"
+        raise ApiError(400, "unsupported_media_type", message, param=reference.param)
 
 
 def too_large(reference: Reference, max_bytes: int) -> ApiError:

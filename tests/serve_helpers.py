@@ -107,7 +107,7 @@ def _watched(make: Callable[[Any], Deployment], settings: Any) -> Deployment:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """/ok.png, /redirect?TARGET, /loop, /big, /chunked, /missing, /gzip, /text, /host."""
+    """/ok.png, /redirect?TARGET, /loop, /big, /sized?BYTES, /endless, /gzip, /text; else a 404."""
 
     def do_GET(self) -> None:
         route, _, query = self.path.partition("?")
@@ -119,6 +119,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(302, b"", location="/loop")
         elif route == "/big":
             self._send(200, b"\x89PNG" + bytes(200_000))
+        elif route == "/sized":
+            self._unannounced(int(query))
         elif route == "/endless":
             self._endless()
         elif route == "/gzip":
@@ -135,6 +137,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("content-length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+    def _unannounced(self, size: int) -> None:
+        """A body whose length only its end tells."""
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(bytes(size))
 
     def _endless(self) -> None:
         self.send_response(200)

@@ -231,19 +231,21 @@ def test_fetch_connects_to_the_address_it_checked(
 def test_batches_fill_while_the_model_is_busy() -> None:
     sizes: list[int] = []
 
-    async def run(items: list[int]) -> list[int]:
-        sizes.append(len(items))
-        await asyncio.sleep(0.05)
-        return [item * 10 for item in items]
-
     async def main() -> list[int]:
+        is_busy, is_free = asyncio.Event(), asyncio.Event()
+
+        async def run(items: list[int]) -> list[int]:
+            sizes.append(len(items))
+            is_busy.set()
+            await is_free.wait()
+            return [item * 10 for item in items]
+
         batcher = Batcher(run, batch_size=8, max_wait_s=0.0)
         first = asyncio.create_task(batcher.submit(0))
-        await asyncio.sleep(0.01)
-        rest = []
-        for item in range(1, 13):  # trickle in during the first batch
-            rest.append(asyncio.create_task(batcher.submit(item)))
-            await asyncio.sleep(0.001)
+        await is_busy.wait()
+        rest = [asyncio.create_task(batcher.submit(item)) for item in range(1, 13)]
+        await asyncio.sleep(0)  # they come during the first batch
+        is_free.set()
         return await asyncio.gather(first, *rest)
 
     assert asyncio.run(main()) == [item * 10 for item in range(13)]
@@ -316,8 +318,9 @@ def test_dropping_the_newest_and_skipping_to_a_rate() -> None:
 def test_bytes_that_wait_are_limited() -> None:
     buffer = ByteBuffer()
     buffer.put(bytes(BUFFER_BYTES))
-    with pytest.raises(ApiError, match="wait for decoding"):
+    with pytest.raises(ApiError, match="wait for decoding") as caught:
         buffer.put(b"x")
+    assert caught.value.code == "too_fast"
 
 
 def test_metrics_are_summed_over_replicas() -> None:
