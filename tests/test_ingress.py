@@ -20,7 +20,7 @@ PAGE = "https://app.example.org"
 
 
 def get(made: Made, method: str, path: str, **more: Any) -> Reply:
-    return asyncio.run(ask(made.app, method, path, **more))
+    return asyncio.run(asyncio.wait_for(ask(made.app, method, path, **more), 20))
 
 
 async def settle() -> None:

@@ -83,6 +83,8 @@ def test_an_idle_model_waits_for_company_as_long_as_the_setting_says(
         first = asyncio.create_task(embedder.embed(pixels(1), "mean"))
         if max_wait_ms == 0:
             await first
+        for _ in range(50):  # whatever can begin has begun
+            await asyncio.sleep(0)
         await asyncio.gather(first, embedder.embed(pixels(1), "mean"))
         registry = embedder._reporter._registry
         embedder._reporter._task.cancel()
