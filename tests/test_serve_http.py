@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import os
+import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -42,6 +45,7 @@ from websockets.sync.client import connect
 pytestmark = pytest.mark.ray
 
 APP = f"embeddings{os.getpid()}"
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ def served(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             max_image_bytes=60_000,
             max_pixels=2_000_000,
             max_items=4,
+            body_timeout_s=3,
             allow_hosts=(f"private:127.0.0.1:{images_port}", "localhost"),
         )
         ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
@@ -261,6 +266,30 @@ def test_models_health_metrics_and_request_ids(http: httpx.Client, client: opena
     assert 'rayjepa_requests_total{route="/v1/embeddings",status="200"}' in text
     assert 'rayjepa_request_seconds_bucket{le="0.1",route="/v1/embeddings"}' in text
     assert "rayjepa_batch_size_count" in text
+    section = (ROOT / "docs" / "serving.md").read_text().partition("## Metrics")[2]
+    named = set(re.findall(r"rayjepa_[a-z_]+", section.partition("\n## ")[0]))
+    assert len(named) > 10
+    assert [name for name in sorted(named) if name not in text] == []
+
+
+def test_half_sent_bodies_beside_normal_requests(served: Served, http: httpx.Client) -> None:
+    """Serve hands all of them to the ingress, where they hold no place and end by themselves."""
+    port = int(served.url.rpartition(":")[2])
+    head = "POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    half = f"{head}Content-Length: 100\r\n\r\n{{".encode()
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_connection(("", port))) for _ in range(150)]
+        for each in sockets:
+            each.settimeout(60)
+            each.sendall(half)
+        for _ in range(5):
+            for path in ("/healthz", "/v1/models", "/metrics"):
+                assert http.get(path).status_code == 200
+            assert http.post("/v1/embeddings", json={"input": URI}).status_code == 200
+        replies = [each.makefile("rb").read() for each in sockets]  # until the server closes
+    for reply in replies:
+        assert reply.startswith(b"HTTP/1.1 408 ")
+        assert json.loads(reply.partition(b"\r\n\r\n")[2])["error"]["code"] == "body_timeout"
 
 
 def test_streams_and_videos_through_serve(served: Served, http: httpx.Client) -> None:
