@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -74,13 +74,14 @@ def list_parquet(
     schemas = [None if footer is None else footer.schema.to_arrow_schema() for footer in footers]
     opened = [(path, s) for path, s in zip(paths, schemas, strict=True) if s is not None]
     several = False
+    column = cfg.label_column or LABEL_COLUMN
     for path, schema in opened:
+        _refuse_twins(path, schema, (("image", cfg.image_column), ("label", column)))
         images = column_type(schema, cfg.image_column)
         if images is None:
             raise ValueError(f"--image-column: {path} has only the columns {schema.names}")
         several = several or _is_list(images)
     notes = _unlabelled(opened, cfg)
-    column = cfg.label_column or LABEL_COLUMN
     declared = [() if s is None else declared_classes(s, column) for s in schemas]
     classes, maps = merge_classes(declared)
     pieces = [
@@ -99,6 +100,13 @@ def _footer(fs: Any, path: str) -> Any:
     except (OSError, pa.ArrowException) as error:
         raise_if_unreachable(error)
         return None  # its one piece reports it
+
+
+def _refuse_twins(path: str, schema: pa.Schema, columns: Iterable[tuple[str, str]]) -> None:
+    for flag, column in columns:
+        found = column_path(schema, column)
+        if found and schema.names.count(found[0]) > 1:
+            raise ValueError(f"--{flag}-column: {path} has several columns named {found[0]!r}")
 
 
 def _is_list(kind: pa.DataType) -> bool:
@@ -126,8 +134,6 @@ def column_type(schema: pa.Schema, column: str) -> pa.DataType | None:
     path = column_path(schema, column)
     if path is None:
         return None
-    if schema.names.count(path[0]) > 1:
-        raise ValueError(f"two columns are named {path[0]!r}: {schema.names}")
     kind = schema.field(path[0]).type
     for name in path[1:]:
         kind = kind.field(name).type

@@ -52,13 +52,13 @@ class Picture:
         number: of its item.
         path: of its member.
         archive: which of several archives, one behind the other in one file.
-        own: it has a label file that is named after it alone.
+        label_stem: what its name begins with and its label file is named; "" without such a file.
     """
 
     number: int
     path: str
     archive: int
-    own: bool = False
+    label_stem: str = ""
 
 
 @dataclass(slots=True)
@@ -143,12 +143,16 @@ class Samples:
                 found[picture.number] = label, None
 
     def _sharing(self) -> int:
-        """Returns how many images are one of several of their sample, without a label of their own."""
-        groups: dict[tuple[int, str], dict[str, bool]] = defaultdict(dict)
+        """Returns how many images share their sample with others, and its label if there is one."""
+        samples: dict[tuple[int, str], dict[str, str]] = defaultdict(dict)
         for picture in self.pictures:
-            groups[picture.archive, key_of(picture.path)][picture.path] = picture.own
-        several = [own for own in groups.values() if 2 <= len(own) <= MOST_OF_A_SAMPLE]
-        return sum(len(own) for own in several if not all(own.values()))
+            samples[picture.archive, key_of(picture.path)][picture.path] = picture.label_stem
+        total = 0
+        for sample in samples.values():
+            users = Counter(sample.values())
+            shared = [stem for stem in sample.values() if not stem or users[stem] > 1]
+            total += len(shared) if 2 <= len(shared) <= MOST_OF_A_SAMPLE else 0
+        return total
 
 
 def _base(path: str) -> str:
@@ -167,9 +171,9 @@ def _fit(
     for picture in pictures:
         place = seen[picture.path]
         seen[picture.path] += 1
-        for depth, stem in enumerate(stems(picture.path)):
+        for stem in stems(picture.path):
             if stem in by_stem:
-                picture.own = depth <= 1
+                picture.label_stem = stem
                 found[picture.number] = _choose(by_stem[stem], place, copies[picture.path])
                 break
 
