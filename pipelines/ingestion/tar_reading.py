@@ -28,8 +28,8 @@ from pipelines.ingestion.tar_samples import LabelFile, Picture, Samples, gives_w
 if TYPE_CHECKING:
     from pipelines.sources import Chunk
 
-READ_BYTES = 2**20
-AVAILABLE_BYTES = 2**16
+READ_BYTES = 2**15  # tarfile copies what is left of it at every read
+AVAILABLE_BYTES = 2**15
 HELD_BYTES = 32 * 2**20
 _OPENERS: tuple[tuple[bytes, Callable[[IO[bytes]], Any]], ...] = (
     (b"\x1f\x8b", gzip.open),
