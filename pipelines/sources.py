@@ -124,7 +124,6 @@ def list_source(cfg: IngestConfig) -> Listing:
     """
     fs, root = file_system(cfg.source)
     fs.invalidate_cache()  # S3 listings are remembered by the process
-    protocol = protocol_of(fs)
     found, base = find(fs, root.rstrip("/") or root, fs._strip_protocol(cfg.out))
     entries = found.files
     if not entries and not fs.exists(root):
@@ -133,8 +132,17 @@ def list_source(cfg: IngestConfig) -> Listing:
     kind = _kind(entries, root, looked, cfg)
     if kind == "folder":
         return _list_folder(fs, found, base, looked, cfg)
+    if cfg.class_level is not None:
+        raise ValueError(f"--class-level: goes with folders of files, and {cfg.source} is a {kind}")
     if kind == "list":
         return _list_listed(fs, entries[0].path, cfg)
+    listing = _list_archives(fs, kind, entries, cfg)
+    return dataclasses.replace(listing, notes=(*notes_of(found), *listing.notes))
+
+
+def _list_archives(fs: Any, kind: Kind, entries: list[Entry], cfg: IngestConfig) -> Listing:
+    """Lists tars or Parquet files."""
+    protocol = protocol_of(fs)
     if cfg.modality == "video":
         raise ValueError(f"--modality: videos are read from folders and lists, not from {kind}")
     if kind == "webdataset":
@@ -190,6 +198,11 @@ def _list_folder(
         if given:
             kind = "list"  # its labels may be indices
             labels = [given.get(entry.path) for _, _, entry in items]
+    if kind == "folder" and cfg.label_column is not None:
+        raise ValueError(
+            f"--label-column: {cfg.source} is a folder of files without metadata.csv or "
+            "metadata.jsonl: its classes are its folders"
+        )
     items = [
         (name, protocol, dataclasses.replace(entry, label=label))
         for (name, _, entry), label in zip(items, labels, strict=True)
@@ -208,7 +221,9 @@ def _metadata(
             continue
         try:
             listed = _read_list(fs, entry.path, cfg)
-        except ValueError as error:  # of another program
+        except ValueError as error:
+            if not str(error).startswith("--source"):  # a column that was asked for
+                raise
             notes.append(f"not used for labels: {str(error).removeprefix('--source: ')}")
             continue
         found, lost = metadata_labels(listed, entry.path, protocol_of(fs), items)

@@ -178,6 +178,8 @@ def test_a_folder_that_may_not_be_listed_is_one_refused_item(
         "a folder that this user may not list",
     )
     assert items[f"{tmp_path}/a.jpg"].data == b"x"
+    (note,) = list_source(config(tmp_path)).notes
+    assert note == f"1 folders may not be listed by this user: {tmp_path}/lost+found, ..."
     with pytest.raises(ValueError, match=r"--source: .*lost\+found may not be listed"):
         list_source(config(tmp_path / "lost+found"))
 
@@ -262,6 +264,12 @@ def test_pictures_are_known_by_their_content(target: str) -> None:
         (b"Python is a language\n", "text"),  # Pillow alone takes it for a PPM
         (b"BMW and other makes\n", "text"),
         ("Licen\u00e7a".encode("latin-1"), "text"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", ""),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", ""),  # begins as some AVIF does
+        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1avifmiaf", "image"),
+        (b"\0\0\0\x18ftypcrx \0\0\0\1crx isom", ""),  # a camera's raw file
+        (b"\0\0\0\x18ftypM4A \0\0\0\0M4A mp42", ""),
+        (b"\0\0\0\x14ftypqt  \0\0\0\0qt  ", "video"),
         (b"\x7fELF\x02\x01\x01\0", ""),
         (b"", ""),
     ],
@@ -310,6 +318,22 @@ def test_only_the_commonest_suffixes_are_told() -> None:
     assert told(counts) == (
         "155 files there: 20 .a, 19 .b, 18 .c, 17 .d, 16 .e, 15 .f, 14 .g, 13 .h, 23 others"
     )
+
+
+def test_dots_in_names_are_no_suffixes(tmp_path: Path) -> None:
+    names = (
+        "a.jpg?size=large",
+        "Screenshot 2020.01.02 at 10.30",
+        "1.2.840.113619.78",
+        "x.PNG copy",
+    )
+    for name in names:
+        write(tmp_path / name, picture("TIFF" if "840" in name else "PNG"))
+    write(tmp_path / "notes v1.0", b"text")
+    write(tmp_path / "archive.zip.001", bytes(9))  # no more than other archives
+    listing = list_source(config(tmp_path))
+    assert set(labels(listing, tmp_path)) == set(names)
+    assert listing.passed_over == ((".0", 1), (".001", 1))
 
 
 def test_a_folder_without_one_known_suffix_is_what_it_holds(tmp_path: Path) -> None:

@@ -180,6 +180,22 @@ def test_tiny_imagenet_as_it_comes(tmp_path: Path) -> None:
     assert set(entries(list_source(config(tmp_path, class_level=0))).values()) == {None}
 
 
+@pytest.mark.parametrize("metadata", [b"", b"file_name,label\ncat/0.jpg,1\n"])
+def test_a_label_column_that_a_folder_lacks_is_an_error(metadata: bytes, tmp_path: Path) -> None:
+    write(tmp_path / "cat" / "0.jpg")
+    if metadata:
+        write(tmp_path / "metadata.csv", metadata)
+    with pytest.raises(ValueError, match=r"--label-column: .*metadata\.csv"):
+        list_source(config(tmp_path, label_column="breed"))
+
+
+def test_a_class_level_goes_with_folders(tmp_path: Path) -> None:
+    write(tmp_path / "a.jpg")
+    path = write(tmp_path / "all.csv", b"a.jpg,1\n")
+    with pytest.raises(ValueError, match="--class-level: goes with folders of files"):
+        list_source(config(path, class_level=1))
+
+
 def test_a_whole_run_over_a_list_of_another_system(in_process: None, tmp_path: Path) -> None:
     for number in range(4):
         write(tmp_path / "bilder" / f"{number}.png", encoded(noise(number), "PNG"))

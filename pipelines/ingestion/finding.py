@@ -10,7 +10,7 @@ from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
-from pipelines.ingestion.entries import Entry, entry_of, local_entry
+from pipelines.ingestion.entries import UNLISTED, Entry, entry_of, local_entry
 from pipelines.ingestion.folders import Found, walk, walk_matching
 from pipelines.ingestion.names import escaped
 
@@ -38,10 +38,13 @@ def find(fs: Any, root: str, out: str) -> tuple[Found, str]:
 
 
 def notes_of(found: Found) -> Iterator[str]:
-    """Yields what the user should know of links in the source."""
+    """Yields what the user should know of links and closed folders in the source."""
     if found.again:
         first, count = escaped(found.again[0]), len(found.again)
         yield f"{count} linked folders lead to what is in the source already: {first}, ..."
+    folders = [entry.path for entry in found.files if entry.size == UNLISTED]
+    if folders:
+        yield f"{len(folders)} folders may not be listed by this user: {escaped(folders[0])}, ..."
     if found.stored:
         yield f"{len(found.stored)} files without a suffix are taken by the links to them alone"
 

@@ -21,11 +21,16 @@ VIDEO_SUFFIXES = frozenset([".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".g
 _ALIASES = {"MPO": "JPEG", "DIB": "BMP"}
 
 HEAD_BYTES = 512
+_UNTELLING = "?"
 # Files of one suffix that are looked into before it counts as no medium's, and at most.
 FIRST_LOOKS, MOST_LOOKS = 16, 4096
 
 _PNM = re.compile(rb"P[1-7fF]\s")  # Pillow's own test takes every text that begins "Py"
 _CONTROLS = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
+# What a name ends in that says what the file is: no part of a date, a version or a DICOM number.
+_TELLING = re.compile(r"\.(?=.*[a-z])[a-z0-9_~-]{1,12}")
+# Beginning like an MP4, and no video: pictures, raw files of cameras, sound.
+_OTHER_BRANDS = re.compile(rb"ftyp(hei|hev|mif|msf|avi|crx|jp[2xm]|jxl|M4[ABP]|F4[AB])")
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"pnot")
 
 
@@ -62,8 +67,14 @@ def content_of(head: bytes, *, named: bool = False) -> Content:
             found = _PNM.match(head) is not None
         else:
             found = not text and not (named and name == "TIFF") and accepts(head[:16]) is True
+        if (
+            name == "AVIF" and found
+        ):  # HEIC may begin the same, and names what it is like further on
+            found = re.search(rb"avi[fs]", head[8:64]) is not None
         if found:
             return "image"
+    if _OTHER_BRANDS.match(head[4:12]):
+        return ""
     if head[4:8] in _MP4_BOXES or head.startswith(b"\x1aE\xdf\xa3"):
         return "video"
     if head.startswith(b"RIFF") and head[8:12] == b"AVI ":
@@ -83,7 +94,8 @@ def look_into(fs: Any, entries: Sequence[Entry]) -> dict[str, Content]:
     """Reads the beginning of files whose suffix says nothing; returns what they are, by path.
 
     Of each suffix a few files first; where none is a medium it counts as none's, and the rest are
-    not opened. Files without a suffix are all looked into, up to `MOST_LOOKS`.
+    not opened. Files without a suffix are all looked into, up to `MOST_LOOKS`; so are those whose
+    name only has a dot in it (`x.jpg?size=large`, `2020.01.02 at 10.30`).
 
     Args:
         fs: the file system of all of them.
@@ -91,16 +103,20 @@ def look_into(fs: Any, entries: Sequence[Entry]) -> dict[str, Content]:
     """
     by_suffix: dict[str, list[Entry]] = {}
     for entry in entries:
-        by_suffix.setdefault(suffix_of(entry.path), []).append(entry)
+        suffix = suffix_of(entry.path)
+        known = _TELLING.fullmatch(suffix) or not suffix
+        by_suffix.setdefault(suffix if known else _UNTELLING, []).append(entry)
     found: dict[str, Content] = {}
     for suffix, group in by_suffix.items():
-        first = _look(fs, group[:FIRST_LOOKS], named=bool(suffix))
+        named = suffix not in ("", _UNTELLING)
+        looks = FIRST_LOOKS if named else MOST_LOOKS
+        first = _look(fs, group[:looks], named=named)
         found |= first
         media = [kind for kind in first.values() if kind in ("image", "video")]
         if suffix and not media:
             continue
-        found |= _look(fs, group[FIRST_LOOKS:MOST_LOOKS], named=bool(suffix))
-        if suffix:  # one of these is by its suffix what the first ones are
+        found |= _look(fs, group[looks:MOST_LOOKS], named=named)
+        if suffix:  # the rest are what the first ones are
             found |= {entry.path: media[0] for entry in group[MOST_LOOKS:]}
     return found
 
