@@ -15,6 +15,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from models.images import BLACK, Rgb, decode_image
+from models.media.deep import FULL, DeepRange
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -39,12 +42,30 @@ class Preprocessing:
     """Row of `RESAMPLING`."""
     crop_fraction: float = 1.0
     """Side of the centre crop over the resized short side (timm's crop_pct)."""
+    background: Rgb = BLACK
+    """What is seen through transparent places of an encoded image."""
+    deep_range: DeepRange = FULL
+    """White of 16-bit images that do not say it themselves (`models.images.decode_image`)."""
 
     def __post_init__(self) -> None:
         if self.interpolation not in RESAMPLING:
             raise ValueError(f"interpolation must be one of {sorted(RESAMPLING)}")
         if not 0 < self.crop_fraction <= 1:
             raise ValueError(f"crop_fraction must be in (0, 1], got {self.crop_fraction}")
+
+
+def load_image(
+    data: bytes, prep: Preprocessing, *, max_pixels: int | None
+) -> npt.NDArray[np.uint8]:
+    """Decodes one encoded image and applies the evaluation transform: uint8 [H, W, 3].
+
+    Raises:
+        ImageError: it cannot be used (`models.images.decode_image`).
+    """
+    image = decode_image(
+        data, max_pixels=max_pixels, background=prep.background, deep_range=prep.deep_range
+    )
+    return eval_transform(image, prep)
 
 
 def eval_transform(image: Image.Image, prep: Preprocessing) -> npt.NDArray[np.uint8]:

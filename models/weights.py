@@ -50,7 +50,9 @@ from models.preprocessing import Preprocessing, normalize
 from models.tensor_files import save_tensors
 from models.vit import VisionTransformer
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE = (1, SCHEMA_VERSION)
+"""Of config.json; version 1 has no background and no deep range in its preprocessing."""
 METADATA = {"format": "pt"}  # transformers refuses a file without it
 
 
@@ -310,11 +312,13 @@ def _local(uri: str) -> Iterator[Path]:
 
 
 def _load_ours(folder: Path, ours: dict[str, Any], uri: str) -> Artifact:
-    if ours.get("schema_version") != SCHEMA_VERSION:
-        version = ours.get("schema_version")
-        raise ValueError(f"{uri}: artifact schema {version}, this code reads {SCHEMA_VERSION}")
+    version = ours.get("schema_version")
+    if version not in READABLE:
+        known = " and ".join(map(str, READABLE))
+        raise ValueError(f"{uri}: artifact schema {version}, this code reads {known}")
     values: dict[str, Any] = dict(ours["preprocessing"])
-    prep = Preprocessing(**values | {k: tuple(values[k]) for k in ("mean", "std")})
+    lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
+    prep = Preprocessing(**values | lists)
     state = read_state(folder, uri)
     return _assemble(Source(ours["encoder"], prep, state), uri, ours)
 

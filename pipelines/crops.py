@@ -22,6 +22,8 @@ from PIL import Image
 from torch import Tensor
 
 from models.images import ImageError, decode_image
+from models.media.colour import is_of_other_colours
+from models.media.metadata import JPEG, PNG, has_transparent_colour
 from models.video_decode import VideoError, decode_frames
 
 U8 = npt.NDArray[np.uint8]
@@ -160,7 +162,7 @@ def _resize(crop_TCHW: Tensor, side: int) -> U8:
 
 def _reduced_crop(encoded: Tensor, size: tuple[int, int], box: Box, shrink: float, side: int) -> U8:
     draft = (int(size[1] / shrink), int(size[0] / shrink))
-    image = decode_image(encoded.numpy().tobytes(), draft=draft)
+    image = decode_image(encoded.numpy().tobytes(), draft=draft, max_pixels=None)
     ratio_w, ratio_h = image.width / size[1], image.height / size[0]
     if abs(ratio_w - ratio_h) > 2 / min(image.size):  # each side was rounded up
         _check_size((image.height, image.width), size)
@@ -178,17 +180,19 @@ def _decode_whole(encoded: Tensor) -> Tensor:
     # The operators themselves: torchvision 0.29's wrappers warn of their move to torchcodec at every
     # call, which costs 10% of decoding a 32-pixel image.
     ops, upright = torch.ops.image, True
+    data = encoded.numpy().tobytes()
     try:
-        head = bytes(encoded[:26].numpy())
-        if head[:2] == b"\xff\xd8":
+        # Shards of before ingest saw to it may hold pictures that these decoders show otherwise.
+        if data.startswith(JPEG) and not is_of_other_colours(data):
             pixels: Tensor = ops.decode_jpeg(encoded, UNCHANGED, upright)
             if pixels.shape[0] in (1, 3):
                 return pixels
         # 8 bits a channel, grey or RGB: no palette, no transparency.
-        if head[:8] == b"\x89PNG\r\n\x1a\n" and head[24:26] in (b"\x08\x00", b"\x08\x02"):
+        plain = data.startswith(PNG) and data[24:26] in (b"\x08\x00", b"\x08\x02")
+        if plain and not has_transparent_colour(data) and not is_of_other_colours(data):
             pixels = ops.decode_png(encoded, UNCHANGED, upright)
             return pixels
     except RuntimeError:
         pass  # Pillow decides, and says why if it cannot either
-    image = decode_image(encoded.numpy().tobytes())
+    image = decode_image(data, max_pixels=None)  # how many it may have was for ingest to decide
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)

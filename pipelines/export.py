@@ -10,12 +10,14 @@ The artifact is read back and its features compared before it is published.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import pathlib
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from typing import Any
 
 # Lets `python pipelines/export.py` work from an uninstalled checkout, as `ray job submit` runs it.
@@ -24,11 +26,15 @@ if __name__ == "__main__" and not __package__:
 
 import tyro
 
+from models.media.deep import FULL
+from models.preprocessing import Preprocessing
 from models.weights import save_artifact
 from pipelines.checkpoints import load_encoder
 from pipelines.config import ExportConfig
+from pipelines.config.pixels import parse_colour
 from pipelines.features import preprocessing_of
 from pipelines.runtime.places import prepare
+from pipelines.shards import read_manifest
 from pipelines.storage import is_local, open_uri
 
 PACKAGES = ("torch", "timm")
@@ -49,7 +55,8 @@ def export(cfg: ExportConfig) -> str:
     encoder, config, info = load_encoder(cfg.checkpoint)
     encoder.eval()
     model = config.model
-    prep = preprocessing_of(model)
+    ingested = ingest_settings(config.data.train, info["manifest_hash"])
+    prep = with_pixel_settings(preprocessing_of(model), cfg, ingested)
     provenance = {
         "run": config.run.name,
         "step": info["step"],
@@ -70,6 +77,32 @@ def export(cfg: ExportConfig) -> str:
         save_artifact(built, encoder, prep, provenance)
         _upload(built, fs, path, cfg.out)
     return cfg.out
+
+
+def ingest_settings(shards: str, manifest_hash: str) -> dict[str, Any]:
+    """What the training shards were ingested with; nothing if they are no longer there."""
+    try:
+        manifest = read_manifest(shards)
+    except (
+        Exception
+    ):  # a storage that is gone may raise anything; the run does not need it any more
+        return {}
+    return manifest.ingest if manifest.manifest_hash == manifest_hash else {}
+
+
+def with_pixel_settings(
+    prep: Preprocessing, cfg: ExportConfig, ingested: Mapping[str, Any]
+) -> Preprocessing:
+    """Adds how encoded images become RGB: by the flags, else as the training shards were made.
+
+    Shards hold plain RGB, so only those who use the encoder later need to know.
+    """
+    background = cfg.background or ingested.get("background", "black")
+    return dataclasses.replace(
+        prep,
+        background=parse_colour("background", background),
+        deep_range=cfg.deep_range or ingested.get("deep_range", FULL),
+    )
 
 
 def _upload(built: pathlib.Path, fs: Any, path: str, uri: str) -> None:

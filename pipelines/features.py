@@ -24,9 +24,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.images import decode_image
 from models.positions import sincos_3d
-from models.preprocessing import Preprocessing, eval_transform, normalize
+from models.preprocessing import Preprocessing, eval_transform, load_image, normalize
 from models.video_decode import decode_frames
 from models.vit import VisionTransformer
 from pipelines.clip_sampling import ClipSampler
@@ -47,11 +46,6 @@ CLIP_NUMBERS = 12_288
 def preprocessing_of(model: ModelConfig) -> Preprocessing:
     """The evaluation transform of a run's encoder."""
     return Preprocessing(image_size=model.image_size, mean=model.mean, std=model.std)
-
-
-def load_image(data: bytes, prep: Preprocessing) -> np.ndarray:
-    """Decodes one encoded image and applies the evaluation transform: uint8 [H, W, C]."""
-    return eval_transform(decode_image(data), prep)
 
 
 def load_clip(data: bytes, frames_F: np.ndarray, prep: Preprocessing) -> np.ndarray:
@@ -81,7 +75,8 @@ def decode_batches(
     count = batch_size if sampler is None else clips_per_batch(batch_size, sampler.frames)
     with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="decode") as pool:
         if sampler is None:
-            decode = functools.partial(load_image, prep=prep)
+            # Stored images: how large they may be was for ingest to decide.
+            decode = functools.partial(load_image, prep=prep, max_pixels=None)
             samples = in_order(pool, decode, _column(tables, "image"), 2 * count)
         else:
             clips = _clips(tables, sampler)

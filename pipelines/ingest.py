@@ -39,6 +39,7 @@ from pipelines.config import IngestConfig
 from pipelines.following import follow, stop_on_signals
 from pipelines.ingestion.choosing import shortened
 from pipelines.ingestion.class_list import read_classes
+from pipelines.ingestion.items import Tally
 from pipelines.merging import (
     build_index,
     choose_classes,
@@ -49,6 +50,7 @@ from pipelines.merging import (
     plan_shards,
     read_shard_note,
 )
+from pipelines.preparing import DIM
 from pipelines.progress import Meter
 from pipelines.runtime.cluster import start_ray
 from pipelines.runtime.places import prepare
@@ -112,10 +114,9 @@ def ingest(cfg: IngestConfig) -> Manifest:
     start_ray()
     items = _stage(chunks, keys, listing, cfg, console)
     manifest = _merge(keys, items, listing, fixed, fingerprint, cfg, console)
-    notes = sum((read_tally(table).notes for table in items), Counter())
     write_manifest(cfg.out, manifest)
     _clean_up(cfg, manifest)
-    _summary(manifest, listing, notes, time.monotonic() - started, console)
+    _summary(manifest, listing, time.monotonic() - started, console)
     return manifest
 
 
@@ -205,13 +206,13 @@ def _merge(
     refused = pa.concat_tables([table.filter(table["reason"].is_valid()) for table in tables])
     missing = pc.equal(refused["segment"], NO_ROW)
     losses = _write_quarantine(refused.filter(missing), LOSSES, cfg)
-    ignored = sum((read_tally(table).ignored for table in tables), Counter[str]())
+    tally = _total(tables)
     quarantined = _write_quarantine(refused.filter(pc.invert(missing)), QUARANTINE, cfg)
     items = sum(pc.sum(pc.equal(table["segment"], 0)).as_py() or 0 for table in tables)
     if listing.num_items not in (None, items):
         raise ValueError(f"{cfg.source}: {items} items, {listing.num_items} when it was listed")
     if items == 0:
-        raise ValueError(f"{cfg.source}: no {cfg.modality} in it, but {dict(ignored)}")
+        raise ValueError(f"{cfg.source}: no {cfg.modality} in it, but {dict(tally.ignored)}")
     if sum(quarantined.values()) == items:
         one = f"not one good {cfg.modality} among {items}: {quarantined}"
         raise ValueError(f"{cfg.source}: {one}; {cfg.out}/{QUARANTINE} has each with its reason")
@@ -248,10 +249,18 @@ def _merge(
         quarantined=quarantined,
         duplicates=duplicates,
         losses=losses,
-        ignored=dict(sorted(ignored.items())),
+        ignored=dict(sorted(tally.ignored.items())),
+        notes=dict(sorted(tally.notes.items())),
         ingest=settings,
         fingerprint=fingerprint,
     )
+
+
+def _total(tables: Sequence[pa.Table]) -> Tally:
+    """What was found besides the items, in all chunks."""
+    tallies = [read_tally(table) for table in tables]
+    ignored = sum((tally.ignored for tally in tallies), Counter[str]())
+    return Tally({}, ignored, sum((tally.notes for tally in tallies), Counter[str]()))
 
 
 def _write_quarantine(refused: pa.Table, file: str, cfg: IngestConfig) -> dict[str, int]:
@@ -303,7 +312,6 @@ def _clean_up(cfg: IngestConfig, manifest: Manifest) -> None:
 def _summary(
     manifest: Manifest,
     listing: Listing,
-    notes: Counter[str],
     seconds: float,
     console: Console,
 ) -> None:
@@ -340,8 +348,13 @@ def _summary(
     rate = (manifest.num_frames if video else items) or 0
     table.add_row("frames/s" if video else "images/s", f"{rate / seconds:,.0f}")
     console.print(table)
-    if sharing := notes["images that share a sample"]:
+    if sharing := manifest.notes.get("images that share a sample"):
         console.print(f"{sharing:,} images share a sample with others: --image-member chooses")
+    if dim := manifest.notes.get(DIM):
+        console.print(
+            f"warning: {dim:,} 16-bit images use less than an eighth of their range, and are nearly "
+            "black; if they hold fewer bits, say so with --deep-range (4095 for 12, or auto)"
+        )
 
 
 def main() -> None:

@@ -8,23 +8,34 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from models.images import ImageError, decode_image, open_image
+from models.images import ImageError, open_image, read_image
 from pipelines.config import IngestConfig
+from pipelines.config.pixels import parse_colour
 
 _FORMATS = {"JPEG": "jpeg", "MPO": "jpeg", "PNG": "png", "WEBP": "webp"}
-_EXIF_TRACES = (b"Exif", b"eXIf", b"EXIF", b"profile type exif", b"Orientation")
 _LEVELS = np.arange(256, dtype=np.int64)
 _POWERS = np.stack([_LEVELS, _LEVELS**2], axis=1)
+DIM = "dim 16-bit images"
+"""The note on a 16-bit image that uses less than an eighth of its range."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """One validated image, as it will be stored."""
+    """One validated image, as it will be stored.
+
+    Attributes:
+        data: encoded.
+        height: pixels.
+        width: pixels.
+        moments: `pixel_moments`.
+        notes: what somebody may want to know of it, as names to count.
+    """
 
     data: bytes
     height: int
     width: int
     moments: list[float]
+    notes: tuple[str, ...] = ()
 
 
 def prepare_image(data: bytes, cfg: IngestConfig) -> Prepared:
@@ -38,17 +49,23 @@ def prepare_image(data: bytes, cfg: IngestConfig) -> Prepared:
     header = open_image(data, max_pixels=cfg.max_pixels)
     size = target_size(header.width, header.height, cfg.short_side)
     resized = size != header.size
-    image = decode_image(
-        data, max_pixels=cfg.max_pixels, draft=(2 * size[0], 2 * size[1]) if resized else None
+    found = read_image(
+        data,
+        max_pixels=cfg.max_pixels,
+        draft=(2 * size[0], 2 * size[1]) if resized else None,
+        background=parse_colour("background", cfg.background),
+        deep_range=cfg.deep_range,
     )
+    image = found.image
     if resized:
         target = target_size(image.width, image.height, cfg.short_side)
         image = image.resize(target, Image.Resampling.BICUBIC, reducing_gap=3.0)
-    source_format = _FORMATS.get(header.format or "")
+    source_format = _FORMATS.get(found.format)
     target_format = source_format or "png" if cfg.encode == "keep" else cfg.encode
-    if resized or source_format != target_format or not _is_plain(header, data):
-        data = _encode(image, target_format, cfg.quality)
-    return Prepared(data, image.height, image.width, pixel_moments(image))
+    kept = not resized and source_format == target_format and found.plain
+    data = found.encoded if kept else _encode(image, target_format, cfg.quality)
+    notes = (DIM,) if found.dim else ()
+    return Prepared(data, image.height, image.width, pixel_moments(image), notes)
 
 
 def target_size(width: int, height: int, short_side: int | None) -> tuple[int, int]:
@@ -57,20 +74,6 @@ def target_size(width: int, height: int, short_side: int | None) -> tuple[int, i
     if short_side is None or short <= short_side:
         return width, height
     return round(width * short_side / short), round(height * short_side / short)
-
-
-def _is_plain(header: Image.Image, data: bytes) -> bool:
-    """True when any decoder gets the right picture: 8-bit RGB or grey, upright, a single frame."""
-    if header.mode not in ("RGB", "L") or "transparency" in header.info:
-        return False
-    if header.format == "PNG" and data[24] == 16:  # bits a channel; Pillow makes 8 of them
-        return False
-    if header.format != "MPO" and getattr(header, "is_animated", False):
-        return False
-    # Asking for EXIF data decodes a whole PNG, so look for traces of it in the bytes first.
-    if not any(trace in data for trace in _EXIF_TRACES):
-        return True
-    return bool(header.getexif().get(0x0112, 1) == 1)  # the orientation tag
 
 
 def _encode(image: Image.Image, target: str, quality: int) -> bytes:

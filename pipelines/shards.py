@@ -113,6 +113,7 @@ class Manifest:
         losses: number of losses by reason, in items that were kept in part: videos, and images whose
             label was not understood.
         ignored: by kind, how much of the source's archives is no image.
+        notes: what else somebody should know of what was ingested, by kind.
         ingest: the ingest configuration, without its `out`.
         fingerprint: hash of that configuration and of the source listing.
         live: of a set that live streams grow: where it stands (`publishing.Progress`); else None.
@@ -131,6 +132,7 @@ class Manifest:
     duplicates: int
     losses: dict[str, int] = dataclasses.field(default_factory=dict)
     ignored: dict[str, int] = dataclasses.field(default_factory=dict)
+    notes: dict[str, int] = dataclasses.field(default_factory=dict)
     ingest: dict[str, Any]
     fingerprint: str
     live: dict[str, Any] | None = None

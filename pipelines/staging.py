@@ -72,6 +72,7 @@ _NOT_OF = {
     "image": ("video",),
     "video": (
         *("image_column", "label_column", "image_member", "encode", "quality", "max_pixels"),
+        *("background", "deep_range"),
     ),
 }
 # Settings that came later: as long as they are not used, old results stay what they are.
@@ -168,6 +169,7 @@ def stage_chunk(row: dict[str, Any], cfg: IngestConfig) -> dict[str, Any]:
         items += _stage_item(item, cfg, parts)
         done += item.num_bytes
     parts.flush()
+    tally.notes.update(note for row in items for note in row.get("notes", ()))
     for number, (label, problem) in tally.labels.items():
         items += _set_label(items[firsts[number]], label, problem)
     found = json.dumps({"ignored": tally.ignored, "notes": tally.notes}).encode()
@@ -223,6 +225,7 @@ def _prepare(item: Item, cfg: IngestConfig, losses: list[Loss]) -> Iterator[dict
         "height": prepared.height,
         "width": prepared.width,
         "moments": prepared.moments,
+        "notes": prepared.notes,
     }
 
 
@@ -236,6 +239,7 @@ def _stage_row(
         "num_frames": row.get("num_frames"),
         "part": parts.add({**row, "source_uri": escaped(item.uri)}),
         "uri": item.uri,  # for what is yet to be told of the row; not stored
+        "notes": row.get("notes", ()),  # nor are these
     }
 
 

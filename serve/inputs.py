@@ -15,8 +15,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from models.images import ImageError, decode_image
-from models.preprocessing import Preprocessing, eval_transform
+from models.images import ImageError
+from models.preprocessing import Preprocessing, load_image
 from serve.base64_text import BLANK, decode, split_data_uri
 from serve.schemas import ApiError
 
@@ -258,6 +258,6 @@ def to_pixels(
         ApiError: 400 with the decoder's reason as its code.
     """
     try:
-        return eval_transform(decode_image(data, max_pixels=max_pixels), prep)
+        return load_image(data, prep, max_pixels=max_pixels)
     except ImageError as error:
         raise ApiError(400, error.reason, f"unusable image: {error.detail}", param=param) from error

@@ -1,1 +1,1 @@
-"""Video as it is stored and sent: containers, frames in order and by number."""
+"""Pictures and video as they are stored and sent: formats, metadata, colours; containers, frames."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from pipelines.config.checks import require
+from pipelines.config.pixels import check_deep_range, parse_colour
 from pipelines.config.places import PlaceField, WrittenPlace
 
 IMAGE_COLUMN, LABEL_COLUMN = "image", "label"
@@ -124,6 +125,13 @@ class IngestConfig:
     unusual colour mode makes re-encoding necessary."""
     quality: int = 95
     """JPEG and WebP quality when re-encoding."""
+    background: str = "black"
+    """What is seen through transparent places of images: `black`, `white`, `R,G,B` (0 to 255 each) or
+    `#rrggbb`. Encoders trained on the set serve with the same."""
+    deep_range: int | Literal["auto"] = 65535
+    """The value that is white in 16-bit images whose file does not say it: 4095 for 12-bit data of
+    X-rays and microscopes. `auto` takes, for each image by itself, white of the fewest bits (8, 10, 12,
+    14, 16) that hold its brightest value."""
     max_pixels: int = 100_000_000
     """Images with more pixels than this are quarantined as decompression bombs, undecoded."""
     max_bytes: int = 67_108_864
@@ -139,6 +147,8 @@ class IngestConfig:
             require(names_one, "image-member", f"{pattern!r} is no ending of names, as jpg is")
         require(self.short_side is None or self.short_side >= 8, "short-side", "must be at least 8")
         require(1 <= self.quality <= 100, "quality", "must be between 1 and 100")
+        parse_colour("background", self.background)
+        check_deep_range("deep-range", self.deep_range)
         require(self.max_pixels > 0, "max-pixels", "must be positive")
         require(self.max_bytes > 0, "max-bytes", "must be positive")
         require(self.shard_bytes >= 1024, "shard-bytes", "must be at least 1024")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pipelines.config.checks import require
+from pipelines.config.pixels import check_deep_range, parse_colour
 from pipelines.config.places import PlaceField, ReadPlace, WrittenPlace
 
 
@@ -81,6 +82,17 @@ class ExportConfig:
     """Checkpoint, or a run folder (its best checkpoint)."""
     out: WrittenPlace
     """Folder of the artifact."""
+    background: str | None = None
+    """What the served encoder sees through transparent places: `black`, `white`, `R,G,B` or `#rrggbb`;
+    None takes what the training shards were ingested with, black if they are gone."""
+    deep_range: int | Literal["auto"] | None = None
+    """White of 16-bit images that are served, as --deep-range of ingest; None as above, or 65535."""
+
+    def __post_init__(self) -> None:
+        if self.background is not None:
+            parse_colour("background", self.background)
+        if self.deep_range is not None:
+            check_deep_range("deep-range", self.deep_range)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,32 @@
+"""Settings of how images become 8-bit RGB, as flags give them."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from pipelines.config.checks import require
+
+_NAMED = {"black": (0, 0, 0), "white": (255, 255, 255)}
+
+
+def parse_colour(flag: str, text: str) -> tuple[int, int, int]:
+    """Returns R, G, B of `black`, `white`, `R,G,B` or `#rrggbb`; raises ValueError naming the flag."""
+    if text in _NAMED:
+        return _NAMED[text]
+    if re.fullmatch(r"#[0-9a-fA-F]{6}", text):
+        return int(text[1:3], 16), int(text[3:5], 16), int(text[5:7], 16)
+    parts = re.fullmatch(r"\s*(\d{1,3})\s*,\s*(\d{1,3})\s*,\s*(\d{1,3})\s*", text)
+    red, green, blue = map(int, parts.groups()) if parts else (256, 256, 256)
+    require(
+        max(red, green, blue) < 256,
+        flag,
+        f"{text!r} is none of black, white, R,G,B (0 to 255 each) and #rrggbb",
+    )
+    return red, green, blue
+
+
+def check_deep_range(flag: str, value: int | Literal["auto"]) -> None:
+    """Raises ValueError, naming the flag, for a white that 16 bits do not hold."""
+    ok = value == "auto" or 1 <= int(value) <= 65535
+    require(ok, flag, f"must be auto or between 1 and 65535, got {value}")
