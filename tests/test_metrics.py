@@ -165,6 +165,22 @@ def test_states_of_two_processes_fold_into_one():
     assert ours == pytest.approx(theirs, rel=1e-9)
 
 
+def test_a_reading_is_of_all_processes_together(monkeypatch):
+    features = _features()
+    whole, here, there = _watch(), _watch(), _watch()
+    for watches, part in (((whole, here), features[:150]), ((whole, there), features[150:])):
+        for watch in watches:
+            watch.update(part)
+    other = torch.cat([moment.flatten() for moment in there.state().values()])
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda values: values.add_(other))
+    ours = here.reading()
+    monkeypatch.undo()
+    assert ours == pytest.approx(whole.reading(), rel=1e-9)
+    assert ours != pytest.approx(there.reading(), rel=1e-2)  # what one process alone would say
+
+
 def test_mean_meter_means_saves_and_folds():
     meter, other = MeanMeter(), MeanMeter()
     assert meter.reading() == {}

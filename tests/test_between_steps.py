@@ -1,0 +1,82 @@
+"""What goes on between steps, by the numbers of the steps: what a run and its own resume cannot tell."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from fake_training import change, end_of, run_training, tiny_config
+
+from models.objectives import build_objective
+from models.objectives.latent import LatentPrediction
+from pipelines.checkpoints import load_tensors
+from pipelines.train_state import new_state
+
+CPU = torch.device("cpu")
+SMALL = {"projector": (32, 16), "slices": 16}
+
+
+def _objective(folder, **objective):
+    cfg = change(tiny_config(folder), objective={**SMALL, **objective})
+    settings = cfg.objective_settings
+    return build_objective(cfg.objective.name, model=cfg.model_settings, objective=settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"name": "lejepa"}, {"name": "ijepa", "regularize": "context_pooled"}],
+    ids=["lejepa", "regularized"],
+)
+def test_every_step_has_slices_of_its_own(tmp_path, settings):
+    objective = _objective(tmp_path, **settings)
+    seen = [objective.sigreg.draw_slices(16)]
+    for step in range(3):
+        assert objective.sigreg.step.item() == step
+        objective.after_step(step, 10)
+        seen.append(objective.sigreg.draw_slices(16))
+    assert not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+
+
+def test_a_regularized_objective_still_moves_its_target(tmp_path):
+    objective = _objective(tmp_path, name="ijepa", regularize="context_pooled")
+    target = objective.feature_encoder.norm.bias
+    with torch.no_grad():
+        objective.objective.encoder.norm.bias.add_(1.0)
+    objective.after_step(0, 10)
+    torch.testing.assert_close(target, torch.full_like(target, 0.1))  # momentum 0.9 at step 0
+
+
+@pytest.mark.parametrize("stops", [(6,), (2, 6)], ids=["at once", "resumed"])
+def test_the_momentum_is_told_steps_from_0_whatever_was_interrupted(tmp_path, monkeypatch, stops):
+    told = []
+    moved = LatentPrediction.after_step
+
+    def after_step(self, step, total_steps):
+        told.append((step, total_steps))
+        moved(self, step, total_steps)
+
+    monkeypatch.setattr(LatentPrediction, "after_step", after_step)
+    for stop in stops:
+        run_training(tiny_config(tmp_path, stop_after=stop), tmp_path / "ck")
+    assert told == [(step, 12) for step in range(6)]
+
+
+def test_a_checkpoint_says_its_position_in_samples_and_epochs(tmp_path):
+    run_training(tiny_config(tmp_path), tmp_path / "ck")
+    for step in (4, 8, 12):
+        state = end_of(tmp_path / "ck", step)[1]
+        assert (state["step"], state["position"], state["epoch"]) == (step, 8 * step, step / 5)
+
+
+def test_the_generator_goes_on_where_it_was(tmp_path):
+    cfg = tiny_config(tmp_path, stop_after=4)
+    torch.manual_seed(42)
+    run_training(cfg, tmp_path / "ck")
+    expected = torch.get_rng_state()
+    checkpoint = tmp_path / "ck" / "checkpoint_00000004"
+    assert torch.equal(load_tensors(checkpoint, "loop", 1)["rng.cpu"], expected)
+    torch.manual_seed(7)  # a new process has another
+    state = new_state(dataclasses.replace(cfg), CPU)
+    state.restore(checkpoint, rank=0, world_size=1)
+    assert torch.equal(torch.get_rng_state(), expected)
