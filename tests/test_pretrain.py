@@ -20,7 +20,7 @@ import pytest
 import torch
 from fake_training import FolderStore, change
 
-from pipelines.checkpoints import CheckpointError, load_encoder, load_tensors, resolve_checkpoint
+from pipelines.checkpoints import CheckpointError, load_encoder, load_tensors
 from pipelines.config import PretrainConfig
 from pipelines.loading import train_batches
 from pipelines.plan import make_plan
@@ -170,7 +170,10 @@ def test_a_run_folder_on_s3_means_its_best_checkpoint(one_worker, s3, monkeypatc
     for key, value in s3.items():
         monkeypatch.setenv(key, value)
     encoder, config, info = load_encoder("s3://pretrain/runs/one")
-    assert info["uri"] == resolve_checkpoint("s3://pretrain/runs/one")
+    rows = read_metrics(folder / "metrics.jsonl")
+    scores = {row["step"]: row["knn"] for row in rows if "knn" in row and row["step"]}
+    best = max(scores, key=lambda step: (scores[step], step))
+    assert info["uri"] == f"s3://pretrain/runs/one/checkpoint_{best:08d}"
     assert config.run.name == "one"
     tensors = load_tensors(folder / Path(info["uri"]).name, "model", 1)
     ours = encoder.state_dict()
