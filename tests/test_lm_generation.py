@@ -57,6 +57,11 @@ def test_nothing_ends_an_answer_before_min_tokens() -> None:
     events = run(engine, engine.submit("a", list(b"a"), rules))[0]
     assert "".join(event.text for event in events) == "bcde"
     assert events[-1] == EndEvent("stop", "fg", "", 1, 6)
+    engine.open("edge")  # the one that ends with the last token that must come does not count
+    rules = ask(20, stop=("e", "f"), min_tokens=4)
+    events = run(engine, engine.submit("edge", list(b"a"), rules))[0]
+    assert "".join(event.text for event in events) == "bcde"
+    assert events[-1] == EndEvent("stop", "f", "", 1, 5)
     engine.open("b")
     rules = ask(7, min_tokens=3, ignore_eos=False, stop_token_ids=(ord("g"), 99_999))
     found = ids(run(engine, engine.submit("b", list(b"e"), rules))[0])

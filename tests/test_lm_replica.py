@@ -243,6 +243,21 @@ def test_two_forks_to_one_name(tiny_lm: Path, tmp_path: Path) -> None:
     run(test(str(tmp_path)))
 
 
+def test_a_fork_in_memory_remembers_its_own_end(tiny_lm: Path) -> None:
+    """The last tokens say how a chat's next turn begins."""
+
+    async def test() -> None:
+        async with cluster(tiny_lm, sessions=3) as made:
+            first = await say(made.replica, "a", "ab", max_tokens=9)
+            await made.replica.fork("a", "twin", "r")
+            later = await say(made.replica, "a", "", max_tokens=9)
+            tails = {held.session_id: list(held.tail) for held in made.replica._sessions.held()}
+            assert tails == {"a": later[-8:], "twin": first[-8:]}
+            assert later[-8:] != first[-8:]
+
+    run(test())
+
+
 def test_a_pinned_prefix_is_durable_when_its_session_is_there(
     tiny_lm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

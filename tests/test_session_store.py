@@ -113,6 +113,21 @@ def test_a_torn_write_is_cut_off(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_bytes() == b"\1\0\0\0\2\0\0\0\t\0\0\0"
 
 
+def test_a_disk_that_fills_up_in_a_write_costs_that_write_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, real = tmp_path / "tokens.i32", os.write
+    log = LocalLog(path)
+    log.append([1, 2])
+    monkeypatch.setattr(os, "write", lambda file, data: real(file, data[:6]))  # a token and a half
+    with pytest.raises(OSError, match="cut short"):
+        log.append([3, 4, 5])
+    monkeypatch.undo()
+    assert (log.position, path.stat().st_size) == (2, 8)
+    log.append([6])
+    assert LocalLog(path).read(0) == [1, 2, 6]
+
+
 def test_other_models_and_names_are_refused(store: SessionStore, tmp_path: Path) -> None:
     make(store, "chat").close()
     with pytest.raises(SessionExists):
@@ -146,6 +161,18 @@ def test_snapshots_are_few_and_a_damaged_one_is_passed_over(tmp_path: Path) -> N
     assert not (newest.parent / ".half").exists()
     assert again.newest_snapshot()[0] == 20
     again.close()
+
+
+def test_a_snapshot_of_all_tokens_is_the_newest(store: SessionStore) -> None:
+    """What every eviction writes: passed over, each load would read the whole stream again."""
+    session = make(store, "chat")
+    session.log.append(range(10))
+    for position in (4, 10):
+        session.save_snapshot(position, state(position))
+    position, newest = session.newest_snapshot()
+    assert (position, int(newest["length"])) == (10, 10)
+    session.log.append([11])
+    assert session.newest_snapshot()[0] == 10
 
 
 def test_a_snapshot_of_other_tokens_than_the_log_s_does_not_count(store: SessionStore) -> None:
