@@ -106,7 +106,7 @@ class LanguageService:
         if isinstance(prefix, str):
             ids = self._text_feed(prefix, CompletionRequest()).start
         else:
-            ids = self._template(prefix, add_generation_prompt=False)
+            ids = self._template(prefix, "pin_prefix", add_generation_prompt=False)
         self._check_length(ids, "pin_prefix")
         if not 0 < len(ids) <= self.card.capacity - 2:
             limit = self.card.capacity - 2
@@ -129,8 +129,8 @@ class LanguageService:
     def tokenize(self, request: TokenizeRequest) -> Sequence[int]:
         """Token ids of a text or of messages."""
         if request.messages is not None:
-            how = {"add_generation_prompt": request.add_generation_prompt}
-            return self._template(request.messages, **how)
+            opens = request.add_generation_prompt
+            return self._template(request.messages, add_generation_prompt=opens)
         bos = request.add_special_tokens and self.tokenizer.adds_bos
         parse = request.parse_special
         return self.tokenizer.encode(request.prompt or "", bos=bos, parse_special=parse)
@@ -175,6 +175,8 @@ class LanguageService:
         else:
             self.check_tokens(prompt, "prompt")
             ids = start = tuple(prompt)  # ids are taken as they are
+        if not start:
+            raise ApiError(400, "empty_input", "prompt: a text of no tokens", param="prompt")
         self._check_length(ids, "prompt")
         return Feed(start=start, follow=ids)
 
@@ -204,12 +206,16 @@ class LanguageService:
             return Feed(start=start)
         return chat_feed(self.tokenizer, [m.plain() for m in messages], start)
 
-    def _template(self, messages: Sequence[Message], **how: bool) -> tuple[int, ...]:
+    def _template(
+        self, messages: Sequence[Message], param: str = "messages", **how: bool
+    ) -> tuple[int, ...]:
+        if not messages:
+            raise ApiError(400, "empty_input", f"{param}: no messages", param=param)
         plain = [message.plain() for message in messages]
         try:
             return tuple(self.tokenizer.chat(plain, **how))
         except ValueError as error:
-            raise ApiError(400, "invalid_messages", str(error), param="messages") from error
+            raise ApiError(400, "invalid_messages", str(error), param=param) from error
 
     def _check_length(self, ids: Sequence[int], param: str) -> None:
         limit = self._settings.max_prompt_tokens

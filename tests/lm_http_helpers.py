@@ -85,3 +85,34 @@ def complete_retrying(http: httpx.Client, **body: Any) -> Any:
             assert reply.status_code == 200, reply.text
             return reply.json()
         time.sleep(0.3)
+
+
+class CountsPings(httpx.HTTPTransport):
+    """Looks at the bytes that the client reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pings = 0
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        reply = super().handle_request(request)
+        assert isinstance(reply.stream, httpx.SyncByteStream)
+        return httpx.Response(
+            reply.status_code,
+            headers=reply.headers,
+            stream=Counted(reply.stream, self),
+            extensions=reply.extensions,
+        )
+
+
+class Counted(httpx.SyncByteStream):
+    def __init__(self, stream: httpx.SyncByteStream, counts: CountsPings) -> None:
+        self._stream, self._counts = stream, counts
+
+    def __iter__(self) -> Iterator[bytes]:
+        for data in self._stream:
+            self._counts.pings += data.count(b": ping\n")
+            yield data
+
+    def close(self) -> None:
+        self._stream.close()

@@ -17,6 +17,7 @@ from lm_bad_requests import BAD
 from lm_http_helpers import (
     APP,
     GREEDY,
+    CountsPings,
     Served,
     complete,
     complete_retrying,
@@ -321,37 +322,6 @@ def test_busy_cancel_and_no_free_slab(http: httpx.Client, client: openai.OpenAI)
         return all(entry["status"] != "generating" for entry in entries)
 
     wait_until(is_quiet, 15)  # sooner than a reader who stays away is given up
-
-
-class CountsPings(httpx.HTTPTransport):
-    """Looks at the bytes that the client reads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pings = 0
-
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
-        reply = super().handle_request(request)
-        assert isinstance(reply.stream, httpx.SyncByteStream)
-        return httpx.Response(
-            reply.status_code,
-            headers=reply.headers,
-            stream=Counted(reply.stream, self),
-            extensions=reply.extensions,
-        )
-
-
-class Counted(httpx.SyncByteStream):
-    def __init__(self, stream: httpx.SyncByteStream, counts: CountsPings) -> None:
-        self._stream, self._counts = stream, counts
-
-    def __iter__(self) -> Iterator[bytes]:
-        for data in self._stream:
-            self._counts.pings += data.count(b": ping\n")
-            yield data
-
-    def close(self) -> None:
-        self._stream.close()
 
 
 def test_kill_9_mid_stream_loses_and_repeats_nothing(served: Served, http: httpx.Client) -> None:
