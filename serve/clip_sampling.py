@@ -27,7 +27,7 @@ from models.video_decode import RgbConverter, VideoError, declared_seconds, open
 # them little tested.
 CODECS = (
     frozenset(("h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "libvpx", "libvpx-vp9", "gif"))
-    | frozenset(("mpeg4", "msmpeg4v3", "h263", "mpeg2video", "mpeg1video", "mjpeg", "png"))
+    | frozenset(("mpeg4", "msmpeg4", "h263", "mpeg2video", "mpeg1video", "mjpeg", "png"))
     | frozenset(("prores", "theora", "ffv1"))
 )
 SHORTFALL_S = 0.5  # missing at the end of what the header says that counts as truncated
