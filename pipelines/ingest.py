@@ -212,7 +212,8 @@ def _merge(
     if listing.num_items not in (None, items):
         raise ValueError(f"{cfg.source}: {items} items, {listing.num_items} when it was listed")
     if items == 0:
-        raise ValueError(f"{cfg.source}: no {cfg.modality} in it, but {dict(tally.ignored)}")
+        besides = f", but {dict(tally.ignored)}" if tally.ignored else ""
+        raise ValueError(f"--source: no {cfg.modality} in {cfg.source}{besides}")
     if sum(quarantined.values()) == items:
         one = f"not one good {cfg.modality} among {items}: {quarantined}"
         raise ValueError(f"{cfg.source}: {one}; {cfg.out}/{QUARANTINE} has each with its reason")

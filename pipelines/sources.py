@@ -54,6 +54,11 @@ TAR_SUFFIXES = (
 )
 # Hugging Face's imagefolder: labels of the files below it.
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
+# Archives that are not read.
+OTHER_ARCHIVES = (
+    *(".zip", ".7z", ".rar", ".lz4", ".lz", ".lzo", ".lzma", ".z", ".cpio"),
+    *(".gz", ".bz2", ".xz", ".zst"),
+)
 
 Kind = Literal["folder", "list", "webdataset", "parquet"]
 
@@ -179,7 +184,11 @@ def _kind(entries: list[Entry], root: str, looked: dict[str, Content], cfg: Inge
             return kind
     wanted = "images, videos, tars or Parquet files" if cfg.format == "auto" else cfg.format
     there = told(count_suffixes(entries))
-    raise ValueError(f"--source: no {wanted} found at {cfg.source} ({there})")
+    archives = [entry.path for entry in entries if entry.path.lower().endswith(OTHER_ARCHIVES)]
+    way_out = (
+        f"; unpack {archives[0]}, or pack it as .tar (.gz, .bz2, .xz, .zst)" if archives else ""
+    )
+    raise ValueError(f"--source: no {wanted} found at {cfg.source} ({there}){way_out}")
 
 
 def _list_folder(
@@ -334,6 +343,8 @@ def _list_parquet(fs: Any, protocol: str, entries: list[Entry], cfg: IngestConfi
     files = [entry for entry in entries if entry.path.lower().endswith(".parquet")]
     others = [entry for entry in entries if not entry.path.lower().endswith(".parquet")]
     found = list_parquet(fs, [entry.path for entry in files], cfg, CHUNK_BYTES)
+    if all(piece.rows[0] == piece.rows[1] for piece in found.pieces):
+        raise ValueError(f"--source: the Parquet files at {cfg.source} have no rows")
     column = cfg.label_column or LABEL_COLUMN
     labels = [partition_label(entry.path, column) for entry in files]
     files = [dataclasses.replace(e, label=label) for e, label in zip(files, labels, strict=True)]

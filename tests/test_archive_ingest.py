@@ -79,7 +79,7 @@ def test_every_member_ends_in_one_counted_place(
         "./train/0.avif": "0",
     }
     assert manifest.duplicates == 1
-    assert manifest.quarantined == {"not_an_image": 1, "unreadable": 1}
+    assert manifest.quarantined == {"truncated": 1, "unreadable": 1}
     assert manifest.losses == {"label_not_understood": 1}
     assert losses(archive) == [("./train/multi.png", "label_not_understood")]
     assert manifest.ignored == {
@@ -107,7 +107,7 @@ def test_a_damaged_tail_costs_only_what_stands_in_it(tmp_path: Path) -> None:
 
 def test_a_tar_without_images_says_what_it_holds(tmp_path: Path) -> None:
     archive = write_tar(tmp_path / "a.tar", [("a.npy", b"x"), ("b.cls", b"1")])
-    with pytest.raises(ValueError, match=r"no image in it, but .*'\.npy': 1"):
+    with pytest.raises(ValueError, match=r"--source: no image in .*a\.tar, but .*'\.npy': 1"):
         ingested(archive)
 
 

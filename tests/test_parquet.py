@@ -194,6 +194,12 @@ def test_images_named_by_a_path_are_read_from_beside_the_file(tmp_path: Path) ->
         ]
 
 
+def test_files_without_rows_are_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": pa.array([], pa.binary())}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"--source: the Parquet files at .* have no rows"):
+        list_source(config(tmp_path))
+
+
 def test_what_is_no_image_says_what_it_is(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [3]}), tmp_path / "number.parquet")
     pq.write_table(pa.table({"image": [{"width": 3}]}), tmp_path / "struct.parquet")

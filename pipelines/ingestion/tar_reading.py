@@ -37,6 +37,8 @@ _OPENERS: tuple[tuple[bytes, Callable[[IO[bytes]], Any]], ...] = (
     (b"\xfd7zXZ\0", lzma.open),
     (b"\x28\xb5\x2f\xfd", partial(pa.CompressedInputStream, compression="zstd")),
 )
+_ABOVE_ROOT = re.compile(r"^(/+|(\.\./)+)")
+_GNU_MAGIC = b"ustar  \0"
 # What macOS and old tars put beside the files themselves.
 _FOREIGN_FOLDER = re.compile(r"__MACOSX|PaxHeaders?(\.[0-9]+)?")
 
@@ -105,11 +107,15 @@ class _StrictTarInfo(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _StrictTarInfo:
         try:
-            return super().frombuf(buf, encoding, errors)
+            member = super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:
             if any(buf):  # not the zero blocks at the end
                 raise tarfile.ReadError(f"bad member header: {error}") from error
             raise
+        if buf[257:265] == _GNU_MAGIC:  # has times where tarfile looks for the name's beginning
+            prefix = bytes(buf[345:500]).partition(b"\0")[0].decode(encoding, errors)
+            member.name = member.name.removeprefix(f"{prefix}/")
+        return member
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> _StrictTarInfo:
@@ -127,6 +133,12 @@ def _members(tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, int]]:
         archive += member.offset > end
         end = tar.offset
         yield member, archive
+
+
+def _path_of(name: str) -> str:
+    """Returns a member's path from the archive's root, also of names with Windows' separators."""
+    slashed = name if "/" in name else name.replace("\\", "/")
+    return _ABOVE_ROOT.sub("", posixpath.normpath(slashed))
 
 
 class _Contents:
@@ -151,11 +163,11 @@ class _Contents:
 
     def items(self, tar: tarfile.TarFile, member: tarfile.TarInfo, archive: int) -> Iterator[Item]:
         """Yields the images that are there once `member` has been read."""
-        path = posixpath.normpath(member.name).lstrip("/")
+        path = _path_of(member.name)
         *folders, name = path.split("/")
         if member.isdir():
             self._tally.ignored["folder"] += 1
-        elif any(part.startswith(".") and part != ".." for part in (*folders, name)) or any(
+        elif any(part.startswith(".") for part in (*folders, name)) or any(
             _FOREIGN_FOLDER.fullmatch(folder) for folder in folders
         ):
             self._tally.ignored["hidden"] += 1
@@ -214,7 +226,7 @@ class _Contents:
             item = Item(self._address(member.name), data, problem=problem)
             yield from self._hold(item, path, archive)
         else:
-            self._tally.ignored[suffix or "no suffix"] += 1
+            self._tally.ignored[suffix or ("special file" if problem else "no suffix")] += 1
 
     def _open(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
         """Opens a member that may be read.
@@ -262,7 +274,7 @@ class _Contents:
     def _link(self, member: tarfile.TarInfo, path: str, archive: int) -> Iterator[Item]:
         """A link to a member is that member once more; one to elsewhere is an image that is missing."""
         folder = "" if member.islnk() else posixpath.dirname(path)
-        target = posixpath.normpath(posixpath.join(folder, member.linkname)).lstrip("/")
+        target = _path_of(posixpath.join(folder, member.linkname))
         label = self._labels.get(target)
         if suffix_of(path) in LABEL_SUFFIXES and label is not None:
             self.samples.labels.append(LabelFile(path, archive, label.label, label.problem))

@@ -1,6 +1,6 @@
 """Which label file of a tar belongs to which image, by their names alone.
 
-Names and labels are all that is kept of an archive (about 300 bytes a member), and they are matched at
+Names and labels are all that is kept of an archive (about 650 bytes a member), and they are matched at
 its end: so a label counts wherever it lies, and no image is read twice or waits in memory.
 """
 
