@@ -36,6 +36,7 @@ from pipelines.checkpoints import CheckpointError, load_encoder
 from pipelines.clip_sampling import ClipSampler, training_sampler
 from pipelines.comparison import comparison_table, read_compared
 from pipelines.config import ClipConfig, EvaluateConfig
+from pipelines.evaluation.validity import facts_of, validity_warnings
 from pipelines.features import preprocessing_of
 from pipelines.metrics import rankme
 from pipelines.probe_rows import Wanted, check_classes
@@ -140,7 +141,7 @@ def evaluate(cfg: EvaluateConfig, *, console: Console | None = None) -> dict[str
     Returns:
         What results.json holds: `rows` (per row of the table: knn, linear, few_shot_1pct,
         few_shot_10, rankme, of clips attentive), of clips `task` (`probes.task_of`), provenance,
-        settings, data, versions.
+        settings, data, versions, and `warnings`: why the accuracies may mean nothing.
 
     Raises:
         ValueError: sets without labels or with other classes than each other, or no such encoder.
@@ -189,7 +190,12 @@ def evaluate(cfg: EvaluateConfig, *, console: Console | None = None) -> dict[str
             *(still[k]["accuracy"] for k in ("linear", "attentive") if k in still),
         ]
         results["task"] = task_of(max(read), test.labels_N)
+    all_rows = cfg.limit is None and cfg.state is None and cfg.only is None
+    facts = facts_of(manifests, sets, all_rows=all_rows)
+    results["warnings"] = validity_warnings(facts, classes)
     console.print(results_table(results))
+    for warning in results["warnings"]:
+        console.print(f"warning: {warning}", markup=False, highlight=False, style="yellow")
     if compared:
         console.print(comparison_table(results, compared))
     _write(cfg.out, "results.json", json.dumps(results, indent=2).encode())

@@ -27,6 +27,7 @@ from pipelines.features import (
     tubelet_features,
 )
 from pipelines.probe_rows import LABELLED, PLACE, Wanted, iter_labelled, table_labels
+from pipelines.shards import sample_ids_array
 
 SETS = ("data", "test", "shift_test")
 """The sets of an evaluation, by the flags that name them."""
@@ -47,6 +48,7 @@ class ProbeSet:
     features: dict[str, np.ndarray]
     labels_N: np.ndarray
     places_N3: np.ndarray
+    ids_N16: np.ndarray
     tokens: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     """What attentive probes read, float16 [N, T, D] by row of the table; empty for images."""
     pixels: np.ndarray | None = None
@@ -116,13 +118,17 @@ def probe_set(
     """
     places: list[np.ndarray] = []
     read: list[np.ndarray] = []
+    ids: list[np.ndarray] = []
 
     def watched() -> Iterator[pa.Table]:
         for table in iter_labelled(uri, limit, wanted=labels.wanted):
             places.append(np.stack([table[name].to_numpy() for name in PLACE], axis=1))
             read.append(labels.read(table))
+            ids.append(sample_ids_array(table))
             advance(table.num_rows)
             yield table
+        if not sum(map(len, read)):
+            raise ValueError(f"{uri}: no sample that is asked for has a label, which probes need")
 
     batches = decode_batches(watched(), prep, batch_size, sampler)
     halved = {name: _halve_tokens(featurize) for name, featurize in featurizers.items()}
@@ -137,7 +143,7 @@ def probe_set(
     if TUBELETS in tokens:
         tokens["raw_pixels"] = tokens.pop(TUBELETS)
     labels_N, places_N3 = np.concatenate(read), np.concatenate(places)
-    return ProbeSet(uri, features, labels_N, places_N3, tokens, pixels)
+    return ProbeSet(uri, features, labels_N, places_N3, np.concatenate(ids), tokens, pixels)
 
 
 def _halve_tokens(featurize: Featurizer) -> Featurizer:

@@ -1,0 +1,1 @@
+"""What an encoder learned, and what the numbers are worth."""

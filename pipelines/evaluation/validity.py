@@ -1,0 +1,130 @@
+"""What an evaluation's sets make of its numbers: whether there is anything that they measure.
+
+Shape suffixes: N samples of a set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipelines.probe_sets import SETS, ProbeSet
+from pipelines.shards import Manifest
+
+SHOWN = 6
+"""Classes that a sentence names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetFacts:
+    """What is to be known of a set whose features were probed.
+
+    Attributes:
+        manifest_hash: what it holds.
+        labels_N: class index of every sample used.
+        ids_N16: their sample ids.
+        unlabelled: samples left out because they have no label.
+    """
+
+    manifest_hash: str
+    labels_N: np.ndarray
+    ids_N16: np.ndarray
+    unlabelled: int = 0
+
+
+def facts_of(
+    manifests: Sequence[Manifest], sets: Sequence[ProbeSet], *, all_rows: bool
+) -> dict[str, SetFacts]:
+    """The facts of sets in the order of `probe_sets.SETS`.
+
+    Args:
+        all_rows: nothing but its missing label kept a sample out.
+    """
+    return {
+        f"--{name.replace('_', '-')}": SetFacts(
+            manifest_hash=manifest.manifest_hash,
+            labels_N=part.labels_N,
+            ids_N16=part.ids_N16,
+            unlabelled=manifest.num_samples - len(part.labels_N) if all_rows else 0,
+        )
+        for name, manifest, part in zip(SETS, manifests, sets, strict=False)
+    }
+
+
+def validity_warnings(sets: Mapping[str, SetFacts], classes: Sequence[str]) -> list[str]:
+    """Says in whole sentences why the accuracies of these sets may mean nothing.
+
+    Args:
+        sets: by the flag that names each; the first is the one that the probes learned from.
+        classes: names by label.
+
+    Returns:
+        Nothing for sets as they should be.
+    """
+    (data_flag, data), *others = sets.items()
+    found = [*_one_class(data_flag, data, classes), *_few_labels(data_flag, data, classes)]
+    for flag, other in others:
+        found += _shared(flag, other, data_flag, data)
+        found += _one_class(flag, other, classes)
+        found += _not_learned(flag, other, data_flag, data, classes)
+    for flag, part in sets.items():
+        found += _unlabelled(flag, part)
+    return found
+
+
+def _one_class(flag: str, part: SetFacts, classes: Sequence[str]) -> list[str]:
+    labels = np.unique(part.labels_N)
+    if len(labels) > 1:
+        return []
+    name = classes[labels[0]]
+    fault = f"{flag}: all {len(part.labels_N):,} samples are of one class, {name!r}"
+    why = "In a folder, a file's class is the folder that it lies in."
+    return [f"{fault}: accuracies say nothing of the encoder. ({why})"]
+
+
+def _few_labels(flag: str, part: SetFacts, classes: Sequence[str]) -> list[str]:
+    present, count = len(np.unique(part.labels_N)), len(part.labels_N)
+    if count < len(classes):
+        return [f"{flag}: {count:,} labelled samples for {len(classes):,} classes"]
+    absent = [name for label, name in enumerate(classes) if label not in part.labels_N]
+    if not absent or present == 1:
+        return []
+    lost = f"{flag}: {len(absent):,} of {len(classes):,} classes have no sample ({_some(absent)})"
+    return [f"{lost}: guessing is right more often than one time in {len(classes):,}"]
+
+
+def _not_learned(
+    flag: str, part: SetFacts, data_flag: str, data: SetFacts, classes: Sequence[str]
+) -> list[str]:
+    lost_N = ~np.isin(part.labels_N, data.labels_N)
+    if not lost_N.any():
+        return []
+    names = [classes[label] for label in np.unique(part.labels_N[lost_N])]
+    share = f"{lost_N.sum():,} of {len(lost_N):,} samples ({100 * lost_N.mean():.1f}%)"
+    return [f"{flag}: {share} are of classes without a sample in {data_flag} ({_some(names)})"]
+
+
+def _shared(flag: str, part: SetFacts, data_flag: str, data: SetFacts) -> list[str]:
+    if part.manifest_hash == data.manifest_hash:
+        return [
+            f"{flag}: the same set as {data_flag}; the probes are scored on what they learned from"
+        ]
+    ours, theirs = (np.ascontiguousarray(p.ids_N16).view("V16").ravel() for p in (part, data))
+    shared_N = np.isin(ours, theirs)
+    if not shared_N.any():
+        return []
+    share = f"{shared_N.sum():,} of {len(shared_N):,} samples ({100 * shared_N.mean():.1f}%)"
+    return [f"{flag}: {share} are also in {data_flag}; on these the probes say what they were told"]
+
+
+def _unlabelled(flag: str, part: SetFacts) -> list[str]:
+    if not part.unlabelled:
+        return []
+    total = part.unlabelled + len(part.labels_N)
+    return [f"{flag}: {part.unlabelled:,} of {total:,} samples have no label and are left out"]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
