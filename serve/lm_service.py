@@ -104,12 +104,12 @@ class LanguageService:
         if prefix is None:
             return ()
         if isinstance(prefix, str):
-            ids = self._text_feed(prefix, CompletionRequest()).start
+            ids = self._text_feed(prefix, CompletionRequest(), "pin_prefix").start
         else:
             ids = self._template(prefix, "pin_prefix", add_generation_prompt=False)
-        self._check_length(ids, "pin_prefix")
-        if not 0 < len(ids) <= self.card.capacity - 2:
-            limit = self.card.capacity - 2
+            self._check_length(ids, "pin_prefix")
+        limit = self.card.capacity - 2
+        if len(ids) > limit:
             raise _invalid("pin_prefix", f"{len(ids)} tokens; 1 to {limit} can be pinned")
         return ids
 
@@ -165,7 +165,9 @@ class LanguageService:
                 raise ApiError(400, "empty_input", f"{where} is empty", param=where)
         return prompts
 
-    def _text_feed(self, prompt: str | list[int], request: CompletionRequest) -> Feed:
+    def _text_feed(
+        self, prompt: str | list[int], request: CompletionRequest, param: str = "prompt"
+    ) -> Feed:
         if isinstance(prompt, str):
             parse = request.parse_special
             ids = tuple(self.tokenizer.encode(prompt, bos=False, parse_special=parse))
@@ -173,11 +175,11 @@ class LanguageService:
             bos = self.tokenizer.bos_id if begins else None
             start = ids if bos is None else (bos, *ids)
         else:
-            self.check_tokens(prompt, "prompt")
+            self.check_tokens(prompt, param)
             ids = start = tuple(prompt)  # ids are taken as they are
         if not start:
-            raise ApiError(400, "empty_input", "prompt: a text of no tokens", param="prompt")
-        self._check_length(ids, "prompt")
+            raise ApiError(400, "empty_input", f"{param}: a text of no tokens", param=param)
+        self._check_length(ids, param)
         return Feed(start=start, follow=ids)
 
     def _echoes(

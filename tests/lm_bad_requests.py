@@ -81,7 +81,7 @@ BAD: list[tuple[str, str, Any, int, str, str | None]] = [
     ("both pins", "sessions", {"sink_tokens": 2, "pin_prefix": "a"}, 400, "invalid_value",
      "sink_tokens"),
     ("pin of nothing", "sessions", {"pin_prefix": []}, 400, "empty_input", "pin_prefix"),
-    ("pin of no text", "sessions", {"pin_prefix": ""}, 400, "invalid_value", "pin_prefix"),
+    ("pin of no text", "sessions", {"pin_prefix": ""}, 400, "empty_input", "pin_prefix"),
     ("messages of nothing", "tokenize", {"messages": []}, 400, "empty_input", "messages"),
     ("long pin", "sessions", {"pin_prefix": "a" * 31}, 400, "invalid_value", "pin_prefix"),
     ("many sinks", "sessions", {"sink_tokens": 31}, 400, "invalid_value", "sink_tokens"),
