@@ -215,8 +215,8 @@ class LiveSet:
 
 
 def _settings(cfg: IngestConfig) -> dict[str, Any]:
-    """The configuration as a manifest has it: nothing that may be secret."""
-    values = dataclasses.asdict(cfg)
+    """The configuration as a manifest has it, lists for tuples: nothing that may be secret."""
+    values = json.loads(json.dumps(dataclasses.asdict(cfg)))
     settings = {k: v for k, v in values.items() if k not in ("out", "live")}
     return settings | {"source": public_name(cfg.source), "modality": "video"}
 

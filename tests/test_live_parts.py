@@ -73,6 +73,16 @@ def test_only_one_publishes(tmp_path: Path) -> None:
     assert ids(tmp_path) == [row(0)["sample_id"]]
 
 
+def test_a_set_recognises_its_own_manifest_whatever_the_settings_hold(tmp_path: Path) -> None:
+    cfg = dataclasses.replace(config("x", tmp_path), image_member=("jpg", "png"))
+    with LiveSet(cfg) as live_set:
+        for number in range(2):
+            live_set.publish([row(number)], LINE, {})
+    with LiveSet(cfg) as live_set:  # and so does the next process
+        live_set.publish([row(2)], LINE, {})
+    assert read_manifest(tmp_path).num_samples == 3
+
+
 def test_progress_survives_and_runs_are_numbered_upwards(tmp_path: Path) -> None:
     runs = []
     for number in range(3):
