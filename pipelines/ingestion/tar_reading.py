@@ -12,6 +12,7 @@ import lzma
 import posixpath
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import IO, TYPE_CHECKING, Any
@@ -69,6 +70,8 @@ def read_tar(fs: Any, chunk: Chunk, cfg: IngestConfig, tally: Tally) -> Iterator
         detail = f"{damage[1]} (after {len(contents.samples.pictures)} images)"
         yield Item(uri, problem=(damage[0], detail))
     contents.samples.finish(tally)
+    if not cfg.image_member:
+        tally.notes += Counter({"images that share a sample": contents.samples.sharing()})
 
 
 @contextlib.contextmanager

@@ -110,7 +110,6 @@ class Samples:
         tally.labels |= found
         used = sum(label.used for label in self.labels)
         tally.ignored += Counter({"label": used, "label without image": len(self.labels) - used})
-        tally.notes += Counter({"images that share a sample": self._sharing()})
 
     def _without(self, found: dict[int, Labelled]) -> list[Picture]:
         return [picture for picture in self.pictures if picture.number not in found]
@@ -142,7 +141,7 @@ class Samples:
             if folder not in labelled and _base(picture.path) not in apart:
                 found[picture.number] = label, None
 
-    def _sharing(self) -> int:
+    def sharing(self) -> int:
         """Returns how many images share their sample with others, and its label if there is one."""
         samples: dict[tuple[int, str], dict[str, str]] = defaultdict(dict)
         for picture in self.pictures:
