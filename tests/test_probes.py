@@ -163,27 +163,85 @@ def test_few_shot_of_rare_classes_takes_all_there_is() -> None:
     assert few_shot(train, labels, train, labels, per_class=10).mean == 1.0
 
 
-def test_few_shot_leave_one_out_equals_leaving_each_out() -> None:
-    """The hat-matrix shortcut picks the same predictions as refitting without every row."""
-    rng = np.random.default_rng(10)
-    x, labels = map(torch.from_numpy, _blobs(rng, 20, 2.0, classes=3, width=6))
-    x = x.double() - x.double().mean(dim=0)
+def _by_leaving_each_out(
+    x: torch.Tensor, labels: torch.Tensor, query: torch.Tensor
+) -> torch.Tensor:
+    """Ridge with an intercept; the penalty of least error, every row predicted by a fit without it."""
     y = torch.nn.functional.one_hot(labels).double()
-    errors = []
+
+    def fit(rows: list[int], penalty: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean_x, mean_y = x[rows].mean(dim=0), y[rows].mean(dim=0)
+        xc, yc = x[rows] - mean_x, y[rows] - mean_y
+        gram = xc.T @ xc + penalty * torch.eye(x.shape[1]).double()
+        weight = torch.linalg.solve(gram, xc.T @ yc)
+        return weight, mean_y - mean_x @ weight
+
+    everyone = list(range(len(x)))
     penalties = torch.linalg.svdvals(x).max() ** 2 * torch.logspace(-5, 1, 13, dtype=torch.double)
+    errors = []
     for penalty in penalties:
-        error = torch.zeros(())
-        for i in range(20):
-            rest = [j for j in range(20) if j != i]
-            mean_x, mean_y = x[rest].mean(dim=0), y[rest].mean(dim=0)
-            xc, yc = x[rest] - mean_x, y[rest] - mean_y
-            weight = torch.linalg.solve(xc.T @ xc + penalty * torch.eye(6).double(), xc.T @ yc)
-            error = error + ((y[i] - ((x[i] - mean_x) @ weight + mean_y)) ** 2).mean() / 20
-        errors.append(float(error))
-    best = penalties[int(np.argmin(errors))]
-    weight = torch.linalg.solve(x.T @ x + best * torch.eye(6).double(), x.T @ y)
-    expected = (x @ weight + y.mean(dim=0)).argmax(dim=1)
-    assert torch.equal(probes._ridge_predict(x, labels, x), expected)
+        error = 0.0
+        for i in everyone:
+            weight, offset = fit([j for j in everyone if j != i], penalty)
+            error += float(((y[i] - (x[i] @ weight + offset)) ** 2).mean())
+        errors.append(error)
+    weight, offset = fit(everyone, penalties[int(np.argmin(errors))])
+    return (query @ weight + offset).argmax(dim=1)
+
+
+@pytest.mark.parametrize("rows", [6, 9])
+def test_few_shot_leave_one_out_equals_leaving_each_out(rows: int) -> None:
+    """The hat-matrix shortcut picks the penalty that refitting without every row picks.
+
+    So few rows that the mean's share in each matters, and queries on which the penalty shows.
+    """
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        x, labels = map(torch.from_numpy, _blobs(rng, rows, 2.0, classes=3, width=6))
+        query = torch.from_numpy(_blobs(rng, 300, 2.0, classes=3, width=6)[0]).double()
+        mean = x.double().mean(dim=0)
+        x, query = x.double() - mean, query - mean
+        assert torch.equal(
+            probes._ridge_predict(x, labels, query), _by_leaving_each_out(x, labels, query)
+        ), seed
+
+
+def test_few_shot_does_not_care_about_scale_and_offset_of_a_feature() -> None:
+    """Loud dimensions of noise beside quiet ones that tell the classes apart."""
+    rng = np.random.default_rng(12)
+    train, labels = _blobs(rng, 300, 0.5)
+    test, truth = _blobs(rng, 300, 0.5)
+    noise = [rng.normal(size=(300, 12)).astype(np.float32) for _ in range(2)]
+    sets = [np.hstack([part, n]) for part, n in zip((train, test), noise, strict=True)]
+    scale = np.repeat([1e-2, 1e2], 12).astype(np.float32)
+    plain = few_shot(sets[0], labels, sets[1], truth, per_class=10)
+    moved = few_shot(
+        sets[0] * scale + 5 * scale, labels, sets[1] * scale + 5 * scale, truth, per_class=10
+    )
+    assert plain.mean > 0.8
+    assert moved.mean == pytest.approx(plain.mean, abs=0.01)
+
+
+def test_a_linear_probe_sees_every_test_row_by_itself() -> None:
+    """Rows are standardised by the training set: what else is in their own set changes nothing."""
+    rng = np.random.default_rng(13)
+    train, labels = _blobs(rng, 300, 1.5)
+    test, truth = _blobs(rng, 300, 1.5)
+    shifted = test * 0.5 + 1.0
+    order = np.argsort(truth, kind="stable")  # parts of one class and of two
+
+    def both(rows: np.ndarray) -> np.ndarray:
+        found = linear_probe(
+            train, labels, test[rows], truth[rows], shifted=(shifted[rows], truth[rows]), epochs=3
+        )
+        assert found.shift_accuracy is not None
+        return np.array([found.accuracy, found.shift_accuracy])
+
+    whole = both(order)
+    assert whole[0] > whole[1] + 0.02
+    np.testing.assert_allclose(
+        np.mean([both(p) for p in np.split(order, 6)], axis=0), whole, atol=1e-6
+    )
 
 
 def test_probes_refuse_what_they_cannot_score() -> None:
