@@ -80,6 +80,8 @@ class IndexedVideo:
     @property
     def duration(self) -> Fraction:
         """Seconds from the first frame to the end of the last."""
+        if len(self._times) > 1:
+            return self._times[-1] + _step(self._times, self._period)
         lengths = [packet.duration for packet in self._packets if packet.duration]
         shown = lengths[-1] * (self._stream.time_base or 0) if lengths else 0
         return self.times[-1] + (shown or self._period) if len(self) else Fraction(0)
@@ -154,7 +156,7 @@ class IndexedVideo:
         for frame, _ in self._decoded(0):
             self._check_number(len(times) + 1)
             stamp, base = clock.stamp(frame), clock.base(frame)
-            follows = times[-1] + self._period if times else Fraction(0)
+            follows = times[-1] + _step(times, self._period) if times else Fraction(0)
             time = stamp * base + offset if stamp is not None and base else follows
             if not times:
                 offset, time = offset - time, Fraction(0)
@@ -207,6 +209,11 @@ class IndexedVideo:
     def _lost(self, number: int) -> VideoError:
         why = self._decoder.damage.first or "the decoder does not give it"
         return VideoError("decode_error", f"frame {number} of {len(self)}: {why}")
+
+
+def _step(times: list[Fraction], period: Fraction) -> Fraction:
+    """Seconds from the last frame but one to the last; `period` where there is no such step."""
+    return times[-1] - times[-2] if len(times) > 1 and times[-1] > times[-2] else period
 
 
 def _is_hidden(codec: str, packet: Packet) -> bool:

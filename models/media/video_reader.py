@@ -24,7 +24,7 @@ from models.media.containers import VideoError, declared_seconds, describe, pixe
 DEFAULT_RATE = 25  # of a stream that states none
 READ_TRIES = 8  # demuxer errors in a row before the rest is given up
 SHORTFALL = Fraction(1, 2)  # seconds short of what the header says that count as truncated
-RESTART_PERIODS = 2  # a key frame that many frames back begins anew; less is a clock that shakes
+RESTART_PERIODS = 2.5  # a key frame that many frames back begins anew; less is a clock that shakes
 
 Loss = tuple[str, str]
 Packet: TypeAlias = "av.Packet[Any]"  # generic in its stub only
@@ -237,7 +237,7 @@ class FrameReader:
         self._limit = None if max_seconds is None else Fraction(max_seconds)
         self._max_pixels = max_pixels
         self._max_gap = Fraction(max_gap)
-        self._period = frame_period(stream)
+        self._period = self._step = frame_period(stream)  # the step: from the last frame but one
         self._aspect = pixel_aspect(stream)
         self._start = start
         self._last = Fraction(0)
@@ -279,7 +279,7 @@ class FrameReader:
             size = f"{frame.width}x{frame.height}"
             raise VideoError("too_many_pixels", f"{size} is over {self._max_pixels} pixels")
         stamp, base = self._clock.stamp(frame), self._clock.base(frame)
-        follows = self._last + self._period if self._count else Fraction(0)
+        follows = self._last + self._step if self._count else Fraction(0)
         seconds = stamp * base if stamp is not None and base else (self._start or 0) + follows
         self._start = seconds if self._start is None else self._start
         time = Fraction(seconds - self._start)
@@ -291,6 +291,7 @@ class FrameReader:
             return None
         self._index = self._next_index(stamp)
         duration = frame.duration * base if frame.duration and base else self._period
+        self._step = time - self._last if time > self._last else self._step
         self._last, self._count, self._end = time, self._count + 1, time + duration
         self._damage.take(self._open_damage)
         after_loss, self._after_loss = self._after_loss, False
