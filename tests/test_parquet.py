@@ -79,6 +79,17 @@ def test_parquet_that_is_none_or_is_damaged_loses_no_row(tmp_path: Path) -> None
     assert {item.problem[0] for item in items if item.problem} == {"corrupt_archive"}
 
 
+def test_a_damaged_column_name_costs_its_file_alone(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [b"0"], "spoilt": [1]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"image": [b"1"]}), tmp_path / "b.parquet")
+    data = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(data.replace(b"spoilt", b"\xff\xfeoilt"))
+    first, second = items_of(config(tmp_path))
+    assert first.problem is not None
+    assert first.problem[0] == "corrupt_archive"
+    assert second.data == b"1"
+
+
 def test_parquet_that_vanishes_loses_no_row(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"image": [b"0"] * 5}), path, row_group_size=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,15 @@ def test_manifest_round_trips(shards: tuple[Path, Manifest]) -> None:
         *((0, 0, 16), (0, 1, 16), (0, 2, 8)),
         *((1, 0, 16), (1, 1, 14)),
     ]
+
+
+def test_manifests_of_before_read(shards: tuple[Path, Manifest]) -> None:
+    """What came later has a default: commit ae55864 wrote none of these."""
+    folder, manifest = shards
+    values = json.loads((folder / MANIFEST).read_text())
+    del values["ignored"]
+    (folder / MANIFEST).write_text(json.dumps(values))
+    assert read_manifest(folder) == manifest
 
 
 def test_row_groups_in_the_manifest_are_those_in_the_files(

@@ -10,7 +10,10 @@ import zlib
 import pyarrow as pa
 
 # What a damaged archive, or one object that the storage refuses, may raise.
-DAMAGE = (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError, pa.ArrowException)
+DAMAGE = (
+    *(OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError, pa.ArrowException),
+    UnicodeDecodeError,  # of a Parquet file's column names
+)
 _PASSING = (errno.EBUSY, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENETUNREACH)
 
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from pipelines.config import IngestConfig
 from pipelines.config.ingest import LABEL_COLUMN
-from pipelines.ingestion.failures import raise_if_unreachable
+from pipelines.ingestion.failures import DAMAGE, raise_if_unreachable
 
 _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 
@@ -70,8 +70,7 @@ def list_parquet(
         ValueError: a file lacks the image column, or the label column that was asked for.
     """
     with ThreadPoolExecutor(16) as pool:
-        footers = list(pool.map(lambda path: _footer(fs, path), paths))
-    schemas = [None if footer is None else footer.schema.to_arrow_schema() for footer in footers]
+        footers, schemas = zip(*pool.map(lambda path: _footer(fs, path), paths), strict=True)
     opened = [(path, s) for path, s in zip(paths, schemas, strict=True) if s is not None]
     several = False
     column = cfg.label_column or LABEL_COLUMN
@@ -93,13 +92,15 @@ def list_parquet(
     return ParquetListing(tuple(pieces), None if several else rows, classes, notes)
 
 
-def _footer(fs: Any, path: str) -> Any:
+def _footer(fs: Any, path: str) -> tuple[Any, pa.Schema | None]:
+    """Returns a file's footer and schema; nothing of a damaged one: its only piece reports it."""
     try:
         with fs.open(path, "rb") as file:
-            return pq.ParquetFile(file).metadata
-    except (OSError, pa.ArrowException) as error:
+            parquet = pq.ParquetFile(file)
+            return parquet.metadata, parquet.schema_arrow
+    except DAMAGE as error:
         raise_if_unreachable(error)
-        return None  # its one piece reports it
+        return None, None
 
 
 def _refuse_twins(path: str, schema: pa.Schema, columns: Iterable[tuple[str, str]]) -> None:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from pipelines.config import IngestConfig
 from pipelines.config.ingest import LABEL_COLUMN
-from pipelines.ingestion.failures import problem_of, too_many_bytes
+from pipelines.ingestion.failures import DAMAGE, problem_of, too_many_bytes
 from pipelines.ingestion.items import Item, Problem
 from pipelines.ingestion.labels import NOT_UNDERSTOOD, UNDECLARED, Label, LabelError, as_label
 from pipelines.ingestion.parquet_listing import column_path
@@ -36,7 +36,7 @@ def read_parquet(fs: Any, chunk: Chunk, cfg: IngestConfig) -> Iterator[Item]:
                 yield from _read_group(parquet, group, row, rows)
                 row += parquet.metadata.row_group(group).num_rows
         problem = ("unreadable", "could not be opened when it was listed")
-    except (OSError, pa.ArrowException) as error:
+    except DAMAGE as error:
         problem = problem_of(error, "corrupt_archive")
     for lost in range(row, chunk.rows[1]):
         yield Item(f"{uri}#row={lost}", problem=problem)
@@ -50,7 +50,7 @@ def _read_group(parquet: Any, group: int, row: int, rows: _Rows) -> Iterator[Ite
             for number in range(batch.num_rows):
                 yield from rows.items(batch, number, row)
                 row += 1
-    except (OSError, pa.ArrowException) as error:
+    except DAMAGE as error:
         problem = problem_of(error, "corrupt_archive")
         for lost in range(row, end):
             yield Item(f"{rows.uri}#row={lost}", problem=problem)
