@@ -25,7 +25,7 @@ from typing import Any, Literal
 import av
 
 from models.media.containers import VideoError, choose_stream, describe
-from models.media.video_reader import Packet, Restarts, stamp_of
+from models.media.video_reader import Packet, Restarts, TransportClock, stamp_of
 from pipelines.config import IngestConfig
 
 QUEUE_BYTES = 32 * 2**20
@@ -238,7 +238,7 @@ class Connection:
         )
 
     def _pump(self, stream: av.VideoStream) -> None:
-        last = time.monotonic()
+        last, clock = time.monotonic(), TransportClock(self._container)
         for packet in self._container.demux():  # of all streams: sound alone must not look alive
             if packet.stream_index != stream.index:
                 if self.kind == "url" and time.monotonic() - last > self._cfg.live.read_seconds:
@@ -247,6 +247,7 @@ class Connection:
             last = time.monotonic()
             if not packet.size:
                 continue
+            clock.correct(packet)
             with self._changed:
                 while self._bytes > QUEUE_BYTES and not self._closed:
                     self._changed.wait()

@@ -61,6 +61,36 @@ def test_a_clock_that_shakes_loses_no_frame_either() -> None:
     assert [round(frame.time * 1000) for frame in frames] == [0, 33, 67, 67, 133, 167]
 
 
+def transport(frames: int, start: float) -> bytes:
+    times = [Fraction(start) + Fraction(n, 30) for n in range(frames)]
+    return bytes(write_video(io.BytesIO(), frames, times=times, container="mpegts").getvalue())
+
+
+def live(data: bytes) -> list[float]:
+    """Seconds of the frames of MPEG-TS, which is no format for files here."""
+    with av.open(io.BytesIO(data)) as container:
+        stream = choose_stream(container, 10**6)
+        reader = FrameReader(container, stream, max_seconds=None, max_pixels=10**6, max_gap=5)
+        return [float(frame.time) for frame in reader]
+
+
+def test_a_clock_of_transport_that_is_set_back_is_not_wrapped_around() -> None:
+    """The last frame of the first is incomplete: its packet ends where the other one begins."""
+    times = live(transport(30, 7200) + transport(30, 3600))
+    assert len(times) >= 55
+    assert times[:20] == pytest.approx([n / 30 for n in range(20)], abs=1e-3)
+    assert times[-1] == pytest.approx(-3600 + 29 / 30, abs=1e-3)
+
+
+def test_a_clock_of_transport_that_wraps_around_goes_on() -> None:
+    start = 2**33 / 90_000 - 1
+    data = transport(60, start)
+    with av.open(io.BytesIO(data), options={"correct_ts_overflow": "0"}) as container:
+        stamps = [packet.pts for packet in container.demux(video=0) if packet.size]
+    assert max(stamps) - min(stamps) > 2**32  # it does wrap around
+    assert live(data) == pytest.approx([n / 30 for n in range(60)], abs=1e-3)
+
+
 @dataclasses.dataclass
 class Packet:
     dts: int

@@ -26,6 +26,8 @@ READ_TRIES = 8  # demuxer errors in a row before the rest is given up
 SHORTFALL = Fraction(1, 2)  # seconds short of what the header says that count as truncated
 RESTART_PERIODS = 2.5  # a key frame that many frames back begins anew; less is a clock that shakes
 
+TS_WRAP = 2**33  # ticks until MPEG-TS's clock begins anew
+
 Loss = tuple[str, str]
 Packet: TypeAlias = "av.Packet[Any]"  # generic in its stub only
 
@@ -92,19 +94,43 @@ def read_packets(container: Any, stream: av.VideoStream, damage: Damage) -> Iter
         stream: of it.
         damage: takes the demuxer's errors.
     """
-    failures = 0
+    failures, clock = 0, TransportClock(container)
     while failures < READ_TRIES:
         try:
             for packet in container.demux(stream):
                 failures = 0
-                if (
-                    packet.size
-                ):  # an empty one would end the decoder; AVI has them for frames left out
+                clock.correct(packet)
+                if packet.size:  # an empty one would end the decoder; AVI has some
                     yield packet
             return
         except av.FFmpegError as error:
             failures += 1
             damage.add(describe(error))
+
+
+class TransportClock:
+    """Brings MPEG-TS's times, of 33 bits, to where they are nearest to the packet before.
+
+    FFmpeg takes every step back for the wrap-around, once in 26.5 hours, and adds those: also when a
+    source has begun anew, or its clock was set back.
+
+    Args:
+        container: of the packets; those of other formats are left alone.
+    """
+
+    def __init__(self, container: Any) -> None:
+        self._wraps = container.format.name == "mpegts"
+        self._last: int | None = None
+
+    def correct(self, packet: Packet) -> None:
+        """Corrects the next packet of a stream."""
+        if not self._wraps or packet.dts is None:
+            return
+        if self._last is not None:
+            turns = round((self._last - packet.dts) / TS_WRAP) * TS_WRAP
+            packet.dts += turns
+            packet.pts = packet.pts if packet.pts is None else packet.pts + turns
+        self._last = packet.dts
 
 
 class FrameDecoder:
