@@ -213,7 +213,7 @@ def _list_folder(
             "metadata.jsonl: its classes are its folders"
         )
     items = [
-        (name, protocol, dataclasses.replace(entry, label=label))
+        (name, protocol, entry if entry.label == label else dataclasses.replace(entry, label=label))
         for (name, _, entry), label in zip(items, labels, strict=True)
     ]
     return _listing(kind, items, passed, modality, (*notes_of(found), *notes), cfg)
@@ -280,8 +280,13 @@ def _select(
 ) -> tuple[list[File], Counts]:
     """Returns the files that are items, and the number of others by suffix."""
     files = _with_sidecars(files) if modality == "video" else files
-    passed = [entry for _, _, entry in files if not wanted(entry)]
-    return [file for file in files if wanted(file[2])], count_suffixes(passed)
+    items, passed = list[File](), list[Entry]()
+    for file in files:
+        if wanted(file[2]):
+            items.append(file)
+        else:
+            passed.append(file[2])
+    return items, count_suffixes(passed)
 
 
 def _listing(

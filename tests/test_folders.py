@@ -222,6 +222,13 @@ def test_names_that_are_not_utf8_are_read_and_stored_escaped(
     assert (out / "manifest.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("flag", ["source", "out"])
+def test_a_flag_that_is_not_utf8_is_refused_with_the_way_out(flag: str) -> None:
+    """Ray passes the command line on as UTF-8."""
+    with pytest.raises(ValueError, match=rf"--{flag}: 'caf.udce9' is not UTF-8: .* a link to it"):
+        IngestConfig(**{"source": "a", "out": "b", flag: os.fsdecode(b"caf\xe9")})
+
+
 def test_plain_folders_keep_the_keys_they_had() -> None:
     """What commit ae55864 ingested is not ingested again."""
     chunk = chunk_to_json(Chunk("folder", "file", (Entry("/data/cat/a.jpg", 5, "1.5", "cat"),)))

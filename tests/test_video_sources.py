@@ -141,10 +141,14 @@ def test_s3_prefix_with_sidecars_and_a_list(
     fs.mkdir("videos")
     for name in ("cat/a.mp4", "cat/a.states.npy", "b.mkv", "c.mp4"):
         fs.pipe_file(f"videos/raw/{name}", name.encode())
+    others = {"README": b"text", "cat_$folder$": b"", "x.dat": b"\0", "d41d8cd9": b"\x1aE\xdf\xa3"}
+    for name, data in others.items():
+        fs.pipe_file(f"videos/raw/{name}", data)
     local = write(tmp_path / "local.mp4", b"local")
     fs.pipe_file("videos/raw/all.csv", f"cat/a.mp4,1\nfile://{local},2\n".encode())
     seen = {}
     listing = list_source(config("s3://videos/raw"))
+    assert listing.passed_over == (("without a suffix", 2), (".csv", 1), (".dat", 1))
     for chunk in listing.chunks:
         for item in read_chunk(chunk, config("", modality="video")):
             seen[item.uri] = (Path(item.path).read_bytes(), item.label, item.sidecars)
@@ -154,6 +158,7 @@ def test_s3_prefix_with_sidecars_and_a_list(
             (("states", b"cat/a.states.npy"),),
         ),
         "s3://videos/raw/b.mkv": (b"b.mkv", None, ()),
+        "s3://videos/raw/d41d8cd9": (others["d41d8cd9"], None, ()),
         "s3://videos/raw/c.mp4": (b"c.mp4", None, ()),
     }
     labels = {item.uri: item.label for item in items_of(config("s3://videos/raw/all.csv"))}

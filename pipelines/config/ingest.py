@@ -142,6 +142,10 @@ class IngestConfig:
     """Rows in one Parquet row group: the smallest unit a loader reads."""
 
     def __post_init__(self) -> None:
+        for flag in ("source", "out", "classes"):  # what lies below them may have any name
+            foreign = any("\ud800" <= letter <= "\udfff" for letter in getattr(self, flag))
+            way_out = "give the folder above it, or a link to it"
+            require(not foreign, flag, f"{getattr(self, flag)!a} is not UTF-8: {way_out}")
         for pattern in self.image_member:
             names_one = bool(pattern.strip("*. ")) and "/" not in pattern
             require(names_one, "image-member", f"{pattern!r} is no ending of names, as jpg is")

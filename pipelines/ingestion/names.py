@@ -16,5 +16,7 @@ def escaped(name: str) -> str:
 
     Any other lone surrogate (JSON can hold one) becomes `\uNNNN`. Most names come back unchanged.
     """
+    if name.isascii():
+        return name
     text = _FOREIGN.sub(lambda match: f"\\x{ord(match[0]) - 0xDC00:02x}", name)
     return text.encode(errors="backslashreplace").decode()
