@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from PIL import Image
 
-from models.images import FORMATS
+from models.media.formats import FORMATS, format_of
 from pipelines.ingestion.entries import Entry
 
 Modality = Literal["image", "video"]
@@ -25,7 +25,6 @@ _UNTELLING = "?"
 # Files of one suffix that are looked into before it counts as no medium's, and at most.
 FIRST_LOOKS, MOST_LOOKS = 16, 4096
 
-_PNM = re.compile(rb"P[1-7fF]\s")  # Pillow's own test takes every text that begins "Py"
 _CONTROLS = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 # What a name ends in that says what the file is: no part of a date, a version or a DICOM number.
 _TELLING = re.compile(r"\.(?=.*[a-z])[a-z0-9_~-]{1,12}")
@@ -61,33 +60,18 @@ def content_of(head: bytes, *, named: bool = False) -> Content:
         named: the file has a suffix of its own. Then TIFF does not count: cameras' raw files and
             microscopes' stacks begin like one, and only a thumbnail would be read of them.
     """
-    text = bool(head) and not _CONTROLS.search(head)
-    for name, accepts in _image_tests().items():
-        if name == "PPM":
-            found = _PNM.match(head) is not None
-        else:
-            found = not text and not (named and name == "TIFF") and accepts(head[:16]) is True
-        if (
-            name == "AVIF" and found
-        ):  # HEIC may begin the same, and names what it is like further on
-            found = re.search(rb"avi[fs]", head[8:64]) is not None
-        if found:
-            return "image"
+    picture = format_of(head)
+    if picture == "AVIF" and not re.search(rb"avi[fs]", head[8:64]):  # some HEIC begins the same
+        picture = None
+    if picture is not None and not (named and picture == "TIFF"):
+        return "image"
     if _OTHER_BRANDS.match(head[4:12]):
         return ""
     if head[4:8] in _MP4_BOXES or head.startswith(b"\x1aE\xdf\xa3"):
         return "video"
     if head.startswith(b"RIFF") and head[8:12] == b"AVI ":
         return "video"
-    return "text" if text else ""
-
-
-@functools.cache
-def _image_tests() -> dict[str, Callable[[bytes], Any]]:
-    """Returns Pillow's test of a file's first 16 bytes, by format."""
-    Image.init()
-    found = ((name, Image.OPEN[name][1]) for name in FORMATS if name in Image.OPEN)
-    return {name: test for name, test in found if test is not None}
+    return "text" if head and not _CONTROLS.search(head) else ""
 
 
 def look_into(fs: Any, entries: Sequence[Entry]) -> dict[str, Content]:
