@@ -25,6 +25,8 @@ import httpx
 import tyro
 from rich.console import Console
 
+from pipelines.runtime.errors import run_command
+
 HELP = "/session shows it, /fork NAME branches off, /forget deletes it, /quit leaves"
 RETRIES = 5
 
@@ -194,7 +196,10 @@ def _turn(client: ChatClient, line: str, console: Console) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    chat(tyro.cli(ChatConfig, args=argv, description=__doc__), Console())
+    run_command(
+        lambda: tyro.cli(ChatConfig, args=argv, description=__doc__),
+        lambda cfg: chat(cfg, Console()),
+    )
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ from pipelines.ingest import ingest
 from pipelines.pretrain import pretrain
 from pipelines.recipes import RECIPES
 from pipelines.runtime.cluster import start_ray
+from pipelines.runtime.errors import run_command
 from pipelines.runtime.places import prepare
 from pipelines.shards import read_rows
 from serve.app import build_app
@@ -199,13 +200,15 @@ def verdict(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Command line."""
-    cfg = tyro.cli(DemoConfig, description=__doc__)
+    run_command(lambda: tyro.cli(DemoConfig, description=__doc__), _demo_or_advise)
+
+
+def _demo_or_advise(cfg: DemoConfig) -> None:
     try:
         demo(cfg)
     except (CheckpointError, ValueError) as error:
-        sys.exit(
-            f"error: {error}\nTo start afresh, give another --out than {cfg.out}, or remove it."
-        )
+        advice = f"To start afresh, give another --out than {cfg.out}, or remove it."
+        raise type(error)(f"{error}\n{advice}") from error
 
 
 if __name__ == "__main__":

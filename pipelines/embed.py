@@ -51,6 +51,7 @@ from pipelines.following import stop_on_signals
 from pipelines.probe_rows import COLUMNS
 from pipelines.progress import Meter
 from pipelines.runtime.cluster import start_ray
+from pipelines.runtime.errors import run_command
 from pipelines.runtime.places import prepare
 from pipelines.shards import (
     MANIFEST,
@@ -313,7 +314,10 @@ def _files(out: str, pieces: list[Piece]) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Entry point of `python -m pipelines.embed`."""
-    cfg = tyro.cli(EmbedConfig, description=__doc__)
+    run_command(lambda: tyro.cli(EmbedConfig, description=__doc__), _embed_or_follow)
+
+
+def _embed_or_follow(cfg: EmbedConfig) -> None:
     if not cfg.follow:
         embed(cfg)
         return

@@ -50,6 +50,7 @@ from pipelines.probe_sets import (
 )
 from pipelines.probes import few_shot, knn_accuracy, linear_probe, task_of
 from pipelines.report import NAMES, Subject, main_score, write_report
+from pipelines.runtime.errors import run_command
 from pipelines.runtime.places import prepare
 from pipelines.shards import Manifest, read_manifest
 from pipelines.state_labels import Bins, find_column, state_reader
@@ -382,7 +383,7 @@ def _write(out: str, name: str, data: bytes) -> str:
 
 def main() -> None:
     """Entry point of `python -m pipelines.evaluate`."""
-    evaluate(tyro.cli(EvaluateConfig, description=__doc__))
+    run_command(lambda: tyro.cli(EvaluateConfig, description=__doc__), evaluate)
 
 
 if __name__ == "__main__":

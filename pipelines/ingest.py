@@ -53,6 +53,7 @@ from pipelines.merging import (
 from pipelines.preparing import DIM
 from pipelines.progress import Meter
 from pipelines.runtime.cluster import start_ray
+from pipelines.runtime.errors import run_command
 from pipelines.runtime.places import prepare
 from pipelines.shards import (
     LOSSES,
@@ -362,15 +363,15 @@ def main() -> None:
     """Command line."""
     import tyro
 
-    try:
-        cfg = tyro.cli(IngestConfig)
-        if not cfg.follow:
-            ingest(cfg)
-            return
-        with stop_on_signals() as stop:
-            follow(cfg, stop)
-    except ValueError as error:
-        sys.exit(str(error))
+    run_command(lambda: tyro.cli(IngestConfig), _ingest_or_follow)
+
+
+def _ingest_or_follow(cfg: IngestConfig) -> None:
+    if not cfg.follow:
+        ingest(cfg)
+        return
+    with stop_on_signals() as stop:
+        follow(cfg, stop)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 # Lets `python pipelines/perplexity.py` work from an uninstalled checkout.
 if __name__ == "__main__" and not __package__:
@@ -34,6 +34,9 @@ from torch import Tensor
 
 from models.sink_lm.llama import Llama
 from models.sink_lm.modes import Mode, recomputed_losses, seconds_per_token, stream_losses
+from pipelines.config.places import PlaceField
+from pipelines.runtime.errors import run_command
+from pipelines.runtime.places import prepare
 
 DTYPES = {
     "fp32": torch.float32,
@@ -47,9 +50,9 @@ DTYPES = {
 class PerplexityConfig:
     """What to read, and how."""
 
-    model: str
+    model: Annotated[str, PlaceField(or_name=True)]
     """Hugging Face folder or hub id, or a GGUF file."""
-    text: Path
+    text: Annotated[Path, PlaceField()]
     """UTF-8 text, read as one stream."""
     sinks: str = "0,4"
     """Numbers of sink tokens, comma-separated; 0 is the window baseline."""
@@ -69,7 +72,7 @@ class PerplexityConfig:
     """Where to compute."""
     threads: int | None = None
     """Torch threads; None leaves torch's choice."""
-    json: Path | None = None
+    json: Annotated[Path, PlaceField(written=True, file=True)] | None = None
     """Write the rows here, and the plot beside it as .png."""
 
     def __post_init__(self) -> None:
@@ -178,6 +181,7 @@ def perplexity(cfg: PerplexityConfig) -> list[Row]:
     from models.sink_lm.tokenizer import load_tokenizer
     from models.sink_lm.weights import load_model
 
+    cfg = prepare(cfg)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     tokenizer = load_tokenizer(cfg.model)
@@ -236,10 +240,7 @@ def main() -> None:
     """Command line."""
     import tyro
 
-    try:
-        perplexity(tyro.cli(PerplexityConfig))
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(str(error))
+    run_command(lambda: tyro.cli(PerplexityConfig), perplexity)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from pipelines.runs.initial_weights import check_initial
 from pipelines.runs.resuming import Start, find_start, go_back
 from pipelines.runs.run_checkpoints import best_checkpoint
 from pipelines.runtime.cluster import check_fits, cpus_needed, start_ray
+from pipelines.runtime.errors import run_command
 from pipelines.runtime.places import prepare
 from pipelines.storage import join_uri, local_copy, ray_storage
 
@@ -244,11 +245,13 @@ def main() -> None:
 
     from pipelines.recipes import RECIPES
 
-    cfg = tyro.extras.overridable_config_cli(RECIPES, description=__doc__)
-    try:
-        result = pretrain(cfg)
-    except (CollapseError, CheckpointError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    run_command(
+        lambda: tyro.extras.overridable_config_cli(RECIPES, description=__doc__),
+        lambda cfg: _report(pretrain(cfg)),
+    )
+
+
+def _report(result: PretrainResult) -> None:
     print(f"run {result.run_uri} at step {result.step}")
     print(f"best checkpoint {result.best_checkpoint}")
     print(f"last checkpoint {result.last_checkpoint}")

@@ -19,6 +19,7 @@ import random
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 # Lets `python pipelines/streameval.py` work from an uninstalled checkout.
 if __name__ == "__main__" and not __package__:
@@ -32,7 +33,10 @@ from rich.table import Table
 from models.sink_lm.cache import Slabs
 from models.sink_lm.llama import Llama
 from models.sink_lm.tokenizer import Tokenizer
+from pipelines.config.places import PlaceField
 from pipelines.perplexity import numbers
+from pipelines.runtime.errors import run_command
+from pipelines.runtime.places import prepare
 
 ASK_EVERY = 10
 
@@ -41,7 +45,7 @@ ASK_EVERY = 10
 class StreamEvalConfig:
     """What to ask, and of whom."""
 
-    model: str
+    model: Annotated[str, PlaceField(or_name=True)]
     """Hugging Face folder or hub id, or a GGUF file."""
     cache: int = 512
     """Cache size in tokens, sinks included."""
@@ -55,7 +59,7 @@ class StreamEvalConfig:
     """Of the values."""
     threads: int | None = None
     """Torch threads; None leaves torch's choice."""
-    json: Path | None = None
+    json: Annotated[Path, PlaceField(written=True, file=True)] | None = None
     """Write the results here."""
 
     def __post_init__(self) -> None:
@@ -169,16 +173,17 @@ def main() -> None:
     """Command line."""
     import tyro
 
+    run_command(lambda: tyro.cli(StreamEvalConfig), _evaluate_stream)
+
+
+def _evaluate_stream(cfg: StreamEvalConfig) -> None:
     from models.sink_lm.tokenizer import load_tokenizer
     from models.sink_lm.weights import load_model
 
-    try:
-        cfg = tyro.cli(StreamEvalConfig)
-        if cfg.threads:
-            torch.set_num_threads(cfg.threads)
-        results = stream_eval(cfg, load_model(cfg.model), load_tokenizer(cfg.model))
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(str(error))
+    cfg = prepare(cfg)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    results = stream_eval(cfg, load_model(cfg.model), load_tokenizer(cfg.model))
     table = Table("lines back", "tokens back", "in the cache", "accuracy")
     for row in results:
         accuracy = f"{100 * row.right / row.asked:.1f}% of {row.asked}"

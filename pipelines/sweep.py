@@ -29,6 +29,7 @@ from pipelines.config import PretrainConfig, RunConfig, SweepConfig
 from pipelines.pretrain import check_early
 from pipelines.recipes import RECIPES
 from pipelines.runtime.cluster import check_fits, cpus_needed, start_ray
+from pipelines.runtime.errors import run_command
 from pipelines.runtime.places import absolute, prepare
 from pipelines.shards import put_atomic
 from pipelines.storage import join_uri, open_uri
@@ -242,11 +243,11 @@ def main() -> None:
         name: (line, _Command(sweep=SweepConfig(), recipe=recipe))
         for name, (line, recipe) in RECIPES.items()
     }
-    command = tyro.extras.overridable_config_cli(commands, description=__doc__)
-    try:
-        sweep(command.sweep, command.recipe)
-    except (CheckpointError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    run_command(
+        lambda: tyro.extras.overridable_config_cli(commands, description=__doc__),
+        lambda command: sweep(command.sweep, command.recipe),
+        configs=lambda command: (command.recipe, command.sweep),
+    )
 
 
 if __name__ == "__main__":

@@ -24,6 +24,10 @@ class PlaceField:
     """What is read must be there when the job begins."""
     unless: str = ""
     """A field beside it; where that is set, this one names something else (a device, a stream)."""
+    file: bool = False
+    """What is written there is a file."""
+    or_name: bool = False
+    """It may be another kind of name (a hub id): it stays as it is given, and is not looked for."""
 
 
 ReadPlace = Annotated[str, PlaceField()]

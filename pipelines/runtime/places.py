@@ -6,9 +6,11 @@ What is wrong with one is said at once and by its flag, before Ray starts or an 
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,12 +41,23 @@ def prepare(config: C, *, write: bool = True) -> C:
     """
     config = absolute(config)
     for place in places(config):
-        if place.field.written:
-            if write:
-                try_writing(place)
-        elif place.field.required:
-            _require_there(place)
+        with about(place):
+            if place.field.written:
+                if write:
+                    try_writing(place)
+            elif place.field.required and not place.field.or_name:
+                _require_there(place)
     return config
+
+
+@contextlib.contextmanager
+def about(place: Place) -> Iterator[None]:
+    """Notes on what is raised inside which flag and value it is about."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"{place.flag}: {place.uri}")
+        raise
 
 
 def absolute(config: C) -> C:
@@ -58,6 +71,8 @@ def absolute(config: C) -> C:
 
 def _absolute(place: Place) -> str:
     """Raises ValueError unless the protocol is one that can be read here."""
+    if place.field.or_name:
+        return place.uri
     protocol, separator, _ = place.uri.partition("://")
     if not separator:
         return absolute_uri(place.uri)
@@ -108,15 +123,16 @@ def try_writing(place: Place) -> None:
     fs, path = open_uri(place.uri)
     name = f".rayjepa-{uuid.uuid4().hex[:12]}"
     if not is_local(fs):
+        path = path.rpartition("/")[0] if place.field.file else path
         fs.pipe_file(f"{path}/{name}", b"x")
         with contextlib.suppress(PermissionError):  # some may write and not remove
             fs.rm_file(f"{path}/{name}")
         return
-    folder = Path(path)
+    folder = Path(path).parent if place.field.file else Path(path)
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir():
-        raise NotADirectoryError(f"{place.flag}: {place.uri}: {folder} is a file, not a folder")
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
     trial = folder / name
     try:
         trial.write_bytes(b"x")
@@ -126,5 +142,11 @@ def try_writing(place: Place) -> None:
 
 def holding(found: Sequence[Place], text: str) -> Place | None:
     """The place that a path, an address or a sentence is about: the longest that is in it."""
-    inside = [place for place in found if place.uri.rstrip("/") in text]
+    inside = [place for place in found if _names(text, place.uri.rstrip("/"))]
     return max(inside, key=lambda place: len(place.uri), default=None)
+
+
+def _names(text: str, uri: str) -> bool:
+    if "/" not in uri:  # a word, that text may have for other reasons
+        return text == uri or text.startswith(f"{uri}:")
+    return re.search(rf"(?<![\w./-]){re.escape(uri)}(?![\w-])", text) is not None

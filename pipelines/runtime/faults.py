@@ -1,0 +1,136 @@
+"""What an error says at bottom, whatever Ray wrapped it in."""
+
+from __future__ import annotations
+
+import builtins
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_LAST_LINE = re.compile(r"^(?P<name>[A-Za-z_][\w.]*): (?P<text>.+)$", re.M)
+_ERRNO = re.compile(r"\[[Ee]rrno (\d+)\] ?([^:\n]*)(?:: '([^']*)')?")
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fault:
+    """An error, as itself or as a worker's traceback has it."""
+
+    name: str
+    """Of its class."""
+    module: str
+    """First part of the class's module."""
+    bases: frozenset[str]
+    """Names of its class and of those it is derived from, as far as known."""
+    text: str
+    number: int | None = None
+    """`errno`."""
+    path: str | None = None
+    code: str | None = None
+    """S3's own, such as NoSuchBucket."""
+    bucket: str | None = None
+    endpoint: str | None = None
+    about: str | None = None
+    """Flag and value of the place that was being tried (`places.about`)."""
+    package: str | None = None
+    """Of an import that failed."""
+    raised_in: Path | None = None
+    """The file it was raised in; None where that is not known."""
+
+    def is_a(self, *names: str) -> bool:
+        """Whether its class, or one it is derived from, has one of these names."""
+        return not self.bases.isdisjoint(names)
+
+    @property
+    def first_line(self) -> str:
+        """Of its text."""
+        return self.text.strip().partition("\n")[0]
+
+
+def faults_of(error: BaseException) -> Iterator[Fault]:
+    """Yields an error and the errors it was raised from, without Ray's wrappers, outermost first."""
+    seen: set[int] = set()
+    todo: list[BaseException] = [error]
+    while todo:
+        one = todo.pop(0)
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        inner = _wrapped(one)
+        if inner is None:
+            yield _of_exception(one)
+            inner = [one.__cause__]
+        elif not any(inner):  # what was inside did not survive the way here, but as text
+            yield from _of_text(_ANSI.sub("", str(one)))
+        todo += [found for found in inner if found is not None]
+
+
+def _wrapped(error: BaseException) -> list[BaseException | None] | None:
+    """What a wrapper of Ray's holds; None if it is none."""
+    names = {cls.__name__ for cls in type(error).__mro__}
+    if "WorkerGroupError" in names:
+        failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
+        return [failures[rank] for rank in sorted(failures)]
+    if "ControllerError" in names:
+        return [getattr(error, "controller_failure", None)]
+    if "RayTaskError" in names:
+        cause = getattr(error, "cause", None)
+        lost = cause is not None and _wrapped(cause) is not None and cause.__cause__ is None
+        return [None if lost else cause]
+    if names & {"UserCodeException", "SystemException", "UserExceptionWithTraceback"}:
+        return [getattr(error, "_original_exception", None) or error.__cause__]
+    if names & {"ActorDiedError", "RayActorError"}:
+        return [None]
+    return None
+
+
+def _of_exception(error: BaseException) -> Fault:
+    origin = error.__cause__ if getattr(error.__cause__, "response", None) else error
+    answer: dict[str, Any] = (getattr(origin, "response", None) or {}).get("Error", {})
+    details: dict[str, Any] = getattr(error, "kwargs", None) or {}
+    found = _ERRNO.search(str(error))
+    number = getattr(error, "errno", None)
+    return Fault(
+        name=type(error).__name__,
+        module=type(error).__module__.partition(".")[0],
+        bases=frozenset(cls.__name__ for cls in type(error).__mro__),
+        text=str(error),
+        number=number if isinstance(number, int) else int(found[1]) if found else None,
+        path=str(path) if (path := getattr(error, "filename", None)) is not None else None,
+        code=answer.get("Code"),
+        bucket=answer.get("BucketName"),
+        endpoint=details.get("endpoint_url"),
+        about=next(iter(getattr(error, "__notes__", ())), None),
+        package=(getattr(error, "name", None) or "").partition(".")[0] or None,
+        raised_in=_raised_in(error),
+    )
+
+
+def _raised_in(error: BaseException) -> Path | None:
+    trace, path = error.__traceback__, None
+    while trace is not None:
+        path, trace = Path(trace.tb_frame.f_code.co_filename), trace.tb_next
+    return path
+
+
+def _of_text(text: str) -> Iterator[Fault]:
+    """The first error that a traceback in words ends with: the one all others came from."""
+    found = _LAST_LINE.search(text)
+    if found is None:
+        return
+    module, _, name = found["name"].rpartition(".")
+    known = getattr(builtins, name, None)
+    number = _ERRNO.search(found["text"])
+    bases = {cls.__name__ for cls in known.__mro__} if isinstance(known, type) else {name}
+    if module:  # ours end in Error and are told; whether they are ValueErrors too does not matter
+        bases.add(name)
+    yield Fault(
+        name=name,
+        module=module.partition(".")[0] or "builtins",
+        bases=frozenset(bases),
+        text=found["text"],
+        number=int(number[1]) if number else None,
+        path=number[3] if number else None,
+    )

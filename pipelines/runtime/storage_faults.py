@@ -1,0 +1,100 @@
+"""What disks and S3 refuse, in words that name the flag, the place and the way out."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from pipelines.config.places import Place
+from pipelines.runtime.faults import Fault
+from pipelines.runtime.places import holding
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_CREDENTIALS = (
+    *("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"),
+    *("TokenRefreshRequired", "AuthFailure"),
+)
+SET_KEYS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+
+
+def explain_storage(fault: Fault, found: list[Place]) -> str | None:
+    """What to say of an error of a disk, of S3 or of the way there; None if it is none.
+
+    Args:
+        fault: The error.
+        found: The places of the configuration.
+    """
+    if fault.module in ("botocore", "aiobotocore", "aiohttp") or fault.code is not None:
+        return _of_s3(fault, found)
+    if not fault.is_a("OSError"):
+        return None
+    if fault.number is None or "--" in fault.text:
+        return _in_s3_words(fault, found)
+    return _of_disk(fault, found)
+
+
+def _of_s3(fault: Fault, found: list[Place]) -> str:
+    where = _where(fault, found, remote=True)
+    if fault.is_a("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"):
+        return f"{where}no credentials for S3 ({fault.first_line})\n{SET_KEYS}"
+    if fault.is_a("EndpointConnectionError", "HTTPClientError", "ClientConnectorError"):
+        at = fault.endpoint or os.environ.get("AWS_ENDPOINT_URL") or "S3"
+        return f"{where}no answer from {at}\nIs AWS_ENDPOINT_URL right, and the network there?"
+    if fault.code == "NoSuchBucket":
+        return f"{where}there is no bucket {fault.bucket or ''}\nMake it, or name another."
+    if fault.code in _CREDENTIALS:
+        return f"{where}S3 refuses the credentials ({fault.code}: {fault.first_line})\n{SET_KEYS}"
+    if fault.is_a("PermissionError") or fault.code in ("AccessDenied", "403", "Forbidden"):
+        return f"{where}access denied ({fault.first_line})\nThe credentials may not do this there."
+    return f"{where}S3: {fault.first_line}"
+
+
+def _in_s3_words(fault: Fault, found: list[Place]) -> str:
+    """An OSError without a number: of ours, or of S3 from a worker, which lost all but its text."""
+    if "bucket does not exist" in fault.text:
+        where = _where(fault, found, remote=True)
+        return f"{where}there is no such bucket\nMake it, or name another."
+    if fault.is_a("PermissionError") and "--" not in fault.text:
+        where = _where(fault, found, remote=True)
+        return f"{where}access denied ({fault.first_line})\nThe credentials may not do this there."
+    place = None if "--" in fault.text else holding(found, fault.text)
+    return f"{place.flag}: {fault.text}" if place else fault.text
+
+
+def _of_disk(fault: Fault, found: list[Place]) -> str:
+    where = _where(fault, found, written=fault.number in (*_FULL, errno.EROFS))
+    if fault.number in _FULL:
+        return f"{where}no space left on the disk{_at(fault)}\nFree some, or name another folder."
+    if fault.number in (errno.EACCES, errno.EPERM):
+        return f"{where}this user may not read or write there{_at(fault)}\nName another folder."
+    if fault.number == errno.EROFS:
+        return f"{where}a file system that cannot be written{_at(fault)}\nName another folder."
+    if fault.number in (errno.ENOTDIR, errno.EEXIST):
+        return f"{where}a file is where a folder must be{_at(fault)}\nName another."
+    if fault.number == errno.EISDIR:
+        return f"{where}a folder is where a file must be{_at(fault)}\nName another."
+    if fault.number == errno.ENOENT:
+        return f"{where}not there{_at(fault)}"
+    return f"{where}{fault.first_line}"
+
+
+def _at(fault: Fault) -> str:
+    return f" ({fault.path})" if fault.path else ""
+
+
+def _where(fault: Fault, found: list[Place], *, remote: bool = False, written: bool = False) -> str:
+    """Flag and value of the place it is about, where that is known; else of all it may be about."""
+    if fault.about:
+        return f"{fault.about}: "
+    place = holding(found, fault.path or "") or holding(found, fault.text)
+    if place is not None:
+        return f"{place.flag}: {place.uri}: "
+    may_be = [place for place in found if "://" in place.uri] if remote else []
+    if fault.bucket:
+        may_be = [place for place in may_be if fault.bucket in place.uri.split("/")]
+    if written and not fault.path:
+        may_be = [place for place in found if place.field.written]
+    named = {place.flag: place.uri for place in may_be}  # the last of a flag's is absolute
+    if len(named) == 1:
+        return "".join(f"{flag}: {uri}: " for flag, uri in named.items())
+    return f"{', '.join(named)}: " if named else ""
