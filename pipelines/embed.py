@@ -63,6 +63,7 @@ from pipelines.shards import (
     read_manifest,
     read_row_group,
 )
+from pipelines.storage import open_uri
 
 RECORD = "embed.json"
 SCHEMA_VERSION = 1
@@ -93,6 +94,7 @@ def embed(cfg: EmbedConfig) -> dict[str, Any]:
     """
     cfg = prepare(cfg)
     console = Console()
+    _refuse_a_run(cfg.artifact)
     artifact, manifest = load_artifact(cfg.artifact), read_manifest(cfg.data)
     record = _describe(cfg, artifact, manifest)
     pieces = plan_pieces(manifest, record)
@@ -115,6 +117,7 @@ def follow(cfg: EmbedConfig, stop: threading.Event) -> dict[str, Any] | None:
     """
     cfg = prepare(cfg)
     console, embedder, record = Console(), Embedder(cfg), None
+    _refuse_a_run(cfg.artifact)
     artifact = load_artifact(cfg.artifact)
     while True:
         manifest = read_manifest(cfg.data) if MANIFEST in list_names(cfg.data) else None
@@ -135,6 +138,19 @@ def follow(cfg: EmbedConfig, stop: threading.Event) -> dict[str, Any] | None:
                 return record
         if stop.wait(cfg.poll_seconds):
             return record
+
+
+def _refuse_a_run(uri: str) -> None:
+    """Tells a folder of pretrain's from an artifact: both have a config.json."""
+    fs, path = open_uri(uri)
+    if not fs.isfile(f"{path}/config.json"):
+        return
+    config = json.loads(fs.cat_file(f"{path}/config.json"))
+    if {"run", "model", "optim"} <= config.keys():
+        command = f"python -m pipelines.export --checkpoint {uri} --out artifact"
+        raise ValueError(
+            f"--artifact: {uri} is a run or a checkpoint, no artifact; export it first:\n{command}"
+        )
 
 
 def _finish(

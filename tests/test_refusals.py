@@ -5,45 +5,22 @@ Every command's own `main`, in this process, with S3 by moto; only what a worker
 
 from __future__ import annotations
 
-import errno
-import importlib
-import json
 import os
 import socket
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import fsspec
 import pytest
 import s3fs
-from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
-
-from pipelines.runtime.errors import MOST_LINES, TRACEBACK
-
-Told = Callable[..., str]
+from refusal_helpers import Told, teller
 
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Told:
     """Runs a command line that must be refused; returns what it says on stderr."""
-    monkeypatch.delenv(TRACEBACK, raising=False)
-
-    def run(command: str, *arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", [command, *map(str, arguments)])
-        with pytest.raises(SystemExit) as refused:
-            importlib.import_module(f"pipelines.{command}").main()
-        said = refused.value.code
-        assert isinstance(said, str), said  # the interpreter prints it and exits with 1
-        assert said.startswith("error: ")
-        assert len(said.splitlines()) <= MOST_LINES, said
-        printed = capsys.readouterr()
-        assert printed.err == "", printed.err
-        return said
-
-    return run
+    return teller(monkeypatch, capsys)
 
 
 @pytest.fixture

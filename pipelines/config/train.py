@@ -272,6 +272,11 @@ class RunConfig:
         )
         require(self.cpus_per_worker > 0, "run.cpus-per-worker", "must be positive")
         require(self.keep_checkpoints > 0, "run.keep-checkpoints", "must be positive")
+        # Ray labels its metrics with it, which takes ASCII; and it is the name of a folder.
+        plain = self.name.isascii() and self.name.isprintable() and self.name.strip(" ./") != ""
+        require(plain, "run.name", f"{self.name!r} must be printable ASCII (letters, digits, -, _)")
+        up = ".." in self.name.split("/") or self.name.startswith("/")
+        require(not up, "run.name", f"{self.name!r} must stay inside --run.storage")
 
 
 @dataclass(frozen=True, kw_only=True)

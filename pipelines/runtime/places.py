@@ -74,20 +74,20 @@ def _absolute(place: Place) -> str:
     if place.field.or_name:
         return place.uri
     protocol, separator, _ = place.uri.partition("://")
-    if not separator:
-        return absolute_uri(place.uri)
-    if protocol not in fsspec.available_protocols():
-        hint = f"; write {protocol.lower()}://" if protocol.lower() in ("s3", "file") else ""
-        raise ValueError(
-            f"{place.flag}: {place.uri}: nothing here reads {protocol}://{hint}\n{READ}"
-        )
+    if separator and "::" not in place.uri:
+        _require_readable(protocol, f"{place.flag}: {place.uri}: ")
+    return absolute_uri(place.uri)
+
+
+def _require_readable(protocol: str, about: str) -> None:
     try:
-        return absolute_uri(place.uri)
+        fsspec.get_filesystem_class(protocol)
     except ImportError as error:
-        package = PACKAGES.get(protocol) or error.name or f"fsspec's package for {protocol}://"
-        raise ValueError(
-            f"{place.flag}: {place.uri}: to read {protocol}://, pip install {package}\n{READ}"
-        ) from error
+        package = PACKAGES.get(protocol, f"fsspec's package for {protocol}")
+        raise ValueError(f"{about}to read {protocol}://, pip install {package}\n{READ}") from error
+    except ValueError as error:
+        hint = f"; write {protocol.lower()}://" if protocol.lower() in ("s3", "file") else ""
+        raise ValueError(f"{about}nothing here reads {protocol}://{hint}\n{READ}") from error
 
 
 READ = "Places are local paths, file:// or s3:// (S3 and what speaks its protocol)."
