@@ -15,6 +15,7 @@ from serve.ingress.application import (
     check_content_type,
     read_body,
 )
+from serve.ingress.bodies import describe_body
 from serve.ingress.gate import RequestMetrics as RequestMetrics
 from serve.ingress.intake import Intake
 from serve.schemas import (
@@ -101,12 +102,7 @@ def _add_embedding_routes(app: FastAPI, parts: Parts) -> None:
         "/v1/embeddings",
         response_model=None,
         responses={200: {"model": EmbeddingResponse}},
-        openapi_extra={
-            "requestBody": {
-                "required": True,
-                "content": {"application/json": {"schema": EmbeddingRequest.model_json_schema()}},
-            }
-        },
+        openapi_extra=describe_body(EmbeddingRequest),
     )
     async def create_embeddings(request: Request) -> Response:
         """Embeds one image or video, or a list of them."""

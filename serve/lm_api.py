@@ -17,6 +17,7 @@ from serve.ingress.application import (
     check_content_type,
     read_body,
 )
+from serve.ingress.bodies import describe_body
 from serve.ingress.gate import RequestMetrics
 from serve.ingress.intake import Intake
 from serve.lm_client import LMClient
@@ -85,14 +86,16 @@ def create_lm_app(parts: LMParts) -> FastAPI:
 def _add_generation_routes(app: FastAPI, parts: LMParts) -> None:
     service, replies = parts.service, Replies(parts.client, parts.settings)
 
-    @app.post("/v1/completions", response_model=None, openapi_extra=_takes(CompletionRequest))
+    @app.post(
+        "/v1/completions", response_model=None, openapi_extra=describe_body(CompletionRequest)
+    )
     async def create_completion(request: Request) -> Response:
         """Continues a text."""
         body = await _parse(request, parts, CompletionRequest)
         plan = partial(service.completion, body, _session_header(request))
         return await replies.reply(await asyncio.to_thread(plan))
 
-    @app.post("/v1/chat/completions", response_model=None, openapi_extra=_takes(ChatRequest))
+    @app.post("/v1/chat/completions", response_model=None, openapi_extra=describe_body(ChatRequest))
     async def create_chat_completion(request: Request) -> Response:
         """Answers in a chat."""
         body = await _parse(request, parts, ChatRequest)
@@ -103,7 +106,7 @@ def _add_generation_routes(app: FastAPI, parts: LMParts) -> None:
 def _add_session_routes(app: FastAPI, parts: LMParts) -> None:
     service, client = parts.service, parts.client
 
-    @app.post("/v1/sessions", status_code=201, openapi_extra=_takes(CreateSession))
+    @app.post("/v1/sessions", status_code=201, openapi_extra=describe_body(CreateSession))
     async def create_session(request: Request) -> Any:
         """Makes a session."""
         body = await _parse(request, parts, CreateSession)
@@ -137,7 +140,11 @@ def _add_session_routes(app: FastAPI, parts: LMParts) -> None:
         await client.delete(_checked(session_id))
         return {"id": session_id, "object": "session.deleted", "deleted": True}
 
-    @app.post("/v1/sessions/{session_id}/fork", status_code=201, openapi_extra=_takes(ForkSession))
+    @app.post(
+        "/v1/sessions/{session_id}/fork",
+        status_code=201,
+        openapi_extra=describe_body(ForkSession, required=False),
+    )
     async def fork_session(session_id: str, request: Request) -> Any:
         """Makes a second session with the same stream so far."""
         body = await _parse_optional(request, parts, ForkSession)
@@ -161,7 +168,7 @@ def _add_session_routes(app: FastAPI, parts: LMParts) -> None:
 def _add_token_routes(app: FastAPI, parts: LMParts) -> None:
     service = parts.service
 
-    @app.post("/v1/tokenize", openapi_extra=_takes(TokenizeRequest))
+    @app.post("/v1/tokenize", openapi_extra=describe_body(TokenizeRequest))
     async def tokenize(request: Request) -> Any:
         """Token ids of a text or of messages."""
         body = await _parse(request, parts, TokenizeRequest)
@@ -173,7 +180,7 @@ def _add_token_routes(app: FastAPI, parts: LMParts) -> None:
             reply["token_strs"] = [token_bytes(t).decode(errors="replace") for t in ids]
         return reply
 
-    @app.post("/v1/detokenize", openapi_extra=_takes(DetokenizeRequest))
+    @app.post("/v1/detokenize", openapi_extra=describe_body(DetokenizeRequest))
     async def detokenize(request: Request) -> Any:
         """The text of token ids."""
         body = await _parse(request, parts, DetokenizeRequest)
@@ -242,8 +249,3 @@ def _checked(session_id: str) -> str:
 
 def _described(state: SessionState) -> dict[str, Any]:
     return {"object": "session", **asdict(state)}
-
-
-def _takes(kind: type[Any]) -> dict[str, Any]:
-    schema = kind.model_json_schema()
-    return {"requestBody": {"content": {"application/json": {"schema": schema}}}}

@@ -22,7 +22,7 @@ from serve.ingress.errors import server_error as server_error
 
 _ITEM_SCHEMA: dict[str, Any] = {
     "anyOf": [
-        {"type": "string", "description": "data URI, plain base64, or http(s) URL"},
+        {"type": "string", "minLength": 1, "description": "data URI, base64, or http(s) URL"},
         {"type": "object", "required": ["image"], "properties": {"image": {"type": "string"}}},
         {"type": "object", "required": ["url"], "properties": {"url": {"type": "string"}}},
         {"type": "object", "required": ["bytes"], "properties": {"bytes": {"type": "string"}}},

@@ -366,6 +366,26 @@ def test_a_steady_sender_has_time_a_dripping_one_has_not(monkeypatch: pytest.Mon
     assert reader.deadline(started=100.0, received=2**30) == 170  # much came, then nothing
 
 
+@BOTH
+def test_the_description_of_the_api_is_whole(name: str) -> None:
+    """Generators of clients and testers follow every reference."""
+    described = json.loads(get(make(name), "GET", "/openapi.json").body)
+    bodies = {
+        path: operation["requestBody"]
+        for path, methods in described["paths"].items()
+        for operation in methods.values()
+        if "requestBody" in operation
+    }
+    assert POSTS[name] in bodies
+    assert "$ref" not in json.dumps(bodies)
+    optional = {path for path, body in bodies.items() if not body["required"]}
+    assert optional == ({"/v1/sessions/{session_id}/fork"} if name == "language" else set())
+    if name == "language":
+        schema = bodies["/v1/chat/completions"]["content"]["application/json"]["schema"]
+        message = schema["properties"]["messages"]["items"]
+        assert message["required"] == ["role", "content"]
+
+
 def test_requests_are_named_in_errors_as_json() -> None:
     reply = get(make("embeddings"), "PATCH", "/v1/models")
     assert json.loads(reply.body)["error"]["message"] == "Method Not Allowed: PATCH /v1/models"

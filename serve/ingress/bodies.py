@@ -39,6 +39,26 @@ class RequestModel(BaseModel):
         return {name: value for name, value in values.items() if value is not None or name in kept}
 
 
+def describe_body(kind: type[BaseModel], *, required: bool = True) -> dict[str, Any]:
+    """What OpenAPI says of a route that reads such a body itself."""
+    schema = kind.model_json_schema()
+    schema = _inlined(schema, schema.pop("$defs", {}))
+    content = {"application/json": {"schema": schema}}
+    return {"requestBody": {"required": required, "content": content}}
+
+
+def _inlined(node: Any, definitions: dict[str, Any]) -> Any:
+    """A schema without references: those of pydantic start at a root that a route's is not."""
+    if isinstance(node, list):
+        return [_inlined(item, definitions) for item in node]
+    if not isinstance(node, dict):
+        return node
+    if "$ref" in node:
+        name = node.pop("$ref").rpartition("/")[2]
+        node = definitions[name] | node
+    return {key: _inlined(value, definitions) for key, value in node.items()}
+
+
 def parse_body(body: bytes, kind: type[Body]) -> Body:
     """Parses and validates a request body.
 
