@@ -93,10 +93,16 @@ def _score_missing(book: Book, plan: list[PretrainConfig], score: Score, console
             found = score(plan[trial])
         except (CheckpointError, RayError) as error:
             # Unscored, it is read again when the sweep is run again.
-            reason = str(error).strip().splitlines()[-1]
-            console.print(f"WARNING: trial {trial}: its checkpoint was not read: {reason}")
+            console.print(f"WARNING: trial {trial}: its checkpoint was not read: {_short(error)}")
         else:
             book.score(trial, found)
+
+
+def _short(error: Exception) -> str:
+    """What is wrong with a checkpoint, or the end of a task's report."""
+    cause = getattr(error, "cause", error)  # Ray raises its report and the error in one
+    lines = str(cause).strip().splitlines()
+    return lines[0] if isinstance(cause, CheckpointError) else lines[-1]
 
 
 def make_plan(

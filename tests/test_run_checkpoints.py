@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 from fake_training import assert_bitwise, change, end_of, lines_of, tiny_config
+from loading_helpers import write_samples
 from run_folders import LIST, MODEL, NAMES, OF_CHECKPOINT, OF_LIST, OF_RESUMING, copy_run, train_run
 
 from pipelines import recorder
 from pipelines.checkpoints import CheckpointError, load_encoder, resolve_checkpoint
+from pipelines.config import SweepConfig
 from pipelines.runs.checkpoint_files import read_config, read_state, recover_report
 from pipelines.runs.integrity import find_fault
 from pipelines.runs.resuming import find_start, go_back
@@ -307,3 +309,36 @@ def test_every_file_of_a_checkpoint_is_readable_by_whom_the_umask_lets_read(whol
 
 def test_a_whole_checkpoint_has_no_fault(whole_run):
     assert [find_fault(str(whole_run[0] / name)) for name in NAMES] == [None] * 3
+
+
+def test_a_sweep_tells_a_damaged_run_of_its_own_before_ray(run, tmp_path, monkeypatch):
+    from pipelines import sweep as job
+
+    folder, _ = run
+    config = json.loads((folder / "config.json").read_text())
+    assert config["data"]["train"] == "memory"
+    trial = tmp_path / "out" / "runs" / "trial_000"
+    trial.parent.mkdir(parents=True)
+    folder.rename(trial)
+    (trial / NAMES[2] / MODEL).write_bytes(b"")
+    data = write_samples(tmp_path / "shards")
+    base = change(tiny_config(tmp_path / "x"), data={"train": data}, run={"storage": "runs"})
+    monkeypatch.setattr(job, "start_ray", lambda *a: pytest.fail("Ray was started first"))
+    cfg = SweepConfig(space=("optim.lr=0.1",), out=str(tmp_path / "out"))
+    with pytest.raises(CheckpointError) as error:
+        job.sweep(cfg, change(base, run={"name": "debug"}))
+    assert "not whole" in _lines(error, trial)[0]
+
+
+def test_a_sweep_says_in_a_line_why_a_checkpoint_was_not_read(run):
+    from ray.exceptions import RayTaskError
+
+    from pipelines.sweep import _short
+
+    folder, _ = run
+    (folder / NAMES[1] / MODEL).write_bytes(b"")
+    with pytest.raises(CheckpointError) as error:
+        load_encoder(str(folder))
+    in_task = RayTaskError("_score", "Traceback\n  File x\nCheckpointError: y", error.value)
+    for raised in (error.value, in_task, in_task.as_instanceof_cause()):
+        assert _short(raised).startswith(f"run {folder}: {NAMES[1]} is not whole: {MODEL} is cut")
