@@ -37,6 +37,7 @@ from rich.table import Table
 
 from pipelines.config import IngestConfig
 from pipelines.following import follow, stop_on_signals
+from pipelines.ingestion.addresses import check_address
 from pipelines.ingestion.choosing import shortened
 from pipelines.ingestion.class_list import read_classes
 from pipelines.ingestion.items import Tally
@@ -97,6 +98,7 @@ def ingest(cfg: IngestConfig) -> Manifest:
     """
     started = time.monotonic()
     console = Console()
+    check_address(cfg.source)
     cfg = prepare(cfg)
     _check_out(cfg.out)
     fixed = read_classes(cfg.classes) if cfg.classes else ()

@@ -15,9 +15,10 @@ def file_system(address: str) -> tuple[Any, str]:
     Raises:
         ValueError: its protocol is none that is read here.
     """
+    check_address(address)
     protocol, found, _ = address.partition("://")
     if found and "::" not in address:
-        _check(protocol, address)
+        _check_protocol(protocol, address)
     fs, path = fsspec.core.url_to_fs(address)
     return fs, path
 
@@ -27,7 +28,15 @@ def protocol_of(fs: Any) -> str:
     return str(fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0])
 
 
-def _check(protocol: str, address: str) -> None:
+def check_address(address: str) -> None:
+    """Refuses what is no place of files: whether something is there need not be asked.
+
+    Raises:
+        ValueError: a live stream, or an address of the web.
+    """
+    protocol, found, _ = address.partition("://")
+    if not found or "::" in address:
+        return
     if protocol.lower() in _STREAMS:
         raise ValueError(f"--source: {address} is a live stream: add --follow")
     if protocol.lower() in ("http", "https"):
@@ -35,6 +44,9 @@ def _check(protocol: str, address: str) -> None:
             f"--source: {address} is a web address; download it and give the folder or file, "
             "or add --follow if it is a live stream"
         )
+
+
+def _check_protocol(protocol: str, address: str) -> None:
     try:
         fsspec.get_filesystem_class(protocol)
     except (ImportError, ValueError) as error:
