@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tempfile
 from collections.abc import Iterator
 from fractions import Fraction
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from serve_video_helpers import LocalServer, local_server, save_clip_artifact
+from starlette.responses import JSONResponse
 from video_files import CYCLE, number_of, write_video
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
@@ -156,6 +158,16 @@ def test_what_json_cannot_say_is_never_sent(number: float) -> None:
 def test_words_that_look_like_such_numbers_may_be_said() -> None:
     value = {"NaN": ["Infinity", "-Infinity", 1.5, None, "é"]}
     assert json.loads(to_json(value)) == value
+
+
+def test_there_is_one_serialiser() -> None:
+    """Others write NaN without complaint; Starlette's own refuses as well."""
+    folder = Path(__file__).parent.parent / "serve"
+    texts = {path.name: path.read_text() for path in folder.rglob("*.py")}
+    by_itself = re.compile(r"pydantic_core\.to_json\(|model_dump_json\(|orjson")
+    assert [name for name, text in texts.items() if by_itself.search(text)] == ["json_text.py"]
+    with pytest.raises(ValueError, match="JSON compliant"):
+        JSONResponse({"a": float("nan")})
 
 
 # Over a socket
