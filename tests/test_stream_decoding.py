@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from serve_video_helpers import LocalServer, local_server, save_clip_artifact
 from starlette.responses import JSONResponse
+from stream_replica import Replica
 from video_files import CYCLE, number_of, write_video
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
@@ -45,23 +46,6 @@ def container(name: str, frames: int = FRAMES, **more: Any) -> bytes:
     with tempfile.TemporaryDirectory() as folder:  # faststart reads what it wrote
         path = write_video(Path(folder) / "a", frames, container=kind, **options | more)
         return bytes(path.read_bytes())
-
-
-class Replica:
-    """The other end of a decoder's channel: gives bytes in pieces, keeps what comes."""
-
-    def __init__(self, data: bytes, piece: int = 1_000, side: int = PREP.image_size) -> None:
-        self._data, self._piece, self._side = io.BytesIO(data), piece, side
-        self.frames: list[tuple[float, np.ndarray]] = []
-
-    def send(self, head: dict[str, Any], payload: bytes | memoryview = b"") -> None:
-        text = json.dumps(head, allow_nan=False)
-        if "time_s" in text:
-            pixels = np.frombuffer(payload, np.uint8).reshape(self._side, self._side, 3)
-            self.frames.append((head["time_s"], pixels))
-
-    def receive(self) -> tuple[dict[str, Any], bytes]:
-        return {}, self._data.read(self._piece)
 
 
 def decoded(data: bytes) -> Replica:

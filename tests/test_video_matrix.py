@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from odd_videos import LONG, SHORT, OddVideos, recipes
 from PIL import Image
-from test_stream_decoding import Replica
+from stream_replica import Replica
 from video_ingest_helpers import CFG, prepare
 
 from models.media.containers import VideoError
