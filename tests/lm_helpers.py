@@ -25,6 +25,9 @@ class ByteStream:
     def push(self, token: int) -> str:
         return self._decoder.decode(bytes([token])) if token < EOS else ""
 
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
 
 class ByteTokenizer:
     """Token id = byte; 256 ends a text."""

@@ -37,6 +37,15 @@ def test_characters_come_whole() -> None:
     assert [event.text for event in events[:5]] == ["", "é", "", "", "☃"]
 
 
+def test_an_answer_that_ends_inside_a_character_says_so() -> None:
+    engine = make(scripted_llama("aé☃"))
+    for count, text in ((1, "\ufffd"), (2, "é"), (4, "é\ufffd"), (5, "é☃")):
+        engine.open(f"{count}")
+        events = run(engine, engine.submit(f"{count}", list(b"a"), ask(count)))[0]
+        assert "".join(event.text for event in events) == text
+        engine.close(f"{count}")
+
+
 def test_seeds_repeat_whoever_shares_the_batch() -> None:
     def tokens(others: int) -> list[int]:
         engine = make()

@@ -122,7 +122,8 @@ def test_the_official_client_reads_over_pings_in_chats(
             assert bodies[-1].count(PING) >= 3
             assert PING + b"\n" not in bodies[-1]
             assert (b"\nid: " in bodies[-1]) == (session_id is not None)
-            whole = await client.chat.completions.create(**asked | {"extra_body": {}})
+            other = {"session_id": session_id and "other"}
+            whole = await client.chat.completions.create(**asked | {"extra_body": other})
             assert text == whole.choices[0].message.content
 
     run(test())

@@ -217,7 +217,9 @@ class Generation:
         self, reason: EndReason, *, stop: str | int | None = None, message: str | None = None
     ) -> None:
         """Closes the answer with what was held back."""
-        held = "" if isinstance(stop, str) else self._stops.flush()
+        held = ""
+        if not isinstance(stop, str):  # what it cuts off in a character is U+FFFD
+            held = self._stops.flush() + self._text.flush()
         self._ended = True
         self._put(EndEvent(reason, stop, held, self._prompt_tokens, self._tokens, message))
 
