@@ -87,6 +87,12 @@ def events(lines: Iterator[str]) -> Iterator[tuple[int | None, Any]]:
             position = None
 
 
+def same_text(kept: str, whole: str) -> bool:
+    """Whether a session's text is that of an answer without one, which ends with U+FFFD where it
+    breaks off in a character: in a session the rest of that may still come."""
+    return whole in (kept, kept + "\ufffd")
+
+
 def replica_pids(app: str, name: str) -> list[int]:
     """Processes of a deployment's replicas, by the name Ray gives them."""
     found = []
