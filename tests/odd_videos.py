@@ -171,6 +171,10 @@ def _changing() -> dict[str, Recipe]:
         found[f"large-{codec}.{suffix}"] = Recipe(larger)
         parts = (f"{codec}.{suffix}", f"large-{codec}.{suffix}", f"{codec}.{suffix}")
         found[f"size-{codec}.{suffix}"] = Recipe("-f concat -safe 0 -i {list} -c copy", parts)
+    for codec in ("h264open", "hevcopen", "mpeg4b"):  # their ends overlap
+        found[f"part-{codec}.mp4"] = Recipe(f"-ss 0.42 -t 0.3 -i {{{codec}.mp4}} -c copy")
+        parts = (f"part-{codec}.mp4", f"part-{codec}.mp4")
+        found[f"joined-{codec}.mp4"] = Recipe("-f concat -safe 0 -i {list} -c copy", parts)
     found["size-h264.mkv"] = Recipe("-i {size-h264.ts} -c copy")
     found["end-to-end.webm"] = Recipe("", ("vp8.webm", "large-vp8.webm"))
     found["end-to-end.mp4"] = Recipe("", ("h264b.mp4", "h264b.mp4"))

@@ -33,6 +33,7 @@ IN_ORDER = ("fast.mp4", "fragmented.mp4", "cut-fragmented.mp4", "cut-h264long.mp
 IN_ORDER += ("subtitles.mov",)
 NOT_FILES = (".ts", ".flv", ".ogg")  # neither for ingest nor for requests
 UNTIMED = ("xvid.mkv", "cut-xvid.mkv")  # libxvid's own times go back
+UNTIMED += tuple(f"joined-{codec}.mp4" for codec in ("h264open", "hevcopen", "mpeg4b"))
 
 
 @pytest.fixture(scope="module")

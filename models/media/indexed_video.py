@@ -11,6 +11,7 @@ all is decoded once to number the frames, and once more up to the last that is w
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from typing import Any
@@ -123,13 +124,26 @@ class IndexedVideo:
         known = [stamp for stamp in stamps if stamp is not None]
         if not known or len(set(known)) < len(stamps):
             return []
-        if not self._begins_well(min(known)):
+        if not self._begins_well(min(known)) or self._overlaps():
             return []
         # A decoder that reorders frames, by times that are in decoding order, would be wrong.
         reorders = self._stream.codec_context.has_b_frames
         if reorders and (self._container.format.name == "avi" or known == sorted(known)):
             return []
         return sorted(known)
+
+    def _overlaps(self) -> bool:
+        """Whether a frame from a key frame on is shown before one that is stored before that key
+        frame, as where files were joined.
+        """
+        latest = before_key = -math.inf
+        for packet in filter(is_shown, self._packets):
+            stamp = stamp_of(packet) or 0
+            before_key = latest if packet.is_keyframe else before_key
+            if stamp < before_key:
+                return True
+            latest = max(latest, stamp)
+        return False
 
     def _begins_well(self, earliest: int) -> bool:
         """Whether the frame shown first comes out; files cut from others may lack what it needs."""
