@@ -259,6 +259,7 @@ def test_models_health_metrics_and_request_ids(http: httpx.Client, client: opena
     health = http.get("/healthz", headers={"x-request-id": "mine-1"})
     assert (health.status_code, health.headers.get_list("x-request-id")) == (200, ["mine-1"])
     assert http.get("/docs").status_code == 200
+    assert http.post("/v1/embeddings", json={"input": URI}).status_code == 200
     deadline = time.monotonic() + 15  # model replicas report every five seconds
     while "rayjepa_images_total" not in (text := http.get("/metrics").text):
         assert time.monotonic() < deadline
@@ -278,7 +279,9 @@ def test_half_sent_bodies_beside_normal_requests(served: Served, http: httpx.Cli
     head = "POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     half = f"{head}Content-Length: 100\r\n\r\n{{".encode()
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_connection(("", port))) for _ in range(150)]
+        sockets = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(150)
+        ]
         for each in sockets:
             each.settimeout(60)
             each.sendall(half)
