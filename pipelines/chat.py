@@ -156,7 +156,11 @@ def chat(cfg: ChatConfig, console: Console) -> None:
     headers = {"authorization": f"Bearer {cfg.api_key}"} if cfg.api_key else {}
     with httpx.Client(base_url=cfg.url, headers=headers, timeout=30) as http:
         client = ChatClient(cfg, http)
-        again = client.begin()
+        try:
+            again = client.begin()
+        except httpx.TransportError as error:
+            asked = "is the server running there?"
+            raise ChatError(f"--url: no answer from {cfg.url} ({error}); {asked}") from error
         console.print(
             f"session [bold]{client.session}[/] ({'goes on' if again else 'new'}); {HELP}"
         )

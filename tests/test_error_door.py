@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -209,6 +210,18 @@ def test_export_takes_relative_places_and_file_uris(
     cfg = ExportConfig(checkpoint=os.path.relpath(small_checkpoint), out="file://artifact")
     assert export(cfg) == str(tmp_path / "artifact")
     assert json.loads((tmp_path / "artifact" / "config.json").read_text())["rayjepa"]
+
+
+def test_errors_that_a_command_itself_defines_are_told() -> None:
+    """Run as a program its module is `__main__`, and so is that of its errors."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}/v1"
+    command = [sys.executable, "-m", "pipelines.chat", "--url", url]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: --url: no answer from {url}")
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.ray

@@ -23,7 +23,8 @@ from pipelines.runtime.storage_faults import explain_storage
 C = TypeVar("C")
 TRACEBACK = "RAYJEPA_TRACEBACK"
 MOST_LINES = 3
-OURS = ("pipelines", "models", "serve")
+OURS = ("pipelines", "models", "serve", "__main__")
+"""Where classes of errors are defined whose words are for people; a command that runs is `__main__`."""
 
 
 class FetchError(RuntimeError):

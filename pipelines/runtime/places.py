@@ -90,17 +90,18 @@ def _require_readable(protocol: str, about: str) -> None:
         raise ValueError(f"{about}nothing here reads {protocol}://{hint}\n{READ}") from error
 
 
+MAKE = "Make it, or name another."
 READ = "Places are local paths, file:// or s3:// (S3 and what speaks its protocol)."
 
 
 def _require_there(place: Place) -> None:
     fs, path = open_uri(place.uri)
     pattern = re.search(r"[*?[]", path)
-    if pattern or fs.exists(path):
+    if pattern or "http" in fs.protocol or fs.exists(path):  # of those the reader knows more
         return
     bucket = missing_bucket(fs, path)
     if bucket:
-        raise ValueError(f"{place.flag}: {place.uri}: there is no bucket {bucket!r}")
+        raise ValueError(f"{place.flag}: {place.uri}: there is no bucket {bucket}\n{MAKE}")
     raise ValueError(f"{place.flag}: {place.uri} does not exist")
 
 
@@ -136,6 +137,8 @@ def try_writing(place: Place) -> None:
     trial = folder / name
     try:
         trial.write_bytes(b"x")
+    except FileNotFoundError as error:  # as /proc says it: the folder is there
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(folder)) from error
     finally:
         trial.unlink(missing_ok=True)
 

@@ -7,14 +7,14 @@ import os
 
 from pipelines.config.places import Place
 from pipelines.runtime.faults import Fault
-from pipelines.runtime.places import holding
+from pipelines.runtime.places import MAKE, holding
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _CREDENTIALS = (
     *("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"),
     *("TokenRefreshRequired", "AuthFailure"),
 )
-SET_KEYS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+SET_KEYS = "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
 
 
 def explain_storage(fault: Fault, found: list[Place]) -> str | None:
@@ -41,7 +41,7 @@ def _of_s3(fault: Fault, found: list[Place]) -> str:
         at = fault.endpoint or os.environ.get("AWS_ENDPOINT_URL") or "S3"
         return f"{where}no answer from {at}\nIs AWS_ENDPOINT_URL right, and the network there?"
     if fault.code == "NoSuchBucket":
-        return f"{where}there is no bucket {fault.bucket or ''}\nMake it, or name another."
+        return f"{where}there is no bucket {fault.bucket or ''}\n{MAKE}"
     if fault.code in _CREDENTIALS:
         return f"{where}S3 refuses the credentials ({fault.code}: {fault.first_line})\n{SET_KEYS}"
     if fault.is_a("PermissionError") or fault.code in ("AccessDenied", "403", "Forbidden"):
@@ -53,7 +53,7 @@ def _in_s3_words(fault: Fault, found: list[Place]) -> str:
     """An OSError without a number: of ours, or of S3 from a worker, which lost all but its text."""
     if "bucket does not exist" in fault.text:
         where = _where(fault, found, remote=True)
-        return f"{where}there is no such bucket\nMake it, or name another."
+        return f"{where}there is no such bucket\n{MAKE}"
     if fault.is_a("PermissionError") and "--" not in fault.text:
         where = _where(fault, found, remote=True)
         return f"{where}access denied ({fault.first_line})\nThe credentials may not do this there."
