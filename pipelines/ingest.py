@@ -213,13 +213,17 @@ def _merge(
     quarantined = _write_quarantine(refused.filter(pc.invert(missing)), QUARANTINE, cfg)
     items = sum(pc.sum(pc.equal(table["segment"], 0)).as_py() or 0 for table in tables)
     if listing.num_items not in (None, items):
-        raise ValueError(f"{cfg.source}: {items} items, {listing.num_items} when it was listed")
+        raise ValueError(
+            f"--source: {cfg.source}: {items} items, {listing.num_items} when it was listed"
+        )
     if items == 0:
         besides = f", but {dict(tally.ignored)}" if tally.ignored else ""
         raise ValueError(f"--source: no {cfg.modality} in {cfg.source}{besides}")
     if sum(quarantined.values()) == items:
         one = f"not one good {cfg.modality} among {items}: {quarantined}"
-        raise ValueError(f"{cfg.source}: {one}; {cfg.out}/{QUARANTINE} has each with its reason")
+        raise ValueError(
+            f"--source: {cfg.source}: {one}; {cfg.out}/{QUARANTINE} has each with its reason"
+        )
     index = build_index(keys, tables)
     keep_N = first_occurrences(index.ids_N16)
     classes = choose_classes(tables, listing.classes, fixed)

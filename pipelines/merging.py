@@ -10,7 +10,7 @@ import io
 import itertools
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.config import IngestConfig
+from pipelines.ingestion.names import composed
 from pipelines.shards import (
     SCHEMAS,
     Shard,
@@ -54,9 +55,10 @@ def choose_classes(
 ) -> Classes:
     """Decides the class list from every label seen.
 
-    Integers are indices, named by `declared` where the source declares names; names that it does not
-    declare follow these. Where nothing is declared, all labels are names as soon as one of them is,
-    in sorted order. So they are where integers are far larger than there are of them.
+    Integers are indices, named by `declared` where the source declares names; indices and names that it
+    does not declare follow these. Where nothing is declared, all labels are names as soon as one of
+    them is, in sorted order. So they are where integers are far larger than there are of them. Names
+    that differ in how their accents are composed alone are one.
 
     Args:
         tables: items of all chunks, `label_index` and `label_name`.
@@ -73,13 +75,27 @@ def choose_classes(
         names.update(table["label_name"].unique().drop_null().to_pylist())
         indices.update(table["label_index"].unique().drop_null().to_pylist())
     count = max(indices, default=-1) + 1
-    if declared and count <= len(declared):
-        return Classes((*declared, *sorted(names - set(declared))), False)
+    too_large = count > MOST_UNUSED + 2 * len(indices)
+    if declared and not too_large:
+        known = (*declared, *(str(index) for index in range(len(declared), count)))
+        return Classes((*known, *sorted(_one_spelling(names, known))), False)
     if names:
-        return Classes(tuple(sorted(names | {str(index) for index in indices})), True)
-    if count > MOST_UNUSED + 2 * len(indices):
+        return Classes(
+            tuple(sorted(_one_spelling(names | {str(index) for index in indices}))), True
+        )
+    if too_large:
         return Classes(tuple(str(index) for index in sorted(indices)), True)
     return Classes(tuple(str(index) for index in range(count)), False)
+
+
+def _one_spelling(names: Iterable[str], known: Iterable[str] = ()) -> list[str]:
+    """Returns names without those that are `known`; of several spellings of one the composed one."""
+    spellings: dict[str, list[str]] = {}
+    for name in names:
+        spellings.setdefault(composed(name), []).append(name)
+    for name in known:
+        spellings.pop(composed(name), None)
+    return [found[0] if len(found) == 1 else name for name, found in spellings.items()]
 
 
 def first_occurrences(ids_N16: np.ndarray) -> np.ndarray:
@@ -170,11 +186,22 @@ def plan_shards(index: Index, keep_N: np.ndarray, classes: Classes, cfg: IngestC
 
 def _labels(labels: pa.Table, classes: Classes) -> pa.Array:
     """Returns class indices (int32, null where unlabelled) of `label_index` and `label_name`."""
-    values = pa.array(classes.names, pa.string())
     if classes.by_name:
-        return pc.index_in(_label_names(labels, classes), value_set=values).combine_chunks()
-    by_name = pc.index_in(labels["label_name"], value_set=values)
+        return _places(_label_names(labels, classes), classes).combine_chunks()
+    by_name = _places(labels["label_name"], classes)
     return pc.coalesce(by_name, labels["label_index"]).combine_chunks()
+
+
+def _places(names: pa.ChunkedArray, classes: Classes) -> pa.ChunkedArray:
+    """Returns where names stand among the classes; null where they do not."""
+    values = pa.array(classes.names, pa.string())
+    exact = pc.index_in(names, value_set=values)
+    if exact.null_count == names.null_count:
+        return exact
+    same = pc.index_in(
+        pc.utf8_normalize(names, form="NFC"), value_set=pc.utf8_normalize(values, form="NFC")
+    )
+    return pc.coalesce(exact, same)
 
 
 def _label_names(labels: pa.Table, classes: Classes) -> pa.ChunkedArray:
@@ -188,7 +215,7 @@ def labels_left_out(index: Index, keep_N: np.ndarray, classes: Classes) -> Count
     """Returns the labels of kept rows that are none of the classes, with how many rows have them."""
     labels = index.labels_N.filter(pa.array(keep_N & index.firsts_N))
     names = _label_names(labels, classes)
-    outside = pc.invert(pc.is_in(names, value_set=pa.array(classes.names, pa.string())))
+    outside = _places(names, classes).is_null()
     return Counter(names.filter(pc.and_(outside, names.is_valid())).to_pylist())
 
 

@@ -15,6 +15,7 @@ from typing import TypeAlias, TypeVar
 import numpy as np
 import pyarrow as pa
 
+from pipelines.ingestion.names import composed
 from pipelines.shards import Manifest, open_shards, read_manifest, read_row_group
 
 In = TypeVar("In")
@@ -66,7 +67,7 @@ def check_classes(sets: Mapping[str, Manifest]) -> None:
         if not manifest.classes:
             raise ValueError(f"{flag}: these shards have no labels, which every probe needs")
     first, second = (manifest.classes for manifest in sets.values())
-    if first != second:
+    if [*map(composed, first)] != [*map(composed, second)]:
         differing = ", ".join(sorted(set(first) ^ set(second))[:6]) or "their order"
         raise ValueError(
             f"{' and '.join(sets)} have different classes: {differing}; ingest the second again "

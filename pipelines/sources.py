@@ -151,12 +151,19 @@ def _list_archives(fs: Any, kind: Kind, entries: list[Entry], cfg: IngestConfig)
     if cfg.modality == "video":
         raise ValueError(f"--modality: videos are read from folders and lists, not from {kind}")
     if kind == "webdataset":
-        tars = [entry for entry in entries if entry.path.lower().endswith(TAR_SUFFIXES)]
+        tars, others = _named(entries, TAR_SUFFIXES)
         chunks = tuple(Chunk("webdataset", protocol, (tar,)) for tar in tars)
-        others = [e for e in entries if not e.path.lower().endswith(TAR_SUFFIXES)]
         size = sum(tar.size for tar in tars)
         return Listing("webdataset", chunks, None, size, passed_over=count_suffixes(others))
     return _list_parquet(fs, protocol, entries, cfg)
+
+
+def _named(entries: list[Entry], suffixes: tuple[str, ...]) -> tuple[list[Entry], list[Entry]]:
+    """Returns the files with one of these suffixes, or the only one there is, and the others."""
+    if len(entries) == 1:
+        return entries, []
+    named = [entry for entry in entries if entry.path.lower().endswith(suffixes)]
+    return named, [entry for entry in entries if not entry.path.lower().endswith(suffixes)]
 
 
 def _look(fs: Any, entries: list[Entry], base: str) -> dict[str, Content]:
@@ -180,7 +187,7 @@ def _kind(entries: list[Entry], root: str, looked: dict[str, Content], cfg: Inge
         ("folder", any_items),
     ]
     for kind, present in kinds:
-        if present and cfg.format in ("auto", kind):
+        if (present or (alone and kind == cfg.format)) and cfg.format in ("auto", kind):
             return kind
     wanted = "images, videos, tars or Parquet files" if cfg.format == "auto" else cfg.format
     there = told(count_suffixes(entries))
@@ -345,8 +352,7 @@ def _path_hash(path: str) -> int:
 
 
 def _list_parquet(fs: Any, protocol: str, entries: list[Entry], cfg: IngestConfig) -> Listing:
-    files = [entry for entry in entries if entry.path.lower().endswith(".parquet")]
-    others = [entry for entry in entries if not entry.path.lower().endswith(".parquet")]
+    files, others = _named(entries, (".parquet",))
     found = list_parquet(fs, [entry.path for entry in files], cfg, CHUNK_BYTES)
     if all(piece.rows[0] == piece.rows[1] for piece in found.pieces):
         raise ValueError(f"--source: the Parquet files at {cfg.source} have no rows")

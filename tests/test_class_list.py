@@ -113,6 +113,7 @@ def table_of(labels: list[object]) -> list[pa.Table]:
         ([1, 0, 2, None], (), ("cat", "dog"), [1, 0, None, None]),  # indices of names
         (["dog", 0, "cow"], (), ("cat", "dog"), [1, 0, None]),
         ([3, 7, 0], (), ("3", "7"), [0, 1, None]),  # names that are numbers
+        (["cafe\u0301", "\u00e9t\u00e9"], (), ("caf\u00e9", "e\u0301te\u0301"), [0, 1]),  # a Mac's
         ([0, 1, 5], ("dog", "cat"), ("cat", "dog"), [1, 0, None]),  # as the source calls them
     ],
 )
@@ -149,6 +150,18 @@ def test_one_large_integer_makes_no_million_classes() -> None:
     assert choose_classes(table_of([999_999, 3]), ()).by_name
     assert choose_classes(table_of([21_841]), ()).names[-1] == "21841"  # a part of ImageNet-21k
     assert len(choose_classes(table_of([21_841]), ()).names) == 21_842
+
+
+def test_classes_are_the_same_however_accents_are_composed(
+    in_process: None, tmp_path: Path
+) -> None:
+    outs = {}
+    for flag, name in (("--data", "caf\u00e9"), ("--test", "cafe\u0301")):
+        outs[flag] = tmp_path / f"out{flag}"
+        run_quietly(settings(write_set(tmp_path / flag, {name: 1, "tea": 1}), outs[flag]))
+    manifests = {flag: read_manifest(out) for flag, out in outs.items()}
+    assert len({manifest.classes for manifest in manifests.values()}) == 2
+    check_classes(manifests)
 
 
 def test_a_stream_has_no_classes() -> None:

@@ -19,6 +19,10 @@ from pipelines.ingestion.labels import LabelError, as_label, label_in_file
         *((None, None), ("", None), (-1, None), ("-1", None)),
         *((0, 0), ("7", 7), ("07", 7), (2**20 - 1, 2**20 - 1)),
         *(("cat", "cat"), (2**20, "1048576"), ("1e3", "1e3"), ("--1", "--1")),
+        *((" 7 ", 7), ("cat ", "cat"), ("\n", None), (pa.scalar("dog\n"), "dog")),
+        *(("nan", None), ("NaN", None), ("naan", "naan"), ("None", "None")),
+        # as numpy.savetxt writes them
+        *(("1.000000000000000000e+00", 1), ("1.5000e+00", "1.5000e+00"), ("1.2e+01", "1.2e+01")),
         # pandas makes floating point of integers where one is missing
         *(
             (1.0, 1),

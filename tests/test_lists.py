@@ -46,10 +46,10 @@ def test_links_in_a_list_are_followed(tmp_path: Path) -> None:
     assert found["lost.jpg"].problem == ("unreadable", "no regular file, or a link to nothing")
 
 
-@pytest.mark.parametrize("suffix", ["csv", "tsv", "txt", "lst", "jsonl"])
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "txt", "lst", "jsonl", "json"])
 def test_every_suffix_of_lists_is_one(suffix: str, tmp_path: Path) -> None:
     write(tmp_path / "a.jpg")
-    data = b'{"path": "a.jpg", "label": 3}' if suffix == "jsonl" else b"a.jpg\t3\n"
+    data = b'{"path": "a.jpg", "label": 3}' if "json" in suffix else b"a.jpg\t3\n"
     listing = list_source(config(write(tmp_path / f"all.{suffix}", data)))
     assert listing.kind == "list"
     assert entries(listing) == {"a.jpg": "3"}
@@ -83,6 +83,8 @@ def test_what_a_list_names_is_an_item_whatever_its_suffix(tmp_path: Path) -> Non
         ("caf\u00e9.png,cat\n".encode(), "cafe\u0301.png".encode()),  # as a Mac has it
         ("cafe\u0301.png,cat\n".encode(), "caf\u00e9.png".encode()),
         (b"back\\slash.png,cat\n", b"back\\slash.png"),  # a name may hold one
+        (b"a%20b/caf%C3%A9.png,cat\n", "a b/caf\u00e9.png".encode()),
+        (b"50%25.png,cat\n", b"50%25.png"),  # likewise
     ],
 )
 def test_names_as_other_systems_write_them(listed: bytes, there: bytes, tmp_path: Path) -> None:

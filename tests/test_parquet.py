@@ -214,13 +214,41 @@ def test_files_without_rows_are_refused(tmp_path: Path) -> None:
 def test_what_is_no_image_says_what_it_is(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [3]}), tmp_path / "number.parquet")
     pq.write_table(pa.table({"image": [{"width": 3}]}), tmp_path / "struct.parquet")
-    pq.write_table(pa.table({"image": [[1, 2]]}), tmp_path / "pixels.parquet")
+    pq.write_table(pa.table({"image": [[300, 2]]}), tmp_path / "pixels.parquet")
     problems = [item.problem for item in items_of(config(tmp_path))]
     assert problems == [
         ("missing_image", "int instead of bytes"),
-        *[("missing_image", "int instead of bytes")] * 2,
+        ("missing_image", "a list of numbers that are no bytes of an encoded image"),
         ("missing_image", "a struct of ['width'], neither bytes nor path among them"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [(pa.list_(pa.uint8()), [0, 127, 128, 255]), (pa.large_list(pa.int8()), [0, 127, -128, -1])],
+)
+def test_an_image_as_a_list_of_its_bytes(
+    kind: pa.DataType, values: list[int], tmp_path: Path
+) -> None:
+    table = pa.table({"image": pa.array([values, [], None], kind)})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert list_source(config(tmp_path)).num_items == 3
+    items = items_of(config(tmp_path))
+    assert [item.data for item in items] == [b"\x00\x7f\x80\xff", b"", b""]
+    assert [bool(item.problem) for item in items] == [False, True, True]
+
+
+def test_pixels_are_one_refused_item_a_row(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [[0.5] * 9, [300] * 9]}), tmp_path / "a.parquet")
+    problem = ("missing_image", "a list of numbers that are no bytes of an encoded image")
+    assert [item.problem for item in items_of(config(tmp_path))] == [problem] * 2
+
+
+def test_a_file_of_any_name_where_its_format_is_given(tmp_path: Path) -> None:
+    file = tmp_path / "blob"
+    pq.write_table(pa.table({"image": [b"0"], "label": [3]}), file)
+    (item,) = items_of(config(file, format="parquet"))
+    assert (item.data, item.label) == (b"0", 3)
 
 
 # ------------------------------------------------------------------ Hive partitions

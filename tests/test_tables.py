@@ -40,6 +40,13 @@ def separated(sign: str, header: str = "") -> str:
         ("label_first.csv", "label,path\n" + "".join(f"{c},{p}\n" for p, c in WANTED)),
         ("decimal_commas.csv", "path;label;score\n" + "".join(f"{p};{c};0,5\n" for p, c in WANTED)),
         ("comment.txt", "# path\tlabel\n" + separated("\t")),
+        ("remarks.csv", "# mine\n# made, by me\n" + CSV + "# end\n"),
+        ("remarks.txt", "# mine\n" + separated(" ") + "# end\n"),
+        (
+            "masks.csv",
+            "path,mask,label\n" + "".join(f"{p},{'1 ' * 99_999},{c}\n" for p, c in WANTED),
+        ),
+        ("x.json", json.dumps([{"file_name": p, "label": c} for p, c in WANTED], indent=1)),
         ("quoted.csv", "".join(f'"{p}", "{c}"\r\n' for p, c in WANTED)),
         ("empty_lines.csv", "\n\n" + CSV.replace("\n", "\n\n") + ",\n"),
         ("old_mac.csv", CSV.replace("\n", "\r")),
@@ -140,7 +147,8 @@ def test_json_labels() -> None:
         (b"\xff\xfea", "save it as UTF-8"),
         (b'{"path": "a.jpg"}\n{"path"\n', "line 2 of x.csv is no JSON"),
         (b'{"path": "a.jpg"}\n3\n', "line 2 of x.csv is no JSON object"),
-        (b"a.jpg," + b"x" * 200_000, "cannot be read: field larger"),
+        (b'{\n"images": []\n}', "x.csv is one JSON object; give a list of objects"),
+        (b"# nothing\n# here\n", "names no file"),
     ],
 )
 def test_what_is_no_list_is_said(data: bytes, said: str) -> None:

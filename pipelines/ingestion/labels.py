@@ -25,7 +25,9 @@ UNDECLARED = "label_undeclared"
 
 Label = int | str | None
 
-_INTEGER = re.compile(r"-?[0-9]{1,18}(\.0*)?")  # with the ".0" of pandas, where a value is missing
+# With the ".0" of pandas, where a value is missing.
+_INTEGER = re.compile(r"-?[0-9]{1,18}(\.0*)?")
+_SAVETXT = re.compile(r"[+-]?[0-9]\.[0-9]{4,}e[+-][0-9]{2,3}")  # as numpy.savetxt writes any number
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -46,7 +48,8 @@ class LabelError(ValueError):
 def as_label(value: Any) -> Label:
     """Returns a class index for small whole numbers (or their text), else text.
 
-    Truth values are 0 and 1. None, NaN, empty text and negative numbers mean unlabelled.
+    Truth values are 0 and 1. None, NaN (and its text), empty text and negative numbers mean unlabelled.
+    White space around text does not count.
 
     Raises:
         LabelError: neither a whole number nor text.
@@ -57,13 +60,11 @@ def as_label(value: Any) -> Label:
         value = value.item()
     if isinstance(value, bytes):
         value = text_of(value)
-    if value is None or value == "":
-        return None
     if isinstance(value, str):
-        if not _INTEGER.fullmatch(value):
-            return value
-        value = int(value.partition(".")[0])
-    elif isinstance(value, float | Decimal):
+        value = _number_in(value.strip())
+    if value is None or value == "" or isinstance(value, str):
+        return value or None
+    if isinstance(value, float | Decimal):
         if math.isnan(value):
             return None
         if not math.isfinite(value) or value != int(value):
@@ -74,6 +75,15 @@ def as_label(value: Any) -> Label:
     if value >= LARGEST_LABEL:
         return str(value)
     return int(value) if value >= 0 else None
+
+
+def _number_in(text: str) -> str | int | float:
+    """Returns the number that `text` is, where programs write labels so; else the text."""
+    if _INTEGER.fullmatch(text):
+        return int(text.partition(".")[0])
+    if _SAVETXT.fullmatch(text) and float(text).is_integer():
+        return float(text)
+    return math.nan if text.lower() == "nan" else text
 
 
 def text_of(data: bytes) -> str:

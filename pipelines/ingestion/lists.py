@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import unquote
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -50,8 +51,8 @@ def find_listed(listed: FileList, path: str, protocol: str, beside: tuple[str, .
         belonging = [(kind, stem + ending) for ending in beside]
         found += [(place[1], kind, there[place]) for place in belonging if place in there]
     if lost == len(listed.rows):
-        first = f"the first, {escaped(listed.rows[0][0])!r}, was looked for at"
-        where = escaped(places[0][0][1])
+        first = f"the first, {_shortened(listed.rows[0][0])!r}, was looked for at"
+        where = _shortened(places[0][0][1])
         raise ValueError(
             f"--source: of the {lost} files that {escaped(path)} names none is there; "
             f"{first} {where}"
@@ -93,12 +94,20 @@ def _spellings(name: str) -> list[str]:
     apart), or go there.
     """
     known = [name, name.replace("\\", "/")]
+    if "%" in name:  # as addresses are written
+        known.append(unquote(name))
     if not name.isascii():
         texts = [readable(way) for way in known] if escaped(name) != name else []
         known += texts
         known += [unicodedata.normalize("NFC", way) for way in known]
         known += [unicodedata.normalize("NFD", way) for way in known]
     return list(dict.fromkeys(known))
+
+
+def _shortened(name: str) -> str:
+    """A quote that is not closed makes one name of the rest of the list."""
+    text = escaped(name)
+    return text if len(text) <= 400 else f"{text[:200]}..."
 
 
 def _place(name: str, folder: str, protocol: str) -> Place:

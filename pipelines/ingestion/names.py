@@ -7,6 +7,7 @@ Arrow, hashes and terminals refuse it. So names stay as they are until they are 
 from __future__ import annotations
 
 import re
+import unicodedata
 
 _FOREIGN = re.compile("[\udc80-\udcff]")
 
@@ -20,3 +21,8 @@ def escaped(name: str) -> str:
         return name
     text = _FOREIGN.sub(lambda match: f"\\x{ord(match[0]) - 0xDC00:02x}", name)
     return text.encode(errors="backslashreplace").decode()
+
+
+def composed(name: str) -> str:
+    """Returns a class name as it is compared: a Mac's folders have accents apart from their letters."""
+    return unicodedata.normalize("NFC", name)

@@ -111,8 +111,10 @@ def _refuse_twins(path: str, schema: pa.Schema, columns: Iterable[tuple[str, str
 
 
 def _is_list(kind: pa.DataType) -> bool:
-    tests = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    return any(test(kind) for test in (*tests, pa.types.is_list_view, pa.types.is_large_list_view))
+    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    views = (pa.types.is_list_view, pa.types.is_large_list_view)
+    is_list = any(test(kind) for test in (*lists, *views))
+    return is_list and not pa.types.is_primitive(kind.value_type)  # numbers are bytes of one image
 
 
 def column_path(schema: pa.Schema, column: str) -> list[str] | None:

@@ -56,6 +56,22 @@ def _read_group(parquet: Any, group: int, row: int, rows: _Rows) -> Iterator[Ite
             yield Item(f"{rows.uri}#row={lost}", problem=problem)
 
 
+def _is_numbers(values: list[Any]) -> bool:
+    return bool(values) and isinstance(values[0], int | float)
+
+
+def _bytes_in(values: list[Any]) -> bytes:
+    """Returns an encoded image that is stored as a list of its bytes, as Spark and numpy have it.
+
+    Raises:
+        _Missing: these are no bytes.
+    """
+    try:
+        return bytes(value & 255 if -128 <= value < 0 else value for value in values)
+    except (TypeError, ValueError) as error:
+        raise _Missing("a list of numbers that are no bytes of an encoded image") from error
+
+
 class _Missing(Exception):
     """There is no image to be had.
 
@@ -87,7 +103,7 @@ class _Rows:
         uri = f"{self.uri}#row={row}"
         try:
             image = self._value(batch, self._image, number)
-            images = image if isinstance(image, list) else [image]
+            images = image if isinstance(image, list) and not _is_numbers(image) else [image]
             if not images:
                 raise _Missing("the row has an empty list of images")
         except _Missing as error:
@@ -143,6 +159,8 @@ class _Rows:
             raise _Missing("the row has no image bytes")
         if isinstance(image, str):
             return self._read_file(image)
+        if isinstance(image, list) and _is_numbers(image):
+            return _bytes_in(image)
         if not isinstance(image, bytes):
             raise _Missing(f"{type(image).__name__} instead of bytes")
         return image

@@ -13,7 +13,7 @@ from typing import Any
 
 from pipelines.ingestion.media import suffix_of, suffixes
 
-LIST_SUFFIXES = (".csv", ".tsv", ".txt", ".lst", ".jsonl", ".ndjson")
+LIST_SUFFIXES = (".csv", ".tsv", ".txt", ".lst", ".jsonl", ".ndjson", ".json")
 # Headers, as `_plain` leaves them; the first of these that is there counts.
 PATH_HEADERS = (
     *("path", "filename", "file", "filepath", "image", "imagepath", "imagefile", "imagefilename"),
@@ -26,6 +26,7 @@ LABEL_HEADERS = (
 )
 _SEPARATORS = (",", "\t", ";", "|")
 _SAMPLE_ROWS = 100
+_LONGEST_CELL = 2**30  # run-length masks and captions lie beside the names
 _NESTED = "\0"  # stands for a JSON value that is neither text nor a number
 _MARKS = (
     *((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32")),
@@ -76,11 +77,15 @@ def read_file_list(
             "its labels as Windows-1252 (save it as UTF-8 if they come out wrong)"
         )
     try:
-        table = _json_table(text, name) if _is_json(text) else _csv_table(text, suffix_of(name))
+        is_json = _is_json(text)
+        table = _json_table(text, name) if is_json else _csv_table(text, suffix_of(name))
     except csv.Error as error:
         raise ValueError(f"--source: the list {name} cannot be read: {error}") from error
     rows = [row for row in table if any(cell for cell in row)]
-    header = _header(rows, (path_column, label_column))
+    rows, remarks = _without_remarks(rows)
+    if remarks:
+        notes.append(f"{remarks} lines of {name} that begin with # are taken as remarks")
+    header = rows[0] if is_json and rows else _header(rows, (path_column, label_column))
     rows = rows[1:] if header else rows
     if not rows:
         raise ValueError(f"--source: the list {name} names no file")
@@ -144,11 +149,26 @@ def _cell(row: Sequence[str], column: int | None) -> str:
 
 
 def _is_json(text: str) -> bool:
-    return text.lstrip()[:1] == "{"
+    return text.lstrip()[:1] == "{" or bool(re.match(r"\s*\[\s*[{\[\]]", text))
 
 
 def _json_table(text: str, name: str) -> list[list[str]]:
-    """Returns lines of JSON objects as rows under a header of all their keys."""
+    """Returns JSON objects, a line each or in one list, as rows under a header of all their keys."""
+    objects = _json_objects(text, name)
+    keys = list(dict.fromkeys(key for values in objects for key in values))
+    return [keys, *([_json_cell(values.get(key)) for key in keys] for values in objects)]
+
+
+def _json_objects(text: str, name: str) -> list[dict[str, Any]]:
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError):
+        whole = None
+    if isinstance(whole, list) and all(isinstance(value, dict) for value in whole):
+        return whole
+    if isinstance(whole, dict) and "\n" in text.strip():
+        message = f"{name} is one JSON object; give a list of objects with a path each"
+        raise ValueError(f"--source: {message}, or one such object a line")
     objects = []
     for number, line in enumerate(io.StringIO(text), 1):
         if not line.strip():
@@ -160,8 +180,7 @@ def _json_table(text: str, name: str) -> list[list[str]]:
         if not isinstance(values, dict):
             raise ValueError(f"--source: line {number} of {name} is no JSON object")
         objects.append(values)
-    keys = list(dict.fromkeys(key for values in objects for key in values))
-    return [keys, *([_json_cell(values.get(key)) for key in keys] for values in objects)]
+    return objects
 
 
 def _json_cell(value: Any) -> str:
@@ -176,17 +195,39 @@ def _json_cell(value: Any) -> str:
 
 def _csv_table(text: str, suffix: str) -> list[list[str]]:
     lines = [line for line in text.splitlines() if line.strip()]
-    sample = lines[:_SAMPLE_ROWS]
-    separator = _separator(sample, suffix)
+    signed = [line for line in lines if line.lstrip().startswith("#")]
+    remarks = {line for line in signed if _is_remark(re.split(r"[,;|\t]", line))}
+    lines = [line for line in lines if line not in remarks]
+    separator = _separator(lines[:_SAMPLE_ROWS], suffix)
     if separator is None:
         header = lines[:1] if lines and _names_columns(lines[0].split()) else []
         words = [_two_words(line) for line in lines[len(header) :]]
         if words and all(words):
-            return [*(line.split() for line in header), *(list(pair) for pair in words if pair)]
+            pairs = [list(pair) for pair in words if pair]
+            return [
+                *([line] for line in signed if line in remarks),
+                *(line.split() for line in header),
+                *pairs,
+            ]
     return _split(io.StringIO(text, newline=""), separator or ",")
 
 
+def _without_remarks(rows: list[list[str]]) -> tuple[list[list[str]], int]:
+    """Returns rows without remarks, and how many these were."""
+    kept = [row for row in rows if not _is_remark(row)]
+    return kept, len(rows) - len(kept)
+
+
+def _is_remark(row: Sequence[str]) -> bool:
+    """True for what begins with `#` and holds neither headers nor names of media."""
+    if not row[0].lstrip().startswith("#") or any(map(_is_media, row)) or _names_columns(row):
+        return False
+    words = row[0].replace("#", " ").split()
+    return not all(_plain(word) in (*PATH_HEADERS, *LABEL_HEADERS) for word in words)
+
+
 def _split(lines: Iterable[str], separator: str) -> list[list[str]]:
+    csv.field_size_limit(_LONGEST_CELL)
     reader = csv.reader(lines, delimiter=separator, skipinitialspace=separator != "\t")
     return [[cell.strip() for cell in row] for row in reader]
 
