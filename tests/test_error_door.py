@@ -22,6 +22,7 @@ from refusal_helpers import Told, teller
 from pipelines.config import ExportConfig, IngestConfig, PretrainConfig, RunConfig
 from pipelines.config.places import places
 from pipelines.export import export
+from pipelines.runtime.cluster import JOB_ENV, runtime_env, start_ray
 from pipelines.runtime.errors import TRACEBACK, explain, run_command
 from pipelines.runtime.places import absolute
 
@@ -222,6 +223,37 @@ def test_errors_that_a_command_itself_defines_are_told() -> None:
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: --url: no answer from {url}")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("address", ["http://head:8265", "ray://head:10001", "head", "127.0.0.1:1"])
+def test_addresses_that_are_no_ray_are_refused_at_once(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(
+        (ValueError, ConnectionError), match=f"^RAY_ADDRESS: .*{address}"
+    ) as refused:
+        start_ray()
+    assert explain(refused.value, []) == str(refused.value)
+
+
+def test_workers_are_told_where_the_packages_are_unless_a_job_brings_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(JOB_ENV, raising=False)
+    monkeypatch.setenv("PYTHONPATH", "/mine")
+    told = {"env_vars": {"PYTHONPATH": f"{ROOT}{os.pathsep}/mine"}}
+    assert runtime_env() == told
+    for job, expected in (
+        ({"runtime_env": {"working_dir": "gcs://x.zip"}}, None),
+        ({"runtime_env": {"env_vars": {"PYTHONPATH": "/theirs"}}}, None),
+        ({"runtime_env": {"env_vars": {"A": "b"}}}, told),
+        ({"metadata": {}}, told),
+    ):
+        monkeypatch.setenv(JOB_ENV, json.dumps(job))
+        assert runtime_env() == expected
 
 
 @pytest.mark.ray

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pipelines.config.checks import require
 from pipelines.config.pixels import check_deep_range, parse_colour
-from pipelines.config.places import PlaceField, WrittenPlace
+from pipelines.config.places import PlaceField, ReadPlace, WrittenPlace
 
 IMAGE_COLUMN, LABEL_COLUMN = "image", "label"
 
@@ -110,7 +110,7 @@ class IngestConfig:
     """Folders: which folder above a file is its class: 1 is the first below the source, -1 the file's
     own, 0 none. By default the file's own, or where all of these are called `images`, `train` and
     the like, the one above."""
-    classes: str = ""
+    classes: ReadPlace = ""
     """Fixes the classes and their order, as a test set needs those of its training set: a text file
     with a name a line, or an ingested set (its folder or manifest.json). Other labels are left out."""
     follow: bool = False

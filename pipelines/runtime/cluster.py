@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 DATA_CPUS = 0.5
 """CPUs that must be left for Ray Data's tasks; with none the loader would wait for ever."""
 JOB_ENV = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+ANSWER_S = 10.0
 LOG_ENV = "RAY_LOG_TO_DRIVER"
 """Ray's own: 1 shows what workers print and log."""
 
@@ -69,11 +71,27 @@ def _join(address: str, settings: dict[str, Any]) -> None:
         )
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
+        if address != "auto":
+            _require_listener(address)
         ray.init(address, **settings)
-    except ConnectionError as error:
+    except OSError as error:
         raise ConnectionError(
             f"RAY_ADDRESS: no Ray answers at {address}; unset it to start one on this machine"
         ) from error
+
+
+def _require_listener(address: str) -> None:
+    """Ray itself would try a dead address for minutes.
+
+    Raises:
+        OSError: nobody listens there.
+        ValueError: not HOST:PORT.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ValueError(f"RAY_ADDRESS: {address!r} is not HOST:PORT, `auto` or `local`")
+    with socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S):
+        pass
 
 
 def _join_or_start(settings: dict[str, Any], own: dict[str, Any]) -> None:
