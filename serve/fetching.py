@@ -142,12 +142,12 @@ class ImageFetcher:
             request = await self._checked_request(url, reference)
             response = await self._client.send(request, stream=True)
             try:
-                if not response.is_redirect:
+                if not response.has_redirect_location:
                     _check_head(response, reference)
                     yield response
                     return
                 # The request went to an address; a relative Location is relative to the name.
-                url = urljoin(url, response.headers.get("location", ""))
+                url = urljoin(url, response.headers["location"])
             finally:
                 await response.aclose()
         raise ApiError(400, "fetch_failed", "too many redirects", param=reference.param)

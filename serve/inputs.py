@@ -30,6 +30,15 @@ _VIDEO_URI = re.compile(r"data:video/", re.IGNORECASE)
 _FOREIGN = ("text", "audio", "input_audio", "audio_url")
 _SAMPLING = ("fps", "start_s", "end_s")
 MAX_FPS = 240.0
+_JSON_NAMES: dict[type, str] = {
+    type(None): "null",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+}
 
 Kind = Literal["image", "video"]
 
@@ -95,12 +104,10 @@ def _reference(item: Any, param: str, default: Kind) -> Reference:
         return Reference(param, item, is_url, Sampling() if is_video else None)
     if isinstance(item, dict):
         return _object_reference(item, param, default)
-    if isinstance(item, int | list) and not isinstance(item, bool):
+    if any(type(number) is int for number in (item if isinstance(item, list) else [item])):
         raise _wrong_modality("token ids", param)
-    kind = type(item).__name__
-    raise ApiError(
-        400, "invalid_type", f"an item is a string or an object, not {kind}", param=param
-    )
+    message = f"an item is a string or an object, not {_JSON_NAMES[type(item)]}"
+    raise ApiError(400, "invalid_type", message, param=param)
 
 
 def _object_reference(item: dict[str, Any], param: str, default: Kind) -> Reference:
@@ -195,7 +202,7 @@ def _only_keys(item: dict[str, Any], allowed: set[str], param: str) -> None:
 
 def _text(value: Any, param: str) -> str:
     if not isinstance(value, str):
-        message = f"must be a string, not {type(value).__name__}"
+        message = f"must be a string, not {_JSON_NAMES[type(value)]}"
         raise ApiError(400, "invalid_type", message, param=param)
     return value.strip(BLANK)
 

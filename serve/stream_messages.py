@@ -9,11 +9,10 @@ import math
 import struct
 from typing import Annotated, Any, Literal
 
-import pydantic_core
 from pydantic import Field, TypeAdapter, ValidationError
 
 from serve.contract import ModelCard, Pooling
-from serve.ingress.bodies import RequestModel, field_error
+from serve.ingress.bodies import RequestModel, field_error, read_json
 from serve.ingress.json_text import to_json
 from serve.inputs import MAX_FPS
 from serve.schemas import ApiError
@@ -94,10 +93,7 @@ def parse_control(text: str) -> Control:
 
 
 def _parse(text: str, kind: TypeAdapter[Any]) -> Any:
-    try:
-        values = pydantic_core.from_json(text, allow_inf_nan=False)
-    except ValueError as error:
-        raise ApiError(400, "invalid_json", f"a message is not valid JSON: {error}") from error
+    values = read_json(text.encode(errors="surrogatepass"), what="a message")
     try:
         return kind.validate_python(values)
     except ValidationError as error:

@@ -107,14 +107,14 @@ def _watched(make: Callable[[Any], Deployment], settings: Any) -> Deployment:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """/ok.png, /redirect?TARGET, /loop, /big, /sized?BYTES, /endless, /gzip, /text; else a 404."""
+    """/ok.png, /redirect?[TARGET], /loop, /big, /sized?BYTES, /endless, /gzip, /text; else a 404."""
 
     def do_GET(self) -> None:
         route, _, query = self.path.partition("?")
         if route == "/ok.png":
             self._send(200, encoded(picture(1)))
         elif route == "/redirect":
-            self._send(302, b"", location=query)
+            self._send(302, b"", **({"location": query} if query else {}))
         elif route == "/loop":
             self._send(302, b"", location="/loop")
         elif route == "/big":

@@ -117,6 +117,37 @@ def test_null_in_the_objects_of_an_input(item: Any) -> None:
     assert (reference.kind, reference.text, reference.is_url) == ("image", "aGk=", False)
 
 
+def test_a_wrong_role_is_told_before_the_fields_that_go_with_it() -> None:
+    message = {"role": "tool", "content": "4", "tool_call_id": "call_1"}
+    error = refused(ChatRequest, {"messages": [SAID, message]})
+    assert (error.code, error.param) == ("invalid_value", "messages.1.role")
+    assert "'assistant'" in str(error)
+
+
+def test_a_byte_order_mark_before_a_stream_message() -> None:
+    assert parse_start('\ufeff{"type": "start"}', CARD) == parse_start('{"type": "start"}', CARD)
+    with pytest.raises(ApiError, match="a message is not valid JSON"):
+        parse_control('{"type": "\ud800"}')
+
+
+@pytest.mark.parametrize(
+    ("item", "code", "name"),
+    [
+        (["aGk="], "invalid_type", "a list"),
+        ([True], "invalid_type", "a list"),
+        (True, "invalid_type", "true or false"),
+        (1.5, "invalid_type", "a number"),
+        ({"image": ["aGk="]}, "invalid_type", "a list"),
+        (7, "unsupported_modality", "token ids"),
+        ([7, 8], "unsupported_modality", "token ids"),
+    ],
+)
+def test_items_of_no_use_are_named_as_json_has_them(item: Any, code: str, name: str) -> None:
+    with pytest.raises(ApiError, match=f"{name}$") as caught:
+        parse_input([item], max_items=1)
+    assert caught.value.code == code
+
+
 @pytest.mark.parametrize(("one", "other"), [(4, None), (None, 4), (4, 4)])
 def test_two_names_of_one_limit(one: int | None, other: int | None) -> None:
     body = {"messages": [SAID], "max_tokens": one, "max_completion_tokens": other}

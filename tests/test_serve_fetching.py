@@ -132,6 +132,21 @@ def test_three_redirects_are_followed_and_no_fourth(port: int) -> None:
     assert caught.value.code == "fetch_failed"
 
 
+@pytest.mark.parametrize(
+    ("location", "code", "message"),
+    [
+        ("", "fetch_failed", "answered 302"),
+        ("http://[::1", "fetch_failed", "could not be fetched"),
+        ("http://a:b/", "fetch_failed", "could not be fetched"),
+        ("file:///etc/passwd", "invalid_url", "only http and https"),
+    ],
+)
+def test_redirects_to_nowhere(port: int, location: str, code: str, message: str) -> None:
+    with pytest.raises(ApiError, match=message) as caught:
+        fetch(f"http://127.0.0.1:{port}/redirect?{location}", rule=f"private:127.0.0.1:{port}")
+    assert (caught.value.status, caught.value.code) == (400, code)
+
+
 def test_the_time_of_a_fetch_is_the_setting() -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))

@@ -329,6 +329,12 @@ def test_leaving_in_the_middle_frees_everything(server: LocalServer) -> None:
     assert tasks == []
 
 
+def test_a_slash_at_the_end_of_the_path(server: LocalServer) -> None:
+    with connect(f"ws://127.0.0.1:{server.port}/v1/streams/") as socket:
+        socket.send('{"type": "start"}')
+        assert read(socket)["type"] == "started"
+
+
 def test_the_key_is_asked_for(artifact: Path) -> None:
     with local_server(artifact, api_key="s3cret", decode_processes=0) as server:
         for headers in (None, {"Authorization": "Bearer wrong"}):

@@ -88,6 +88,20 @@ def test_rubbish_behind_a_good_beginning_is_an_error(name: str) -> None:
         assert complaint(data[: len(data) * 2 // 3] + rubbish).reason == "decode_error"
 
 
+def test_what_follows_a_lost_packet_does_not_vanish() -> None:
+    """Without a key frame behind it nothing more can be shown: that is no end like another."""
+
+    def with_loss(group: int) -> bytes:
+        data = container("mpegts", options={"g": str(group), "bf": "0"})
+        packets = [data[first : first + 188] for first in range(0, len(data), 188)]
+        video = [n for n, packet in enumerate(packets) if packet[1] & 31 == 1 and not packet[2]]
+        del packets[video[len(video) // 2]]
+        return b"".join(packets)
+
+    assert complaint(with_loss(1000)).detail.endswith("the container calls a packet corrupt")
+    assert FRAMES // 2 < len(decoded(with_loss(8)).frames) < FRAMES
+
+
 def test_empty_transport_packets_are_no_rubbish() -> None:
     empty = (b"\x47\x1f\xff\x10" + bytes(184)) * 400
     assert len(decoded(container("mpegts") + empty).frames) == FRAMES

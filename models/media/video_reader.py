@@ -272,6 +272,7 @@ class FrameReader:
         self._damage = Damage()
         self._open_damage = Damage()  # since the last good frame
         self._last_damage = Damage()  # since the last good frame before the decoder was emptied
+        self._behind_damage = 0  # packets since then
         self._dropped = self._out_of_order = 0
         self._after_loss = self._begins_anew = self._too_long = False
 
@@ -287,8 +288,9 @@ class FrameReader:
         for packet in itertools.chain(packets, (None,)):
             if packet is None:
                 self._last_damage = dataclasses.replace(self._open_damage)
-            elif restarts.at(packet):
-                self._begins_anew = True
+            else:
+                self._behind_damage += bool(self._open_damage.places)
+                self._begins_anew = restarts.at(packet) or self._begins_anew
             for frame, good, first in decoder.decode(packet):
                 if not good:
                     self._dropped += 1
@@ -320,6 +322,7 @@ class FrameReader:
         self._step = time - self._last if time > self._last else self._step
         self._last, self._count, self._end = time, self._count + 1, time + duration
         self._damage.take(self._open_damage)
+        self._behind_damage = 0
         after_loss, self._after_loss = self._after_loss, False
         return TimedFrame(
             frame=frame,
@@ -357,7 +360,8 @@ class FrameReader:
         """Why no more could be read; empty if it was read to its end, where one packet may be cut."""
         if not self._count:
             return self._open_damage.first or "there is no frame that can be shown"
-        return self._last_damage.first if self._last_damage.places > 1 else ""
+        is_cut = self._last_damage.places == 1 and not self._behind_damage
+        return "" if is_cut else self._last_damage.first
 
     @property
     def losses(self) -> list[Loss]:

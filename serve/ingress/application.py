@@ -116,7 +116,7 @@ def check_content_type(request: Request) -> None:
     if content_type != "application/json":
         message = f"send application/json, not {content_type or 'an unlabelled body'}"
         raise ApiError(415, "unsupported_content_type", message)
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
+    if request.headers.get("content-encoding", "").strip().lower() not in ("", "identity"):
         raise ApiError(415, "unsupported_content_encoding", "send the body uncompressed")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
@@ -59,17 +60,31 @@ def _inlined(node: Any, definitions: dict[str, Any]) -> Any:
     return {key: _inlined(value, definitions) for key, value in node.items()}
 
 
+def read_json(text: bytes, *, what: str) -> Any:
+    """Values of strict JSON in UTF-8; a byte-order mark before it is no part of it.
+
+    Args:
+        text: to read.
+        what: names it in the error.
+
+    Raises:
+        ApiError: 400, also for NaN and Infinity, which JSON does not have, and very deep nesting.
+    """
+    try:
+        return pydantic_core.from_json(text.removeprefix(codecs.BOM_UTF8), allow_inf_nan=False)
+    except ValueError as error:
+        is_other = text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        why = "send UTF-8, not UTF-16" if is_other else str(error)
+        raise ApiError(400, "invalid_json", f"{what} is not valid JSON: {why}") from error
+
+
 def parse_body(body: bytes, kind: type[Body]) -> Body:
     """Parses and validates a request body.
 
     Raises:
-        ApiError: 400 for text that is not strict JSON (NaN and Infinity are not, nor is very deep
-            nesting), or for the first field at fault.
+        ApiError: 400 as from `read_json`, or for the first field at fault.
     """
-    try:
-        values = pydantic_core.from_json(body, allow_inf_nan=False)
-    except ValueError as error:
-        raise ApiError(400, "invalid_json", f"the body is not valid JSON: {error}") from error
+    values = read_json(body, what="the body")
     if not isinstance(values, dict):
         raise ApiError(400, "invalid_type", "the body must be a JSON object")
     try:
@@ -148,11 +163,11 @@ def _first(problems: list[_Problem]) -> _Problem:
     """The first thing to tell; of a union what its nearest form lacks.
 
     A stray field is reported before a missing one: it is usually the missing one, misspelt. Before
-    both comes a wrong `type`, which says what the other fields have to be.
+    both comes a wrong `type` or `role`, which says what the other fields have to be.
     """
 
     def place(problem: _Problem) -> int:
-        if problem.kind == "literal_error" and problem.path[-1:] == ("type",):
+        if problem.kind == "literal_error" and problem.path[-1:] in (("type",), ("role",)):
             return 0
         return 1 if problem.kind == "extra_forbidden" else 2
 

@@ -9,6 +9,9 @@ from starlette.responses import Response
 
 from serve.ingress.json_text import to_json
 
+LONGEST_TOLD = 2000
+"""Characters of a message, and of the name of a field: what a client sent may stand in them."""
+
 ErrorType = Literal["invalid_request_error", "rate_limit_error", "server_error"]
 
 
@@ -34,11 +37,12 @@ class ApiError(Exception):
         error_type: ErrorType = "invalid_request_error",
         headers: dict[str, str] | None = None,
     ) -> None:
+        message = _shortened(message)
         super().__init__(message)
         self.status = status
         self.code = code
         self.message = message
-        self.param = param
+        self.param = param if param is None else _shortened(param)
         self.error_type = error_type
         self.headers = headers or {}
 
@@ -51,6 +55,10 @@ class ApiError(Exception):
             "code": self.code,
         }
         return to_json({"error": error})
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= LONGEST_TOLD else f"{text[: LONGEST_TOLD - 3]}..."
 
 
 class ErrorDetail(BaseModel):

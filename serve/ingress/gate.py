@@ -71,6 +71,8 @@ class Gate:
             websocket = WebSocket(scope, receive, send)
             await websocket.accept()  # or the client would not learn why
             await refuse(websocket, _unauthorized())
+        elif scope["type"] == "websocket":
+            await self._app(_plain(scope), receive, send)
         else:
             await self._app(scope, receive, send)
 
@@ -134,9 +136,10 @@ def _bearers(headers: Iterable[tuple[bytes, bytes]]) -> list[bytes]:
 
 def _plain(scope: Scope) -> Scope:
     """A request as the routes know it: HEAD as the GET it asks about, no slash at the path's end."""
-    method = "GET" if scope["method"] == "HEAD" else scope["method"]
-    path = scope["path"].rstrip("/") or "/"
-    return {**scope, "method": method, "path": path}
+    plain = {**scope, "path": scope["path"].rstrip("/") or "/"}
+    if scope.get("method") == "HEAD":
+        plain["method"] = "GET"
+    return plain
 
 
 def _unauthorized() -> ApiError:
