@@ -81,6 +81,7 @@ def _set(seed: int, tokens: int = 0) -> ProbeSet:
         features={"encoder": features},
         labels_N=labels,
         places_N3=np.zeros((80, 3), np.int64),
+        ids_N16=np.arange(80 * 16, dtype=np.uint16).reshape(80, 16).astype(np.uint8),
         tokens={} if more is None else {"encoder": more},
     )
 
