@@ -19,8 +19,22 @@ import pyarrow.fs
 
 def open_uri(uri: str) -> tuple[Any, str]:
     """Returns (fsspec file system, path in it); nothing about the remote side is cached."""
-    fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
-    return fs, str(path).rstrip("/")
+    fs, path = split_uri(uri, use_listings_cache=False)
+    return fs, path.rstrip("/")
+
+
+def split_uri(uri: str, **options: Any) -> tuple[Any, str]:
+    """Returns (fsspec file system, path in it); `::` in a path without protocol is part of a name.
+
+    Args:
+        uri: a local path or an address.
+        options: of the file system.
+    """
+    if "::" in uri and "://" not in uri:
+        fs = fsspec.filesystem("file", **options)
+        return fs, str(fs._strip_protocol(uri))
+    fs, path = fsspec.core.url_to_fs(uri, **options)
+    return fs, str(path)
 
 
 def is_local(fs: Any) -> bool:

@@ -10,6 +10,7 @@ from source_helpers import config, items_of, labels_by_name, write
 from pipelines.config import IngestConfig
 from pipelines.readers import read_chunk
 from pipelines.sources import CHUNK_ITEMS, list_source, raise_if_unreachable
+from pipelines.storage import absolute_uri
 
 JPEG = b"\xff\xd8\xff\xe0" + bytes(8)  # as far as a look into a file goes
 
@@ -62,6 +63,12 @@ def test_names_with_glob_characters_and_spaces_are_read(tmp_path: Path) -> None:
     items = items_of(config(tmp_path))
     assert {item.data.decode() for item in items} == set(names)
     assert all(item.uri.endswith(item.data.decode()) for item in items)
+
+
+def test_two_colons_in_a_local_name_are_part_of_it(tmp_path: Path) -> None:
+    write(tmp_path / "a::b" / "cat" / "x::1.png", b"x")
+    assert [item.data for item in items_of(config(tmp_path / "a::b"))] == [b"x"]
+    assert absolute_uri(f"{tmp_path}/o::ut/") == f"{tmp_path}/o::ut"
 
 
 def test_glob_takes_only_what_it_matches(tmp_path: Path) -> None:

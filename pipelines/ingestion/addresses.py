@@ -6,6 +6,8 @@ from typing import Any
 
 import fsspec
 
+from pipelines.storage import split_uri
+
 _STREAMS = ("rtsp", "rtsps", "rtmp", "rtmps", "srt", "udp", "tcp", "rtp")
 
 
@@ -19,8 +21,7 @@ def file_system(address: str) -> tuple[Any, str]:
     protocol, found, _ = address.partition("://")
     if found and "::" not in address:
         _check_protocol(protocol, address)
-    fs, path = fsspec.core.url_to_fs(address)
-    return fs, path
+    return split_uri(address)
 
 
 def protocol_of(fs: Any) -> str:
