@@ -11,6 +11,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
+from ray.exceptions import TaskCancelledError
 from test_serve_api import make_parts
 
 from serve.http_api import create_http_app
@@ -81,7 +82,8 @@ async def ask(
     then: str = "end",
     into: list[Reply] | None = None,
 ) -> Reply:
-    """One request; after its pieces the body ends, never ends (`stall`), or the client leaves.
+    """One request; after its pieces the body ends, never ends (`stall`), or the client leaves (`leave`),
+    which Serve may tell by an error of its own (`cancel`).
 
     What came before an exception is in `into`.
     """
@@ -104,6 +106,8 @@ async def ask(
             return {"type": "http.request", "body": piece, "more_body": more}
         if then == "stall":
             await asyncio.Event().wait()
+        if then == "cancel":
+            raise TaskCancelledError
         return {"type": "http.disconnect"}
 
     async def send(message: Any) -> None:

@@ -200,10 +200,11 @@ def test_half_sent_bodies_keep_nobody_out(name: str) -> None:
     assert [reply.status for reply in asyncio.run(run())] == [200, 200, 200, 400]
 
 
+@pytest.mark.parametrize("then", ["leave", "cancel"])
 @BOTH
-def test_a_client_who_leaves_amid_its_body_is_a_499(name: str) -> None:
+def test_a_client_who_leaves_amid_its_body_is_a_499(name: str, then: str) -> None:
     made = make(name)
-    reply = get(made, "POST", POSTS[name], pieces=[b"{"], then="leave")  # raises nothing
+    reply = get(made, "POST", POSTS[name], pieces=[b"{"], then=then)  # raises nothing
     assert reply.status == 0
     assert made.count(POSTS[name], 499) == 1
     assert made.count(POSTS[name], 500) == 0

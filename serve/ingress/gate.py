@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from fastapi import WebSocket
 from prometheus_client import CollectorRegistry, Counter, Histogram
+from ray.exceptions import TaskCancelledError
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -65,6 +66,8 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one request."""
+        if scope["type"] in ("http", "websocket"):
+            receive = _until_left(receive, scope["type"])
         if scope["type"] == "http":
             await self._count(_plain(scope), receive, send, is_head=scope["method"] == "HEAD")
         elif scope["type"] == "websocket" and not self._is_allowed(scope):
@@ -122,6 +125,22 @@ class Gate:
         if scope.get("method") == "OPTIONS":  # load balancers and browsers send no key with it
             return True
         return any(hmac.compare_digest(key, self._api_key) for key in _bearers(scope["headers"]))
+
+
+def _until_left(receive: Receive, kind: str) -> Receive:
+    """Gives what receives a client's messages, and says so when it has left.
+
+    Serve then cancels its own call for the next message, which may be met before the message that
+    tells of it.
+    """
+
+    async def next_message() -> Message:
+        try:
+            return await receive()
+        except TaskCancelledError:
+            return {"type": f"{kind}.disconnect"}
+
+    return next_message
 
 
 def _bearers(headers: Iterable[tuple[bytes, bytes]]) -> list[bytes]:
