@@ -37,10 +37,10 @@ from rich.table import Table
 
 from pipelines.config import IngestConfig
 from pipelines.following import follow, stop_on_signals
-from pipelines.ingestion.addresses import check_address
-from pipelines.ingestion.choosing import shortened
-from pipelines.ingestion.class_list import read_classes
-from pipelines.ingestion.items import Tally
+from pipelines.ingestion.listing.addresses import check_address
+from pipelines.ingestion.listing.choosing import shortened
+from pipelines.ingestion.listing.class_list import read_classes
+from pipelines.ingestion.reading.items import Tally
 from pipelines.merging import (
     build_index,
     choose_classes,

@@ -11,14 +11,14 @@ from typing import Any
 import fsspec
 
 from pipelines.config import IngestConfig
-from pipelines.ingestion.entries import UNLISTED, Entry
 from pipelines.ingestion.failures import problem_of, too_many_bytes
-from pipelines.ingestion.items import Item as Item
-from pipelines.ingestion.items import Tally
-from pipelines.ingestion.labels import Label
-from pipelines.ingestion.labels import as_label as as_label
-from pipelines.ingestion.parquet_reading import read_parquet
-from pipelines.ingestion.tar_reading import read_tar
+from pipelines.ingestion.listing.entries import UNLISTED, Entry
+from pipelines.ingestion.reading.items import Item as Item
+from pipelines.ingestion.reading.items import Tally
+from pipelines.ingestion.reading.labels import Label
+from pipelines.ingestion.reading.labels import as_label as as_label
+from pipelines.ingestion.reading.parquet_reading import read_parquet
+from pipelines.ingestion.reading.tar_reading import read_tar
 from pipelines.sources import Chunk, sidecar_path
 
 READ_BYTES = 32 * 2**20

@@ -19,8 +19,9 @@ from typing import Any, Literal
 
 from pipelines.config import IngestConfig
 from pipelines.config.ingest import IMAGE_COLUMN, LABEL_COLUMN
-from pipelines.ingestion.addresses import file_system, protocol_of
-from pipelines.ingestion.choosing import (
+from pipelines.ingestion.failures import raise_if_unreachable as raise_if_unreachable
+from pipelines.ingestion.listing.addresses import file_system, protocol_of
+from pipelines.ingestion.listing.choosing import (
     MODALITIES,
     SIDECARS,
     Counts,
@@ -31,16 +32,15 @@ from pipelines.ingestion.choosing import (
     says_what_it_is,
     told,
 )
-from pipelines.ingestion.entries import Entry as Entry
-from pipelines.ingestion.failures import raise_if_unreachable as raise_if_unreachable
-from pipelines.ingestion.finding import find, notes_of
-from pipelines.ingestion.folder_classes import folder_labels
-from pipelines.ingestion.folders import Found
-from pipelines.ingestion.lists import File, find_listed, metadata_labels
-from pipelines.ingestion.media import Content, Modality, look_into, suffix_of
+from pipelines.ingestion.listing.entries import Entry as Entry
+from pipelines.ingestion.listing.finding import find, notes_of
+from pipelines.ingestion.listing.folder_classes import folder_labels
+from pipelines.ingestion.listing.folders import Found
+from pipelines.ingestion.listing.lists import File, find_listed, metadata_labels
+from pipelines.ingestion.listing.media import Content, Modality, look_into, suffix_of
+from pipelines.ingestion.listing.parquet_listing import list_parquet, partition_label
+from pipelines.ingestion.listing.tables import LIST_SUFFIXES, FileList, read_file_list
 from pipelines.ingestion.names import escaped
-from pipelines.ingestion.parquet_listing import list_parquet, partition_label
-from pipelines.ingestion.tables import LIST_SUFFIXES, FileList, read_file_list
 
 CHUNK_ITEMS = 512
 CHUNK_BYTES = 64 * 2**20

@@ -27,10 +27,10 @@ from models.images import ImageError
 from models.video_decode import VideoError
 from pipelines.config import IngestConfig
 from pipelines.config.ingest import LABEL_COLUMN
-from pipelines.ingestion.entries import Entry
-from pipelines.ingestion.items import Item, Problem, Tally
-from pipelines.ingestion.labels import Label
+from pipelines.ingestion.listing.entries import Entry
 from pipelines.ingestion.names import escaped
+from pipelines.ingestion.reading.items import Item, Problem, Tally
+from pipelines.ingestion.reading.labels import Label
 from pipelines.preparing import prepare_image
 from pipelines.readers import read_chunk
 from pipelines.shards import SCHEMAS, encode_table, hash_bytes, open_shards, put_atomic

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from pipelines.config import IngestConfig
-from pipelines.ingestion.items import Item, Tally
+from pipelines.ingestion.reading.items import Item, Tally
 from pipelines.readers import read_chunk
 from pipelines.sources import list_source
 from pipelines.staging import chunk_from_json, chunk_to_json

@@ -13,7 +13,7 @@ from ingest_helpers import run_quietly, settings
 
 from benchmarks.ingest import encoded, noise
 from pipelines.config import IngestConfig
-from pipelines.ingestion.class_list import read_classes
+from pipelines.ingestion.listing.class_list import read_classes
 from pipelines.merging import choose_classes
 from pipelines.probe_rows import check_classes
 from pipelines.shards import read_manifest, read_rows

@@ -11,8 +11,8 @@ from PIL import Image
 
 from benchmarks.ingest import noise
 from pipelines.config import IngestConfig
-from pipelines.ingestion.choosing import shortened, told
-from pipelines.ingestion.media import FIRST_LOOKS, content_of, suffixes
+from pipelines.ingestion.listing.choosing import shortened, told
+from pipelines.ingestion.listing.media import FIRST_LOOKS, content_of, suffixes
 from pipelines.shards import read_rows
 from pipelines.sources import Listing, list_source
 

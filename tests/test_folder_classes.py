@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipelines.ingestion.folder_classes import folder_labels
+from pipelines.ingestion.listing.folder_classes import folder_labels
 
 TINY = ["train/n01/images/0.JPEG", "train/n02/images/0.JPEG"]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipelines.ingestion.labels import LabelError, as_label, label_in_file
+from pipelines.ingestion.reading.labels import LabelError, as_label, label_in_file
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from source_helpers import config, items_of, write
 
-from pipelines.ingestion.items import Item
-from pipelines.ingestion.parquet_listing import merge_classes
+from pipelines.ingestion.listing.parquet_listing import merge_classes
+from pipelines.ingestion.reading.items import Item
 from pipelines.readers import read_chunk
 from pipelines.sources import Listing, list_source
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from pipelines.ingestion.tables import read_file_list
+from pipelines.ingestion.listing.tables import read_file_list
 
 WANTED = (("a/0.jpg", "cat"), ("a/1.png", "dog"), ("b c/2.webp", "cat"))
 CSV = "a/0.jpg,cat\na/1.png,dog\nb c/2.webp,cat\n"

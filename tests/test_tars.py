@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 from source_helpers import config, items_of, picture, read_source, write, write_tar
 
-from pipelines.ingestion.items import Item
+from pipelines.ingestion.reading.items import Item
 
 MEMBERS = [
     ("0001.jpg", b"1"),

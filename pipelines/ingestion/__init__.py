@@ -1,1 +1,1 @@
-"""The parts of ingest: what lies at a source, and what becomes of it."""
+"""The parts of ingest: what lies at a source (listing), and items with their labels out of it (reading)."""

@@ -11,9 +11,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from pipelines.ingestion.items import Problem, Tally
-from pipelines.ingestion.labels import LABEL_SUFFIXES, NO_FIT, Label
-from pipelines.ingestion.media import suffix_of
+from pipelines.ingestion.listing.media import suffix_of
+from pipelines.ingestion.reading.items import Problem, Tally
+from pipelines.ingestion.reading.labels import LABEL_SUFFIXES, NO_FIT, Label
 
 # More images than this share a name only by chance (`shot.0001.png`), not as pictures of a sample.
 MOST_OF_A_SAMPLE = 16

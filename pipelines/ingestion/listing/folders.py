@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-from pipelines.ingestion.entries import UNLISTED, Entry, local_entry
-from pipelines.ingestion.media import suffix_of
+from pipelines.ingestion.listing.entries import UNLISTED, Entry, local_entry
+from pipelines.ingestion.listing.media import suffix_of
 
 
 @dataclass

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.ingestion.media import suffix_of, suffixes
+from pipelines.ingestion.listing.media import suffix_of, suffixes
 
 LIST_SUFFIXES = (".csv", ".tsv", ".txt", ".lst", ".jsonl", ".ndjson", ".json")
 # Headers, as `_plain` leaves them; the first of these that is there counts.

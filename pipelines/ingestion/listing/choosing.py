@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from pipelines.ingestion.entries import UNLISTED, Entry
-from pipelines.ingestion.media import Content, Modality, suffix_of, suffixes
+from pipelines.ingestion.listing.entries import UNLISTED, Entry
+from pipelines.ingestion.listing.media import Content, Modality, suffix_of, suffixes
 from pipelines.ingestion.names import escaped
 
 MODALITIES: tuple[Modality, ...] = ("image", "video")

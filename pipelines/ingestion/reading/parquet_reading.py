@@ -13,9 +13,15 @@ import pyarrow.parquet as pq
 from pipelines.config import IngestConfig
 from pipelines.config.ingest import LABEL_COLUMN
 from pipelines.ingestion.failures import DAMAGE, problem_of, too_many_bytes
-from pipelines.ingestion.items import Item, Problem
-from pipelines.ingestion.labels import NOT_UNDERSTOOD, UNDECLARED, Label, LabelError, as_label
-from pipelines.ingestion.parquet_listing import column_path
+from pipelines.ingestion.listing.parquet_listing import column_path
+from pipelines.ingestion.reading.items import Item, Problem
+from pipelines.ingestion.reading.labels import (
+    NOT_UNDERSTOOD,
+    UNDECLARED,
+    Label,
+    LabelError,
+    as_label,
+)
 
 if TYPE_CHECKING:
     from pipelines.sources import Chunk

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from typing import Any
 
-from pipelines.ingestion.tables import decoded
+from pipelines.ingestion.listing.tables import decoded
 from pipelines.shards import MANIFEST
 from pipelines.storage import join_uri, open_uri
 

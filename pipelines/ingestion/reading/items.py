@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from pipelines.ingestion.labels import Label
+from pipelines.ingestion.reading.labels import Label
 
 Problem = tuple[str, str]  # reason (short and stable, for counting), detail (for people)
 

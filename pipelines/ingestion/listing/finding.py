@@ -10,8 +10,8 @@ from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
-from pipelines.ingestion.entries import UNLISTED, Entry, entry_of, local_entry
-from pipelines.ingestion.folders import Found, walk, walk_matching
+from pipelines.ingestion.listing.entries import UNLISTED, Entry, entry_of, local_entry
+from pipelines.ingestion.listing.folders import Found, walk, walk_matching
 from pipelines.ingestion.names import escaped
 
 

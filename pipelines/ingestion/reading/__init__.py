@@ -1,0 +1,1 @@
+"""Items out of archives and tables, with their labels. Imports the listing."""
