@@ -170,3 +170,14 @@ def test_an_endpoint_that_is_dead(
     said = told("ingest", "--source", pictures, "--out", f"s3://{bucket}/x")
     assert f"--out: s3://{bucket}/x: no answer from {dead}" in said
     assert "AWS_ENDPOINT_URL" in said
+
+
+@pytest.mark.parametrize("flag", ["--source", "--out"])
+def test_a_place_that_is_given_empty_is_not_the_folder_one_is_in(
+    flag: str, told: Told, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {"--source": pictures, "--out": tmp_path / "out", flag: ""}
+    said = told("ingest", *(part for pair in given.items() for part in pair))
+    assert said.startswith(f"error: {flag}: it is empty")
+    assert not list(tmp_path.glob("manifest.json"))

@@ -73,7 +73,11 @@ def _visit(config: Any, prefix: str, function: Callable[[Place], str]) -> Any:
             changes[field.name] = _visit(value, f"{flag}.", function)
             continue
         for mark in _marks(hints[field.name]):
-            if not (mark.unless and getattr(config, mark.unless)):
+            if mark.unless and getattr(config, mark.unless):
+                continue
+            if value == "" and field.default != "":  # given, as by a shell's unset variable
+                changes[field.name] = function(Place(flag, "", mark))
+            else:
                 changes[field.name] = _replace(value, flag, mark, function)
     changes = {name: new for name, new in changes.items() if new != getattr(config, name)}
     return dataclasses.replace(config, **changes) if changes else config

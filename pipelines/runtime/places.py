@@ -70,7 +70,11 @@ def absolute(config: C) -> C:
 
 
 def _absolute(place: Place) -> str:
-    """Raises ValueError unless the protocol is one that can be read here."""
+    """Raises ValueError unless it is named, and the protocol is one that can be read here."""
+    if not place.uri:
+        raise ValueError(
+            f"{place.flag}: it is empty, and not taken for the folder you are in: name it"
+        )
     if place.field.or_name:
         return place.uri
     protocol, separator, _ = place.uri.partition("://")
