@@ -135,6 +135,8 @@ def list_source(cfg: IngestConfig) -> Listing:
         raise ValueError(f"--source: {cfg.source} does not exist")
     looked = _look(fs, entries, base)
     kind = _kind(entries, root, looked, cfg)
+    if cfg.image_member and kind != "webdataset":
+        raise ValueError(f"--image-member: goes with tars, and {cfg.source} is a {kind}")
     if kind == "folder":
         return _list_folder(fs, found, base, looked, cfg)
     if cfg.class_level is not None:

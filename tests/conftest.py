@@ -14,8 +14,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
+def _one_thread() -> Iterator[None]:
+    """Here and in the programs that tests start: threads that wait for a core burn the other's time."""
     torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
 
 
 @pytest.hookimpl(wrapper=True)  # before `-m` chooses and xdist reads the groups
@@ -23,13 +27,15 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> Generator[Non
     """Marks `ray` every test that needs `ray_local`, by whatever fixture it comes.
 
     Of the two processes that share the suite one gets all of those, so that Ray starts once; of the
-    other tests a file goes to one process, so that the fixtures of a file are made once.
+    other tests a file goes to one process, so that the fixtures of a file are made once. The files
+    that run whole programs, on Rays of their own, name the group `programs`: to balance the two.
     """
     for item in items:
         if "ray_local" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.ray)
-        group = "ray" if item.get_closest_marker("ray") else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
+        if item.get_closest_marker("xdist_group") is None:
+            group = "ray" if item.get_closest_marker("ray") else item.nodeid.partition("::")[0]
+            item.add_marker(pytest.mark.xdist_group(group))
     yield
 
 

@@ -179,6 +179,7 @@ def cluster(s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local
 
 
 @pytest.mark.ray
+@pytest.mark.xdist_group("programs")
 def test_the_job_server_asks_for_the_token(cluster: LocalCluster) -> None:
     for token in (None, "f" * 64):
         with pytest.raises(urllib.error.HTTPError) as refused:
@@ -235,6 +236,7 @@ def nodes_of_workers(cluster: LocalCluster) -> set[str]:
 
 
 @pytest.mark.ray
+@pytest.mark.xdist_group("programs")
 def test_pretrain_by_a_job(cluster: LocalCluster, shards: str) -> None:
     """Resuming on S3 has its tests in test_pretrain.py."""
     run = f"s3://{BUCKET}/runs/debug"

@@ -25,7 +25,7 @@ from pipelines.fetch import SAMPLE_TAR, pack_sample
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 60
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("programs")]
 
 
 @pytest.fixture(scope="module")

@@ -191,11 +191,13 @@ def test_a_label_column_that_a_folder_lacks_is_an_error(metadata: bytes, tmp_pat
         list_source(config(tmp_path, label_column="breed"))
 
 
-def test_a_class_level_goes_with_folders(tmp_path: Path) -> None:
+def test_flags_of_one_kind_of_source_go_with_no_other(tmp_path: Path) -> None:
     write(tmp_path / "a.jpg")
     path = write(tmp_path / "all.csv", b"a.jpg,1\n")
     with pytest.raises(ValueError, match="--class-level: goes with folders of files"):
         list_source(config(path, class_level=1))
+    with pytest.raises(ValueError, match=r"--image-member: goes with tars, and .* is a list"):
+        list_source(config(path, image_member=("jpg",)))
 
 
 def test_a_whole_run_over_a_list_of_another_system(in_process: None, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 START_S = 240  # of a node or a replica on a busy machine; seconds on an idle one
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("programs")]
 
 
 def wait_for_dashboard(url: str, token: str, node: subprocess.Popen[bytes]) -> None:
