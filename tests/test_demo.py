@@ -23,7 +23,7 @@ from pipelines.embed import embed
 from pipelines.fetch import SAMPLE_TAR, pack_sample
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = 60
+STEPS = 20
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("programs")]
 
