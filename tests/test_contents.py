@@ -8,23 +8,13 @@ from pathlib import Path
 import pytest
 from ingest_helpers import run_quietly, settings
 from PIL import Image
+from source_helpers import config, write
 
 from benchmarks.ingest import noise
-from pipelines.config import IngestConfig
 from pipelines.ingestion.listing.choosing import shortened, told
 from pipelines.ingestion.listing.media import FIRST_LOOKS, content_of, suffixes
 from pipelines.shards import read_rows
 from pipelines.sources import Listing, list_source
-
-
-def config(source: object, **changes: object) -> IngestConfig:
-    return IngestConfig(source=str(source), out="/nowhere/out", **changes)  # type: ignore[arg-type]
-
-
-def write(path: Path, data: bytes = b"x") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-    return path
 
 
 def labels(listing: Listing, root: Path) -> dict[str, str | None]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from ingest_helpers import run_quietly, settings
+from source_helpers import config, write
 
 from benchmarks.ingest import encoded, noise
 from pipelines.config import IngestConfig
@@ -17,16 +18,6 @@ from pipelines.readers import Item, read_chunk
 from pipelines.shards import read_manifest, read_rows
 from pipelines.sources import Chunk, Entry, Listing, list_source
 from pipelines.staging import chunk_key, chunk_to_json
-
-
-def config(source: object, **changes: object) -> IngestConfig:
-    return IngestConfig(source=str(source), out="/nowhere/out", **changes)  # type: ignore[arg-type]
-
-
-def write(path: Path, data: bytes = b"x") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-    return path
 
 
 def link(path: Path, target: str | Path) -> Path:

@@ -8,22 +8,12 @@ from pathlib import Path
 
 import pytest
 from ingest_helpers import run_quietly, settings
+from source_helpers import config, write
 
 from benchmarks.ingest import encoded, noise
-from pipelines.config import IngestConfig
 from pipelines.readers import read_chunk
 from pipelines.shards import read_manifest, read_rows
 from pipelines.sources import Listing, list_source
-
-
-def config(source: object, **changes: object) -> IngestConfig:
-    return IngestConfig(source=str(source), out="/nowhere/out", **changes)  # type: ignore[arg-type]
-
-
-def write(path: Path, data: bytes = b"x") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-    return path
 
 
 def entries(listing: Listing) -> dict[str, str | None]:

@@ -5,21 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from source_helpers import config, write
 
 from pipelines.config import IngestConfig
 from pipelines.readers import Item, read_chunk
 from pipelines.sources import Listing, list_source
 from pipelines.staging import chunk_from_json, chunk_to_json
-
-
-def config(source: object, **changes: object) -> IngestConfig:
-    return IngestConfig(source=str(source), out="/nowhere/out", **changes)  # type: ignore[arg-type]
-
-
-def write(path: Path, data: bytes = b"x") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-    return path
 
 
 def names(listing: Listing) -> set[str]:
