@@ -44,6 +44,7 @@ __all__ = [
     "load_share",
     "load_tensors",
     "load_weights",
+    "new_objective",
     "read_config",
     "read_state",
     "resolve_checkpoint",
@@ -102,6 +103,17 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def new_objective(cfg: PretrainConfig) -> Objective:
+    """The objective that a run's configuration describes, with fresh weights.
+
+    Raises:
+        ValueError: settings that do not go together.
+    """
+    return build_objective(
+        cfg.objective.name, model=cfg.model_settings, objective=cfg.objective_settings
+    )
+
+
 def load_objective(uri: str) -> tuple[Objective, PretrainConfig, dict[str, Any]]:
     """Rebuilds the objective of a checkpoint (or of a run folder's best), weights on the CPU.
 
@@ -115,11 +127,7 @@ def load_objective(uri: str) -> tuple[Objective, PretrainConfig, dict[str, Any]]
     resolved = resolve_checkpoint(uri)
     with local_copy(resolved, "*.json") as folder:
         state, config = read_state(folder), read_config(folder)
-    objective = build_objective(
-        config.objective.name,
-        model=config.model_settings,
-        objective=config.objective_settings,
-    )
+    objective = new_objective(config)
     with local_copy(resolved, "model-*.safetensors") as folder:
         load_weights(objective, load_tensors(folder, "model", state.world_size), resolved)
     return objective, config, {**dataclasses.asdict(state), "uri": resolved}

@@ -46,26 +46,33 @@ def prepare_image(data: bytes, cfg: IngestConfig) -> Prepared:
     """
     if len(data) > cfg.max_bytes:
         raise ImageError("too_many_bytes", f"{len(data)} is over the limit of {cfg.max_bytes}")
-    header = open_image(data, max_pixels=cfg.max_pixels)
-    size = target_size(header.width, header.height, cfg.short_side)
-    resized = size != header.size
+    draft = _draft(data, cfg)
     found = read_image(
         data,
         max_pixels=cfg.max_pixels,
-        draft=(2 * size[0], 2 * size[1]) if resized else None,
+        draft=draft,
         background=parse_colour("background", cfg.background),
         deep_range=cfg.deep_range,
     )
     image = found.image
-    if resized:
+    if draft is not None:
         target = target_size(image.width, image.height, cfg.short_side)
         image = image.resize(target, Image.Resampling.BICUBIC, reducing_gap=3.0)
     source_format = _FORMATS.get(found.format)
     target_format = source_format or "png" if cfg.encode == "keep" else cfg.encode
-    kept = not resized and source_format == target_format and found.plain
+    kept = draft is None and source_format == target_format and found.plain
     data = found.encoded if kept else _encode(image, target_format, cfg.quality)
     notes = (DIM,) if found.dim else ()
     return Prepared(data, image.height, image.width, pixel_moments(image), notes)
+
+
+def _draft(data: bytes, cfg: IngestConfig) -> tuple[int, int] | None:
+    """The size to decode at least: twice what will be stored; None for an image that stays as large."""
+    if cfg.short_side is None:
+        return None
+    size = open_image(data, max_pixels=cfg.max_pixels).size
+    target = target_size(*size, cfg.short_side)
+    return None if target == size else (2 * target[0], 2 * target[1])
 
 
 def target_size(width: int, height: int, short_side: int | None) -> tuple[int, int]:

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from models.blocks import use_plain_attention
 from models.hyperoptim import HyperOptimizer
-from models.objectives import Objective, build_objective
+from models.objectives import Objective
 from pipelines.checkpoints import (
     CheckpointError,
     CheckpointState,
     load_share,
     load_tensors,
     load_weights,
+    new_objective,
     read_state,
 )
 from pipelines.config import PretrainConfig
@@ -105,11 +106,7 @@ def _select(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def new_state(cfg: PretrainConfig, device: torch.device) -> TrainState:
     """A run at step 0; its weights follow from `cfg.run.seed` alone."""
     torch.manual_seed(cfg.run.seed)
-    objective = build_objective(
-        cfg.objective.name,
-        model=cfg.model_settings,
-        objective=cfg.objective_settings,
-    ).to(device)
+    objective = new_objective(cfg).to(device)
     if device.type == "cpu" and cfg.run.precision == "bf16":
         use_plain_attention(objective)
     return TrainState(

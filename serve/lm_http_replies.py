@@ -17,7 +17,7 @@ from serve.lm_events import Events, raise_failure, session_entry
 from serve.lm_replies import Choice, usage
 from serve.lm_service import Job
 from serve.lm_settings import LMSettings
-from serve.schemas import ApiError, queue_full, server_error
+from serve.schemas import ApiError, server_error
 
 OPEN_AFTER_S = 1.0
 """A stream whose answer has not begun by then is opened; what is refused later is an event of it."""
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class Replies:
-    """Answers requests, as many at once as allowed.
+    """Answers requests; how many at once is the gate's to say.
 
     Args:
         client: reaches the replicas.
@@ -35,13 +35,10 @@ class Replies:
 
     def __init__(self, client: LMClient, settings: LMSettings) -> None:
         self._client, self._settings = client, settings
-        self._running = 0
 
     async def reply(self, job: Job) -> Response:
         """Runs a job; what is refused at once is refused before the first byte."""
-        if self._running >= self._settings.max_requests:
-            raise queue_full()
-        with self._hold(), _said_once(job):
+        with _said_once(job):
             if not job.stream:
                 return await self._whole(job)
             answer = self._client.open(job.start)
@@ -51,14 +48,6 @@ class Replies:
                 answer.close()
                 raise
         return AnswerResponse(answer, self._stream(job, answer))
-
-    @contextlib.contextmanager
-    def _hold(self) -> Iterator[None]:
-        self._running += 1
-        try:
-            yield
-        finally:
-            self._running -= 1
 
     async def _whole(self, job: Job) -> Response:
         choices = [Choice(keep_tokens=job.shape.logprobs) for _ in range(job.choices)]
@@ -80,12 +69,9 @@ class Replies:
 
     async def _stream(self, job: Job, answer: Answer) -> AsyncGenerator[bytes, None]:
         events = Events(job, answer, self._settings).all()
-        with self._hold():
-            async with contextlib.aclosing(
-                lm_sse.with_pings(events, self._settings.ping_s)
-            ) as pinged:
-                async for data in pinged:
-                    yield data
+        async with contextlib.aclosing(lm_sse.with_pings(events, self._settings.ping_s)) as pinged:
+            async for data in pinged:
+                yield data
 
 
 class AnswerResponse(StreamingResponse):

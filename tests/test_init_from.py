@@ -10,9 +10,15 @@ from fake_training import change, run_training, tiny_config
 from timm.layers import resample_abs_pos_embed
 
 from models.positions import Grid, fit_table, sincos_2d, sincos_3d
-from pipelines.checkpoints import CheckpointError, CheckpointState, load_tensors, save_checkpoint
+from pipelines.checkpoints import (
+    CheckpointError,
+    CheckpointState,
+    load_tensors,
+    new_objective,
+    save_checkpoint,
+)
 from pipelines.runs import initial_weights
-from pipelines.runs.initial_weights import build, check_initial, grid_of, load_initial
+from pipelines.runs.initial_weights import check_initial, grid_of, load_initial
 
 SMALL = {"projector": (32, 16), "slices": 16}
 CLIPS = {"encoder": "video_micro", "frames": 4, "tubelet": 2}
@@ -43,7 +49,7 @@ def _config(folder: Path, name: str):
 def _save(folder: Path, cfg, tensors=None) -> str:
     """A checkpoint of random weights, of two processes; the fixed tables are as the model made them."""
     torch.manual_seed(5)
-    weights = tensors or build(cfg).state_dict()
+    weights = tensors or new_objective(cfg).state_dict()
     folder.mkdir(parents=True)
     for rank in range(2):
         state = CheckpointState(step=7, position=56, epoch=1.0, manifest_hash="m", world_size=2)
@@ -70,7 +76,7 @@ def test_other_grids_change_the_tables_of_positions_and_nothing_else(tmp_path, n
     assert f"fitted to the {grid_of(other)} of this run" in line
 
     torch.manual_seed(9)
-    objective = build(other)
+    objective = new_objective(other)
     fresh = {n: t.clone() for n, t in objective.state_dict().items()}
     assert donor in load_initial(other, objective)
     loaded = objective.state_dict()
@@ -90,9 +96,9 @@ def test_on_the_same_grid_all_weights_and_features_are_the_donors(tmp_path, name
     other = change(cfg, run={"init_from": donor})
     assert check_initial(other) is None
     torch.manual_seed(5)
-    theirs = build(cfg)
+    theirs = new_objective(cfg)
     torch.manual_seed(9)
-    ours = build(other)
+    ours = new_objective(other)
     pixels = torch.randn(2, 3, *([4] if cfg.modality == "video" else []), 32, 32)
     with torch.no_grad():
         assert not torch.equal(ours.feature_encoder(pixels), theirs.feature_encoder(pixels))
@@ -106,18 +112,18 @@ def test_a_grid_of_as_many_tokens_but_another_form_is_another_grid(tmp_path):
     other = change(cfg, model={"image_size": 32, "frames": 4})
     donor = _save(tmp_path / "donor", cfg)
     other = change(other, run={"init_from": donor})
-    objective = build(other)
+    objective = new_objective(other)
     fresh = objective.encoder.pos_embed.clone()
     load_initial(other, objective)
-    assert objective.encoder.pos_embed.shape == build(cfg).encoder.pos_embed.shape
+    assert objective.encoder.pos_embed.shape == new_objective(cfg).encoder.pos_embed.shape
     assert torch.equal(objective.encoder.pos_embed, fresh)
-    assert not torch.equal(objective.encoder.pos_embed, build(cfg).encoder.pos_embed)
+    assert not torch.equal(objective.encoder.pos_embed, new_objective(cfg).encoder.pos_embed)
 
 
 def test_learned_tables_are_interpolated_everywhere(tmp_path):
     cfg = _config(tmp_path, "ijepa")
     torch.manual_seed(3)
-    weights = {n: t.clone() for n, t in build(cfg).state_dict().items()}
+    weights = {n: t.clone() for n, t in new_objective(cfg).state_dict().items()}
     for name in _tables(weights):
         weights[name] = torch.randn_like(weights[name])
     other = change(
@@ -125,7 +131,7 @@ def test_learned_tables_are_interpolated_everywhere(tmp_path):
         model={"image_size": 64},
         run={"init_from": _save(tmp_path / "donor", cfg, weights)},
     )
-    objective = build(other)
+    objective = new_objective(other)
     load_initial(other, objective)
     for name in ("encoder.pos_embed", "target_encoder.pos_embed", "predictor.pos_embed"):
         expected = resample_abs_pos_embed(
@@ -182,7 +188,7 @@ def test_other_shapes_are_refused_from_the_headers_alone(tmp_path, monkeypatch, 
     assert said in lines[1]
     assert "leave --run.init-from out" in lines[2]
     with pytest.raises(CheckpointError, match="weights do not fit"):
-        load_initial(other, build(other))
+        load_initial(other, new_objective(other))
 
 
 def test_a_run_trains_on_at_twice_the_size(tmp_path):

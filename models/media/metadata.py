@@ -19,9 +19,8 @@ _JP2 = b"\0\0\0\x0cjP  \r\n\x87\n"
 ORIENTATION = 0x0112
 MOST_PROFILE_BYTES = 4 * 2**20
 """Colour profiles are seldom over 2 MiB; larger ones are taken for damage."""
-_PILLOWS_TEXT = (
-    2**20
-)  # what Pillow inflates of one PNG chunk at most (`PngImagePlugin.MAX_TEXT_CHUNK`)
+_PILLOWS_TEXT = 2**20
+"""What Pillow inflates of one PNG chunk at most (`PngImagePlugin.MAX_TEXT_CHUNK`)."""
 # PNG chunks beside the critical ones that change what we show, by the fewest bytes of an intact one.
 _SEEN = {b"tRNS": 1, b"iCCP": 4, b"eXIf": 1}
 _TRANSPARENT = {0: 2, 2: 6, 3: 1}  # the same of tRNS, by colour type

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from models.objectives import Objective, build_objective
+from models.objectives import Objective
 from models.positions import Grid, fit_table
-from pipelines.checkpoints import flatten, load_weights
+from pipelines.checkpoints import flatten, load_weights, new_objective
 from pipelines.config import PretrainConfig
 from pipelines.runs.checkpoint_files import (
     CheckpointError,
@@ -63,7 +63,7 @@ def check_initial(cfg: PretrainConfig) -> str | None:
     """
     source = _find(cfg)
     with torch.device("meta"):
-        objective = build(cfg)
+        objective = new_objective(cfg)
     try:
         found = read_shapes(source.uri)
     except ValueError as error:
@@ -92,13 +92,6 @@ def load_initial(cfg: PretrainConfig, objective: Objective) -> str:
     _refuse_misfits(source, cfg, found, expected)
     load_weights(objective, tensors, source.uri)
     return f"starting from the weights of {source.uri} (step {source.step})"
-
-
-def build(cfg: PretrainConfig) -> Objective:
-    """The run's objective, with fresh weights."""
-    return build_objective(
-        cfg.objective.name, model=cfg.model_settings, objective=cfg.objective_settings
-    )
 
 
 def _find(cfg: PretrainConfig) -> _Source:
