@@ -25,11 +25,11 @@ import torch
 import tyro
 from rich.progress import track
 
-from models.sink_lm.buckets import BucketDecoder
-from models.sink_lm.config import LMConfig
-from models.sink_lm.llama import Llama
+from models.sink_lm.checkpoints.loading import load_model
 from models.sink_lm.modes import now
-from models.sink_lm.weights import load_model
+from models.sink_lm.network.buckets import BucketDecoder
+from models.sink_lm.network.config import LMConfig
+from models.sink_lm.network.llama import Llama
 
 SMALL = LMConfig(
     vocab_size=512,

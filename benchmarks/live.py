@@ -166,9 +166,9 @@ def start(module: str, *flags: str, log: Path) -> subprocess.Popen:
 
 
 def write_artifact(folder: Path, frames: int) -> None:
-    from models.preprocessing import Preprocessing
-    from models.vit import build_encoder
-    from models.weights import save_artifact
+    from models.artifacts.artifact import save_artifact
+    from models.encoders.vit import build_encoder
+    from models.media.preprocessing import Preprocessing
 
     encoder = build_encoder("video_small", image_size=128, patch_size=16, frames=frames, tubelet=2)
     prep = Preprocessing(image_size=128, mean=(0.5,) * 3, std=(0.25,) * 3)
@@ -260,7 +260,7 @@ def report(
     """Reads all that was published, and compares it with what was streamed."""
     import pyarrow.parquet as pq
 
-    from models.video_decode import decode_frames
+    from models.media.videos import decode_frames
     from pipelines.shards import read_rows, verify_shards
 
     manifest = verify_shards(out)

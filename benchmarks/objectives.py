@@ -33,8 +33,8 @@ import tyro
 from kept_runs import KeptRun
 from PIL import Image
 
-from models.preprocessing import normalize
-from models.vit import VisionTransformer
+from models.encoders.vit import VisionTransformer
+from models.media.preprocessing import normalize
 from pipelines.checkpoints import load_encoder
 from pipelines.config import PretrainConfig
 from pipelines.crops import decode_rows

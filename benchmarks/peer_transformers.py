@@ -21,9 +21,9 @@ import transformers
 import tyro
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from models.sink_lm.llama import Llama
+from models.sink_lm.checkpoints.loading import load_model
 from models.sink_lm.modes import now
-from models.sink_lm.weights import load_model
+from models.sink_lm.network.llama import Llama
 
 
 @dataclass(frozen=True, kw_only=True)

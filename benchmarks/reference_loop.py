@@ -3,7 +3,7 @@
 Eager attention that materialises its scores, the whole image patch-embedded before tokens are
 gathered, an int64 index repeated over the width, an EMA and an optimizer that walk the tensors one
 by one, one host sync a weight matrix for logging, masks drawn image by image in a collator and cut
-to the shortest. Same weights and names as `models.vit`, so that losses can be compared.
+to the shortest. Same weights and names as `models.encoders.vit`, so that losses can be compared.
 
 Shape legend: B images, N patches, K context tokens, M blocks, T tokens of a block, D width.
 """

@@ -43,7 +43,7 @@ class Config:
     """What to measure, and for how long at most."""
 
     preset: str = "vit_s"
-    """Row of `models.vit.PRESETS`."""
+    """Row of `models.encoders.vit.PRESETS`."""
     image_size: int = 224
     """Pixels on a side of the encoder's input."""
     patch_size: int = 16
@@ -91,9 +91,9 @@ def make_jpegs(config: Config) -> list[bytes]:
 
 
 def write_artifact(config: Config, folder: pathlib.Path) -> None:
-    from models.preprocessing import Preprocessing
-    from models.vit import build_encoder
-    from models.weights import save_artifact
+    from models.artifacts.artifact import save_artifact
+    from models.encoders.vit import build_encoder
+    from models.media.preprocessing import Preprocessing
 
     encoder = build_encoder(
         config.preset, image_size=config.image_size, patch_size=config.patch_size

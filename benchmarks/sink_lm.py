@@ -30,13 +30,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from models.sink_lm.attention import DecodeAttention
-from models.sink_lm.buckets import BucketDecoder
-from models.sink_lm.cache import Slabs
-from models.sink_lm.llama import Llama
+from models.sink_lm.checkpoints.loading import load_model
 from models.sink_lm.modes import now
-from models.sink_lm.rope import rotation
-from models.sink_lm.weights import load_model
+from models.sink_lm.network.attention import DecodeAttention
+from models.sink_lm.network.buckets import BucketDecoder
+from models.sink_lm.network.cache import Slabs
+from models.sink_lm.network.llama import Llama
+from models.sink_lm.network.rope import rotation
 
 SINKS = 4
 

@@ -24,11 +24,11 @@ from reference_loop import Encoder, Predictor, ReferenceLoop, collate_masks
 from rich.console import Console
 from rich.table import Table
 
-from models.blocks import use_plain_attention
+from models.encoders.blocks import use_plain_attention
+from models.encoders.vit import find_preset
+from models.media.preprocessing import normalize
 from models.objectives import build_objective
 from models.objectives.ijepa import IJEPA
-from models.preprocessing import normalize
-from models.vit import find_preset
 from pipelines.config import IMAGENET_MEAN, IMAGENET_STD, MaskConfig, ModelConfig, ObjectiveConfig
 from pipelines.masking import multiblock_masks
 

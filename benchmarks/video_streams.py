@@ -53,7 +53,7 @@ class Config:
     queue: int = 32
     """Frames the server may hold for a stream before it drops the oldest."""
     preset: str = "video_micro"
-    """Row of `models.vit.PRESETS`."""
+    """Row of `models.encoders.vit.PRESETS`."""
     image_size: int = 64
     """Pixels on a side of the encoder's input."""
     patch_size: int = 16
@@ -100,9 +100,9 @@ def make_jpegs(config: Config, count: int = 32) -> list[bytes]:
 
 def write_artifact(config: Config, folder: Path) -> None:
     """A random encoder of clips."""
-    from models.preprocessing import Preprocessing
-    from models.vit import build_encoder
-    from models.weights import save_artifact
+    from models.artifacts.artifact import save_artifact
+    from models.encoders.vit import build_encoder
+    from models.media.preprocessing import Preprocessing
 
     encoder = build_encoder(
         config.preset,

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.encoders.vit import VisionTransformer
 from models.objectives import Objective, build_objective
-from models.vit import VisionTransformer
 from pipelines.config import PretrainConfig
 from pipelines.runs.checkpoint_files import (
     FORMAT,

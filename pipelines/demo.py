@@ -33,7 +33,7 @@ from ray import serve as ray_serve
 from rich.console import Console
 from rich.table import Table
 
-from models.weights import load_artifact
+from models.artifacts.artifact import load_artifact
 from pipelines.checkpoints import CheckpointError
 from pipelines.config import (
     DemoConfig,

@@ -42,8 +42,8 @@ import tyro
 from ray.data import ActorPoolStrategy, DataContext
 from rich.console import Console
 
-from models.vit import VisionTransformer
-from models.weights import Artifact, load_artifact
+from models.artifacts.artifact import Artifact, load_artifact
+from models.encoders.vit import VisionTransformer
 from pipelines.clip_sampling import ClipSampler
 from pipelines.config import ClipConfig, EmbedConfig
 from pipelines.features import compute_features, decode_batches, encoder_features

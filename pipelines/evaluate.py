@@ -29,8 +29,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from models.vit import VisionTransformer
-from models.weights import load_artifact
+from models.artifacts.artifact import load_artifact
+from models.encoders.vit import VisionTransformer
 from pipelines.attentive_probe import attentive_probe
 from pipelines.checkpoints import CheckpointError, load_encoder
 from pipelines.clip_sampling import ClipSampler, training_sampler

@@ -26,9 +26,9 @@ if __name__ == "__main__" and not __package__:
 
 import tyro
 
-from models.media.deep import FULL
-from models.preprocessing import Preprocessing
-from models.weights import save_artifact
+from models.artifacts.artifact import save_artifact
+from models.media.pictures.deep import FULL
+from models.media.preprocessing import Preprocessing
 from pipelines.checkpoints import load_encoder
 from pipelines.config import ExportConfig
 from pipelines.config.pixels import parse_colour

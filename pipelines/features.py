@@ -1,7 +1,7 @@
 """Frozen features of stored images or clips: decode in threads, encode in batches, memory bounded.
 
 Every probe, report and training run gets its features here, through the one evaluation transform of
-`models.preprocessing`, so their numbers compare.
+`models.media.preprocessing`, so their numbers compare.
 
 Shape suffixes: B images or clips of one forward pass, N all of them, H and W pixels, C channels,
 T tokens (patches), F frames of a clip, D feature width.
@@ -24,10 +24,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.positions import sincos_3d
-from models.preprocessing import Preprocessing, eval_transform, load_image, normalize
-from models.video_decode import decode_frames
-from models.vit import VisionTransformer
+from models.encoders.positions import sincos_3d
+from models.encoders.vit import VisionTransformer
+from models.media.preprocessing import Preprocessing, eval_transform, load_image, normalize
+from models.media.videos import decode_frames
 from pipelines.clip_sampling import ClipSampler
 from pipelines.config import ModelConfig
 from pipelines.probe_rows import in_order

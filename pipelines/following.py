@@ -22,8 +22,8 @@ from typing import Any
 import av
 from rich.console import Console
 
-from models.media.containers import VideoError
-from models.media.video_reader import Restarts, frame_period
+from models.media.video.containers import VideoError
+from models.media.video.video_reader import Restarts, frame_period
 from pipelines.config import IngestConfig
 from pipelines.live_source import (
     PLAYLISTS,

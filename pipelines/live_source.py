@@ -24,8 +24,8 @@ from typing import Any, Literal
 
 import av
 
-from models.media.containers import VideoError, choose_stream, describe
-from models.media.video_reader import Packet, Restarts, TransportClock, stamp_of
+from models.media.video.containers import VideoError, choose_stream, describe
+from models.media.video.video_reader import Packet, Restarts, TransportClock, stamp_of
 from pipelines.config import IngestConfig
 
 QUEUE_BYTES = 32 * 2**20

@@ -32,8 +32,8 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from models.sink_lm.llama import Llama
 from models.sink_lm.modes import Mode, recomputed_losses, seconds_per_token, stream_losses
+from models.sink_lm.network.llama import Llama
 from pipelines.config.places import PlaceField
 from pipelines.runtime.errors import run_command
 from pipelines.runtime.places import prepare
@@ -178,8 +178,8 @@ def perplexity(cfg: PerplexityConfig) -> list[Row]:
     Raises:
         ValueError: a text shorter than the cache.
     """
-    from models.sink_lm.tokenizer import load_tokenizer
-    from models.sink_lm.weights import load_model
+    from models.sink_lm.checkpoints.loading import load_model
+    from models.sink_lm.checkpoints.tokenizer import load_tokenizer
 
     cfg = prepare(cfg)
     if cfg.threads:

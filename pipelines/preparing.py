@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from models.images import ImageError, open_image, read_image
+from models.media.images import ImageError, open_image, read_image
 from pipelines.config import IngestConfig
 from pipelines.config.pixels import parse_colour
 

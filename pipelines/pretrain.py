@@ -112,8 +112,8 @@ def check_early(cfg: PretrainConfig, run_uri: str) -> Start:
         ValueError: naming the flag.
         CheckpointError: naming the flags that differ from the run's, or what of the run is whole.
     """
+    from models.encoders.vit import find_preset
     from models.objectives import find_objective
-    from models.vit import find_preset
     from pipelines.loading import check_modality
     from pipelines.maskers import make_masker
     from pipelines.optimizers import check_installed

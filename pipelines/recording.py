@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from av.video.reformatter import VideoReformatter
 
-from models.video_decode import SCALING
+from models.media.videos import SCALING
 
 # x264's code for newer processors than these gives other bytes than its plain C, and with widths that
 # are no multiple of 16 now and then other bytes in the same run. This much equals plain C, and costs

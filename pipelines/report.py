@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 from torch import Tensor
 
-from models.preprocessing import Preprocessing
-from models.vit import VisionTransformer
+from models.encoders.vit import VisionTransformer
+from models.media.preprocessing import Preprocessing
 from pipelines.clip_sampling import ClipSampler
 from pipelines.comparison import compared_rows
 from pipelines.config import ModelConfig, ObjectiveConfig, PretrainConfig, to_json

@@ -17,7 +17,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
-from models.video_decode import SCALING, U8, RgbConverter, VideoError, describe
+from models.media.videos import SCALING, U8, RgbConverter, VideoError, describe
 from pipelines.config import VideoConfig
 from pipelines.preparing import pixel_moments, target_size
 from pipelines.recording import REPRODUCIBLE

@@ -23,8 +23,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from models.images import ImageError
-from models.video_decode import VideoError
+from models.media.images import ImageError
+from models.media.videos import VideoError
 from pipelines.config import IngestConfig
 from pipelines.config.ingest import LABEL_COLUMN
 from pipelines.ingestion.listing.entries import Entry

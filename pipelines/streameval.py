@@ -30,9 +30,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from models.sink_lm.cache import Slabs
-from models.sink_lm.llama import Llama
-from models.sink_lm.tokenizer import Tokenizer
+from models.sink_lm.checkpoints.tokenizer import Tokenizer
+from models.sink_lm.network.cache import Slabs
+from models.sink_lm.network.llama import Llama
 from pipelines.config.places import PlaceField
 from pipelines.perplexity import numbers
 from pipelines.runtime.errors import run_command
@@ -177,8 +177,8 @@ def main() -> None:
 
 
 def _evaluate_stream(cfg: StreamEvalConfig) -> None:
-    from models.sink_lm.tokenizer import load_tokenizer
-    from models.sink_lm.weights import load_model
+    from models.sink_lm.checkpoints.loading import load_model
+    from models.sink_lm.checkpoints.tokenizer import load_tokenizer
 
     cfg = prepare(cfg)
     if cfg.threads:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.preprocessing import Preprocessing, normalize
-from models.vit import VisionTransformer
+from models.encoders.vit import VisionTransformer
+from models.media.preprocessing import Preprocessing, normalize
 from pipelines.probes import Array, as_labels
 
 LR, WEIGHT_DECAY, WARMUP, CLIP_NORM = 1e-3, 0.05, 0.1, 1.0

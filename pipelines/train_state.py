@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.blocks import use_plain_attention
+from models.encoders.blocks import use_plain_attention
 from models.hyperoptim import HyperOptimizer
 from models.objectives import Objective
 from pipelines.checkpoints import (

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from models.video_decode import VideoError, declared_seconds, open_video
+from models.media.videos import VideoError, declared_seconds, open_video
 from pipelines.config import IngestConfig
 from pipelines.readers import Item
 from pipelines.segmenting import Segment, Segmenter

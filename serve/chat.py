@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from models.sink_lm.engine import Engine
-from models.sink_lm.llama import Llama
-from models.sink_lm.tokenizer import load_tokenizer
-from models.sink_lm.weights import load_model
+from models.sink_lm.checkpoints.loading import load_model
+from models.sink_lm.checkpoints.tokenizer import load_tokenizer
+from models.sink_lm.engine.engine import Engine
+from models.sink_lm.network.llama import Llama
 from serve.lm_calls import in_background, in_full
 from serve.lm_contract import End, LMCard, Piece, Refused, SessionState, Start, Started, Taken
 from serve.lm_desk import Desk

@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from models.media.indexed_video import IndexedVideo
-from models.preprocessing import Preprocessing, eval_transform
-from models.video_decode import RgbConverter, VideoError, declared_seconds, open_video
+from models.media.preprocessing import Preprocessing, eval_transform
+from models.media.video.indexed_video import IndexedVideo
+from models.media.videos import RgbConverter, VideoError, declared_seconds, open_video
 
 # What cameras, phones, browsers and editors write. FFmpeg has hundreds of other decoders, some of
 # them little tested.

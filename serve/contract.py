@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from models.preprocessing import Preprocessing
+from models.media.preprocessing import Preprocessing
 
 Pooling = Literal["mean", "per_frame", "patches"]
 Pixels = npt.NDArray[np.uint8]

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from models.preprocessing import Preprocessing
+from models.media.preprocessing import Preprocessing
 from serve.contract import Pixels
 from serve.schemas import ApiError
 

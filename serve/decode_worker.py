@@ -33,8 +33,8 @@ import av
 import av.logging
 import numpy as np
 
-from models.preprocessing import Preprocessing
-from models.video_decode import VideoError
+from models.media.preprocessing import Preprocessing
+from models.media.videos import VideoError
 from serve.clip_sampling import ClipRequest, sample_video, upright_pixels
 from serve.stream_decoding import decode_stream
 

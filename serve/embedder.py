@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from models.preprocessing import Preprocessing, normalize
-from models.weights import load_artifact
+from models.artifacts.artifact import load_artifact
+from models.media.preprocessing import Preprocessing, normalize
 from serve.batching import Batcher
 from serve.contract import Floats, ModelCard, Pixels, Pooling
 from serve.settings import ServeSettings

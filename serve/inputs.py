@@ -15,8 +15,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from models.images import ImageError
-from models.preprocessing import Preprocessing, load_image
+from models.media.images import ImageError
+from models.media.preprocessing import Preprocessing, load_image
 from serve.base64_text import BLANK, decode, split_data_uri
 from serve.schemas import ApiError
 

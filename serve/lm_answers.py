@@ -9,8 +9,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from models.sink_lm.generation import EndEvent, Event, Generation, PromptEvent, TokenEvent
-from models.sink_lm.session import UnknownSession
+from models.sink_lm.engine.generation import EndEvent, Event, Generation, PromptEvent, TokenEvent
+from models.sink_lm.engine.session import UnknownSession
 from serve.lm_contract import End, Piece, Token
 from serve.lm_held import Held, io
 from serve.lm_text import AnswerText

@@ -47,7 +47,7 @@ class LMIngress:
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve once the replica is constructed; waits for a model replica."""
-        from models.sink_lm.tokenizer import load_tokenizer
+        from models.sink_lm.checkpoints.tokenizer import load_tokenizer
 
         settings = self._settings
         card = await self._model.describe.remote()

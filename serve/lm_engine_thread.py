@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from models.sink_lm.engine import Engine
+from models.sink_lm.engine.engine import Engine
 
 STUCK_AFTER_S = 300.0
 _IDLE_WAIT_S = 0.01

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 
-from models.sink_lm.generation import GenerationRequest
-from models.sink_lm.llama import Llama
-from models.sink_lm.sampling import Sampling
-from models.sink_lm.tokenizer import Tokenizer
+from models.sink_lm.checkpoints.tokenizer import Tokenizer
+from models.sink_lm.engine.generation import GenerationRequest
+from models.sink_lm.engine.sampling import Sampling
+from models.sink_lm.network.llama import Llama
 from serve.lm_contract import Options
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from models.sink_lm.tokenizer import Tokenizer
+from models.sink_lm.checkpoints.tokenizer import Tokenizer
 from serve.lm_chat_feed import chat_feed
 from serve.lm_contract import Feed, LMCard, Options, Start, is_session_id
 from serve.lm_replies import ChatShape, CompletionShape, Echo, Shape

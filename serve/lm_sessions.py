@@ -18,8 +18,8 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from models.sink_lm.cache import NoFreeSlab
-from models.sink_lm.engine import Engine
+from models.sink_lm.engine.engine import Engine
+from models.sink_lm.network.cache import NoFreeSlab
 from serve.lm_contract import TAIL, SessionState
 from serve.lm_engine_thread import EngineThread
 from serve.lm_held import Held, io, state_position

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from models.sink_lm.engine import Engine
-from models.sink_lm.generation import Generation, PromptEvent
-from models.sink_lm.tokenizer import Tokenizer
+from models.sink_lm.checkpoints.tokenizer import Tokenizer
+from models.sink_lm.engine.engine import Engine
+from models.sink_lm.engine.generation import Generation, PromptEvent
 from serve.lm_answers import Replay, RunningAnswer, Source, prompt_token
 from serve.lm_contract import TAIL, Feed, Options, SessionState, Start, Started, Token
 from serve.lm_desk import Desk

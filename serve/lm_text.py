@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from models.sink_lm.stops import StopMatcher
-from models.sink_lm.tokenizer import Tokenizer
+from models.sink_lm.checkpoints.tokenizer import Tokenizer
+from models.sink_lm.engine.stops import StopMatcher
 from serve.lm_contract import End, Options, Token
 
 

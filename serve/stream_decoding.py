@@ -12,10 +12,10 @@ from typing import Any, Protocol
 
 import av
 
-from models.media.containers import VideoError, choose_stream, describe
-from models.media.video_reader import FrameReader
-from models.preprocessing import Preprocessing
-from models.video_decode import RgbConverter
+from models.media.preprocessing import Preprocessing
+from models.media.video.containers import VideoError, choose_stream, describe
+from models.media.video.video_reader import FrameReader
+from models.media.videos import RgbConverter
 from serve.clip_sampling import CODECS, upright_pixels
 
 # No playlists, and nothing that needs the end of a file first.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from models.preprocessing import Preprocessing
-from models.vit import VisionTransformer
+from models.encoders.vit import VisionTransformer
+from models.media.preprocessing import Preprocessing
 
 PREP = Preprocessing(image_size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 Shards = tuple[str, str]

@@ -12,7 +12,7 @@ from typing import Any
 
 import av
 
-from models.video_decode import decode_frames
+from models.media.videos import decode_frames
 from pipelines.config import IngestConfig, LiveConfig, VideoConfig
 from pipelines.following import follow
 from pipelines.shards import list_names, read_manifest, read_rows

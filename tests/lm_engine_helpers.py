@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from lm_helpers import ByteTokenizer, tiny_llama
 
-from models.sink_lm.engine import Engine
-from models.sink_lm.generation import EndEvent, Generation, GenerationRequest, TokenEvent
-from models.sink_lm.llama import Llama
-from models.sink_lm.sampling import Sampling
+from models.sink_lm.engine.engine import Engine
+from models.sink_lm.engine.generation import EndEvent, Generation, GenerationRequest, TokenEvent
+from models.sink_lm.engine.sampling import Sampling
+from models.sink_lm.network.llama import Llama
 
 GREEDY = Sampling(temperature=0)
 

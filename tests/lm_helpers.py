@@ -10,8 +10,8 @@ from types import FunctionType, ModuleType
 
 import torch
 
-from models.sink_lm.config import LMConfig
-from models.sink_lm.llama import Llama
+from models.sink_lm.network.config import LMConfig
+from models.sink_lm.network.llama import Llama
 
 EOS = 256
 

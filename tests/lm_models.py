@@ -10,8 +10,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from models.sink_lm.llama import Llama
-from models.sink_lm.weights import load_model
+from models.sink_lm.checkpoints.loading import load_model
+from models.sink_lm.network.llama import Llama
 from pipelines.fetch_lm import fetch_smollm2
 
 SHAPE = {

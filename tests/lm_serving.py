@@ -20,7 +20,7 @@ from ray.exceptions import ActorDiedError
 from tokenizers import decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
-from models.sink_lm.tokenizer import load_tokenizer
+from models.sink_lm.checkpoints.tokenizer import load_tokenizer
 from serve.chat import LanguageModel
 from serve.lm_api import LMParts, create_lm_app
 from serve.lm_client import LMClient

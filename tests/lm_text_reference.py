@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from lm_serving import load_ids
 
-from models.sink_lm.weights import load_model
+from models.sink_lm.checkpoints.loading import load_model
 
 
 @torch.inference_mode()

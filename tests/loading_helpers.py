@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from models.images import decode_image
+from models.media.images import decode_image
 from pipelines.config import DataConfig, MaskConfig, ModelConfig, PretrainConfig
 from pipelines.loading import train_batches
 from pipelines.shards import (

@@ -20,10 +20,10 @@ import pytest
 import torch
 from PIL import Image
 
-from models.images import decode_image
-from models.preprocessing import Preprocessing, eval_transform, normalize
-from models.vit import VisionTransformer
-from models.weights import load_artifact, save_artifact
+from models.artifacts.artifact import load_artifact, save_artifact
+from models.encoders.vit import VisionTransformer
+from models.media.images import decode_image
+from models.media.preprocessing import Preprocessing, eval_transform, normalize
 
 if TYPE_CHECKING:
     from ray.serve import Deployment

@@ -15,9 +15,9 @@ import torch
 import uvicorn
 from free_ports import free_ports
 
-from models.preprocessing import Preprocessing, normalize
-from models.vit import VisionTransformer
-from models.weights import load_artifact, save_artifact
+from models.artifacts.artifact import load_artifact, save_artifact
+from models.encoders.vit import VisionTransformer
+from models.media.preprocessing import Preprocessing, normalize
 from serve.batching import Batcher
 from serve.contract import ModelCard
 from serve.embedder import Encoder

@@ -30,7 +30,7 @@ import torch
 from free_ports import free_ports
 from moto.server import ThreadedMotoServer
 
-from models.weights import load_artifact
+from models.artifacts.artifact import load_artifact
 from pipelines.config import ExportConfig
 from pipelines.export import export
 from pipelines.shards import read_manifest, verify_shards

@@ -10,8 +10,8 @@ import torch
 from picture_files import cmyk_profile, encode, grey_profile, icc, rgb_profile
 from PIL import Image, ImageCms
 
-from models.images import decode_image
-from models.media.colour import is_of_other_colours
+from models.media.images import decode_image
+from models.media.pictures.colour import is_of_other_colours
 from pipelines.config import IngestConfig
 from pipelines.crops import _decode_whole
 from pipelines.preparing import prepare_image

@@ -9,7 +9,7 @@ import pytest
 from picture_files import encode, png, tiff
 from PIL import Image
 
-from models.images import ImageError, decode_image
+from models.media.images import ImageError, decode_image
 from pipelines.config import IngestConfig
 from pipelines.preparing import DIM, prepare_image
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from models.weights import load_artifact, save_artifact
+from models.artifacts.artifact import load_artifact, save_artifact
 from pipelines.config import EmbedConfig
 from pipelines.demo import embedding_folder, main
 from pipelines.embed import embed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import models.weights
+import models.artifacts.artifact
 import pipelines.checkpoints
 import pipelines.embed
 import pipelines.shards
@@ -15,7 +15,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 VERSIONS = {
     "shards": pipelines.shards.SCHEMA_VERSION,
     "checkpoint": pipelines.checkpoints.FORMAT,
-    "artifact": models.weights.SCHEMA_VERSION,
+    "artifact": models.artifacts.artifact.SCHEMA_VERSION,
     "embeddings": pipelines.embed.SCHEMA_VERSION,
     "stored session of the language model": serve.session_store.FORMAT,
 }

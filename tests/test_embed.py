@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from models.preprocessing import Preprocessing
-from models.vit import VisionTransformer
-from models.weights import save_artifact
+from models.artifacts.artifact import save_artifact
+from models.encoders.vit import VisionTransformer
+from models.media.preprocessing import Preprocessing
 from pipelines import embed as job
 from pipelines.config import EmbedConfig
 from pipelines.embed import embed, plan_pieces

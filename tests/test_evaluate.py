@@ -14,8 +14,8 @@ import torch
 from evaluation_helpers import PREP, Shards, small_encoder
 from rich.console import Console
 
-from models.vit import VisionTransformer
-from models.weights import save_artifact
+from models.artifacts.artifact import save_artifact
+from models.encoders.vit import VisionTransformer
 from pipelines import evaluate as job
 from pipelines.comparison import comparison_table, read_compared
 from pipelines.config import EvaluateConfig

@@ -14,8 +14,8 @@ import pytest
 import torch
 from evaluation_helpers import PREP, Shards, small_encoder
 
-from models.preprocessing import Preprocessing, normalize
-from models.vit import VisionTransformer
+from models.encoders.vit import VisionTransformer
+from models.media.preprocessing import Preprocessing, normalize
 from pipelines.config import DataConfig, ModelConfig, PretrainConfig, RunConfig
 from pipelines.features import (
     compute_features,

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.ema import make_target, update_target
+from models.encoders.positions import sincos_2d
 from models.objectives import build_objective
+from models.objectives.ema import make_target, update_target
 from models.objectives.ijepa import IJEPA
-from models.positions import sincos_2d
 from pipelines.config import ModelConfig, ObjectiveConfig
 
 

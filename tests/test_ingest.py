@@ -17,7 +17,7 @@ from image_formats import FORMATS
 from ingest_helpers import run_backwards, run_quietly, settings
 
 from benchmarks.ingest import encoded, noise, start_ingest, write_broken
-from models.images import decode_image
+from models.media.images import decode_image
 from pipelines import ingest as ingest_module
 from pipelines.config import IngestConfig
 from pipelines.ingest import ingest

@@ -9,7 +9,7 @@ import torch
 from fake_training import change, run_training, tiny_config
 from timm.layers import resample_abs_pos_embed
 
-from models.positions import Grid, fit_table, sincos_2d, sincos_3d
+from models.encoders.positions import Grid, fit_table, sincos_2d, sincos_3d
 from pipelines.checkpoints import (
     CheckpointError,
     CheckpointState,

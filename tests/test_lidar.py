@@ -14,8 +14,8 @@ import torch
 from fake_training import MEMORY, FolderStore, change, tiny_config
 from torch import nn
 
-from models.preprocessing import Preprocessing
-from models.vit import VisionTransformer
+from models.encoders.vit import VisionTransformer
+from models.media.preprocessing import Preprocessing
 from pipelines.config import DataConfig, ModelConfig, PretrainConfig
 from pipelines.features import extract_features
 from pipelines.lidar import lidar

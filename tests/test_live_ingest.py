@@ -15,7 +15,7 @@ import av
 import numpy as np
 import pytest
 
-from models.video_decode import decode_frames
+from models.media.videos import decode_frames
 from pipelines import following, live_source, publishing
 from pipelines.following import follow
 from pipelines.live_source import Connection

@@ -10,7 +10,7 @@ import transformers
 from tokenizers import decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
-from models.sink_lm.tokenizer import Tokenizer
+from models.sink_lm.checkpoints.tokenizer import Tokenizer
 from serve.lm_chat_feed import chat_feed
 from serve.lm_contract import LMCard
 from serve.lm_schemas import ChatRequest

@@ -15,7 +15,7 @@ import torch
 import transformers
 from lm_serving import MODEL, SPECIAL, Cluster, cluster, events, load_ids, run, web
 
-from models.sink_lm import engine
+from models.sink_lm.engine import engine
 
 GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0, "ignore_eos": True}
 TEXT = "Which number comes after seven? It is eight."

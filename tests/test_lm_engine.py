@@ -9,10 +9,10 @@ import pytest
 from lm_engine_helpers import GREEDY, alone, ask, ids, make, run
 from lm_helpers import held_bytes
 
-from models.sink_lm.cache import NoFreeSlab
-from models.sink_lm.engine import SessionBusy, SessionExists, UnknownSession
-from models.sink_lm.generation import EndEvent
-from models.sink_lm.sampling import Sampling
+from models.sink_lm.engine.engine import SessionBusy, SessionExists, UnknownSession
+from models.sink_lm.engine.generation import EndEvent
+from models.sink_lm.engine.sampling import Sampling
+from models.sink_lm.network.cache import NoFreeSlab
 
 
 @pytest.mark.parametrize("by_bucket", [False, True])

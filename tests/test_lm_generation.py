@@ -6,8 +6,8 @@ import pytest
 from lm_engine_helpers import ask, ids, make, run
 from lm_helpers import EOS, scripted_llama
 
-from models.sink_lm.generation import EndEvent, GenerationRequest
-from models.sink_lm.sampling import Sampling
+from models.sink_lm.engine.generation import EndEvent, GenerationRequest
+from models.sink_lm.engine.sampling import Sampling
 
 
 def test_text_ends_at_a_stop_string_across_tokens_and_at_the_end_token() -> None:

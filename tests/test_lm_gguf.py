@@ -17,9 +17,9 @@ import torch
 import transformers
 from lm_models import LINEAR, LLAMA3, MODELS, YARN, difference, make_hf, our_logits, smollm2_file
 
-from models.sink_lm.config import UnsupportedModel
-from models.sink_lm.gguf_file import BLOCK_NAMES, TOP_NAMES
-from models.sink_lm.weights import load_model
+from models.sink_lm.checkpoints.gguf_file import BLOCK_NAMES, TOP_NAMES
+from models.sink_lm.checkpoints.loading import load_model
+from models.sink_lm.network.config import UnsupportedModel
 from pipelines import fetch_lm
 
 

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from models.sink_lm.sampling import Sampler, Sampling, allowed, choose, draw
-from models.sink_lm.stops import StopMatcher
+from models.sink_lm.engine.sampling import Sampler, Sampling, allowed, choose, draw
+from models.sink_lm.engine.stops import StopMatcher
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5])
 

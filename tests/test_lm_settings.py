@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from lm_serving import MODEL, cluster, eventually, run, web
 
-from models.sink_lm.generation import Generation
+from models.sink_lm.engine.generation import Generation
 from serve.lm_app import _ingress_deployment, _model_deployment
 from serve.lm_settings import LMSettings
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from models.sink_lm.generation import EndEvent, TokenEvent
+from models.sink_lm.engine.generation import EndEvent, TokenEvent
 from serve.lm_answers import Source
 from serve.lm_contract import Options
 from serve.lm_held import Held

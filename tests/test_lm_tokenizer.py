@@ -14,8 +14,8 @@ from lm_models import smollm2_file
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from models.sink_lm.config import UnsupportedModel
-from models.sink_lm.tokenizer import Tokenizer, load_tokenizer
+from models.sink_lm.checkpoints.tokenizer import Tokenizer, load_tokenizer
+from models.sink_lm.network.config import UnsupportedModel
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (

@@ -16,9 +16,9 @@ from lm_models import LINEAR, LLAMA3, MODELS, YARN, difference, make_hf, our_log
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from models.sink_lm.config import UnsupportedModel
-from models.sink_lm.int8 import Int8Linear
-from models.sink_lm.weights import load_model
+from models.sink_lm.checkpoints.loading import load_model
+from models.sink_lm.network.config import UnsupportedModel
+from models.sink_lm.network.int8 import Int8Linear
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -13,7 +13,7 @@ import torch
 from loading_helpers import assert_equal, config, global_batches, join, variants, write_samples
 from PIL import Image
 
-from models.images import decode_image
+from models.media.images import decode_image
 from pipelines import loading, reading
 from pipelines.config import MaskConfig, PretrainConfig
 from pipelines.loading import ahead, cluster_share, make_reader, train_batches

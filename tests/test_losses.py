@@ -12,7 +12,7 @@ from pathlib import Path
 import av
 import pytest
 
-from models.video_decode import VideoError
+from models.media.videos import VideoError
 from pipelines.shards import read_manifest
 from tests.live_streams import FRAMES, Following, config, frames_in, wait_for
 from tests.video_files import picture, write_video

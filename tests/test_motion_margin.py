@@ -16,7 +16,7 @@ import torch
 from fake_training import FolderStore, change
 from PIL import Image, ImageDraw, ImageFont
 
-from models.preprocessing import Preprocessing
+from models.media.preprocessing import Preprocessing
 from pipelines.checkpoints import load_encoder
 from pipelines.clip_sampling import training_sampler
 from pipelines.config import IngestConfig, PretrainConfig, VideoConfig

@@ -76,9 +76,11 @@ def test_flags_at_fault_are_named(changes: dict, flag: str) -> None:
 
 def test_the_tool_writes_rows_and_a_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "models.sink_lm.weights.load_model", lambda path, *, dtype, device: tiny_llama()
+        "models.sink_lm.checkpoints.loading.load_model", lambda path, *, dtype, device: tiny_llama()
     )
-    monkeypatch.setattr("models.sink_lm.tokenizer.load_tokenizer", lambda path: ByteTokenizer())
+    monkeypatch.setattr(
+        "models.sink_lm.checkpoints.tokenizer.load_tokenizer", lambda path: ByteTokenizer()
+    )
     text = tmp_path / "text.txt"
     text.write_text("it was the best of times, it was the worst of times; " * 4)
     cfg = PerplexityConfig(
@@ -103,7 +105,9 @@ def test_the_tool_writes_rows_and_a_plot(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_text_shorter_than_the_cache_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("models.sink_lm.tokenizer.load_tokenizer", lambda path: ByteTokenizer())
+    monkeypatch.setattr(
+        "models.sink_lm.checkpoints.tokenizer.load_tokenizer", lambda path: ByteTokenizer()
+    )
     text = tmp_path / "text.txt"
     text.write_text("short")
     with pytest.raises(ValueError, match="5 tokens"):

@@ -13,7 +13,7 @@ import pytest
 from picture_files import SIGNATURE, chunk, encode, tiff, with_chunks, with_segment
 from PIL import Image, PngImagePlugin
 
-from models.images import ImageError, decode_image, open_image
+from models.media.images import ImageError, decode_image, open_image
 from pipelines.config import IngestConfig
 from pipelines.preparing import prepare_image
 
@@ -208,7 +208,7 @@ def test_the_flag_alone_decides_how_many_pixels(kind: str, pillows_limit: int) -
 
 def test_others_in_the_process_keep_pillows_protection(pillows_limit: int) -> None:
     """While one thread decodes by our limit, another one opens a bomb by Pillow's."""
-    from models.media.pixel_limit import pixel_limit
+    from models.media.pictures.pixel_limit import pixel_limit
 
     caught: list[BaseException] = []
 

@@ -13,8 +13,8 @@ from picture_files import encode
 from PIL import Image
 
 import pipelines.export as export_module
-from models.preprocessing import Preprocessing
-from models.weights import load_artifact, save_artifact
+from models.artifacts.artifact import load_artifact, save_artifact
+from models.media.preprocessing import Preprocessing
 from pipelines.config import ExportConfig
 from pipelines.export import export
 from pipelines.shards import read_manifest

@@ -12,7 +12,7 @@ from image_formats import FORMATS, RGB, exif, save
 from PIL import Image
 
 from benchmarks.ingest import noise, png
-from models.images import ImageError, decode_image
+from models.media.images import ImageError, decode_image
 from pipelines.config import IngestConfig
 from pipelines.preparing import prepare_image
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models.preprocessing import Preprocessing, eval_transform
+from models.media.preprocessing import Preprocessing, eval_transform
 
 
 def triangle(x: np.ndarray) -> np.ndarray:

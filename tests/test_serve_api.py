@@ -14,7 +14,7 @@ from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError
 from serve_helpers import PATCHES, SIZE, WIDTH, png_uri, unit
 
-from models.preprocessing import Preprocessing
+from models.media.preprocessing import Preprocessing
 from serve.app import EmbedderClient
 from serve.contract import ModelCard
 from serve.http_api import Limits, Parts, create_http_app

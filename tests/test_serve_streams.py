@@ -32,9 +32,9 @@ from video_files import write_video
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
-from models.images import decode_image
-from models.preprocessing import Preprocessing, eval_transform
-from models.weights import load_artifact
+from models.artifacts.artifact import load_artifact
+from models.media.images import decode_image
+from models.media.preprocessing import Preprocessing, eval_transform
 
 JPEGS = [encoded(picture(seed), "JPEG") for seed in range(12)]
 LIVE = write_video(io.BytesIO(), 24, rate=12, codec="mpeg4", container="mpegts").getvalue()

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from pydantic import ValidationError
 from serve_helpers import encoded, image_server, picture
 
-from models.preprocessing import Preprocessing
+from models.media.preprocessing import Preprocessing
 from serve.app import Ingress
 from serve.batching import Batcher
 from serve.contract import EMBEDDER

@@ -35,8 +35,8 @@ from serve_video_helpers import (
 )
 from video_files import number_of, picture, write_sound, write_video
 
-from models.preprocessing import Preprocessing, eval_transform
-from models.video_decode import VideoError
+from models.media.preprocessing import Preprocessing, eval_transform
+from models.media.videos import VideoError
 from serve.clip_sampling import ClipRequest, sample_times, sample_video
 from serve.contract import ModelCard
 from serve.embedder import Encoder
@@ -210,7 +210,7 @@ def test_pooling_of_a_clip(server: LocalServer, artifact: Path) -> None:
 
 
 def _prep(artifact: Path) -> Preprocessing:
-    from models.weights import load_artifact
+    from models.artifacts.artifact import load_artifact
 
     return load_artifact(artifact).preprocessing
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.sink_lm.cache import NoFreeSlab, Slabs
-from models.sink_lm.config import LMConfig, RopeConfig
-from models.sink_lm.llama import Llama
-from models.sink_lm.rope import frequencies, rotation
+from models.sink_lm.network.cache import NoFreeSlab, Slabs
+from models.sink_lm.network.config import LMConfig, RopeConfig
+from models.sink_lm.network.llama import Llama
+from models.sink_lm.network.rope import frequencies, rotation
 
 SINKS, WINDOW = 3, 8
 CACHE = SINKS + WINDOW  # the paper's cache size; the token itself comes on top
@@ -195,7 +195,7 @@ def test_sinks_at_their_true_distance_are_another_function() -> None:
     slabs = model.slabs(sessions=1, capacity=CAPACITY)
     slot = slabs.allocate(SINKS)
     model.prefill(stream[:-1], slabs, slot, logits="none")
-    from models.sink_lm.attention import DecodeAttention
+    from models.sink_lm.network.attention import DecodeAttention
 
     attend = DecodeAttention([slot], slabs, *model.rotary(stream.device))
     attend.rotate_for_sinks = None

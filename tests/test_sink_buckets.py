@@ -8,9 +8,9 @@ from lm_helpers import tiny_llama
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from models.sink_lm.buckets import BucketAttention, BucketDecoder, bucket
-from models.sink_lm.cache import Slabs
-from models.sink_lm.llama import Llama
+from models.sink_lm.network.buckets import BucketAttention, BucketDecoder, bucket
+from models.sink_lm.network.cache import Slabs
+from models.sink_lm.network.llama import Llama
 
 CAPACITY = 12
 AGES = [0, 1, 2, 3, 10, 11, 12, 13, 24, 120]  # before, at and after every border

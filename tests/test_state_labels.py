@@ -15,8 +15,8 @@ import torch
 from test_video_evaluate import checkpoint, sets  # noqa: F401 (fixtures)
 from test_video_loading import segment, write_rows
 
-from models.preprocessing import Preprocessing
-from models.vit import VisionTransformer
+from models.encoders.vit import VisionTransformer
+from models.media.preprocessing import Preprocessing
 from pipelines.attentive_probe import AttentiveProbes, attentive_probe
 from pipelines.clip_sampling import ClipSampler
 from pipelines.config import ClipConfig, EvaluateConfig

@@ -20,8 +20,8 @@ from video_files import CYCLE, number_of, write_video
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from models.media.containers import VideoError
-from models.preprocessing import Preprocessing
+from models.media.preprocessing import Preprocessing
+from models.media.video.containers import VideoError
 from serve.ingress.errors import ApiError
 from serve.ingress.json_text import to_json
 from serve.service import encode_values

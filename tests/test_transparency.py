@@ -12,7 +12,7 @@ import torch
 from picture_files import chunk, encode, png
 from PIL import Image
 
-from models.images import decode_image
+from models.media.images import decode_image
 from pipelines.config import IngestConfig
 from pipelines.crops import _decode_whole
 from pipelines.preparing import prepare_image

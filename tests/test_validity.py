@@ -16,7 +16,7 @@ from picture_files import encode
 from PIL import Image
 from rich.console import Console
 
-from models.weights import save_artifact
+from models.artifacts.artifact import save_artifact
 from pipelines.config import EvaluateConfig
 from pipelines.evaluate import evaluate
 from pipelines.evaluation.validity import SetFacts, validity_warnings

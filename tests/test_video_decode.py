@@ -11,10 +11,10 @@ import av
 import numpy as np
 import pytest
 
-from models.media.containers import VideoError, declared_seconds, open_video
-from models.media.video_reader import FrameDecoder
-from models.preprocessing import Preprocessing
-from models.video_decode import count_frames, decode_frames
+from models.media.preprocessing import Preprocessing
+from models.media.video.containers import VideoError, declared_seconds, open_video
+from models.media.video.video_reader import FrameDecoder
+from models.media.videos import count_frames, decode_frames
 from serve.clip_sampling import ClipRequest, sample_video
 from tests.video_files import CYCLE, number_of, write_video
 

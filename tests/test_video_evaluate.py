@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 from test_video_loading import segment, write_rows
 
+from models.encoders.vit import build_encoder
+from models.media.preprocessing import Preprocessing, normalize
+from models.media.videos import decode_frames
 from models.objectives import build_objective
-from models.preprocessing import Preprocessing, normalize
-from models.video_decode import decode_frames
-from models.vit import build_encoder
 from pipelines.checkpoints import CheckpointState, save_checkpoint
 from pipelines.clip_sampling import ClipSampler
 from pipelines.config import (

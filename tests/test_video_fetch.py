@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from models.video_decode import count_frames, decode_frames
+from models.media.videos import count_frames, decode_frames
 from pipelines import fetch, fetch_games, fetch_samples
 from pipelines.fetch import FetchConfig
 from pipelines.fetch_movingmnist import DIRECTIONS, FRAMES, draw_digit, path_of_digit, write_moving

@@ -15,7 +15,7 @@ import torch
 from loading_helpers import assert_equal, global_batches, write_shards
 from video_files import number_of, picture, write_video
 
-from models.video_decode import decode_frames
+from models.media.videos import decode_frames
 from pipelines.clip_sampling import ClipSampler
 from pipelines.config import (
     ClipConfig,

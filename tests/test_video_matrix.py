@@ -16,9 +16,9 @@ from PIL import Image
 from stream_replica import Replica
 from video_ingest_helpers import CFG, prepare
 
-from models.media.containers import VideoError
-from models.preprocessing import Preprocessing
-from models.video_decode import count_frames, decode_frames
+from models.media.preprocessing import Preprocessing
+from models.media.video.containers import VideoError
+from models.media.videos import count_frames, decode_frames
 from pipelines.segmenting import Segmenter
 from pipelines.video_reading import TimedFrame
 from serve.clip_sampling import ClipRequest, sample_video

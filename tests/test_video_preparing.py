@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from video_ingest_helpers import CFG, VIDEO, damage, npy, numbers, prepare, refusal
 
-from models.video_decode import VideoError, decode_frames
+from models.media.videos import VideoError, decode_frames
 from pipelines.config import VideoConfig
 from pipelines.readers import Item
 from pipelines.segmenting import SegmentEncoder

@@ -14,9 +14,9 @@ import pytest
 from live_streams import Following, config, frames_in, numbers, wait_for
 from video_files import CYCLE, number_of, write_video
 
-from models.media.containers import choose_stream, open_video
-from models.media.video_reader import FrameReader, Restarts, TimedFrame
-from models.video_decode import RgbConverter
+from models.media.video.containers import choose_stream, open_video
+from models.media.video.video_reader import FrameReader, Restarts, TimedFrame
+from models.media.videos import RgbConverter
 from pipelines.live_source import from_position
 
 

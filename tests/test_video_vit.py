@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.positions import POSITIONS, Rope, Rotation, sincos_3d
-from models.vit import PRESETS, PatchEmbed, VisionTransformer, build_encoder, find_preset
+from models.encoders.positions import POSITIONS, Rope, Rotation, sincos_3d
+from models.encoders.vit import PRESETS, PatchEmbed, VisionTransformer, build_encoder, find_preset
 
 SIDE, FRAMES = 2, 8  # a grid of 4 x 2 x 2 tokens
 

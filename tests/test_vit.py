@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from models.blocks import use_plain_attention
-from models.vit import PRESETS, VisionTransformer, build_encoder, gather_tokens
+from models.encoders.blocks import use_plain_attention
+from models.encoders.vit import PRESETS, VisionTransformer, build_encoder, gather_tokens
 
 
 def small() -> VisionTransformer:

@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from models.key_maps import from_transformers, to_transformers
-from models.preprocessing import Preprocessing, eval_transform, normalize
-from models.vit import VisionTransformer, build_encoder
-from models.weights import load_artifact, save_artifact
+from models.artifacts.artifact import load_artifact, save_artifact
+from models.artifacts.key_maps import from_transformers, to_transformers
+from models.encoders.vit import VisionTransformer, build_encoder
+from models.media.preprocessing import Preprocessing, eval_transform, normalize
 
 PREP = Preprocessing(
     image_size=32, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), interpolation="bilinear"

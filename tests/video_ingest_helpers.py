@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from models.video_decode import VideoError, decode_frames
+from models.media.videos import VideoError, decode_frames
 from pipelines.config import IngestConfig, VideoConfig
 from pipelines.readers import Item
 from pipelines.video_preparing import prepare_video

@@ -1,1 +1,1 @@
-"""Pictures and video as they are stored and sent: formats, metadata, colours; containers, frames."""
+"""Encoded images and videos to pixels, and the evaluation transform. Imports its own pictures/ and video/."""

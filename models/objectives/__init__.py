@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from models.encoders.predictor import Predictor
+from models.encoders.vit import VisionTransformer, build_encoder, find_preset
 from models.objectives.dmjd import DMJD
 from models.objectives.ijepa import IJEPA
 from models.objectives.lejepa import LeJEPA
@@ -14,9 +16,7 @@ from models.objectives.regularized import Regularized
 from models.objectives.sigreg import SIGReg
 from models.objectives.vicreg import VICReg
 from models.objectives.vjepa import VJEPA
-from models.predictor import Predictor
 from models.views import Views
-from models.vit import VisionTransformer, build_encoder, find_preset
 
 __all__ = ["OBJECTIVES", "Batch", "Objective", "Output", "build_objective", "find_objective"]
 

@@ -10,10 +10,10 @@ context, P pixel values of a patch, D width.
 
 from __future__ import annotations
 
+from models.encoders.vit import gather_tokens
+from models.media.preprocessing import normalize
 from models.objectives.latent import LatentPrediction
 from models.objectives.objective import Batch, Output
-from models.preprocessing import normalize
-from models.vit import gather_tokens
 
 
 class DMJD(LatentPrediction):

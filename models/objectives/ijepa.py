@@ -6,10 +6,10 @@ L = M * T.
 
 from __future__ import annotations
 
+from models.encoders.vit import gather_tokens
+from models.media.preprocessing import normalize
 from models.objectives.latent import LatentPrediction
 from models.objectives.objective import Batch, Output
-from models.preprocessing import normalize
-from models.vit import gather_tokens
 
 
 class IJEPA(LatentPrediction):

@@ -13,10 +13,10 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from models.encoders.vit import VisionTransformer
 from models.objectives.objective import Batch, Objective, Output
-from models.synced import SyncedBatchNorm
+from models.objectives.synced import SyncedBatchNorm
 from models.views import Views, kept_tokens
-from models.vit import VisionTransformer
 
 WATCHED_COLUMNS = 512
 """Of an embedding: the watch keeps their square, and any of them shows a collapse."""

@@ -10,11 +10,11 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
-from models.blocks import LN_EPS
-from models.ema import make_target, update_target
+from models.encoders.blocks import LN_EPS
+from models.encoders.predictor import Predictor
+from models.encoders.vit import VisionTransformer
+from models.objectives.ema import make_target, update_target
 from models.objectives.objective import Objective
-from models.predictor import Predictor
-from models.vit import VisionTransformer
 
 Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 
 import torch
 
+from models.encoders.vit import VisionTransformer
 from models.objectives.joint_embedding import JointEmbedding
 from models.objectives.sigreg import SIGReg
 from models.views import Views
-from models.vit import VisionTransformer
 
 
 class LeJEPA(JointEmbedding):

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from models.encoders.predictor import Predictor
+from models.encoders.vit import VisionTransformer, gather_tokens
+from models.media.preprocessing import normalize
 from models.objectives.objective import Batch, Objective, Output
-from models.predictor import Predictor
-from models.preprocessing import normalize
-from models.vit import VisionTransformer, gather_tokens
 
 PIXEL_EPS = 1e-6
 

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from models.keyed_random import mix, normals
-from models.synced import mean_over_processes, world_size
+from models.objectives.synced import mean_over_processes, world_size
 
 END = 3.0  # of the integral
 STREAM_SLICES = 201

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import torch
 
+from models.encoders.vit import VisionTransformer
 from models.objectives.joint_embedding import JointEmbedding
-from models.synced import mean_over_processes, world_size
+from models.objectives.synced import mean_over_processes, world_size
 from models.views import Views
-from models.vit import VisionTransformer
 
 STD_EPS = 1e-4  # section 4.1, equation 2
 

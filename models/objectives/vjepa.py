@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import torch
 
+from models.encoders.vit import gather_tokens
+from models.media.preprocessing import normalize
 from models.objectives.latent import LatentPrediction
 from models.objectives.objective import Batch, Output
-from models.preprocessing import normalize
-from models.vit import gather_tokens
 
 
 class VJEPA(LatentPrediction):

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.sink_lm.cache import Slabs
-from models.sink_lm.llama import Llama
+from models.sink_lm.network.cache import Slabs
+from models.sink_lm.network.llama import Llama
 
 ModeName = Literal["dense", "window", "sink", "recompute"]
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models.tensor_files import save_tensors
+from models.artifacts.tensor_files import save_tensors
 from pipelines.config import PretrainConfig, from_json, to_json
 
 FORMAT = 2

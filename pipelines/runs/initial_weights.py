@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from models.encoders.positions import Grid, fit_table
 from models.objectives import Objective
-from models.positions import Grid, fit_table
 from pipelines.checkpoints import flatten, load_weights, new_objective
 from pipelines.config import PretrainConfig
 from pipelines.runs.checkpoint_files import (

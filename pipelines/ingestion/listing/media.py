@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from models.media.formats import FORMATS, format_of
+from models.media.pictures.formats import FORMATS, format_of
 from pipelines.ingestion.listing.entries import Entry
 
 Modality = Literal["image", "video"]
@@ -37,7 +37,7 @@ _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"pnot")
 def suffixes(modality: Modality) -> frozenset[str]:
     """Returns the suffixes, in lower case, of files of that modality; `.gif` is one of either.
 
-    Of images: every one that Pillow registers for a format that `models.images` decodes.
+    Of images: every one that Pillow registers for a format that `models.media.images` decodes.
     """
     if modality == "video":
         return VIDEO_SUFFIXES

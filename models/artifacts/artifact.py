@@ -1,0 +1,337 @@
+"""The artifact: an encoder that timm and transformers load without this project, and back.
+
+    DIR/model.safetensors             weights under timm's names
+    DIR/config.json                   timm's hub form, plus our section `rayjepa`
+    DIR/transformers/                 the same encoder for `transformers.IJepaModel`, with its
+                                      config.json and preprocessor_config.json
+
+Encoders of clips, and image encoders with rotary positions, have no form in timm: config.json is our
+section alone. With the rotary layout of V-JEPA 2's published weights, DIR/transformers/ is a
+`transformers.VJEPA2Model`, predictor included if given; with other positions there is none, because
+no model there computes the same.
+
+`load_artifact` reads these folders, foreign ones in either form, and Meta's checkpoint files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+import torch
+from torch import Tensor, nn
+
+from models.artifacts.foreign import (
+    Source,
+    read_meta,
+    read_state,
+    read_timm,
+    read_transformers,
+    read_vjepa2,
+    read_vjepa2_predictor,
+)
+from models.artifacts.foreign_configs import (
+    ijepa_config,
+    processor_config,
+    timm_config,
+    video_processor_config,
+    vjepa2_config,
+)
+from models.artifacts.key_maps import to_transformers, to_vjepa2
+from models.artifacts.tensor_files import save_tensors
+from models.encoders.blocks import LN_EPS
+from models.encoders.predictor import Predictor
+from models.encoders.vit import VisionTransformer
+from models.media.preprocessing import Preprocessing, normalize
+
+SCHEMA_VERSION = 2
+READABLE = (1, SCHEMA_VERSION)
+"""Of config.json; version 1 has no background and no deep range in its preprocessing."""
+METADATA = {"format": "pt"}  # transformers refuses a file without it
+
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+@dataclasses.dataclass(frozen=True)
+class Artifact:
+    """An encoder with what is needed to use it."""
+
+    encoder: VisionTransformer
+    """In eval mode, fp32, on the CPU."""
+    preprocessing: Preprocessing
+    config: dict[str, Any]
+    """Our section of config.json: schema_version, encoder, preprocessing, pooling, provenance."""
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Where the weights come from: run, step, manifest_hash; or the foreign source."""
+        return dict(self.config["provenance"])
+
+
+def save_artifact(
+    folder: Path,
+    encoder: VisionTransformer,
+    preprocessing: Preprocessing,
+    provenance: Mapping[str, Any],
+    predictor: Predictor | None = None,
+) -> None:
+    """Writes the artifact, reads it back and only then publishes it.
+
+    Args:
+        folder: does not exist, is empty, or holds an earlier artifact, which is replaced.
+        provenance: run, step, manifest_hash and whatever else JSON can hold.
+        predictor: for the `VJEPA2Model`, where one is written.
+
+    Raises:
+        ValueError: the folder holds something else, or the encoder is not timm's plain ViT,
+            or the predictor has other positions.
+        RuntimeError: the artifact read back gives other features.
+    """
+    if encoder.norm.eps != LN_EPS:
+        raise ValueError(f"timm's ViT has LayerNorm eps {LN_EPS}, this encoder {encoder.norm.eps}")
+    if encoder.image_size != preprocessing.image_size:
+        sizes = f"{preprocessing.image_size} and {encoder.image_size}"
+        raise ValueError(f"preprocessing and encoder differ in image size: {sizes}")
+    if predictor is not None and predictor.positions != encoder.positions:
+        kinds = f"{encoder.positions} and {predictor.positions}"
+        raise ValueError(f"encoder and predictor differ in positions: {kinds}")
+    _require_replaceable(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        new = Path(scratch) / "artifact"
+        _write_files(new, encoder, preprocessing, provenance, predictor)
+        _verify(new, encoder, preprocessing)
+        if folder.exists():
+            folder.rename(Path(scratch) / "old")
+        new.rename(folder)
+
+
+def load_artifact(uri: str | Path) -> Artifact:
+    """Loads an encoder from an artifact or from other people's formats.
+
+    Args:
+        uri: local or `s3://` folder of our artifact, of a timm model without class token (such as
+            `vit_huge_patch14_gap_224.in1k_ijepa`) or of a `transformers.IJepaModel` or
+            `VJEPA2Model`; or a released I-JEPA checkpoint file (`.pth.tar`).
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: not one of these, or weights missing, left over or of another shape, by name.
+    """
+    with _local(str(uri)) as path:
+        if path.is_file():
+            return _assemble(read_meta(path, str(uri)), str(uri))
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{uri}: no config.json; not an artifact")
+        config = json.loads((path / "config.json").read_text())
+        if "rayjepa" in config:
+            return _load_ours(path, config["rayjepa"], str(uri))
+        if config.get("model_type") == "ijepa":
+            return _assemble(read_transformers(path, config, str(uri)), str(uri))
+        if config.get("model_type") == "vjepa2":
+            return _assemble(read_vjepa2(path, config, str(uri)), str(uri))
+        if "architecture" in config:
+            return _assemble(read_timm(path, config, str(uri)), str(uri))
+    raise ValueError(f"{uri}: config.json is neither timm's (architecture) nor a JEPA's")
+
+
+def load_predictor(uri: str | Path) -> Predictor:
+    """Loads the predictor of a `transformers.VJEPA2Model`, in eval mode, fp32, on the CPU.
+
+    Args:
+        uri: local or `s3://` folder of the model: of an artifact, its `transformers/`.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: no such model, or no predictor in it, or weights that do not fit.
+    """
+    with _local(str(uri)) as path:
+        file = path / "config.json"
+        config = json.loads(file.read_text()) if file.is_file() else {}
+        if config.get("model_type") != "vjepa2":
+            raise ValueError(f"{uri}: not a VJEPA2Model; no predictor to load")
+        source = read_vjepa2_predictor(path, config, str(uri))
+    return _fill(Predictor(**source.shape), source, str(uri))
+
+
+def load_strict(encoder: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Loads all weights or raises, naming what is missing, left over or of another shape.
+
+    Raises:
+        ValueError: the state does not fit exactly.
+    """
+    own = encoder.state_dict()
+    faults = {
+        "missing": sorted(own.keys() - state.keys()),
+        "unexpected": sorted(state.keys() - own.keys()),
+        "of another shape": [
+            f"{k} {tuple(state[k].shape)}, not {tuple(own[k].shape)}"
+            for k in sorted(own.keys() & state.keys())
+            if own[k].shape != state[k].shape
+        ],
+    }
+    if any(faults.values()):
+        text = "; ".join(f"{len(v)} {kind}: {_some(v)}" for kind, v in faults.items() if v)
+        raise ValueError(f"{source}: weights do not fit the model; {text}")
+    encoder.load_state_dict(dict(state))
+
+
+def _some(names: list[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def _require_replaceable(folder: Path) -> None:
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    config = folder / "config.json"
+    if not config.is_file() or "rayjepa" not in json.loads(config.read_text()):
+        raise ValueError(f"{folder} exists and is not an artifact of ours; not replacing it")
+
+
+# --- writing ---------------------------------------------------------------------------------
+
+
+def _write_files(
+    folder: Path,
+    encoder: VisionTransformer,
+    prep: Preprocessing,
+    provenance: Mapping[str, Any],
+    predictor: Predictor | None,
+) -> None:
+    folder.mkdir()
+    config = {"rayjepa": _our_config(encoder, prep, provenance)}
+    save_tensors(_to_save(encoder), folder / "model.safetensors", METADATA)
+    if encoder.frames == 1 and encoder.positions == "sincos":
+        config = timm_config(encoder, prep) | config
+        _write_ijepa(folder / "transformers", encoder, prep)
+    elif encoder.positions == "rope_released":
+        _write_vjepa2(folder / "transformers", encoder, prep, predictor)
+    _write_json(folder / "config.json", config)
+
+
+def _write_ijepa(folder: Path, encoder: VisionTransformer, prep: Preprocessing) -> None:
+    folder.mkdir()
+    save_tensors(to_transformers(_to_save(encoder)), folder / "model.safetensors", METADATA)
+    _write_json(folder / "config.json", ijepa_config(encoder))
+    _write_json(folder / "preprocessor_config.json", processor_config(prep))
+
+
+def _write_vjepa2(
+    folder: Path, encoder: VisionTransformer, prep: Preprocessing, predictor: Predictor | None
+) -> None:
+    folder.mkdir()
+    state = to_vjepa2(_to_save(encoder), _to_save(predictor) if predictor else None)
+    save_tensors(state, folder / "model.safetensors", METADATA)
+    _write_json(folder / "config.json", vjepa2_config(encoder, predictor))
+    _write_json(folder / "video_preprocessor_config.json", video_processor_config(prep))
+
+
+def _to_save(module: nn.Module) -> dict[str, Tensor]:
+    return {k: v.detach().float().cpu().contiguous() for k, v in module.state_dict().items()}
+
+
+def _verify(folder: Path, encoder: VisionTransformer, prep: Preprocessing) -> None:
+    """Compares features of random clips or images before and after the round trip, bit for bit."""
+    loaded = load_artifact(folder)
+    side, again = prep.image_size, loaded.preprocessing
+    length = min(encoder.frames, 2 * encoder.tubelet)  # long clips would take minutes
+    shape = (2, 3, side, side) if encoder.frames == 1 else (2, 3, length, side, side)
+    generator = torch.Generator().manual_seed(0)
+    clips = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+    device = encoder.norm.weight.device
+    with torch.inference_mode():
+        before = encoder(normalize(clips, prep.mean, prep.std).to(device))
+        loaded.encoder.to(device)
+        after = loaded.encoder(normalize(clips, again.mean, again.std).to(device))
+    if not torch.equal(before, after):
+        worst = float((before - after).abs().max())
+        raise RuntimeError(f"the artifact read back gives other features (by up to {worst:g})")
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _shape(encoder: VisionTransformer) -> dict[str, Any]:
+    return {
+        "image_size": encoder.image_size,
+        "patch_size": encoder.patch_size,
+        "width": encoder.width,
+        "depth": encoder.depth,
+        "heads": encoder.heads,
+        "mlp_ratio": encoder.mlp_ratio,
+        "patch_std": encoder.patch_std,
+        "frames": encoder.frames,
+        "tubelet": encoder.tubelet,
+        "positions": encoder.positions,
+    }
+
+
+def _our_config(
+    encoder: VisionTransformer, prep: Preprocessing, provenance: Mapping[str, Any]
+) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "encoder": _shape(encoder),
+        "preprocessing": dataclasses.asdict(prep),
+        "pooling": "mean",
+        "provenance": dict(provenance),
+    }
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def _local(uri: str) -> Iterator[Path]:
+    """The artifact as a local path; a remote one is downloaded for as long as the block lasts."""
+    fs, root = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+    if not fs.exists(root):
+        raise FileNotFoundError(f"{uri}: nothing there")
+    if "file" in fs.protocol:
+        yield Path(root)
+        return
+    with tempfile.TemporaryDirectory(prefix="artifact-") as scratch:
+        target = Path(scratch) / Path(root).name
+        if fs.isfile(root):
+            fs.get_file(root, str(target))
+        else:
+            target.mkdir()
+            # Not recursive: the transformers copy doubles the download for nothing.
+            for name in fs.ls(root, detail=False):
+                if Path(name).suffix in (".json", ".safetensors"):
+                    fs.get_file(name, str(target / Path(name).name))
+        yield target
+
+
+def _load_ours(folder: Path, ours: dict[str, Any], uri: str) -> Artifact:
+    version = ours.get("schema_version")
+    if version not in READABLE:
+        known = " and ".join(map(str, READABLE))
+        raise ValueError(f"{uri}: artifact schema {version}, this code reads {known}")
+    values: dict[str, Any] = dict(ours["preprocessing"])
+    lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
+    prep = Preprocessing(**values | lists)
+    state = read_state(folder, uri)
+    return _assemble(Source(ours["encoder"], prep, state), uri, ours)
+
+
+def _assemble(source: Source, uri: str, ours: dict[str, Any] | None = None) -> Artifact:
+    encoder = _fill(VisionTransformer(**source.shape), source, uri)
+    config = ours or _our_config(encoder, source.preprocessing, {"source": uri})
+    return Artifact(encoder, source.preprocessing, config)
+
+
+def _fill(network: Network, source: Source, uri: str) -> Network:
+    load_strict(network, source.state, uri)
+    for module in network.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = source.layer_norm_eps
+    return network.eval().requires_grad_(False)

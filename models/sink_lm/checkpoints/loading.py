@@ -1,0 +1,138 @@
+"""Loads a decoder from a Hugging Face folder, a hub id or a GGUF file.
+
+Every tensor of the checkpoint is used or refused by name. They are read one by one into a model
+without memory, so a load needs the weights once, and the largest fused tensor twice.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from models.sink_lm.checkpoints.checkpoint import Checkpoint, Shape, open_folder
+from models.sink_lm.checkpoints.gguf_file import open_gguf
+from models.sink_lm.checkpoints.location import locate
+from models.sink_lm.network.config import LMConfig
+from models.sink_lm.network.int8 import ACTIVATIONS, quantised, without_weights
+from models.sink_lm.network.llama import Llama
+
+# Old checkpoints carry the frequencies, which follow from the configuration.
+ROTARY_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def load_model(
+    path: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Llama:
+    """Returns the decoder at `path`, in eval mode and without gradients.
+
+    Args:
+        path: a Hugging Face folder (`config.json` and safetensors, sharded or not), a hub id, a
+            `.gguf` file or a folder that holds one.
+        dtype: of the weights; quantised ones are dequantised. `torch.int8` rounds the linear
+            layers to 8 bits (models/sink_lm/network/int8.py) and computes in bfloat16.
+        device: where they go.
+
+    Raises:
+        FileNotFoundError: nothing there, or a shard is missing.
+        UnsupportedModel: names what cannot stream.
+        ValueError: names the file, and every missing, unexpected or mis-shaped tensor.
+    """
+    source = locate(path)
+    with ExitStack() as stack:
+        checkpoint = open_gguf(source) if source.is_file() else open_folder(source, stack)
+        cfg = checkpoint.cfg
+        parts = _parts(cfg)
+        with torch.device("meta"):
+            model = Llama(cfg)
+            if dtype == torch.int8:
+                _make_int8(model)
+        expected = {name: shape for rows in parts.values() for name, shape in rows.items()}
+        if faults := _faults(checkpoint, expected):
+            raise ValueError(f"{source}: {'; '.join(faults)}")
+        state: dict[str, Tensor] = {}
+        for name, rows in parts.items():
+            tensors = [checkpoint.read(row).to(device) for row in rows]
+            whole = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+            state |= _stored(name, whole, dtype, cfg)
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def _make_int8(model: Llama) -> None:
+    """Replaces every linear layer; the head, which is read whole every step, is always one."""
+    for layer in model.layers:
+        for name, child in list(layer.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(layer, name, without_weights(child))
+    head = nn.Linear(model.cfg.hidden_size, model.cfg.vocab_size, bias=False)
+    model.head = without_weights(head)
+
+
+def _stored(name: str, whole: Tensor, dtype: torch.dtype, cfg: LMConfig) -> dict[str, Tensor]:
+    """A tensor as the model keeps it: one entry, or levels and scales."""
+    if dtype != torch.int8:
+        return {name: whole.to(dtype)}
+    if name == "embed.weight":
+        found = {name: whole.to(ACTIVATIONS)}
+        return found | _stored("head.weight", whole, dtype, cfg) if cfg.tie_embeddings else found
+    if whole.ndim == 1:
+        return {name: whole.to(ACTIVATIONS)}
+    levels_OI, scale_O = quantised(whole)
+    return {name: levels_OI, name.removesuffix("weight") + "scale": scale_O}
+
+
+def _parts(cfg: LMConfig) -> dict[str, dict[str, Shape]]:
+    """What each of our tensors is made of, from the top rows down: their names and shapes."""
+    parts: dict[str, dict[str, Shape]] = {}
+    parts["embed.weight"] = {EMBED: (cfg.vocab_size, cfg.hidden_size)}
+    for i in range(cfg.num_layers):
+        for ours, theirs in _layer_parts(cfg).items():
+            rows = {f"model.layers.{i}.{name}": shape for name, shape in theirs.items()}
+            parts[f"layers.{i}.{ours}"] = rows
+    parts["norm.weight"] = {"model.norm.weight": (cfg.hidden_size,)}
+    if not cfg.tie_embeddings:
+        parts["head.weight"] = {HEAD: (cfg.vocab_size, cfg.hidden_size)}
+    return parts
+
+
+def _layer_parts(cfg: LMConfig) -> dict[str, dict[str, Shape]]:
+    width, inner = cfg.hidden_size, cfg.intermediate_size
+    queries, keys = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
+    qkv = {"q": queries, "k": keys, "v": keys}
+    parts: dict[str, dict[str, Shape]] = {
+        "attention_norm.weight": {"input_layernorm.weight": (width,)},
+        "qkv.weight": {f"self_attn.{x}_proj.weight": (rows, width) for x, rows in qkv.items()},
+        "out.weight": {"self_attn.o_proj.weight": (width, queries)},
+        "mlp_norm.weight": {"post_attention_layernorm.weight": (width,)},
+        "gate_up.weight": {f"mlp.{x}_proj.weight": (inner, width) for x in ("gate", "up")},
+        "down.weight": {"mlp.down_proj.weight": (width, inner)},
+    }
+    if cfg.qkv_bias:
+        parts["qkv.bias"] = {f"self_attn.{x}_proj.bias": (rows,) for x, rows in qkv.items()}
+    if cfg.qk_norm:
+        parts["q_norm.weight"] = {"self_attn.q_norm.weight": (cfg.head_dim,)}
+        parts["k_norm.weight"] = {"self_attn.k_norm.weight": (cfg.head_dim,)}
+    return parts
+
+
+def _faults(checkpoint: Checkpoint, expected: Mapping[str, Shape]) -> list[str]:
+    """What keeps the checkpoint from being the decoder's."""
+    shapes = checkpoint.shapes
+    extra = {name for name in shapes.keys() - expected.keys() if not ROTARY_BUFFER.fullmatch(name)}
+    if checkpoint.cfg.tie_embeddings and HEAD in extra and EMBED in shapes:
+        if not torch.equal(checkpoint.read(HEAD), checkpoint.read(EMBED)):
+            return [f"tie_word_embeddings is true, yet {HEAD} differs from {EMBED}"]
+        extra.remove(HEAD)  # the same tensor, stored twice
+    faults = [f"missing {name}" for name in expected if name not in shapes]
+    faults += [f"unexpected {name}" for name in sorted(extra)]
+    faults += [
+        f"{name} is {list(shapes[name])}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in shapes and shapes[name] != shape
+    ]
+    return faults

@@ -1,0 +1,397 @@
+"""Many endless sessions in one decode batch: continuous batching over static slabs.
+
+A session's stream is the list of all its tokens, prompt and sampled ones; its cache is a function of
+a beginning of it. What was accepted but not yet read by the model waits in `pending`: the prompt,
+or the token sampled last, so that nothing is ever missing from the cache. One tick reads at most
+one chunk of one prompt and then one token of every session that generates. Nothing here grows
+with a stream: its tokens are in the journal.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from models.sink_lm.checkpoints.tokenizer import Tokenizer
+from models.sink_lm.engine.generation import EndEvent, Generation, GenerationRequest, TokenEvent
+from models.sink_lm.engine.sampling import Choice, choose, scored
+from models.sink_lm.engine.session import (
+    Session,
+    SessionBusy,
+    SessionExists,
+    SessionInfo,
+    UnknownSession,
+)
+from models.sink_lm.network.buckets import BucketDecoder
+from models.sink_lm.network.cache import NoFreeSlab
+from models.sink_lm.network.llama import Llama
+
+Journal = Callable[[str, Sequence[int]], None]
+SCORED_ROWS = 32
+"""Tokens of a prompt whose logits are in memory at the same time."""
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Owns the cache. One thread calls `tick`, any thread calls the rest.
+
+    Args:
+        model: the decoder.
+        tokenizer: its tokenizer.
+        sessions: slabs.
+        capacity: tokens a session sees at most, see `Slabs`.
+        prefill_chunk: prompt tokens read between two decode steps.
+        max_buffered: unread events of an answer at which its session pauses.
+        by_bucket: decode with static shapes, on CUDA as graphs (models/sink_lm/network/buckets.py).
+        journal: called with a session's name and new tokens before anyone sees them. If it raises,
+            they are not in the stream: `submit` and `extend` raise too, an answer ends as `error`.
+            Like an answer's `notify` it may be called within a tick and must not call the engine.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        tokenizer: Tokenizer,
+        *,
+        sessions: int,
+        capacity: int,
+        prefill_chunk: int = 128,
+        max_buffered: int = 256,
+        by_bucket: bool = False,
+        journal: Journal | None = None,
+    ) -> None:
+        for name, size in (("prefill_chunk", prefill_chunk), ("max_buffered", max_buffered)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        self.model, self.tokenizer = model, tokenizer
+        self.slabs = model.slabs(sessions=sessions, capacity=capacity)
+        self._bucket_decoder = BucketDecoder(model, self.slabs) if by_bucket else None
+        self._prefill_chunk, self._max_buffered = prefill_chunk, max_buffered
+        self._journal = journal
+        self._sessions: dict[str, Session] = {}
+        self._turn: deque[str] = deque()  # sessions whose prompt is being read, in turn
+        self._door, self._lock = threading.RLock(), threading.RLock()
+        self._work = threading.Event()
+
+    @contextmanager
+    def _between_ticks(self) -> Iterator[None]:
+        """The engine to oneself, after the tick in progress: the next one waits at the door.
+
+        With the lock alone, a loop of ticks takes it again before any other thread wakes up.
+        """
+        with self._door, self._lock:
+            yield
+
+    def open(self, session_id: str, *, sinks: int = 4) -> None:
+        """Starts an empty stream.
+
+        Raises:
+            SessionExists: the name is taken.
+            NoFreeSlab: every slab is in use.
+            ValueError: more sinks than leave a window.
+        """
+        with self._between_ticks():
+            if session_id in self._sessions:
+                raise SessionExists(session_id)
+            self._sessions[session_id] = Session(self.slabs.allocate(sinks))
+
+    def close(self, session_id: str) -> None:
+        """Ends a session; what it generates ends as cancelled.
+
+        Raises:
+            UnknownSession: there is none.
+        """
+        with self._between_ticks():
+            session = self._get(session_id)
+            if session.generation is not None:
+                session.generation.end("cancelled")
+            self.slabs.release(session.slot)
+            del self._sessions[session_id]
+
+    def sessions(self) -> list[str]:
+        """Names, longest unused first."""
+        with self._between_ticks():
+            return sorted(self._sessions, key=lambda name: self._sessions[name].used_at)
+
+    def info(self, session_id: str) -> SessionInfo:
+        """Describes a session.
+
+        Raises:
+            UnknownSession: there is none.
+        """
+        with self._between_ticks():
+            session = self._get(session_id)
+            sinks, capacity = self.slabs.sinks(session.slot), self.slabs.capacity
+            position = self._position(session)
+            cached = min(position, capacity - 1)
+            return SessionInfo(
+                position=position,
+                cached_tokens=cached,
+                evicted_tokens=position - cached,
+                sinks=sinks,
+                window=capacity - 1 - sinks,
+                bytes=self.slabs.bytes_per_session,
+                busy=session.busy,
+                idle_s=0.0 if session.busy else time.monotonic() - session.used_at,
+            )
+
+    def submit(
+        self, session_id: str, tokens: Sequence[int], request: GenerationRequest
+    ) -> Generation:
+        """Appends a prompt and generates after it.
+
+        Args:
+            session_id: an open session.
+            tokens: may be empty where the stream is not: then it goes on.
+            request: how.
+
+        Raises:
+            UnknownSession: there is none.
+            SessionBusy: it is generating.
+            ValueError: a token there is not, nothing to go on from, or rules that name such.
+        """
+        with self._between_ticks():
+            session = self._get(session_id)
+            if session.busy:
+                raise SessionBusy(session_id)
+            self._check_tokens(tokens)
+            if not tokens and not session.pending:
+                raise ValueError("an empty prompt needs a stream to go on from")
+            generation = Generation(
+                request,
+                self.tokenizer,
+                prompt_tokens=len(tokens),
+                vocab_size=self.model.cfg.vocab_size,
+                max_buffered=self._max_buffered,
+                on_room=self._work.set,
+            )
+            is_first = self._position(session) == 0
+            self._append(session_id, session, tokens)
+            session.generation, session.used_at = generation, time.monotonic()
+            if is_first and request.prompt_logprobs is not None:
+                generation.accept_prompt([Choice(tokens[0])])  # nothing comes before it
+        self._work.set()
+        return generation
+
+    def extend(self, session_id: str, tokens: Sequence[int]) -> None:
+        """Appends tokens and reads all but the last, in the caller's thread, between ticks.
+
+        Raises:
+            UnknownSession: there is none, or it was closed meanwhile.
+            SessionBusy: it is generating.
+            ValueError: a token there is not.
+        """
+        with self._between_ticks():
+            session = self._idle(session_id)
+            self._check_tokens(tokens)
+            self._append(session_id, session, tokens)
+        while len(session.pending) > 1:
+            with self._between_ticks():
+                self._read_chunk(self._idle(session_id))
+
+    def fork(self, session_id: str, new_id: str) -> None:
+        """Opens a second session with the same stream.
+
+        Raises:
+            UnknownSession: there is none.
+            SessionBusy: it is generating.
+            SessionExists: the new name is taken.
+            NoFreeSlab: every slab is in use.
+        """
+        with self._between_ticks():
+            source = self._idle(session_id)
+            self.open(new_id, sinks=self.slabs.sinks(source.slot))
+            target = self._sessions[new_id]
+            self.slabs.copy(source.slot, target.slot)
+            target.pending = source.pending.copy()
+
+    def export(self, session_id: str) -> dict[str, Tensor]:
+        """A copy of a session's state, busy or not, as of the last tick.
+
+        Returns:
+            What `Slabs.export` returns, and `pending` int64: accepted tokens not yet read.
+
+        Raises:
+            UnknownSession: there is none.
+        """
+        with self._between_ticks():
+            session = self._get(session_id)
+            pending = torch.tensor(list(session.pending), dtype=torch.long)
+            return self.slabs.export(session.slot) | {"pending": pending}
+
+    def restore(self, session_id: str, state: dict[str, Tensor], tail: Sequence[int] = ()) -> None:
+        """Opens a session from an exported state and the tokens the journal has after it.
+
+        Args:
+            session_id: a new name.
+            state: from `export`.
+            tail: tokens after the state's position (its pending ones included in that position).
+
+        Raises:
+            SessionExists: the name is taken.
+            NoFreeSlab: every slab is in use.
+            ValueError: the state is damaged, or of another model or cache.
+        """
+        with self._between_ticks():
+            missing = {"keys", "values", "length", "sinks", "pending"} - state.keys()
+            if missing:
+                raise ValueError(f"state has no {', '.join(sorted(missing))}")
+            pending = [*state["pending"].tolist(), *tail]
+            self._check_tokens(pending)
+            self.open(session_id, sinks=int(state["sinks"]))
+            session = self._sessions[session_id]
+            try:
+                self.slabs.restore(session.slot, state)
+            except BaseException:
+                self.close(session_id)
+                raise
+            session.pending = deque(pending)
+        self._work.set()
+
+    def wait_for_work(self, timeout: float | None = None) -> bool:
+        """Blocks until a tick has something to do, or may have."""
+        return self._work.wait(timeout)
+
+    def tick(self) -> bool:
+        """Reads one chunk of a prompt and one token of every session that generates.
+
+        Returns:
+            Whether there was anything to do.
+        """
+        with self._door:
+            self._lock.acquire()
+        try:
+            self._work.clear()
+            self._end_cancelled()
+            worked = self._prefill() | self._decode()
+            if worked:
+                self._work.set()
+            return worked
+        finally:
+            self._lock.release()
+
+    def _prefill(self) -> bool:
+        """Reads one chunk of the prompt whose turn it is; restored streams have one to read too."""
+        waiting = {name for name, session in self._sessions.items() if session.has_prompt}
+        self._turn = deque(name for name in self._turn if name in waiting)
+        self._turn.extend(sorted(waiting.difference(self._turn)))
+        if not self._turn:
+            return False
+        self._turn.rotate(-1)
+        self._read_chunk(self._sessions[self._turn[-1]])
+        return True
+
+    def _read_chunk(self, session: Session) -> None:
+        """Moves pending tokens into the cache; leaves the last one to the decoder."""
+        count = min(self._prefill_chunk, len(session.pending) - 1)
+        if count < 1:
+            return
+        ids = [session.pending[i] for i in range(count + 1)]
+        x_TE = self.model.read(self._put(torch.tensor(ids[:-1])), self.slabs, session.slot)
+        for _ in range(count):
+            session.pending.popleft()
+        if session.generation is not None:
+            self._score(x_TE, ids[1:], session.generation)
+
+    @torch.inference_mode()
+    def _score(self, x_TE: Tensor, after: Sequence[int], generation: Generation) -> None:
+        """Reports what follows each token, if asked to; the logits of all would be too large."""
+        count = generation.request.prompt_logprobs
+        for row in range(0, len(after) if count is not None else 0, SCORED_ROWS):
+            rows = slice(row, row + SCORED_ROWS)
+            generation.accept_prompt(scored(self.model.logits(x_TE[rows]), after[rows], count))
+
+    def _decode(self) -> bool:
+        """Feeds the last pending token of each session, and samples the next."""
+        running = [(name, s) for name, s in self._sessions.items() if s.is_running]
+        ready = [(name, s) for name, s in running if len(s.pending) == 1 and not s.end_if_read()]
+        if not ready:
+            return False
+        ready.sort(key=lambda item: item[1].slot)
+        tokens_B = torch.tensor([session.pending[0] for _, session in ready])
+        slots = [session.slot for _, session in ready]
+        logits_BV = self._logits(self._put(tokens_B), slots)
+        generations = [s.generation for _, s in ready if s.generation is not None]
+        choices = choose(logits_BV, [generation.sampler for generation in generations])
+        for _, session in ready:
+            session.pending.clear()
+        for (name, session), generation, choice in zip(ready, generations, choices, strict=True):
+            self._deliver(name, session, generation, choice)
+        return True
+
+    def _logits(self, tokens_B: Tensor, slots: list[int]) -> Tensor:
+        if self._bucket_decoder is not None:
+            return self._bucket_decoder(tokens_B, slots)
+        return self.model.decode(tokens_B, self.slabs, slots)
+
+    def _deliver(self, name: str, session: Session, generation: Generation, choice: Choice) -> None:
+        """Hands an answer its token; what fails here ends this answer and no other."""
+        session.used_at = time.monotonic()
+        try:
+            self._append(name, session, [choice.token])
+            generation.accept(choice, self._position(session))
+        except Exception as error:
+            log.exception("session %s: the answer ends", name)
+            generation.end("error", message=f"{type(error).__name__}: {error}")
+        if generation.ended:
+            session.generation = None
+
+    def _append(self, name: str, session: Session, tokens: Sequence[int]) -> None:
+        """Accepts tokens into a stream: the journal has them before anyone else."""
+        if self._journal is not None and tokens:
+            self._journal(name, tokens)
+        session.pending.extend(tokens)
+
+    def _end_cancelled(self) -> None:
+        for session in self._sessions.values():
+            if session.generation is not None and session.generation.cancelled:
+                session.generation.end("cancelled")
+                session.generation = None
+
+    def _check_tokens(self, tokens: Sequence[int]) -> None:
+        vocab = self.model.cfg.vocab_size
+        wrong = [token for token in tokens if not 0 <= token < vocab]
+        if wrong:
+            raise ValueError(f"token {wrong[0]} is not below {vocab}")
+
+    def _position(self, session: Session) -> int:
+        return self.slabs.length(session.slot) + len(session.pending)
+
+    def _put(self, tokens: Tensor) -> Tensor:
+        return tokens.to(self.slabs.device)
+
+    def _get(self, session_id: str) -> Session:
+        if session_id not in self._sessions:
+            raise UnknownSession(session_id)
+        return self._sessions[session_id]
+
+    def _idle(self, session_id: str) -> Session:
+        session = self._get(session_id)
+        if session.busy:
+            raise SessionBusy(session_id)
+        return session
+
+
+__all__ = [
+    "EndEvent",
+    "Engine",
+    "Generation",
+    "GenerationRequest",
+    "NoFreeSlab",
+    "SessionBusy",
+    "SessionExists",
+    "SessionInfo",
+    "TokenEvent",
+    "UnknownSession",
+]

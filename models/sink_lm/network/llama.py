@@ -1,0 +1,187 @@
+"""A Llama-style decoder (Llama, Mistral, Qwen2, Qwen3) that reads and writes a sink cache.
+
+Legend: B rows (sessions of a decode batch or tokens of a chunk), E hidden width, H heads,
+D head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.sink_lm.network.attention import ChunkAttention, DecodeAttention
+from models.sink_lm.network.cache import Slabs
+from models.sink_lm.network.config import LMConfig
+from models.sink_lm.network.rope import attention_scale, frequencies
+
+
+class Attend(Protocol):
+    """Attention of some rows in one layer: queries, keys and values in, [B, H * D] out."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, /) -> Tensor:
+        """Writes the keys and values, then attends."""
+
+
+class Layer(nn.Module):
+    """One pre-norm decoder layer: attention, then a gated MLP.
+
+    Args:
+        cfg: the decoder.
+        index: which layer of the cache is its own.
+    """
+
+    def __init__(self, cfg: LMConfig, index: int) -> None:
+        super().__init__()
+        self._index = index
+        self._heads = (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)
+        self._head_dim = cfg.head_dim
+        rows = sum(self._heads) * cfg.head_dim
+        self.attention_norm = nn.RMSNorm(cfg.hidden_size, cfg.norm_eps)
+        self.qkv = nn.Linear(cfg.hidden_size, rows, bias=cfg.qkv_bias)
+        self.q_norm = nn.RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
+        self.out = nn.Linear(cfg.num_heads * cfg.head_dim, cfg.hidden_size, bias=False)
+        self.mlp_norm = nn.RMSNorm(cfg.hidden_size, cfg.norm_eps)
+        self.gate_up = nn.Linear(cfg.hidden_size, 2 * cfg.intermediate_size, bias=False)
+        self.down = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=False)
+
+    def forward(self, x_BE: Tensor, attend: Attend) -> Tensor:
+        """One step of the residual stream."""
+        heads_BHD = self.qkv(self.attention_norm(x_BE)).unflatten(1, (-1, self._head_dim))
+        q_BHD, k_BHD, v_BHD = heads_BHD.split(self._heads, dim=1)
+        mixed = attend(self._index, self.q_norm(q_BHD), self.k_norm(k_BHD), v_BHD)
+        x_BE = x_BE + self.out(mixed)
+        gate, up = self.gate_up(self.mlp_norm(x_BE)).chunk(2, dim=-1)
+        mlp_BE: Tensor = self.down(F.silu(gate) * up)
+        return x_BE + mlp_BE
+
+
+class Llama(nn.Module):
+    """The decoder. Weights are whatever `torch.nn` starts with until they are loaded.
+
+    Args:
+        cfg: its shape.
+    """
+
+    def __init__(self, cfg: LMConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.embed = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.layers = nn.ModuleList(Layer(cfg, index) for index in range(cfg.num_layers))
+        self.norm = nn.RMSNorm(cfg.hidden_size, cfg.norm_eps)
+        self.head: nn.Module | None = None  # then it is the embedding
+        if not cfg.tie_embeddings:
+            self.head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+        self._scale = attention_scale(cfg.rope)
+        self._frequencies_F: Tensor | None = None
+
+    def slabs(self, *, sessions: int, capacity: int, beyond_training: bool = False) -> Slabs:
+        """Cache memory in the type and on the device of the weights; see `Slabs`."""
+        weight = self.embed.weight
+        return Slabs(
+            self.cfg,
+            sessions=sessions,
+            capacity=capacity,
+            dtype=weight.dtype,
+            device=weight.device,
+            beyond_training=beyond_training,
+        )
+
+    @torch.inference_mode()
+    def decode(self, tokens_B: Tensor, slabs: Slabs, slots: Sequence[int]) -> Tensor:
+        """Feeds one token to each of some sessions.
+
+        Args:
+            tokens_B: int64 [B].
+            slabs: the cache.
+            slots: B different slab numbers; neighbouring ones are fastest.
+
+        Returns:
+            float32 (float64 for a float64 model) logits [B, V] of what comes next.
+
+        Raises:
+            ValueError: a slab is named twice.
+        """
+        if len(set(slots)) != len(slots):
+            raise ValueError(f"slots {list(slots)} name a session twice")
+        order = sorted(range(len(slots)), key=slots.__getitem__)
+        ascending = [slots[row] for row in order]
+        attend = DecodeAttention(ascending, slabs, *self.rotary(tokens_B.device))
+        order_B = torch.tensor(order, device=tokens_B.device)
+        logits_BV = self.logits(self.run(tokens_B[order_B], attend))
+        for slot in slots:
+            slabs.advance(slot, 1)
+        return logits_BV[order_B.argsort()] if ascending != list(slots) else logits_BV
+
+    @torch.inference_mode()
+    def prefill(
+        self,
+        tokens_T: Tensor,
+        slabs: Slabs,
+        slot: int,
+        *,
+        logits: Literal["last", "all", "none"] = "last",
+    ) -> Tensor | None:
+        """Feeds the next tokens of one session; equals `decode` of one after the other.
+
+        Work and scratch memory grow with T * (C + T): feed long prompts in chunks.
+
+        Args:
+            tokens_T: int64 [T], at least one.
+            slabs: the cache.
+            slot: slab number.
+            logits: after which tokens.
+
+        Returns:
+            float32 (float64 for a float64 model) [V], [T, V] or None.
+
+        Raises:
+            ValueError: no token.
+        """
+        x_TE = self.read(tokens_T, slabs, slot)
+        if logits == "none":
+            return None
+        return self.logits(x_TE) if logits == "all" else self.logits(x_TE[-1:])[0]
+
+    @torch.inference_mode()
+    def read(self, tokens_T: Tensor, slabs: Slabs, slot: int) -> Tensor:
+        """Feeds the next tokens of one session as `prefill` does, and leaves the head to the caller.
+
+        Returns:
+            The residual stream [T, E] after every layer, for `logits` of some rows at a time.
+
+        Raises:
+            ValueError: no token.
+        """
+        if not len(tokens_T):
+            raise ValueError("a chunk needs at least one token")
+        attend = ChunkAttention(slot, len(tokens_T), slabs, *self.rotary(tokens_T.device))
+        x_TE = self.run(tokens_T, attend)
+        slabs.advance(slot, len(tokens_T))
+        return x_TE
+
+    def rotary(self, device: torch.device) -> tuple[Tensor, float]:
+        """Frequencies, float64 [D / 2], and the factor on rotated heads.
+
+        Made when first needed: as a buffer they would be cast along with the weights.
+        """
+        if self._frequencies_F is None or self._frequencies_F.device != device:
+            self._frequencies_F = frequencies(self.cfg.rope, self.cfg.head_dim).to(device)
+        return self._frequencies_F, self._scale
+
+    def run(self, tokens_B: Tensor, attend: Attend) -> Tensor:
+        """Every layer, from int64 [B] to the residual stream [B, E]."""
+        x_BE: Tensor = self.embed(tokens_B)
+        for layer in self.layers:
+            x_BE = layer(x_BE, attend)
+        return x_BE
+
+    def logits(self, x_BE: Tensor) -> Tensor:
+        """The head, from the residual stream [B, E] to float32 (or float64) [B, V]."""
+        x_BE, head = self.norm(x_BE), self.head
+        logits_BV: Tensor = F.linear(x_BE, self.embed.weight) if head is None else head(x_BE)
+        return logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
