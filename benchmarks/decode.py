@@ -9,7 +9,7 @@ frame every 250 frames). A clip is 16 frames, every fourth one of 25 a second, f
 cropped at random to 224x224. Every variant runs in processes of its own on 2 workers. CPU seconds
 are those of the process tree, from one batch to a later one, with as many under way at both ends.
 
-    ours        `pipelines.loading.train_batches` on shards that `pipelines.ingest` made of the files
+    ours        `pipelines.loading.loader.train_batches` on shards that `pipelines.ingest` made of the files
                 (short side 256, 25 frames/s, otherwise its defaults): crops, masks, ids
     whole       torch DataLoader; decodes the file from the front to the back for a clip (decord style)
     seek        torch DataLoader; PyAV seeks to the key frame before the clip and decodes to its end
@@ -133,7 +133,7 @@ def _ours(work: Path, batch: int, total: int) -> Iterator[tuple[int, ...]]:
         ObjectiveConfig,
         PretrainConfig,
     )
-    from pipelines.loading import train_batches
+    from pipelines.loading.loader import train_batches
 
     os.environ.pop("RAY_ADDRESS", None)
     ray.init(num_cpus=WORKERS, include_dashboard=False)

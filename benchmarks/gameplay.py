@@ -21,7 +21,7 @@ import tyro
 
 from pipelines.config import EvaluateConfig
 from pipelines.evaluate import evaluate
-from pipelines.report import NAMES, main_score
+from pipelines.evaluation.report.page import NAMES, main_score
 
 TASKS = {
     ("pong", "ram_51"): "Pong: height of the player's paddle",

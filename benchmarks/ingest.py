@@ -164,7 +164,7 @@ def main(cifar10: Path, work: Path) -> None:
         cifar10: Folder with CIFAR-10's `train` and `test`.
         work: Folder for the source tree, the shards and the logs.
     """
-    from pipelines.shards import MANIFEST, read_rows, verify_shards
+    from pipelines.dataset.shards import MANIFEST, read_rows, verify_shards
 
     source = work / "source"
     source.mkdir(parents=True, exist_ok=True)

@@ -144,7 +144,7 @@ class Watcher:
         self.files: list[str] = []
 
     def look(self) -> None:
-        from pipelines.shards import list_names, read_manifest
+        from pipelines.dataset.shards import list_names, read_manifest
 
         now = time.time()
         if "manifest.json" in list_names(self._out):
@@ -261,7 +261,7 @@ def report(
     import pyarrow.parquet as pq
 
     from models.media.videos import decode_frames
-    from pipelines.shards import read_rows, verify_shards
+    from pipelines.dataset.shards import read_rows, verify_shards
 
     manifest = verify_shards(out)
     with av.open(str(film)) as opened:

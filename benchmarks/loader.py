@@ -10,7 +10,7 @@ three epochs without a pause and the second is measured: both ends of the measur
 number of batches ready. CPU seconds are those of the whole process tree (Ray's own processes and
 DataLoader's workers included); quote them first, wall time needs a quiet machine.
 
-    ray-trainer  `pipelines.loading.train_batches`, decode_in="trainer": crops, masks, labels, ids
+    ray-trainer  `pipelines.loading.loader.train_batches`, decode_in="trainer": crops, masks, labels, ids
     ray-data     the same with decode_in="data"
     dataloader   torch DataLoader, 2 workers, torchvision decode_jpeg and RandomResizedCrop(224), files
                  on disk; no masks, so it does a little less work
@@ -130,7 +130,7 @@ def _ray(variant: str, work: Path, per_epoch: int) -> Iterator[tuple[int, ...]]:
     import ray
 
     from pipelines.config import DataConfig, ModelConfig, PretrainConfig
-    from pipelines.loading import train_batches
+    from pipelines.loading.loader import train_batches
 
     os.environ.pop("RAY_ADDRESS", None)
     ray.init(num_cpus=WORKERS, include_dashboard=False)

@@ -35,20 +35,20 @@ from PIL import Image
 
 from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import normalize
-from pipelines.checkpoints import load_encoder
 from pipelines.config import PretrainConfig
-from pipelines.crops import decode_rows
-from pipelines.features import preprocessing_of
+from pipelines.evaluation.features import preprocessing_of
+from pipelines.evaluation.probes import knn_accuracy, linear_probe
 from pipelines.fetch import sample_folder
-from pipelines.maskers import make_masker
-from pipelines.masking import STREAM_FLIP, key_of, permutation, sample_keys, uniforms
-from pipelines.metrics import rankme
-from pipelines.probes import knn_accuracy, linear_probe
-from pipelines.reading import random_crops
+from pipelines.loading.decoding import decode_rows
+from pipelines.loading.masks.blocks import STREAM_FLIP, key_of, permutation, sample_keys, uniforms
+from pipelines.loading.masks.maskers import make_masker
+from pipelines.loading.read_tasks import random_crops
 from pipelines.recipes import RECIPES
-from pipelines.recorder import DataSource, Worker
-from pipelines.train_state import new_state
-from pipelines.trainer import Outcome, train
+from pipelines.runs.checkpoints import load_encoder
+from pipelines.training.callbacks import DataSource, Worker
+from pipelines.training.collapse import rankme
+from pipelines.training.state import new_state
+from pipelines.training.trainer import Outcome, train
 
 TIMED_STEPS = 100
 CONTROLS: dict[str, dict[str, Any]] = {

@@ -30,7 +30,7 @@ from models.media.preprocessing import normalize
 from models.objectives import build_objective
 from models.objectives.ijepa import IJEPA
 from pipelines.config import IMAGENET_MEAN, IMAGENET_STD, MaskConfig, ModelConfig, ObjectiveConfig
-from pipelines.masking import multiblock_masks
+from pipelines.loading.masks.blocks import multiblock_masks
 
 LR, DECAY, MOMENTUM = 1e-4, 0.04, 0.996
 

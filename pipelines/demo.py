@@ -34,7 +34,6 @@ from rich.console import Console
 from rich.table import Table
 
 from models.artifacts.artifact import load_artifact
-from pipelines.checkpoints import CheckpointError
 from pipelines.config import (
     DemoConfig,
     EmbedConfig,
@@ -43,6 +42,7 @@ from pipelines.config import (
     IngestConfig,
     PretrainConfig,
 )
+from pipelines.dataset.shards import read_rows
 from pipelines.embed import embed, weights_hash
 from pipelines.evaluate import evaluate
 from pipelines.export import export
@@ -50,10 +50,10 @@ from pipelines.fetch import sample_folder
 from pipelines.ingest import ingest
 from pipelines.pretrain import pretrain
 from pipelines.recipes import RECIPES
+from pipelines.runs.checkpoints import CheckpointError
 from pipelines.runtime.cluster import start_ray
 from pipelines.runtime.errors import run_command
 from pipelines.runtime.places import prepare
-from pipelines.shards import read_rows
 from serve.app import build_app
 from serve.settings import ServeSettings
 

@@ -44,16 +44,9 @@ from rich.console import Console
 
 from models.artifacts.artifact import Artifact, load_artifact
 from models.encoders.vit import VisionTransformer
-from pipelines.clip_sampling import ClipSampler
 from pipelines.config import ClipConfig, EmbedConfig
-from pipelines.features import compute_features, decode_batches, encoder_features
-from pipelines.following import stop_on_signals
-from pipelines.probe_rows import COLUMNS
-from pipelines.progress import Meter
-from pipelines.runtime.cluster import start_ray
-from pipelines.runtime.errors import run_command
-from pipelines.runtime.places import prepare
-from pipelines.shards import (
+from pipelines.dataset.rows import COLUMNS
+from pipelines.dataset.shards import (
     MANIFEST,
     Manifest,
     hash_bytes,
@@ -63,7 +56,14 @@ from pipelines.shards import (
     read_manifest,
     read_row_group,
 )
-from pipelines.storage import open_uri
+from pipelines.evaluation.features import compute_features, decode_batches, encoder_features
+from pipelines.ingestion.live import stop_on_signals
+from pipelines.loading.clips import ClipSampler
+from pipelines.runtime.cluster import start_ray
+from pipelines.runtime.errors import run_command
+from pipelines.runtime.places import prepare
+from pipelines.runtime.progress import Meter
+from pipelines.runtime.uris import open_uri
 
 RECORD = "embed.json"
 SCHEMA_VERSION = 1

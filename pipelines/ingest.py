@@ -36,27 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.config import IngestConfig
-from pipelines.following import follow, stop_on_signals
-from pipelines.ingestion.listing.addresses import check_address
-from pipelines.ingestion.listing.choosing import shortened
-from pipelines.ingestion.listing.class_list import read_classes
-from pipelines.ingestion.reading.items import Tally
-from pipelines.merging import (
-    build_index,
-    choose_classes,
-    first_occurrences,
-    labels_left_out,
-    marker_path,
-    merge_shard,
-    plan_shards,
-    read_shard_note,
-)
-from pipelines.preparing import DIM
-from pipelines.progress import Meter
-from pipelines.runtime.cluster import start_ray
-from pipelines.runtime.errors import run_command
-from pipelines.runtime.places import prepare
-from pipelines.shards import (
+from pipelines.dataset.shards import (
     LOSSES,
     QUARANTINE,
     QUARANTINE_SCHEMA,
@@ -70,8 +50,24 @@ from pipelines.shards import (
     remove_unnamed,
     write_manifest,
 )
-from pipelines.sources import Listing, list_source
-from pipelines.staging import (
+from pipelines.ingestion.entries.addresses import check_address
+from pipelines.ingestion.listing.choosing import shortened
+from pipelines.ingestion.listing.class_list import read_classes
+from pipelines.ingestion.listing.sources import Listing, list_source
+from pipelines.ingestion.live import follow, stop_on_signals
+from pipelines.ingestion.merging import (
+    build_index,
+    choose_classes,
+    first_occurrences,
+    labels_left_out,
+    marker_path,
+    merge_shard,
+    plan_shards,
+    read_shard_note,
+)
+from pipelines.ingestion.preparing.images import DIM
+from pipelines.ingestion.reading.items import Tally
+from pipelines.ingestion.staging import (
     NO_ROW,
     STAGING,
     chunk_key,
@@ -81,6 +77,10 @@ from pipelines.staging import (
     read_tally,
     stage_chunk,
 )
+from pipelines.runtime.cluster import start_ray
+from pipelines.runtime.errors import run_command
+from pipelines.runtime.places import prepare
+from pipelines.runtime.progress import Meter
 
 IO_THREADS = 16
 NOT_IN_CLASSES = "label_not_in_classes"

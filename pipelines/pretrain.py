@@ -20,26 +20,26 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from pipelines.checkpoints import (
+from pipelines.config import PretrainConfig
+from pipelines.runs.checkpoints import (
     CheckpointError,
     check_resumable,
     committed_checkpoints,
     read_config,
     read_state,
 )
-from pipelines.config import PretrainConfig
 from pipelines.runs.initial_weights import check_initial
 from pipelines.runs.resuming import Start, find_start, go_back
 from pipelines.runs.run_checkpoints import best_checkpoint
 from pipelines.runtime.cluster import check_fits, cpus_needed, start_ray
 from pipelines.runtime.errors import run_command
 from pipelines.runtime.places import prepare
-from pipelines.storage import join_uri, local_copy, ray_storage
+from pipelines.runtime.uris import join_uri, local_copy, ray_storage
 
 if TYPE_CHECKING:
     from ray.util.queue import Queue
 
-    from pipelines.trainer import Outcome
+    from pipelines.training.trainer import Outcome
 
 
 class CollapseError(RuntimeError):
@@ -114,12 +114,12 @@ def check_early(cfg: PretrainConfig, run_uri: str) -> Start:
     """
     from models.encoders.vit import find_preset
     from models.objectives import find_objective
-    from pipelines.loading import check_modality
-    from pipelines.maskers import make_masker
-    from pipelines.optimizers import check_installed
-    from pipelines.plan import make_plan
-    from pipelines.recorder import end_step
-    from pipelines.shards import read_manifest
+    from pipelines.dataset.shards import read_manifest
+    from pipelines.loading.loader import check_modality
+    from pipelines.loading.masks.maskers import make_masker
+    from pipelines.loading.plan import make_plan
+    from pipelines.training.callbacks import end_step
+    from pipelines.training.optimizers import check_installed
 
     manifest = read_manifest(cfg.data.train)
     check_modality(cfg, manifest)
@@ -141,7 +141,7 @@ def _fit(cfg: PretrainConfig, callbacks: Sequence[Any], stream: Any) -> Outcome:
     from ray.train import ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from pipelines.trainer import train_worker
+    from pipelines.training.trainer import train_worker
 
     resources = {"CPU": cfg.run.cpus_per_worker} | ({"GPU": 1} if cfg.run.gpu else {})
     with _progress(stream) as queue:

@@ -24,18 +24,18 @@ import tyro
 from ray.exceptions import RayError
 from rich.console import Console
 
-from pipelines.checkpoints import CheckpointError, decides_the_run, flatten
 from pipelines.config import PretrainConfig, RunConfig, SweepConfig
+from pipelines.dataset.shards import put_atomic
 from pipelines.pretrain import check_early
 from pipelines.recipes import RECIPES
+from pipelines.runs.checkpoints import CheckpointError, decides_the_run, flatten
 from pipelines.runtime.cluster import check_fits, cpus_needed, start_ray
 from pipelines.runtime.errors import run_command
 from pipelines.runtime.places import absolute, prepare
-from pipelines.shards import put_atomic
-from pipelines.storage import join_uri, open_uri
-from pipelines.sweep_report import Row, plot, table, verdict
-from pipelines.sweep_space import Settings, apply, draw, parse_space
-from pipelines.sweep_trials import Reading, Score, Train, run_trials, score_run, train_trial
+from pipelines.runtime.uris import join_uri, open_uri
+from pipelines.sweeps.results import Row, plot, table, verdict
+from pipelines.sweeps.space import Settings, apply, draw, parse_space
+from pipelines.sweeps.trials import Reading, Score, Train, run_trials, score_run, train_trial
 
 SWEEP, RESULTS, PLOT = "sweep.json", "results.jsonl", "sweep.png"
 
@@ -144,8 +144,8 @@ def _threads(cfg: SweepConfig, run: PretrainConfig) -> int | None:
 
 
 def _check_labels(run: PretrainConfig) -> None:
-    from pipelines.probe_rows import check_classes
-    from pipelines.shards import read_manifest
+    from pipelines.dataset.rows import check_classes
+    from pipelines.dataset.shards import read_manifest
 
     if run.data.test:
         sets = {"--data.train": run.data.train, "--data.test": run.data.test}

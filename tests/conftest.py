@@ -117,8 +117,8 @@ def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     import json
 
     from models.objectives import build_objective
-    from pipelines.checkpoints import CheckpointState, save_checkpoint
     from pipelines.config import ModelConfig, PretrainConfig, RunConfig
+    from pipelines.runs.checkpoints import CheckpointState, save_checkpoint
 
     run = tmp_path_factory.mktemp("runs") / "small"
     model = ModelConfig(encoder="vit_micro32", image_size=32, patch_size=8)

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipelines.checkpoints import load_tensors
 from pipelines.config import (
     DataConfig,
     ModelConfig,
@@ -21,11 +20,12 @@ from pipelines.config import (
     RunConfig,
     WatchConfig,
 )
-from pipelines.maskers import make_masker
-from pipelines.masking import sample_keys
-from pipelines.recorder import DataSource, Worker
-from pipelines.tracking import read_metrics
-from pipelines.trainer import train
+from pipelines.loading.masks.blocks import sample_keys
+from pipelines.loading.masks.maskers import make_masker
+from pipelines.runs.checkpoints import load_tensors
+from pipelines.training.callbacks import DataSource, Worker
+from pipelines.training.loggers import read_metrics
+from pipelines.training.trainer import train
 
 NUM_SAMPLES = 40  # five batches of eight an epoch
 TIMED = {"samples_per_s", "data_wait_share", "forward_share", "backward_share"}

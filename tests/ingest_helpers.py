@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipelines.config import IngestConfig
+from pipelines.dataset.shards import MANIFEST, verify_shards
 from pipelines.ingest import ingest
-from pipelines.shards import MANIFEST, verify_shards
-from pipelines.staging import STAGING
+from pipelines.ingestion.staging import STAGING
 
 
 def settings(source: Path, out: Path, **changes: object) -> IngestConfig:

@@ -14,8 +14,8 @@ import av
 
 from models.media.videos import decode_frames
 from pipelines.config import IngestConfig, LiveConfig, VideoConfig
-from pipelines.following import follow
-from pipelines.shards import list_names, read_manifest, read_rows
+from pipelines.dataset.shards import list_names, read_manifest, read_rows
+from pipelines.ingestion.live import follow
 from tests.video_files import CYCLE, number_of
 
 VIDEO = VideoConfig(fps=10, segment_seconds=1, key_frame_every=4, crf=1)

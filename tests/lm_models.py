@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.sink_lm.checkpoints.loading import load_model
 from models.sink_lm.network.llama import Llama
-from pipelines.fetch_lm import fetch_smollm2
+from pipelines.fetchers.language_model import fetch_smollm2
 
 SHAPE = {
     "vocab_size": 97,

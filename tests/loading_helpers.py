@@ -13,8 +13,7 @@ from PIL import Image
 
 from models.media.images import decode_image
 from pipelines.config import DataConfig, MaskConfig, ModelConfig, PretrainConfig
-from pipelines.loading import train_batches
-from pipelines.shards import (
+from pipelines.dataset.shards import (
     IMAGE_SCHEMA,
     Manifest,
     hash_bytes,
@@ -22,6 +21,7 @@ from pipelines.shards import (
     write_manifest,
     write_shard,
 )
+from pipelines.loading.loader import train_batches
 
 ROWS = 150
 

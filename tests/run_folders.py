@@ -9,10 +9,10 @@ from pathlib import Path
 
 from fake_training import MEMORY, FolderStore, tiny_config
 
-import pipelines.trainer
+import pipelines.training.trainer
 from pipelines.config import PretrainConfig
-from pipelines.recorder import Worker
 from pipelines.runs.checkpoint_files import load_tensors, read_config, read_state, save_checkpoint
+from pipelines.training.callbacks import Worker
 
 LIST = "checkpoint_manager_snapshot.json"
 NAMES = ["checkpoint_00000004", "checkpoint_00000008", "checkpoint_00000012"]
@@ -52,7 +52,7 @@ def train_run(cfg: PretrainConfig) -> tuple[RunStore, list[str]]:
     """Trains in the run's own folder, from what is there."""
     store = RunStore(Path(cfg.run.storage) / cfg.run.name)
     lines: list[str] = []
-    outcome = pipelines.trainer.train(cfg, Worker(), MEMORY, store, lines.append)
+    outcome = pipelines.training.trainer.train(cfg, Worker(), MEMORY, store, lines.append)
     assert outcome.refused is None, outcome.refused
     return store, lines
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from PIL import Image
 
 from pipelines.config import IngestConfig
+from pipelines.ingestion.listing.sources import list_source
+from pipelines.ingestion.reading.chunks import read_chunk
 from pipelines.ingestion.reading.items import Item, Tally
-from pipelines.readers import read_chunk
-from pipelines.sources import list_source
-from pipelines.staging import chunk_from_json, chunk_to_json
+from pipelines.ingestion.staging import chunk_from_json, chunk_to_json
 
 
 def config(source: object, **changes: object) -> IngestConfig:

@@ -15,7 +15,7 @@ import pytest
 from ingest_helpers import run_quietly, settings
 from source_helpers import picture, write, write_tar
 
-from pipelines.shards import Manifest, read_manifest, read_rows
+from pipelines.dataset.shards import Manifest, read_manifest, read_rows
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
@@ -115,7 +115,7 @@ def test_labels_far_behind_their_images_reach_other_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows are written out long before the labels at the end of the archive are read."""
-    monkeypatch.setattr("pipelines.staging.PART_BYTES", 500)
+    monkeypatch.setattr("pipelines.ingestion.staging.PART_BYTES", 500)
     members = [(f"{i}.png", picture(i)) for i in range(30)]
     members += [(f"{i}.cls", b"class%d" % (i % 3)) for i in range(30)]
     _, labels = ingested(write_tar(tmp_path / "a.tar.gz", members, "w:gz"), row_group_rows=4)

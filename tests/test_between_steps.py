@@ -8,8 +8,8 @@ from fake_training import change, end_of, run_training, tiny_config
 
 from models.objectives import build_objective
 from models.objectives.latent import LatentPrediction
-from pipelines.checkpoints import CheckpointState, save_checkpoint
-from pipelines.train_state import new_state
+from pipelines.runs.checkpoints import CheckpointState, save_checkpoint
+from pipelines.training.state import new_state
 
 CPU = torch.device("cpu")
 SMALL = {"projector": (32, 16), "slices": 16}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from fake_training import change, tiny_config
 
-from pipelines.checkpoints import (
+from pipelines.runs.checkpoints import (
     CheckpointError,
     CheckpointState,
     check_resumable,
@@ -20,7 +20,7 @@ from pipelines.checkpoints import (
     resolve_checkpoint,
     save_checkpoint,
 )
-from pipelines.train_state import new_state
+from pipelines.training.state import new_state
 
 CPU = torch.device("cpu")
 

@@ -13,11 +13,11 @@ from ingest_helpers import run_quietly, settings
 
 from benchmarks.ingest import encoded, noise
 from pipelines.config import IngestConfig
+from pipelines.dataset.rows import check_classes
+from pipelines.dataset.shards import read_manifest, read_rows
 from pipelines.ingestion.listing.class_list import read_classes
-from pipelines.merging import choose_classes
-from pipelines.probe_rows import check_classes
-from pipelines.shards import read_manifest, read_rows
-from pipelines.staging import ITEMS_SCHEMA
+from pipelines.ingestion.merging import choose_classes
+from pipelines.ingestion.staging import ITEMS_SCHEMA
 
 
 def write_set(root: Path, classes: dict[str, int], start: int = 0) -> Path:

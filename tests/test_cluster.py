@@ -32,9 +32,9 @@ from moto.server import ThreadedMotoServer
 
 from models.artifacts.artifact import load_artifact
 from pipelines.config import ExportConfig
+from pipelines.dataset.shards import read_manifest, verify_shards
 from pipelines.export import export
-from pipelines.shards import read_manifest, verify_shards
-from pipelines.staging import STAGING
+from pipelines.ingestion.staging import STAGING
 
 ROOT = Path(__file__).resolve().parent.parent
 BUCKET = "rayjepa-cluster-test"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from fake_training import change, lines_of, memory_batches, run_training, tiny_config
 
-from pipelines.recorder import DataSource
+from pipelines.training.callbacks import DataSource
 
 
 # One picture for all samples: every feature is the same, whatever the weights.

@@ -13,8 +13,8 @@ from PIL import Image, ImageCms
 from models.media.images import decode_image
 from models.media.pictures.colour import is_of_other_colours
 from pipelines.config import IngestConfig
-from pipelines.crops import _decode_whole
-from pipelines.preparing import prepare_image
+from pipelines.ingestion.preparing.images import prepare_image
+from pipelines.loading.decoding import _decode_whole
 
 CFG = IngestConfig(source="/x", out="/y")
 # Columns: XYZ of red, green, blue, adapted to D50 (Bruce Lindbloom's tables).

@@ -11,10 +11,10 @@ from PIL import Image
 from source_helpers import config, write
 
 from benchmarks.ingest import noise
+from pipelines.dataset.shards import read_rows
 from pipelines.ingestion.listing.choosing import shortened, told
 from pipelines.ingestion.listing.media import FIRST_LOOKS, content_of, suffixes
-from pipelines.shards import read_rows
-from pipelines.sources import Listing, list_source
+from pipelines.ingestion.listing.sources import Listing, list_source
 
 
 def labels(listing: Listing, root: Path) -> dict[str, str | None]:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from loading_helpers import row_of, variants
 
-from pipelines.crops import DecodeError, decode_rows
-from pipelines.masking import sample_keys
-from pipelines.reading import random_crops
+from pipelines.loading.decoding import DecodeError, decode_rows
+from pipelines.loading.masks.blocks import sample_keys
+from pipelines.loading.read_tasks import random_crops
 
 
 def test_size_that_contradicts_the_manifest_is_refused() -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from models.media.images import ImageError, decode_image
 from pipelines.config import IngestConfig
-from pipelines.preparing import DIM, prepare_image
+from pipelines.ingestion.preparing.images import DIM, prepare_image
 
 CFG = IngestConfig(source="/x", out="/y")
 RAMP = np.arange(256).reshape(16, 16)

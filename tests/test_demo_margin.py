@@ -11,20 +11,20 @@ from pathlib import Path
 import pytest
 from fake_training import FolderStore, change
 
-from pipelines.checkpoints import load_encoder
 from pipelines.config import IngestConfig, PretrainConfig
+from pipelines.dataset.rows import load_labelled, table_labels
+from pipelines.dataset.shards import read_manifest
 from pipelines.evaluate import random_init
-from pipelines.features import extract_features, preprocessing_of
+from pipelines.evaluation.features import extract_features, preprocessing_of
+from pipelines.evaluation.probes import knn_accuracy
 from pipelines.ingest import ingest
-from pipelines.loading import train_batches
-from pipelines.plan import make_plan
-from pipelines.probe_rows import load_labelled, table_labels
-from pipelines.probes import knn_accuracy
+from pipelines.loading.loader import train_batches
+from pipelines.loading.plan import make_plan
 from pipelines.recipes import RECIPES
-from pipelines.recorder import DataSource, Worker
-from pipelines.shards import read_manifest
-from pipelines.tracking import read_metrics
-from pipelines.trainer import train
+from pipelines.runs.checkpoints import load_encoder
+from pipelines.training.callbacks import DataSource, Worker
+from pipelines.training.loggers import read_metrics
+from pipelines.training.trainer import train
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -6,15 +6,15 @@ import re
 from pathlib import Path
 
 import models.artifacts.artifact
-import pipelines.checkpoints
+import pipelines.dataset.shards
 import pipelines.embed
-import pipelines.shards
+import pipelines.runs.checkpoints
 import serve.session_store
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 VERSIONS = {
-    "shards": pipelines.shards.SCHEMA_VERSION,
-    "checkpoint": pipelines.checkpoints.FORMAT,
+    "shards": pipelines.dataset.shards.SCHEMA_VERSION,
+    "checkpoint": pipelines.runs.checkpoints.FORMAT,
     "artifact": models.artifacts.artifact.SCHEMA_VERSION,
     "embeddings": pipelines.embed.SCHEMA_VERSION,
     "stored session of the language model": serve.session_store.FORMAT,
@@ -30,4 +30,4 @@ def test_the_table_of_versions_is_the_codes() -> None:
 def test_the_page_on_checkpoints_says_their_format() -> None:
     text = (DOCS / "checkpoints.md").read_text()
     said = re.findall(r"`format` in `state\.json` is (\d+)", text)
-    assert said == [str(pipelines.checkpoints.FORMAT)]
+    assert said == [str(pipelines.runs.checkpoints.FORMAT)]

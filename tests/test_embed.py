@@ -20,9 +20,9 @@ from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import Preprocessing
 from pipelines import embed as job
 from pipelines.config import EmbedConfig
+from pipelines.dataset.shards import Manifest, Shard, read_manifest, read_rows
 from pipelines.embed import embed, plan_pieces
-from pipelines.features import extract_features
-from pipelines.shards import Manifest, Shard, read_manifest, read_rows
+from pipelines.evaluation.features import extract_features
 
 pytestmark = pytest.mark.ray
 

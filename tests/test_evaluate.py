@@ -17,13 +17,18 @@ from rich.console import Console
 from models.artifacts.artifact import save_artifact
 from models.encoders.vit import VisionTransformer
 from pipelines import evaluate as job
-from pipelines.comparison import comparison_table, read_compared
 from pipelines.config import EvaluateConfig
+from pipelines.dataset.rows import load_labelled, table_labels
+from pipelines.dataset.shards import read_manifest
 from pipelines.evaluate import evaluate, load_subject, random_init
-from pipelines.features import compute_features, decode_batches, encoder_features, pixel_features
-from pipelines.probe_rows import load_labelled, table_labels
-from pipelines.probes import knn_accuracy
-from pipelines.shards import read_manifest
+from pipelines.evaluation.features import (
+    compute_features,
+    decode_batches,
+    encoder_features,
+    pixel_features,
+)
+from pipelines.evaluation.probes import knn_accuracy
+from pipelines.evaluation.report.comparison import comparison_table, read_compared
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ import torch
 
 import models.artifacts.artifact
 from models.artifacts.artifact import load_artifact
-from pipelines.checkpoints import load_encoder
 from pipelines.config import ExportConfig
 from pipelines.export import export
+from pipelines.runs.checkpoints import load_encoder
 
 
 @pytest.fixture

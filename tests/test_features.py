@@ -17,16 +17,8 @@ from evaluation_helpers import PREP, Shards, small_encoder
 from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import Preprocessing, normalize
 from pipelines.config import DataConfig, ModelConfig, PretrainConfig, RunConfig
-from pipelines.features import (
-    compute_features,
-    decode_all,
-    decode_batches,
-    extract_features,
-    pixel_features,
-)
-from pipelines.online_probe import build_probe
-from pipelines.probe_rows import PLACE, iter_labelled, load_labelled, read_places, table_labels
-from pipelines.shards import (
+from pipelines.dataset.rows import PLACE, iter_labelled, load_labelled, read_places, table_labels
+from pipelines.dataset.shards import (
     open_shards,
     read_manifest,
     read_row_group,
@@ -34,6 +26,14 @@ from pipelines.shards import (
     write_manifest,
     write_shard,
 )
+from pipelines.evaluation.features import (
+    compute_features,
+    decode_all,
+    decode_batches,
+    extract_features,
+    pixel_features,
+)
+from pipelines.training.online_probe import build_probe
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_limit_counts_labelled_rows_and_reads_few_row_groups(
         whole.append(group) if "image" in columns else None
         return read_row_group(fs, root, file, group, columns)
 
-    monkeypatch.setattr("pipelines.probe_rows.read_row_group", counted)
+    monkeypatch.setattr("pipelines.dataset.rows.read_row_group", counted)
     load_labelled(cifar_shards[0], 100)  # 32 row groups of 16
     assert len(whole) == 7
 

@@ -13,15 +13,16 @@ import torch
 from evaluation_helpers import PREP, Shards
 from fake_training import change, memory_batches, tiny_config
 
-from pipelines import reading, report
 from pipelines.config import MaskConfig
-from pipelines.curves import SECTIONS, training_curves
+from pipelines.dataset.rows import load_labelled
 from pipelines.evaluate import load_subject
-from pipelines.features import decode_all
-from pipelines.figures import line_chart, pca_pictures
-from pipelines.loading import make_reader
-from pipelines.probe_rows import load_labelled
-from pipelines.train_state import new_state
+from pipelines.evaluation.features import decode_all
+from pipelines.evaluation.report import page as report
+from pipelines.evaluation.report.curves import SECTIONS, training_curves
+from pipelines.evaluation.report.figures import line_chart, pca_pictures
+from pipelines.loading import read_tasks as reading
+from pipelines.loading.loader import make_reader
+from pipelines.training.state import new_state
 
 
 def test_curves_are_grouped_and_only_those_that_were_logged(tmp_path: Path) -> None:

@@ -12,12 +12,12 @@ from source_helpers import config, write
 
 from benchmarks.ingest import encoded, noise
 from pipelines.config import IngestConfig
+from pipelines.dataset.shards import read_manifest, read_rows
 from pipelines.ingest import ingest
-from pipelines.ingestion.names import escaped
-from pipelines.readers import Item, read_chunk
-from pipelines.shards import read_manifest, read_rows
-from pipelines.sources import Chunk, Entry, Listing, list_source
-from pipelines.staging import chunk_key, chunk_to_json
+from pipelines.ingestion.entries.names import escaped
+from pipelines.ingestion.listing.sources import Chunk, Entry, Listing, list_source
+from pipelines.ingestion.reading.chunks import Item, read_chunk
+from pipelines.ingestion.staging import chunk_key, chunk_to_json
 
 
 def link(path: Path, target: str | Path) -> Path:

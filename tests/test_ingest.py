@@ -20,10 +20,10 @@ from benchmarks.ingest import encoded, noise, start_ingest, write_broken
 from models.media.images import decode_image
 from pipelines import ingest as ingest_module
 from pipelines.config import IngestConfig
+from pipelines.dataset.shards import MANIFEST, hash_bytes, read_manifest, read_rows, verify_shards
 from pipelines.ingest import ingest
-from pipelines.merging import choose_classes, first_occurrences
-from pipelines.shards import MANIFEST, hash_bytes, read_manifest, read_rows, verify_shards
-from pipelines.staging import ITEMS_SCHEMA
+from pipelines.ingestion.merging import choose_classes, first_occurrences
+from pipelines.ingestion.staging import ITEMS_SCHEMA
 
 # -------------------------------------------------------------------------------- merging
 

@@ -11,9 +11,9 @@ from ingest_helpers import Crash, crash, run_quietly, settings
 from benchmarks.ingest import kill_when_staged, start_ingest
 from pipelines import ingest as ingest_module
 from pipelines.config import IngestConfig
+from pipelines.dataset.shards import MANIFEST, read_manifest, read_rows
 from pipelines.ingest import ingest
-from pipelines.shards import MANIFEST, read_manifest, read_rows
-from pipelines.staging import STAGING
+from pipelines.ingestion.staging import STAGING
 
 CRASHES = {
     "while chunks are staged": "stage_chunk",
@@ -35,7 +35,7 @@ def test_crash_anywhere_then_again_gives_the_same_bytes(
 ) -> None:
     """In one process, so that the crash falls exactly there."""
     source = cifar_sample / "test" / "cat"
-    monkeypatch.setattr("pipelines.sources.CHUNK_ITEMS", 16)
+    monkeypatch.setattr("pipelines.ingestion.listing.sources.CHUNK_ITEMS", 16)
     expected = run_quietly(settings(source, tmp_path / "whole"))
     cfg = settings(source, tmp_path / "out")
     (tmp_path / "out").mkdir()

@@ -10,14 +10,14 @@ from fake_training import change, run_training, tiny_config
 from timm.layers import resample_abs_pos_embed
 
 from models.encoders.positions import Grid, fit_table, sincos_2d, sincos_3d
-from pipelines.checkpoints import (
+from pipelines.runs import initial_weights
+from pipelines.runs.checkpoints import (
     CheckpointError,
     CheckpointState,
     load_tensors,
     new_objective,
     save_checkpoint,
 )
-from pipelines.runs import initial_weights
 from pipelines.runs.initial_weights import check_initial, grid_of, load_initial
 
 SMALL = {"projector": (32, 16), "slices": 16}

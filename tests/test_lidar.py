@@ -17,13 +17,13 @@ from torch import nn
 from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import Preprocessing
 from pipelines.config import DataConfig, ModelConfig, PretrainConfig
-from pipelines.features import extract_features
-from pipelines.lidar import lidar
-from pipelines.metrics import rankme
-from pipelines.probe_rows import load_samples
-from pipelines.rank_probe import RankProbe
-from pipelines.recorder import Worker
-from pipelines.trainer import train
+from pipelines.dataset.rows import load_samples
+from pipelines.evaluation.features import extract_features
+from pipelines.evaluation.ranks import lidar
+from pipelines.training.callbacks import Worker
+from pipelines.training.collapse import rankme
+from pipelines.training.rank_probe import RankProbe
+from pipelines.training.trainer import train
 
 
 def _reference(features_NQD, delta, *, corrected=True):
@@ -142,7 +142,7 @@ def test_a_run_logs_the_readings_and_reports_them_with_its_checkpoints(tmp_path,
     def probe(encoder: nn.Module):
         return {"fixed_rankme": 5.0, "lidar": 4.0}
 
-    monkeypatch.setattr("pipelines.recorder.RankProbe", lambda cfg: probe)
+    monkeypatch.setattr("pipelines.training.callbacks.RankProbe", lambda cfg: probe)
     cfg = change(tiny_config(tmp_path, steps=10), run={"rank_every": 4})
     store = FolderStore(tmp_path / "store")
     train(cfg, Worker(), MEMORY, store)

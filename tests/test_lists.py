@@ -11,9 +11,9 @@ from ingest_helpers import run_quietly, settings
 from source_helpers import config, write
 
 from benchmarks.ingest import encoded, noise
-from pipelines.readers import read_chunk
-from pipelines.shards import read_manifest, read_rows
-from pipelines.sources import Listing, list_source
+from pipelines.dataset.shards import read_manifest, read_rows
+from pipelines.ingestion.listing.sources import Listing, list_source
+from pipelines.ingestion.reading.chunks import read_chunk
 
 
 def entries(listing: Listing) -> dict[str, str | None]:

@@ -24,11 +24,11 @@ from models.artifacts.artifact import save_artifact
 from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import Preprocessing
 from pipelines import embed as job
-from pipelines.clip_sampling import ClipSampler
 from pipelines.config import ClipConfig, EmbedConfig, IngestConfig, VideoConfig
-from pipelines.features import extract_features
-from pipelines.publishing import LiveSet, Timeline
-from pipelines.shards import Manifest, hash_bytes, read_rows
+from pipelines.dataset.live_set import LiveSet, Timeline
+from pipelines.dataset.shards import Manifest, hash_bytes, read_rows
+from pipelines.evaluation.features import extract_features
+from pipelines.loading.clips import ClipSampler
 from tests.video_files import write_video
 
 PREP = Preprocessing(image_size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))

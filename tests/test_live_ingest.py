@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 
 from models.media.videos import decode_frames
-from pipelines import following, live_source, publishing
-from pipelines.following import follow
-from pipelines.live_source import Connection
-from pipelines.shards import list_names, read_manifest, read_rows, verify_shards
+from pipelines.dataset import live_set as publishing
+from pipelines.dataset.shards import list_names, read_manifest, read_rows, verify_shards
+from pipelines.ingestion import live as following
+from pipelines.ingestion import live_connection as live_source
+from pipelines.ingestion.live import follow
+from pipelines.ingestion.live_connection import Connection
 from tests.live_streams import (
     COMPLETE,
     FRAMES,
@@ -86,8 +88,8 @@ def test_a_file_that_grows_is_published_while_it_grows(transport: bytes, tmp_pat
 
 def test_moments_are_those_of_ingest_from_a_file(transport: bytes, tmp_path: Path) -> None:
     """The same frames give the same mean, deviation and segments as a file does."""
-    from pipelines.readers import Item
-    from pipelines.video_preparing import prepare_video
+    from pipelines.ingestion.preparing.videos import prepare_video
+    from pipelines.ingestion.reading.chunks import Item
 
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)

@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 
-from pipelines import following
 from pipelines.config import IngestConfig, LiveConfig
-from pipelines.following import stop_on_signals
+from pipelines.dataset.live_set import LiveSet, Progress, Timeline
+from pipelines.dataset.shards import read_manifest, verify_shards
 from pipelines.ingest import ingest
-from pipelines.live_source import file_identity, from_position, public_name
-from pipelines.publishing import LiveSet, Progress, Timeline
-from pipelines.shards import read_manifest, verify_shards
+from pipelines.ingestion import live as following
+from pipelines.ingestion.live import stop_on_signals
+from pipelines.ingestion.live_connection import file_identity, from_position, public_name
 from tests.live_streams import LONG_S, VIDEO, config, ids
 from tests.video_files import write_video
 

@@ -20,7 +20,7 @@ from lm_models import LINEAR, LLAMA3, MODELS, YARN, difference, make_hf, our_log
 from models.sink_lm.checkpoints.gguf_file import BLOCK_NAMES, TOP_NAMES
 from models.sink_lm.checkpoints.loading import load_model
 from models.sink_lm.network.config import UnsupportedModel
-from pipelines import fetch_lm
+from pipelines.fetchers import language_model as fetch_lm
 
 
 def gguf_name(name: str) -> str:

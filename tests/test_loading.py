@@ -14,11 +14,12 @@ from loading_helpers import assert_equal, config, global_batches, join, variants
 from PIL import Image
 
 from models.media.images import decode_image
-from pipelines import loading, reading
 from pipelines.config import MaskConfig, PretrainConfig
-from pipelines.loading import ahead, cluster_share, make_reader, train_batches
-from pipelines.masking import multiblock_masks, sample_keys
-from pipelines.shards import hash_bytes, open_shards, read_row_group
+from pipelines.dataset.shards import hash_bytes, open_shards, read_row_group
+from pipelines.loading import loader as loading
+from pipelines.loading import read_tasks as reading
+from pipelines.loading.loader import ahead, cluster_share, make_reader, train_batches
+from pipelines.loading.masks.blocks import multiblock_masks, sample_keys
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def test_an_epoch_repeats_no_sample(alone: list[dict]) -> None:
 
 @pytest.mark.ray
 def test_labels_and_pixels_belong_to_the_sample(alone: list[dict], data: str) -> None:
-    from pipelines.shards import read_rows
+    from pipelines.dataset.shards import read_rows
 
     rows = {row["sample_id"]: row for row in read_rows(data).to_pylist()}
     for batch in alone:

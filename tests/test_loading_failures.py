@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from loading_helpers import config, encode, picture, row_of, write_rows, write_samples
 
-from pipelines import loading
 from pipelines.config import MaskConfig, PretrainConfig
-from pipelines.crops import DecodeError
-from pipelines.loading import StarvedError, train_batches
-from pipelines.shards import read_manifest
+from pipelines.dataset.shards import read_manifest
+from pipelines.loading import loader as loading
+from pipelines.loading.decoding import DecodeError
+from pipelines.loading.loader import StarvedError, train_batches
 
 
 @pytest.fixture(scope="module")

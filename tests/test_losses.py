@@ -13,7 +13,7 @@ import av
 import pytest
 
 from models.media.videos import VideoError
-from pipelines.shards import read_manifest
+from pipelines.dataset.shards import read_manifest
 from tests.live_streams import FRAMES, Following, config, frames_in, wait_for
 from tests.video_files import picture, write_video
 from tests.video_ingest_helpers import prepare

@@ -7,9 +7,9 @@ import time
 import numpy as np
 import pytest
 
-from pipelines import masking
 from pipelines.config import MaskConfig
-from pipelines.masking import (
+from pipelines.loading.masks import blocks as masking
+from pipelines.loading.masks.blocks import (
     block_shapes,
     key_of,
     legacy_masks,

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from pipelines.config import MaskConfig, ModelConfig, ObjectiveConfig, PretrainConfig
-from pipelines.loading import _ids
-from pipelines.maskers import make_masker
-from pipelines.masking import sample_keys
-from pipelines.masking_random import disjoint_masks, random_masks
+from pipelines.loading.loader import _ids
+from pipelines.loading.masks.blocks import sample_keys
+from pipelines.loading.masks.maskers import make_masker
+from pipelines.loading.masks.patches import disjoint_masks, random_masks
 
 
 def keys(count: int = 500, epoch: int = 0) -> np.ndarray:

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from pipelines.config import VideoMaskConfig
-from pipelines.maskers import ClipMasker
-from pipelines.masking import key_of, sample_keys
-from pipelines.masking_video import legacy_video_masks, video_mask_lengths, video_masks
+from pipelines.loading.masks.blocks import key_of, sample_keys
+from pipelines.loading.masks.maskers import ClipMasker
+from pipelines.loading.masks.video import legacy_video_masks, video_mask_lengths, video_masks
 
 DEFAULT = VideoMaskConfig()
 LEGACY = VideoMaskConfig(truncate="legacy")

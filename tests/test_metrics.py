@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipelines.config import WatchConfig
-from pipelines.metrics import CollapseWatch, MeanMeter, rankme
+from pipelines.training.collapse import CollapseWatch, MeanMeter, rankme
 
 CPU = torch.device("cpu")
 

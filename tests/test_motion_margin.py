@@ -17,22 +17,27 @@ from fake_training import FolderStore, change
 from PIL import Image, ImageDraw, ImageFont
 
 from models.media.preprocessing import Preprocessing
-from pipelines.checkpoints import load_encoder
-from pipelines.clip_sampling import training_sampler
 from pipelines.config import IngestConfig, PretrainConfig, VideoConfig
+from pipelines.dataset.rows import load_labelled, table_labels
+from pipelines.dataset.shards import read_manifest
 from pipelines.evaluate import random_init
-from pipelines.features import compute_features, decode_all, encoder_features, single_frame
-from pipelines.fetch_movingmnist import write_moving
+from pipelines.evaluation.features import (
+    compute_features,
+    decode_all,
+    encoder_features,
+    single_frame,
+)
+from pipelines.evaluation.probes import few_shot
+from pipelines.fetchers.moving_mnist import write_moving
 from pipelines.ingest import ingest
-from pipelines.loading import train_batches
-from pipelines.plan import make_plan
-from pipelines.probe_rows import load_labelled, table_labels
-from pipelines.probes import few_shot
+from pipelines.loading.clips import training_sampler
+from pipelines.loading.loader import train_batches
+from pipelines.loading.plan import make_plan
 from pipelines.recipes import levjepa_movingmnist
-from pipelines.recorder import DataSource, Worker
-from pipelines.shards import read_manifest
-from pipelines.tracking import read_metrics
-from pipelines.trainer import train
+from pipelines.runs.checkpoints import load_encoder
+from pipelines.training.callbacks import DataSource, Worker
+from pipelines.training.loggers import read_metrics
+from pipelines.training.trainer import train
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

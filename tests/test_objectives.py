@@ -27,9 +27,9 @@ from pipelines.config import (
     VideoMaskConfig,
     ViewsConfig,
 )
-from pipelines.maskers import make_masker
-from pipelines.masking import sample_keys
-from pipelines.metrics import rankme
+from pipelines.loading.masks.blocks import sample_keys
+from pipelines.loading.masks.maskers import make_masker
+from pipelines.training.collapse import rankme
 
 CIFAR = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
 

@@ -11,13 +11,13 @@ from fake_training import assert_bitwise, change, end_of, lines_of, run_training
 from torch import nn
 
 from models.hyperoptim import HyperAdamW
-from pipelines import optimizers, trainer
-from pipelines.checkpoints import CheckpointError
 from pipelines.config import OptimConfig
-from pipelines.curves import training_curves
-from pipelines.optimizers import Combined, averaged, build_optimizer, read_hyperparameters
-from pipelines.schedules import learning_rate, set_schedules, tunes_at
-from pipelines.train_state import load_optimizer, optimizer_tensors
+from pipelines.evaluation.report.curves import training_curves
+from pipelines.runs.checkpoints import CheckpointError
+from pipelines.training import optimizers, trainer
+from pipelines.training.optimizers import Combined, averaged, build_optimizer, read_hyperparameters
+from pipelines.training.schedules import learning_rate, set_schedules, tunes_at
+from pipelines.training.state import load_optimizer, optimizer_tensors
 
 EVERYTHING = ("lr", "beta1", "beta2", "eps", "weight_decay")
 SETTINGS = {

@@ -15,7 +15,7 @@ from PIL import Image, PngImagePlugin
 
 from models.media.images import ImageError, decode_image, open_image
 from pipelines.config import IngestConfig
-from pipelines.preparing import prepare_image
+from pipelines.ingestion.preparing.images import prepare_image
 
 CFG = IngestConfig(source="/x", out="/y")
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 3), np.uint8))

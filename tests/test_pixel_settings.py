@@ -16,9 +16,9 @@ import pipelines.export as export_module
 from models.artifacts.artifact import load_artifact, save_artifact
 from models.media.preprocessing import Preprocessing
 from pipelines.config import ExportConfig
+from pipelines.dataset.shards import read_manifest
 from pipelines.export import export
-from pipelines.shards import read_manifest
-from pipelines.staging import chunk_key
+from pipelines.ingestion.staging import chunk_key
 from serve.inputs import to_pixels
 
 CLEAR = encode(Image.new("RGBA", (32, 32), (200, 30, 20, 0)), "PNG")

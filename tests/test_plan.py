@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipelines.config import DataConfig
-from pipelines.plan import Piece, Plan, lane_windows, make_plan, pieces, rank_lanes
+from pipelines.loading.plan import Piece, Plan, lane_windows, make_plan, pieces, rank_lanes
 
 # Uneven row groups in uneven shards, 1,000 rows.
 GROUPS = [(shard, group, rows) for shard in range(5) for group, rows in enumerate((64, 64, 50, 22))]

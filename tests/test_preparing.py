@@ -14,7 +14,7 @@ from PIL import Image
 from benchmarks.ingest import noise, png
 from models.media.images import ImageError, decode_image
 from pipelines.config import IngestConfig
-from pipelines.preparing import prepare_image
+from pipelines.ingestion.preparing.images import prepare_image
 
 CFG = IngestConfig(source="/x", out="/y")
 

@@ -20,17 +20,17 @@ import pytest
 import torch
 from fake_training import FolderStore, change
 
-from pipelines.checkpoints import CheckpointError, load_encoder, load_tensors
 from pipelines.config import PretrainConfig
-from pipelines.loading import train_batches
-from pipelines.plan import make_plan
+from pipelines.dataset.shards import read_manifest
+from pipelines.loading.loader import train_batches
+from pipelines.loading.plan import make_plan
 from pipelines.pretrain import LinePrinter, _progress, main, pretrain
 from pipelines.recipes import RECIPES, debug
-from pipelines.recorder import DataSource, Worker
+from pipelines.runs.checkpoints import CheckpointError, load_encoder, load_tensors
 from pipelines.runtime.cluster import check_fits
-from pipelines.shards import read_manifest
-from pipelines.tracking import read_metrics
-from pipelines.trainer import _say_into, train
+from pipelines.training.callbacks import DataSource, Worker
+from pipelines.training.loggers import read_metrics
+from pipelines.training.trainer import _say_into, train
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 48  # three epochs of 512 images

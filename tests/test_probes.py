@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines import probes
-from pipelines.probes import (
+from pipelines.evaluation import probes
+from pipelines.evaluation.probes import (
     few_shot,
     knn_accuracy,
     knn_predict,

@@ -9,8 +9,8 @@ import pytest
 from fake_training import change
 
 from pipelines import pretrain as job
-from pipelines.checkpoints import CheckpointError, resolve_checkpoint
 from pipelines.recipes import debug
+from pipelines.runs.checkpoints import CheckpointError, resolve_checkpoint
 
 RUN = "s3://went-back/runs/debug"
 LIST = f"{RUN}/checkpoint_manager_snapshot.json"

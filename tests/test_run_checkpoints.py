@@ -11,13 +11,13 @@ from fake_training import assert_bitwise, change, end_of, lines_of, tiny_config
 from loading_helpers import write_samples
 from run_folders import LIST, MODEL, NAMES, OF_CHECKPOINT, OF_LIST, OF_RESUMING, copy_run, train_run
 
-from pipelines import recorder
-from pipelines.checkpoints import CheckpointError, load_encoder, resolve_checkpoint
 from pipelines.config import SweepConfig
 from pipelines.runs.checkpoint_files import read_config, read_state, recover_report
+from pipelines.runs.checkpoints import CheckpointError, load_encoder, resolve_checkpoint
 from pipelines.runs.integrity import find_fault
 from pipelines.runs.resuming import find_start, go_back
 from pipelines.runs.run_checkpoints import committed_checkpoints, survey
+from pipelines.training import callbacks as recorder
 
 KNN = {4: 0.2, 8: 0.5, 12: 0.3}
 

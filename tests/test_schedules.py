@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from pipelines.config import OptimConfig
-from pipelines.optimizers import build_optimizer
-from pipelines.schedules import learning_rate, set_schedules, weight_decay
+from pipelines.training.optimizers import build_optimizer
+from pipelines.training.schedules import learning_rate, set_schedules, weight_decay
 
 CFG = OptimConfig(
     lr=1e-3,

@@ -11,15 +11,15 @@ import pytest
 from fake_training import change, tiny_config
 from loading_helpers import config, write_samples
 
-from pipelines.attentive_probe import attentive_probe
 from pipelines.config import EmbedConfig, EvaluateConfig, MaskConfig
 from pipelines.evaluate import _attentive, probe
-from pipelines.loading import make_reader
-from pipelines.masking import multiblock_masks, sample_keys
-from pipelines.plan import pieces
+from pipelines.evaluation.attentive_probe import attentive_probe
+from pipelines.evaluation.probe_sets import ProbeSet
+from pipelines.loading.loader import make_reader
+from pipelines.loading.masks.blocks import multiblock_masks, sample_keys
+from pipelines.loading.plan import pieces
+from pipelines.loading.read_tasks import read_piece
 from pipelines.pretrain import _run_config
-from pipelines.probe_sets import ProbeSet
-from pipelines.reading import read_piece
 
 KEYS = sample_keys([i.to_bytes(16, "little") for i in range(256)], 0, 0)
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.shards import (
+from pipelines.dataset.shards import (
     IMAGE_SCHEMA,
     MANIFEST,
     Manifest,

@@ -8,9 +8,9 @@ import pytest
 from source_helpers import config, items_of, labels_by_name, write
 
 from pipelines.config import IngestConfig
-from pipelines.readers import read_chunk
-from pipelines.sources import CHUNK_ITEMS, list_source, raise_if_unreachable
-from pipelines.storage import absolute_uri
+from pipelines.ingestion.listing.sources import CHUNK_ITEMS, list_source, raise_if_unreachable
+from pipelines.ingestion.reading.chunks import read_chunk
+from pipelines.runtime.uris import absolute_uri
 
 JPEG = b"\xff\xd8\xff\xe0" + bytes(8)  # as far as a look into a file goes
 

@@ -17,14 +17,14 @@ from test_video_loading import segment, write_rows
 
 from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import Preprocessing
-from pipelines.attentive_probe import AttentiveProbes, attentive_probe
-from pipelines.clip_sampling import ClipSampler
 from pipelines.config import ClipConfig, EvaluateConfig
+from pipelines.dataset.rows import Wanted, iter_labelled
 from pipelines.evaluate import evaluate
-from pipelines.probe_rows import Wanted, iter_labelled
-from pipelines.probes import knn_accuracy, linear_probe
-from pipelines.state_labels import Bins, find_column, state_reader
-from pipelines.supervised import Supervised, supervised_baseline
+from pipelines.evaluation.attentive_probe import AttentiveProbes, attentive_probe
+from pipelines.evaluation.probes import knn_accuracy, linear_probe
+from pipelines.evaluation.state_labels import Bins, find_column, state_reader
+from pipelines.evaluation.supervised import Supervised, supervised_baseline
+from pipelines.loading.clips import ClipSampler
 
 SAMPLER = ClipSampler(frames=4, settings=ClipConfig(stride=2))
 PREP = Preprocessing(image_size=16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))

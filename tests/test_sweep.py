@@ -14,13 +14,13 @@ import pytest
 from fake_training import change
 from rich.console import Console
 
-from pipelines.checkpoints import CheckpointError
 from pipelines.config import SweepConfig
 from pipelines.recipes import debug, lejepa_cifar10_demo
+from pipelines.runs.checkpoints import CheckpointError
 from pipelines.sweep import make_plan, sweep
-from pipelines.sweep_report import Row, best, plot, table, verdict
-from pipelines.sweep_space import apply, draw, parse_space
-from pipelines.sweep_trials import scheduler, train_trial
+from pipelines.sweeps.results import Row, best, plot, table, verdict
+from pipelines.sweeps.space import apply, draw, parse_space
+from pipelines.sweeps.trials import scheduler, train_trial
 
 BASE = lejepa_cifar10_demo()
 

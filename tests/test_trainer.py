@@ -19,12 +19,12 @@ from fake_training import (
     tiny_config,
 )
 
-from pipelines import recorder
-from pipelines.checkpoints import load_tensors
-from pipelines.recorder import DataSource, Worker
-from pipelines.tracking import StepTimer, progress_line
-from pipelines.train_state import new_state
-from pipelines.trainer import _wrap
+from pipelines.runs.checkpoints import load_tensors
+from pipelines.training import callbacks as recorder
+from pipelines.training.callbacks import DataSource, Worker
+from pipelines.training.loggers import StepTimer, progress_line
+from pipelines.training.state import new_state
+from pipelines.training.trainer import _wrap
 
 CPU = torch.device("cpu")
 

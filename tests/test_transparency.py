@@ -14,8 +14,8 @@ from PIL import Image
 
 from models.media.images import decode_image
 from pipelines.config import IngestConfig
-from pipelines.crops import _decode_whole
-from pipelines.preparing import prepare_image
+from pipelines.ingestion.preparing.images import prepare_image
+from pipelines.loading.decoding import _decode_whole
 
 CFG = IngestConfig(source="/x", out="/y")
 BACKGROUNDS = ("black", "white", "9,8,7", "#0a0b0c")

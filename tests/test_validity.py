@@ -18,9 +18,9 @@ from rich.console import Console
 
 from models.artifacts.artifact import save_artifact
 from pipelines.config import EvaluateConfig
+from pipelines.dataset.shards import encode_table
 from pipelines.evaluate import evaluate
 from pipelines.evaluation.validity import SetFacts, validity_warnings
-from pipelines.shards import encode_table
 
 CLASSES = ["cat", "dog", "emu"]
 

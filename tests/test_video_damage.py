@@ -9,8 +9,8 @@ import pytest
 from video_ingest_helpers import CFG, VIDEO, cut, damage, numbers, prepare, refusal
 
 from pipelines.config import IngestConfig
-from pipelines.readers import Item
-from pipelines.video_preparing import prepare_video
+from pipelines.ingestion.preparing.videos import prepare_video
+from pipelines.ingestion.reading.chunks import Item
 from tests.video_files import CYCLE, write_sound, write_video
 
 

@@ -22,8 +22,6 @@ from models.encoders.vit import build_encoder
 from models.media.preprocessing import Preprocessing, normalize
 from models.media.videos import decode_frames
 from models.objectives import build_objective
-from pipelines.checkpoints import CheckpointState, save_checkpoint
-from pipelines.clip_sampling import ClipSampler
 from pipelines.config import (
     ClipConfig,
     EvaluateConfig,
@@ -32,16 +30,18 @@ from pipelines.config import (
     PretrainConfig,
     RunConfig,
 )
+from pipelines.dataset.rows import load_labelled
 from pipelines.evaluate import evaluate, load_subject, probe_set, with_sampler
-from pipelines.features import (
+from pipelines.evaluation.features import (
     decode_all,
     encoder_features,
     pixel_features,
     single_frame,
     tubelet_features,
 )
-from pipelines.figures import masked_clip, pca_pictures, picture_uri
-from pipelines.probe_rows import load_labelled
+from pipelines.evaluation.report.figures import masked_clip, pca_pictures, picture_uri
+from pipelines.loading.clips import ClipSampler
+from pipelines.runs.checkpoints import CheckpointState, save_checkpoint
 
 PREP = Preprocessing(image_size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 SAMPLER = ClipSampler(frames=4, settings=ClipConfig(stride=2))

@@ -9,9 +9,17 @@ import numpy as np
 import pytest
 
 from models.media.videos import count_frames, decode_frames
-from pipelines import fetch, fetch_games, fetch_samples
+from pipelines import fetch
 from pipelines.fetch import FetchConfig
-from pipelines.fetch_movingmnist import DIRECTIONS, FRAMES, draw_digit, path_of_digit, write_moving
+from pipelines.fetchers import games as fetch_games
+from pipelines.fetchers import sample_clips as fetch_samples
+from pipelines.fetchers.moving_mnist import (
+    DIRECTIONS,
+    FRAMES,
+    draw_digit,
+    path_of_digit,
+    write_moving,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -16,7 +16,6 @@ from loading_helpers import assert_equal, global_batches, write_shards
 from video_files import number_of, picture, write_video
 
 from models.media.videos import decode_frames
-from pipelines.clip_sampling import ClipSampler
 from pipelines.config import (
     ClipConfig,
     DataConfig,
@@ -26,14 +25,15 @@ from pipelines.config import (
     PretrainConfig,
     VideoMaskConfig,
 )
-from pipelines.crops import DecodeError, decode_rows
-from pipelines.loading import make_reader
-from pipelines.masking import sample_keys
-from pipelines.masking_video import video_masks
-from pipelines.shards import (
+from pipelines.dataset.shards import (
     VIDEO_SCHEMA,
     hash_bytes,
 )
+from pipelines.loading.clips import ClipSampler
+from pipelines.loading.decoding import DecodeError, decode_rows
+from pipelines.loading.loader import make_reader
+from pipelines.loading.masks.blocks import sample_keys
+from pipelines.loading.masks.video import video_masks
 
 ROWS = 40
 LENGTHS = (30, 30, 12, 5)  # frames of the segments, by turns

@@ -19,8 +19,8 @@ from video_ingest_helpers import CFG, prepare
 from models.media.preprocessing import Preprocessing
 from models.media.video.containers import VideoError
 from models.media.videos import count_frames, decode_frames
-from pipelines.segmenting import Segmenter
-from pipelines.video_reading import TimedFrame
+from pipelines.ingestion.preparing.frames import TimedFrame
+from pipelines.ingestion.preparing.segments import Segmenter
 from serve.clip_sampling import ClipRequest, sample_video
 from serve.stream_decoding import decode_stream
 

@@ -14,10 +14,10 @@ from video_ingest_helpers import CFG, VIDEO, damage, npy, numbers, prepare, refu
 
 from models.media.videos import VideoError, decode_frames
 from pipelines.config import VideoConfig
-from pipelines.readers import Item
-from pipelines.segmenting import SegmentEncoder
-from pipelines.shards import hash_bytes
-from pipelines.video_preparing import prepare_video, segment_id
+from pipelines.dataset.shards import hash_bytes
+from pipelines.ingestion.preparing.segments import SegmentEncoder
+from pipelines.ingestion.preparing.videos import prepare_video, segment_id
+from pipelines.ingestion.reading.chunks import Item
 from tests.video_files import CYCLE, picture, write_video
 
 # -------------------------------------------------------------------------------- frames

@@ -17,7 +17,7 @@ from video_files import CYCLE, number_of, write_video
 from models.media.video.containers import choose_stream, open_video
 from models.media.video.video_reader import FrameReader, Restarts, TimedFrame
 from models.media.videos import RgbConverter
-from pipelines.live_source import from_position
+from pipelines.ingestion.live_connection import from_position
 
 
 def film(frames: int = 30, container: str = "webm", codec: str = "libvpx", **more: Any) -> bytes:

@@ -8,9 +8,9 @@ import pytest
 from source_helpers import config, write
 
 from pipelines.config import IngestConfig
-from pipelines.readers import Item, read_chunk
-from pipelines.sources import Listing, list_source
-from pipelines.staging import chunk_from_json, chunk_to_json
+from pipelines.ingestion.listing.sources import Listing, list_source
+from pipelines.ingestion.reading.chunks import Item, read_chunk
+from pipelines.ingestion.staging import chunk_from_json, chunk_to_json
 
 
 def names(listing: Listing) -> set[str]:

@@ -11,7 +11,6 @@ import torch
 from fake_training import FolderStore, change
 from test_video_loading import segment, write_rows
 
-from pipelines.checkpoints import load_objective
 from pipelines.config import (
     ClipConfig,
     DataConfig,
@@ -25,9 +24,10 @@ from pipelines.config import (
     from_json,
     to_json,
 )
-from pipelines.loading import train_batches
-from pipelines.recorder import DataSource, Worker
-from pipelines.trainer import train
+from pipelines.loading.loader import train_batches
+from pipelines.runs.checkpoints import load_objective
+from pipelines.training.callbacks import DataSource, Worker
+from pipelines.training.trainer import train
 
 STEPS = 4
 

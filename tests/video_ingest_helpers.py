@@ -10,8 +10,8 @@ import pytest
 
 from models.media.videos import VideoError, decode_frames
 from pipelines.config import IngestConfig, VideoConfig
-from pipelines.readers import Item
-from pipelines.video_preparing import prepare_video
+from pipelines.ingestion.preparing.videos import prepare_video
+from pipelines.ingestion.reading.chunks import Item
 from tests.video_files import number_of
 
 VIDEO = VideoConfig(fps=10, segment_seconds=1, key_frame_every=4, crf=1)

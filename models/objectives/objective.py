@@ -15,7 +15,7 @@ Batch = dict[str, Tensor]
 
 Images: `images` uint8 [B, C, H, W]. Clips: `clips` uint8 [B, C, T, H, W]. Of both `sample_keys` int64
 [B], 64 random bits fixed by (seed, epoch, sample id), by which anything random about a sample is
-drawn. Masks, by what the run's masker draws (`pipelines.maskers`): of images `context_ids` int64 [B, K]
+drawn. Masks, by what the run's masker draws (`pipelines.loading.masks.maskers`): of images `context_ids` int64 [B, K]
 and `target_ids` int64 [B, M, T] of M target blocks, or both with an axis of C contexts, [B, C, K] and
 [B, C, T]; of clips, for every mask generator g = 0, 1, ... `context_ids_g` int64 [B, K_g] and
 `target_ids_g` int64 [B, T_g]. Lengths are the same in all batches of a run.

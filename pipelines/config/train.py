@@ -337,7 +337,7 @@ class PretrainConfig:
 
     @property
     def masks(self) -> Masks:
-        """Which masks the objective asks the loader for (`pipelines.maskers`)."""
+        """Which masks the objective asks the loader for (`pipelines.loading.masks.maskers`)."""
         return MASKS.get(self.objective.name, "blocks")
 
     @property

@@ -1,1 +1,1 @@
-"""What an encoder learned, and what the numbers are worth."""
+"""What an encoder learned: features, probes, baselines, ranks, and what the numbers are worth. Imports loading and below."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipelines.probe_sets import SETS, ProbeSet
-from pipelines.shards import Manifest
+from pipelines.dataset.shards import Manifest
+from pipelines.evaluation.probe_sets import SETS, ProbeSet
 
 SHOWN = 6
 """Classes that a sentence names."""

@@ -1,1 +1,1 @@
-"""The parts of ingest: what lies at a source (listing), and items with their labels out of it (reading)."""
+"""Raw images and videos to staged and merged shards, file by file or from a live stream. Imports its subfolders and dataset."""

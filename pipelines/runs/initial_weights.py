@@ -14,7 +14,6 @@ import torch
 
 from models.encoders.positions import Grid, fit_table
 from models.objectives import Objective
-from pipelines.checkpoints import flatten, load_weights, new_objective
 from pipelines.config import PretrainConfig
 from pipelines.runs.checkpoint_files import (
     CheckpointError,
@@ -22,9 +21,10 @@ from pipelines.runs.checkpoint_files import (
     read_config,
     read_state,
 )
+from pipelines.runs.checkpoints import flatten, load_weights, new_objective
 from pipelines.runs.integrity import Shapes, read_shapes
 from pipelines.runs.run_checkpoints import resolve_checkpoint
-from pipelines.storage import local_copy
+from pipelines.runtime.uris import local_copy
 
 TABLE = "pos_embed"
 """Last part of a position table's name, in encoder, target encoder, predictor and decoder."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from pipelines.config import PretrainConfig, from_json
 from pipelines.runs.checkpoint_files import GROUPS, CheckpointState, file_name, parse_state
-from pipelines.storage import open_uri
+from pipelines.runtime.uris import open_uri
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config.train import NEWEST_WHOLE
+from pipelines.dataset.shards import put_atomic
 from pipelines.runs.checkpoint_files import recover_report
 from pipelines.runs.integrity import find_fault, read_description
 from pipelines.runs.run_checkpoints import (
@@ -26,8 +27,7 @@ from pipelines.runs.run_checkpoints import (
     survey,
     unusable,
 )
-from pipelines.shards import put_atomic
-from pipelines.storage import is_local, join_uri, open_uri
+from pipelines.runtime.uris import is_local, join_uri, open_uri
 
 METRICS = "metrics.jsonl"
 WAY_ON = (

@@ -13,7 +13,7 @@ from typing import Any
 
 from pipelines.runs.checkpoint_files import CheckpointError
 from pipelines.runs.integrity import find_fault
-from pipelines.storage import join_uri, open_uri
+from pipelines.runtime.uris import join_uri, open_uri
 
 LIST = "checkpoint_manager_snapshot.json"
 NAME = re.compile(r"checkpoint_(\d+)")

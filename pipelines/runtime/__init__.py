@@ -1,1 +1,1 @@
-"""What every job needs around its own work: a Ray, and plain words for what went wrong."""
+"""What every job needs around its own work: Ray, places and URIs, progress, errors in plain words. Imports config."""

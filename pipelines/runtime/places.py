@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from pipelines.config.places import Place, places, with_places
-from pipelines.storage import absolute_uri, is_local, open_uri
+from pipelines.runtime.uris import absolute_uri, is_local, open_uri
 
 C = TypeVar("C")
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs"}

@@ -1,1 +1,1 @@
-"""What lies at a source: its files, which of them are items, and their classes. Imports names and failures."""
+"""What lies at a source: its files, which of them are items, and their classes. Imports entries and dataset."""

@@ -6,9 +6,9 @@ import json
 from collections import Counter
 from typing import Any
 
+from pipelines.dataset.shards import MANIFEST
 from pipelines.ingestion.listing.tables import decoded
-from pipelines.shards import MANIFEST
-from pipelines.storage import join_uri, open_uri
+from pipelines.runtime.uris import join_uri, open_uri
 
 
 def read_classes(uri: str) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-from pipelines.ingestion.listing.entries import UNLISTED, Entry, local_entry
+from pipelines.ingestion.entries.entries import UNLISTED, Entry, local_entry
 from pipelines.ingestion.listing.media import suffix_of
 
 

@@ -13,10 +13,10 @@ from urllib.parse import unquote
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from pipelines.ingestion.listing.addresses import file_system, protocol_of
-from pipelines.ingestion.listing.entries import NO_FILE, Entry, entry_of, local_entry
+from pipelines.ingestion.entries.addresses import file_system, protocol_of
+from pipelines.ingestion.entries.entries import NO_FILE, Entry, entry_of, local_entry
+from pipelines.ingestion.entries.names import escaped
 from pipelines.ingestion.listing.tables import FileList, readable
-from pipelines.ingestion.names import escaped
 
 Place = tuple[str, str]  # protocol, path in its file system
 File = tuple[str, str, Entry]  # name below the source, protocol, and the file

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from models.media.pictures.formats import FORMATS, format_of
-from pipelines.ingestion.listing.entries import Entry
+from pipelines.ingestion.entries.entries import Entry
 
 Modality = Literal["image", "video"]
 # What a look into a file found; "" where its bytes do not tell.

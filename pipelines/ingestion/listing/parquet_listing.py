@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from pipelines.config import IngestConfig
 from pipelines.config.ingest import LABEL_COLUMN
-from pipelines.ingestion.failures import DAMAGE, raise_if_unreachable
+from pipelines.ingestion.entries.failures import DAMAGE, raise_if_unreachable
 
 _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 

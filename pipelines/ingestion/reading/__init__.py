@@ -1,1 +1,1 @@
-"""Items out of archives and tables, with their labels. Imports the listing."""
+"""Items out of archives and tables, with their labels. Imports listing and below."""

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from pipelines.config import IngestConfig
 from pipelines.config.ingest import LABEL_COLUMN
-from pipelines.ingestion.failures import DAMAGE, problem_of, too_many_bytes
+from pipelines.ingestion.entries.failures import DAMAGE, problem_of, too_many_bytes
 from pipelines.ingestion.listing.parquet_listing import column_path
 from pipelines.ingestion.reading.items import Item, Problem
 from pipelines.ingestion.reading.labels import (
@@ -24,7 +24,7 @@ from pipelines.ingestion.reading.labels import (
 )
 
 if TYPE_CHECKING:
-    from pipelines.sources import Chunk
+    from pipelines.ingestion.listing.sources import Chunk
 
 BATCH_ROWS = 64
 LONGEST_PATH = 4096

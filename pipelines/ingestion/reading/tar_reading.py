@@ -20,14 +20,14 @@ from typing import IO, TYPE_CHECKING, Any
 import pyarrow as pa
 
 from pipelines.config import IngestConfig
-from pipelines.ingestion.failures import DAMAGE, problem_of, too_many_bytes
+from pipelines.ingestion.entries.failures import DAMAGE, problem_of, too_many_bytes
 from pipelines.ingestion.listing.media import HEAD_BYTES, content_of, suffix_of, suffixes
 from pipelines.ingestion.reading.items import Item, Problem, Tally
 from pipelines.ingestion.reading.labels import LABEL_SUFFIXES, LabelError, label_in_file
 from pipelines.ingestion.reading.tar_samples import LabelFile, Picture, Samples, gives_way, key_of
 
 if TYPE_CHECKING:
-    from pipelines.sources import Chunk
+    from pipelines.ingestion.listing.sources import Chunk
 
 READ_BYTES = 2**15  # tarfile copies what is left of it at every read
 AVAILABLE_BYTES = 2**15

@@ -1,0 +1,61 @@
+"""LiDAR: how many directions tell samples apart, against how much views of one sample scatter.
+
+Thilak et al. 2023 (arXiv 2312.04000): the rank of linear discriminant analysis whose classes are the
+samples and whose members are augmented views of each. Unlike RankMe it does not count directions in
+which views of one sample differ as much as samples do.
+
+A departure: the mean of Q views scatters by W/Q itself, which puts 1/Q under every eigenvalue and, with the few
+views that are cheap enough to read often, drowns the rest. Here that share is taken out again.
+
+Shape suffixes: N samples, Q views of each, D feature width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pipelines.training.collapse import effective_rank
+
+DELTA = 1e-4
+"""Added to the diagonal of the scatter within samples."""
+
+
+def lidar(features_NQD: Tensor, *, delta: float = DELTA) -> float:
+    """Exp of the entropy of the normalised positive eigenvalues of V^(-1/2) (B - W/Q) V^(-1/2).
+
+    B is the covariance of the samples' mean features (over N - 1), W the covariance of views about their
+    sample's mean (over N (Q - 1)), V is W plus `delta` on its diagonal; in fp64. So B - W/Q is an unbiased
+    estimate of the covariance that the means of endlessly many views would have.
+
+    Args:
+        features_NQD: [N, Q, D]; the value cannot exceed min(N - 1, D).
+        delta: in units of a feature's variance: one that is small beside it.
+
+    Returns:
+        Between 1 (nothing, or a single direction, tells samples apart) and D; NaN of features that
+        are not finite. Of pure noise it is not small: about half of the directions come out positive.
+
+    Raises:
+        ValueError: fewer than two samples or views.
+    """
+    features_NQD = torch.as_tensor(features_NQD).double()
+    N, Q, D = features_NQD.shape
+    if N < 2 or Q < 2:
+        raise ValueError(f"LiDAR needs two samples and two views or more, not {N} and {Q}")
+    if not torch.isfinite(features_NQD).all():
+        return float("nan")
+    means_ND = features_NQD.mean(dim=1)
+    within_MD = (features_NQD - means_ND[:, None]).flatten(0, 1)
+    between_ND = means_ND - means_ND.mean(dim=0)
+    # Below this the means are equal but for the rounding of fp32, whose rank looks high.
+    if between_ND.square().sum() <= 1e-12 * means_ND.square().sum():
+        return 1.0
+    identity_DD = torch.eye(D, dtype=torch.float64, device=means_ND.device)
+    W_DD = within_MD.T @ within_MD / (N * (Q - 1))
+    B_DD = between_ND.T @ between_ND / (N - 1) - W_DD / Q
+    # With V = L L^T those eigenvalues are the ones of L^-1 (B - W/Q) L^-T.
+    L_DD = torch.linalg.cholesky(W_DD + delta * identity_DD)
+    half_DD = torch.linalg.solve_triangular(L_DD, B_DD, upper=False)
+    whole_DD = torch.linalg.solve_triangular(L_DD, half_DD.T, upper=False)
+    return effective_rank(torch.linalg.eigvalsh(whole_DD).clamp(min=0))

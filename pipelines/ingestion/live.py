@@ -1,0 +1,330 @@
+"""Ingest of a live stream: segments are cut, encoded and published while it runs.
+
+    python -m pipelines.ingest --source rtsp://camera/1 --out shards/live --follow
+
+One process: a thread reads packets (live_source.py), this one decodes, encodes and publishes
+(publishing.py). A broken connection is made anew; a kill loses what is not yet published, and nothing
+else. Memory holds one segment, the packets that wait, and the rows of the next shard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any
+
+import av
+from rich.console import Console
+
+from models.media.video.containers import VideoError
+from models.media.video.video_reader import Restarts, frame_period
+from pipelines.config import IngestConfig
+from pipelines.dataset.live_set import LiveSet, Timeline
+from pipelines.dataset.shards import Manifest, hash_bytes
+from pipelines.ingestion.live_connection import (
+    PLAYLISTS,
+    TICK_S,
+    Connection,
+    SourceError,
+    describe_error,
+    file_identity,
+    from_position,
+    kind_of,
+    public_name,
+)
+from pipelines.ingestion.preparing.frames import FrameReader, TimedFrame
+from pipelines.ingestion.preparing.segments import Segment, Segmenter, rate_of
+from pipelines.ingestion.preparing.videos import segment_id, segment_row
+from pipelines.runtime.places import prepare
+from pipelines.runtime.progress import SECONDS_BETWEEN_LINES
+
+FOREVER_S = 1e12
+REPLAY_S = 120  # a playlist that goes back further is a new one under the same address
+
+
+def follow(cfg: IngestConfig, stop: threading.Event | None = None) -> Manifest:
+    """Publishes a live stream to `cfg.out` until it ends or `stop` is set.
+
+    Raises:
+        ValueError: the source cannot be opened or brings no video, or `cfg.out` is not ours.
+        OSError: the storage failed; run again to go on.
+    """
+    cfg = prepare(cfg)
+    with LiveSet(cfg) as live_set:
+        return Follower(cfg, live_set, stop or threading.Event()).run()
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[threading.Event]:
+    """Yields an event that SIGTERM and ctrl-C set; the second one has its usual effect."""
+    stop = threading.Event()
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def restore() -> None:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+    def handle(*_: object) -> None:
+        stop.set()
+        restore()
+
+    for number in kept:
+        signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        restore()
+
+
+class Follower:
+    """Takes one stream, connection after connection.
+
+    Args:
+        cfg: the ingest configuration.
+        live_set: where segments go.
+        stop: ends it.
+    """
+
+    def __init__(self, cfg: IngestConfig, live_set: LiveSet, stop: threading.Event) -> None:
+        self._cfg, self._set, self._stop = cfg, live_set, stop
+        self._console = Console()
+        self._timeline = live_set.progress.timeline
+        self._rows: list[dict[str, Any]] = []
+        self._losses: Counter[str] = Counter()
+        self._connections = self._segments = self._bytes = 0
+        self._lag = 0.0
+        # The start, the first opening, or the last frame, whichever is the latest.
+        self._alive = self._published = self._shown = time.monotonic()
+        self._frames = 0
+        self._last_error = ""
+
+    def run(self) -> Manifest:
+        """See `follow`."""
+        failures = 0
+        while not self._over():
+            before = self._frames
+            if self._attempt():
+                break
+            failures = 0 if self._frames > before else failures + 1
+            self._wait(failures)
+        self._publish()
+        if self._set.manifest is None:
+            raise ValueError(f"--source: no video came from {public_name(self._cfg.source)}")
+        self._show(last=True)
+        return self._set.manifest
+
+    def _attempt(self) -> bool:
+        """Takes one connection to its end; True if there can be no other."""
+        kind = ""
+        try:
+            kind = kind_of(self._cfg.source, self._cfg.live.format)
+            with contextlib.closing(Connection(self._cfg, self._tick)) as connection:
+                stream = connection.open()
+                if stream is not None:
+                    self._take(connection, stream)
+                self._last_error = describe_error(connection.error) if connection.error else ""
+                return kind == "pipe"
+        except (SourceError, VideoError) as error:
+            self._last_error = describe_error(error)
+            if kind == "pipe":  # what was read of it cannot be read again
+                raise ValueError(f"--source: {self._last_error}") from error
+            return False
+
+    def _over(self) -> bool:
+        """Whether to end.
+
+        Raises:
+            ValueError: there was nothing to begin with.
+        """
+        if self._stop.is_set():
+            return True
+        if self._late() and not self._connections:
+            waited = f"not open after {self._cfg.live.open_seconds:g} s"
+            raise ValueError(f"--source: {waited}: {self._last_error or 'nothing came'}")
+        return self._late()
+
+    def _late(self) -> bool:
+        """Whether video has not come for longer than may be."""
+        live = self._cfg.live
+        seconds = live.end_seconds if self._connections else live.open_seconds
+        return time.monotonic() - self._alive > seconds
+
+    def _tick(self) -> bool:
+        """Does what is due by the clock; True ends the connection."""
+        if self._rows and time.monotonic() - self._published >= self._cfg.live.publish_seconds:
+            self._publish()
+        self._show()
+        return self._stop.is_set() or self._late()
+
+    def _wait(self, failures: int) -> None:
+        """Waits before the next connection, longer after every failure, and says so."""
+        if self._over():
+            return
+        live = self._cfg.live
+        seconds = min(live.backoff_seconds * 2.0 ** min(failures, 30), live.most_backoff_seconds)
+        why = self._last_error or "the stream ended"
+        self._console.print(
+            f"connecting again in {seconds:g} s: {why}", markup=False, soft_wrap=True
+        )
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0 and not self._tick():
+            self._stop.wait(min(left, TICK_S))
+
+    def _take(self, connection: Connection, stream: av.VideoStream) -> None:
+        """Segments all frames of a connection."""
+        if not self._connections:
+            self._alive = time.monotonic()
+        self._connections += 1
+        uri = (
+            f"{public_name(self._cfg.source)}#run={self._set.run:x}&connection={self._connections}"
+        )
+        timeline = self._continued(connection, stream)
+        reader = FrameReader(
+            _Positioned(connection, timeline, self._cfg.video.max_gap),
+            stream,
+            max_seconds=FOREVER_S,
+            max_pixels=self._cfg.video.max_pixels,
+            max_gap=self._cfg.video.max_gap,
+            start=timeline.origin if timeline.begun else None,
+        )
+        cutter = _Cutter(self._cfg, uri, timeline, connection)
+        try:
+            for frame in reader:
+                self._alive, self._lag = time.monotonic(), connection.lag
+                self._frames += 1
+                for row in cutter.push(frame, reader.start or Fraction(0)):
+                    self._keep(row, cutter.timeline)
+            for row in cutter.finish():
+                self._keep(row, cutter.timeline)
+        except VideoError as error:
+            self._losses[error.reason] += 1
+            raise
+        finally:
+            self._losses.update({reason for reason, _ in reader.losses} - {"truncated"})
+            self._losses.update(["connection_lost"] if connection.error else [])
+
+    def _continued(self, connection: Connection, stream: av.VideoStream) -> Timeline:
+        """The last timeline, if this source shows the same once more; else a new one."""
+        last = self._timeline
+        identity = ""
+        if connection.kind == "file":
+            identity = file_identity(self._cfg.source, last.identity if last else "")
+        elif connection.format.name in PLAYLISTS:
+            identity = public_name(self._cfg.source)
+        if last is None or not identity or last.identity != identity:
+            return Timeline(identity=identity)
+        begin = Fraction(stream.start_time or 0) * (stream.time_base or 1)
+        if connection.kind == "url" and last.end - begin > REPLAY_S:
+            return Timeline(identity=identity)
+        return last
+
+    def _keep(self, row: dict[str, Any], timeline: Timeline) -> None:
+        if not self._rows and not self._segments:
+            self._published = time.monotonic()
+        self._rows.append(row)
+        self._timeline = timeline
+        self._segments += 1
+        self._bytes += len(row["video"])
+        if sum(len(row["video"]) for row in self._rows) >= self._cfg.shard_bytes:
+            self._publish()
+
+    def _publish(self) -> None:
+        """Publishes the rows that are complete, if there are any."""
+        self._published = time.monotonic()
+        if self._rows:
+            assert self._timeline is not None
+            self._set.publish(self._rows, self._timeline, self._losses)
+            self._rows, self._losses = [], Counter()
+
+    def _show(self, *, last: bool = False) -> None:
+        now = time.monotonic()
+        if not last and now - self._shown < SECONDS_BETWEEN_LINES:
+            return
+        self._shown = now
+        manifest = self._set.manifest
+        published = self._set.progress.seconds
+        parts = (
+            f"published {dt.timedelta(seconds=int(published))}",
+            f"in {len(manifest.shards) if manifest else 0} shards",
+            f"lag {self._lag:.1f} s",
+            f"{self._segments:,} segments",
+            f"{self._bytes / 1e6:,.1f} MB",
+            f"{max(self._connections - 1, 0)} reconnects",
+        )
+        quiet = now - self._alive
+        silent = f"  no video for {quiet:.0f} s" if quiet > 2 * TICK_S + 1 and not last else ""
+        self._console.print(
+            "  ".join(parts) + silent, markup=False, highlight=False, soft_wrap=True
+        )
+
+
+class _Positioned:
+    """A connection without the packets that are in segments already, for a `FrameReader`."""
+
+    def __init__(self, connection: Connection, timeline: Timeline, max_gap: float) -> None:
+        self.format, self.duration = connection.format, connection.duration
+        self._connection, self._timeline, self._max_gap = connection, timeline, max_gap
+
+    def demux(self, stream: av.VideoStream) -> Iterator[Any]:
+        """Yields packets."""
+        line, packets = self._timeline, self._connection.demux(stream)
+        if not line.begun:
+            return from_position(packets, None)
+        jumps = line.jumps if self._connection.kind == "file" else 0  # of a playlist long past
+        restarts = Restarts(frame_period(stream), self._max_gap)
+        return from_position(packets, line.end, jumps, restarts)
+
+
+class _Cutter:
+    """Frames of one connection to rows, with the time at which each arrived."""
+
+    def __init__(
+        self, cfg: IngestConfig, uri: str, timeline: Timeline, connection: Connection
+    ) -> None:
+        self._cfg, self._uri, self._connection = cfg, uri, connection
+        self.timeline = timeline
+        self._segmenter = Segmenter(cfg.video, cfg.short_side)
+        self._key = hash_bytes(uri.encode())
+        self._origin, self._jumps = timeline.origin, timeline.jumps
+        self._last = Fraction(0)
+        # Where the first frame is that no segment has.
+        self._from = timeline.end - timeline.origin if timeline.begun else None
+        self._arrived: dict[int, float] = {}  # of the frames that a segment may still begin with
+        self._number = 0
+
+    def push(self, frame: TimedFrame, origin: Fraction) -> Iterator[dict[str, Any]]:
+        """Takes the next frame; yields the rows that are complete by it."""
+        half = min(frame.duration, 1 / rate_of(self._cfg.video)) / 2
+        if self._from is not None and frame.time < self._from - half:
+            return
+        self._from, self._origin = None, origin
+        self._arrived[frame.index] = self._connection.arrived
+        for segment in self._segmenter.push(frame):
+            yield self._row(segment)
+        self._jumps += frame.time < self._last
+        self._last = frame.time
+
+    def finish(self) -> Iterator[dict[str, Any]]:
+        """Yields the last row, if any."""
+        for segment in self._segmenter.finish():
+            yield self._row(segment)
+
+    def _row(self, segment: Segment) -> dict[str, Any]:
+        arrived = self._arrived[segment.source_frames[0]]
+        last = segment.source_frames[-1]
+        self._arrived = {n: time for n, time in self._arrived.items() if n >= last}
+        row = segment_row(segment, segment_id(self._key, self._number, self._cfg), self._cfg, {})
+        self._number += 1
+        seconds = Fraction(segment.num_frames) / rate_of(self._cfg.video)
+        end = self._origin + Fraction(segment.start_s) + seconds
+        self.timeline = Timeline(
+            identity=self.timeline.identity, origin=self._origin, end=end, jumps=self._jumps
+        )
+        recorded = dt.datetime.fromtimestamp(arrived, dt.UTC)
+        return row | {"source_uri": self._uri, "recorded_at": recorded}

@@ -1,0 +1,67 @@
+"""Which frames of a stored segment make up a clip; numpy only.
+
+Shape suffixes: B segments, T frames of a clip.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.config import ClipConfig, PretrainConfig
+from pipelines.loading.masks.blocks import STREAM_CLIP, U64, uniforms
+
+I32 = npt.NDArray[np.int32]
+F64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipSampler:
+    """Clips of a fixed number of frames at a fixed distance."""
+
+    frames: int
+    """T."""
+    settings: ClipConfig
+
+    def random(self, num_frames_B: npt.ArrayLike, fps_B: npt.ArrayLike, keys_B: U64) -> I32:
+        """Frames of a random clip of each segment, fixed by its key; the middle without jitter.
+
+        A segment that is too short gives all it has, its last frame repeated.
+
+        Args:
+            num_frames_B: frames of the segments.
+            fps_B: their rates, a second.
+            keys_B: `masking.sample_keys`.
+
+        Returns:
+            int32 [B, T], numbers of frames, ascending.
+        """
+        if not self.settings.jitter:
+            return self.middle(num_frames_B, fps_B)
+        return self._clips(num_frames_B, fps_B, uniforms(keys_B, STREAM_CLIP, 1)[:, 0])
+
+    def middle(self, num_frames_B: npt.ArrayLike, fps_B: npt.ArrayLike) -> I32:
+        """Frames of the clip in the middle of each segment, int32 [B, T]: evaluation's."""
+        return self._clips(num_frames_B, fps_B, np.full(np.shape(num_frames_B), 0.5))
+
+    def _clips(self, num_frames_B: npt.ArrayLike, fps_B: npt.ArrayLike, place_B: F64) -> I32:
+        count_B = np.asarray(num_frames_B, np.int64)
+        step_B = np.full(len(count_B), float(self.settings.stride))
+        if self.settings.fps is not None:
+            step_B = np.asarray(fps_B, np.float64) / self.settings.fps
+        # Rates like 29.97 leave products a hair below whole numbers.
+        offset_BT = np.floor(np.arange(self.frames) * step_B[:, None] + 1e-6).astype(np.int64)
+        starts_B = np.maximum(count_B - offset_BT[:, -1], 1)
+        first_B = (place_B * starts_B).astype(np.int64)
+        number_BT = np.minimum(first_B[:, None] + offset_BT, count_B[:, None] - 1)
+        frames_BT: I32 = number_BT.astype(np.int32)
+        return frames_BT
+
+
+def training_sampler(cfg: PretrainConfig) -> ClipSampler | None:
+    """How a run takes its clips; None if it learns from images."""
+    if cfg.modality == "image":
+        return None
+    return ClipSampler(frames=cfg.model.frames, settings=cfg.clip)

@@ -1,0 +1,395 @@
+"""Deterministic batches for training, through Ray Data inside each rank's own process.
+
+    plan -> pieces -> Ray Data tasks: rows + crop boxes + masks -> [decode] -> batches, ahead
+
+Every rank runs its own dataset over its own lanes (plan.py), so no splitter decides by timing which
+rank gets what: order, crops and masks are the same for any number of workers. Tasks ship encoded
+bytes and the rank decodes in threads (`decode_in="trainer"`), or a second stage of tasks decodes and
+ships uint8 crops (`"data"`); the pixels are the same bit for bit. docs/loading.md has the figures
+behind these choices.
+
+Shape suffixes: B rows of this rank, N flattened; masks as in `pipelines.loading.masks.maskers`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from pipelines.config import PretrainConfig
+from pipelines.dataset.shards import Manifest, read_manifest
+from pipelines.loading.clips import training_sampler
+from pipelines.loading.decoding import DecodeError, decode_rows
+from pipelines.loading.masks.blocks import sample_keys
+from pipelines.loading.masks.maskers import MASK_NAMES, Masker, make_masker
+from pipelines.loading.plan import Piece, make_plan, pieces, rank_lanes
+from pipelines.loading.read_tasks import BLOCK_BYTES, Reader, read_pieces
+from pipelines.runtime.cluster import start_ray
+
+T = TypeVar("T")
+
+SEGMENT_PIECES = 512
+"""Read tasks in one Ray dataset; many epochs fit, so that no epoch waits for an execution to start."""
+STARVED_SECONDS = 60.0
+"""Without a first batch and without a free CPU for this long, loading gives up."""
+WATCH_SECONDS = 5.0
+"""How often it looks for a free CPU while the first batch is awaited."""
+CLOSE_SECONDS = 10.0
+"""How long a loader that is closed waits for its thread, which Ray may keep."""
+LEAST_CPUS = 0.05  # a smaller share of a CPU a rank is taken for a mistake
+
+
+class StarvedError(RuntimeError):
+    """Ray Data has no CPU to run on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What one rank's dataset may use of the cluster."""
+
+    cpus: float
+    """All its tasks together."""
+    read_cpus: float
+    """One read task."""
+    decode_cpus: float
+    """One decode task; 0 when the trainer decodes."""
+    object_store_bytes: float
+
+
+def train_batches(
+    cfg: PretrainConfig, *, rank: int, world_size: int, start_step: int, end_step: int
+) -> Iterator[dict[str, Any]]:
+    """Yields this rank's part of the batch of every step from `start_step` to `end_step`.
+
+    A pure function of its arguments and the shards: crops and masks are keyed by (seed, epoch,
+    sample id), legacy masks by (seed, epoch, batch). Works in a Ray Train worker and in a plain
+    process. Closing the iterator stops the tasks.
+
+    Args:
+        cfg: the run.
+        rank: this worker.
+        world_size: workers; must divide `cfg.data.lanes`.
+        start_step: first step, inclusive.
+        end_step: last step, exclusive.
+
+    Yields:
+        images: uint8 tensor [B, C, H, W], B = batch_size / world_size (pinned if `run.gpu`);
+            or clips: [B, C, T, H, W], from shards of video.
+        masks: int64 tensors of ascending token numbers, by the objective's masker
+            (`pipelines.loading.masks.maskers`): context_ids [B, K] and target_ids [B, M, T]; or of clips, for
+            every mask generator g, context_ids_g [B, K] and target_ids_g [B, T]; or none.
+        sample_keys: int64 tensor [B]: 64 bits by which an objective draws what is random about a sample.
+        labels: int64 tensor [B], -1 where unlabelled.
+        sample_ids: list of B 16-byte ids.
+        crop_boxes: float32 array [B, 4], (x0, y0, x1, y1) in pixels of the stored image.
+        flipped: bool array [B].
+        frames: of clips, int32 array [B, T], numbers of the segment's frames.
+        step, epoch: ints.
+
+    Raises:
+        ValueError: settings that cannot work with these shards; the flag is named.
+        StarvedError: no CPU is left for Ray Data.
+        DecodeError: a stored image or video does not decode; the sample is named.
+    """
+    reader = make_reader(cfg, rank, world_size)
+    todo = pieces(reader.plan, start_step, end_step, reader.most_batches)
+    if not todo:
+        return
+    share = cluster_share(cfg, world_size)
+    threads = cfg.data.decode_threads
+    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+        source = _batches(cfg, reader, todo, share, pool)
+        watch = functools.partial(_check_starved, share, _Clock())
+        yield from ahead(source, cfg.data.prefetch_batches, watch)
+
+
+def make_reader(cfg: PretrainConfig, rank: int, world_size: int) -> Reader:
+    """Reads the manifest and fixes what this rank's tasks do.
+
+    Raises:
+        ValueError: no manifest, too few samples, lanes or mask settings that cannot work.
+    """
+    manifest = read_manifest(cfg.data.train)
+    check_modality(cfg, manifest)
+    plan = make_plan(manifest.row_groups(), cfg.data, cfg.run.seed)
+    masker = make_masker(cfg)
+    masker.check()  # here, not in the first task: for its error messages
+    return Reader(
+        uri=cfg.data.train,
+        files=tuple(shard.file for shard in manifest.shards),
+        plan=plan,
+        lanes=rank_lanes(plan, rank, world_size),
+        masker=masker,
+        data=cfg.data,
+        row_bytes=max(1.0, manifest.num_bytes / manifest.num_samples),
+        sampler=training_sampler(cfg),
+    )
+
+
+def check_modality(cfg: PretrainConfig, manifest: Manifest) -> None:
+    """Raises a ValueError if the shards hold something else than the objective learns from."""
+    if manifest.modality != cfg.modality:
+        raise ValueError(
+            f"--data.train: shards of modality {manifest.modality!r}, but --objective.name "
+            f"{cfg.objective.name} learns from {cfg.modality!r}"
+        )
+
+
+def _pixel_shape(cfg: PretrainConfig) -> tuple[int, ...]:
+    """Of one sample: [C, H, W], or [C, T, H, W] of clips."""
+    side = cfg.model.image_size
+    return (3, side, side) if cfg.modality == "image" else (3, cfg.model.frames, side, side)
+
+
+def cluster_share(cfg: PretrainConfig, world_size: int) -> Share:
+    """An equal share of the CPUs that the train workers leave, so that no rank starves another.
+
+    A rank that waits for a CPU which another rank's paused task holds, while that other rank waits
+    for it in a collective, would wait for ever; with shares that add up to the cluster it cannot.
+
+    Raises:
+        StarvedError: the train workers leave no CPU.
+    """
+    import ray
+
+    start_ray()
+    context: Any = ray.get_runtime_context()
+    in_worker = context.worker.mode == ray.WORKER_MODE
+    assigned = context.get_assigned_resources().get("CPU", 0.0) if in_worker else 0.0
+    total = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    free = total.get("CPU", 0.0) - world_size * assigned
+    if free < LEAST_CPUS * world_size:
+        raise StarvedError(_starved_message(f"{free:g} of {total.get('CPU', 0):g} CPUs are left"))
+    cpus = free / world_size
+    in_data = cfg.data.decode_in == "data"
+    read_cpus = min(0.5, cpus / 4) if in_data else min(1.0, cpus)
+    return Share(
+        cpus=cpus,
+        read_cpus=_floor_cpus(read_cpus),
+        decode_cpus=_floor_cpus(min(1.0, cpus - read_cpus)) if in_data else 0.0,
+        object_store_bytes=0.5 * total.get("object_store_memory", 0.0) / world_size,
+    )
+
+
+def _floor_cpus(cpus: float) -> float:
+    return int(cpus * 1000) / 1000  # Ray counts in ten-thousandths
+
+
+def _starved_message(what: str) -> str:
+    return (
+        f"no CPU for Ray Data to read with: {what} beside the train workers; lower "
+        "--run.cpus-per-worker (or --run.workers), or give Ray more CPUs"
+    )
+
+
+class _Clock:
+    """Remembers since when no CPU has been free."""
+
+    def __init__(self) -> None:
+        self.since = time.monotonic()
+
+
+def _check_starved(share: Share, clock: _Clock) -> None:
+    """Called while the first batch is awaited.
+
+    Raises:
+        StarvedError: for STARVED_SECONDS there has been no CPU to run a read task on.
+    """
+    import ray
+
+    free = ray.available_resources().get("CPU", 0.0)  # type: ignore[no-untyped-call]
+    if free >= share.read_cpus:
+        clock.since = time.monotonic()
+    elif time.monotonic() - clock.since > STARVED_SECONDS:
+        raise StarvedError(_starved_message(f"{free:g} CPUs have been free for a minute"))
+
+
+def _batches(
+    cfg: PretrainConfig, reader: Reader, todo: list[Piece], share: Share, pool: ThreadPoolExecutor
+) -> Generator[dict[str, Any]]:
+    """Batches of all pieces, one dataset a segment."""
+    for first in range(0, len(todo), SEGMENT_PIECES):
+        segment = todo[first : first + SEGMENT_PIECES]
+        step = segment[0].step
+        dataset = _dataset(cfg, reader, segment, share)
+        tables = dataset.iter_batches(
+            batch_size=reader.local_batch, batch_format="pyarrow", prefetch_batches=2
+        )
+        with contextlib.closing(iter(tables)) as tables, _plain_errors():
+            for table in tables:
+                yield _to_batch(cfg, reader, table, step, pool)
+                step += 1
+
+
+@contextlib.contextmanager
+def _plain_errors() -> Iterator[None]:
+    """A task's DecodeError as itself, as when the trainer decodes, not inside Ray's exception."""
+    from ray.exceptions import RayTaskError
+
+    try:
+        yield
+    except RayTaskError as error:
+        if isinstance(error.cause, DecodeError):
+            raise error.cause from error
+        raise
+
+
+def _dataset(cfg: PretrainConfig, reader: Reader, segment: list[Piece], share: Share) -> Any:
+    """The segment's rows as a Ray dataset, in order."""
+    import ray.data
+    from ray.data import ExecutionResources
+
+    # One line for each of its executions, in the middle of the trainer's progress line.
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # One block a piece. Not ray.data.range or from_arrow: those run tasks of one CPU each, which a
+    # cluster full of train workers does not have.
+    count = len(segment)
+    dataset = ray.data.from_items([*range(count)], override_num_blocks=count).map_batches(
+        functools.partial(read_pieces, reader, segment),
+        batch_size=None,
+        num_cpus=share.read_cpus,
+    )
+    if cfg.data.decode_in == "data":
+        # Another number of CPUs, or Ray would fuse the stages and a window would decode on one core.
+        dataset = dataset.map_batches(
+            functools.partial(_decode, _pixel_shape(cfg)),
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=share.decode_cpus,
+        )
+    context = dataset.context
+    context.enable_progress_bars = False
+    context.raise_original_map_exception = True
+    context.target_max_block_size = BLOCK_BYTES
+    context.execution_options.preserve_order = True
+    context.execution_options.resource_limits = ExecutionResources.for_limits(
+        cpu=share.cpus, object_store_memory=share.object_store_bytes
+    )
+    return dataset
+
+
+def _decode(shape: tuple[int, ...], table: pa.Table) -> pa.Table:
+    """Replaces the encoded images or videos by uint8 crops of this shape."""
+    torch.set_num_threads(1)
+    pixels = np.empty((table.num_rows, *shape), np.uint8)
+    decode_rows(table, pixels)
+    flat = pa.py_buffer(pixels)
+    column = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(math.prod(shape)), table.num_rows, [None, flat]
+    )
+    encoded = "video" if "video" in table.column_names else "image"
+    return table.drop_columns([encoded]).append_column("pixels", column)
+
+
+def _to_batch(
+    cfg: PretrainConfig, reader: Reader, table: pa.Table, step: int, pool: ThreadPoolExecutor
+) -> dict[str, Any]:
+    shape, rows = _pixel_shape(cfg), table.num_rows
+    assert rows == reader.local_batch, f"{rows} rows at step {step}, not {reader.local_batch}"
+    assert (table.column("step").to_numpy() == step).all(), f"out of order at step {step}"
+    pixels = torch.empty((rows, *shape), dtype=torch.uint8, pin_memory=cfg.run.gpu)
+    if cfg.data.decode_in == "data":
+        column = table.column("pixels").combine_chunks()
+        flat_N = np.frombuffer(column.buffers()[1], np.uint8)[column.offset * math.prod(shape) :]
+        np.copyto(pixels.numpy().reshape(-1), flat_N[: pixels.numel()])
+    else:
+        jobs = min(4 * cfg.data.decode_threads, max(1, rows // 8))
+        decode_rows(table, pixels.numpy(), pool, jobs)
+    ids, epoch = table.column("sample_id").to_pylist(), reader.plan.locate(step)[0]
+    keys_B = sample_keys(ids, cfg.run.seed, epoch)
+    batch = {
+        "images" if reader.sampler is None else "clips": pixels,
+        "labels": torch.from_numpy(table.column("label").fill_null(-1).to_numpy().astype(np.int64)),
+        "sample_ids": ids,
+        "sample_keys": torch.from_numpy(keys_B.view(np.int64)),
+        "crop_boxes": _numbers(table, "crop").reshape(rows, 4).astype(np.float32),
+        "flipped": table.column("flipped").to_numpy(),
+        "step": step,
+        "epoch": epoch,
+    }
+    if reader.sampler is not None:
+        batch["frames"] = _numbers(table, "frames").reshape(rows, -1)
+    for name in table.column_names:
+        if name.startswith(MASK_NAMES):
+            batch[name] = _ids(table, name, reader.masker)
+    return batch
+
+
+def _numbers(table: pa.Table, name: str) -> Any:
+    return table.column(name).combine_chunks().flatten().to_numpy()
+
+
+def _ids(table: pa.Table, name: str, masker: Masker) -> torch.Tensor:
+    ids = torch.from_numpy(_numbers(table, name).astype(np.int64))
+    lists = (masker.lists[name],) if name in masker.lists else ()
+    return ids.reshape(table.num_rows, *lists, -1)
+
+
+def ahead(source: Generator[T], depth: int, watch: Callable[[], None]) -> Iterator[T]:
+    """Runs `source` in a thread of its own, at most `depth` items ahead.
+
+    Args:
+        source: what to run; closed in its thread when the consumer stops.
+        depth: items kept ready.
+        watch: called every `WATCH_SECONDS` while the first item is awaited; may raise.
+
+    Raises:
+        Whatever `source` raises, where it would have yielded.
+    """
+    items: queue.Queue[Any] = queue.Queue(depth)
+    stop, end = threading.Event(), object()
+
+    def put(item: Any) -> None:
+        while not stop.is_set():
+            with contextlib.suppress(queue.Full):
+                return items.put(item, timeout=0.1)
+
+    def run() -> None:
+        try:
+            with contextlib.closing(source):
+                for item in source:
+                    put(item)
+                    if stop.is_set():
+                        return
+            put(end)
+        except BaseException as error:  # crosses to the consumer, which raises it
+            put(_Failure(error))
+
+    thread = threading.Thread(target=run, name="loader", daemon=True)
+    thread.start()
+    try:
+        item = _first(items, watch)
+        while item is not end:
+            if isinstance(item, _Failure):
+                raise item.error
+            yield item
+            item = items.get()
+    finally:
+        stop.set()
+        thread.join(timeout=CLOSE_SECONDS)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    error: BaseException
+
+
+def _first(items: queue.Queue[Any], watch: Callable[[], None]) -> Any:
+    while True:
+        try:
+            return items.get(timeout=WATCH_SECONDS)
+        except queue.Empty:
+            watch()

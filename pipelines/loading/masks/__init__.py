@@ -1,0 +1,1 @@
+"""Masks as pure functions of sample keys: blocks, tubes and single patches. Imports config."""

@@ -1,0 +1,58 @@
+"""Masks of single patches, as pure functions of the samples' keys (`pipelines.loading.masks.blocks`); numpy only.
+
+Shape suffixes: B samples, N tokens of an image, C contexts an image, K context tokens, T target
+tokens of a context.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pipelines.loading.masks.blocks import I32, U64, bits
+
+STREAM_RANDOM = 401
+
+
+def random_masks(keys_B: U64, count: int, keep: int) -> tuple[I32, I32]:
+    """Hides all but `keep` random tokens (He et al. 2022, arXiv 2111.06377, section 3).
+
+    Args:
+        keys_B: `masking.sample_keys`.
+        count: N.
+        keep: K.
+
+    Returns:
+        The visible tokens [B, K] and the hidden ones [B, N - K], int32, ascending.
+    """
+    order_BN = _orders(keys_B, count)
+    return np.sort(order_BN[:, :keep], axis=1), np.sort(order_BN[:, keep:], axis=1)
+
+
+def disjoint_masks(
+    keys_B: U64, count: int, contexts: int, keep: int | None = None
+) -> tuple[I32, I32]:
+    """Shares out the tokens among C contexts as targets; each sees some of the others' (Ma et al.
+    2023, arXiv 2301.00230, section 3.2).
+
+    Args:
+        keys_B: `masking.sample_keys`.
+        count: N; what C does not divide is nobody's target.
+        contexts: C.
+        keep: K; None for all N - T.
+
+    Returns:
+        Context tokens [B, C, K] and target tokens [B, C, T], T = N // C, int32, ascending.
+    """
+    targets = count // contexts
+    keep = count - targets if keep is None else keep
+    order_BN = _orders(keys_B, count)
+    first_C1 = targets * np.arange(contexts)[:, None]
+    target_BCT = order_BN[:, first_C1 + np.arange(targets)]
+    # A context sees what follows its targets in the random order, going round.
+    context_BCK = order_BN[:, (first_C1 + targets + np.arange(keep)) % count]
+    return np.sort(context_BCK, axis=2), np.sort(target_BCT, axis=2)
+
+
+def _orders(keys_B: U64, count: int) -> I32:
+    """A random order of the tokens for every sample, int32 [B, N]."""
+    return np.argsort(bits(keys_B, STREAM_RANDOM, count), axis=1).astype(np.int32)

@@ -1,0 +1,280 @@
+"""V-JEPA's masks of clips as a pure function of (seed, epoch, sample id); numpy only.
+
+Every generator draws some blocks, hides their union and leaves the rest as context; the random
+numbers and the block shapes are those of `pipelines.loading.masks.blocks`. Tokens are numbered time first, then
+row, then column.
+
+Shape suffixes: B clips, M blocks of a generator, K kept context tokens, T kept target tokens,
+S time steps, P patches of a time step, N = S * P.
+
+Departures from the original, all undone by `legacy_video_masks`: every clip and block has its own
+shape, and over-long lists lose a random part instead of the end of the clip.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from pipelines.config import VideoMaskConfig
+from pipelines.loading.masks.blocks import (
+    ATTEMPTS,
+    CALIBRATION_DRAWS,
+    I32,
+    U64,
+    Bools,
+    Shapes,
+    bits,
+    block_shapes,
+    cover_blocks,
+    key_of,
+    mix,
+    place_blocks,
+    uniforms,
+)
+
+STREAM_VIDEO_MASK = 256  # of a generator's own keys: STREAM_VIDEO_MASK + 2 * attempt + {0, 1}
+MISSES = 0.05
+"""Share of first draws that may fall short of the context's length, and of the targets'."""
+
+Masks = tuple[I32, I32]
+
+
+class Generator(Protocol):
+    """One way of hiding a part of a clip."""
+
+    def hidden(self, keys_B: U64, attempt: int) -> Bools:
+        """Draws the hidden tokens of every clip, [B, N]."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Hides the union of `count` blocks, which reach every place and time of the grid."""
+
+    steps: int
+    side: int
+    count: int
+    shapes: Shapes
+    lasts: int
+    """Time steps of a block."""
+
+    def hidden(self, keys_B: U64, attempt: int) -> Bools:
+        """Draws the hidden tokens of every clip, [B, N]."""
+        draws_BM4 = uniforms(keys_B, STREAM_VIDEO_MASK + 2 * attempt, 4 * self.count)
+        draws_BM4 = draws_BM4.reshape(-1, self.count, 4)
+        blocks_BM4 = place_blocks(draws_BM4[..., :3], self.side, self.shapes)
+        start_BM = (draws_BM4[..., 3] * (self.steps + 1 - self.lasts)).astype(np.int64)
+        since_BMS = np.arange(self.steps) - start_BM[..., None]
+        during_BMS = (since_BMS >= 0) & (since_BMS < self.lasts)
+        hidden_BSP = np.zeros((len(keys_B), self.steps, self.side**2), np.bool_)
+        for m in range(self.count):
+            covered_BP = cover_blocks(blocks_BM4[:, m : m + 1], self.side)
+            hidden_BSP |= during_BMS[:, m, :, None] & covered_BP[:, None]
+        return hidden_BSP.reshape(len(keys_B), -1)
+
+
+@dataclass(frozen=True)
+class Tube:
+    """Hides the same random patches at all times."""
+
+    steps: int
+    side: int
+    patches: int
+    """Hidden patches of a time step."""
+
+    def hidden(self, keys_B: U64, attempt: int) -> Bools:
+        """Draws the hidden tokens of every clip, [B, N]."""
+        draws_BP = uniforms(keys_B, STREAM_VIDEO_MASK + 2 * attempt, self.side**2)
+        rank_BP = draws_BP.argsort(1).argsort(1)
+        return np.tile(rank_BP < self.patches, (1, self.steps))
+
+
+def make_generators(steps: int, side: int, cfg: VideoMaskConfig) -> list[Generator]:
+    """The generators that `cfg` asks for, on a grid of `steps` x `side` x `side` tokens.
+
+    Raises:
+        ValueError: a tube ratio that leaves nothing to see or nothing to predict.
+    """
+    if cfg.kind == "tube":
+        return [Tube(steps, side, _hidden_patches(side, cfg))]
+    return [
+        Blocks(steps, side, count, block_shapes(side, (scale, scale), cfg.ratio), lasts)
+        for count, scale, lasts in _block_settings(steps, cfg)
+    ]
+
+
+def _block_settings(steps: int, cfg: VideoMaskConfig) -> list[tuple[int, float, int]]:
+    """Blocks, their scale and the time steps they last, of every generator."""
+    settings = zip(cfg.blocks, cfg.scale, cfg.temporal_scale, strict=True)
+    return [(count, scale, max(1, round(share * steps))) for count, scale, share in settings]
+
+
+def _hidden_patches(side: int, cfg: VideoMaskConfig) -> int:
+    hidden = round(cfg.tube_ratio * side * side)
+    if not 0 < hidden < side * side:
+        raise ValueError(
+            f"--video-mask.tube-ratio: {cfg.tube_ratio} of {side * side} patches leaves none to see "
+            "or none to predict"
+        )
+    return hidden
+
+
+@functools.lru_cache(maxsize=64)
+def video_mask_lengths(steps: int, side: int, cfg: VideoMaskConfig) -> tuple[tuple[int, int], ...]:
+    """Context and target tokens kept, (K, T) of every generator, constant through a run.
+
+    The lengths that all but MISSES of first draws reach (on small grids: of those that leave any
+    context); the others are drawn again.
+
+    Args:
+        steps: time steps of the token grid.
+        side: patches on a side.
+        cfg: the mask settings.
+
+    Raises:
+        ValueError: `legacy` masks (their lengths change from batch to batch), or settings that leave
+            no context or no target.
+    """
+    if cfg.truncate == "legacy":
+        raise ValueError(
+            "--video-mask.truncate legacy has no fixed lengths: every batch has others"
+        )
+    generators = make_generators(steps, side, cfg)
+    return tuple(_lengths(generator, g) for g, generator in enumerate(generators))
+
+
+def _lengths(generator: Generator, g: int) -> tuple[int, int]:
+    keys_B = generator_keys(mix(np.arange(CALIBRATION_DRAWS, dtype=np.uint64)), g)
+    hidden_BN = generator.hidden(keys_B, attempt=0)
+    count, hidden_B = hidden_BN.shape[1], np.sort(hidden_BN.sum(1))
+    hidden_B = hidden_B[hidden_B < count]
+    if len(hidden_B) < 0.25 * CALIBRATION_DRAWS:
+        raise ValueError(
+            f"--video-mask.scale: generator {g} mostly hides all {count} tokens of a clip; fewer or "
+            "smaller --video-mask.blocks, or a smaller --model.patch-size"
+        )
+    rank = int(MISSES * len(hidden_B))
+    keep, hide = count - int(hidden_B[-1 - rank]), int(hidden_B[rank])
+    return keep, hide
+
+
+def generator_keys(keys_B: U64, g: int) -> U64:
+    """Keys of generator `g`, independent of the other generators' and of the crop's."""
+    return mix(keys_B ^ key_of(STREAM_VIDEO_MASK, g))
+
+
+def video_masks(keys_B: U64, steps: int, side: int, cfg: VideoMaskConfig) -> list[Masks]:
+    """Context and target token ids of every clip, ascending, of fixed length, never overlapping.
+
+    Of lists longer than `video_mask_lengths` a random subset stays. A clip whose blocks leave too
+    little is drawn again, at most ATTEMPTS times; after that (1e-24 of the clips) tokens of the
+    other list fill up what is missing.
+
+    Args:
+        keys_B: `masking.sample_keys`.
+        steps: time steps of the token grid.
+        side: patches on a side.
+        cfg: the mask settings; `truncate` must be `random`.
+
+    Returns:
+        For every generator, context ids int32 [B, K] and target ids int32 [B, T].
+    """
+    lengths = video_mask_lengths(steps, side, cfg)
+    generators = make_generators(steps, side, cfg)
+    return [
+        _masks(generator, generator_keys(keys_B, g), *lengths[g])
+        for g, generator in enumerate(generators)
+    ]
+
+
+def _masks(generator: Generator, keys_B: U64, keep_K: int, keep_T: int) -> Masks:
+    context_BK = np.empty((len(keys_B), keep_K), np.int32)
+    target_BT = np.empty((len(keys_B), keep_T), np.int32)
+    rows = np.arange(len(keys_B))
+    for attempt in range(ATTEMPTS + 1):
+        keys = keys_B[rows]
+        hidden_BN = generator.hidden(keys, attempt)
+        hidden_B, count = hidden_BN.sum(1), hidden_BN.shape[1]
+        done = (hidden_B >= keep_T) & (count - hidden_B >= keep_K) | (attempt == ATTEMPTS)
+        order_BN = _random_order(keys[done], hidden_BN[done], attempt)
+        context_BK[rows[done]] = np.sort(order_BN[:, :keep_K], axis=1)
+        target_BT[rows[done]] = np.sort(order_BN[:, count - keep_T :], axis=1)
+        rows = rows[~done]
+        if not len(rows):
+            break
+    return context_BK, target_BT
+
+
+def _random_order(keys_B: U64, hidden_BN: Bools, attempt: int) -> I32:
+    """Token ids in random order, all the visible before all the hidden, [B, N]."""
+    count = hidden_BN.shape[1]
+    low_bits = np.uint64((count - 1).bit_length())
+    order_BN = bits(keys_B, STREAM_VIDEO_MASK + 2 * attempt + 1, count)
+    # From the top: hidden or not, chance, and the token's number, which the sort carries along.
+    order_BN = order_BN >> np.uint64(1) >> low_bits << low_bits
+    order_BN |= hidden_BN.astype(np.uint64) << np.uint64(63) | np.arange(count, dtype=np.uint64)
+    order_BN.sort(axis=1)
+    return (order_BN & ((np.uint64(1) << low_bits) - np.uint64(1))).astype(np.int32)
+
+
+def legacy_video_masks(
+    key: np.uint64, batch: int, steps: int, side: int, cfg: VideoMaskConfig
+) -> list[Masks]:
+    """Masks with the original V-JEPA collator's statistics, for a whole global batch.
+
+    One block size a generator and batch; all lists cut to the batch's shortest from the end, that is,
+    from the end of the clip. A clip without context is drawn again.
+
+    Args:
+        key: `key_of(seed, epoch, batch index)`.
+        batch: clips in the global batch.
+        steps: time steps of the token grid.
+        side: patches on a side.
+        cfg: the mask settings.
+
+    Returns:
+        For every generator, context ids int32 [B, K] and target ids int32 [B, T] of this batch.
+
+    Raises:
+        ValueError: blocks that hide everything, however often they are drawn.
+    """
+    masks = []
+    for g, generator in enumerate(_legacy_generators(key, steps, side, cfg)):
+        keys_B = bits(generator_keys(np.array([key], np.uint64), g), STREAM_VIDEO_MASK, batch)[0]
+        hidden_BN = _legacy_hidden(generator, keys_B)
+        keep_T, keep_K = int(hidden_BN.sum(1).min()), int((~hidden_BN).sum(1).min())
+        visible_first_BN = np.argsort(hidden_BN, axis=1, kind="stable")
+        hidden_first_BN = np.argsort(~hidden_BN, axis=1, kind="stable")
+        context_BK, target_BT = visible_first_BN[:, :keep_K], hidden_first_BN[:, :keep_T]
+        masks.append((context_BK.astype(np.int32), target_BT.astype(np.int32)))
+    return masks
+
+
+def _legacy_generators(
+    key: np.uint64, steps: int, side: int, cfg: VideoMaskConfig
+) -> list[Generator]:
+    if cfg.kind == "tube":
+        return make_generators(steps, side, cfg)
+    generators: list[Generator] = []
+    for g, (count, scale, lasts) in enumerate(_block_settings(steps, cfg)):
+        draw = uniforms(generator_keys(np.array([key], np.uint64), g), STREAM_VIDEO_MASK + 1, 1)
+        aspect, area = cfg.ratio[0] + (cfg.ratio[1] - cfg.ratio[0]) * draw[0, 0], scale * side**2
+        height, width = (
+            max(1, min(side, round((int(area) * r) ** 0.5))) for r in (aspect, 1 / aspect)
+        )
+        generators.append(Blocks(steps, side, count, (((height, width),), (1.0,)), lasts))
+    return generators
+
+
+def _legacy_hidden(generator: Generator, keys_B: U64) -> Bools:
+    """Hidden tokens before truncation, [B, N]."""
+    hidden_BN = generator.hidden(keys_B, attempt=0)
+    for attempt in range(1, ATTEMPTS):
+        full = hidden_BN.all(1)
+        if not full.any():
+            return hidden_BN
+        hidden_BN[full] = generator.hidden(keys_B[full], attempt)
+    raise ValueError("--video-mask.scale: the blocks hide whole clips; fewer or smaller ones")

@@ -1,0 +1,181 @@
+"""Which rows make up which batch: a pure function of (manifest, settings, seed, epoch).
+
+A global batch is L lanes x b rows. In every epoch the row groups are permuted and laid end to end;
+lane l owns an equal, contiguous part of that sequence and shuffles it in windows. Batch g takes
+rows [g*b, (g+1)*b) of every lane, and rank r of W the lanes [r*L/W, (r+1)*L/W): one contiguous part
+of the global batch. Nothing depends on W, every rank reads only its own row groups, and the
+position in the data is one integer, the step. Rows that do not fill a batch (fewer than
+L * (b + 1)) sit an epoch out; they are other rows in every epoch.
+
+Shape suffixes: G row groups, N rows, 3 = (shard, row group, row) or (shard, row group, rows in it).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.config import DataConfig
+from pipelines.loading.masks.blocks import key_of, permutation
+
+I64 = npt.NDArray[np.int64]
+
+STREAM_GROUPS, STREAM_ROWS = 101, 102
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The order of a whole run; see `make_plan`."""
+
+    groups_G3: I64
+    """(shard, row group, rows) of every row group, in the manifest's order."""
+    seed: int
+    batch_size: int
+    lanes: int
+    window_batches: int
+    """Batches that one shuffled window of a lane lasts."""
+
+    @property
+    def lane_batch(self) -> int:
+        """Rows that one lane gives to a global batch."""
+        return self.batch_size // self.lanes
+
+    @property
+    def lane_rows(self) -> int:
+        """Rows of one lane in an epoch, the ones that sit out included."""
+        return int(self.groups_G3[:, 2].sum()) // self.lanes
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Steps of one epoch."""
+        return self.lane_rows // self.lane_batch
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """Returns (epoch, batch in the epoch) of a step."""
+        return divmod(step, self.batches_per_epoch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Consecutive batches out of one window: what one read task does."""
+
+    epoch: int
+    window: int
+    start: int
+    """First batch, counted in the epoch."""
+    stop: int
+    """One past the last batch."""
+    step: int
+    """Step of the first batch."""
+
+
+def make_plan(row_groups: Sequence[tuple[int, int, int]], data: DataConfig, seed: int) -> Plan:
+    """Fixes the order of a run.
+
+    Args:
+        row_groups: (shard, row group, rows), from `Manifest.row_groups`.
+        data: batch size, lanes and shuffle window.
+        seed: the run's seed.
+
+    Raises:
+        ValueError: there are fewer rows than one batch needs.
+    """
+    plan = Plan(
+        groups_G3=np.array(row_groups, np.int64).reshape(-1, 3),
+        seed=seed,
+        batch_size=data.batch_size,
+        lanes=data.lanes,
+        window_batches=max(1, data.shuffle_window * data.lanes // data.batch_size),
+    )
+    if plan.batches_per_epoch < 1:
+        rows = int(plan.groups_G3[:, 2].sum())
+        raise ValueError(f"--data.batch-size: {data.batch_size} is more than the {rows} samples")
+    return plan
+
+
+def rank_lanes(plan: Plan, rank: int, world_size: int) -> range:
+    """Lanes that a rank reads.
+
+    Raises:
+        ValueError: the lanes do not divide evenly among the ranks.
+    """
+    if plan.lanes % world_size or not 0 <= rank < world_size:
+        raise ValueError(
+            f"--run.workers: rank {rank} of {world_size} workers cannot share {plan.lanes} lanes"
+        )
+    share = plan.lanes // world_size
+    return range(rank * share, (rank + 1) * share)
+
+
+def pieces(
+    plan: Plan, start_step: int, end_step: int, most_batches: int | None = None
+) -> list[Piece]:
+    """Cuts steps [start_step, end_step) at window and epoch borders.
+
+    Args:
+        plan: the plan.
+        start_step: first step, inclusive.
+        end_step: last step, exclusive.
+        most_batches: cut windows further, so that no piece has more batches than this. Which rows
+            make up a batch does not depend on it.
+    """
+    cuts = -(-plan.window_batches // (most_batches or plan.window_batches))
+    size = -(-plan.window_batches // cuts)
+    found = []
+    step = start_step
+    while step < end_step:
+        epoch, batch = plan.locate(step)
+        window, inside = divmod(batch, plan.window_batches)
+        stop = min(batch - inside % size + size, (window + 1) * plan.window_batches)
+        stop = min(stop, plan.batches_per_epoch, batch + end_step - step)
+        found.append(Piece(epoch=epoch, window=window, start=batch, stop=stop, step=step))
+        step += stop - batch
+    return found
+
+
+def lane_windows(plan: Plan, piece: Piece, lanes: range) -> I64:
+    """Rows of the piece's batches that these lanes give, in batch order.
+
+    Args:
+        plan: the plan.
+        piece: from `pieces`.
+        lanes: from `rank_lanes`; all lanes for the global batches.
+
+    Returns:
+        int64 [N, 3] of (shard, row group, row in the group), N = batches x lanes x lane batch, the
+        batch varying slowest and the lane next.
+    """
+    rows = np.stack([_lane_rows(plan, piece, lane) for lane in lanes])
+    batches = piece.stop - piece.start
+    by_lane = rows.reshape(len(lanes), batches, plan.lane_batch)
+    return _locate_rows(plan, piece.epoch, by_lane.transpose(1, 0, 2).reshape(-1))
+
+
+def _lane_rows(plan: Plan, piece: Piece, lane: int) -> I64:
+    """Places in the epoch's sequence of one lane's rows for the piece."""
+    first = piece.window * plan.window_batches * plan.lane_batch
+    size = min(plan.window_batches * plan.lane_batch, plan.lane_rows - first)
+    order = permutation(key_of(plan.seed, STREAM_ROWS, piece.epoch, lane, piece.window), size)
+    skip = piece.start * plan.lane_batch - first
+    taken = order[skip : skip + (piece.stop - piece.start) * plan.lane_batch]
+    return lane * plan.lane_rows + first + taken
+
+
+def _locate_rows(plan: Plan, epoch: int, places_N: I64) -> I64:
+    """(shard, row group, row) of places in the epoch's sequence of row groups laid end to end."""
+    groups_G3, ends_G = _epoch_groups(plan, epoch)
+    which_N = np.searchsorted(ends_G, places_N, side="right")
+    row_N = places_N - (ends_G[which_N] - groups_G3[which_N, 2])
+    return np.column_stack([groups_G3[which_N, :2], row_N])
+
+
+@functools.lru_cache(maxsize=8)
+def _epoch_groups(plan: Plan, epoch: int) -> tuple[I64, I64]:
+    """The epoch's row groups in order, [G, 3], and where each ends in the sequence, [G]."""
+    order = permutation(key_of(plan.seed, STREAM_GROUPS, epoch), len(plan.groups_G3))
+    groups_G3 = plan.groups_G3[order]
+    return groups_G3, np.cumsum(groups_G3[:, 2])

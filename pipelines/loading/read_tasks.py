@@ -1,0 +1,228 @@
+"""What a Ray Data read task does: rows of the plan, with their clips, crops and masks, as Arrow.
+
+Imports neither torch nor Ray, so that a worker which only reads starts fast and stays small.
+
+Shape suffixes: B rows of one rank's batch, N rows of a block (whole batches), T frames of a clip,
+3 = (shard, row group, row).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pipelines.config import DataConfig
+from pipelines.dataset.shards import open_shards, read_row_group, sample_ids_array
+from pipelines.loading.clips import ClipSampler
+from pipelines.loading.masks.blocks import STREAM_CROP, STREAM_FLIP, key_of, sample_keys, uniforms
+from pipelines.loading.masks.maskers import Masker
+from pipelines.loading.plan import Piece, Plan, lane_windows
+
+I32 = npt.NDArray[np.int32]
+I64 = npt.NDArray[np.int64]
+U64 = npt.NDArray[np.uint64]
+
+COLUMNS = {
+    "image": ("sample_id", "image", "height", "width", "label", "source_uri"),
+    "video": (
+        *("sample_id", "video", "height", "width", "num_frames", "fps", "start_s"),
+        *("label", "source_uri"),
+    ),
+}
+"""What is read of a row, by modality."""
+BLOCK_BYTES = 4 * 2**20
+"""Encoded bytes of one block: small enough for a quick first batch, large enough that Ray's cost
+for each block (about 5 ms) does not show."""
+PIECE_BYTES = 256 * 2**20
+"""Encoded bytes of one piece. A larger window is cut into pieces which all read the window's row groups
+and keep their own rows: memory stays bounded, at the price of reading the window once a piece."""
+REMOTE_READS = 8  # row groups fetched at once from object storage
+CROP_TRIES = 10
+STREAM_LEGACY = 103
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """Everything a read task needs besides its piece; pickled once for all tasks."""
+
+    uri: str
+    files: tuple[str, ...]
+    """Shard file names by shard index."""
+    plan: Plan
+    lanes: range
+    """Lanes of this rank."""
+    masker: Masker
+    data: DataConfig
+    row_bytes: float
+    """Mean encoded bytes of a sample."""
+    sampler: ClipSampler | None = None
+    """Which frames make up a clip; None for images."""
+
+    @property
+    def most_batches(self) -> int:
+        """Batches of this rank that make up a piece of PIECE_BYTES."""
+        return max(1, int(PIECE_BYTES / (self.row_bytes * self.local_batch)))
+
+    @property
+    def modality(self) -> str:
+        """ "image" or "video": also the column of encoded bytes."""
+        return "image" if self.sampler is None else "video"
+
+    @property
+    def local_batch(self) -> int:
+        """Rows of one batch that this rank gets."""
+        return len(self.lanes) * self.plan.lane_batch
+
+
+def read_pieces(
+    reader: Reader, pieces: Sequence[Piece], batch: dict[str, Any]
+) -> Iterator[pa.Table]:
+    """The body of Ray Data's read tasks: `read_piece` for the pieces whose indices are in `item`."""
+    for index in batch["item"]:
+        yield from read_piece(reader, pieces[index])
+
+
+def read_piece(reader: Reader, piece: Piece) -> Iterator[pa.Table]:
+    """Reads a piece's rows of this rank's lanes.
+
+    Args:
+        reader: the settings.
+        piece: which batches.
+
+    Yields:
+        Tables of whole batches in order, of about BLOCK_BYTES: the shard's columns, and `step`,
+        `crop` (left, top, right, bottom, in pixels), `flipped`, the masks (flattened) and, of
+        video, `frames` (numbers of the clip's frames).
+    """
+    rows_N3 = lane_windows(reader.plan, piece, reader.lanes)
+    table, index_N = _read_rows(reader, rows_N3)
+    row_bytes = max(1, table.column(reader.modality).nbytes // max(1, table.num_rows))
+    batches = max(1, BLOCK_BYTES // (row_bytes * reader.local_batch))
+    for first in range(piece.start, piece.stop, batches):
+        stop = min(first + batches, piece.stop)
+        low, high = ((b - piece.start) * reader.local_batch for b in (first, stop))
+        block = table.take(pa.array(index_N[low:high]))
+        yield _with_draws(reader, block, piece, first, stop)
+
+
+def _read_rows(reader: Reader, rows_N3: I64) -> tuple[pa.Table, I64]:
+    """The rows as one chunk, each row group read once, and where each of them stands in it."""
+    order_N = np.lexsort(rows_N3.T[::-1])  # by shard, row group, row
+    groups_G2, starts_G = np.unique(rows_N3[order_N, :2], axis=0, return_index=True)
+    wanted = np.split(rows_N3[order_N, 2], starts_G[1:])
+    fs, root = open_shards(reader.uri)
+
+    def read(group: I64, rows: I64) -> pa.Table:
+        columns, encoded = COLUMNS[reader.modality], reader.modality
+        table = read_row_group(fs, root, reader.files[group[0]], int(group[1]), columns)
+        # Arrow's `binary` counts bytes in 32 bits: with more than 2 GiB of images, taking or joining
+        # rows fails.
+        place = table.schema.get_field_index(encoded)
+        large = table.column(encoded).cast(pa.large_binary())
+        return table.set_column(place, encoded, large).take(pa.array(rows))
+
+    if "file" in fs.protocol:
+        tables = list(map(read, groups_G2, wanted))
+    else:
+        with ThreadPoolExecutor(REMOTE_READS) as pool:
+            tables = list(pool.map(read, groups_G2, wanted))
+    index_N = np.empty(len(order_N), np.int64)
+    index_N[order_N] = np.arange(len(order_N))
+    # One chunk: `take` joins all chunks of a binary column first, and would for every block.
+    return pa.concat_tables(tables).combine_chunks(), index_N
+
+
+def _with_draws(reader: Reader, block: pa.Table, piece: Piece, first: int, stop: int) -> pa.Table:
+    """Adds the random columns; all but legacy masks depend on (seed, epoch, sample id) alone."""
+    keys_N = sample_keys(sample_ids_array(block), reader.plan.seed, piece.epoch)
+    sizes_N2 = np.stack([block.column("height").to_numpy(), block.column("width").to_numpy()], 1)
+    boxes_N4 = random_crops(keys_N, sizes_N2, reader.data.crop_scale, reader.data.crop_ratio)
+    flipped_N = np.zeros(len(keys_N), np.bool_)
+    if reader.data.flip:
+        flipped_N = uniforms(keys_N, STREAM_FLIP, 1)[:, 0] < 0.5
+    steps_N = piece.step + np.repeat(np.arange(first, stop) - piece.start, reader.local_batch)
+    added = {
+        "step": pa.array(steps_N),
+        "crop": pa.FixedSizeListArray.from_arrays(pa.array(boxes_N4.reshape(-1)), 4),
+        "flipped": pa.array(flipped_N),
+    }
+    if reader.sampler is not None:
+        lengths_N, fps_N = (block.column(name).to_numpy() for name in ("num_frames", "fps"))
+        frames_NT = reader.sampler.random(lengths_N, fps_N, keys_N)
+        flat = pa.array(frames_NT.reshape(-1))
+        added["frames"] = pa.FixedSizeListArray.from_arrays(flat, frames_NT.shape[1])
+    for name, parts in _masks(reader, keys_N, piece.epoch, range(first, stop)).items():
+        added[name] = _lists(parts)
+    for name, column in added.items():
+        block = block.append_column(name, column)
+    return block
+
+
+def _masks(reader: Reader, keys_N: U64, epoch: int, batches: range) -> dict[str, list[I32]]:
+    """Token numbers by name, a list of one array a batch or one for all."""
+    if not reader.masker.legacy:
+        return {name: [ids] for name, ids in reader.masker.for_samples(keys_N).items()}
+    plan = reader.plan
+    mine = slice(reader.lanes.start * plan.lane_batch, reader.lanes.stop * plan.lane_batch)
+    drawn = [
+        reader.masker.for_batch(key_of(plan.seed, STREAM_LEGACY, epoch, batch), plan.batch_size)
+        for batch in batches
+    ]
+    return {name: [masks[name][mine] for masks in drawn] for name in drawn[0]}
+
+
+def _lists(parts: list[I32]) -> Any:
+    """One Arrow list a row, from arrays whose rows are of equal length within each array."""
+    flat = np.concatenate([part.reshape(-1) for part in parts])
+    lengths = np.concatenate([np.full(len(p), p[0].size if len(p) else 0) for p in parts])
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))
+
+
+def random_crops(
+    keys_B: U64, sizes_B2: I32, scale: tuple[float, float], ratio: tuple[float, float]
+) -> I32:
+    """Boxes of a random resized crop, one a sample, fixed by its key.
+
+    The usual rule (torchvision's): area uniform in `scale`, aspect ratio log-uniform in `ratio`,
+    ten tries for a box that fits, then the largest centred box of an allowed ratio.
+
+    Args:
+        keys_B: `sample_keys`.
+        sizes_B2: height and width of the images, pixels.
+        scale: area range as a fraction of the image.
+        ratio: range of width / height.
+
+    Returns:
+        int32 [B, 4] of left, top, right, bottom, in pixels; right and bottom exclusive.
+    """
+    height_B, width_B = sizes_B2[:, 0].astype(np.int64), sizes_B2[:, 1].astype(np.int64)
+    draws_BT2 = uniforms(keys_B, STREAM_CROP, 2 * CROP_TRIES + 2)
+    place_B2, draws_BT2 = draws_BT2[:, :2], draws_BT2[:, 2:].reshape(-1, CROP_TRIES, 2)
+    area_BT = (scale[0] + (scale[1] - scale[0]) * draws_BT2[..., 0]) * (height_B * width_B)[:, None]
+    low, high = np.log(ratio[0]), np.log(ratio[1])
+    aspect_BT = np.exp(low + (high - low) * draws_BT2[..., 1])
+    w_BT = np.rint(np.sqrt(area_BT * aspect_BT)).astype(np.int64)
+    h_BT = np.rint(np.sqrt(area_BT / aspect_BT)).astype(np.int64)
+    fits_BT = (w_BT > 0) & (w_BT <= width_B[:, None]) & (h_BT > 0) & (h_BT <= height_B[:, None])
+    rows, first_B, found_B = np.arange(len(keys_B)), fits_BT.argmax(1), fits_BT.any(1)
+    centre_w, centre_h = _centred_sizes(width_B, height_B, ratio)
+    w_B = np.where(found_B, w_BT[rows, first_B], centre_w)
+    h_B = np.where(found_B, h_BT[rows, first_B], centre_h)
+    left_B = np.where(found_B, place_B2[:, 0] * (width_B - w_B + 1), (width_B - w_B) // 2)
+    top_B = np.where(found_B, place_B2[:, 1] * (height_B - h_B + 1), (height_B - h_B) // 2)
+    left_B, top_B = left_B.astype(np.int64), top_B.astype(np.int64)
+    return np.stack([left_B, top_B, left_B + w_B, top_B + h_B], 1).astype(np.int32)
+
+
+def _centred_sizes(width_B: I64, height_B: I64, ratio: tuple[float, float]) -> tuple[I64, I64]:
+    """Largest width and height inside the image whose ratio is allowed."""
+    w_B = np.minimum(width_B, np.rint(height_B * ratio[1]).astype(np.int64))
+    h_B = np.minimum(height_B, np.rint(width_B / ratio[0]).astype(np.int64))
+    return np.maximum(w_B, 1), np.maximum(h_B, 1)

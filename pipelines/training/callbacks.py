@@ -1,0 +1,238 @@
+"""What happens between optimizer steps: metrics, the collapse verdict, the probe, checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipelines.config import PretrainConfig, to_json
+from pipelines.runs.checkpoint_files import CheckpointState, report_of, save_checkpoint
+from pipelines.runtime.uris import RunFolder, join_uri
+from pipelines.training.loggers import MetricsLog, SampleLog, StepTimer, progress_line, speed
+from pipelines.training.online_probe import OnlineProbe, build_probe
+from pipelines.training.optimizers import averaged, read_hyperparameters
+from pipelines.training.rank_probe import RankProbe
+from pipelines.training.state import TrainState
+
+Say = Callable[[str], None]
+
+
+class Batches(Protocol):
+    """`loading.train_batches`: one local batch per optimizer step, across epochs."""
+
+    def __call__(
+        self, cfg: PretrainConfig, *, rank: int, world_size: int, start_step: int, end_step: int
+    ) -> Iterator[dict[str, Any]]:
+        """Yields the batches of steps [start_step, end_step), counted from 0."""
+
+
+class CheckpointStore(Protocol):
+    """Where checkpoints go and come from: Ray Train in a run, a folder in tests."""
+
+    def latest(self) -> AbstractContextManager[Path | None]:
+        """The newest committed checkpoint of this run."""
+
+    def save(self, write: Callable[[Path], None], metrics: dict[str, Any]) -> None:
+        """Has `write` fill a folder and commits it; may return before the upload is done."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSource:
+    """Batches and what identifies them."""
+
+    batches: Batches
+    steps_per_epoch: int
+    manifest_hash: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Worker:
+    """This process among the training processes."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
+
+    def first(self, message: str | None) -> str | None:
+        """The first process's message that is not None, on every process."""
+        if self.world_size == 1:
+            return message
+        messages: list[str | None] = [None] * self.world_size
+        dist.all_gather_object(messages, message)
+        return next((m for m in messages if m is not None), None)
+
+
+def end_step(cfg: PretrainConfig) -> int:
+    """Steps after which this process ends: all of them, or `stop_after`."""
+    return min(cfg.run.steps, cfg.run.stop_after or cfg.run.steps)
+
+
+def _not_finite(loss: float, step: int) -> str | None:
+    if math.isfinite(loss):
+        return None
+    return (
+        f"the loss is {loss} at step {step}. Try a lower --optim.lr, a longer "
+        "--optim.warmup-steps, --optim.clip-norm 1 or --run.precision fp32."
+    )
+
+
+class Recorder:
+    """What happens between steps: metrics, the collapse verdict, the probe, checkpoints."""
+
+    def __init__(
+        self,
+        cfg: PretrainConfig,
+        worker: Worker,
+        state: TrainState,
+        data: DataSource,
+        store: CheckpointStore,
+        say: Say,
+    ) -> None:
+        self.cfg, self.worker, self.state = cfg, worker, state
+        self.data, self.store, self.say = data, store, say
+        self.timer = StepTimer(worker.device)
+        self._read_step, self._read_time = state.step, time.perf_counter()
+        self._folder = RunFolder(join_uri(cfg.run.storage, cfg.run.name))
+        self._log: MetricsLog | None = None
+        self._probe: OnlineProbe | None = None
+        self._rank_probe: RankProbe | None = None
+        self._samples = self._sample_log() if cfg.run.log_samples else None
+        if worker.rank == 0:
+            (self._folder.local / "config.json").write_text(to_json(cfg))
+            self._log = MetricsLog(self._folder, state.step)
+            self._probe = build_probe(cfg, say)
+            self._rank_probe = RankProbe(cfg) if cfg.run.rank_every else None
+            if self._probe and state.step == 0:
+                self._log.write(0, self._with_knn({}))
+
+    def reads_at(self, step: int) -> bool:
+        """Whether metrics are read after a step: every `log_every`, and at the run's end."""
+        return step % self.cfg.run.log_every == 0 or step == self.cfg.run.steps
+
+    def after_step(
+        self, batch: dict[str, Any], schedule: dict[str, float], grad_norm: Tensor | None
+    ) -> str | None:
+        """Records the step just taken; returns why the run must stop, if it must."""
+        run, state, step = self.cfg.run, self.state, self.state.step
+        collapsed = None
+        values: dict[str, Any] = {}
+        if self._samples:
+            self._samples.write(step, batch["sample_ids"])
+        if self.reads_at(step):
+            values, collapsed = self._read(schedule, grad_norm)
+        stop = collapsed is not None and self.cfg.watch.action == "stop"
+        if self._due(run.probe_every) and not stop:
+            values |= self._with_knn({})
+        if self._rank_probe and self._due(run.rank_every) and not stop:
+            with averaged(state.optimizer):
+                values |= self._rank_probe(state.objective.feature_encoder)
+        if values:
+            self._write(values)
+        if stop:
+            return collapsed
+        if step % run.checkpoint_every == 0 or step == end_step(self.cfg):
+            self._checkpoint(values)
+        return None
+
+    def _due(self, every: int) -> bool:
+        step = self.state.step
+        return bool(every) and (step % every == 0 or step == self.cfg.run.steps)
+
+    def _read(
+        self, schedule: dict[str, float], grad_norm: Tensor | None
+    ) -> tuple[dict[str, Any], str | None]:
+        state, cfg = self.state, self.cfg
+        values: dict[str, Any] = {"epoch": self._epoch(), **state.meter.reading(), **schedule}
+        if grad_norm is not None:
+            values["grad_norm"] = float(grad_norm)
+        readings = {name: watch.reading() for name, watch in state.watches.items()}
+        for reading in readings.values():
+            values |= reading
+        values |= read_hyperparameters(state.optimizer)
+        self._say_skipped(values.get("skipped_steps", 0.0))
+        verdict = None
+        if cfg.watch.action != "off":
+            verdict = _not_finite(values["loss"], state.step)
+            found = [w.judge(readings[name], state.step) for name, w in state.watches.items()]
+            verdict = verdict or next((line for line in found if line), None)
+        # Every process has the same sums, but not surely the same eigenvalues to the last bit.
+        verdict = self.worker.first(verdict)
+        if verdict:
+            values["collapsed"] = True
+            self.say(f"WARNING: {verdict}" if cfg.watch.action == "warn" else verdict)
+        samples = (state.step - self._read_step) * cfg.data.batch_size
+        values |= speed(self.timer.totals(), samples, self.worker.device)
+        return values, verdict
+
+    def _say_skipped(self, count: float) -> None:
+        new = count - self.state.metrics.get("skipped_steps", 0.0)
+        if new:
+            self.say(f"WARNING: {new:.0f} steps skipped: the gradient was not finite")
+
+    def _with_knn(self, values: dict[str, Any]) -> dict[str, Any]:
+        if self._probe is None:
+            return values
+        with averaged(self.state.optimizer):
+            return {**values, "knn": self._probe(self.state.objective)}
+
+    def _epoch(self) -> float:
+        return self.state.step / self.data.steps_per_epoch
+
+    def _write(self, values: dict[str, Any]) -> None:
+        step, now = self.state.step, time.perf_counter()
+        self.state.metrics |= {k: v for k, v in values.items() if isinstance(v, float)}
+        if self._log is not None:
+            self._log.write(step, values)
+        if "loss" in values:
+            seconds = (now - self._read_time) / (step - self._read_step)
+            left = seconds * (self.cfg.run.steps - step)
+            self.say(progress_line(step, self.cfg.run.steps, self.state.metrics, left))
+            self._read_step, self._read_time = step, now
+
+    def _checkpoint(self, values: dict[str, Any]) -> None:
+        state, cfg, worker = self.state, self.cfg, self.worker
+        saved = CheckpointState(
+            step=state.step,
+            position=state.step * cfg.data.batch_size,
+            epoch=self._epoch(),
+            manifest_hash=self.data.manifest_hash,
+            metrics=dict(state.metrics),
+            strikes={name: watch.strikes for name, watch in state.watches.items()},
+            world_size=worker.world_size,
+        )
+
+        def write(folder: Path) -> None:
+            save_checkpoint(folder, state.tensors(), saved, cfg, rank=worker.rank)
+
+        self.store.save(write, report_of(state.step, values))
+        self._sync()
+
+    def _sync(self) -> None:
+        if self._log is not None:
+            self._log.flush()
+        if self.worker.rank == 0 or self._samples:
+            self._folder.sync()
+
+    def _sample_log(self) -> SampleLog:
+        attempt = [int(time.time() * 1000)]
+        if self.worker.world_size > 1:
+            dist.broadcast_object_list(attempt)
+        return SampleLog(self._folder, self.worker.rank, attempt[0])
+
+    def close(self) -> None:
+        """Ends the logs and uploads the last of them."""
+        if self._log is not None:
+            self._log.close()
+        if self.worker.rank == 0 or self._samples:
+            self._folder.sync()
+        self._folder.close()

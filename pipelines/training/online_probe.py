@@ -1,0 +1,65 @@
+"""kNN on labelled images or clips while training: the number that says whether the encoder learns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from torch import Tensor
+
+from models.objectives import Objective
+from pipelines.config import PretrainConfig
+from pipelines.loading.clips import training_sampler
+
+BANK_ROWS = 2000
+QUERY_ROWS = 1000
+
+
+class OnlineProbe:
+    """Accuracy of kNN (k = 20, cosine, T = 0.07) from a fixed bank of training samples.
+
+    They are decoded once, by the evaluation transform, and kept as uint8 on the host.
+    """
+
+    def __init__(self, cfg: PretrainConfig) -> None:
+        # Here, because only rank 0 of a run that probes needs it.
+        from pipelines.dataset.rows import check_classes, load_labelled, table_labels
+        from pipelines.dataset.shards import read_manifest
+        from pipelines.evaluation.features import decode_all, preprocessing_of
+
+        train, test = read_manifest(cfg.data.train), read_manifest(cfg.data.test)
+        check_classes({"--data.train": train, "--data.test": test})
+        self._autocast = cfg.run.precision == "bf16"
+        self._prep = preprocessing_of(cfg.model)
+        sampler = training_sampler(cfg)
+        self._samples: list[Tensor] = []
+        self._labels: list[np.ndarray] = []
+        for uri, rows in ((cfg.data.train, BANK_ROWS), (cfg.data.test, QUERY_ROWS)):
+            table = load_labelled(uri, rows)
+            self._samples.append(decode_all(table, self._prep, sampler))
+            self._labels.append(table_labels(table))
+
+    def __call__(self, objective: Objective) -> float:
+        """Returns the share of queries classified right."""
+        from pipelines.evaluation.features import extract_features
+        from pipelines.evaluation.probes import knn_accuracy
+
+        bank, query = (
+            extract_features(objective.feature_encoder, self._prep, x, autocast=self._autocast)
+            for x in self._samples
+        )
+        return knn_accuracy(bank, self._labels[0], query, self._labels[1])
+
+
+def build_probe(cfg: PretrainConfig, say: Callable[[str], None]) -> OnlineProbe | None:
+    """The probe `cfg` asks for, or None (with a line that says why, if it was asked for)."""
+    if not cfg.run.probe_every:
+        return None
+    if not cfg.data.test:
+        say("no online kNN: --run.probe-every needs labelled shards in --data.test")
+        return None
+    try:
+        return OnlineProbe(cfg)
+    except ValueError as error:
+        say(f"no online kNN: {error}")
+        return None

@@ -1,0 +1,75 @@
+"""RankMe and LiDAR of fixed training samples: numbers that compare over the runs of a sweep.
+
+No label is read. The samples, their views and their number are the same in every run on the same
+shards, whatever its batch, crops or views; only runs of one encoder shape compare.
+
+Shape suffixes: N samples, Q views of each, D feature width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models.keyed_random import mix
+from models.views import Views
+from pipelines.config import PretrainConfig, ViewsConfig
+from pipelines.evaluation.ranks import lidar
+from pipelines.loading.clips import training_sampler
+from pipelines.training.collapse import rankme
+
+RANKME_ROWS, RANKME_CLIPS = 2048, 512
+"""Held in memory, decoded: 512 clips of 16 frames of 224 pixels are 1.2 GB."""
+LIDAR_ROWS, LIDAR_VIEWS = 512, 8
+"""The paper has 1,000 samples and 50 views; this is cheap enough to read often."""
+
+
+class RankProbe:
+    """Reads an encoder's RankMe and LiDAR on samples decoded once, by the evaluation transform."""
+
+    def __init__(self, cfg: PretrainConfig) -> None:
+        from pipelines.dataset.rows import load_samples
+        from pipelines.evaluation.features import decode_all, preprocessing_of
+
+        self._autocast = cfg.run.precision == "bf16"
+        self._prep = preprocessing_of(cfg.model)
+        sampler = training_sampler(cfg)
+        table = load_samples(cfg.data.train, RANKME_CLIPS if sampler else RANKME_ROWS)
+        self._samples = decode_all(table, self._prep, sampler)
+        # Not the run's own views: a sweep may change those.
+        settings = dataclasses.asdict(ViewsConfig(globals=LIDAR_VIEWS))
+        self._views = Views.of(settings, cfg.model.image_size)
+
+    def __call__(self, encoder: nn.Module) -> dict[str, float]:
+        """`fixed_rankme` (uncentred, as in its paper) and `lidar` of mean-pooled features; NaN where
+        the features are not finite."""
+        features_ND = torch.from_numpy(self._features(encoder, self._samples))
+        if not torch.isfinite(features_ND).all():
+            return {"fixed_rankme": math.nan, "lidar": math.nan}
+        return {"fixed_rankme": rankme(features_ND), "lidar": lidar(self._viewed(encoder))}
+
+    def _viewed(self, encoder: nn.Module) -> Tensor:
+        """Features of every view of some of the samples, [N, Q, D]."""
+        from pipelines.evaluation.features import clips_per_batch
+
+        # From all over, as shards of tars may be in class order.
+        samples = self._samples[:: max(1, len(self._samples) // LIDAR_ROWS)][:LIDAR_ROWS]
+        keys_N = mix(torch.arange(len(samples)))
+        frames = samples.shape[2] if samples.ndim == 5 else 1
+        size = clips_per_batch(256, frames * LIDAR_VIEWS)
+        parts = []
+        batches = zip(torch.split(samples, size), torch.split(keys_N, size), strict=True)
+        for pixels, keys in batches:
+            views = torch.cat(self._views.make(pixels, keys))
+            found_QD = self._features(encoder, (255 * views).round().to(torch.uint8))
+            parts.append(found_QD.reshape(LIDAR_VIEWS, len(pixels), -1).swapaxes(0, 1))
+        return torch.from_numpy(np.concatenate(parts))
+
+    def _features(self, encoder: nn.Module, pixels: Tensor) -> np.ndarray:
+        from pipelines.evaluation.features import extract_features
+
+        return extract_features(encoder, self._prep, pixels, autocast=self._autocast)

@@ -1,0 +1,209 @@
+"""Everything that changes while a run trains, and its way into a checkpoint and back, bit by bit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.encoders.blocks import use_plain_attention
+from models.hyperoptim import HyperOptimizer
+from models.objectives import Objective
+from pipelines.config import PretrainConfig
+from pipelines.runs.checkpoints import (
+    CheckpointError,
+    CheckpointState,
+    load_share,
+    load_tensors,
+    load_weights,
+    new_objective,
+    read_state,
+)
+from pipelines.training.collapse import CollapseWatch, MeanMeter
+from pipelines.training.optimizers import averaged, build_optimizer, is_schedule_free
+
+
+@dataclasses.dataclass
+class TrainState:
+    """A run at a step: weights, optimizer, meters."""
+
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    watches: dict[str, CollapseWatch]
+    """By the name of what each looks at in `Output.monitored`."""
+    meter: MeanMeter
+    step: int = 0
+    """Optimizer steps taken."""
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    """The newest reading of every metric."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.objective.parameters()).device
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Returns what a checkpoint stores, by group of `checkpoints.GROUPS`."""
+        loop = {"rng.cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            loop["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+        for name, watch in self.watches.items():
+            loop |= {f"watch.{name}.{key}": t for key, t in watch.state().items()}
+        loop |= {f"meter.{name}": t for name, t in self.meter.state().items()}
+        return {
+            "model": self._model_tensors(),
+            "optimizer": optimizer_tensors(self.objective, self.optimizer),
+            "loop": loop,
+        }
+
+    def _model_tensors(self) -> dict[str, Tensor]:
+        """The weights to evaluate."""
+        if not is_schedule_free(self.optimizer):
+            return dict(self.objective.state_dict())
+        with averaged(self.optimizer):
+            return {name: t.clone() for name, t in self.objective.state_dict().items()}
+
+    def restore(self, folder: Path, *, rank: int, world_size: int) -> CheckpointState:
+        """Continues from a checkpoint written by any number of processes.
+
+        Raises:
+            CheckpointError: it does not load or does not fit.
+        """
+        saved = read_state(folder)
+        load_weights(
+            self.objective, load_tensors(folder, "model", saved.world_size), origin=str(folder)
+        )
+        load_optimizer(
+            self.objective, self.optimizer, load_tensors(folder, "optimizer", saved.world_size)
+        )
+        # With as many processes as before each gets its own back; otherwise they are folded.
+        mine = range(rank, saved.world_size, world_size)
+        shares = [load_share(folder, "loop", r, saved.world_size) for r in mine]
+        self._restore_loop(shares)
+        self.step, self.metrics = saved.step, saved.metrics
+        for name, watch in self.watches.items():
+            watch.strikes = saved.strikes.get(name, 0)
+        return saved
+
+    def _restore_loop(self, shares: list[dict[str, Tensor]]) -> None:
+        for name, watch in self.watches.items():
+            watch.load(_select(share, f"watch.{name}.") for share in shares)
+        self.meter.load((_select(share, "meter.") for share in shares), self.device)
+        if shares:
+            torch.set_rng_state(shares[0]["rng.cpu"])
+            if self.device.type == "cuda" and "rng.cuda" in shares[0]:
+                torch.cuda.set_rng_state(shares[0]["rng.cuda"], self.device)
+
+
+def _select(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def new_state(cfg: PretrainConfig, device: torch.device) -> TrainState:
+    """A run at step 0; its weights follow from `cfg.run.seed` alone."""
+    torch.manual_seed(cfg.run.seed)
+    objective = new_objective(cfg).to(device)
+    if device.type == "cpu" and cfg.run.precision == "bf16":
+        use_plain_attention(objective)
+    return TrainState(
+        objective=objective,
+        optimizer=build_optimizer(objective, cfg.optim),
+        watches={
+            name: CollapseWatch(cfg.watch, columns, device, of=name)
+            for name, columns in objective.watched.items()
+        },
+        meter=MeanMeter(),
+    )
+
+
+LEVELS = ":hyper."
+"""Heads the names of a hyperoptimizer's tensors, which belong to no parameter."""
+TRAINED = "trained"
+"""Ends the names of Schedule-Free's weights where gradients are taken; the model's are their average."""
+COUNTS = ":group."
+"""Heads the names of the numbers that an optimizer keeps in its groups."""
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Names an optimizer's state: `<parameter>:<state>` to tensor, and what belongs to none."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    tensors = {
+        f"{names[id(parameter)]}:{key}": torch.as_tensor(value)
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+    if is_schedule_free(optimizer):
+        tensors |= {f"{names[id(p)]}:{TRAINED}": p.detach() for p in optimizer.state}
+    if isinstance(optimizer, HyperOptimizer):
+        tensors |= {LEVELS + name: t.clone() for name, t in optimizer.hyper_tensors().items()}
+    for index, group in enumerate(optimizer.param_groups):
+        for key in _counts(optimizer, group):
+            count = torch.tensor(float(group[key]), dtype=torch.float64)
+            tensors[f"{COUNTS}{index}.{key}"] = count
+    return tensors
+
+
+def _counts(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> list[str]:
+    """What of a group the optimizer itself has changed (schedulefree and prodigy do)."""
+    given = optimizer.defaults
+    return [
+        key
+        for key, value in group.items()
+        if key in given and key not in ("lr", "weight_decay") and isinstance(value, int | float)
+        if value != given[key]
+    ]
+
+
+def load_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> None:
+    """Puts `optimizer_tensors` back; learning rates and decays follow from the step.
+
+    Raises:
+        CheckpointError: state of a parameter that the model does not train, or of other tuners.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    index = {names[id(p)]: i for i, p in enumerate(_parameters(optimizer))}
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in tensors.items():
+        name, _, field = key.rpartition(":")
+        if not name:  # of no parameter: below
+            continue
+        if name not in index:
+            raise CheckpointError(f"optimizer state of {name!r}, which this model does not train")
+        state.setdefault(index[name], {})[field] = value
+    _load_trained(list(_parameters(optimizer)), state)
+    if _select(tensors, LEVELS) and not isinstance(optimizer, HyperOptimizer):
+        raise CheckpointError("optimizer state of hyperparameters that tune themselves")
+    whole = optimizer.state_dict()
+    optimizer.load_state_dict({**whole, "state": state, **_levels(optimizer, tensors)})
+    _load_counts(optimizer, _select(tensors, COUNTS))
+
+
+def _load_trained(parameters: list[nn.Parameter], state: dict[int, dict[str, Any]]) -> None:
+    """Takes Schedule-Free's weights out of the state and trains on from them."""
+    with torch.no_grad():
+        for index, values in state.items():
+            if (trained := values.pop(TRAINED, None)) is not None:
+                parameters[index].copy_(trained)
+
+
+def _levels(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    return {"hyper": _select(tensors, LEVELS)} if isinstance(optimizer, HyperOptimizer) else {}
+
+
+def _load_counts(optimizer: torch.optim.Optimizer, counts: dict[str, Tensor]) -> None:
+    for name, value in counts.items():
+        index, _, key = name.partition(".")
+        group = optimizer.param_groups[int(index)]
+        group[key] = type(optimizer.defaults[key])(value.item())
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterable[nn.Parameter]:
+    return (p for group in optimizer.param_groups for p in group["params"])

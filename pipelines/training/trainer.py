@@ -1,0 +1,298 @@
+"""The training loop every worker runs: data, forward, backward, step, EMA, log, checkpoint.
+
+Nothing here draws random numbers during training (crops and masks come with the batch), nothing
+depends on the number of workers, and the host waits for the device only when metrics are read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from models.objectives import Output
+from pipelines.config import PretrainConfig
+from pipelines.runs.checkpoints import (
+    CheckpointError,
+    check_resumable,
+    read_config,
+    read_state,
+)
+from pipelines.runs.initial_weights import load_initial
+from pipelines.training.callbacks import (
+    CheckpointStore,
+    DataSource,
+    Recorder,
+    Say,
+    Worker,
+    end_step,
+)
+from pipelines.training.schedules import set_schedules
+from pipelines.training.state import TrainState, new_state
+
+if TYPE_CHECKING:
+    from ray.util.queue import Queue
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How training ended; returned, not raised, where starting again could not help."""
+
+    step: int
+    metrics: dict[str, float]
+    collapsed: str | None = None
+    refused: str | None = None
+
+
+def train(
+    cfg: PretrainConfig,
+    worker: Worker,
+    data: DataSource,
+    store: CheckpointStore,
+    say: Say = print,
+) -> Outcome:
+    """Trains from the newest state there is to `cfg.run.steps` (or `stop_after`).
+
+    Args:
+        cfg: The run.
+        worker: This process; every process calls this with the same `cfg`.
+        data: Batches of this run's shards.
+        store: Checkpoints of this run.
+        say: Takes lines for a person (rank 0 only).
+    """
+    say = say if worker.rank == 0 else lambda line: None
+    _set_up_process(cfg, worker)
+    state, refused = _start(cfg, worker, data, store, say)
+    if state is None:
+        return Outcome(0, {}, refused=refused)
+    model = _wrap(cfg, worker, state)
+    recorder = Recorder(cfg, worker, state, data, store, say)
+    batches = data.batches(
+        cfg,
+        rank=worker.rank,
+        world_size=worker.world_size,
+        start_step=state.step,
+        end_step=end_step(cfg),
+    )
+    timer = recorder.timer
+    timer.start()
+    for batch in batches:
+        step = state.step + 1
+        timer.mark("data")
+
+        for micro, exchange in _micro_batches(batch, state.objective.inputs, cfg, worker, model):
+            with exchange:
+                with _autocast(cfg, worker):
+                    output: Output = model(micro)
+                timer.mark("forward")
+                (output.loss / cfg.run.accumulate).backward()  # type: ignore[no-untyped-call]
+                timer.mark("backward")
+            state.meter.update({"loss": output.loss, **output.metrics})
+            for name, watch in state.watches.items():
+                watch.update(output.monitored[name])
+
+        rate, decay = set_schedules(state.optimizer, step, cfg.optim, cfg.run.steps)
+        grad_norm = _clip(cfg, state, reading=recorder.reads_at(step))
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        state.objective.after_step(step - 1, cfg.run.steps)
+        state.step = step
+        timer.mark("optimizer")
+
+        collapsed = recorder.after_step(batch, {"lr": rate, "wd": decay}, grad_norm)
+        if collapsed:
+            recorder.close()
+            return Outcome(step, state.metrics, collapsed=collapsed)
+        timer.start()
+    recorder.close()
+    if state.step < end_step(cfg):
+        raise RuntimeError(f"the loader ended at step {state.step} of {end_step(cfg)}")
+    return Outcome(state.step, state.metrics)
+
+
+def train_worker(cfg: PretrainConfig, progress: Queue | None = None) -> Outcome:
+    """What each Ray Train worker runs: `train` on this run's shards, with Ray Train's checkpoints.
+
+    Args:
+        cfg: The run, paths absolute.
+        progress: Takes rank 0's lines to the driver; None prints them here.
+    """
+    # Here, so that the loop can be used (and tested) without Ray.
+    import ray.train
+    import ray.train.torch
+
+    from pipelines.dataset.shards import read_manifest
+    from pipelines.loading.loader import train_batches
+    from pipelines.loading.plan import make_plan
+
+    _quiet()
+    context = ray.train.get_context()
+    worker = Worker(
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        local_world_size=context.get_local_world_size(),
+        device=ray.train.torch.get_device() if cfg.run.gpu else torch.device("cpu"),
+    )
+    manifest = read_manifest(cfg.data.train)
+    plan = make_plan(manifest.row_groups(), cfg.data, cfg.run.seed)
+    data = DataSource(train_batches, plan.batches_per_epoch, manifest.manifest_hash)
+    say = print if progress is None else _say_into(progress)
+    return train(cfg, worker, data, RayCheckpoints(), say)
+
+
+def _say_into(progress: Queue) -> Say:
+    """Lines into the driver's queue; without the queue here, for progress must not end a run."""
+    from ray.exceptions import RayActorError
+
+    def say(line: str) -> None:
+        try:
+            progress.put(line)
+        except RayActorError:
+            print(line)
+
+    return say
+
+
+def _quiet() -> None:
+    """Silences Ray's line about every checkpoint; its logger escapes Ray Train's LoggingConfig."""
+    module = sys.modules.get("ray.train.v2._internal.execution.context")
+    if module is not None and module.__file__:
+        logging.getLogger(module.__file__).setLevel(logging.WARNING)
+
+
+class RayCheckpoints:
+    """Checkpoints through `ray.train.report`: uploaded in the background, then committed."""
+
+    @contextlib.contextmanager
+    def latest(self) -> Iterator[Path | None]:
+        """The newest committed checkpoint: after a lost worker, and of an earlier run of the name."""
+        import ray.train
+
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            yield None
+        else:
+            with checkpoint.as_directory() as folder:
+                yield Path(folder)
+
+    def save(self, write: Callable[[Path], None], metrics: dict[str, Any]) -> None:
+        """Writes to local disk now; training goes on while Ray uploads."""
+        import ray.train
+
+        folder = Path(tempfile.mkdtemp(prefix="rayjepa-checkpoint-"))
+        write(folder)
+        ray.train.report(
+            metrics,
+            checkpoint=ray.train.Checkpoint.from_directory(folder),
+            checkpoint_dir_name=f"checkpoint_{metrics['step']:08d}",
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=True,
+        )
+
+
+def _set_up_process(cfg: PretrainConfig, worker: Worker) -> None:
+    if worker.device.type == "cpu":
+        # Ray sets OMP_NUM_THREADS to the CPUs reserved, which here are few on purpose.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+        cores = cores or os.cpu_count() or 1
+        torch.set_num_threads(cfg.run.threads or max(1, cores // worker.local_world_size))
+
+
+def _start(
+    cfg: PretrainConfig, worker: Worker, data: DataSource, store: CheckpointStore, say: Say
+) -> tuple[TrainState | None, str | None]:
+    """The state to train from, or why there is none. In this order, and no other:
+
+    1. the run's own newest checkpoint, 2. the weights of `run.init_from`, 3. scratch.
+
+    A checkpoint that exists and cannot be used is a refusal on every process, never a fresh start.
+    """
+    state: TrainState | None = None
+    error: str | None = None
+    with store.latest() as folder:
+        try:
+            state = new_state(cfg, worker.device)
+            if folder is not None:
+                _check(cfg, folder, data)
+                state.restore(folder, rank=worker.rank, world_size=worker.world_size)
+                say(f"resuming run {cfg.run.name!r} at step {state.step}")
+            elif cfg.run.init_from:
+                say(load_initial(cfg, state.objective))
+        except (CheckpointError, ValueError) as problem:
+            error = str(problem)
+    refused = worker.first(error)
+    return (None if refused else state), refused
+
+
+def _check(cfg: PretrainConfig, folder: Path, data: DataSource) -> None:
+    check_resumable(read_config(folder), read_state(folder), cfg, data.manifest_hash)
+
+
+def _wrap(cfg: PretrainConfig, worker: Worker, state: TrainState) -> nn.Module:
+    if cfg.run.compile:
+        # In place, so that names in checkpoints stay what they are.
+        state.objective.compile(dynamic=False)
+    if worker.world_size == 1:
+        return state.objective
+    return nn.parallel.DistributedDataParallel(
+        state.objective,
+        device_ids=[worker.device] if worker.device.type == "cuda" else None,
+        # Buffers are constants of the configuration (mean, std) or count steps: equal on every process.
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+
+
+def _autocast(cfg: PretrainConfig, worker: Worker) -> torch.autocast:
+    enabled = cfg.run.precision == "bf16"
+    return torch.autocast(worker.device.type, torch.bfloat16, enabled=enabled)
+
+
+def _micro_batches(
+    batch: dict[str, Any],
+    inputs: tuple[str, ...],
+    cfg: PretrainConfig,
+    worker: Worker,
+    model: nn.Module,
+) -> Iterator[tuple[dict[str, Tensor], AbstractContextManager[None]]]:
+    """Splits a local batch's inputs into equal parts on the device; the last exchanges gradients."""
+    count = cfg.run.accumulate
+    expected = cfg.data.batch_size // worker.world_size
+    found = len(batch[inputs[0]])
+    if found != expected:
+        raise ValueError(f"loader gave {found} {inputs[0]} a worker, not {expected}")
+    size = expected // count
+    for part in range(count):
+        rows = slice(part * size, (part + 1) * size)
+        micro = {name: _to_device(batch[name][rows], worker.device) for name in inputs}
+        exchange: AbstractContextManager[None] = contextlib.nullcontext()
+        if isinstance(model, nn.parallel.DistributedDataParallel) and part < count - 1:
+            exchange = model.no_sync()
+        yield micro, exchange
+
+
+def _to_device(values: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return values
+    # From pinned memory the copy is queued behind the last step instead of waiting for it.
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+def _clip(cfg: PretrainConfig, state: TrainState, *, reading: bool) -> Tensor | None:
+    """Clips the gradient if asked to; its norm before that, if clipped or about to be logged."""
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    if cfg.optim.clip_norm is not None:
+        return nn.utils.clip_grad_norm_(parameters, cfg.optim.clip_norm)
+    if not reading:
+        return None
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
