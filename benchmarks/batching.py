@@ -1,4 +1,4 @@
-"""`serve.batching.Batcher` against Ray's `@serve.batch`, on a model that only sleeps.
+"""`serve.embeddings.replica.batching.Batcher` against Ray's `@serve.batch`, on a model that only sleeps.
 
     python benchmarks/batching.py         # about 80 s, no Ray cluster needed, almost no CPU
 
@@ -23,7 +23,7 @@ if __name__ == "__main__" and not __package__:  # so that it runs from an uninst
 import ray.serve.batching as ray_batching
 from ray import serve as ray_serve
 
-from serve.batching import Batcher
+from serve.embeddings.replica.batching import Batcher
 
 MODELS = {"5 ms + 50 ms an item (CPU)": (0.005, 0.05), "8 ms + 0.3 ms an item": (0.008, 0.0003)}
 BATCH_SIZE = 32

@@ -103,7 +103,7 @@ def write_artifact(config: Config, folder: pathlib.Path) -> None:
 
 
 def settings_for(config: Config, folder: str) -> Any:
-    from serve.settings import ServeSettings
+    from serve.embeddings.settings import ServeSettings
 
     return ServeSettings(
         artifact=folder,
@@ -119,8 +119,8 @@ def bare_loop(config: Config, folder: str, jpegs: list[bytes]) -> dict[str, floa
     """Decode and forward, batch after batch, nothing else."""
     import torch
 
-    from serve.embedder import Encoder
-    from serve.inputs import to_pixels
+    from serve.embeddings.media.inputs import to_pixels
+    from serve.embeddings.replica.embedder import Encoder
 
     torch.set_num_threads(config.threads)
     encoder = Encoder(settings_for(config, folder))

@@ -24,8 +24,8 @@ import tyro
 from ray import serve as ray_serve
 from serve_memory import resident_mib
 
+from serve.lm.settings import LMSettings
 from serve.lm_app import build_app
-from serve.lm_settings import LMSettings
 
 PREFIX = "You tell a story that never ends, one short sentence at a time. "
 PROMPT = "Once upon a time, in a town by the sea, there lived a girl number "

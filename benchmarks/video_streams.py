@@ -228,7 +228,7 @@ def main(config: Config) -> None:
     from ray import serve as ray_serve
 
     from serve.app import build_app
-    from serve.settings import ServeSettings
+    from serve.embeddings.settings import ServeSettings
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

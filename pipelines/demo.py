@@ -55,7 +55,7 @@ from pipelines.runtime.cluster import start_ray
 from pipelines.runtime.errors import run_command
 from pipelines.runtime.places import prepare
 from serve.app import build_app
-from serve.settings import ServeSettings
+from serve.embeddings.settings import ServeSettings
 
 QUERIES = 5
 NEIGHBOURS = 6

@@ -16,8 +16,12 @@ from ray.exceptions import RayActorError
 from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from serve.contract import EMBEDDER, Floats, Pixels, Pooling
-from serve.http_api import Limits, Parts, RequestMetrics, create_http_app
+from serve.embeddings.contract import EMBEDDER, Floats, Pixels, Pooling
+from serve.embeddings.frontend.routes import Limits, Parts, RequestMetrics, create_http_app
+from serve.embeddings.frontend.service import EmbeddingService
+from serve.embeddings.schemas import queue_full, server_error
+from serve.embeddings.settings import ServeSettings
+from serve.embeddings.streams.stream import StreamHub
 from serve.ingress.deployment import (
     QUIET,
     Readiness,
@@ -26,10 +30,6 @@ from serve.ingress.deployment import (
     read_api_key,
 )
 from serve.ingress.intake import Intake
-from serve.schemas import queue_full, server_error
-from serve.service import EmbeddingService
-from serve.settings import ServeSettings
-from serve.streams import StreamHub
 from serve.telemetry import Reporter
 
 EMBED_ATTEMPTS = 3
@@ -121,7 +121,9 @@ def build_app(args: ServeSettings) -> ray_serve.Application:
 
 
 def _embedder_deployment(settings: ServeSettings) -> ray_serve.Deployment:
-    from serve.embedder import Embedder  # only here: ingress replicas import this file
+    from serve.embeddings.replica.embedder import (
+        Embedder,  # only here: ingress replicas import this file
+    )
 
     options: dict[str, Any] = {"num_replicas": settings.num_replicas}
     if settings.max_replicas is not None:

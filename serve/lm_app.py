@@ -20,11 +20,11 @@ from serve.ingress.deployment import (
     read_api_key,
 )
 from serve.ingress.gate import RequestMetrics
-from serve.lm_api import LMParts, create_lm_app
-from serve.lm_client import LMClient
-from serve.lm_contract import LANGUAGE_MODEL
-from serve.lm_service import LanguageService
-from serve.lm_settings import LMSettings
+from serve.lm.contract import LANGUAGE_MODEL
+from serve.lm.frontend.client import LMClient
+from serve.lm.frontend.routes import LMParts, create_lm_app
+from serve.lm.frontend.service import LanguageService
+from serve.lm.settings import LMSettings
 from serve.telemetry import Reporter
 
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
@@ -89,7 +89,9 @@ def _absolute(settings: LMSettings) -> LMSettings:
 
 
 def _model_deployment(settings: LMSettings) -> ray_serve.Deployment:
-    from serve.chat import LanguageModel  # only here: ingress replicas import this file
+    from serve.lm.replica.language_model import (
+        LanguageModel,  # only here: ingress replicas import this file
+    )
 
     make = ray_serve.deployment(
         name=LANGUAGE_MODEL,

@@ -14,10 +14,10 @@ from prometheus_client import CollectorRegistry
 from ray.exceptions import TaskCancelledError
 from test_serve_api import make_parts
 
-from serve.http_api import create_http_app
+from serve.embeddings.frontend.routes import create_http_app
 from serve.ingress.gate import RequestMetrics
-from serve.lm_api import LMParts, create_lm_app
-from serve.lm_settings import LMSettings
+from serve.lm.frontend.routes import LMParts, create_lm_app
+from serve.lm.settings import LMSettings
 
 POSTS = {"embeddings": "/v1/embeddings", "language": "/v1/completions"}
 NAMES = tuple(POSTS)

@@ -32,7 +32,7 @@ def serve_tiny_lm(model: Path, store: Path) -> Iterator[Served]:
     from ray import serve as ray_serve
 
     from serve import lm_app
-    from serve.lm_settings import LMSettings
+    from serve.lm.settings import LMSettings
 
     (port,) = free_ports(1)
     settings = LMSettings(

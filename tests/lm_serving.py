@@ -21,12 +21,12 @@ from tokenizers import decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
 from models.sink_lm.checkpoints.tokenizer import load_tokenizer
-from serve.chat import LanguageModel
-from serve.lm_api import LMParts, create_lm_app
-from serve.lm_client import LMClient
-from serve.lm_contract import Feed, Options, Refused, Start
-from serve.lm_service import LanguageService
-from serve.lm_settings import LMSettings
+from serve.lm.contract import Feed, Options, Refused, Start
+from serve.lm.frontend.client import LMClient
+from serve.lm.frontend.routes import LMParts, create_lm_app
+from serve.lm.frontend.service import LanguageService
+from serve.lm.replica.language_model import LanguageModel
+from serve.lm.settings import LMSettings
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (

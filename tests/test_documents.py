@@ -9,7 +9,7 @@ import models.artifacts.artifact
 import pipelines.dataset.shards
 import pipelines.embed
 import pipelines.runs.checkpoints
-import serve.session_store
+import serve.lm.store.session_store
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 VERSIONS = {
@@ -17,7 +17,7 @@ VERSIONS = {
     "checkpoint": pipelines.runs.checkpoints.FORMAT,
     "artifact": models.artifacts.artifact.SCHEMA_VERSION,
     "embeddings": pipelines.embed.SCHEMA_VERSION,
-    "stored session of the language model": serve.session_store.FORMAT,
+    "stored session of the language model": serve.lm.store.session_store.FORMAT,
 }
 
 

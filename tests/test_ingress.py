@@ -11,9 +11,9 @@ from ingress_helpers import NAMES, POSTS, Made, Reply, ask, make
 from pydantic import ValidationError
 from starlette.routing import Route
 
+from serve.embeddings.settings import ServeSettings
 from serve.ingress.deployment import MAX_ONGOING, ingress_options, read_api_key
-from serve.lm_settings import LMSettings
-from serve.settings import ServeSettings
+from serve.lm.settings import LMSettings
 
 BOTH = pytest.mark.parametrize("name", NAMES)
 PAGE = "https://app.example.org"

@@ -8,8 +8,8 @@ from urllib.parse import quote
 import pytest
 from serve_helpers import base64_of, data_uri, encoded, picture
 
-from serve.inputs import decode_base64, parse_input
-from serve.schemas import ApiError
+from serve.embeddings.media.inputs import decode_base64, parse_input
+from serve.embeddings.schemas import ApiError
 
 PNG = encoded(picture(0))
 TEXT = base64_of(PNG)

@@ -12,8 +12,8 @@ import pytest
 from lm_serving import BYTES, SPECIAL, Cluster, ask, cluster, load_ids, read, run, say
 from lm_text_reference import greedy
 
-from serve.lm_contract import Feed, Refused
-from serve.schemas import ApiError
+from serve.embeddings.schemas import ApiError
+from serve.lm.contract import Feed, Refused
 
 
 async def pull(answer: Any) -> list[int]:

@@ -11,12 +11,12 @@ from tokenizers import decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
 from models.sink_lm.checkpoints.tokenizer import Tokenizer
-from serve.lm_chat_feed import chat_feed
-from serve.lm_contract import LMCard
-from serve.lm_schemas import ChatRequest
-from serve.lm_service import LanguageService
-from serve.lm_settings import LMSettings
-from serve.schemas import ApiError
+from serve.embeddings.schemas import ApiError
+from serve.lm.contract import LMCard
+from serve.lm.frontend.chat_feed import chat_feed
+from serve.lm.frontend.schemas import ChatRequest
+from serve.lm.frontend.service import LanguageService
+from serve.lm.settings import LMSettings
 
 CHATML = (
     "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}"

@@ -50,8 +50,8 @@ def served(
     from ray import serve as ray_serve
 
     from serve import app, lm_app
-    from serve.lm_settings import LMSettings
-    from serve.settings import ServeSettings
+    from serve.embeddings.settings import ServeSettings
+    from serve.lm.settings import LMSettings
 
     encoder = tmp_path_factory.mktemp("encoder") / "tiny"
     save_tiny_artifact(encoder)

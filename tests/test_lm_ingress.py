@@ -15,8 +15,8 @@ import httpx
 import pytest
 from lm_serving import MODEL, Cluster, cluster, events, eventually, run, same_text, web
 
-from serve import lm_housekeeper
-from serve.lm_client import LMClient
+from serve.lm.frontend.client import LMClient
+from serve.lm.replica import maintenance as lm_housekeeper
 
 GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0, "ignore_eos": True}
 

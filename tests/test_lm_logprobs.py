@@ -9,8 +9,8 @@ import httpx
 import pytest
 from lm_serving import MODEL, cluster, events, run, web
 
-from serve.lm_contract import End, Token
-from serve.lm_replies import CompletionShape, ShownTokens
+from serve.lm.contract import End, Token
+from serve.lm.frontend.reply_bodies import CompletionShape, ShownTokens
 
 GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0, "ignore_eos": True}
 

@@ -15,8 +15,8 @@ import openai
 import pytest
 from lm_serving import MODEL, Cluster, cluster, run, same_text, web
 
-from serve import lm_http_replies
-from serve.lm_sse import PING, event, with_pings
+from serve.lm.frontend import replies as lm_http_replies
+from serve.lm.frontend.sse import PING, event, with_pings
 
 GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0}
 PING_S = 0.05

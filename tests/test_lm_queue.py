@@ -12,9 +12,9 @@ import pytest
 from lm_serving import MODEL, Cluster, ask, cluster, eventually, read, run, say, slabs, web
 from test_lm_pings import timed
 
-from serve import lm_http_replies
-from serve.lm_contract import Refused
-from serve.lm_sse import PING
+from serve.lm.contract import Refused
+from serve.lm.frontend import replies as lm_http_replies
+from serve.lm.frontend.sse import PING
 
 GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0, "ignore_eos": True}
 ENDLESS: dict[str, Any] = {"max_tokens": None}

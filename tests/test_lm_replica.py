@@ -13,11 +13,14 @@ import pytest
 from lm_serving import ask, cluster, eventually, load_ids, read, run, say, slabs, slow
 from lm_text_reference import greedy
 
-from serve import lm_calls, lm_housekeeper, lm_shelf, segmented_log
-from serve.chat import LanguageModel
-from serve.lm_contract import Refused
-from serve.session_store import SessionStore, StoredSession
-from serve.token_log import LocalLog
+from serve.lm.contract import Refused
+from serve.lm.replica import maintenance as lm_housekeeper
+from serve.lm.replica import stored_sessions as lm_shelf
+from serve.lm.replica import tasks as lm_calls
+from serve.lm.replica.language_model import LanguageModel
+from serve.lm.store import segmented_log
+from serve.lm.store.session_store import SessionStore, StoredSession
+from serve.lm.store.token_log import LocalLog
 
 CALLS: dict[str, Callable[[LanguageModel], Any]] = {
     "start": lambda replica: replica.start(ask("gone", "new", "hello", max_tokens=None)),

@@ -9,7 +9,7 @@ import pytest
 
 from serve.ingress.bodies import parse_body
 from serve.ingress.errors import ApiError
-from serve.lm_schemas import ChatRequest, CompletionRequest, Message
+from serve.lm.frontend.schemas import ChatRequest, CompletionRequest, Message
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 

@@ -11,8 +11,8 @@ import pytest
 from lm_serving import MODEL, cluster, eventually, run, web
 
 from models.sink_lm.engine.generation import Generation
+from serve.lm.settings import LMSettings
 from serve.lm_app import _ingress_deployment, _model_deployment
-from serve.lm_settings import LMSettings
 
 GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0, "ignore_eos": True}
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import deque
 
 from models.sink_lm.engine.generation import EndEvent, TokenEvent
-from serve.lm_answers import Source
-from serve.lm_contract import Options
-from serve.lm_held import Held
-from serve.lm_text import AnswerText
-from serve.token_log import MemoryLog
+from serve.lm.contract import Options
+from serve.lm.replica.generations import Source
+from serve.lm.replica.resident_session import Held
+from serve.lm.replica.text import AnswerText
+from serve.lm.store.token_log import MemoryLog
 
 
 class SlowLog(MemoryLog):

@@ -109,7 +109,7 @@ def test_every_module_imports_without_starting_ray() -> None:
 
 def test_http_ingress_and_decoders_start_without_torch() -> None:
     """It would triple the time to start one, and their memory."""
-    modules = "serve.app, serve.decode_worker, models.media.preprocessing"
+    modules = "serve.app, serve.embeddings.media.decode_worker, models.media.preprocessing"
     code = f"import sys, {modules}; print([m for m in ('torch', 'timm') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stdout + done.stderr

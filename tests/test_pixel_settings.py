@@ -19,7 +19,7 @@ from pipelines.config import ExportConfig
 from pipelines.dataset.shards import read_manifest
 from pipelines.export import export
 from pipelines.ingestion.staging import chunk_key
-from serve.inputs import to_pixels
+from serve.embeddings.media.inputs import to_pixels
 
 CLEAR = encode(Image.new("RGBA", (32, 32), (200, 30, 20, 0)), "PNG")
 TWELVE_BITS = encode(Image.fromarray(np.full((32, 32), 4095, np.uint16)), "PNG")

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from serve import lm_schemas, stream_messages
+from serve.embeddings.media.inputs import parse_input
+from serve.embeddings.schemas import ApiError, EmbeddingRequest
+from serve.embeddings.streams import messages as stream_messages
+from serve.embeddings.streams.messages import parse_control, parse_start
 from serve.ingress.bodies import RequestModel, parse_body
-from serve.inputs import parse_input
-from serve.lm_schemas import ChatRequest, CompletionRequest, CreateSession, TokenizeRequest
-from serve.schemas import ApiError, EmbeddingRequest
-from serve.stream_messages import parse_control, parse_start
+from serve.lm.frontend import schemas as lm_schemas
+from serve.lm.frontend.schemas import ChatRequest, CompletionRequest, CreateSession, TokenizeRequest
 
 # What a model's body must hold at least.
 LEAST: dict[type[RequestModel], dict[str, Any]] = {

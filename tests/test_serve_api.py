@@ -16,12 +16,12 @@ from serve_helpers import PATCHES, SIZE, WIDTH, png_uri, unit
 
 from models.media.preprocessing import Preprocessing
 from serve.app import EmbedderClient
-from serve.contract import ModelCard
-from serve.http_api import Limits, Parts, create_http_app
+from serve.embeddings.contract import ModelCard
+from serve.embeddings.frontend.routes import Limits, Parts, create_http_app
+from serve.embeddings.frontend.service import EmbeddingService
+from serve.embeddings.schemas import ApiError
+from serve.embeddings.settings import ServeSettings
 from serve.ingress.intake import Intake
-from serve.schemas import ApiError
-from serve.service import EmbeddingService
-from serve.settings import ServeSettings
 
 CARD = ModelCard(
     name="tiny",

@@ -13,9 +13,9 @@ import pytest
 from serve_helpers import encoded, image_server, picture
 from test_serve_api import embed, make_parts
 
-from serve.fetching import ImageFetcher
-from serve.inputs import Reference, Sampling
-from serve.schemas import ApiError
+from serve.embeddings.media.fetching import ImageFetcher
+from serve.embeddings.media.inputs import Reference, Sampling
+from serve.embeddings.schemas import ApiError
 
 
 @pytest.fixture(scope="module")

@@ -60,7 +60,7 @@ def served(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     from ray import serve as ray_serve
 
     from serve import app
-    from serve.settings import ServeSettings
+    from serve.embeddings.settings import ServeSettings
 
     folder = tmp_path_factory.mktemp("artifact") / "tiny"
     save_tiny_artifact(folder)

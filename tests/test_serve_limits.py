@@ -23,14 +23,14 @@ from test_serve_api import CARD, fake_embed
 from video_files import write_video
 
 from serve import app
-from serve.decode_pool import DecodePool
-from serve.embedder import Embedder, Encoder
-from serve.inputs import Reference, Sampling
-from serve.media import MediaLoader
-from serve.schemas import ApiError
-from serve.settings import ServeSettings
-from serve.stream_messages import StreamStart
-from serve.streams import Stream, StreamHub
+from serve.embeddings.media.decode_pool import DecodePool
+from serve.embeddings.media.inputs import Reference, Sampling
+from serve.embeddings.media.loader import MediaLoader
+from serve.embeddings.replica.embedder import Embedder, Encoder
+from serve.embeddings.schemas import ApiError
+from serve.embeddings.settings import ServeSettings
+from serve.embeddings.streams.messages import StreamStart
+from serve.embeddings.streams.stream import Stream, StreamHub
 
 RNG = np.random.default_rng(0)
 

@@ -16,14 +16,14 @@ from serve_helpers import encoded, image_server, picture
 
 from models.media.preprocessing import Preprocessing
 from serve.app import Ingress
-from serve.batching import Batcher
-from serve.contract import EMBEDDER
-from serve.fetching import HostRule, ImageFetcher, is_public
-from serve.frame_queue import QUEUE_BYTES, FrameQueue
-from serve.inputs import Reference, decode_base64, parse_input, to_pixels
-from serve.schemas import ApiError
-from serve.settings import ServeSettings
-from serve.streams_api import BUFFER_BYTES, ByteBuffer
+from serve.embeddings.contract import EMBEDDER
+from serve.embeddings.media.fetching import HostRule, ImageFetcher, is_public
+from serve.embeddings.media.inputs import Reference, decode_base64, parse_input, to_pixels
+from serve.embeddings.replica.batching import Batcher
+from serve.embeddings.schemas import ApiError
+from serve.embeddings.settings import ServeSettings
+from serve.embeddings.streams.frame_queue import QUEUE_BYTES, FrameQueue
+from serve.embeddings.streams.route import BUFFER_BYTES, ByteBuffer
 from serve.telemetry import Telemetry, render, snapshot
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -37,14 +37,14 @@ from video_files import number_of, picture, write_sound, write_video
 
 from models.media.preprocessing import Preprocessing, eval_transform
 from models.media.videos import VideoError
-from serve.clip_sampling import ClipRequest, sample_times, sample_video
-from serve.contract import ModelCard
-from serve.embedder import Encoder
-from serve.inputs import parse_input
-from serve.media import Item, to_parts
-from serve.schemas import ApiError
-from serve.service import embed_items
-from serve.settings import ServeSettings
+from serve.embeddings.contract import ModelCard
+from serve.embeddings.frontend.service import embed_items
+from serve.embeddings.media.inputs import parse_input
+from serve.embeddings.media.loader import Item, to_parts
+from serve.embeddings.media.sample_video import ClipRequest, sample_times, sample_video
+from serve.embeddings.replica.embedder import Encoder
+from serve.embeddings.schemas import ApiError
+from serve.embeddings.settings import ServeSettings
 
 PREP = Preprocessing(image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
 CLEAN = write_video(io.BytesIO(), 30, container="mp4").getvalue()  # one second at 30 frames/s

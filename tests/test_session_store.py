@@ -14,9 +14,9 @@ import fsspec
 import pytest
 import torch
 
-from serve import segmented_log
-from serve.segmented_log import SegmentedLog, list_segments
-from serve.session_store import (
+from serve.lm.store import segmented_log
+from serve.lm.store.segmented_log import SegmentedLog, list_segments
+from serve.lm.store.session_store import (
     OtherModel,
     SessionExists,
     SessionStore,
@@ -24,7 +24,7 @@ from serve.session_store import (
     Turn,
     UnknownSession,
 )
-from serve.token_log import LocalLog, LostSession, MemoryLog
+from serve.lm.store.token_log import LocalLog, LostSession, MemoryLog
 
 
 @pytest.fixture(params=["local", "memory://"])
@@ -374,7 +374,7 @@ def test_a_memory_log_counts_only() -> None:
 WRITER = """
 import itertools, sys
 from pathlib import Path
-from serve.token_log import LocalLog
+from serve.lm.store.token_log import LocalLog
 log = LocalLog(Path(sys.argv[1]))
 for token in itertools.count():
     log.append([token])

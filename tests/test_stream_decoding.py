@@ -22,11 +22,11 @@ from websockets.sync.client import connect
 
 from models.media.preprocessing import Preprocessing
 from models.media.video.containers import VideoError
+from serve.embeddings.frontend.service import encode_values
+from serve.embeddings.media.live_video import decode_stream
+from serve.embeddings.streams.messages import to_text
 from serve.ingress.errors import ApiError
 from serve.ingress.json_text import to_json
-from serve.service import encode_values
-from serve.stream_decoding import decode_stream
-from serve.stream_messages import to_text
 
 PREP = Preprocessing(image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
 FRAMES, RATE = 40, 30

@@ -15,7 +15,7 @@ from models.media.preprocessing import Preprocessing
 from models.media.video.containers import VideoError, declared_seconds, open_video
 from models.media.video.video_reader import FrameDecoder
 from models.media.videos import count_frames, decode_frames
-from serve.clip_sampling import ClipRequest, sample_video
+from serve.embeddings.media.sample_video import ClipRequest, sample_video
 from tests.video_files import CYCLE, number_of, write_video
 
 

@@ -21,8 +21,8 @@ from models.media.video.containers import VideoError
 from models.media.videos import count_frames, decode_frames
 from pipelines.ingestion.preparing.frames import TimedFrame
 from pipelines.ingestion.preparing.segments import Segmenter
-from serve.clip_sampling import ClipRequest, sample_video
-from serve.stream_decoding import decode_stream
+from serve.embeddings.media.live_video import decode_stream
+from serve.embeddings.media.sample_video import ClipRequest, sample_video
 
 RECIPES = recipes()
 SIDE = 2 * SHORT

@@ -1,1 +1,1 @@
-"""What every HTTP application of ours has around its routes."""
+"""What every HTTP application has around its routes: keys, limits, typed errors, readiness. Imports telemetry."""

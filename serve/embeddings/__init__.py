@@ -1,0 +1,1 @@
+"""The embeddings application: settings, request and reply types. Imports ingress."""

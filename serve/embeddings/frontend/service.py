@@ -1,0 +1,242 @@
+"""From the body of a request to the body of its reply; knows nothing of HTTP or Ray.
+
+Shape legend: B images or clips of a request, D width; a part is one image or clip, see `serve/embeddings/media/loader.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from serve.embeddings.contract import Floats, ModelCard, Pixels, Pooling
+from serve.embeddings.media.inputs import Kind, Reference, parse_input
+from serve.embeddings.media.loader import Item, MediaLoader
+from serve.embeddings.schemas import (
+    ApiError,
+    EmbeddingRequest,
+    parse_request,
+    queue_full,
+    server_error,
+)
+from serve.embeddings.settings import ServeSettings
+from serve.ingress.json_text import to_json
+
+EmbedFunction = Callable[[Pixels, Pooling], Awaitable[Floats]]
+
+# Up to here a body is parsed, and a reply formatted, where it stands: a thread would cost more.
+_PARSE_INLINE_BYTES = 262_144
+_FORMAT_INLINE_VALUES = 32_768
+
+
+class Admission:
+    """Counts images and videos that are waiting or running, and refuses more than the limits."""
+
+    def __init__(self, limit: int, video_limit: int = 0) -> None:
+        self.limit, self.video_limit = limit, video_limit
+        self.images = self.videos = 0
+
+    def check(self, images: int, videos: int = 0) -> None:
+        """Raises a 429 when that many more do not fit."""
+        too_many_videos = videos and self.videos + videos > self.video_limit
+        if self.images + images > self.limit or too_many_videos:
+            raise queue_full()
+
+    @contextmanager
+    def hold(self, images: int, videos: int = 0) -> Iterator[None]:
+        """Holds places for as long as the images and videos are in the system."""
+        self.check(images, videos)
+        self.images += images
+        self.videos += videos
+        try:
+            yield
+        finally:
+            self.images -= images
+            self.videos -= videos
+
+
+class EmbeddingService:
+    """Parses, decodes, embeds and formats.
+
+    Args:
+        settings: the limits.
+        card: the model.
+        embed: where pixels become embeddings (a Serve handle, or a plain function in tests).
+    """
+
+    def __init__(self, settings: ServeSettings, card: ModelCard, embed: EmbedFunction) -> None:
+        self.card = card
+        self.admission = Admission(settings.max_queued, settings.max_queued_videos)
+        self._settings = settings
+        self._embed = embed
+        self._threads = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
+        self.media = MediaLoader(settings, card, self._threads)
+
+    async def answer(self, body: bytes) -> bytes:
+        """Serves one `POST /v1/embeddings`.
+
+        Raises:
+            ApiError: with the status and cause.
+        """
+        request = await self._parse(body)
+        self._check(request)
+        default: Kind = "video" if request.modality == "video" else "image"
+        most = self._settings.max_items
+        references = parse_input(request.input, max_items=most, default=default)
+        videos = self._count_videos(references)
+        with self.admission.hold(len(references) - videos, videos):
+            items = await self._prepare(references)
+            embeddings = await embed_items(items, request.pooling, self._embed)
+        if sum(values.size for values in embeddings) <= _FORMAT_INLINE_VALUES:
+            return self._reply(request, items, embeddings)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self._reply, request, items, embeddings)
+
+    async def close(self) -> None:
+        """Releases threads and connections."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        await self.media.close()
+
+    async def _parse(self, body: bytes) -> EmbeddingRequest:
+        if len(body) <= _PARSE_INLINE_BYTES:
+            return parse_request(body)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, parse_request, body)
+
+    def _check(self, request: EmbeddingRequest) -> None:
+        """The checks that need the model."""
+        if request.model is not None:
+            self.check_model(request.model)
+        if request.modality not in (None, "image", "video"):
+            message = f"modality must be image or video, not {request.modality}"
+            raise ApiError(400, "unsupported_modality", message, param="modality")
+        dimensions, width = request.dimensions, self.card.dimensions
+        if dimensions is not None and not 1 <= dimensions <= width:
+            message = f"dimensions must lie between 1 and {width}, got {dimensions}"
+            raise ApiError(400, "invalid_value", message, param="dimensions")
+
+    def check_model(self, name: str) -> None:
+        """Raises a 404 for any name but the served model's."""
+        if name != self.card.name:
+            message = f"the model {name!r} does not exist; this server has {self.card.name!r}"
+            raise ApiError(404, "model_not_found", message, param="model")
+
+    def _count_videos(self, references: list[Reference]) -> int:
+        videos = sum(reference.kind == "video" for reference in references)
+        most = self._settings.max_queued_videos
+        if videos > most:
+            message = f"input holds {videos} videos; at most {most} are allowed"
+            raise ApiError(400, "too_many_items", message, param="input")
+        return videos
+
+    async def _prepare(self, references: list[Reference]) -> list[Item]:
+        """Decodes all items, or raises for the first one at fault, in request order."""
+        # Collected rather than raised at once: no decode may outlive the request that holds its
+        # place in the queue.
+        loads = map(self.media.load, references)
+        found = await asyncio.gather(*loads, return_exceptions=True)
+        for result in found:
+            if isinstance(result, BaseException):
+                raise result
+        return [result for result in found if not isinstance(result, BaseException)]
+
+    def _reply(
+        self, request: EmbeddingRequest, items: list[Item], embeddings: list[Floats]
+    ) -> bytes:
+        tokens = sum(count_steps(part, self.card) for item in items for part in item.parts)
+        tokens *= self.card.num_patches
+        rows = zip(items, embeddings, strict=True)
+        reply = {
+            "object": "list",
+            "data": [_entry(request, index, item, row) for index, (item, row) in enumerate(rows)],
+            "model": self.card.name,
+            "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+        }
+        return to_json(reply)
+
+
+def count_steps(part: Pixels, card: ModelCard) -> int:
+    """Time steps of a part: 1 of an image."""
+    return len(part) // card.tubelet if part.ndim == 4 else 1
+
+
+async def embed_items(items: list[Item], pooling: Pooling, embed: EmbedFunction) -> list[Floats]:
+    """Embeds the parts of all items, those of one shape in one call, and pools them by item.
+
+    Returns:
+        float32 arrays, one an item: [D] for `mean`, [steps, D] for `per_frame`, [tokens, D] for
+        `patches`.
+    """
+    parts = [part for item in items for part in item.parts]
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for index, part in enumerate(parts):
+        alike.setdefault(part.shape, []).append(index)
+    calls = [embed(np.stack([parts[i] for i in indices]), pooling) for indices in alike.values()]
+    rows: dict[int, Floats] = {}
+    for indices, embeddings in zip(alike.values(), await asyncio.gather(*calls), strict=True):
+        rows.update(zip(indices, embeddings, strict=True))
+    done, pooled = 0, []
+    for item in items:
+        own = [rows[done + number] for number in range(len(item.parts))]
+        pooled.append(_pool_parts(item.parts, own, pooling))
+        done += len(own)
+    return pooled
+
+
+def _pool_parts(parts: list[Pixels], rows: list[Floats], pooling: Pooling) -> Floats:
+    if len(rows) == 1:
+        return rows[0]
+    if pooling != "mean":
+        return np.concatenate(rows)
+    # By length: the mean over all tokens, as if the parts were one.
+    lengths = [len(part) if part.ndim == 4 else 1 for part in parts]
+    mean: Floats = np.average(np.stack(rows), axis=0, weights=lengths).astype(np.float32)
+    return mean
+
+
+def shape_embeddings(embeddings: Floats, request: EmbeddingRequest) -> Floats:
+    """Truncates to `dimensions`, then scales to unit length: in this order, as OpenAI does.
+
+    Args:
+        embeddings: float32 [..., D].
+        request: says how.
+
+    Returns:
+        float32 [..., dimensions].
+    """
+    embeddings = embeddings[..., : request.dimensions]
+    if not request.normalize:
+        return embeddings
+    norms = np.linalg.norm(embeddings, axis=-1, keepdims=True)
+    unit: Floats = embeddings / np.maximum(norms, np.finfo(np.float32).tiny)
+    return unit
+
+
+def _entry(request: EmbeddingRequest, index: int, item: Item, row: Floats) -> dict[str, Any]:
+    row = shape_embeddings(row, request)
+    entry: dict[str, Any] = {"object": "embedding", "index": index}
+    entry["embedding"] = encode_values(row, request.encoding_format)
+    if request.pooling != "mean":
+        entry["shape"] = list(row.shape)
+    if item.times_s is not None:
+        entry["times_s"] = item.times_s
+    return entry
+
+
+def encode_values(values: Floats, encoding_format: str) -> str | list[Any]:
+    """Numbers for JSON, or base64 of the float32 values, little-endian.
+
+    Raises:
+        ApiError: 500, some are no numbers.
+    """
+    if not np.isfinite(values).all():
+        raise server_error(500, "not_finite", "the model's output holds NaN or infinity")
+    if encoding_format == "base64":
+        return base64.b64encode(values.astype("<f4").tobytes()).decode("ascii")
+    listed: list[Any] = values.tolist()
+    return listed

@@ -1,0 +1,248 @@
+"""The replica's side of the decoder processes: starts, feeds, times and kills them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from models.media.preprocessing import Preprocessing
+from serve.embeddings.contract import Pixels
+from serve.embeddings.schemas import ApiError
+
+HEAD_BYTES = 65_536
+START_TIMEOUT_S = 60.0
+_LENGTH_BYTES = 8
+# Given by the pool; every other code is a reason of the decoder's.
+DIED = "the video made the decoder end: it needs more memory than is allowed, or is malformed"
+
+
+class DecoderGone(Exception):
+    """A decoder process ended without a word."""
+
+
+@dataclass(frozen=True)
+class SampledVideo:
+    """Frames of a video: uint8 [T, S, S, 3], their times and the whole video's duration."""
+
+    pixels_THWC: Pixels
+    times_s: list[float]
+    duration_s: float
+
+
+class Worker:
+    """A running decoder process.
+
+    Args:
+        pid: its process id.
+        reader: its messages.
+        writer: to it.
+    """
+
+    def __init__(
+        self, pid: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self.pid = pid
+        self._reader, self._writer = reader, writer
+
+    async def send(self, head: dict[str, Any], payload: bytes = b"") -> None:
+        """Sends one message.
+
+        Raises:
+            DecoderGone: nobody is there.
+        """
+        text = json.dumps(head).encode()
+        try:
+            self._writer.write(len(text).to_bytes(4) + len(payload).to_bytes(4) + text)
+            self._writer.write(payload)
+            await self._writer.drain()
+        except ConnectionError as error:
+            raise DecoderGone from error
+
+    async def receive(self, max_bytes: int) -> tuple[dict[str, Any], bytes]:
+        """Receives one message.
+
+        Raises:
+            DecoderGone: the process ended, or sends what it should not.
+        """
+        try:
+            lengths = await self._reader.readexactly(_LENGTH_BYTES)
+            head_bytes, payload_bytes = int.from_bytes(lengths[:4]), int.from_bytes(lengths[4:])
+            if head_bytes > HEAD_BYTES or payload_bytes > max_bytes:
+                raise DecoderGone
+            head: dict[str, Any] = json.loads(await self._reader.readexactly(head_bytes))
+            return head, await self._reader.readexactly(payload_bytes)
+        except (asyncio.IncompleteReadError, ConnectionError, ValueError) as error:
+            raise DecoderGone from error
+
+    def end(self) -> None:
+        """Kills the process; one that has ended by itself is not missed."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        self._writer.close()
+
+
+class DecodePool:
+    """Decodes videos, each in a process of its own, a few at a time.
+
+    Args:
+        processes: how many at a time.
+        memory_mib: what one may allocate.
+        timeout_s: how long one may take.
+    """
+
+    def __init__(self, *, processes: int, memory_mib: int, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self._memory_bytes = memory_mib * 2**20
+        self._places = asyncio.Semaphore(processes)
+        self._starting = asyncio.Lock()
+        self._template: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self.busy = 0
+
+    async def sample(
+        self, video: bytes, job: dict[str, Any], prep: Preprocessing, *, param: str
+    ) -> SampledVideo:
+        """Samples the frames of a video; see `serve.embeddings.media.sample_video.ClipRequest` for `job`.
+
+        Raises:
+            ApiError: 400 with the reason as its code; within `timeout_s` of the decoder's start.
+        """
+        side, most = prep.image_size, job["max_frames"]
+        async with self._places:
+            try:
+                async with self.worker("video", prep, job, video) as worker:
+                    async with asyncio.timeout(self.timeout_s):
+                        head, payload = await worker.receive(most * side * side * 3)
+            except TimeoutError as error:
+                message = f"decoding took longer than {self.timeout_s:g} s"
+                raise ApiError(400, "decode_timeout", message, param=param) from error
+            except DecoderGone as error:
+                raise ApiError(400, "decoder_died", DIED, param=param) from error
+        if "reason" in head:
+            raise video_error(head, param)
+        pixels = np.frombuffer(payload, np.uint8).reshape(-1, side, side, 3)
+        return SampledVideo(pixels, head["times_s"], head["duration_s"])
+
+    @asynccontextmanager
+    async def worker(
+        self, kind: str, prep: Preprocessing, job: dict[str, Any], payload: bytes = b""
+    ) -> AsyncIterator[Worker]:
+        """A process with its job; killed at the end of the block, whatever ends it."""
+        worker = await self._start()
+        self.busy += 1
+        try:
+            head = {"kind": kind, "prep": dataclasses.asdict(prep), "job": job}
+            async with asyncio.timeout(self.timeout_s):
+                await worker.send(head | {"timeout_s": self.timeout_s}, payload)
+            yield worker
+        finally:
+            self.busy -= 1
+            worker.end()
+
+    async def warm_up(self) -> None:
+        """Starts the process that the others are forked from, which takes seconds."""
+        (await self._start()).end()
+
+    async def close(self) -> None:
+        """Ends the template process; workers end with their connections."""
+        self._drop_template()
+
+    async def _start(self) -> Worker:
+        """A new process; one whose client leaves meanwhile is started all the same, then ended, so
+        that impatient clients cannot keep the template from ever coming up.
+        """
+        starting = asyncio.ensure_future(self._start_in_turn())
+        try:
+            return await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            starting.add_done_callback(_end_unwanted)
+            raise
+
+    async def _start_in_turn(self) -> Worker:
+        async with self._starting:
+            for _ in range(2):  # a template that was killed is replaced once
+                try:
+                    async with asyncio.timeout(START_TIMEOUT_S):
+                        return await self._fork()
+                except OSError:  # TimeoutError is one
+                    self._drop_template()
+        raise ApiError(
+            503, "no_decoder", "the decoder process does not start", error_type="server_error"
+        )
+
+    async def _fork(self) -> Worker:
+        if self._control is None:
+            self._start_template()
+        assert self._control is not None
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                socket.send_fds(self._control, [b"+"], [theirs.fileno()])
+            loop = asyncio.get_running_loop()
+            answer = b""
+            while len(answer) < 4:
+                piece = await loop.sock_recv(self._control, 4 - len(answer))
+                if not piece:
+                    raise ConnectionResetError("the template process is gone")
+                answer += piece
+            ours.setblocking(False)
+            reader, writer = await asyncio.open_connection(sock=ours)
+        except BaseException:
+            ours.close()
+            # An answer that is still to come must not be taken for the next one's.
+            self._drop_template()
+            raise
+        return Worker(int.from_bytes(answer), reader, writer)
+
+    def _start_template(self) -> None:
+        ours, theirs = socket.socketpair()
+        # One thread: a fork takes only the calling thread along.
+        single = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        paths = os.pathsep.join(path for path in sys.path if path)
+        with theirs:
+            self._template = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "serve.embeddings.media.decode_worker",
+                    str(self._memory_bytes),
+                ],
+                stdin=theirs.fileno(),
+                env={**os.environ, **single, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""},
+                start_new_session=True,
+            )
+        ours.setblocking(False)
+        self._control = ours
+
+    def _drop_template(self) -> None:
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        if self._template is not None:
+            self._template.kill()
+            self._template.wait()
+            self._template = None
+
+
+def _end_unwanted(starting: asyncio.Task[Worker]) -> None:
+    if not starting.cancelled() and starting.exception() is None:
+        starting.result().end()
+
+
+def video_error(head: dict[str, Any], param: str | None) -> ApiError:
+    """The API's error for a decoder's complaint."""
+    message = f"unusable video: {head['detail']}"
+    return ApiError(400, str(head["reason"]), message, param=param)

@@ -1,0 +1,174 @@
+"""Decoder processes: one a video, forked from a process that has everything imported.
+
+A decoder written in C, fed with anything the internet sends, may loop, crash, or take all memory.
+So every video gets a process of its own with hard limits; the replica kills it at the deadline and
+loses nothing else. A fork of this process is ready in milliseconds, where a new one would import
+for seconds.
+
+    python -m serve.embeddings.media.decode_worker MEMORY_BYTES       standard input is a Unix socket
+
+Each byte on that socket brings the end of a socket pair; a fork of ours works on it and its process
+id is the answer. Messages on the pair: lengths of a JSON head and of a payload (two big-endian
+32-bit numbers), head, payload. No pickle: a taken-over decoder must not become a taken-over replica.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import pkgutil
+import resource
+import signal
+import socket
+import struct
+import sys
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import av
+import av.logging
+import numpy as np
+
+from models.media.preprocessing import Preprocessing
+from models.media.videos import VideoError
+from serve.embeddings.media.live_video import decode_stream
+from serve.embeddings.media.sample_video import ClipRequest, sample_video, upright_pixels
+
+LENGTHS = struct.Struct(">II")
+GRACE_S = 2.0
+"""Left to the replica to kill us before we end by ourselves."""
+
+
+class Channel:
+    """One end of a socket pair, blocking."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+
+    def send(self, head: dict[str, Any], payload: bytes | memoryview = b"") -> None:
+        """Sends one message."""
+        text = json.dumps(head, allow_nan=False).encode()
+        self._connection.sendall(LENGTHS.pack(len(text), len(payload)) + text)
+        self._connection.sendall(payload)
+
+    def receive(self) -> tuple[dict[str, Any], bytes]:
+        """Receives one message.
+
+        Raises:
+            EOFError: the other end is closed.
+        """
+        text_length, payload_length = LENGTHS.unpack(self._exactly(LENGTHS.size))
+        head: dict[str, Any] = json.loads(self._exactly(text_length))
+        return head, self._exactly(payload_length)
+
+    def _exactly(self, length: int) -> bytes:
+        data = bytearray(length)
+        view, done = memoryview(data), 0
+        while done < length:
+            count = self._connection.recv_into(view[done:])
+            if not count:
+                raise EOFError("the replica closed the channel")
+            done += count
+        return bytes(data)
+
+
+def restrict(memory_bytes: int) -> None:
+    """Takes from this process what a decoder does not need, for good.
+
+    Address space is limited to what the imports map plus `memory_bytes`. With all descriptors but
+    the first three closed and no more allowed, it can open no file and no connection.
+    """
+    with contextlib.suppress(OSError):  # should memory run out all the same, take us first
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + memory_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    for kind, value in (
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_NOFILE, 3),
+    ):
+        resource.setrlimit(kind, (value, value))
+
+
+def set_deadline(seconds: float, running: bool = True) -> None:
+    """Ends this process after that time, in whatever loop it is (the default action of SIGALRM).
+
+    Args:
+        seconds: from now on.
+        running: False stops the clock.
+    """
+    signal.setitimer(signal.ITIMER_REAL, seconds + GRACE_S if running else 0)
+
+
+def work(channel: Channel) -> None:
+    """Does the one job that comes through the channel."""
+    head, payload = channel.receive()
+    set_deadline(head["timeout_s"])
+    prep = Preprocessing(**head["prep"])
+    try:
+        if head["kind"] == "stream":
+            clock = partial(set_deadline, head["timeout_s"])
+            decode_stream(channel, prep, clock=clock, **head["job"])
+            channel.send({"ended": True})
+            return
+        pixels, times_s, duration_s = sample_video(payload, ClipRequest(**head["job"]), prep)
+        reply = {"shape": pixels.shape, "times_s": times_s, "duration_s": duration_s}
+        channel.send(reply, pixels.data.cast("B"))
+    except VideoError as error:
+        channel.send({"reason": error.reason, "detail": error.detail})
+    except MemoryError:
+        channel.send({"reason": "too_much_memory", "detail": "decoding needs more than is allowed"})
+    except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        # A hostile file may make any value absurd; none of them is the replica's fault.
+        detail = f"{type(error).__name__}: {error}"
+        channel.send({"reason": "decode_error", "detail": detail})
+
+
+def import_everything() -> None:
+    """PyAV, Pillow and NumPy import parts of themselves on first use, when a worker may no longer
+    open files.
+    """
+    prep = Preprocessing(image_size=2, mean=(0.0,) * 3, std=(1.0,) * 3)
+    upright_pixels(np.zeros((3, 5, 3), np.uint8), 1, Fraction(2), prep)
+    for module in pkgutil.walk_packages(av.__path__, "av."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+
+
+def _become_worker(descriptor: int, memory_bytes: int) -> None:
+    os.dup2(descriptor, 0)
+    os.closerange(3, descriptor + 16)
+    restrict(memory_bytes)
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionError):
+        work(Channel(socket.socket(fileno=0)))
+
+
+def main() -> None:
+    """Forks a worker for every socket that comes, until the replica is gone."""
+    memory_bytes = int(sys.argv[1])
+    import_everything()
+    av.logging.set_level(None)  # a hostile file could fill the log
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel buries our children
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's; the replica decides
+    control = socket.socket(fileno=os.dup(0))
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(control, 1, 1)
+        if not message:
+            return
+        child = os.fork()
+        if not child:
+            try:
+                _become_worker(descriptors[0], memory_bytes)
+            finally:
+                os._exit(0)
+        os.close(descriptors[0])
+        control.sendall(child.to_bytes(4))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""The shapes of `input` that embedding clients send, and images out of them.
+
+OpenAI strings and lists, infinity's and Jina's objects, and OpenAI's content parts come down to a
+list of references (text that is a URL or encodes bytes), each with the path that error messages
+name it by.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from models.media.images import ImageError
+from models.media.preprocessing import Preprocessing, load_image
+from serve.embeddings.media.base64_text import BLANK, decode, split_data_uri
+from serve.embeddings.schemas import ApiError
+
+_DATA_URI = re.compile(r"data:", re.IGNORECASE)
+_MEDIA_TYPE = {
+    "image": re.compile(r"(image/[a-z0-9.+-]+|application/octet-stream)?", re.IGNORECASE),
+    "video": re.compile(r"(video/[a-z0-9.+-]+|image/gif|application/octet-stream)?", re.IGNORECASE),
+}
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_VIDEO_URI = re.compile(r"data:video/", re.IGNORECASE)
+_FOREIGN = ("text", "audio", "input_audio", "audio_url")
+_SAMPLING = ("fps", "start_s", "end_s")
+MAX_FPS = 240.0
+_JSON_NAMES: dict[type, str] = {
+    type(None): "null",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+}
+
+Kind = Literal["image", "video"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Which frames of a video to take: `fps` of them a second, or evenly a model's worth."""
+
+    fps: float | None = None
+    start_s: float = 0.0
+    end_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One image or video as the client named it.
+
+    Attributes:
+        param: path of the item in the request, for error messages.
+        text: a URL, or base64 with or without a data URI's head.
+        is_url: which of the two.
+        sampling: of a video; None for an image.
+    """
+
+    param: str
+    text: str
+    is_url: bool
+    sampling: Sampling | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """Which of the two."""
+        return "image" if self.sampling is None else "video"
+
+
+def parse_input(value: Any, *, max_items: int, default: Kind = "image") -> list[Reference]:
+    """Turns `input` into references, in order.
+
+    Args:
+        value: of the request.
+        max_items: in one request.
+        default: what an item is that does not say (bare strings, `url`, `bytes`).
+
+    Raises:
+        ApiError: 400, naming the first item at fault.
+    """
+    items = value if isinstance(value, list) else [value]
+    if not items:
+        raise ApiError(400, "empty_input", "input must hold at least one item", param="input")
+    if len(items) > max_items:
+        message = f"input holds {len(items)} items; at most {max_items} are allowed"
+        raise ApiError(400, "too_many_items", message, param="input")
+    if value is not items:
+        return [_reference(value, "input", default)]
+    return [_reference(item, f"input[{index}]", default) for index, item in enumerate(items)]
+
+
+def _reference(item: Any, param: str, default: Kind) -> Reference:
+    if isinstance(item, str):
+        item = item.strip(BLANK)
+        is_video = default == "video" or _VIDEO_URI.match(item) is not None
+        is_url = _URL.match(item) is not None
+        return Reference(param, item, is_url, Sampling() if is_video else None)
+    if isinstance(item, dict):
+        return _object_reference(item, param, default)
+    if any(type(number) is int for number in (item if isinstance(item, list) else [item])):
+        raise _wrong_modality("token ids", param)
+    message = f"an item is a string or an object, not {_JSON_NAMES[type(item)]}"
+    raise ApiError(400, "invalid_type", message, param=param)
+
+
+def _object_reference(item: dict[str, Any], param: str, default: Kind) -> Reference:
+    item = _given(item)
+    for foreign in _FOREIGN:
+        if foreign in item or item.get("type") == foreign:
+            raise _wrong_modality(foreign, param)
+    if "content" in item:
+        return _content_reference(item, param, default)
+    for key in ("image_url", "video_url"):
+        if key in item:
+            return _part_reference(item, param, key)
+    keys = [key for key in ("image", "video", "url", "bytes") if key in item]
+    if len(keys) != 1:
+        message = "an object has one of image, video, url, bytes, image_url, video_url, content"
+        raise ApiError(400, "invalid_object", message, param=param)
+    key = keys[0]
+    text = _text(item[key], f"{param}.{key}")
+    is_named = key in ("image", "video")
+    is_video = _VIDEO_URI.match(text) is not None if key != "image" else False
+    is_video = is_video or (key if is_named else default) == "video"
+    _only_keys(item, {key, *_SAMPLING} if is_video else {key}, param)
+    is_url = key == "url" or (is_named and _URL.match(text) is not None)
+    # A data URI under "url" is inline data all the same.
+    is_url = is_url and _DATA_URI.match(text) is None
+    sampling = parse_sampling(item, param) if is_video else None
+    return Reference(f"{param}.{key}", text, is_url, sampling)
+
+
+def parse_sampling(item: dict[str, Any], param: str) -> Sampling:
+    """Reads `fps`, `start_s` and `end_s` of a video; null is as good as absent.
+
+    Raises:
+        ApiError: 400 for a value that makes no sense.
+    """
+    values = {key: value for key, value in _given(item).items() if key in _SAMPLING}
+    for key, value in values.items():
+        most = MAX_FPS if key == "fps" else math.inf
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        least_ok = is_number and (value >= 0 if key == "start_s" else value > 0)
+        if not least_ok or value > most:
+            message = f"{key} must be a number of sensible size, got {value!r}"
+            raise ApiError(400, "invalid_value", message[:200], param=f"{param}.{key}")
+    sampling = Sampling(**values)
+    if sampling.end_s is not None and sampling.end_s <= sampling.start_s:
+        message = "end_s must be after start_s"
+        raise ApiError(400, "invalid_value", message, param=f"{param}.end_s")
+    return sampling
+
+
+def _content_reference(item: dict[str, Any], param: str, default: Kind) -> Reference:
+    _only_keys(item, {"content", "role"}, param)
+    parts = item["content"]
+    if not isinstance(parts, list) or len(parts) != 1 or not isinstance(parts[0], dict):
+        message = (
+            "content must be a list of exactly one image_url or video_url part (one vector an item)"
+        )
+        raise ApiError(400, "invalid_content", message, param=f"{param}.content")
+    if "content" in parts[0]:
+        raise ApiError(400, "invalid_content", "content does not nest", param=f"{param}.content[0]")
+    return _object_reference(parts[0], f"{param}.content[0]", default)
+
+
+def _part_reference(part: dict[str, Any], param: str, key: str) -> Reference:
+    """A content part: `key` is image_url or video_url."""
+    is_video = key == "video_url"
+    _only_keys(part, {"type", key, *_SAMPLING} if is_video else {"type", key}, param)
+    if part.get("type", key) != key:
+        message = f"a part with {key} has type {key}, not {part['type']!r}"
+        raise ApiError(400, "invalid_content", message, param=f"{param}.type")
+    target = part[key]
+    if isinstance(target, dict):
+        target = _given(target)
+        _only_keys(target, {"url", "detail"}, f"{param}.{key}")
+        target = target.get("url")
+    text = _text(target, f"{param}.{key}.url")
+    sampling = parse_sampling(part, param) if is_video else None
+    return Reference(f"{param}.{key}.url", text, _URL.match(text) is not None, sampling)
+
+
+def _given(item: dict[str, Any]) -> dict[str, Any]:
+    """What an object says; `null` is as good as absent."""
+    return {key: value for key, value in item.items() if value is not None}
+
+
+def _only_keys(item: dict[str, Any], allowed: set[str], param: str) -> None:
+    stray = sorted(set(item) - allowed)
+    if stray:
+        message = f"unknown keys {stray} beside {sorted(allowed & set(item))}"
+        raise ApiError(400, "unknown_field", message, param=f"{param}.{stray[0]}")
+
+
+def _text(value: Any, param: str) -> str:
+    if not isinstance(value, str):
+        message = f"must be a string, not {_JSON_NAMES[type(value)]}"
+        raise ApiError(400, "invalid_type", message, param=param)
+    return value.strip(BLANK)
+
+
+def _wrong_modality(got: str, param: str) -> ApiError:
+    message = f"this server embeds images and videos; it cannot embed {got}"
+    return ApiError(400, "unsupported_modality", message, param=param)
+
+
+def decode_base64(reference: Reference, *, max_bytes: int) -> bytes:
+    """Bytes of an inline image or video: a base64 data URI or bare base64.
+
+    Raises:
+        ApiError: 400 for anything malformed, 413 for more than `max_bytes`.
+    """
+    text, is_uri = reference.text, _DATA_URI.match(reference.text) is not None
+    try:
+        if is_uri:
+            media_type, text = split_data_uri(text)
+            _check_media_type(media_type, reference)
+    except ValueError as error:
+        message = f"a data URI must read data:{reference.kind}/...;base64,...: {error}"
+        raise ApiError(400, "invalid_data_uri", message, param=reference.param) from error
+    try:
+        data = decode(text, is_uri=is_uri)
+    except ValueError as error:
+        message = f"the base64 of the data URI {error}"
+        if not is_uri:
+            message = (
+                f"not a data URI or http(s) URL, and as base64 it {error}; text is not embedded"
+            )
+        raise ApiError(400, "invalid_base64", message, param=reference.param) from error
+    if len(data) > max_bytes:
+        raise too_large(reference, max_bytes)
+    return data
+
+
+def _check_media_type(media_type: str, reference: Reference) -> None:
+    if not _MEDIA_TYPE[reference.kind].fullmatch(media_type):
+        shown = media_type[:80]
+        message = f"media type {shown!r} is not that of the {reference.kind} it should be"
+        raise ApiError(400, "unsupported_media_type", message, param=reference.param)
+
+
+def too_large(reference: Reference, max_bytes: int) -> ApiError:
+    """413 for one image or video."""
+    message = f"the {reference.kind} has more than {max_bytes} encoded bytes"
+    return ApiError(413, f"{reference.kind}_too_large", message, param=reference.param)
+
+
+def to_pixels(
+    data: bytes, prep: Preprocessing, *, max_pixels: int, param: str
+) -> npt.NDArray[np.uint8]:
+    """Decodes and transforms one image exactly as evaluation and batch embedding do.
+
+    Returns:
+        uint8 [H, W, 3] with H = W = `prep.image_size`.
+
+    Raises:
+        ApiError: 400 with the decoder's reason as its code.
+    """
+    try:
+        return load_image(data, prep, max_pixels=max_pixels)
+    except ImageError as error:
+        raise ApiError(400, error.reason, f"unusable image: {error.detail}", param=param) from error

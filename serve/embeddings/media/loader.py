@@ -1,0 +1,141 @@
+"""Images and videos of a request to the pixels that the encoder takes.
+
+Shape legend: T frames, H height, W width, C channels; H = W = the model's image size.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+
+from serve.embeddings.contract import ModelCard, Pixels
+from serve.embeddings.media.decode_pool import DecodePool, SampledVideo
+from serve.embeddings.media.fetching import ImageFetcher
+from serve.embeddings.media.inputs import Reference, Sampling, decode_base64, to_pixels
+from serve.embeddings.schemas import ApiError
+from serve.embeddings.settings import ServeSettings
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image or video, decoded.
+
+    Attributes:
+        parts: what the encoder takes at a time: images [H, W, C] or clips [T, H, W, C].
+        times_s: of the sampled frames of a video; None for an image.
+    """
+
+    parts: list[Pixels]
+    times_s: list[float] | None = None
+
+
+class MediaLoader:
+    """Fetches and decodes; images in threads, videos in processes.
+
+    Args:
+        settings: the limits.
+        card: the model.
+        threads: decode here.
+    """
+
+    def __init__(
+        self, settings: ServeSettings, card: ModelCard, threads: ThreadPoolExecutor
+    ) -> None:
+        self._settings, self._card, self._threads = settings, card, threads
+        self.fetcher = ImageFetcher(
+            settings.allow_hosts,
+            max_bytes=settings.max_image_bytes,
+            max_video_bytes=settings.max_video_bytes,
+            timeout_s=settings.fetch_timeout_s,
+        )
+        self.decoders = DecodePool(
+            processes=max(settings.decode_processes, 1),
+            memory_mib=settings.decode_memory_mib,
+            timeout_s=settings.decode_timeout_s,
+        )
+
+    async def load(self, reference: Reference) -> Item:
+        """Returns the pixels of one item.
+
+        Raises:
+            ApiError: what is wrong with it.
+        """
+        if reference.sampling is None:
+            return Item([await self._image(reference)])
+        sampled = await self._video(reference, reference.sampling)
+        return Item(to_parts(sampled.pixels_THWC, self._card), sampled.times_s)
+
+    async def decode_image(self, data: bytes, param: str) -> Pixels:
+        """Decodes and transforms one image [H, W, C] in a thread; raises as `to_pixels`."""
+        return await self._in_thread(self._decode, data, param)
+
+    async def close(self) -> None:
+        """Releases connections and processes."""
+        await self.fetcher.close()
+        await self.decoders.close()
+
+    async def _image(self, reference: Reference) -> Pixels:
+        if not reference.is_url:
+            return await self._in_thread(self._decode_inline, reference)
+        return await self.decode_image(await self.fetcher.fetch(reference), reference.param)
+
+    async def _video(self, reference: Reference, sampling: Sampling) -> SampledVideo:
+        if not self._settings.decode_processes:
+            message = "this server takes no videos (decode_processes is 0)"
+            raise ApiError(400, "unsupported_modality", message, param=reference.param)
+        if reference.is_url:
+            data = await self.fetcher.fetch(reference)
+        else:
+            most = self._settings.max_video_bytes
+            data = await self._in_thread(partial(decode_base64, max_bytes=most), reference)
+        job = self._job(sampling)
+        prep = self._card.preprocessing
+        return await self.decoders.sample(data, job, prep, param=reference.param)
+
+    def _job(self, sampling: Sampling) -> dict[str, Any]:
+        """Fields of `serve.embeddings.media.sample_video.ClipRequest`."""
+        settings, frames = self._settings, self._card.frames
+        frames = frames if frames > 1 else settings.video_frames
+        return dataclasses.asdict(sampling) | {
+            "frames": frames,
+            "max_frames": max(settings.max_video_frames, frames),
+            "max_source_frames": settings.max_source_frames,
+            "max_pixels": settings.max_video_pixels,
+            "max_s": settings.max_video_s,
+        }
+
+    async def _in_thread(self, call: Callable[..., Result], *args: Any) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call, *args)
+
+    def _decode_inline(self, reference: Reference) -> Pixels:
+        data = decode_base64(reference, max_bytes=self._settings.max_image_bytes)
+        return self._decode(data, reference.param)
+
+    def _decode(self, data: bytes, param: str) -> Pixels:
+        prep, max_pixels = self._card.preprocessing, self._settings.max_pixels
+        return to_pixels(data, prep, max_pixels=max_pixels, param=param)
+
+
+def to_parts(pixels_THWC: Pixels, card: ModelCard) -> list[Pixels]:
+    """Frames of a video as the encoder takes them, in order.
+
+    An encoder of images gets every frame by itself. One of clips gets clips of its length; the last
+    may be shorter, its last frame repeated up to a whole time step.
+    """
+    if card.frames == 1:
+        return list(pixels_THWC)
+    parts = []
+    for first in range(0, len(pixels_THWC), card.frames):
+        part = pixels_THWC[first : first + card.frames]
+        missing = -len(part) % card.tubelet
+        parts.append(np.concatenate([part, part[-1:].repeat(missing, axis=0)]) if missing else part)
+    return parts

@@ -1,0 +1,137 @@
+"""Frames of a client's video at chosen times, as the encoder wants them.
+
+Runs in a decoder process (`serve/embeddings/media/decode_worker.py`): nothing here need survive a hostile file.
+
+Shape legend: T sampled frames, S side of the encoder's square input, 3 = RGB.
+"""
+
+from __future__ import annotations
+
+import bisect
+import io
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import av
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from models.media.preprocessing import Preprocessing, eval_transform
+from models.media.video.indexed_video import IndexedVideo
+from models.media.videos import RgbConverter, VideoError, declared_seconds, open_video
+
+# What cameras, phones, browsers and editors write. FFmpeg has hundreds of other decoders, some of
+# them little tested.
+CODECS = (
+    frozenset(("h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "libvpx", "libvpx-vp9", "gif"))
+    | frozenset(("mpeg4", "msmpeg4", "h263", "mpeg2video", "mpeg1video", "mjpeg", "png"))
+    | frozenset(("prores", "theora", "ffv1"))
+)
+SHORTFALL_S = 0.5  # missing at the end of what the header says that counts as truncated
+TIME_SLACK_S = 1e-4  # a frame at 0.1 s as its container rounds it is the frame at 0.1 s
+
+U8 = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipRequest:
+    """Which frames of a video to take, and what it may cost."""
+
+    frames: int
+    """How many, evenly over the range, when no `fps` is given."""
+    fps: float | None = None
+    """Take frames at this rate instead."""
+    start_s: float = 0.0
+    """Start of the range, seconds after the first frame."""
+    end_s: float | None = None
+    """End of the range; None is the video's."""
+    max_frames: int
+    """Refuse to sample more."""
+    max_source_frames: int
+    """Refuse a video that holds more."""
+    max_pixels: int
+    """Refuse larger frames."""
+    max_s: float
+    """Refuse a longer video."""
+
+
+def sample_video(
+    video: bytes, request: ClipRequest, prep: Preprocessing
+) -> tuple[U8, list[float], float]:
+    """Decodes and transforms the frames a request asks for, each as it comes.
+
+    Returns:
+        uint8 [T, S, S, 3], the time of each of them, and the video's duration, both in seconds.
+
+    Raises:
+        VideoError: with the reason.
+    """
+    convert, found = RgbConverter(), dict[int, U8]()
+    with open_video(io.BytesIO(video), max_pixels=request.max_pixels) as (container, stream):
+        index = read_index(container, stream, request)
+        duration_s, times_s = float(index.duration), [float(time) for time in index.times]
+        numbers = [
+            max(bisect.bisect_right(times_s, time + TIME_SLACK_S) - 1, 0)
+            for time in sample_times(duration_s, request)
+        ]
+        for number, frame in index.frames(numbers):
+            turns = round(frame.rotation / 90)
+            found[number] = upright_pixels(convert(frame), turns, index.aspect, prep)
+    pixels = np.stack([found[number] for number in numbers])
+    return pixels, [times_s[number] for number in numbers], duration_s
+
+
+def sample_times(duration_s: float, request: ClipRequest) -> list[float]:
+    """Times to take frames at: the middles of equal parts of the range, or a constant rate from
+    its start.
+
+    Raises:
+        VideoError: `no_such_time`, `too_many_frames`.
+    """
+    start, end = request.start_s, min(request.end_s or math.inf, duration_s)
+    if start >= end:
+        raise VideoError("no_such_time", f"starts at {start:g} s of {duration_s:g} s")
+    length = end - start
+    if request.fps is None:
+        return [start + (i + 0.5) * length / request.frames for i in range(request.frames)]
+    count = max(math.floor(length * request.fps + TIME_SLACK_S), 1)
+    if count > request.max_frames:
+        detail = f"{length:g} s at {request.fps:g} frames/s are {count}, over {request.max_frames}"
+        raise VideoError("too_many_frames", detail)
+    return [start + i / request.fps for i in range(count)]
+
+
+def read_index(container: Any, stream: av.VideoStream, request: ClipRequest) -> IndexedVideo:
+    """Numbers the frames of an open video.
+
+    Raises:
+        VideoError: a limit is passed, or the file ends before its header says.
+    """
+    if stream.codec_context.name not in CODECS:
+        raise VideoError("unsupported_codec", f"{stream.codec_context.name} is not decoded")
+    declared_s = float(declared_seconds(container, stream) or 0)
+    if declared_s > request.max_s:
+        raise VideoError("too_long", f"{declared_s:g} s is over the limit of {request.max_s:g}")
+    index = IndexedVideo(container, stream, most=request.max_source_frames)
+    if not len(index):
+        raise VideoError("empty", "no frames")
+    duration_s = float(index.duration)
+    if duration_s > request.max_s:
+        raise VideoError("too_long", f"{duration_s:g} s is over the limit of {request.max_s:g} s")
+    period_s = duration_s - float(index.times[-1])
+    if declared_s - duration_s > max(SHORTFALL_S, 2 * period_s):
+        raise VideoError("truncated", f"{duration_s:.3f} of {declared_s:.3f} s are there")
+    return index
+
+
+def upright_pixels(frame_HW3: U8, rotation: int, aspect: Fraction, prep: Preprocessing) -> U8:
+    """A decoded frame as a player shows it, by the transform of evaluation: uint8 [S, S, 3]."""
+    image = Image.fromarray(frame_HW3)
+    if aspect != 1:
+        image = image.resize((max(round(image.width * aspect), 1), image.height))
+    if rotation % 4:
+        image = Image.fromarray(np.rot90(np.asarray(image), rotation))
+    return eval_transform(image, prep)

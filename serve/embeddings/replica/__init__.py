@@ -1,0 +1,1 @@
+"""The encoder replica: pixels in, embeddings out, in dynamic batches. Imports embeddings' types."""

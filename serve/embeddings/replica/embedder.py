@@ -1,0 +1,184 @@
+"""The encoder replica: pixels in, embeddings out, in dynamic batches.
+
+Shape legend: B images or clips of a batch, T frames, H height, W width, C channels, N tokens (time
+first), S time steps, D width.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from prometheus_client import CollectorRegistry, Counter, Histogram
+
+from models.artifacts.artifact import load_artifact
+from models.media.preprocessing import Preprocessing, normalize
+from serve.embeddings.contract import Floats, ModelCard, Pixels, Pooling
+from serve.embeddings.replica.batching import Batcher
+from serve.embeddings.settings import ServeSettings
+from serve.telemetry import BATCH_BUCKETS, LATENCY_BUCKETS_S, Reporter
+
+STUCK_AFTER_S = 300.0
+"""A forward pass that takes longer than this makes the health check fail and Serve restart us."""
+
+
+class Encoder:
+    """An exported encoder, ready to run on batches of pixels.
+
+    Args:
+        settings: artifact, device, type and threads.
+    """
+
+    def __init__(self, settings: ServeSettings) -> None:
+        artifact = load_artifact(settings.artifact)
+        self.preprocessing: Preprocessing = artifact.preprocessing
+        self._device = torch.device("cuda" if settings.gpus else "cpu")
+        self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.dtype]
+        self._encoder = artifact.encoder.eval().to(self._device, self._dtype)
+        self.dimensions: int = artifact.encoder.width
+        self.num_patches: int = artifact.encoder.grid**2
+        self.frames: int = artifact.encoder.frames
+        self.tubelet: int = artifact.encoder.tubelet
+
+    @torch.inference_mode()
+    def run(self, items: list[tuple[Pixels, Pooling]]) -> list[Floats]:
+        """Encodes images and clips of the model's size.
+
+        Args:
+            items: uint8 [H, W, C] or [T, H, W, C] pixels, each with its pooling.
+
+        Returns:
+            float32, after the final LayerNorm: [D] for `mean` (over all tokens), [S, D] for
+            `per_frame` (over those of a time step), [N, D] for `patches`.
+        """
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for index, (pixels, _) in enumerate(items):
+            alike.setdefault(pixels.shape, []).append(index)
+        results: dict[int, Floats] = {}
+        for indices in alike.values():
+            tokens_BND = self._tokens(np.stack([items[index][0] for index in indices]))
+            # Pooled for the whole batch at once, where it is.
+            B, _, D = tokens_BND.shape
+            steps_BSD = tokens_BND.reshape(B, -1, self.num_patches, D).mean(dim=2).cpu().numpy()
+            mean_BD = tokens_BND.mean(dim=1).cpu().numpy()
+            for row, index in enumerate(indices):
+                pooling = items[index][1]
+                if pooling == "patches":
+                    results[index] = tokens_BND[row].cpu().numpy()
+                else:
+                    results[index] = mean_BD[row] if pooling == "mean" else steps_BSD[row]
+        return [results[index] for index in range(len(items))]
+
+    def _tokens(self, pixels: Pixels) -> torch.Tensor:
+        """[B, H, W, C] or [B, T, H, W, C] to tokens [B, N, D] in float32."""
+        channels_first = torch.from_numpy(pixels).to(self._device).movedim(-1, 1)
+        prep = self.preprocessing
+        normalized = normalize(channels_first, prep.mean, prep.std).to(self._dtype)
+        tokens_BND: torch.Tensor = self._encoder(normalized).float()
+        return tokens_BND
+
+
+class Embedder:
+    """Serve deployment around an `Encoder`.
+
+    The forward pass runs in one thread of its own, so that requests are received and health checks
+    answered meanwhile. Only decoded pixels of the right shape get here: an image that cannot be
+    decoded never joins a batch, and so cannot spoil one.
+
+    Args:
+        settings: see `ServeSettings`.
+        telemetry: handle of the `Telemetry` deployment.
+    """
+
+    def __init__(self, settings: ServeSettings, telemetry: Any) -> None:
+        threads = settings.threads or len(os.sched_getaffinity(0))
+        self._thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,))
+        self._encoder = Encoder(settings)
+        self._card = ModelCard(
+            name=settings.model or settings.artifact.rstrip("/").rpartition("/")[2],
+            created=int(time.time()),
+            dimensions=self._encoder.dimensions,
+            num_patches=self._encoder.num_patches,
+            preprocessing=self._encoder.preprocessing,
+            frames=self._encoder.frames,
+            tubelet=self._encoder.tubelet,
+        )
+        self._metrics(telemetry)
+        self._warm_up(settings.batch_size)
+        self._busy_since: float | None = None
+        self._batcher = Batcher(
+            self._run, batch_size=settings.batch_size, max_wait_s=settings.max_wait_ms / 1000
+        )
+
+    async def describe(self) -> ModelCard:
+        """What is served here."""
+        return self._card
+
+    async def embed(self, pixels: Pixels, pooling: Pooling) -> Floats:
+        """Embeds the images or clips of one request, together with those of others.
+
+        Args:
+            pixels: uint8 [B, H, W, C], or [B, T, H, W, C] with T a multiple of the tubelet up to
+                the clip's frames; H = W = the model's image size.
+            pooling: see `Encoder.run`.
+
+        Returns:
+            float32 [B, D], [B, S, D] or [B, N, D], not normalised.
+        """
+        rows = [self._batcher.submit((item, pooling)) for item in pixels]
+        return np.stack(await asyncio.gather(*rows))
+
+    def check_health(self) -> None:
+        """Called by Serve every few seconds.
+
+        Raises:
+            RuntimeError: the forward pass hangs.
+        """
+        if self._busy_since is not None and time.monotonic() - self._busy_since > STUCK_AFTER_S:
+            raise RuntimeError(f"a forward pass has been running for over {STUCK_AFTER_S:.0f} s")
+
+    async def _run(self, items: list[tuple[Pixels, Pooling]]) -> list[Floats]:
+        loop = asyncio.get_running_loop()
+        self._busy_since = started = time.monotonic()
+        try:
+            return await loop.run_in_executor(self._thread, self._encoder.run, items)
+        finally:
+            self._busy_since = None
+            self._batch_size.observe(len(items))
+            self._forward_s.observe(time.monotonic() - started)
+            self._images.inc(len(items))
+
+    def _warm_up(self, batch_size: int) -> None:
+        """Runs both ends of the batch sizes once, so that no request pays for first-time set-up.
+
+        Of clips only one: a full batch of them may take minutes on CPUs.
+        """
+        size, frames = self._card.preprocessing.image_size, self._card.frames
+        pixels = np.zeros((size, size, 3), np.uint8)
+        for count in (batch_size, 1):
+            self._thread.submit(self._encoder.run, [(pixels, "mean")] * count).result()
+        if frames > 1:
+            clip = np.zeros((frames, size, size, 3), np.uint8)
+            self._thread.submit(self._encoder.run, [(clip, "mean")]).result()
+
+    def _metrics(self, telemetry: Any) -> None:
+        registry = CollectorRegistry()
+        self._batch_size = Histogram(
+            "rayjepa_batch_size",
+            "Images and clips in a forward pass",
+            buckets=BATCH_BUCKETS,
+            registry=registry,
+        )
+        self._forward_s = Histogram(
+            "rayjepa_forward_seconds",
+            "Duration of a forward pass",
+            buckets=LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self._images = Counter("rayjepa_images", "Images and clips embedded", registry=registry)
+        self._reporter = Reporter(registry, telemetry)

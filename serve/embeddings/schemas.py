@@ -1,0 +1,151 @@
+"""Request and response types of the embeddings API, in the OpenAI shape.
+
+A field that is not named here is refused: a misspelt `dimension` must not silently return
+full-length embeddings.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, WithJsonSchema
+
+from serve.ingress.bodies import Body as Body
+from serve.ingress.bodies import RequestModel
+from serve.ingress.bodies import parse_body as parse_body
+from serve.ingress.errors import ApiError as ApiError
+from serve.ingress.errors import ErrorDetail as ErrorDetail
+from serve.ingress.errors import ErrorResponse as ErrorResponse
+from serve.ingress.errors import ErrorType as ErrorType
+from serve.ingress.errors import queue_full as queue_full
+from serve.ingress.errors import server_error as server_error
+
+_ITEM_SCHEMA: dict[str, Any] = {
+    "anyOf": [
+        {"type": "string", "minLength": 1, "description": "data URI, base64, or http(s) URL"},
+        {"type": "object", "required": ["image"], "properties": {"image": {"type": "string"}}},
+        {"type": "object", "required": ["url"], "properties": {"url": {"type": "string"}}},
+        {"type": "object", "required": ["bytes"], "properties": {"bytes": {"type": "string"}}},
+        {
+            "type": "object",
+            "required": ["video"],
+            "properties": {
+                "video": {"type": "string"},
+                "fps": {"type": "number"},
+                "start_s": {"type": "number"},
+                "end_s": {"type": "number"},
+            },
+        },
+        {
+            "type": "object",
+            "description": "content part of a video",
+            "required": ["type", "video_url"],
+            "properties": {
+                "type": {"const": "video_url"},
+                "video_url": {"type": "object", "properties": {"url": {"type": "string"}}},
+            },
+        },
+        {
+            "type": "object",
+            "description": "OpenAI content part",
+            "required": ["type", "image_url"],
+            "properties": {
+                "type": {"const": "image_url"},
+                "image_url": {"type": "object", "properties": {"url": {"type": "string"}}},
+            },
+        },
+        {
+            "type": "object",
+            "description": "one image_url or video_url part in a content list",
+            "required": ["content"],
+            "properties": {"content": {"type": "array", "items": {"type": "object"}}},
+        },
+    ]
+}
+_INPUT_SCHEMA = {"anyOf": [*_ITEM_SCHEMA["anyOf"], {"type": "array", "items": _ITEM_SCHEMA}]}
+
+
+class EmbeddingRequest(RequestModel):
+    """Body of `POST /v1/embeddings`."""
+
+    input: Annotated[Any, WithJsonSchema(_INPUT_SCHEMA)]
+    """One image or video or a list of them; see `serve/embeddings/media/inputs.py` for the accepted shapes."""
+    model: str | None = None
+    """A name from `GET /v1/models`; may be left out."""
+    encoding_format: Literal["float", "base64"] = "float"
+    """JSON numbers, or the float32 values little-endian in base64."""
+    dimensions: int | None = None
+    """Keep this many leading dimensions, then scale to unit length again."""
+    pooling: Literal["mean", "per_frame", "patches"] = "mean"
+    """One vector an item, one a time step of its tokens, or one a token (time first, then raster
+    order)."""
+    normalize: bool = True
+    """Scale every vector to unit length, as OpenAI's are."""
+    modality: str | None = None
+    """infinity's field: `image` or `video`, which is what bare strings, URLs and bytes then are."""
+    user: str | None = None
+    """OpenAI's field; ignored."""
+
+
+class Embedding(BaseModel):
+    """One item's embedding."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | list[list[float]] | str
+    """[dimensions], [steps, dimensions] for `pooling: per_frame`, [tokens, dimensions] for
+    `pooling: patches`; base64 text if asked for."""
+    shape: list[int] | None = None
+    """Shape of `embedding` (not with `pooling: mean`)."""
+    times_s: list[float] | None = None
+    """When the sampled frames are shown, seconds after the first frame (only of videos)."""
+
+
+class Usage(BaseModel):
+    """What the request cost: a token is a patch the encoder read."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingResponse(BaseModel):
+    """Reply of `POST /v1/embeddings`."""
+
+    object: Literal["list"] = "list"
+    data: list[Embedding]
+    model: str
+    usage: Usage
+
+
+class Model(BaseModel):
+    """One entry of `GET /v1/models`."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    """Unix time at which this replica loaded the model."""
+    owned_by: str = "rayjepa"
+    modality: Literal["image", "video"] = "image"
+    """What the encoder was trained on; each takes the other too."""
+    dimensions: int
+    """Length of an embedding."""
+    num_patches: int
+    """Vectors per image, and per time step of a clip, with `pooling: patches`."""
+    image_size: int
+    """Pixels on a side of the encoder's square input."""
+    frames: int
+    """Frames of a full clip; 1 for an encoder of images."""
+    tubelet: int
+    """Frames in a time step."""
+
+
+class ModelList(BaseModel):
+    """Reply of `GET /v1/models`."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+def parse_request(body: bytes) -> EmbeddingRequest:
+    """Parses and validates the body of an embedding request; raises as `parse_body` does."""
+    return parse_body(body, EmbeddingRequest)

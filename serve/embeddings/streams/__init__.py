@@ -1,0 +1,1 @@
+"""Live streams over a WebSocket: messages, the bounded frame queue, the rolling window. Imports media."""

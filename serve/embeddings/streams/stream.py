@@ -1,0 +1,307 @@
+"""Live streams: a rolling window of frames becomes an embedding every few frames.
+
+The state of a stream (its queue, window and counters) lives in the ingress replica that its
+connection reached; embeddings of all streams share the batches of the encoder.
+
+Shape legend: T frames of the window, H height, W width, C channels; H = W = the model's image size.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager, suppress
+from typing import Any
+
+import numpy as np
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from serve.embeddings.contract import Floats, ModelCard, Pixels
+from serve.embeddings.frontend.service import EmbedFunction, encode_values, shape_embeddings
+from serve.embeddings.media.decode_pool import DIED, DecodePool, DecoderGone, video_error
+from serve.embeddings.media.loader import MediaLoader, to_parts
+from serve.embeddings.schemas import ApiError, EmbeddingRequest, server_error
+from serve.embeddings.settings import ServeSettings
+from serve.embeddings.streams.frame_queue import Frame, FrameQueue
+from serve.embeddings.streams.messages import StreamStart, to_text
+from serve.telemetry import LATENCY_BUCKETS_S
+
+BAD_FRAMES = 16
+"""Undecodable frames in a row that end a stream."""
+RETRY_S = 0.1
+"""Wait before an embedding is tried again that found the model's queue full."""
+
+LINGER_S = 5.0
+"""Wait at the end for what is not yet acknowledged: a socket closed at once would fail the client's
+last acknowledgement."""
+
+Send = Callable[[str], Awaitable[None]]
+
+
+class StreamMetrics:
+    """Counts the streams of one replica."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.open = Gauge("rayjepa_streams", "Streams now", registry=registry)
+        self.refused = Counter(
+            "rayjepa_streams_refused", "Streams over the limit", registry=registry
+        )
+        self.frames = Counter("rayjepa_stream_frames", "Frames received", registry=registry)
+        self.dropped = Counter("rayjepa_stream_frames_dropped", "Frames dropped", registry=registry)
+        self.lag_s = Histogram(
+            "rayjepa_stream_lag_seconds",
+            "From the arrival of a window's last frame to its embedding",
+            buckets=LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+
+
+class StreamHub:
+    """What the streams of a replica share.
+
+    Args:
+        settings: the limits.
+        card: the model.
+        embed: as `EmbeddingService`'s.
+        media: fetches and decodes.
+        registry: of the replica's metrics.
+    """
+
+    def __init__(
+        self,
+        settings: ServeSettings,
+        card: ModelCard,
+        embed: EmbedFunction,
+        media: MediaLoader,
+        registry: CollectorRegistry,
+    ) -> None:
+        self.settings, self.card, self.embed, self.media = settings, card, embed, media
+        self.metrics = StreamMetrics(registry)
+        self.streams = self.decoders = 0
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """A stream's place.
+
+        Raises:
+            ApiError: 429, all are taken.
+        """
+        if self.streams >= self.settings.max_streams:
+            self.metrics.refused.inc()
+            raise _full("too_many_streams", f"{self.settings.max_streams} streams are open")
+        self.streams += 1
+        self.metrics.open.inc()
+        try:
+            yield
+        finally:
+            self.streams -= 1
+            self.metrics.open.dec()
+
+    @contextmanager
+    def hold_decoder(self) -> Iterator[DecodePool]:
+        """A decoder process's place; raises as `hold`."""
+        if self.decoders >= self.settings.max_stream_decoders:
+            self.metrics.refused.inc()
+            most = self.settings.max_stream_decoders
+            raise _full("too_many_streams", f"{most} streams of containers are open")
+        self.decoders += 1
+        try:
+            yield self.media.decoders
+        finally:
+            self.decoders -= 1
+
+
+def _full(code: str, message: str) -> ApiError:
+    return ApiError(429, code, f"{message}; try again later", error_type="rate_limit_error")
+
+
+class Stream:
+    """One stream.
+
+    Args:
+        hub: what it shares.
+        start: what the client wants.
+        send: sends a text message.
+    """
+
+    def __init__(self, hub: StreamHub, start: StreamStart, send: Send) -> None:
+        self._hub, self._start, self._send = hub, start, send
+        frames = hub.card.frames
+        self.every = start.every or max(frames // 2, 1)
+        most = hub.settings.stream_queue
+        self.queue_size = min(start.queue or most, most)
+        self.queue = FrameQueue(self.queue_size, start.drop, start.fps)
+        self._window: deque[tuple[Frame, Pixels]] = deque(maxlen=frames)
+        self._fresh = 0  # frames of the window that no embedding has seen
+        self._bad_in_a_row = self._rejected = 0
+        self._sent = self._acknowledged = 0
+        self._reported = (0, 0)  # frames and drops that the metrics have
+        self._credit = asyncio.Event()
+        self._shape = EmbeddingRequest(
+            input=None, dimensions=start.dimensions, normalize=start.normalize
+        )
+
+    async def run(self) -> None:
+        """Embeds until the queue ends, then says so.
+
+        Raises:
+            ApiError: the stream cannot go on.
+        """
+        await self._send(to_text(self._started()))
+        try:
+            while (frame := await self.queue.get()) is not None:
+                pixels = await self._pixels(frame)
+                if pixels is None:
+                    continue
+                self._window.append((frame, pixels))
+                self._fresh += 1
+                if len(self._window) == self._window.maxlen and self._fresh >= self.every:
+                    await self._emit()
+            if self._fresh:
+                await self._emit()
+            await self._send(to_text({"type": "ended"} | self._counters()))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LINGER_S):
+                    await self._acknowledged_but(0)
+        finally:
+            self._report()
+
+    def acknowledge(self, index: int) -> None:
+        """The client has read the embeddings up to this one.
+
+        Raises:
+            ApiError: 400, there is no such embedding.
+        """
+        if index >= self._sent:
+            raise ApiError(400, "invalid_message", f"embedding {index} was not sent", param="index")
+        self._acknowledged = max(self._acknowledged, index + 1)
+        self._credit.set()
+
+    def _started(self) -> dict[str, Any]:
+        card = self._hub.card
+        return {
+            "type": "started",
+            "model": card.name,
+            "frames": card.frames,
+            "every": self.every,
+            "queue": self.queue_size,
+            "drop": self._start.drop,
+            "unacknowledged": self._start.unacknowledged,
+        }
+
+    async def _pixels(self, frame: Frame) -> Pixels | None:
+        """Pixels of a frame; None for one that cannot be decoded, which is counted."""
+        if not isinstance(frame.content, bytes):
+            return frame.content
+        try:
+            pixels = await self._hub.media.decode_image(frame.content, f"frame {frame.number}")
+        except ApiError:
+            self._rejected += 1
+            self._bad_in_a_row += 1
+            if self._bad_in_a_row >= BAD_FRAMES:
+                raise
+            return None
+        self._bad_in_a_row = 0
+        return pixels
+
+    async def _emit(self) -> None:
+        """Embeds the window and sends the result, once the client has read enough of the others."""
+        await self._acknowledged_but(self._start.unacknowledged - 1)
+        frames = [frame for frame, _ in self._window]
+        embedding = shape_embeddings(await self._embed_window(), self._shape)
+        lag_s = asyncio.get_running_loop().time() - frames[-1].arrived_s
+        message = {
+            "type": "embedding",
+            "index": self._sent,
+            "first_frame": frames[0].number,
+            "last_frame": frames[-1].number,
+            "start_s": frames[0].time_s,
+            "end_s": frames[-1].time_s,
+            "lag_s": round(lag_s, 6),
+            **self._counters(),
+            "embedding": encode_values(embedding, self._start.encoding_format),
+        }
+        if self._start.pooling != "mean":
+            message["shape"] = list(embedding.shape)
+        self._fresh = 0
+        self._sent += 1
+        self._hub.metrics.lag_s.observe(lag_s)
+        self._report()
+        await self._send(to_text(message))
+
+    async def _acknowledged_but(self, most: int) -> None:
+        """Waits until at most that many embeddings are not acknowledged."""
+        while self._sent - self._acknowledged > most:
+            self._credit.clear()
+            await self._credit.wait()
+
+    async def _embed_window(self) -> Floats:
+        """The window as one clip: as in a request, filled up to whole time steps at the end."""
+        pixels_THWC = np.stack([pixels for _, pixels in self._window])
+        (part,) = to_parts(pixels_THWC, self._hub.card)
+        deadline = time.monotonic() + self._hub.settings.timeout_s
+        while True:
+            try:
+                async with asyncio.timeout(self._hub.settings.timeout_s):
+                    embeddings = await self._hub.embed(part[None], self._start.pooling)
+                embedding: Floats = embeddings[0]
+                return embedding
+            except TimeoutError as error:
+                raise server_error(504, "timeout", "the model does not answer") from error
+            except ApiError as error:
+                if error.code != "queue_full" or time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(RETRY_S)
+
+    def _counters(self) -> dict[str, int]:
+        queue = self.queue
+        return {
+            "received": queue.received,
+            "dropped": queue.dropped,
+            "skipped": queue.skipped,
+            "rejected": self._rejected,
+        }
+
+    def _report(self) -> None:
+        frames, dropped = self.queue.received, self.queue.dropped
+        self._hub.metrics.frames.inc(frames - self._reported[0])
+        self._hub.metrics.dropped.inc(dropped - self._reported[1])
+        self._reported = (frames, dropped)
+
+
+async def decode_container(
+    hub: StreamHub, pieces: AsyncGenerator[bytes, None], queue: FrameQueue
+) -> None:
+    """Feeds a container's bytes to a decoder process and its frames to a queue, which it closes.
+
+    Raises:
+        ApiError: the bytes are no video, or decoding them takes too long.
+    """
+    loop, prep = asyncio.get_running_loop(), hub.card.preprocessing
+    job = {"max_pixels": hub.settings.max_video_pixels}
+    side, arrived_s = prep.image_size, loop.time()
+    with hub.hold_decoder() as pool:
+        try:
+            async with aclosing(pieces), pool.worker("stream", prep, job) as worker:
+                while True:
+                    async with asyncio.timeout(pool.timeout_s):
+                        head, payload = await worker.receive(side * side * 3)
+                    if "need" in head:
+                        piece = await anext(pieces, b"")
+                        arrived_s = loop.time()
+                        await worker.send({}, piece)
+                    elif "time_s" in head:
+                        pixels = np.frombuffer(payload, np.uint8).reshape(side, side, 3)
+                        queue.put(head["time_s"], arrived_s, pixels)
+                    elif "reason" in head:
+                        raise video_error(head, None)
+                    else:
+                        break
+        except TimeoutError as error:
+            message = f"decoding took longer than {pool.timeout_s:g} s"
+            raise ApiError(400, "decode_timeout", message) from error
+        except DecoderGone as error:
+            raise ApiError(400, "decoder_died", DIED) from error
+    queue.close()

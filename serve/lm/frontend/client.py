@@ -1,0 +1,263 @@
+"""The ingress's side of a generation: starts it, pulls what it makes, survives its replica.
+
+Batches are pulled by unary calls. A streaming call would be eager: the replica would run ahead of a
+slow reader without bound, while a generation that nobody pulls pauses by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import dataclasses
+import uuid
+from collections.abc import AsyncGenerator
+from typing import Any, TypeVar
+
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+from serve.embeddings.schemas import ApiError, ErrorType, queue_full, server_error
+from serve.lm.contract import End, LMCard, Piece, Refused, SessionState, Start, Started, Taken
+
+TAKE_WAIT_S = 1.0
+TAKE_TOKENS = 64
+ATTEMPTS = 60
+"""Calls made for one step when replicas die under it; about as many seconds."""
+Result = TypeVar("Result")
+
+
+class LMClient:
+    """Calls the deployment and turns its refusals and failures into API errors.
+
+    Args:
+        handle: Serve handle of `LanguageModel`.
+        persistent: whether sessions outlive a replica.
+    """
+
+    def __init__(self, handle: Any, *, persistent: bool) -> None:
+        self._handle = handle
+        self.persistent = persistent
+        self._cancels: set[asyncio.Task[None]] = set()
+
+    async def describe(self) -> LMCard:
+        """What is served."""
+        card: LMCard = await self._handle.describe.remote()
+        return card
+
+    async def call(self, session_id: str, method: str, *args: Any) -> Any:
+        """Calls a method on the replica that a session belongs to.
+
+        A replica that dies meanwhile is replaced, and the call repeated on the next: every method
+        is safe to repeat, those that make something by a request id among their arguments.
+
+        Raises:
+            ApiError: a refusal, or no replica.
+        """
+        result, _ = await self._repeat(session_id, method, *args)
+        if isinstance(result, Refused):
+            raise api_error(result)
+        return result
+
+    async def delete(self, session_id: str) -> None:
+        """Removes a session; of a repeated call that finds none, the first one removed it."""
+        result, attempts = await self._repeat(session_id, "delete", session_id)
+        if isinstance(result, Refused) and not (attempts > 1 and result.status == 404):
+            raise api_error(result)
+
+    async def _repeat(self, session_id: str, method: str, *args: Any) -> tuple[Any, int]:
+        """What a call returns, and how many it took."""
+        for attempt in range(ATTEMPTS):
+            try:
+                return await self._call_once(session_id, method, *args), attempt + 1
+            except (RayActorError, DeploymentUnavailableError):
+                if not self.persistent and attempt:
+                    break
+                await asyncio.sleep(min(1.0, 0.05 * 2**attempt))
+                continue
+            except BackPressureError as error:
+                raise queue_full() from error
+        raise server_error(503, "no_replica", "no model replica could take the request")
+
+    def open(self, start: Start) -> Answer:
+        """Asks for a generation, without waiting for it to begin."""
+        return Answer(self, start.session_id or uuid.uuid4().hex, start)
+
+    async def answer(self, start: Start) -> Answer:
+        """Starts a generation; raises `ApiError` before anything is generated."""
+        answer = self.open(start)
+        try:
+            await answer.begin()
+        except BaseException:
+            answer.close()
+            raise
+        return answer
+
+    async def start(self, key: str, start: Start) -> Started:
+        """Has a replica begin; whoever stops waiting (a time limit) wants no answer any more."""
+        try:
+            started: Started = await self.call(key, "start", start)
+        except asyncio.CancelledError:
+            self.cancel(key, start.request_id)
+            raise
+        return started
+
+    async def take(self, key: str, request_id: str) -> Taken | None:
+        """Pulls once; None when the replica that made the answer is gone."""
+        try:
+            taken: Taken | None = await self._call_once(
+                key, "take", request_id, TAKE_TOKENS, TAKE_WAIT_S
+            )
+        except (RayActorError, DeploymentUnavailableError):
+            return None
+        return taken
+
+    def cancel(self, key: str, request_id: str) -> None:
+        """Ends a generation without waiting for it.
+
+        In a context of its own: what is called from a cancelled request would be cancelled too.
+        """
+
+        async def send() -> None:
+            try:
+                await self._call_once(key, "cancel", request_id)
+            except (RayActorError, DeploymentUnavailableError, BackPressureError):
+                return  # gone with its replica, or reaped there for want of a reader
+
+        task = asyncio.get_running_loop().create_task(send(), context=contextvars.Context())
+        self._cancels.add(task)
+        task.add_done_callback(self._cancels.discard)
+
+    async def _call_once(self, session_id: str, method: str, *args: Any) -> Any:
+        handle = self._handle.options(session_id=session_id, method_name=method)
+        return await handle.remote(*args)
+
+
+class Answer:
+    """A generation that is about to begin or in progress, whichever replica it runs on.
+
+    Args:
+        client: calls the deployment.
+        key: what routes to the replica.
+        start: what to generate; asked for at once.
+
+    Attributes:
+        session: the session, as of the latest piece.
+    """
+
+    def __init__(self, client: LMClient, key: str, start: Start) -> None:
+        self._client, self._key, self._start = client, key, start
+        self._starting = asyncio.ensure_future(client.start(key, start))
+        self.session: SessionState | None = None
+        self._position = self._made = 0
+        self._choices = max(1, len(start.feeds) * start.n)
+        self._ended: set[int] = set()
+        self._closed = False
+
+    async def begin(self, within_s: float | None = None) -> None:
+        """Waits until the replica has begun, or for so many seconds.
+
+        Raises:
+            ApiError: it refuses.
+        """
+        begun, _ = await asyncio.wait({self._starting}, timeout=within_s)
+        if begun:
+            self.session, self._position = self.started.session, self.started.position
+
+    @property
+    def started(self) -> Started:
+        """What the first replica said, once it has; raises what it refused with."""
+        return self._starting.result()
+
+    async def pieces(self) -> AsyncGenerator[tuple[Piece, ...], None]:
+        """Yields what is new, nothing where nothing is, until every choice has ended.
+
+        Leaving early cancels the generation, at a token boundary; the session stays.
+        """
+        try:
+            await self.begin()
+            while len(self._ended) < self._choices:
+                taken = await self._client.take(self._key, self._start.request_id)
+                if taken is None or _is_lost(taken):
+                    if self._made == self._start.options.max_tokens:  # only its end was lost
+                        self._ended.add(0)
+                        yield (Piece(index=0, tokens=(), end=End(reason="length")),)
+                    else:
+                        await self._go_on()
+                    continue
+                self._note(taken)
+                yield taken.pieces
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Cancels what has not ended or not begun; for a reader who may leave before any piece."""
+        if not self._starting.done():
+            self._starting.cancel()
+        elif _failed(self._starting):
+            return
+        elif len(self._ended) < self._choices and not self._closed:
+            self._closed = True
+            self._client.cancel(self._key, self._start.request_id)
+
+    def _note(self, taken: Taken) -> None:
+        self.session = taken.session or self.session
+        for piece in taken.pieces:
+            self._made += piece.made
+            if piece.tokens:
+                self._position = piece.tokens[-1].position
+            if piece.end is not None:
+                self._ended.add(piece.index)
+
+    async def _go_on(self) -> None:
+        """Starts again where the client stands, on the replica that has the session now."""
+        session_id, limit = self._start.session_id, self._start.options.max_tokens
+        if session_id is None or self.session is None:
+            raise _replica_lost()
+        options = self._start.options
+        options = dataclasses.replace(
+            options,
+            max_tokens=None if limit is None else limit - self._made,
+            min_tokens=max(0, options.min_tokens - self._made),
+        )
+        again = dataclasses.replace(
+            self._start, feeds=(), options=options, resume_at=self._position, goes_on=True
+        )
+        for attempt in range(ATTEMPTS):
+            try:
+                await self._client.start(self._key, again)
+                return
+            except ApiError as error:
+                if error.status == 404 and not self._client.persistent:  # it ended with its replica
+                    raise _replica_lost() from error
+                if error.status != 429 or attempt + 1 == ATTEMPTS:
+                    raise
+            await asyncio.sleep(1)  # the replicas that are left have no slab free yet
+
+
+def _failed(task: asyncio.Task[Started]) -> bool:
+    return task.cancelled() or task.exception() is not None
+
+
+def _replica_lost() -> ApiError:
+    return server_error(503, "replica_lost", "the model replica died; send it again")
+
+
+def _is_lost(taken: Taken) -> bool:
+    return any(piece.end is not None and piece.end.reason == "lost" for piece in taken.pieces)
+
+
+def api_error(refused: Refused) -> ApiError:
+    """The client's view of a refusal."""
+    kind: ErrorType = "invalid_request_error"
+    if refused.status == 429:
+        kind = "rate_limit_error"
+    elif refused.status >= 500:
+        kind = "server_error"
+    return ApiError(
+        refused.status,
+        refused.code,
+        refused.message,
+        param=refused.param,
+        error_type=kind,
+        headers=dict(refused.headers),
+    )

@@ -1,0 +1,133 @@
+"""The events of one streamed reply."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Iterator
+from typing import Any
+
+from serve.embeddings.schemas import ApiError, server_error
+from serve.lm.contract import End, Piece
+from serve.lm.frontend import sse as lm_sse
+from serve.lm.frontend.client import Answer
+from serve.lm.frontend.reply_bodies import ShownTokens, session_fields, usage
+from serve.lm.frontend.service import Job
+from serve.lm.settings import LMSettings
+
+MAX_STREAM_BYTES = "max_stream_bytes"
+"""`stop_reason` of a stream that grew too long."""
+
+log = logging.getLogger(__name__)
+
+
+class Events:
+    """The events of one streamed reply.
+
+    Only those of a session have an `id`: nobody can resume anything else.
+
+    Args:
+        job: the request.
+        answer: what the replicas make of it; it may still have to begin.
+        settings: the limits.
+    """
+
+    def __init__(self, job: Job, answer: Answer, settings: LMSettings) -> None:
+        self._job, self._shape, self._answer = job, job.shape, answer
+        self._settings = settings
+        self._open = list(range(job.choices))
+        self._shown = [ShownTokens() for _ in self._open]
+        self._position: int | None = None
+        self._made = self._sent = 0
+
+    async def all(self) -> AsyncGenerator[bytes, None]:
+        """Yields them; ends early where the reply grows too long, or with the event of an error."""
+        try:
+            async with contextlib.aclosing(self._whole_answer()) as events:
+                async for data in events:
+                    yield data
+        except ApiError as error:
+            yield lm_sse.failure(error)
+        except Exception:
+            log.exception("request %s", self._job.start.request_id)
+            yield lm_sse.failure(server_error(500, "internal_error", "internal error"))
+
+    async def _whole_answer(self) -> AsyncGenerator[bytes, None]:
+        await self._answer.begin()
+        self._position = self._answer.started.position
+        for index in self._open:
+            for chunk in self._shape.first(index):
+                yield self._event(chunk | session_entry(self._answer), self._position)
+        async with contextlib.aclosing(self._texts()) as texts:
+            async for data in texts:
+                yield data
+                if self._is_full():
+                    break
+        for index in tuple(self._open):
+            yield self._last(index, End(reason="length", stop=MAX_STREAM_BYTES), self._position)
+        if self._job.include_usage:
+            yield self._event(self._shape.only_usage(self._usage()) | session_entry(self._answer))
+        yield lm_sse.DONE
+
+    async def _texts(self) -> AsyncGenerator[bytes, None]:
+        """What the choices say."""
+        async with contextlib.aclosing(self._answer.pieces()) as pieces:
+            async for batch in pieces:
+                for piece in batch:
+                    for data in self._piece(piece):
+                        yield data
+
+    def _piece(self, piece: Piece) -> Iterator[bytes]:
+        """The events of a piece.
+
+        A token whose text waits for more (half a character) has no event, and its position is not
+        sent as an `id`: who resumes there gets it again, whole.
+        """
+        self._made += piece.made
+        text, shown = "".join(token.text for token in piece.tokens), self._shown[piece.index]
+        tokens = shown.push(piece.tokens, None) if self._shape.logprobs else []
+        if text or tokens:
+            seen = next((token.position for token in reversed(piece.tokens) if token.text), None)
+            self._position = seen or self._position
+            yield self._event(self._shape.chunk(piece.index, text, tokens), seen)
+        if piece.end is not None:
+            raise_failure(piece.end)
+            session = self._answer.session
+            yield self._last(piece.index, piece.end, session.stream_position if session else None)
+
+    def _last(self, index: int, end: End, position: int | None) -> bytes:
+        """The event that closes a choice, with the tokens that waited for the end."""
+        self._open.remove(index)
+        tokens = self._shown[index].push((), end)
+        return self._event(
+            self._shape.last(index, end, tokens) | session_entry(self._answer), position
+        )
+
+    def _usage(self) -> dict[str, Any]:
+        return usage(self._answer.started, self._made)
+
+    def _event(self, chunk: dict[str, Any], position: int | None = None) -> bytes:
+        if self._job.usage_so_far:
+            chunk = {"usage": self._usage()} | chunk
+        data = lm_sse.event(chunk, position if self._answer.session is not None else None)
+        self._sent += len(data)
+        return data
+
+    def _is_full(self) -> bool:
+        limit = self._settings.max_stream_bytes
+        return limit is not None and self._sent > limit
+
+
+def session_entry(answer: Answer) -> dict[str, Any]:
+    """What a reply says of its session: nothing where there is none."""
+    return {} if answer.session is None else {"session": session_fields(answer.session)}
+
+
+def raise_failure(end: End | None) -> None:
+    """Raises the `ApiError` of an answer that did not end by itself."""
+    if end is None or end.reason in ("stop", "length"):
+        return
+    if end.reason == "cancelled":
+        message = "another request went on with the session, or nobody read the answer"
+        raise ApiError(409, "cancelled", message, headers={"x-should-retry": "false"})
+    raise server_error(500, "generation_failed", end.message or "the generation failed")

@@ -1,0 +1,1 @@
+"""The language model's replica: one engine thread, its sessions and generations. Imports store."""

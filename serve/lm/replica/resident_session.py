@@ -1,0 +1,93 @@
+"""A session with a slab in this replica, and how sessions look from outside."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from torch import Tensor
+
+from serve.lm.contract import TAIL, SessionState
+from serve.lm.store.session_store import SessionStore, StoredSession, Turn
+from serve.lm.store.token_log import TokenLog
+
+Result = TypeVar("Result")
+
+
+@dataclass(eq=False, kw_only=True)
+class Held:
+    """A session with a slab.
+
+    Attributes:
+        session_id: its name.
+        sinks: see `SessionSpec`.
+        ttl_s: see `SessionSpec`.
+        log: of its tokens.
+        stored: its files; None where sessions are not stored.
+        turn: the latest prompt.
+        tail: last tokens of the stream.
+        answer: name of the answer in progress.
+        snapshot_at: position of the newest snapshot.
+        last_used: `time.monotonic` of the last request.
+        failure: why nothing more can be logged: what is generated from then on is not shown.
+    """
+
+    session_id: str
+    sinks: int
+    ttl_s: float | None
+    log: TokenLog
+    stored: StoredSession | None = None
+    turn: Turn = field(default_factory=Turn)
+    tail: deque[int] = field(default_factory=lambda: deque(maxlen=TAIL))
+    answer: str | None = None
+    snapshot_at: int = 0
+    last_used: float = field(default_factory=time.monotonic)
+    failure: Exception | None = None
+
+    def state(self, capacity: int, *, extra: int = 0) -> SessionState:
+        """The session seen from outside, `extra` tokens further on."""
+        position = self.log.position + extra
+        cached = min(position, capacity - 1)
+        return SessionState(
+            id=self.session_id,
+            stream_position=position,
+            cached_tokens=cached,
+            evicted_tokens=position - cached,
+            sinks=self.sinks,
+            answer_from=self.turn.answer_from,
+            status="idle" if self.answer is None else "generating",
+            ttl_s=self.ttl_s,
+            snapshot_position=self.snapshot_at or None,
+            owner_epoch=self.stored.epoch if self.stored is not None else None,
+        )
+
+
+def stored_state(store: SessionStore, session_id: str, capacity: int) -> SessionState:
+    """A session seen from outside that has no slab here; reads its files."""
+    spec, position = store.spec(session_id), store.position(session_id)
+    cached = min(position, capacity - 1)
+    return SessionState(
+        id=session_id,
+        stream_position=position,
+        cached_tokens=cached,
+        evicted_tokens=position - cached,
+        sinks=spec.sinks,
+        answer_from=store.turn(session_id).answer_from,
+        status="stored",
+        ttl_s=spec.ttl_s,
+        snapshot_position=next(iter(store.snapshots(session_id)), None),
+    )
+
+
+def state_position(state: dict[str, Tensor]) -> int:
+    """Tokens of the stream that an exported state has seen."""
+    return int(state["length"]) + len(state["pending"])
+
+
+async def io(work: Callable[[], Result]) -> Result:
+    """Runs something that waits for a disk or a network in a thread."""
+    return await asyncio.to_thread(work)

@@ -1,0 +1,84 @@
+"""Requests that wait for a slab, first come first served."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from serve.lm.replica.refusals import NoSlab, no_slab, nobody_waits
+
+LOOK_S = 0.02
+"""How often the first in the queue looks for room."""
+Result = TypeVar("Result")
+
+
+class SlabQueue:
+    """A queue with a bound and a time limit in front of the slabs.
+
+    Args:
+        limit: requests that may wait; more are refused at once.
+        wait_s: how long one waits, then it is refused.
+        room: slabs that are free or could be made free.
+        waited: told how long each one waited.
+    """
+
+    def __init__(
+        self,
+        limit: int,
+        wait_s: float,
+        *,
+        room: Callable[[], int],
+        waited: Callable[[float], object],
+    ) -> None:
+        self._limit, self._wait_s = limit, wait_s
+        self._room, self._waited = room, waited
+        self._waiting: deque[object] = deque()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    async def run(
+        self, attempt: Callable[[], Awaitable[Result]], slabs: int, gone: asyncio.Event
+    ) -> Result:
+        """Runs what takes slabs, all of them or none, as soon as it is its turn and there are some.
+
+        Args:
+            attempt: raises `NoSlab` where there are none.
+            slabs: how many it takes.
+            gone: set when nobody waits for it any more.
+
+        Raises:
+            Refusal: 429 where too many wait or it took too long, 409 when `gone` is set.
+        """
+        if not self._waiting and self._room() >= slabs:
+            with contextlib.suppress(NoSlab):  # another one was quicker
+                return await attempt()
+        if len(self._waiting) >= self._limit:
+            raise no_slab(waiting=len(self._waiting))
+        place, since = object(), time.monotonic()
+        self._waiting.append(place)
+        try:
+            while True:
+                await self._turn(place, slabs, gone, since + self._wait_s)
+                try:
+                    return await attempt()
+                except NoSlab:  # taken meanwhile by a session that had no need to wait
+                    continue
+        finally:
+            self._waiting.remove(place)
+            self._waited(time.monotonic() - since)
+
+    async def _turn(self, place: object, slabs: int, gone: asyncio.Event, until: float) -> None:
+        """Waits until it is first and there is room."""
+        while True:
+            if gone.is_set():
+                raise nobody_waits()
+            if time.monotonic() > until:
+                raise no_slab(waited_s=self._wait_s)
+            await asyncio.sleep(LOOK_S)
+            if self._waiting[0] is place and self._room() >= slabs:
+                return

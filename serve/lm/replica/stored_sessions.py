@@ -1,0 +1,147 @@
+"""What a replica does with stored sessions. Every method waits for a disk or a network.
+
+Where sessions are stored nowhere there are none, and these are the answers one gets.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from serve.lm.contract import SessionState
+from serve.lm.replica.resident_session import Held, state_position, stored_state
+from serve.lm.store.session_store import SessionStore, StoredSession, Turn
+
+COPY_TOKENS = 65_536
+"""Tokens of a log that a fork copies at a time."""
+ELSEWHERE_S = 300.0
+"""How much longer than its `ttl_s` a session stays that another replica opened last: that one may
+be generating, paused by a slow reader, and write nothing."""
+
+
+class Shelf:
+    """The stored sessions, as one replica sees them.
+
+    Args:
+        store: where they lie, if anywhere.
+        replica: name of this one.
+        capacity: tokens a session sees.
+    """
+
+    def __init__(self, store: SessionStore | None, replica: str, capacity: int) -> None:
+        self.store, self._replica, self._capacity = store, replica, capacity
+
+    def names(self) -> list[str]:
+        """All stored sessions."""
+        return [] if self.store is None else self.store.names()
+
+    def has(self, session_id: str) -> bool:
+        """Whether there is such a session."""
+        return self.store is not None and self.store.exists(session_id)
+
+    def has_from(self, session_id: str, request_id: str) -> bool:
+        """Whether there is one that this request has made."""
+        store = self.store
+        if store is None or not request_id or not store.exists(session_id):
+            return False
+        return store.spec(session_id).request_id == request_id
+
+    def is_over(self, session_id: str) -> bool:
+        """Whether a session has been idle for too long."""
+        store = self.store
+        if store is None or not store.exists(session_id):
+            return False
+        ttl_s = store.spec(session_id).ttl_s
+        if ttl_s is None:
+            return False
+        if store.owner(session_id).get("replica") != self._replica:
+            ttl_s += ELSEWHERE_S
+        return time.time() - store.last_used(session_id) > ttl_s
+
+    def describe(self, session_id: str) -> SessionState:
+        """A session seen from outside."""
+        assert self.store is not None
+        return stored_state(self.store, session_id, self._capacity)
+
+    def delete(self, session_id: str) -> None:
+        """Removes a session's files, if it has any."""
+        if self.store is not None:
+            self.store.delete(session_id)
+
+    def make(
+        self,
+        session_id: str,
+        *,
+        sinks: int,
+        ttl_s: float | None,
+        pinned: Sequence[int],
+        request_id: str,
+    ) -> StoredSession | None:
+        """Makes a session that begins with `pinned`, durably.
+
+        Raises:
+            SessionExists: the name is taken.
+            LostSession: another replica makes one of that name.
+        """
+        if self.store is None:
+            return None
+        stored = self.store.create(
+            session_id, self._replica, sinks=sinks, ttl_s=ttl_s, request_id=request_id
+        )
+        try:
+            stored.log.append(pinned)
+            stored.begin_turn(Turn(answer_from=len(pinned)))
+            stored.publish()
+        except BaseException:
+            stored.close()
+            raise
+        return stored
+
+    def fork(self, held: Held, new_id: str, state: dict[str, Tensor], request_id: str) -> None:
+        """Makes a session with the same stream so far, of which `state` is the end.
+
+        Raises:
+            SessionExists: the name is taken.
+            LostSession: another replica makes one of that name.
+        """
+        assert self.store is not None
+        twin = self.store.create(
+            new_id, self._replica, sinks=held.sinks, ttl_s=held.ttl_s, request_id=request_id
+        )
+        try:
+            position = state_position(state)
+            for start in range(0, position, COPY_TOKENS):
+                twin.log.append(held.log.read(start, min(start + COPY_TOKENS, position)))
+            twin.begin_turn(replace(held.turn, request_id=""))
+            twin.save_snapshot(position, state)
+            twin.publish()
+        finally:
+            twin.close()
+
+    def load(self, session_id: str) -> tuple[Held, dict[str, Tensor], list[int]]:
+        """Takes a session over: it, the state of its newest snapshot, and the tokens after that.
+
+        Raises:
+            UnknownSession: there is none.
+            OtherModel: it belongs to another model.
+        """
+        assert self.store is not None
+        stored = self.store.open(session_id, self._replica)
+        try:
+            position, state = stored.newest_snapshot()
+            held = Held(
+                session_id=session_id,
+                sinks=stored.spec.sinks,
+                ttl_s=stored.spec.ttl_s,
+                log=stored.log,
+                stored=stored,
+                turn=self.store.turn(session_id),
+                snapshot_at=position,
+            )
+            return held, state, stored.log.read(position)
+        except BaseException:
+            stored.close()
+            raise

@@ -1,0 +1,59 @@
+"""What happens around every method of a replica that an ingress calls."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Coroutine
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from serve.lm.contract import Refused
+from serve.lm.replica.refusals import Refusal
+
+Self = TypeVar("Self")
+Args = ParamSpec("Args")
+Result = TypeVar("Result")
+Method = Callable[Concatenate[Self, Args], Coroutine[Any, Any, Result]]
+
+log = logging.getLogger(__name__)
+_running: set[asyncio.Task[Any]] = set()  # the event loop itself holds its tasks weakly
+
+
+def in_full(
+    method: Method[Self, Args, Result],
+) -> Callable[Concatenate[Self, Args], Awaitable[Result | Refused]]:
+    """Makes a method that is carried out to its end, whatever becomes of its caller.
+
+    Serve cancels a method where it stands when the client goes away, be it half way through moving
+    a session from one place to another. Here that ends the waiting only. A refusal is returned
+    instead of raised: see `serve.lm.contract`.
+    """
+
+    @wraps(method)
+    async def called(self: Self, /, *args: Args.args, **kwargs: Args.kwargs) -> Result | Refused:
+        task = in_background(_refused(method(self, *args, **kwargs)))
+        return await asyncio.shield(task)
+
+    return called
+
+
+def in_background(work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
+    """Runs something as a task of its own; what it raises is logged even if nobody waits for it."""
+    task = asyncio.get_running_loop().create_task(work)
+    _running.add(task)
+    task.add_done_callback(_done)
+    return task
+
+
+def _done(task: asyncio.Task[Any]) -> None:
+    _running.discard(task)
+    if not task.cancelled() and task.exception() is not None:
+        log.error("%s failed", task.get_coro(), exc_info=task.exception())
+
+
+async def _refused(work: Coroutine[Any, Any, Result]) -> Result | Refused:
+    try:
+        return await work
+    except Refusal as refusal:
+        return refusal.refused
