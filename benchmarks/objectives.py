@@ -8,7 +8,7 @@ images held in memory (no Ray). Each gets as many steps as fit into `--seconds` 
 time, decoding included, as timed on its first steps; so a busy machine changes the speed, but much
 less than the clock's the number of steps. `--controls` runs each without what keeps it from collapse, as
 long, and notes what the watch says first (MAE has nothing of the kind: its control is in
-tests/test_objectives.py). One JSON object a run goes to `--out`; finished runs are
+tests/models/objectives/test_objectives.py). One JSON object a run goes to `--out`; finished runs are
 skipped, with `--keep` unfinished ones go on from their last checkpoint (a twelfth of a run), and all of
 the file is printed as a table.
 """

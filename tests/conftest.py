@@ -71,7 +71,7 @@ def ray_local(s3: dict[str, str]) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random Llama of bytes; see `lm_serving`."""
-    from lm_serving import MODEL, save_tiny_lm
+    from helpers.lm.serving import MODEL, save_tiny_lm
 
     folder = tmp_path_factory.mktemp("lm") / MODEL
     folder.mkdir()
@@ -158,8 +158,7 @@ def s3() -> Iterator[dict[str, str]]:
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ingest without Ray: one process, the last task first."""
-    from ingest_helpers import run_backwards
-
+    from helpers.pipelines.ingestion import run_backwards
     from pipelines import ingest as ingest_module
 
     monkeypatch.setattr(ingest_module, "_run", run_backwards)

@@ -1,0 +1,1 @@
+"""What several tests share, by the package they test; no test stands here."""

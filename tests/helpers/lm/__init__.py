@@ -1,0 +1,1 @@
+"""Helpers of tests of the language model: tiny models, engines, servers."""

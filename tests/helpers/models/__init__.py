@@ -1,0 +1,1 @@
+"""Helpers of tests of models: pictures, videos, hyperoptimizers."""

@@ -1,0 +1,1 @@
+"""Helpers of tests of pipelines: sources, shards, runs without Ray."""

@@ -1,0 +1,81 @@
+"""The embeddings application around a fake model, and requests to it without a network."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import httpx
+import numpy as np
+
+from helpers.serve.embeddings import PATCHES, SIZE, WIDTH, png_uri
+from models.media.preprocessing import Preprocessing
+from serve.embeddings.contract import ModelCard
+from serve.embeddings.frontend.routes import Limits, Parts, create_http_app
+from serve.embeddings.frontend.service import EmbeddingService
+from serve.embeddings.settings import ServeSettings
+from serve.ingress.intake import Intake
+
+CARD = ModelCard(
+    name="tiny",
+    created=1,
+    dimensions=WIDTH,
+    num_patches=PATCHES,
+    preprocessing=Preprocessing(image_size=SIZE, mean=(0.5,) * 3, std=(0.5,) * 3),
+)
+
+
+URI = png_uri(0)
+
+
+async def fake_embed(pixels: np.ndarray, pooling: str) -> np.ndarray:
+    """The image's mean colour times a ramp: enough to follow values to the reply."""
+    colour = pixels.mean(axis=(1, 2, 3)).astype(np.float32)
+    ramp = np.arange(1, WIDTH + 1, dtype=np.float32)
+    mean = colour[:, None] * ramp
+    return mean if pooling == "mean" else np.repeat(mean[:, None], PATCHES, axis=1)
+
+
+def make_parts(
+    embed: Callable[..., Awaitable[np.ndarray]] = fake_embed,
+    api_key: str | None = None,
+    ready: bool = True,
+    **settings: Any,
+) -> Parts:
+    full = ServeSettings(artifact="a", **settings)
+
+    async def is_ready() -> bool:
+        return ready
+
+    async def scrape() -> str:
+        return "metrics"
+
+    return Parts(
+        service=EmbeddingService(full, CARD, embed),
+        limits=Limits(full.max_request_bytes, full.timeout_s),
+        intake=Intake(full, max_requests=full.max_queued),
+        cors_origins=full.cors_origins,
+        scrape=scrape,
+        is_ready=is_ready,
+        api_key=api_key,
+    )
+
+
+def call(
+    parts: Parts, *requests: tuple[str, str, dict[str, Any]], root_path: str = ""
+) -> list[httpx.Response]:
+    """Sends requests (method, path, httpx arguments), all at once."""
+
+    async def run() -> list[httpx.Response]:
+        app = create_http_app(parts)
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False, root_path=root_path)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            calls = [client.request(method, path, **kw) for method, path, kw in requests]
+            return await asyncio.gather(*calls)
+
+    return asyncio.run(run())
+
+
+def embed(parts: Parts, **body: Any) -> httpx.Response:
+    return call(parts, ("POST", "/v1/embeddings", {"json": body}))[0]

@@ -1,0 +1,157 @@
+"""A served clip encoder without Ray: real encoder, real decoder processes, real HTTP on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import uvicorn
+
+from helpers.serve.free_ports import free_ports
+from models.artifacts.artifact import load_artifact, save_artifact
+from models.encoders.vit import VisionTransformer
+from models.media.preprocessing import Preprocessing, normalize
+from serve.embeddings.contract import ModelCard
+from serve.embeddings.frontend.routes import Limits, Parts, RequestMetrics, create_http_app
+from serve.embeddings.frontend.service import EmbeddingService
+from serve.embeddings.replica.batching import Batcher
+from serve.embeddings.replica.embedder import Encoder
+from serve.embeddings.settings import ServeSettings
+from serve.embeddings.streams.stream import StreamHub
+from serve.ingress.intake import Intake
+
+WIDTH, SIZE, FRAMES, TUBELET, PATCHES = 32, 32, 4, 2, 16
+
+
+def save_clip_artifact(folder: Path) -> None:
+    """A random clip encoder with weights large enough that clips differ."""
+    torch.manual_seed(0)
+    encoder = VisionTransformer(
+        image_size=SIZE,
+        patch_size=SIZE // 4,
+        width=WIDTH,
+        depth=2,
+        heads=2,
+        frames=FRAMES,
+        tubelet=TUBELET,
+    )
+    for parameter in encoder.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    prep = Preprocessing(image_size=SIZE, mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3))
+    save_artifact(folder, encoder, prep, {"run": "test", "step": 0, "manifest_hash": ""})
+
+
+@torch.inference_mode()
+def direct_clip_tokens(folder: Path, pixels_THWC: np.ndarray) -> np.ndarray:
+    """[N, D] tokens of one clip by the shortest way: no server, no batch."""
+    artifact = load_artifact(folder)
+    prep = artifact.preprocessing
+    clip_BCTHW = torch.from_numpy(pixels_THWC.copy()).permute(3, 0, 1, 2)[None]
+    return artifact.encoder(normalize(clip_BCTHW, prep.mean, prep.std))[0].numpy()
+
+
+@dataclass
+class LocalServer:
+    """What a test needs of a running server."""
+
+    port: int
+    parts: Parts
+    loop: asyncio.AbstractEventLoop
+    delay_s: float = 0.0
+    """Added to every forward pass."""
+    batches: list[int] | None = None
+    """Sizes of the batches that ran."""
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+
+@contextmanager
+def local_server(
+    artifact: Path, *, api_key: str | None = None, **settings: Any
+) -> Iterator[LocalServer]:
+    """Serves an artifact in a thread; the embedder's batcher runs in the same event loop."""
+    full = ServeSettings(artifact=str(artifact), threads=1, **settings)
+    (port,) = free_ports(1)
+    started: dict[str, Any] = {}
+    ready = threading.Event()
+
+    async def main() -> None:
+        parts, server = _build(full, api_key, started)
+        config = uvicorn.Config(
+            create_http_app(parts),
+            host="127.0.0.1",
+            port=port,
+            log_level="error",
+            ws="websockets-sansio",
+        )
+        http = uvicorn.Server(config)
+        started.update(http=http, server=server)
+        task = asyncio.create_task(http.serve())
+        while not http.started and not task.done():
+            await asyncio.sleep(0.01)
+        server.port = port
+        ready.set()
+        await task
+
+    thread = threading.Thread(target=asyncio.run, args=(main(),), daemon=True)
+    thread.start()
+    assert ready.wait(30)
+    yield started["server"]
+    started["http"].should_exit = True
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+def _build(
+    settings: ServeSettings, api_key: str | None, started: dict[str, Any]
+) -> tuple[Parts, LocalServer]:
+    encoder = Encoder(settings)
+    card = ModelCard(
+        name="clips",
+        created=1,
+        dimensions=encoder.dimensions,
+        num_patches=encoder.num_patches,
+        preprocessing=encoder.preprocessing,
+        frames=encoder.frames,
+        tubelet=encoder.tubelet,
+    )
+    server = LocalServer(0, None, asyncio.get_running_loop(), batches=[])  # type: ignore[arg-type]
+
+    async def run(items: list[Any]) -> list[Any]:
+        server.batches.append(len(items))  # type: ignore[union-attr]
+        await asyncio.sleep(server.delay_s)
+        return await asyncio.to_thread(encoder.run, items)
+
+    batcher = Batcher(run, batch_size=settings.batch_size, max_wait_s=0.002)
+
+    async def embed(pixels: np.ndarray, pooling: str) -> np.ndarray:
+        return np.stack(await asyncio.gather(*(batcher.submit((p, pooling)) for p in pixels)))
+
+    async def is_ready() -> bool:
+        return True
+
+    async def scrape() -> str:
+        return ""
+
+    service, metrics = EmbeddingService(settings, card, embed), RequestMetrics()
+    server.parts = Parts(
+        service=service,
+        metrics=metrics,
+        streams=StreamHub(settings, card, embed, service.media, metrics.registry),
+        limits=Limits(settings.max_request_bytes, settings.timeout_s),
+        intake=Intake(settings, max_requests=settings.max_queued),
+        scrape=scrape,
+        is_ready=is_ready,
+        api_key=api_key,
+    )
+    return server.parts, server

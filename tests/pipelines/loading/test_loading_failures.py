@@ -1,0 +1,120 @@
+"""The loader where it cannot go on: no CPU left, damaged shards, impossible settings; its end."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from helpers.pipelines.loading import config, encode, picture, row_of, write_rows, write_samples
+from pipelines.config import MaskConfig, PretrainConfig
+from pipelines.dataset.shards import read_manifest
+from pipelines.loading import loader as loading
+from pipelines.loading.decoding import DecodeError
+from pipelines.loading.loader import StarvedError, train_batches
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_samples(tmp_path_factory.mktemp("shards"))
+
+
+# --- the cluster
+
+
+@pytest.mark.ray
+def test_workers_that_leave_no_cpu_fail_at_once(data: str, ray_local: None) -> None:
+    import ray
+
+    @ray.remote(num_cpus=4)
+    def work(cfg: PretrainConfig) -> None:
+        next(train_batches(cfg, rank=0, world_size=1, start_step=0, end_step=1))
+
+    with pytest.raises(StarvedError, match=r"--run\.cpus-per-worker"):
+        ray.get(work.remote(config(data)), timeout=90)
+
+
+@pytest.mark.ray
+def test_cpus_taken_by_others_fail_soon(
+    data: str, ray_local: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    @ray.remote(num_cpus=4)
+    class Hog:
+        def hold(self) -> None:
+            pass
+
+    hog = Hog.remote()
+    ray.get(hog.hold.remote())
+    monkeypatch.setattr(loading, "STARVED_SECONDS", 1.0)
+    monkeypatch.setattr(loading, "WATCH_SECONDS", 0.1)
+    monkeypatch.setattr(loading, "CLOSE_SECONDS", 0.1)
+    batches = train_batches(config(data), rank=0, world_size=1, start_step=0, end_step=4)
+    try:
+        with pytest.raises(StarvedError, match=r"--run\.cpus-per-worker"):
+            next(batches)
+    finally:
+        ray.kill(hog)
+
+
+@pytest.mark.ray
+def test_closing_early_frees_the_cluster(data: str, ray_local: None) -> None:
+    import ray
+
+    batches = train_batches(config(data), rank=0, world_size=1, start_step=0, end_step=100_000)
+    next(batches)
+    batches.close()
+    deadline = time.monotonic() + 20
+    while ray.available_resources().get("CPU") != 4:
+        assert time.monotonic() < deadline, "tasks still running"
+        time.sleep(0.2)
+
+
+# --- data and settings
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("place", ["trainer", "data"])
+def test_corrupt_image_names_the_sample(tmp_path: Path, ray_local: None, place: str) -> None:
+    rows = [row_of(encode(picture(i, 20, 24), "JPEG"), f"file-{i}") for i in range(32)]
+    rows[7]["image"] = rows[7]["image"][:-40]  # inside the pixels, past the headers
+    data = write_rows(tmp_path, rows)
+    with pytest.raises(DecodeError, match=rows[7]["sample_id"].hex() + r" \(file-7\): truncated"):
+        list(
+            train_batches(
+                config(data, decode_in=place), rank=0, world_size=1, start_step=0, end_step=1
+            )
+        )
+
+
+@pytest.mark.ray
+def test_missing_shard_surfaces(tmp_path: Path, ray_local: None) -> None:
+    rows = [row_of(encode(picture(i, 20, 24), "PNG"), f"file-{i}") for i in range(32)]
+    data = write_rows(tmp_path, rows)
+    shard = read_manifest(data).shards[0].file
+    (tmp_path / shard).unlink()
+    with pytest.raises(Exception, match=shard):
+        list(train_batches(config(data), rank=0, world_size=1, start_step=0, end_step=1))
+
+
+@pytest.mark.parametrize(
+    ("change", "flag"),
+    [
+        ({"batch_size": 160}, "--data.batch-size"),
+        ({"mask": MaskConfig(context_keep=60)}, "--mask.context-keep"),
+    ],
+)
+def test_impossible_settings_name_the_flag(data: str, change: dict, flag: str) -> None:
+    with pytest.raises(ValueError, match=flag):
+        next(train_batches(config(data, **change), rank=0, world_size=1, start_step=0, end_step=1))
+
+
+def test_no_manifest(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not ingested"):
+        next(train_batches(config(str(tmp_path)), rank=0, world_size=1, start_step=0, end_step=1))
+
+
+def test_no_steps(data: str) -> None:
+    assert not list(train_batches(config(data), rank=0, world_size=1, start_step=5, end_step=5))

@@ -1,0 +1,69 @@
+"""A damaged run on S3, on Ray: refused before Ray starts, then on from the newest whole checkpoint."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+
+from helpers.pipelines.fake_training import change
+from pipelines import pretrain as job
+from pipelines.recipes import debug
+from pipelines.runs.checkpoints import CheckpointError, resolve_checkpoint
+
+RUN = "s3://went-back/runs/debug"
+LIST = f"{RUN}/checkpoint_manager_snapshot.json"
+
+
+def test_a_run_on_ray_goes_on_from_the_newest_whole_checkpoint_bitwise(
+    cifar_shards, s3, monkeypatch
+):
+    for key, value in {**s3, "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}.items():
+        monkeypatch.setenv(key, value)
+    import s3fs
+
+    remote = s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True)
+    remote.mkdir("went-back")
+    often = {"log_every": 1, "checkpoint_every": 4, "keep_checkpoints": 9, "threads": 1}
+    cfg = change(
+        debug(),
+        data={"train": cifar_shards[0], "test": cifar_shards[1]},
+        run={"storage": "s3://went-back/runs", "steps": 12, "probe_every": 4, **often},
+    )
+    job.pretrain(cfg, stream=io.StringIO())
+    listed = json.loads(remote.cat_file(LIST))
+    end = _files(remote, f"{RUN}/checkpoint_00000012")
+
+    remote.rm(f"{RUN}/checkpoint_00000012", recursive=True)  # deleted, and the one before it cut
+    model = f"{RUN}/checkpoint_00000008/model-00000-of-00001.safetensors"
+    remote.pipe_file(model, remote.cat_file(model)[:1000])
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "start_ray", lambda *a: pytest.fail("Ray was started first"))
+        with pytest.raises(CheckpointError, match="checkpoint_00000012 is not whole: is missing"):
+            job.pretrain(cfg)
+
+    shown = io.StringIO()
+    back = change(cfg, run={"resume_from": "newest-whole"})
+    result = job.pretrain(back, stream=shown)
+    assert "going back to checkpoint_00000004: checkpoint_00000008 moved" in shown.getvalue()
+    assert "resuming run 'debug' at step 4" in shown.getvalue()
+    again = json.loads(remote.cat_file(LIST))
+    assert [_untimed(r) for r in again["checkpoint_results"]] == [
+        _untimed(r) for r in listed["checkpoint_results"]
+    ]
+    assert again["latest_checkpoint_result"]["checkpoint_dir_name"] == "checkpoint_00000012"
+    assert result.last_checkpoint == f"{RUN}/checkpoint_00000012"
+    scores = {r["metrics"]["step"]: r["metrics"]["knn"] for r in again["checkpoint_results"]}
+    best = max(scores, key=lambda step: (scores[step], step))
+    assert resolve_checkpoint(RUN) == result.best_checkpoint == f"{RUN}/checkpoint_{best:08d}"
+    assert _files(remote, f"{RUN}/checkpoint_00000012") == end
+
+
+def _untimed(result):
+    return result["checkpoint_dir_name"], result["metrics"]
+
+
+def _files(remote, folder):
+    paths = remote.glob(f"{folder}/*.safetensors")
+    return {path.rpartition("/")[2]: remote.cat_file(path) for path in paths}

@@ -1,0 +1,191 @@
+"""cluster.yaml: valid for Ray, launchable by EC2's own rules, consistent with itself. No network."""
+
+from __future__ import annotations
+
+import copy
+import re
+import shlex
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import jsonschema
+import pytest
+import tyro
+import yaml
+from moto import mock_aws
+from ray.autoscaler._private import util
+
+from helpers.repository import ROOT
+from pipelines.recipes import RECIPES
+from pipelines.runtime.cluster import check_fits
+
+
+@pytest.fixture
+def written() -> dict[str, Any]:
+    """The file as it stands."""
+    return yaml.safe_load((ROOT / "cluster.yaml").read_text())
+
+
+@pytest.fixture
+def cluster(written: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The configuration as `ray up` completes it, from the root of the checkout."""
+    monkeypatch.chdir(ROOT)
+    return util.prepare_config(written)
+
+
+@pytest.fixture
+def aws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An empty pretended AWS account holding the two instance profiles, and an empty home."""
+    monkeypatch.setenv("HOME", str(tmp_path))  # `ray up` writes the SSH key it makes to ~/.ssh
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+    with mock_aws():
+        iam = boto3.client("iam")
+        for name in ("rayjepa-head", "rayjepa-worker"):
+            iam.create_instance_profile(InstanceProfileName=name)
+        yield
+
+
+def test_ray_accepts_it(cluster: dict[str, Any]) -> None:
+    util.validate_config(cluster)
+
+
+def test_ray_refuses_a_typo(cluster: dict[str, Any]) -> None:
+    cluster["idle_timeout_minuets"] = cluster.pop("idle_timeout_minutes")
+    with pytest.raises(jsonschema.ValidationError, match="idle_timeout_minuets"):
+        util.validate_config(cluster)
+
+
+def test_every_node_type_launches(cluster: dict[str, Any], aws: None) -> None:
+    # Ray's AWS provider against moto: botocore checks every key and type of node_config, moto the
+    # instance types, zones and profiles.
+    from ray.autoscaler._private.aws.config import bootstrap_aws
+    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+
+    filled = bootstrap_aws(cluster)
+    provider = AWSNodeProvider(filled["provider"], filled["cluster_name"])
+    for name, node_type in filled["available_node_types"].items():
+        nodes = provider.create_node(node_type["node_config"], {"ray-node-name": name}, 1)
+        assert [n.instance_type for n in nodes.values()] == [
+            cluster["available_node_types"][name]["node_config"]["InstanceType"]
+        ]
+    assert len(provider.non_terminated_nodes({})) == 3
+
+
+def test_stated_resources_are_the_instances(cluster: dict[str, Any], aws: None) -> None:
+    types = cluster["available_node_types"]
+    names = [t["node_config"]["InstanceType"] for t in types.values()]
+    client = boto3.client("ec2", region_name=cluster["provider"]["region"])
+    listed = client.describe_instance_types(InstanceTypes=names)["InstanceTypes"]
+    real = {i["InstanceType"]: i for i in listed}
+    for name, node_type in types.items():
+        instance = real[node_type["node_config"]["InstanceType"]]
+        gpus = sum(g["Count"] for g in instance.get("GpuInfo", {}).get("Gpus", []))
+        assert node_type["resources"].get("GPU", 0) == gpus
+        if name != cluster["head_node_type"]:
+            assert node_type["resources"]["CPU"] == instance["VCpuInfo"]["DefaultVCpus"]
+
+
+def test_node_types_do_what_the_comments_say(cluster: dict[str, Any]) -> None:
+    types = cluster["available_node_types"]
+    head, gpu, decode = (types[n] for n in ("head", "gpu_worker", "decode_worker"))
+    assert cluster["head_node_type"] == "head"
+    assert head["resources"] == {"CPU": 0}
+    assert "InstanceMarketOptions" not in head["node_config"]  # never lose the head to spot
+    assert gpu["resources"]["GPU"] == 1
+    assert "GPU" not in decode["resources"]
+    # Nothing idles but what a run must find when it starts.
+    assert [n for n, t in types.items() if t["min_workers"]] == ["decode_worker"]
+    assert gpu["max_workers"] + decode["max_workers"] <= cluster["max_workers"]
+    assert len({t["node_config"]["ImageId"] for t in types.values()}) == 1
+
+
+def test_rights_come_from_roles_alone(written: dict[str, Any]) -> None:
+    for name, node_type in written["available_node_types"].items():
+        role = "rayjepa-head" if name == "head" else "rayjepa-worker"
+        assert node_type["node_config"]["IamInstanceProfile"] == {"Name": role}
+    text = (ROOT / "cluster.yaml").read_text()
+    assert not re.search(r"AKIA|aws_secret|AWS_SECRET|aws_credentials", text)
+
+
+def test_every_node_gets_the_token_and_turns_authentication_on(cluster: dict[str, Any]) -> None:
+    assert cluster["file_mounts"]["/home/ubuntu/.ray/auth_token"] == "~/.ray/auth_token"
+    for when in ("head_start_ray_commands", "worker_start_ray_commands"):
+        (start,) = (c for c in cluster[when] if "ray start" in c)
+        exports, _, command = start.partition("ray start")
+        assert "export RAY_AUTH_MODE=token" in exports
+        assert f"AWS_DEFAULT_REGION={cluster['provider']['region']}" in exports
+        assert "PATH=$HOME/venv/bin:" in exports
+        assert "dashboard-host" not in command  # stays on loopback, behind the SSH tunnel
+    zones = cluster["provider"]["availability_zone"].split(",")
+    assert all(zone.startswith(cluster["provider"]["region"]) for zone in zones)
+
+
+def test_mounts_hold_what_the_installation_needs(cluster: dict[str, Any]) -> None:
+    remote = "/home/ubuntu/rayjepa/"
+    mounts = {r: path for r, path in cluster["file_mounts"].items() if r.startswith(remote)}
+    assert all(r == remote + path and (ROOT / path).exists() for r, path in mounts.items())
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
+        "packages"
+    ]
+    needed = {p.partition(".")[0] for p in packages}
+    assert set(mounts.values()) == needed | {"pyproject.toml", "README.md", "constraints.txt"}
+    installs = [c for c in cluster["head_setup_commands"] if "pip install" in c]
+    assert installs
+    assert all("-c ~/rayjepa/constraints.txt" in c for c in installs)
+
+
+def test_completion_does_not_change_what_is_written(written: dict[str, Any]) -> None:
+    completed = util.prepare_config(copy.deepcopy(written))
+    for key in written.keys() - {"head_setup_commands", "available_node_types"}:
+        assert completed[key] == written[key]
+
+
+def pretrain_commands(document: str) -> list[tuple[str, list[str]]]:
+    """(where it runs, arguments of pretrain) of every such command in a document's shell blocks."""
+    found = []
+    for block in re.findall(r"```sh\n(.*?)```", (ROOT / document).read_text(), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            jobs = [w for w in words if w in ("pipelines.pretrain", "pipelines/pretrain.py")]
+            if jobs:
+                where = "cluster" if words[:3] == ["ray", "job", "submit"] else "laptop"
+                found.append((where, words[words.index(jobs[0]) + 1 :]))
+    return found
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/cluster.md"])
+def test_pretrain_commands_fit_as_printed(
+    document: str, cluster: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the shipped cluster those that are submitted; on two cores, or one GPU if they ask, the rest."""
+    commands = pretrain_commands(document)
+    assert commands
+    limits = "ray._private.state.state.get_max_resources_from_cluster_config"
+    monkeypatch.setattr(limits, lambda: None)
+    for where, arguments in commands:
+        cfg = tyro.extras.overridable_config_cli(RECIPES, args=arguments)
+        there = {"CPU": 2.0}
+        if where == "cluster":
+            there = dict.fromkeys(("CPU", "GPU"), 0.0)
+            for node_type in cluster["available_node_types"].values():
+                for name, amount in node_type["resources"].items():
+                    there[name] += amount * node_type.get("max_workers", 1)
+            assert cfg.run.workers <= cluster["available_node_types"]["gpu_worker"]["max_workers"]
+        elif cfg.run.gpu:
+            there = {"CPU": 16.0, "GPU": 1.0}
+        monkeypatch.setattr("ray.cluster_resources", lambda there=there: there)
+        check_fits(cfg)
+    if document == "README.md":
+        assert [(w, a[0]) for w, a in commands] == [
+            *(("laptop", "vicreg_laptop"), ("laptop", "ijepa_vits16")),
+            ("cluster", "ijepa_vitb16"),
+        ]
+        assert not RECIPES["vicreg_laptop"][1].run.gpu
+        monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 64.0, "GPU": 1.0})
+        with pytest.raises(ValueError, match=r"--run\.workers 8"):  # what README printed before
+            check_fits(RECIPES["ijepa_vits16"][1])

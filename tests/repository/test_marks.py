@@ -1,0 +1,61 @@
+"""`-m "not ray"` starts no Ray: the mark follows from the fixture, and nothing starts Ray without it."""
+
+from __future__ import annotations
+
+import os
+
+import conftest
+import pytest
+
+ON_RAY = {"ray_local", "cifar_shards"}
+"""Fixtures that start it."""
+
+
+class _Item:
+    def __init__(self, name: str, *fixtures: str) -> None:
+        self.nodeid, self.fixturenames, self.marks = name, fixtures, []
+
+    def add_marker(self, mark: pytest.MarkDecorator) -> None:
+        self.marks.append(mark.mark)
+
+    def get_closest_marker(self, name: str) -> pytest.Mark | None:
+        return next((mark for mark in self.marks if mark.name == name), None)
+
+
+def test_the_mark_and_the_process_follow_from_the_fixture() -> None:
+    items = [_Item("tests/a.py::x", "s3", "ray_local"), _Item("tests/a.py::y", "s3")]
+    next(conftest.pytest_collection_modifyitems(items))
+    marks = [[(mark.name, mark.args) for mark in item.marks] for item in items]
+    assert marks == [
+        [("ray", ()), ("xdist_group", ("ray",))],
+        [("xdist_group", ("tests/a.py",))],
+    ]
+
+
+def test_the_processes_know_which_tests_belong_together(request: pytest.FixtureRequest) -> None:
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        pytest.skip("one process runs everything")
+    assert request.node.nodeid.endswith("@tests/repository/test_marks.py")
+
+
+def test_every_collected_test_on_ray_has_the_mark(request: pytest.FixtureRequest) -> None:
+    without = [
+        item.nodeid
+        for item in request.session.items
+        if ON_RAY & set(getattr(item, "fixturenames", ())) and not item.get_closest_marker("ray")
+    ]
+    assert without == []
+
+
+def test_a_test_that_starts_ray_unmarked_fails(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if request.node.get_closest_marker("ray") is not None:
+        pytest.fail("this test itself must have no mark")
+    runs = iter((False, True))
+    monkeypatch.setattr(conftest, "_ray_runs", lambda: next(runs))
+    guard = conftest._only_marked_tests_start_ray.__wrapped__(request)
+    next(guard)
+    with pytest.raises(pytest.fail.Exception, match="no mark `ray`"):
+        next(guard)
+    monkeypatch.undo()
