@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers.pipelines.evaluation import CLIP_SHAPE
 from models.encoders.vit import build_encoder
 from models.media.preprocessing import Preprocessing, normalize
 from models.media.videos import decode_frames
