@@ -126,13 +126,8 @@ def measure(variant: str, work: Path) -> dict[str, float]:
 def _ours(work: Path, batch: int, total: int) -> Iterator[tuple[int, ...]]:
     import ray
 
-    from pipelines.config import (
-        ClipConfig,
-        DataConfig,
-        ModelConfig,
-        ObjectiveConfig,
-        PretrainConfig,
-    )
+    from pipelines.config.data import ClipConfig, DataConfig
+    from pipelines.config.train import ModelConfig, ObjectiveConfig, PretrainConfig
     from pipelines.loading.loader import train_batches
 
     os.environ.pop("RAY_ADDRESS", None)

@@ -19,7 +19,7 @@ from typing import Any
 
 import tyro
 
-from pipelines.config import EvaluateConfig
+from pipelines.config.jobs import EvaluateConfig
 from pipelines.evaluate import evaluate
 from pipelines.evaluation.report.page import NAMES, main_score
 

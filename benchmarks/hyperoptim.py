@@ -27,7 +27,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from models.hyperoptim import HyperAdamW, Tuner
+from models.hyperoptim.optimizer import HyperAdamW
+from models.hyperoptim.tuner import Tuner
 
 LR = 1e-4
 EVERYTHING = ("lr", "beta1", "beta2", "eps", "weight_decay")

@@ -129,7 +129,8 @@ def measure(variant: str, work: Path) -> dict[str, float]:
 def _ray(variant: str, work: Path, per_epoch: int) -> Iterator[tuple[int, ...]]:
     import ray
 
-    from pipelines.config import DataConfig, ModelConfig, PretrainConfig
+    from pipelines.config.data import DataConfig
+    from pipelines.config.train import ModelConfig, PretrainConfig
     from pipelines.loading.loader import train_batches
 
     os.environ.pop("RAY_ADDRESS", None)

@@ -6,7 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from models.hyperoptim import HyperAdamW, Tuner
+from models.hyperoptim.optimizer import HyperAdamW
+from models.hyperoptim.tuner import Tuner
 
 CEILING, FLOOR = 3e-2, 1e-7
 """No sensible Adam run takes a larger (or smaller) rate; ours is told so."""

@@ -35,7 +35,7 @@ from PIL import Image
 
 from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import normalize
-from pipelines.config import PretrainConfig
+from pipelines.config.train import PretrainConfig
 from pipelines.evaluation.features import preprocessing_of
 from pipelines.evaluation.probes import knn_accuracy, linear_probe
 from pipelines.fetch import sample_folder
@@ -43,7 +43,7 @@ from pipelines.loading.decoding import decode_rows
 from pipelines.loading.masks.blocks import STREAM_FLIP, key_of, permutation, sample_keys, uniforms
 from pipelines.loading.masks.maskers import make_masker
 from pipelines.loading.read_tasks import random_crops
-from pipelines.recipes import RECIPES
+from pipelines.recipes.registry import RECIPES
 from pipelines.runs.checkpoints import load_encoder
 from pipelines.training.callbacks import DataSource, Worker
 from pipelines.training.collapse import rankme

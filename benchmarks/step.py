@@ -27,9 +27,10 @@ from rich.table import Table
 from models.encoders.blocks import use_plain_attention
 from models.encoders.vit import find_preset
 from models.media.preprocessing import normalize
-from models.objectives import build_objective
 from models.objectives.ijepa import IJEPA
-from pipelines.config import IMAGENET_MEAN, IMAGENET_STD, MaskConfig, ModelConfig, ObjectiveConfig
+from models.objectives.registry import build_objective
+from pipelines.config.data import MaskConfig
+from pipelines.config.train import IMAGENET_MEAN, IMAGENET_STD, ModelConfig, ObjectiveConfig
 from pipelines.loading.masks.blocks import multiblock_masks
 
 LR, DECAY, MOMENTUM = 1e-4, 0.04, 0.996

@@ -34,14 +34,9 @@ from rich.console import Console
 from rich.table import Table
 
 from models.artifacts.artifact import load_artifact
-from pipelines.config import (
-    DemoConfig,
-    EmbedConfig,
-    EvaluateConfig,
-    ExportConfig,
-    IngestConfig,
-    PretrainConfig,
-)
+from pipelines.config.ingest import IngestConfig
+from pipelines.config.jobs import DemoConfig, EmbedConfig, EvaluateConfig, ExportConfig
+from pipelines.config.train import PretrainConfig
 from pipelines.dataset.shards import read_rows
 from pipelines.embed import embed, weights_hash
 from pipelines.evaluate import evaluate
@@ -49,7 +44,7 @@ from pipelines.export import export
 from pipelines.fetch import sample_folder
 from pipelines.ingest import ingest
 from pipelines.pretrain import pretrain
-from pipelines.recipes import RECIPES
+from pipelines.recipes.registry import RECIPES
 from pipelines.runs.checkpoints import CheckpointError
 from pipelines.runtime.cluster import start_ray
 from pipelines.runtime.errors import run_command

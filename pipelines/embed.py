@@ -44,7 +44,8 @@ from rich.console import Console
 
 from models.artifacts.artifact import Artifact, load_artifact
 from models.encoders.vit import VisionTransformer
-from pipelines.config import ClipConfig, EmbedConfig
+from pipelines.config.data import ClipConfig
+from pipelines.config.jobs import EmbedConfig
 from pipelines.dataset.rows import COLUMNS
 from pipelines.dataset.shards import (
     MANIFEST,

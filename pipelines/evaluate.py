@@ -31,7 +31,8 @@ from rich.table import Table
 
 from models.artifacts.artifact import load_artifact
 from models.encoders.vit import VisionTransformer
-from pipelines.config import ClipConfig, EvaluateConfig
+from pipelines.config.data import ClipConfig
+from pipelines.config.jobs import EvaluateConfig
 from pipelines.dataset.rows import Wanted, check_classes
 from pipelines.dataset.shards import Manifest, read_manifest
 from pipelines.evaluation.attentive_probe import attentive_probe

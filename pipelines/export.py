@@ -29,7 +29,7 @@ import tyro
 from models.artifacts.artifact import save_artifact
 from models.media.pictures.deep import FULL
 from models.media.preprocessing import Preprocessing
-from pipelines.config import ExportConfig
+from pipelines.config.jobs import ExportConfig
 from pipelines.config.pixels import parse_colour
 from pipelines.dataset.shards import read_manifest
 from pipelines.evaluation.features import preprocessing_of

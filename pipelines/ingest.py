@@ -35,7 +35,7 @@ from ray.data import DataContext
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.config import IngestConfig
+from pipelines.config.ingest import IngestConfig
 from pipelines.dataset.shards import (
     LOSSES,
     QUARANTINE,

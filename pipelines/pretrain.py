@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from pipelines.config import PretrainConfig
+from pipelines.config.train import PretrainConfig
 from pipelines.runs.checkpoints import (
     CheckpointError,
     check_resumable,
@@ -113,7 +113,7 @@ def check_early(cfg: PretrainConfig, run_uri: str) -> Start:
         CheckpointError: naming the flags that differ from the run's, or what of the run is whole.
     """
     from models.encoders.vit import find_preset
-    from models.objectives import find_objective
+    from models.objectives.registry import find_objective
     from pipelines.dataset.shards import read_manifest
     from pipelines.loading.loader import check_modality
     from pipelines.loading.masks.maskers import make_masker
@@ -243,7 +243,7 @@ def main() -> None:
     """Parses a recipe and overrides, trains, prints where the result is."""
     import tyro
 
-    from pipelines.recipes import RECIPES
+    from pipelines.recipes.registry import RECIPES
 
     run_command(
         lambda: tyro.extras.overridable_config_cli(RECIPES, description=__doc__),

@@ -24,10 +24,11 @@ import tyro
 from ray.exceptions import RayError
 from rich.console import Console
 
-from pipelines.config import PretrainConfig, RunConfig, SweepConfig
+from pipelines.config.sweep import SweepConfig
+from pipelines.config.train import PretrainConfig, RunConfig
 from pipelines.dataset.shards import put_atomic
 from pipelines.pretrain import check_early
-from pipelines.recipes import RECIPES
+from pipelines.recipes.registry import RECIPES
 from pipelines.runs.checkpoints import CheckpointError, decides_the_run, flatten
 from pipelines.runtime.cluster import check_fits, cpus_needed, start_ray
 from pipelines.runtime.errors import run_command

@@ -95,7 +95,7 @@ def cifar_shards(
 
     Row groups of 16 and shards of 256 KiB, so that small tests meet several of each.
     """
-    from pipelines.config import IngestConfig
+    from pipelines.config.ingest import IngestConfig
     from pipelines.ingest import ingest
 
     root = tmp_path_factory.mktemp("cifar-shards")
@@ -116,8 +116,8 @@ def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     import dataclasses
     import json
 
-    from models.objectives import build_objective
-    from pipelines.config import ModelConfig, PretrainConfig, RunConfig
+    from models.objectives.registry import build_objective
+    from pipelines.config.train import ModelConfig, PretrainConfig, RunConfig
     from pipelines.runs.checkpoints import CheckpointState, save_checkpoint
 
     run = tmp_path_factory.mktemp("runs") / "small"

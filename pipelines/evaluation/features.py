@@ -28,7 +28,7 @@ from models.encoders.positions import sincos_3d
 from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import Preprocessing, eval_transform, load_image, normalize
 from models.media.videos import decode_frames
-from pipelines.config import ModelConfig
+from pipelines.config.train import ModelConfig
 from pipelines.dataset.rows import in_order
 from pipelines.loading.clips import ClipSampler
 

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipelines.config import EvaluateConfig
+from pipelines.config.jobs import EvaluateConfig
 from pipelines.loading.clips import ClipSampler
 from pipelines.runtime.uris import open_uri
 

@@ -24,7 +24,7 @@ from rich.console import Console
 
 from models.media.video.containers import VideoError
 from models.media.video.video_reader import Restarts, frame_period
-from pipelines.config import IngestConfig
+from pipelines.config.ingest import IngestConfig
 from pipelines.dataset.live_set import LiveSet, Timeline
 from pipelines.dataset.shards import Manifest, hash_bytes
 from pipelines.ingestion.live_connection import (

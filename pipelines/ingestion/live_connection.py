@@ -26,7 +26,7 @@ import av
 
 from models.media.video.containers import VideoError, choose_stream, describe
 from models.media.video.video_reader import Packet, Restarts, TransportClock, stamp_of
-from pipelines.config import IngestConfig
+from pipelines.config.ingest import IngestConfig
 
 QUEUE_BYTES = 32 * 2**20
 DRAIN_S = 2.0

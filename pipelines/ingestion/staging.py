@@ -25,8 +25,7 @@ import pyarrow.parquet as pq
 
 from models.media.images import ImageError
 from models.media.videos import VideoError
-from pipelines.config import IngestConfig
-from pipelines.config.ingest import LABEL_COLUMN
+from pipelines.config.ingest import LABEL_COLUMN, IngestConfig
 from pipelines.dataset.shards import SCHEMAS, encode_table, hash_bytes, open_shards, put_atomic
 from pipelines.ingestion.entries.entries import Entry
 from pipelines.ingestion.entries.names import escaped

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.config import ClipConfig, PretrainConfig
+from pipelines.config.data import ClipConfig
+from pipelines.config.train import PretrainConfig
 from pipelines.loading.masks.blocks import STREAM_CLIP, U64, uniforms
 
 I32 = npt.NDArray[np.int32]

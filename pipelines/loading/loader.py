@@ -29,7 +29,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipelines.config import PretrainConfig
+from pipelines.config.train import PretrainConfig
 from pipelines.dataset.shards import Manifest, read_manifest
 from pipelines.loading.clips import training_sampler
 from pipelines.loading.decoding import DecodeError, decode_rows

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.config import DataConfig
+from pipelines.config.data import DataConfig
 from pipelines.loading.masks.blocks import key_of, permutation
 
 I64 = npt.NDArray[np.int64]

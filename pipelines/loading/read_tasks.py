@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipelines.config import DataConfig
+from pipelines.config.data import DataConfig
 from pipelines.dataset.shards import open_shards, read_row_group, sample_ids_array
 from pipelines.loading.clips import ClipSampler
 from pipelines.loading.masks.blocks import STREAM_CROP, STREAM_FLIP, key_of, sample_keys, uniforms

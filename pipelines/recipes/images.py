@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipelines.config import (
-    DataConfig,
-    MaskConfig,
+from pipelines.config.data import DataConfig, MaskConfig
+from pipelines.config.train import (
     ModelConfig,
     ObjectiveConfig,
     OptimConfig,

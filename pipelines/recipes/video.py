@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipelines.config import (
-    ClipConfig,
-    DataConfig,
+from pipelines.config.data import ClipConfig, DataConfig, VideoMaskConfig
+from pipelines.config.train import (
     ModelConfig,
     ObjectiveConfig,
     OptimConfig,
     PretrainConfig,
     RunConfig,
-    VideoMaskConfig,
-    ViewsConfig,
 )
+from pipelines.config.views import ViewsConfig
 
 
 def vjepa_movingmnist() -> PretrainConfig:

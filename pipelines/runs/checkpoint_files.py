@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from models.artifacts.tensor_files import save_tensors
-from pipelines.config import PretrainConfig, from_json, to_json
+from pipelines.config.as_json import from_json, to_json
+from pipelines.config.train import PretrainConfig
 
 FORMAT = 2
 GROUPS = ("model", "optimizer", "loop")

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from models.encoders.vit import VisionTransformer
-from models.objectives import Objective, build_objective
-from pipelines.config import PretrainConfig
+from models.objectives.objective import Objective
+from models.objectives.registry import build_objective
+from pipelines.config.train import PretrainConfig
 from pipelines.runs.checkpoint_files import (
     FORMAT,
     GROUPS,

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from models.encoders.positions import Grid, fit_table
-from models.objectives import Objective
-from pipelines.config import PretrainConfig
+from models.objectives.objective import Objective
+from pipelines.config.train import PretrainConfig
 from pipelines.runs.checkpoint_files import (
     CheckpointError,
     load_tensors,

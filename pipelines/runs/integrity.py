@@ -11,7 +11,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from pipelines.config import PretrainConfig, from_json
+from pipelines.config.as_json import from_json
+from pipelines.config.train import PretrainConfig
 from pipelines.runs.checkpoint_files import GROUPS, CheckpointState, file_name, parse_state
 from pipelines.runtime.uris import open_uri
 

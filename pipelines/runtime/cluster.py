@@ -10,7 +10,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from pipelines.config import PretrainConfig
+from pipelines.config.train import PretrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DATA_CPUS = 0.5

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipelines.config import PretrainConfig
+from pipelines.config.train import PretrainConfig
 
 Settings = dict[str, Any]
 """Dotted name of a field to its value."""

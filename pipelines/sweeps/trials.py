@@ -17,7 +17,8 @@ import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
-from pipelines.config import PretrainConfig, SweepConfig
+from pipelines.config.sweep import SweepConfig
+from pipelines.config.train import PretrainConfig
 from pipelines.runtime.uris import join_uri, local_copy, ray_storage
 
 METRIC = {"rankme": "fixed_rankme", "lidar": "lidar"}

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipelines.config import PretrainConfig, to_json
+from pipelines.config.as_json import to_json
+from pipelines.config.train import PretrainConfig
 from pipelines.runs.checkpoint_files import CheckpointState, report_of, save_checkpoint
 from pipelines.runtime.uris import RunFolder, join_uri
 from pipelines.training.loggers import MetricsLog, SampleLog, StepTimer, progress_line, speed

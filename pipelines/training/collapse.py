@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipelines.config import WatchConfig
+from pipelines.config.train import WatchConfig
 
 RANKME_EPS = 1e-7
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 from torch import Tensor
 
-from models.objectives import Objective
-from pipelines.config import PretrainConfig
+from models.objectives.objective import Objective
+from pipelines.config.train import PretrainConfig
 from pipelines.loading.clips import training_sampler
 
 BANK_ROWS = 2000

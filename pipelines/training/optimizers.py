@@ -16,8 +16,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from models.hyperoptim import HyperAdamW, HyperOptimizer, Tuner
-from pipelines.config import OptimConfig
+from models.hyperoptim.optimizer import HyperAdamW, HyperOptimizer
+from models.hyperoptim.tuner import Tuner
+from pipelines.config.train import OptimConfig
 
 Groups = list[dict[str, Any]]
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from models.keyed_random import mix
 from models.views import Views
-from pipelines.config import PretrainConfig, ViewsConfig
+from pipelines.config.train import PretrainConfig
+from pipelines.config.views import ViewsConfig
 from pipelines.evaluation.ranks import lidar
 from pipelines.loading.clips import training_sampler
 from pipelines.training.collapse import rankme

@@ -11,8 +11,8 @@ import math
 
 import torch
 
-from models.hyperoptim import HyperOptimizer
-from pipelines.config import OptimConfig
+from models.hyperoptim.optimizer import HyperOptimizer
+from pipelines.config.train import OptimConfig
 
 
 def learning_rate(step: int, cfg: OptimConfig, total_steps: int) -> float:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from models.encoders.blocks import use_plain_attention
-from models.hyperoptim import HyperOptimizer
-from models.objectives import Objective
-from pipelines.config import PretrainConfig
+from models.hyperoptim.optimizer import HyperOptimizer
+from models.objectives.objective import Objective
+from pipelines.config.train import PretrainConfig
 from pipelines.runs.checkpoints import (
     CheckpointError,
     CheckpointState,

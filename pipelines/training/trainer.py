@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from models.objectives import Output
-from pipelines.config import PretrainConfig
+from models.objectives.objective import Output
+from pipelines.config.train import PretrainConfig
 from pipelines.runs.checkpoints import (
     CheckpointError,
     check_resumable,

@@ -18,7 +18,7 @@ import torch
 
 from helpers.repository import ROOT
 from models.artifacts.artifact import load_artifact, save_artifact
-from pipelines.config import EmbedConfig
+from pipelines.config.jobs import EmbedConfig
 from pipelines.demo import embedding_folder, main
 from pipelines.embed import embed
 from pipelines.fetch import SAMPLE_TAR, pack_sample

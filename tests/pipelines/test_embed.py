@@ -19,7 +19,7 @@ from models.artifacts.artifact import save_artifact
 from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import Preprocessing
 from pipelines import embed as job
-from pipelines.config import EmbedConfig
+from pipelines.config.jobs import EmbedConfig
 from pipelines.dataset.shards import Manifest, Shard, read_manifest, read_rows
 from pipelines.embed import embed, plan_pieces
 from pipelines.evaluation.features import extract_features

@@ -17,7 +17,7 @@ from helpers.pipelines.evaluation import PREP, Shards, small_encoder
 from models.artifacts.artifact import save_artifact
 from models.encoders.vit import VisionTransformer
 from pipelines import evaluate as job
-from pipelines.config import EvaluateConfig
+from pipelines.config.jobs import EvaluateConfig
 from pipelines.dataset.rows import load_labelled, table_labels
 from pipelines.dataset.shards import read_manifest
 from pipelines.evaluate import evaluate, load_subject, random_init

@@ -13,7 +13,7 @@ import torch
 
 import models.artifacts.artifact
 from models.artifacts.artifact import load_artifact
-from pipelines.config import ExportConfig
+from pipelines.config.jobs import ExportConfig
 from pipelines.export import export
 from pipelines.runs.checkpoints import load_encoder
 

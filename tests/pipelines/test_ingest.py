@@ -19,7 +19,7 @@ from helpers.models.image_formats import FORMATS
 from helpers.pipelines.ingestion import run_backwards, run_quietly, settings
 from models.media.images import decode_image
 from pipelines import ingest as ingest_module
-from pipelines.config import IngestConfig
+from pipelines.config.ingest import IngestConfig
 from pipelines.dataset.shards import MANIFEST, hash_bytes, read_manifest, read_rows, verify_shards
 from pipelines.ingest import ingest
 from pipelines.ingestion.merging import choose_classes, first_occurrences

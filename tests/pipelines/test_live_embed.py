@@ -25,7 +25,9 @@ from models.artifacts.artifact import save_artifact
 from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import Preprocessing
 from pipelines import embed as job
-from pipelines.config import ClipConfig, EmbedConfig, IngestConfig, VideoConfig
+from pipelines.config.data import ClipConfig
+from pipelines.config.ingest import IngestConfig, VideoConfig
+from pipelines.config.jobs import EmbedConfig
 from pipelines.dataset.live_set import LiveSet, Timeline
 from pipelines.dataset.shards import Manifest, hash_bytes, read_rows
 from pipelines.evaluation.features import extract_features

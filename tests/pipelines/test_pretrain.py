@@ -21,12 +21,13 @@ import torch
 
 from helpers.pipelines.fake_training import FolderStore, change
 from helpers.repository import ROOT
-from pipelines.config import PretrainConfig
+from pipelines.config.train import PretrainConfig
 from pipelines.dataset.shards import read_manifest
 from pipelines.loading.loader import train_batches
 from pipelines.loading.plan import make_plan
 from pipelines.pretrain import LinePrinter, _progress, main, pretrain
-from pipelines.recipes import RECIPES, debug
+from pipelines.recipes.images import debug
+from pipelines.recipes.registry import RECIPES
 from pipelines.runs.checkpoints import CheckpointError, load_encoder, load_tensors
 from pipelines.runtime.cluster import check_fits
 from pipelines.training.callbacks import DataSource, Worker

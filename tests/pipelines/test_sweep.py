@@ -14,8 +14,8 @@ import pytest
 from rich.console import Console
 
 from helpers.pipelines.fake_training import change
-from pipelines.config import SweepConfig
-from pipelines.recipes import debug, lejepa_cifar10_demo
+from pipelines.config.sweep import SweepConfig
+from pipelines.recipes.images import debug, lejepa_cifar10_demo
 from pipelines.runs.checkpoints import CheckpointError
 from pipelines.sweep import make_plan, sweep
 from pipelines.sweeps.results import Row, best, plot, table, verdict

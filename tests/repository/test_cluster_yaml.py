@@ -19,7 +19,7 @@ from moto import mock_aws
 from ray.autoscaler._private import util
 
 from helpers.repository import ROOT
-from pipelines.recipes import RECIPES
+from pipelines.recipes.registry import RECIPES
 from pipelines.runtime.cluster import check_fits
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from pipelines.config import EvaluateConfig
+from pipelines.config.jobs import EvaluateConfig
 from pipelines.dataset.shards import Manifest
 from pipelines.evaluation.probe_sets import SETS
 from pipelines.runtime.uris import open_uri

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import Preprocessing
-from pipelines.config import ModelConfig, ObjectiveConfig, PretrainConfig, to_json
+from pipelines.config.as_json import to_json
+from pipelines.config.train import ModelConfig, ObjectiveConfig, PretrainConfig
 from pipelines.dataset.rows import read_places
 from pipelines.evaluation.features import decode_all, extract_features
 from pipelines.evaluation.probe_sets import ProbeSet

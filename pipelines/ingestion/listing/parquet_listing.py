@@ -14,8 +14,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.config import IngestConfig
-from pipelines.config.ingest import LABEL_COLUMN
+from pipelines.config.ingest import LABEL_COLUMN, IngestConfig
 from pipelines.ingestion.entries.failures import DAMAGE, raise_if_unreachable
 
 _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"

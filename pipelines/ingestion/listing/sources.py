@@ -17,8 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipelines.config import IngestConfig
-from pipelines.config.ingest import IMAGE_COLUMN, LABEL_COLUMN
+from pipelines.config.ingest import IMAGE_COLUMN, LABEL_COLUMN, IngestConfig
 from pipelines.ingestion.entries.addresses import file_system, protocol_of
 from pipelines.ingestion.entries.entries import Entry as Entry
 from pipelines.ingestion.entries.failures import raise_if_unreachable as raise_if_unreachable

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from models.media.images import ImageError, open_image, read_image
-from pipelines.config import IngestConfig
+from pipelines.config.ingest import IngestConfig
 from pipelines.config.pixels import parse_colour
 
 _FORMATS = {"JPEG": "jpeg", "MPO": "jpeg", "PNG": "png", "WEBP": "webp"}

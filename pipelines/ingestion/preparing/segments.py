@@ -18,7 +18,7 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from models.media.videos import SCALING, U8, RgbConverter, VideoError, describe
-from pipelines.config import VideoConfig
+from pipelines.config.ingest import VideoConfig
 from pipelines.ingestion.preparing.frames import TimedFrame
 from pipelines.ingestion.preparing.images import pixel_moments, target_size
 from pipelines.ingestion.preparing.mp4 import REPRODUCIBLE

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from models.media.videos import VideoError, declared_seconds, open_video
-from pipelines.config import IngestConfig
+from pipelines.config.ingest import IngestConfig
 from pipelines.dataset.shards import hash_bytes
 from pipelines.ingestion.preparing.frames import FrameReader, Loss, presentation_times
 from pipelines.ingestion.preparing.segments import Segment, Segmenter

@@ -10,7 +10,7 @@ from typing import Any
 
 import fsspec
 
-from pipelines.config import IngestConfig
+from pipelines.config.ingest import IngestConfig
 from pipelines.ingestion.entries.entries import UNLISTED, Entry
 from pipelines.ingestion.entries.failures import problem_of, too_many_bytes
 from pipelines.ingestion.listing.sources import Chunk, sidecar_path

@@ -10,8 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines.config import IngestConfig
-from pipelines.config.ingest import LABEL_COLUMN
+from pipelines.config.ingest import LABEL_COLUMN, IngestConfig
 from pipelines.ingestion.entries.failures import DAMAGE, problem_of, too_many_bytes
 from pipelines.ingestion.listing.parquet_listing import column_path
 from pipelines.ingestion.reading.items import Item, Problem

@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from pipelines.config import IngestConfig
+from pipelines.config.ingest import IngestConfig
 from pipelines.ingestion.entries.failures import DAMAGE, problem_of, too_many_bytes
 from pipelines.ingestion.listing.media import HEAD_BYTES, content_of, suffix_of, suffixes
 from pipelines.ingestion.reading.items import Item, Problem, Tally

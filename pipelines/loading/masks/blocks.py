@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.config import MaskConfig
+from pipelines.config.data import MaskConfig
 
 U64 = npt.NDArray[np.uint64]
 F64 = npt.NDArray[np.float64]

@@ -19,7 +19,7 @@ from typing import Protocol
 
 import numpy as np
 
-from pipelines.config import VideoMaskConfig
+from pipelines.config.data import VideoMaskConfig
 from pipelines.loading.masks.blocks import (
     ATTEMPTS,
     CALIBRATION_DRAWS,

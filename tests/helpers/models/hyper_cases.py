@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from helpers.models.hyper_reference import NAMES
-from models.hyperoptim import HyperAdam, HyperAdamW, HyperRMSprop, HyperSGD, Tuner
-from models.hyperoptim.tuner import Level
+from models.hyperoptim.optimizer import HyperAdam, HyperAdamW, HyperRMSprop, HyperSGD
+from models.hyperoptim.tuner import Level, Tuner
 
 BETAS = {"beta1": 0.8, "beta2": 0.95}
 CASES = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from models.hyperoptim import Tuner
+from models.hyperoptim.tuner import Tuner
 
 ODDS = {"beta1", "beta2", "momentum", "alpha"}
 NAMES = {

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipelines.config import (
-    DataConfig,
+from pipelines.config.data import DataConfig
+from pipelines.config.train import (
     ModelConfig,
     ObjectiveConfig,
     OptimConfig,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipelines.config import IngestConfig
+from pipelines.config.ingest import IngestConfig
 from pipelines.dataset.shards import MANIFEST, verify_shards
 from pipelines.ingest import ingest
 from pipelines.ingestion.staging import STAGING

@@ -14,7 +14,7 @@ import av
 
 from helpers.models.video_files import CYCLE, number_of
 from models.media.videos import decode_frames
-from pipelines.config import IngestConfig, LiveConfig, VideoConfig
+from pipelines.config.ingest import IngestConfig, LiveConfig, VideoConfig
 from pipelines.dataset.shards import list_names, read_manifest, read_rows
 from pipelines.ingestion.live import follow
 

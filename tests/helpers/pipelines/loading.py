@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from models.media.images import decode_image
-from pipelines.config import DataConfig, MaskConfig, ModelConfig, PretrainConfig
+from pipelines.config.data import DataConfig, MaskConfig
+from pipelines.config.train import ModelConfig, PretrainConfig
 from pipelines.dataset.shards import (
     IMAGE_SCHEMA,
     Manifest,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pipelines.training.trainer
 from helpers.pipelines.fake_training import MEMORY, FolderStore, tiny_config
-from pipelines.config import PretrainConfig
+from pipelines.config.train import PretrainConfig
 from pipelines.runs.checkpoint_files import load_tensors, read_config, read_state, save_checkpoint
 from pipelines.training.callbacks import Worker
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from pipelines.config import IngestConfig
+from pipelines.config.ingest import IngestConfig
 from pipelines.ingestion.listing.sources import list_source
 from pipelines.ingestion.reading.chunks import read_chunk
 from pipelines.ingestion.reading.items import Item, Tally

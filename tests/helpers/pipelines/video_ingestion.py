@@ -10,7 +10,7 @@ import pytest
 
 from helpers.models.video_files import number_of
 from models.media.videos import VideoError, decode_frames
-from pipelines.config import IngestConfig, VideoConfig
+from pipelines.config.ingest import IngestConfig, VideoConfig
 from pipelines.ingestion.preparing.videos import prepare_video
 from pipelines.ingestion.reading.chunks import Item
 

@@ -18,8 +18,9 @@ from helpers.models.hyper_cases import (
     weights,
 )
 from helpers.models.hyper_reference import NAMES, Stacked, reference_step
-from models.hyperoptim import HyperAdam, HyperAdamW, HyperRMSprop, HyperSGD, Tuner
 from models.hyperoptim.adam import Adam
+from models.hyperoptim.optimizer import HyperAdam, HyperAdamW, HyperRMSprop, HyperSGD
+from models.hyperoptim.tuner import Tuner
 
 TORCH = {
     HyperSGD: torch.optim.SGD,

@@ -8,7 +8,7 @@ from torch import nn
 
 from helpers.models.hyper_cases import stack_of
 from helpers.models.hyper_reference import NAMES
-from models.hyperoptim import HyperAdamW, sum_over
+from models.hyperoptim.optimizer import HyperAdamW, sum_over
 
 
 def _network():

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from helpers.models.hyper_cases import CASES, all_of, loss_at, made, stack_of, take
-from models.hyperoptim import HyperAdam, HyperSGD, Tuner
+from models.hyperoptim.optimizer import HyperAdam, HyperSGD
+from models.hyperoptim.tuner import Tuner
 
 
 @pytest.mark.parametrize("height", [1, 3])

@@ -12,7 +12,7 @@ from PIL import Image, ImageCms
 from helpers.models.picture_files import cmyk_profile, encode, grey_profile, icc, rgb_profile
 from models.media.images import decode_image
 from models.media.pictures.colour import is_of_other_colours
-from pipelines.config import IngestConfig
+from pipelines.config.ingest import IngestConfig
 from pipelines.ingestion.preparing.images import prepare_image
 from pipelines.loading.decoding import _decode_whole
 

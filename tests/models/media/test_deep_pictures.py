@@ -10,7 +10,7 @@ from PIL import Image
 
 from helpers.models.picture_files import encode, png, tiff
 from models.media.images import ImageError, decode_image
-from pipelines.config import IngestConfig
+from pipelines.config.ingest import IngestConfig
 from pipelines.ingestion.preparing.images import DIM, prepare_image
 
 CFG = IngestConfig(source="/x", out="/y")

@@ -14,7 +14,7 @@ from PIL import Image, PngImagePlugin
 
 from helpers.models.picture_files import SIGNATURE, chunk, encode, tiff, with_chunks, with_segment
 from models.media.images import ImageError, decode_image, open_image
-from pipelines.config import IngestConfig
+from pipelines.config.ingest import IngestConfig
 from pipelines.ingestion.preparing.images import prepare_image
 
 CFG = IngestConfig(source="/x", out="/y")

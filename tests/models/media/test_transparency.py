@@ -13,7 +13,7 @@ from PIL import Image
 
 from helpers.models.picture_files import chunk, encode, png
 from models.media.images import decode_image
-from pipelines.config import IngestConfig
+from pipelines.config.ingest import IngestConfig
 from pipelines.ingestion.preparing.images import prepare_image
 from pipelines.loading.decoding import _decode_whole
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.encoders.positions import sincos_2d
-from models.objectives import build_objective
 from models.objectives.ema import make_target, update_target
 from models.objectives.ijepa import IJEPA
-from pipelines.config import ModelConfig, ObjectiveConfig
+from models.objectives.registry import build_objective
+from pipelines.config.train import ModelConfig, ObjectiveConfig
 
 
 def make_objective(seed: int = 0, **objective: object) -> IJEPA:

@@ -14,19 +14,15 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from models.objectives import Objective, build_objective
 from models.objectives.dmjd import DMJD
 from models.objectives.mae import MAE
+from models.objectives.objective import Objective
+from models.objectives.registry import build_objective
 from models.objectives.vicreg import VICReg, variance_and_covariance
 from models.views import kept_tokens
-from pipelines.config import (
-    MaskConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    PretrainConfig,
-    VideoMaskConfig,
-    ViewsConfig,
-)
+from pipelines.config.data import MaskConfig, VideoMaskConfig
+from pipelines.config.train import ModelConfig, ObjectiveConfig, PretrainConfig
+from pipelines.config.views import ViewsConfig
 from pipelines.loading.masks.blocks import sample_keys
 from pipelines.loading.masks.maskers import make_masker
 from pipelines.training.collapse import rankme

@@ -26,7 +26,7 @@ def statistics_in_fp64() -> Any:
     import torch
     from torch import nn
 
-    from models.objectives import Output
+    from models.objectives.objective import Output
     from models.objectives.sigreg import SIGReg
     from models.objectives.synced import SyncedBatchNorm
     from models.objectives.vicreg import variance_and_covariance
@@ -51,8 +51,9 @@ def statistics_in_fp64() -> Any:
 def objective_of(name: str) -> Any:
     import torch
 
-    from models.objectives import build_objective
-    from pipelines.config import ModelConfig, ObjectiveConfig, PretrainConfig, ViewsConfig
+    from models.objectives.registry import build_objective
+    from pipelines.config.train import ModelConfig, ObjectiveConfig, PretrainConfig
+    from pipelines.config.views import ViewsConfig
 
     if name == "fp64":
         return statistics_in_fp64()
@@ -117,7 +118,7 @@ def main(folder: str) -> None:
     """Forks, after torch is imported once, and away from pytest's threads."""
     import torch.multiprocessing
 
-    import models.objectives  # noqa: F401  # before the forks, as all the rest
+    import models.objectives.registry  # noqa: F401  # before the forks, as all the rest
 
     for world in (1, 2, 4):
         torch.multiprocessing.start_processes(measure, (world, folder), world, start_method="fork")

@@ -28,7 +28,7 @@ def field_docs() -> dict[tuple[str, str], str]:
 
 def field_table() -> str:
     """Returns one Markdown table per section of `PretrainConfig`."""
-    from pipelines.config import PretrainConfig
+    from pipelines.config.train import PretrainConfig
 
     docs, parts = field_docs(), []
     for section in dataclasses.fields(PretrainConfig):

@@ -15,7 +15,7 @@ from helpers.pipelines.evaluation import PREP, small_encoder
 from helpers.pipelines.ingestion import run_quietly, settings
 from models.artifacts.artifact import load_artifact, save_artifact
 from models.media.preprocessing import Preprocessing
-from pipelines.config import ExportConfig
+from pipelines.config.jobs import ExportConfig
 from pipelines.dataset.shards import read_manifest
 from pipelines.export import export
 from pipelines.ingestion.staging import chunk_key

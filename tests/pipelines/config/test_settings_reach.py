@@ -11,7 +11,8 @@ import pytest
 
 from helpers.pipelines.fake_training import change, tiny_config
 from helpers.pipelines.loading import config, write_samples
-from pipelines.config import EmbedConfig, EvaluateConfig, MaskConfig
+from pipelines.config.data import MaskConfig
+from pipelines.config.jobs import EmbedConfig, EvaluateConfig
 from pipelines.evaluate import _attentive, probe
 from pipelines.evaluation.attentive_probe import attentive_probe
 from pipelines.evaluation.probe_sets import ProbeSet

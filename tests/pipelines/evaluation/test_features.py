@@ -16,7 +16,8 @@ import torch
 from helpers.pipelines.evaluation import PREP, Shards, small_encoder
 from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import Preprocessing, normalize
-from pipelines.config import DataConfig, ModelConfig, PretrainConfig, RunConfig
+from pipelines.config.data import DataConfig
+from pipelines.config.train import ModelConfig, PretrainConfig, RunConfig
 from pipelines.dataset.rows import PLACE, iter_labelled, load_labelled, read_places, table_labels
 from pipelines.dataset.shards import (
     open_shards,

@@ -13,7 +13,7 @@ import torch
 
 from helpers.pipelines.evaluation import PREP, Shards
 from helpers.pipelines.fake_training import change, memory_batches, tiny_config
-from pipelines.config import MaskConfig
+from pipelines.config.data import MaskConfig
 from pipelines.dataset.rows import load_labelled
 from pipelines.evaluate import load_subject
 from pipelines.evaluation.features import decode_all

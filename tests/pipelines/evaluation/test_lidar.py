@@ -16,7 +16,8 @@ from torch import nn
 from helpers.pipelines.fake_training import MEMORY, FolderStore, change, tiny_config
 from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import Preprocessing
-from pipelines.config import DataConfig, ModelConfig, PretrainConfig
+from pipelines.config.data import DataConfig
+from pipelines.config.train import ModelConfig, PretrainConfig
 from pipelines.dataset.rows import load_samples
 from pipelines.evaluation.features import extract_features
 from pipelines.evaluation.ranks import lidar

@@ -16,7 +16,8 @@ import torch
 from helpers.pipelines.clips import segment, write_rows
 from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import Preprocessing
-from pipelines.config import ClipConfig, EvaluateConfig
+from pipelines.config.data import ClipConfig
+from pipelines.config.jobs import EvaluateConfig
 from pipelines.dataset.rows import Wanted, iter_labelled
 from pipelines.evaluate import evaluate
 from pipelines.evaluation.attentive_probe import AttentiveProbes, attentive_probe

@@ -17,7 +17,7 @@ from helpers.models.picture_files import encode
 from helpers.pipelines.evaluation import PREP, Shards, small_encoder
 from helpers.pipelines.ingestion import run_quietly, settings
 from models.artifacts.artifact import save_artifact
-from pipelines.config import EvaluateConfig
+from pipelines.config.jobs import EvaluateConfig
 from pipelines.dataset.shards import encode_table
 from pipelines.evaluate import evaluate
 from pipelines.evaluation.validity import SetFacts, validity_warnings

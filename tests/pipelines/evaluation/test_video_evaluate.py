@@ -21,10 +21,8 @@ from helpers.pipelines.evaluation import CLIP_SHAPE
 from models.encoders.vit import build_encoder
 from models.media.preprocessing import Preprocessing, normalize
 from models.media.videos import decode_frames
-from pipelines.config import (
-    ClipConfig,
-    EvaluateConfig,
-)
+from pipelines.config.data import ClipConfig
+from pipelines.config.jobs import EvaluateConfig
 from pipelines.dataset.rows import load_labelled
 from pipelines.evaluate import evaluate, load_subject, probe_set, with_sampler
 from pipelines.evaluation.features import (

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.ingest import kill_when_staged, start_ingest
 from helpers.pipelines.ingestion import Crash, crash, run_quietly, settings
 from pipelines import ingest as ingest_module
-from pipelines.config import IngestConfig
+from pipelines.config.ingest import IngestConfig
 from pipelines.dataset.shards import MANIFEST, read_manifest, read_rows
 from pipelines.ingest import ingest
 from pipelines.ingestion.staging import STAGING

@@ -18,7 +18,7 @@ import pytest
 
 from helpers.models.video_files import write_video
 from helpers.pipelines.live_streams import LONG_S, VIDEO, config, ids
-from pipelines.config import IngestConfig, LiveConfig
+from pipelines.config.ingest import IngestConfig, LiveConfig
 from pipelines.dataset.live_set import LiveSet, Progress, Timeline
 from pipelines.dataset.shards import read_manifest, verify_shards
 from pipelines.ingest import ingest

@@ -13,7 +13,7 @@ from helpers.models.video_files import CYCLE, write_sound, write_video
 from helpers.pipelines.ingestion import Crash, crash, run_backwards, run_quietly
 from helpers.pipelines.video_ingestion import VIDEO, cut, numbers
 from pipelines import ingest as ingest_module
-from pipelines.config import IngestConfig
+from pipelines.config.ingest import IngestConfig
 from pipelines.dataset.shards import LOSSES, read_manifest, read_rows
 from pipelines.ingest import ingest
 from pipelines.ingestion.staging import STAGING

@@ -21,7 +21,8 @@ from helpers.pipelines.loading import (
     write_samples,
 )
 from models.media.images import decode_image
-from pipelines.config import MaskConfig, PretrainConfig
+from pipelines.config.data import MaskConfig
+from pipelines.config.train import PretrainConfig
 from pipelines.dataset.shards import hash_bytes, open_shards, read_row_group
 from pipelines.loading import loader as loading
 from pipelines.loading import read_tasks as reading

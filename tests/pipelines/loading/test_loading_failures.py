@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from helpers.pipelines.loading import config, encode, picture, row_of, write_rows, write_samples
-from pipelines.config import MaskConfig, PretrainConfig
+from pipelines.config.data import MaskConfig
+from pipelines.config.train import PretrainConfig
 from pipelines.dataset.shards import read_manifest
 from pipelines.loading import loader as loading
 from pipelines.loading.decoding import DecodeError

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from pipelines.config import MaskConfig
+from pipelines.config.data import MaskConfig
 from pipelines.loading.masks import blocks as masking
 from pipelines.loading.masks.blocks import (
     block_shapes,

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipelines.config import MaskConfig, ModelConfig, ObjectiveConfig, PretrainConfig
+from pipelines.config.data import MaskConfig
+from pipelines.config.train import ModelConfig, ObjectiveConfig, PretrainConfig
 from pipelines.loading.loader import _ids
 from pipelines.loading.masks.blocks import sample_keys
 from pipelines.loading.masks.maskers import make_masker
@@ -100,7 +101,7 @@ def test_masks_that_cannot_be_name_the_flag(name: str, mask: dict, flag: str) ->
 
 
 def test_every_objective_has_masks_and_the_trainers_settings() -> None:
-    from models.objectives import OBJECTIVES
+    from models.objectives.registry import OBJECTIVES
     from pipelines.config.train import MASKS
 
     assert MASKS.keys() == OBJECTIVES.keys()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipelines.config import DataConfig
+from pipelines.config.data import DataConfig
 from pipelines.loading.plan import Piece, Plan, lane_windows, make_plan, pieces, rank_lanes
 
 # Uneven row groups in uneven shards, 1,000 rows.

@@ -16,15 +16,8 @@ from helpers.models.video_files import number_of, picture
 from helpers.pipelines.clips import FPS, LENGTHS, ROWS, segment, write_rows
 from helpers.pipelines.loading import assert_equal, global_batches
 from models.media.videos import decode_frames
-from pipelines.config import (
-    ClipConfig,
-    DataConfig,
-    MaskConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    PretrainConfig,
-    VideoMaskConfig,
-)
+from pipelines.config.data import ClipConfig, DataConfig, MaskConfig, VideoMaskConfig
+from pipelines.config.train import ModelConfig, ObjectiveConfig, PretrainConfig
 from pipelines.dataset.shards import (
     VIDEO_SCHEMA,
 )

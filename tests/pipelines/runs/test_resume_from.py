@@ -9,7 +9,7 @@ import pytest
 
 from helpers.pipelines.fake_training import change
 from pipelines import pretrain as job
-from pipelines.recipes import debug
+from pipelines.recipes.images import debug
 from pipelines.runs.checkpoints import CheckpointError, resolve_checkpoint
 
 RUN = "s3://went-back/runs/debug"

@@ -20,7 +20,7 @@ from helpers.pipelines.run_folders import (
     copy_run,
     train_run,
 )
-from pipelines.config import SweepConfig
+from pipelines.config.sweep import SweepConfig
 from pipelines.runs.checkpoint_files import read_config, read_state, recover_report
 from pipelines.runs.checkpoints import CheckpointError, load_encoder, resolve_checkpoint
 from pipelines.runs.integrity import find_fault

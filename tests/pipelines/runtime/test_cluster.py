@@ -32,7 +32,7 @@ from moto.server import ThreadedMotoServer
 from helpers.repository import ROOT
 from helpers.serve.free_ports import free_ports
 from models.artifacts.artifact import load_artifact
-from pipelines.config import ExportConfig
+from pipelines.config.jobs import ExportConfig
 from pipelines.dataset.shards import read_manifest, verify_shards
 from pipelines.export import export
 from pipelines.ingestion.staging import STAGING

@@ -20,8 +20,10 @@ from ray.train import ControllerError, WorkerGroupError
 
 from helpers.pipelines.refusals import Told, teller
 from helpers.repository import ROOT
-from pipelines.config import ExportConfig, IngestConfig, PretrainConfig, RunConfig
+from pipelines.config.ingest import IngestConfig
+from pipelines.config.jobs import ExportConfig
 from pipelines.config.places import places
+from pipelines.config.train import PretrainConfig, RunConfig
 from pipelines.export import export
 from pipelines.runtime.cluster import JOB_ENV, runtime_env, start_ray
 from pipelines.runtime.errors import TRACEBACK, explain, run_command

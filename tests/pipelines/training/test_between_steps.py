@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from helpers.pipelines.fake_training import change, end_of, run_training, tiny_config
-from models.objectives import build_objective
 from models.objectives.latent import LatentPrediction
+from models.objectives.registry import build_objective
 from pipelines.runs.checkpoints import CheckpointState, save_checkpoint
 from pipelines.training.state import new_state
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pipelines.config import WatchConfig
+from pipelines.config.train import WatchConfig
 from pipelines.training.collapse import CollapseWatch, MeanMeter, rankme
 
 CPU = torch.device("cpu")

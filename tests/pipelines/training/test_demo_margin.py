@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from helpers.pipelines.fake_training import FolderStore, change
-from pipelines.config import IngestConfig, PretrainConfig
+from pipelines.config.ingest import IngestConfig
+from pipelines.config.train import PretrainConfig
 from pipelines.dataset.rows import load_labelled, table_labels
 from pipelines.dataset.shards import read_manifest
 from pipelines.evaluate import random_init
@@ -20,7 +21,7 @@ from pipelines.evaluation.probes import knn_accuracy
 from pipelines.ingest import ingest
 from pipelines.loading.loader import train_batches
 from pipelines.loading.plan import make_plan
-from pipelines.recipes import RECIPES
+from pipelines.recipes.registry import RECIPES
 from pipelines.runs.checkpoints import load_encoder
 from pipelines.training.callbacks import DataSource, Worker
 from pipelines.training.loggers import read_metrics

@@ -17,7 +17,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from helpers.pipelines.fake_training import FolderStore, change
 from models.media.preprocessing import Preprocessing
-from pipelines.config import IngestConfig, PretrainConfig, VideoConfig
+from pipelines.config.ingest import IngestConfig, VideoConfig
+from pipelines.config.train import PretrainConfig
 from pipelines.dataset.rows import load_labelled, table_labels
 from pipelines.dataset.shards import read_manifest
 from pipelines.evaluate import random_init
@@ -33,7 +34,7 @@ from pipelines.ingest import ingest
 from pipelines.loading.clips import training_sampler
 from pipelines.loading.loader import train_batches
 from pipelines.loading.plan import make_plan
-from pipelines.recipes import levjepa_movingmnist
+from pipelines.recipes.video import levjepa_movingmnist
 from pipelines.runs.checkpoints import load_encoder
 from pipelines.training.callbacks import DataSource, Worker
 from pipelines.training.loggers import read_metrics

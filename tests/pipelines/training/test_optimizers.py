@@ -17,8 +17,8 @@ from helpers.pipelines.fake_training import (
     run_training,
     tiny_config,
 )
-from models.hyperoptim import HyperAdamW
-from pipelines.config import OptimConfig
+from models.hyperoptim.optimizer import HyperAdamW
+from pipelines.config.train import OptimConfig
 from pipelines.evaluation.report.curves import training_curves
 from pipelines.runs.checkpoints import CheckpointError
 from pipelines.training import optimizers, trainer

@@ -11,18 +11,15 @@ import torch
 
 from helpers.pipelines.clips import segment, write_rows
 from helpers.pipelines.fake_training import FolderStore, change
-from pipelines.config import (
-    ClipConfig,
-    DataConfig,
+from pipelines.config.as_json import from_json, to_json
+from pipelines.config.data import ClipConfig, DataConfig, VideoMaskConfig
+from pipelines.config.train import (
     ModelConfig,
     ObjectiveConfig,
     OptimConfig,
     PretrainConfig,
     RunConfig,
-    VideoMaskConfig,
     WatchConfig,
-    from_json,
-    to_json,
 )
 from pipelines.loading.loader import train_batches
 from pipelines.runs.checkpoints import load_objective

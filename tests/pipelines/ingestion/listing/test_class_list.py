@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.ingest import encoded, noise
 from helpers.pipelines.ingestion import run_quietly, settings
-from pipelines.config import IngestConfig
+from pipelines.config.ingest import IngestConfig
 from pipelines.dataset.rows import check_classes
 from pipelines.dataset.shards import read_manifest, read_rows
 from pipelines.ingestion.listing.class_list import read_classes

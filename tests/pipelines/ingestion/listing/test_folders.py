@@ -11,7 +11,7 @@ import pytest
 from benchmarks.ingest import encoded, noise
 from helpers.pipelines.ingestion import run_quietly, settings
 from helpers.pipelines.sources import config, write
-from pipelines.config import IngestConfig
+from pipelines.config.ingest import IngestConfig
 from pipelines.dataset.shards import read_manifest, read_rows
 from pipelines.ingest import ingest
 from pipelines.ingestion.entries.names import escaped

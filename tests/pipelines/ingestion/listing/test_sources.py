@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from helpers.pipelines.sources import config, items_of, labels_by_name, write
-from pipelines.config import IngestConfig
+from pipelines.config.ingest import IngestConfig
 from pipelines.ingestion.listing.sources import CHUNK_ITEMS, list_source, raise_if_unreachable
 from pipelines.ingestion.reading.chunks import read_chunk
 from pipelines.runtime.uris import absolute_uri

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from helpers.pipelines.sources import config, write
-from pipelines.config import IngestConfig
+from pipelines.config.ingest import IngestConfig
 from pipelines.ingestion.listing.sources import Listing, list_source
 from pipelines.ingestion.reading.chunks import Item, read_chunk
 from pipelines.ingestion.staging import chunk_from_json, chunk_to_json

@@ -13,7 +13,7 @@ from PIL import Image
 from benchmarks.ingest import noise, png
 from helpers.models.image_formats import FORMATS, RGB, exif, save
 from models.media.images import ImageError, decode_image
-from pipelines.config import IngestConfig
+from pipelines.config.ingest import IngestConfig
 from pipelines.ingestion.preparing.images import prepare_image
 
 CFG = IngestConfig(source="/x", out="/y")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from helpers.pipelines.sources import config, labels_by_name, picture, read_source, write_tar
-from pipelines.config import IngestConfig
+from pipelines.config.ingest import IngestConfig
 
 Members = list[tuple[str, bytes]]
 
