@@ -324,10 +324,10 @@ def test_bad_input_is_named_before_anything_starts(cifar_shards, tmp_path):
 
 
 def test_recipes_are_complete_and_headed_by_their_command():
-    import pipelines.recipes
+    import pipelines.recipes.registry
 
     for name, (line, cfg) in RECIPES.items():
-        doc = getattr(pipelines.recipes, name).__doc__
+        doc = getattr(pipelines.recipes.registry, name).__doc__
         assert line
         assert f"python -m pipelines.pretrain {name} --data.train" in doc
         assert cfg.run.name == name
