@@ -53,7 +53,8 @@ def test_every_field_of_every_job_says_what_it_is():
     for path in sorted((ROOT / "pipelines" / "config").glob("[!_]*.py")):
         module = importlib.import_module(f"pipelines.config.{path.stem}")
         for cls in vars(module).values():
-            if dataclasses.is_dataclass(cls) and cls.__name__ != "PretrainConfig":
+            own = getattr(cls, "__module__", "") == module.__name__
+            if own and cls.__name__.endswith("Config") and cls.__name__ != "PretrainConfig":
                 seen.add(cls.__name__)
                 for field in dataclasses.fields(cls):
                     assert docs.get((cls.__name__, field.name)), f"{cls.__name__}.{field.name}"
