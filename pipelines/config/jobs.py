@@ -142,7 +142,7 @@ class DemoConfig:
         "mae_cifar10_demo",
         "dmjd_cifar10_demo",
     ] = "vicreg_cifar10_demo"
-    """What is pretrained; `cifar10_demo` is I-JEPA. benchmarks/objectives.md compares them."""
+    """What is pretrained; `cifar10_demo` is I-JEPA. benchmarks/training/objectives.md compares them."""
     seed: int = 0
     """Seed of weights, order, crops and masks."""
     steps: int | None = None

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.ingest import encoded, noise, start_ingest, write_broken
+from benchmarks.data.ingest import encoded, noise, start_ingest, write_broken
 from helpers.models.image_formats import FORMATS
 from helpers.pipelines.ingestion import run_backwards, run_quietly, settings
 from models.media.images import decode_image

@@ -7,7 +7,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from benchmarks.ingest import noise
+from benchmarks.data.ingest import noise
 
 
 def save(image: Image.Image, target: str, **options: object) -> bytes:

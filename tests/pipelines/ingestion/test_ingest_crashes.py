@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.ingest import kill_when_staged, start_ingest
+from benchmarks.data.ingest import kill_when_staged, start_ingest
 from helpers.pipelines.ingestion import Crash, crash, run_quietly, settings
 from pipelines import ingest as ingest_module
 from pipelines.config.ingest import IngestConfig

@@ -20,6 +20,7 @@ from helpers.pipelines.loading import (
     variants,
     write_samples,
 )
+from helpers.repository import ROOT
 from models.media.images import decode_image
 from pipelines.config.data import MaskConfig
 from pipelines.config.train import PretrainConfig
@@ -279,10 +280,10 @@ def test_ahead_stops_its_source_when_closed() -> None:
 
 @pytest.mark.parametrize("count", [130])
 def test_benchmark_pictures_and_plain_loader_still_work(tmp_path: Path, count: int) -> None:
-    """The parts of benchmarks/loader.py that need no measurement: it must not rot unseen."""
+    """The parts of benchmarks/data/loader.py that need no measurement: it must not rot unseen."""
     import importlib.util
 
-    path = Path(loading.__file__).resolve().parents[1] / "benchmarks" / "loader.py"
+    path = ROOT / "benchmarks" / "data" / "loader.py"
     spec = importlib.util.spec_from_file_location("loader_benchmark", path)
     bench = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bench)

@@ -362,8 +362,8 @@ def test_shipped_config_is_valid() -> None:
 
 
 def test_load_test_s_table_and_client() -> None:
-    """The parts of benchmarks/serving.py that a run would only reach at its end."""
-    from benchmarks import serving
+    """The parts of benchmarks/serving/serving.py that a run would only reach at its end."""
+    from benchmarks.serving import serving
 
     bare = [{"images_per_s": 10.0, "cpu_ms_per_image": 180.0, "decode_share": 0.1}] * 2
     level = {

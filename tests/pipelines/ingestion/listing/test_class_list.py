@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.ingest import encoded, noise
+from benchmarks.data.ingest import encoded, noise
 from helpers.pipelines.ingestion import run_quietly, settings
 from pipelines.config.ingest import IngestConfig
 from pipelines.dataset.rows import check_classes

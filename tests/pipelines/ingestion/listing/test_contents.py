@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks.ingest import noise
+from benchmarks.data.ingest import noise
 from helpers.pipelines.ingestion import run_quietly, settings
 from helpers.pipelines.sources import config, write
 from pipelines.dataset.shards import read_rows

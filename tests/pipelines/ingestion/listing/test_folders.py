@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.ingest import encoded, noise
+from benchmarks.data.ingest import encoded, noise
 from helpers.pipelines.ingestion import run_quietly, settings
 from helpers.pipelines.sources import config, write
 from pipelines.config.ingest import IngestConfig

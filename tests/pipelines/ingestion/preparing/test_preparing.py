@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.ingest import noise, png
+from benchmarks.data.ingest import noise, png
 from helpers.models.image_formats import FORMATS, RGB, exif, save
 from models.media.images import ImageError, decode_image
 from pipelines.config.ingest import IngestConfig

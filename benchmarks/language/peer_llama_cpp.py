@@ -1,0 +1,88 @@
+"""Decode speed of llama.cpp with context shift, on the GGUF file that `sink_lm.py` reads.
+
+    pip install xllamacpp        # llama.cpp as a wheel; another environment than ours will do
+    python benchmarks/language/peer_llama_cpp.py --gguf data/smollm2/FILE.gguf --caches 256 1024 4096
+
+It needs none of our code. With `ctx_shift` and `n_keep = 4` llama.cpp keeps the first 4 tokens; when
+its context is full it drops the older half of the rest and moves the positions of what is left. So
+its context swings between half the cache and all of it, and tokens are not evicted one by one:
+another function than the paper's, with less to read on average. Timed is one such swing. Its weights
+stay quantised as they are in the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+KEEP = 4
+
+
+def resident_mib() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def serve(llama: object, gguf: str, cache: int, threads: int) -> object:
+    params = llama.CommonParams()
+    params.model.path = gguf
+    params.n_ctx, params.n_keep, params.n_parallel = cache, KEEP, 1
+    params.ctx_shift = True
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    return llama.Server(params)
+
+
+def time_decode(server: object, cache: int) -> dict[str, float]:
+    """Fills the context, then decodes until it is full the next time."""
+    times: list[float] = []
+    fill, swing = 16, (cache - KEEP) // 2
+    request = {
+        "prompt": [random.randrange(1000, 40_000) for _ in range(cache - fill)],
+        "n_predict": 2 * fill + swing,
+        "n_keep": KEEP,
+        "ignore_eos": True,
+        "temperature": 0.0,
+        "stream": True,
+    }
+    replies: list[object] = []
+
+    def take(reply: object) -> None:
+        times.append(time.perf_counter())
+        replies.append(reply)
+
+    server.handle_completions(request, take)
+    if len(times) < fill + swing:
+        raise SystemExit(f"only {len(times)} tokens came: {replies[-1]}")
+    return {
+        "tokens": swing,
+        "tokens_per_s": swing / (times[fill + swing - 1] - times[fill - 1]),
+        "rss_mib": resident_mib(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gguf", required=True)
+    parser.add_argument("--caches", type=int, nargs="+", default=[256, 1024, 4096])
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    try:
+        import xllamacpp
+    except ImportError as error:
+        sys.exit(f"not run: xllamacpp is not installed ({error})")
+    random.seed(0)
+    for cache in args.caches:
+        server = serve(xllamacpp, args.gguf, cache, args.threads)
+        row = {"cache": cache, "threads": args.threads} | time_decode(server, cache)
+        print(json.dumps(row | {"xllamacpp": version("xllamacpp")}), flush=True)
+        del server
+
+
+if __name__ == "__main__":
+    main()
