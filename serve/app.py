@@ -17,9 +17,8 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from serve.embeddings.contract import EMBEDDER, Floats, Pixels, Pooling
-from serve.embeddings.frontend.routes import Limits, Parts, RequestMetrics, create_http_app
+from serve.embeddings.frontend.routes import Limits, Parts, create_http_app
 from serve.embeddings.frontend.service import EmbeddingService
-from serve.embeddings.schemas import queue_full, server_error
 from serve.embeddings.settings import ServeSettings
 from serve.embeddings.streams.stream import StreamHub
 from serve.ingress.deployment import (
@@ -29,6 +28,8 @@ from serve.ingress.deployment import (
     ingress_options,
     read_api_key,
 )
+from serve.ingress.errors import queue_full, server_error
+from serve.ingress.gate import RequestMetrics
 from serve.ingress.intake import Intake
 from serve.telemetry import Reporter
 

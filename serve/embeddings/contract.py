@@ -6,6 +6,7 @@ time until it answers.
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +18,9 @@ from models.media.preprocessing import Preprocessing
 Pooling = Literal["mean", "per_frame", "patches"]
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
+
+EmbedFunction = Callable[[Pixels, Pooling], Awaitable[Floats]]
+"""Calls `Embedder.embed`, wherever that runs."""
 
 EMBEDDER = "Embedder"
 """Name of the embedder deployment."""

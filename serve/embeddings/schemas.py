@@ -10,15 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, WithJsonSchema
 
-from serve.ingress.bodies import Body as Body
-from serve.ingress.bodies import RequestModel
-from serve.ingress.bodies import parse_body as parse_body
-from serve.ingress.errors import ApiError as ApiError
-from serve.ingress.errors import ErrorDetail as ErrorDetail
-from serve.ingress.errors import ErrorResponse as ErrorResponse
-from serve.ingress.errors import ErrorType as ErrorType
-from serve.ingress.errors import queue_full as queue_full
-from serve.ingress.errors import server_error as server_error
+from serve.ingress.bodies import RequestModel, parse_body
 
 _ITEM_SCHEMA: dict[str, Any] = {
     "anyOf": [

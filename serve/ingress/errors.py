@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 from starlette.responses import Response
@@ -46,15 +46,19 @@ class ApiError(Exception):
         self.error_type = error_type
         self.headers = headers or {}
 
-    def body(self) -> bytes:
-        """The JSON reply."""
+    def content(self) -> dict[str, Any]:
+        """Returns the error as OpenAI's servers write it."""
         error = {
             "message": self.message,
             "type": self.error_type,
             "param": self.param,
             "code": self.code,
         }
-        return to_json({"error": error})
+        return {"error": error}
+
+    def body(self) -> bytes:
+        """Returns the JSON text of `content`."""
+        return to_json(self.content())
 
 
 def _shortened(text: str) -> str:

@@ -12,9 +12,9 @@ from ray.exceptions import TaskCancelledError
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.embeddings.streams.route import refuse
 from serve.ingress.errors import ApiError, error_response, server_error
 from serve.ingress.intake import Intake
+from serve.ingress.websockets import refuse
 from serve.telemetry import LATENCY_BUCKETS_S
 
 OPEN_PATHS = frozenset({"/healthz", "/health", "/metrics", "/docs", "/redoc", "/openapi.json"})

@@ -130,7 +130,7 @@ class Start:
 
 @dataclass(frozen=True, kw_only=True)
 class Refused:
-    """An error to tell the client; see `serve.embeddings.schemas.ApiError`."""
+    """An error to tell the client; see `serve.ingress.errors.ApiError`."""
 
     status: int
     code: str

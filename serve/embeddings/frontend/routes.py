@@ -10,14 +10,7 @@ from dataclasses import dataclass, field
 from fastapi import FastAPI, Request, Response
 
 from serve.embeddings.frontend.service import EmbeddingService
-from serve.embeddings.schemas import (
-    EmbeddingRequest,
-    EmbeddingResponse,
-    ErrorResponse,
-    Model,
-    ModelList,
-    server_error,
-)
+from serve.embeddings.schemas import EmbeddingRequest, EmbeddingResponse, Model, ModelList
 from serve.embeddings.streams.route import add_stream_route
 from serve.embeddings.streams.stream import StreamHub
 from serve.ingress.application import (
@@ -27,7 +20,8 @@ from serve.ingress.application import (
     read_body,
 )
 from serve.ingress.bodies import describe_body
-from serve.ingress.gate import RequestMetrics as RequestMetrics
+from serve.ingress.errors import ErrorResponse, server_error
+from serve.ingress.gate import RequestMetrics
 from serve.ingress.intake import Intake
 
 

@@ -6,28 +6,21 @@ Shape legend: B images or clips of a request, D width; a part is one image or cl
 from __future__ import annotations
 
 import asyncio
-import base64
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
-from serve.embeddings.contract import Floats, ModelCard, Pixels, Pooling
+from serve.embeddings.contract import EmbedFunction, Floats, ModelCard, Pixels, Pooling
+from serve.embeddings.encoding import encode_values, shape_embeddings
 from serve.embeddings.media.inputs import Kind, Reference, parse_input
 from serve.embeddings.media.loader import Item, MediaLoader
-from serve.embeddings.schemas import (
-    ApiError,
-    EmbeddingRequest,
-    parse_request,
-    queue_full,
-    server_error,
-)
+from serve.embeddings.schemas import EmbeddingRequest, parse_request
 from serve.embeddings.settings import ServeSettings
+from serve.ingress.errors import ApiError, queue_full
 from serve.ingress.json_text import to_json
-
-EmbedFunction = Callable[[Pixels, Pooling], Awaitable[Floats]]
 
 # Up to here a body is parsed, and a reply formatted, where it stands: a thread would cost more.
 _PARSE_INLINE_BYTES = 262_144
@@ -199,26 +192,8 @@ def _pool_parts(parts: list[Pixels], rows: list[Floats], pooling: Pooling) -> Fl
     return mean
 
 
-def shape_embeddings(embeddings: Floats, request: EmbeddingRequest) -> Floats:
-    """Truncates to `dimensions`, then scales to unit length: in this order, as OpenAI does.
-
-    Args:
-        embeddings: float32 [..., D].
-        request: says how.
-
-    Returns:
-        float32 [..., dimensions].
-    """
-    embeddings = embeddings[..., : request.dimensions]
-    if not request.normalize:
-        return embeddings
-    norms = np.linalg.norm(embeddings, axis=-1, keepdims=True)
-    unit: Floats = embeddings / np.maximum(norms, np.finfo(np.float32).tiny)
-    return unit
-
-
 def _entry(request: EmbeddingRequest, index: int, item: Item, row: Floats) -> dict[str, Any]:
-    row = shape_embeddings(row, request)
+    row = shape_embeddings(row, dimensions=request.dimensions, normalize=request.normalize)
     entry: dict[str, Any] = {"object": "embedding", "index": index}
     entry["embedding"] = encode_values(row, request.encoding_format)
     if request.pooling != "mean":
@@ -226,17 +201,3 @@ def _entry(request: EmbeddingRequest, index: int, item: Item, row: Floats) -> di
     if item.times_s is not None:
         entry["times_s"] = item.times_s
     return entry
-
-
-def encode_values(values: Floats, encoding_format: str) -> str | list[Any]:
-    """Numbers for JSON, or base64 of the float32 values, little-endian.
-
-    Raises:
-        ApiError: 500, some are no numbers.
-    """
-    if not np.isfinite(values).all():
-        raise server_error(500, "not_finite", "the model's output holds NaN or infinity")
-    if encoding_format == "base64":
-        return base64.b64encode(values.astype("<f4").tobytes()).decode("ascii")
-    listed: list[Any] = values.tolist()
-    return listed

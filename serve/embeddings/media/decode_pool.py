@@ -20,7 +20,7 @@ import numpy as np
 
 from models.media.preprocessing import Preprocessing
 from serve.embeddings.contract import Pixels
-from serve.embeddings.schemas import ApiError
+from serve.ingress.errors import ApiError
 
 HEAD_BYTES = 65_536
 START_TIMEOUT_S = 60.0

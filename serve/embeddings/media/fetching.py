@@ -19,7 +19,7 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 import httpx
 
 from serve.embeddings.media.inputs import Reference, too_large
-from serve.embeddings.schemas import ApiError
+from serve.ingress.errors import ApiError
 
 MAX_REDIRECTS = 3
 _DEFAULT_PORTS = {"http": 80, "https": 443}

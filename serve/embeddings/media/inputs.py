@@ -18,7 +18,7 @@ import numpy.typing as npt
 from models.media.images import ImageError
 from models.media.preprocessing import Preprocessing, load_image
 from serve.embeddings.media.base64_text import BLANK, decode, split_data_uri
-from serve.embeddings.schemas import ApiError
+from serve.ingress.errors import ApiError
 
 _DATA_URI = re.compile(r"data:", re.IGNORECASE)
 _MEDIA_TYPE = {

@@ -19,8 +19,8 @@ from serve.embeddings.contract import ModelCard, Pixels
 from serve.embeddings.media.decode_pool import DecodePool, SampledVideo
 from serve.embeddings.media.fetching import ImageFetcher
 from serve.embeddings.media.inputs import Reference, Sampling, decode_base64, to_pixels
-from serve.embeddings.schemas import ApiError
 from serve.embeddings.settings import ServeSettings
+from serve.ingress.errors import ApiError
 
 Result = TypeVar("Result")
 

@@ -13,15 +13,10 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from serve.embeddings.contract import ModelCard, Pooling
 from serve.embeddings.media.inputs import MAX_FPS
-from serve.embeddings.schemas import ApiError
 from serve.ingress.bodies import RequestModel, field_error, read_json
-from serve.ingress.json_text import to_json
+from serve.ingress.errors import ApiError
 
 _TIMESTAMP = struct.Struct("<d")
-# Close codes of RFC 6455 and IANA's registry, by the status the error would have over HTTP.
-_CLOSE_CODES = {401: 1008, 403: 1008, 408: 1008, 413: 1009, 429: 1013, 500: 1011, 503: 1013}
-_CLOSE_CODES |= {504: 1013}
-NORMAL, BAD_DATA = 1000, 1007
 
 
 class StreamStart(RequestModel):
@@ -115,22 +110,3 @@ def split_timestamp(data: bytes) -> tuple[float, bytes]:
     if not math.isfinite(time_s):
         raise ApiError(400, "invalid_message", f"a frame's time is {time_s}")
     return time_s, data[_TIMESTAMP.size :]
-
-
-def error_message(error: ApiError) -> str:
-    """The last message before the server closes a stream over an error."""
-    detail = {"message": str(error), "type": error.error_type}
-    detail |= {"param": error.param, "code": error.code}  # type: ignore[dict-item]
-    return to_text({"type": "error", "error": detail})
-
-
-def close_code(error: ApiError) -> int:
-    """The WebSocket close code that goes with an error."""
-    if error.code in ("url_not_allowed", "invalid_url"):
-        return 1008
-    return _CLOSE_CODES.get(error.status, BAD_DATA)
-
-
-def to_text(message: dict[str, Any]) -> str:
-    """JSON text of a message."""
-    return to_json(message).decode()

@@ -11,18 +11,16 @@ from typing import Any
 from fastapi import FastAPI, WebSocket, WebSocketDisconnect
 
 from serve.embeddings.media.inputs import Reference, Sampling
-from serve.embeddings.schemas import ApiError, server_error
 from serve.embeddings.streams.messages import (
-    NORMAL,
     End,
     StreamStart,
-    close_code,
-    error_message,
     parse_control,
     parse_start,
     split_timestamp,
 )
 from serve.embeddings.streams.stream import Stream, StreamHub, decode_container
+from serve.ingress.errors import ApiError, server_error
+from serve.ingress.websockets import NORMAL, refuse
 
 START_WITHIN_S = 10.0
 BUFFER_BYTES = 8_388_608
@@ -52,15 +50,6 @@ def add_stream_route(app: FastAPI, hub: StreamHub) -> None:
         except Exception:
             logger.exception("a stream failed")
             await refuse(websocket, server_error(500, "internal_error", "internal error"))
-
-
-async def refuse(websocket: WebSocket, error: ApiError) -> None:
-    """Sends an error as the last message, and closes with the code that goes with it."""
-    try:
-        await websocket.send_text(error_message(error))
-        await websocket.close(close_code(error), error.code)
-    except (WebSocketDisconnect, RuntimeError):
-        return  # it has left meanwhile
 
 
 async def _serve(websocket: WebSocket, hub: StreamHub) -> None:

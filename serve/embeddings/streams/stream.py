@@ -18,14 +18,15 @@ from typing import Any
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from serve.embeddings.contract import Floats, ModelCard, Pixels
-from serve.embeddings.frontend.service import EmbedFunction, encode_values, shape_embeddings
+from serve.embeddings.contract import EmbedFunction, Floats, ModelCard, Pixels
+from serve.embeddings.encoding import encode_values, shape_embeddings
 from serve.embeddings.media.decode_pool import DIED, DecodePool, DecoderGone, video_error
 from serve.embeddings.media.loader import MediaLoader, to_parts
-from serve.embeddings.schemas import ApiError, EmbeddingRequest, server_error
 from serve.embeddings.settings import ServeSettings
 from serve.embeddings.streams.frame_queue import Frame, FrameQueue
-from serve.embeddings.streams.messages import StreamStart, to_text
+from serve.embeddings.streams.messages import StreamStart
+from serve.ingress.errors import ApiError, server_error
+from serve.ingress.websockets import to_text
 from serve.telemetry import LATENCY_BUCKETS_S
 
 BAD_FRAMES = 16
@@ -139,9 +140,6 @@ class Stream:
         self._sent = self._acknowledged = 0
         self._reported = (0, 0)  # frames and drops that the metrics have
         self._credit = asyncio.Event()
-        self._shape = EmbeddingRequest(
-            input=None, dimensions=start.dimensions, normalize=start.normalize
-        )
 
     async def run(self) -> None:
         """Embeds until the queue ends, then says so.
@@ -210,7 +208,11 @@ class Stream:
         """Embeds the window and sends the result, once the client has read enough of the others."""
         await self._acknowledged_but(self._start.unacknowledged - 1)
         frames = [frame for frame, _ in self._window]
-        embedding = shape_embeddings(await self._embed_window(), self._shape)
+        embedding = shape_embeddings(
+            await self._embed_window(),
+            dimensions=self._start.dimensions,
+            normalize=self._start.normalize,
+        )
         lag_s = asyncio.get_running_loop().time() - frames[-1].arrived_s
         message = {
             "type": "embedding",

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from serve.embeddings.schemas import ApiError, ErrorType, queue_full, server_error
+from serve.ingress.errors import ApiError, ErrorType, queue_full, server_error
 from serve.lm.contract import End, LMCard, Piece, Refused, SessionState, Start, Started, Taken
 
 TAKE_WAIT_S = 1.0

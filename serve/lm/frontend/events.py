@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
-from serve.embeddings.schemas import ApiError, server_error
+from serve.ingress.errors import ApiError, server_error
 from serve.lm.contract import End, Piece
 from serve.lm.frontend import sse as lm_sse
 from serve.lm.frontend.client import Answer

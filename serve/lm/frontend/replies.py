@@ -11,7 +11,7 @@ from fastapi import Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from serve.embeddings.schemas import ApiError, server_error
+from serve.ingress.errors import ApiError, server_error
 from serve.lm.frontend import sse as lm_sse
 from serve.lm.frontend.client import Answer, LMClient
 from serve.lm.frontend.events import Events, raise_failure, session_entry

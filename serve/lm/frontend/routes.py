@@ -11,14 +11,14 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
-from serve.embeddings.schemas import ApiError, Body, ErrorResponse, parse_body
 from serve.ingress.application import (
     add_gate,
     add_operation_routes,
     check_content_type,
     read_body,
 )
-from serve.ingress.bodies import describe_body
+from serve.ingress.bodies import Body, describe_body, parse_body
+from serve.ingress.errors import ApiError, ErrorResponse
 from serve.ingress.gate import RequestMetrics
 from serve.ingress.intake import Intake
 from serve.lm.contract import SessionState, is_session_id

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from serve.embeddings.schemas import ApiError
+from serve.ingress.errors import ApiError
 from serve.ingress.json_text import to_json
 
 DONE = b"data: [DONE]\n\n"

@@ -19,12 +19,13 @@ from models.artifacts.artifact import load_artifact, save_artifact
 from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import Preprocessing, normalize
 from serve.embeddings.contract import ModelCard
-from serve.embeddings.frontend.routes import Limits, Parts, RequestMetrics, create_http_app
+from serve.embeddings.frontend.routes import Limits, Parts, create_http_app
 from serve.embeddings.frontend.service import EmbeddingService
 from serve.embeddings.replica.batching import Batcher
 from serve.embeddings.replica.embedder import Encoder
 from serve.embeddings.settings import ServeSettings
 from serve.embeddings.streams.stream import StreamHub
+from serve.ingress.gate import RequestMetrics
 from serve.ingress.intake import Intake
 
 WIDTH, SIZE, FRAMES, TUBELET, PATCHES = 32, 32, 4, 2, 16

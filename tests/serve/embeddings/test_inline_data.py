@@ -9,7 +9,7 @@ import pytest
 
 from helpers.serve.embeddings import base64_of, data_uri, encoded, picture
 from serve.embeddings.media.inputs import decode_base64, parse_input
-from serve.embeddings.schemas import ApiError
+from serve.ingress.errors import ApiError
 
 PNG = encoded(picture(0))
 TEXT = base64_of(PNG)

@@ -15,7 +15,7 @@ from helpers.serve.embeddings import encoded, image_server, picture
 from helpers.serve.fake_model import embed, make_parts
 from serve.embeddings.media.fetching import ImageFetcher
 from serve.embeddings.media.inputs import Reference, Sampling
-from serve.embeddings.schemas import ApiError
+from serve.ingress.errors import ApiError
 
 
 @pytest.fixture(scope="module")

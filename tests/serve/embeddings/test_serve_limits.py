@@ -27,10 +27,10 @@ from serve.embeddings.media.decode_pool import DecodePool
 from serve.embeddings.media.inputs import Reference, Sampling
 from serve.embeddings.media.loader import MediaLoader
 from serve.embeddings.replica.embedder import Embedder, Encoder
-from serve.embeddings.schemas import ApiError
 from serve.embeddings.settings import ServeSettings
 from serve.embeddings.streams.messages import StreamStart
 from serve.embeddings.streams.stream import Stream, StreamHub
+from serve.ingress.errors import ApiError
 
 RNG = np.random.default_rng(0)
 

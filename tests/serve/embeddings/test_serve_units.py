@@ -20,10 +20,10 @@ from serve.embeddings.contract import EMBEDDER
 from serve.embeddings.media.fetching import HostRule, ImageFetcher, is_public
 from serve.embeddings.media.inputs import Reference, decode_base64, parse_input, to_pixels
 from serve.embeddings.replica.batching import Batcher
-from serve.embeddings.schemas import ApiError
 from serve.embeddings.settings import ServeSettings
 from serve.embeddings.streams.frame_queue import QUEUE_BYTES, FrameQueue
 from serve.embeddings.streams.route import BUFFER_BYTES, ByteBuffer
+from serve.ingress.errors import ApiError
 from serve.telemetry import Telemetry, render, snapshot
 
 PREP = Preprocessing(image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3)

@@ -50,8 +50,8 @@ from serve.embeddings.media.inputs import parse_input
 from serve.embeddings.media.loader import Item, to_parts
 from serve.embeddings.media.sample_video import ClipRequest, sample_times, sample_video
 from serve.embeddings.replica.embedder import Encoder
-from serve.embeddings.schemas import ApiError
 from serve.embeddings.settings import ServeSettings
+from serve.ingress.errors import ApiError
 
 PREP = Preprocessing(image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
 CLEAN = write_video(io.BytesIO(), 30, container="mp4").getvalue()  # one second at 30 frames/s

@@ -23,11 +23,11 @@ from helpers.serve.stream_replica import Replica
 from helpers.serve.videos import LocalServer, local_server, save_clip_artifact
 from models.media.preprocessing import Preprocessing
 from models.media.video.containers import VideoError
-from serve.embeddings.frontend.service import encode_values
+from serve.embeddings.encoding import encode_values
 from serve.embeddings.media.live_video import decode_stream
-from serve.embeddings.streams.messages import to_text
 from serve.ingress.errors import ApiError
 from serve.ingress.json_text import to_json
+from serve.ingress.websockets import to_text
 
 PREP = Preprocessing(image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
 FRAMES, RATE = 40, 30

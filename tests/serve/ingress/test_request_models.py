@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from serve.embeddings.media.inputs import parse_input
-from serve.embeddings.schemas import ApiError, EmbeddingRequest
+from serve.embeddings.schemas import EmbeddingRequest
 from serve.embeddings.streams import messages as stream_messages
 from serve.embeddings.streams.messages import parse_control, parse_start
 from serve.ingress.bodies import RequestModel, parse_body
+from serve.ingress.errors import ApiError
 from serve.lm.frontend import schemas as lm_schemas
 from serve.lm.frontend.schemas import ChatRequest, CompletionRequest, CreateSession, TokenizeRequest
 

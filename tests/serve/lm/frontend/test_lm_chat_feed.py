@@ -11,7 +11,7 @@ from tokenizers import decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
 from models.sink_lm.checkpoints.tokenizer import Tokenizer
-from serve.embeddings.schemas import ApiError
+from serve.ingress.errors import ApiError
 from serve.lm.contract import LMCard
 from serve.lm.frontend.chat_feed import chat_feed
 from serve.lm.frontend.schemas import ChatRequest

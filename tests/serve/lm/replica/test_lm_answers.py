@@ -12,7 +12,7 @@ import pytest
 
 from helpers.lm.serving import BYTES, SPECIAL, Cluster, ask, cluster, load_ids, read, run, say
 from helpers.lm.text_reference import greedy
-from serve.embeddings.schemas import ApiError
+from serve.ingress.errors import ApiError
 from serve.lm.contract import Feed, Refused
 
 
