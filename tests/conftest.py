@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from helpers.ray_marks import (  # noqa: F401 (a hook and a fixture of every test)
+    only_marked_tests_start_ray,
+    pytest_collection_modifyitems,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -20,35 +24,6 @@ def _one_thread() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
-
-
-@pytest.hookimpl(wrapper=True)  # before `-m` chooses and xdist reads the groups
-def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> Generator[None]:
-    """Marks `ray` every test that needs `ray_local`, by whatever fixture it comes.
-
-    Of the two processes that share the suite one gets all of those, so that Ray starts once; of the
-    other tests a file goes to one process, so that the fixtures of a file are made once. The files
-    that run whole programs, on Rays of their own, name the group `programs`: to balance the two.
-    """
-    for item in items:
-        if "ray_local" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.ray)
-        if item.get_closest_marker("xdist_group") is None:
-            group = "ray" if item.get_closest_marker("ray") else item.nodeid.partition("::")[0]
-            item.add_marker(pytest.mark.xdist_group(group))
-    yield
-
-
-def _ray_runs() -> bool:
-    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
-
-
-@pytest.fixture(autouse=True)
-def _only_marked_tests_start_ray(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = _ray_runs()
-    yield
-    if _ray_runs() and not before and request.node.get_closest_marker("ray") is None:
-        pytest.fail("this test started Ray and has no mark `ray`")
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,12 @@
-"""`-m "not ray"` starts no Ray: the mark follows from the fixture, and nothing starts Ray without it."""
+"""The mark `ray` follows from the fixture, and a test that starts Ray without it fails."""
 
 from __future__ import annotations
 
 import os
 
-import conftest
 import pytest
+
+from helpers import ray_marks
 
 ON_RAY = {"ray_local", "cifar_shards"}
 """Fixtures that start it."""
@@ -24,7 +25,7 @@ class _Item:
 
 def test_the_mark_and_the_process_follow_from_the_fixture() -> None:
     items = [_Item("tests/a.py::x", "s3", "ray_local"), _Item("tests/a.py::y", "s3")]
-    next(conftest.pytest_collection_modifyitems(items))
+    next(ray_marks.pytest_collection_modifyitems(items))
     marks = [[(mark.name, mark.args) for mark in item.marks] for item in items]
     assert marks == [
         [("ray", ()), ("xdist_group", ("ray",))],
@@ -53,8 +54,8 @@ def test_a_test_that_starts_ray_unmarked_fails(
     if request.node.get_closest_marker("ray") is not None:
         pytest.fail("this test itself must have no mark")
     runs = iter((False, True))
-    monkeypatch.setattr(conftest, "_ray_runs", lambda: next(runs))
-    guard = conftest._only_marked_tests_start_ray.__wrapped__(request)
+    monkeypatch.setattr(ray_marks, "ray_runs", lambda: next(runs))
+    guard = ray_marks.only_marked_tests_start_ray.__wrapped__(request)
     next(guard)
     with pytest.raises(pytest.fail.Exception, match="no mark `ray`"):
         next(guard)

@@ -1,0 +1,37 @@
+"""The mark `ray`: which tests get it, which process runs them, and a guard against missing marks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Generator, Iterator, Sequence
+
+import pytest
+
+
+@pytest.hookimpl(wrapper=True)  # before `-m` chooses and xdist reads the groups
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> Generator[None]:
+    """Marks `ray` every test that needs `ray_local`, by whatever fixture it comes.
+
+    Of the two processes that share the suite one gets all of those, so that Ray starts once; of the
+    other tests a file goes to one process, so that the fixtures of a file are made once. The files
+    that run whole programs, on Rays of their own, name the group `programs`: to balance the two.
+    """
+    for item in items:
+        if "ray_local" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.ray)
+        if item.get_closest_marker("xdist_group") is None:
+            group = "ray" if item.get_closest_marker("ray") else item.nodeid.partition("::")[0]
+            item.add_marker(pytest.mark.xdist_group(group))
+    yield
+
+
+def ray_runs() -> bool:
+    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
+
+
+@pytest.fixture(autouse=True)
+def only_marked_tests_start_ray(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = ray_runs()
+    yield
+    if ray_runs() and not before and request.node.get_closest_marker("ray") is None:
+        pytest.fail("this test started Ray and has no mark `ray`")
