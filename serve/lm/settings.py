@@ -31,7 +31,7 @@ class LMSettings(IngressSettings):
     """Slabs: sessions one replica can generate for at the same time."""
     cache: int = Field(1024, ge=2)
     """Tokens a session sees at most: sinks, window and the token being read. It is the `capacity` of
-    docs/streaming.md, one more than the paper's cache."""
+    docs/language_model.md, one more than the paper's cache."""
     sinks: int = Field(4, ge=0)
     """Sink tokens of a session that does not choose."""
     prefill_chunk: int = Field(256, ge=1)

@@ -1,7 +1,7 @@
 """Linear layers with 8-bit weights: half the memory of bfloat16, and what a single session reads.
 
 A row of weights is int8 numbers times one scale; activations, keys and values stay bfloat16.
-Measured against the other types in docs/streaming.md.
+Measured against the other types in docs/language_model.md.
 
 Legend: B rows (sessions of a decode batch or tokens of a chunk), I inputs, O outputs.
 """
