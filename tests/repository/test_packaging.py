@@ -195,7 +195,8 @@ def test_stated_version_ranges() -> None:
 
 
 def documents() -> list[Path]:
-    return [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+    folders = (ROOT, ROOT / "docs", *(ROOT / "benchmarks").glob("**/"))
+    return [path for folder in folders for path in sorted(folder.glob("*.md"))]
 
 
 def test_documents_that_text_and_code_point_to_exist() -> None:
