@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from serve.ingress.settings import IngressSettings, split_list
+from serve.ingress.settings import ApplicationSettings, split_list
 
 # [private:]host[:port]; a leading dot means "any subdomain of", a lone * any public host.
 _HOST_RULE = re.compile(
@@ -29,7 +29,7 @@ def _split_hosts(value: object) -> object:
     return hosts
 
 
-class ServeSettings(IngressSettings):
+class ServeSettings(ApplicationSettings):
     """What to serve, how it batches, and every limit."""
 
     artifact: str = Field(min_length=1)
@@ -55,16 +55,10 @@ class ServeSettings(IngressSettings):
     decode_timeout_s: float = Field(15.0, gt=0)
     """Seconds that decoding one video may take; more is a 400 and the process is killed."""
 
-    num_replicas: int = Field(1, ge=1)
-    """Embedder replicas; with `max_replicas`, the least there are."""
     max_replicas: int | None = None
-    """Autoscale up to this many embedder replicas; None keeps `num_replicas`."""
+    """Autoscale between `num_replicas` and this many embedder replicas; None keeps `num_replicas`."""
     target_ongoing: float = Field(8.0, gt=0)
     """Requests in flight per embedder replica that autoscaling aims at."""
-    cpus: float = Field(1.0, ge=0)
-    """CPUs Ray reserves per embedder replica (a reservation; `threads` is what is used)."""
-    gpus: float = Field(0.0, ge=0)
-    """GPUs per embedder replica; 0 runs on CPU."""
 
     max_request_bytes: int = Field(67_108_864, ge=1)
     """Bytes of one request body; more is a 413, read no further."""

@@ -1,8 +1,10 @@
-"""What every application has beside its own routes: probes, metrics, typed errors, the gate."""
+"""The FastAPI application around an application's own routes: probes, metrics, errors, the gate."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import PlainTextResponse
@@ -10,9 +12,10 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match, Route
 
-from serve.ingress.errors import ApiError, error_response, server_error
+from serve.ingress.errors import ApiError, ErrorResponse, error_response, server_error
 from serve.ingress.gate import Gate, RequestMetrics
 from serve.ingress.intake import Intake
+from serve.ingress.settings import ApplicationSettings
 
 PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 _METHODS = {"GET", "POST", "DELETE"}
@@ -21,6 +24,57 @@ _WHOLE_SERVER = ("", "/", "*")
 
 Ready = Callable[[], Awaitable[bool]]
 Scrape = Callable[[], Awaitable[str]]
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class IngressParts:
+    """What the application of an HTTP replica needs besides its own routes.
+
+    Attributes:
+        settings: the limits of bodies, and the web pages that may call the application.
+        metrics: the replica's request metrics.
+        scrape: returns the Prometheus text of all replicas.
+        is_ready: whether a model replica is up.
+        api_key: what clients must present everywhere but on `OPEN_PATHS`; None serves anyone.
+    """
+
+    settings: ApplicationSettings
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)
+    scrape: Scrape
+    is_ready: Ready
+    api_key: str | None = None
+
+
+def create_app(
+    parts: IngressParts,
+    add_routes: Callable[[FastAPI], None],
+    *,
+    summary: str,
+    max_requests: int,
+    lifespan: Lifespan | None = None,
+) -> FastAPI:
+    """Builds an application; everything in it belongs to one replica.
+
+    Args:
+        parts: what every application has.
+        add_routes: adds the application's own routes.
+        summary: one sentence for the description of the API.
+        max_requests: requests that may be worked on at once; see `Intake`.
+        lifespan: runs around the life of the replica.
+    """
+    app = FastAPI(
+        title="rayjepa",
+        summary=summary,
+        lifespan=lifespan,
+        redirect_slashes=False,
+        responses={"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}},
+    )
+    add_routes(app)
+    add_operation_routes(app, is_ready=parts.is_ready, scrape=parts.scrape)
+    add_error_handlers(app)
+    _add_gate(app, parts, Intake(parts.settings, max_requests=max_requests))
+    return app
 
 
 def add_operation_routes(app: FastAPI, *, is_ready: Ready, scrape: Scrape) -> None:
@@ -46,29 +100,14 @@ def add_operation_routes(app: FastAPI, *, is_ready: Ready, scrape: Scrape) -> No
         return Response(await scrape(), media_type=PROMETHEUS_TEXT)
 
 
-def add_gate(
-    app: FastAPI,
-    *,
-    metrics: RequestMetrics,
-    api_key: str | None,
-    intake: Intake,
-    cors_origins: Sequence[str],
-) -> None:
-    """Puts the gate around an application, and around both what browsers ask for.
-
-    Args:
-        app: has all its routes.
-        metrics: see `Gate`.
-        api_key: see `Gate`.
-        intake: see `Gate`.
-        cors_origins: pages that may call it; none, and browsers refuse to.
-    """
-    add_error_handlers(app)
-    app.add_middleware(Gate, metrics=metrics, api_key=api_key, intake=intake)
-    if cors_origins:  # outside of the gate: a preflight has no key, and errors need the headers too
+def _add_gate(app: FastAPI, parts: IngressParts, intake: Intake) -> None:
+    """Puts the gate around an application that has all its routes, and CORS around the gate."""
+    app.add_middleware(Gate, metrics=parts.metrics, api_key=parts.api_key, intake=intake)
+    origins = parts.settings.cors_origins
+    if origins:  # outside of the gate: a preflight has no key, and errors need the headers too
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=cors_origins,
+            allow_origins=origins,
             allow_methods=sorted(_METHODS | {"HEAD"}),
             allow_headers=["*"],
             expose_headers=_SHOWN_TO_BROWSERS,

@@ -1,4 +1,4 @@
-"""The parts of an application's deployments that are the same for all."""
+"""How every Serve application is built: HTTP replicas, model replicas and telemetry."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ import asyncio
 import os
 import re
 import time
-from typing import Any
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Generic, TypeVar
 
+from fastapi import FastAPI
 from ray import serve as ray_serve
 from ray.exceptions import RayError
 from ray.serve.config import BackpressureConfig
 from ray.serve.exceptions import RayServeException
 
-from serve.ingress.settings import IngressSettings
-from serve.telemetry import Telemetry
+from serve.ingress.application import IngressParts
+from serve.ingress.gate import RequestMetrics
+from serve.ingress.settings import ApplicationSettings
+from serve.telemetry import Reporter, Telemetry
 
 READY_CACHE_S = 1.0
 QUIET = {"enable_access_log": False}
@@ -26,15 +30,44 @@ typed errors. Serve's refusals are plain text."""
 _VISIBLE = re.compile(r"[!-~]+")
 
 
-def bind_telemetry() -> ray_serve.Application:
-    """The one replica that sums all counters."""
+Settings = TypeVar("Settings", bound=ApplicationSettings)
+
+
+def build_application(
+    settings: ApplicationSettings, model: ray_serve.Deployment, ingress: type[Any]
+) -> ray_serve.Application:
+    """Binds an application: HTTP replicas, model replicas, and `Telemetry` beside them.
+
+    Args:
+        settings: the application's.
+        model: deployment of the model's class, made with `settings` and a handle of `Telemetry`.
+        ingress: an `IngressReplica`, decorated with `@ray_serve.ingress()`.
+    """
     make = ray_serve.deployment(
         name=Telemetry.__name__, ray_actor_options={"num_cpus": 0}, logging_config=QUIET
     )
-    return make(Telemetry).bind()
+    telemetry = make(Telemetry).bind()
+    bound = model.bind(settings, telemetry)
+    return ingress_deployment(ingress, settings).bind(settings, bound, telemetry)
 
 
-def ingress_options(settings: IngressSettings) -> dict[str, Any]:
+def ingress_deployment(ingress: type[Any], settings: ApplicationSettings) -> ray_serve.Deployment:
+    """Returns the deployment of an application's HTTP replicas."""
+    make = ray_serve.deployment(name=ingress.__name__, **ingress_options(settings))
+    return make(ingress)
+
+
+def model_options(settings: ApplicationSettings) -> dict[str, Any]:
+    """Returns the options that the deployments of all models share."""
+    return {
+        "num_replicas": settings.num_replicas,
+        "ray_actor_options": {"num_cpus": settings.cpus, "num_gpus": settings.gpus},
+        "max_constructor_retry_count": 2,
+        "logging_config": QUIET,
+    }
+
+
+def ingress_options(settings: ApplicationSettings) -> dict[str, Any]:
     """Options of an ingress deployment."""
     return {
         "num_replicas": settings.ingress_replicas,
@@ -49,7 +82,7 @@ def ingress_options(settings: IngressSettings) -> dict[str, Any]:
     }
 
 
-def read_api_key(settings: IngressSettings) -> str | None:
+def read_api_key(settings: ApplicationSettings) -> str | None:
     """The key clients must send, or None when none is asked for.
 
     Raises:
@@ -112,3 +145,44 @@ class Readiness:
         # Annotated as an enum, but the controller sends plain strings.
         states: dict[Any, int] = dict(deployment.replica_states) if deployment else {}
         return states.get("RUNNING", 0) > 0
+
+
+class IngressReplica(ABC, Generic[Settings]):
+    """HTTP replica of an application.
+
+    A subclass names the model's deployment and builds the application around it.
+
+    Args:
+        settings: the application's.
+        model: handle of the model's deployment, which has `describe`.
+        telemetry: handle of `Telemetry`.
+    """
+
+    model_name: ClassVar[str]
+
+    def __init__(self, settings: Settings, model: Any, telemetry: Any) -> None:
+        self.settings, self.model = settings, model
+        self._telemetry = telemetry
+
+    async def __serve_build_asgi_app__(self) -> FastAPI:
+        """Called by Serve once the replica is constructed; waits for a model replica."""
+        card = await self.model.describe.remote()
+        metrics = RequestMetrics()
+        self._reporter = Reporter(metrics.registry, self._telemetry)
+        parts = IngressParts(
+            settings=self.settings,
+            metrics=metrics,
+            scrape=self._reporter.scrape,
+            is_ready=Readiness(self.model, self.model_name),
+            api_key=read_api_key(self.settings),
+        )
+        return await self.create_app(card, parts)
+
+    @abstractmethod
+    async def create_app(self, card: Any, parts: IngressParts) -> FastAPI:
+        """Builds the application.
+
+        Args:
+            card: what the model's `describe` returned.
+            parts: what every application has.
+        """

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from starlette.types import Message, Receive
 
 from serve.ingress.errors import ApiError, queue_full
-from serve.ingress.settings import IngressSettings
+from serve.ingress.settings import ApplicationSettings
 
 LEAST_BYTES_PER_S = 1024
 """A body that comes faster may take as long as it needs; a phone on a bad line manages that."""
@@ -27,7 +27,7 @@ class Intake:
         max_requests: whose body is there and that are not answered yet.
     """
 
-    def __init__(self, settings: IngressSettings, *, max_requests: int) -> None:
+    def __init__(self, settings: ApplicationSettings, *, max_requests: int) -> None:
         self._timeout_s = settings.body_timeout_s
         self._max_bytes = settings.max_arriving_bytes or 16 * settings.max_request_bytes
         self._max_requests = max_requests

@@ -1,4 +1,4 @@
-"""Settings that every application has: its HTTP replicas, bodies, browsers and the key."""
+"""Settings that every application has: its replicas, request bodies, browsers and the API key."""
 
 from __future__ import annotations
 
@@ -30,14 +30,20 @@ def _origins(value: object) -> object:
     return origins
 
 
-class IngressSettings(BaseModel):
-    """Of an application's HTTP replicas."""
+class ApplicationSettings(BaseModel):
+    """What every application can be told about its replicas and its HTTP side."""
 
     # Text from an environment variable or a YAML block often ends in a line break.
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, str_strip_whitespace=True
     )
 
+    num_replicas: int = Field(1, ge=1)
+    """Model replicas."""
+    cpus: float = Field(1.0, ge=0)
+    """CPUs that Ray reserves for each model replica (a reservation; `threads` is what is used)."""
+    gpus: float = Field(0.0, ge=0)
+    """GPUs for each model replica; 0 runs on CPU."""
     ingress_replicas: int = Field(1, ge=1)
     """HTTP replicas: parsing, and what else needs no model."""
     ingress_cpus: float = Field(0.5, ge=0)

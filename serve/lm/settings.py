@@ -10,10 +10,10 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from serve.ingress.settings import IngressSettings
+from serve.ingress.settings import ApplicationSettings
 
 
-class LMSettings(IngressSettings):
+class LMSettings(ApplicationSettings):
     """What to serve, how much of it, and every limit."""
 
     model: str = Field(min_length=1)
@@ -39,13 +39,6 @@ class LMSettings(IngressSettings):
     threads: int | None = Field(None, ge=1)
     """Torch threads of a replica on CPU; None takes every core the process may use."""
 
-    num_replicas: int = Field(1, ge=1)
-    """Model replicas; a session stays with one."""
-    cpus: float = Field(1.0, ge=0)
-    """CPUs Ray reserves per model replica (a reservation; `threads` is what is used)."""
-    gpus: float = Field(0.0, ge=0)
-    """GPUs per model replica; 0 runs on CPU."""
-
     snapshot_every: int = Field(4096, ge=1)
     """Tokens between two snapshots of a session's keys and values."""
     session_ttl_s: float | None = Field(86_400.0, gt=0)
@@ -56,8 +49,6 @@ class LMSettings(IngressSettings):
     reader_timeout_s: float = Field(30.0, gt=0)
     """A generation that nobody reads for so long is cancelled (its ingress died)."""
 
-    max_request_bytes: int = Field(8_388_608, ge=1)
-    """Bytes of one request body; more is a 413."""
     max_prompt_tokens: int = Field(1_000_000, ge=1)
     """Tokens of one prompt; more is a 400."""
     max_reply_tokens: int = Field(4096, ge=1)

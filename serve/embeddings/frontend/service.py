@@ -65,7 +65,7 @@ class EmbeddingService:
     def __init__(self, settings: ServeSettings, card: ModelCard, embed: EmbedFunction) -> None:
         self.card = card
         self.admission = Admission(settings.max_queued, settings.max_queued_videos)
-        self._settings = settings
+        self.settings = settings
         self._embed = embed
         self._threads = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
         self.media = MediaLoader(settings, card, self._threads)
@@ -79,7 +79,7 @@ class EmbeddingService:
         request = await self._parse(body)
         self._check(request)
         default: Kind = "video" if request.modality == "video" else "image"
-        most = self._settings.max_items
+        most = self.settings.max_items
         references = parse_input(request.input, max_items=most, default=default)
         videos = self._count_videos(references)
         with self.admission.hold(len(references) - videos, videos):
@@ -121,7 +121,7 @@ class EmbeddingService:
 
     def _count_videos(self, references: list[Reference]) -> int:
         videos = sum(reference.kind == "video" for reference in references)
-        most = self._settings.max_queued_videos
+        most = self.settings.max_queued_videos
         if videos > most:
             message = f"input holds {videos} videos; at most {most} are allowed"
             raise ApiError(400, "too_many_items", message, param="input")

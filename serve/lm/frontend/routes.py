@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
-from serve.ingress.application import (
-    add_gate,
-    add_operation_routes,
-    check_content_type,
-    read_body,
-)
+from serve.ingress.application import IngressParts, check_content_type, create_app, read_body
 from serve.ingress.bodies import Body, describe_body, parse_body
-from serve.ingress.errors import ApiError, ErrorResponse
-from serve.ingress.gate import RequestMetrics
-from serve.ingress.intake import Intake
+from serve.ingress.errors import ApiError
 from serve.lm.contract import SessionState, is_session_id
 from serve.lm.frontend.client import LMClient
 from serve.lm.frontend.replies import Replies
@@ -33,83 +25,58 @@ from serve.lm.frontend.schemas import (
     TokenizeRequest,
 )
 from serve.lm.frontend.service import LanguageService
-from serve.lm.settings import LMSettings
 
 
-@dataclass(frozen=True, kw_only=True)
-class LMParts:
-    """What the application is made of.
+def create_lm_app(parts: IngressParts, service: LanguageService, client: LMClient) -> FastAPI:
+    """Builds the application; everything in it belongs to one replica.
 
-    Attributes:
-        settings: the limits.
+    Args:
+        parts: what every application has.
         service: checks requests.
-        client: reaches the replicas.
-        metrics: this replica's request metrics.
-        scrape: returns the Prometheus text of all replicas.
-        is_ready: whether a model replica is up.
-        api_key: what clients must present on `/v1/`; None serves anyone.
+        client: reaches the model's replicas.
     """
 
-    settings: LMSettings
-    service: LanguageService
-    client: LMClient
-    metrics: RequestMetrics = field(default_factory=RequestMetrics)
-    scrape: Callable[[], Awaitable[str]]
-    is_ready: Callable[[], Awaitable[bool]]
-    api_key: str | None = None
+    def add_routes(app: FastAPI) -> None:
+        _add_generation_routes(app, service, client)
+        _add_session_routes(app, service, client)
+        _add_token_routes(app, service)
+        _add_model_routes(app, service)
 
-
-def create_lm_app(parts: LMParts) -> FastAPI:
-    """Builds the application around its parts; everything in it is per replica."""
-    app = FastAPI(
-        title="rayjepa",
+    return create_app(
+        parts,
+        add_routes,
         summary="An endless language model in the OpenAI shape.",
-        redirect_slashes=False,
-        responses={"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}},
+        max_requests=service.settings.max_requests,
     )
-    _add_generation_routes(app, parts)
-    _add_session_routes(app, parts)
-    _add_token_routes(app, parts)
-    _add_model_routes(app, parts)
-    add_operation_routes(app, is_ready=parts.is_ready, scrape=parts.scrape)
-    settings = parts.settings
-    add_gate(
-        app,
-        metrics=parts.metrics,
-        api_key=parts.api_key,
-        intake=Intake(settings, max_requests=settings.max_requests),
-        cors_origins=settings.cors_origins,
-    )
-    return app
 
 
-def _add_generation_routes(app: FastAPI, parts: LMParts) -> None:
-    service, replies = parts.service, Replies(parts.client, parts.settings)
+def _add_generation_routes(app: FastAPI, service: LanguageService, client: LMClient) -> None:
+    replies, most = Replies(client, service.settings), service.settings.max_request_bytes
 
     @app.post(
         "/v1/completions", response_model=None, openapi_extra=describe_body(CompletionRequest)
     )
     async def create_completion(request: Request) -> Response:
         """Continues a text."""
-        body = await _parse(request, parts, CompletionRequest)
+        body = await _parse(request, most, CompletionRequest)
         plan = partial(service.completion, body, _session_header(request))
         return await replies.reply(await asyncio.to_thread(plan))
 
     @app.post("/v1/chat/completions", response_model=None, openapi_extra=describe_body(ChatRequest))
     async def create_chat_completion(request: Request) -> Response:
         """Answers in a chat."""
-        body = await _parse(request, parts, ChatRequest)
+        body = await _parse(request, most, ChatRequest)
         plan = partial(service.chat, body, _session_header(request))
         return await replies.reply(await asyncio.to_thread(plan))
 
 
-def _add_session_routes(app: FastAPI, parts: LMParts) -> None:
-    service, client = parts.service, parts.client
+def _add_session_routes(app: FastAPI, service: LanguageService, client: LMClient) -> None:
+    most = service.settings.max_request_bytes
 
     @app.post("/v1/sessions", status_code=201, openapi_extra=describe_body(CreateSession))
     async def create_session(request: Request) -> Any:
         """Makes a session."""
-        body = await _parse(request, parts, CreateSession)
+        body = await _parse(request, most, CreateSession)
         service.check_model(body.model)
         session_id = body.session_id or f"session-{uuid.uuid4().hex}"
         limit = service.card.capacity - 2
@@ -147,7 +114,7 @@ def _add_session_routes(app: FastAPI, parts: LMParts) -> None:
     )
     async def fork_session(session_id: str, request: Request) -> Any:
         """Makes a second session with the same stream so far."""
-        body = await _parse_optional(request, parts, ForkSession)
+        body = await _parse_optional(request, most, ForkSession)
         new_id = body.session_id or f"session-{uuid.uuid4().hex}"
         made_by = uuid.uuid4().hex
         return _described(
@@ -165,13 +132,13 @@ def _add_session_routes(app: FastAPI, parts: LMParts) -> None:
         return _described(await client.call(_checked(session_id), "restore", session_id))
 
 
-def _add_token_routes(app: FastAPI, parts: LMParts) -> None:
-    service = parts.service
+def _add_token_routes(app: FastAPI, service: LanguageService) -> None:
+    most = service.settings.max_request_bytes
 
     @app.post("/v1/tokenize", openapi_extra=describe_body(TokenizeRequest))
     async def tokenize(request: Request) -> Any:
         """Token ids of a text or of messages."""
-        body = await _parse(request, parts, TokenizeRequest)
+        body = await _parse(request, most, TokenizeRequest)
         service.check_model(body.model)
         ids = await asyncio.to_thread(service.tokenize, body)
         reply: dict[str, Any] = {"count": len(ids), "max_model_len": None, "tokens": list(ids)}
@@ -183,15 +150,13 @@ def _add_token_routes(app: FastAPI, parts: LMParts) -> None:
     @app.post("/v1/detokenize", openapi_extra=describe_body(DetokenizeRequest))
     async def detokenize(request: Request) -> Any:
         """The text of token ids."""
-        body = await _parse(request, parts, DetokenizeRequest)
+        body = await _parse(request, most, DetokenizeRequest)
         service.check_model(body.model)
         service.check_tokens(body.tokens, "tokens")
         return {"prompt": await asyncio.to_thread(service.tokenizer.decode, body.tokens)}
 
 
-def _add_model_routes(app: FastAPI, parts: LMParts) -> None:
-    service = parts.service
-
+def _add_model_routes(app: FastAPI, service: LanguageService) -> None:
     def model() -> dict[str, Any]:
         card = service.card
         numbers = {
@@ -221,15 +186,15 @@ def _add_model_routes(app: FastAPI, parts: LMParts) -> None:
         return model()
 
 
-async def _parse(request: Request, parts: LMParts, kind: type[Body]) -> Body:
+async def _parse(request: Request, max_bytes: int, kind: type[Body]) -> Body:
     check_content_type(request)
-    body = await read_body(request, parts.settings.max_request_bytes)
+    body = await read_body(request, max_bytes)
     return parse_body(body, kind)
 
 
-async def _parse_optional(request: Request, parts: LMParts, kind: type[Body]) -> Body:
+async def _parse_optional(request: Request, max_bytes: int, kind: type[Body]) -> Body:
     """A body that may be left out."""
-    body = await read_body(request, parts.settings.max_request_bytes)
+    body = await read_body(request, max_bytes)
     if not body:
         return kind()
     check_content_type(request)

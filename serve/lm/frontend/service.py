@@ -62,7 +62,7 @@ class LanguageService:
 
     def __init__(self, settings: LMSettings, card: LMCard, tokenizer: Tokenizer) -> None:
         self.card, self.tokenizer = card, tokenizer
-        self._settings = settings
+        self.settings = settings
 
     def completion(self, request: CompletionRequest, header: str | None) -> Job:
         """Plans a completion; raises `ApiError` for what is wrong with it."""
@@ -93,7 +93,7 @@ class LanguageService:
         feeds = (self._chat_feed(request.messages, kept=kept),) if request.messages else ()
         limit = request.max_completion_tokens or request.max_tokens
         if limit is None and not request.stream:
-            limit = self._settings.max_reply_tokens
+            limit = self.settings.max_reply_tokens
         logprobs = request.top_logprobs if request.logprobs else None
         start = self._start(request, session_id, feeds, limit, logprobs)
         return self._job(request, start, ChatShape, logprobs=request.logprobs)
@@ -193,7 +193,7 @@ class LanguageService:
         if session_id is not None:
             raise _invalid("echo", "a session's reply has what is new only")
         tokens = request.n * sum(len(feed.start) for feed in feeds)
-        limit = self._settings.max_echo_tokens
+        limit = self.settings.max_echo_tokens
         if request.logprobs is not None and tokens > limit:
             message = f"{tokens} prompt tokens with logprobs; this server sends {limit} back"
             raise _invalid("echo", message)
@@ -220,7 +220,7 @@ class LanguageService:
             raise ApiError(400, "invalid_messages", str(error), param=param) from error
 
     def _check_length(self, ids: Sequence[int], param: str) -> None:
-        limit = self._settings.max_prompt_tokens
+        limit = self.settings.max_prompt_tokens
         if len(ids) > limit:
             message = f"{param}: {len(ids)} tokens; this server takes {limit}"
             raise ApiError(400, "prompt_too_long", message, param=param)
@@ -258,7 +258,7 @@ class LanguageService:
         )
 
     def _check_limits(self, request: Generate, prompts: int, limit: int | None) -> None:
-        settings = self._settings
+        settings = self.settings
         if prompts * request.n > settings.max_choices:
             param = "n" if request.n > 1 else "prompt"
             raise _invalid(param, f"more than {settings.max_choices} answers in one request")

@@ -21,9 +21,10 @@ from tokenizers import decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
 from models.sink_lm.checkpoints.tokenizer import load_tokenizer
+from serve.ingress.application import IngressParts
 from serve.lm.contract import Feed, Options, Refused, Start
 from serve.lm.frontend.client import LMClient
-from serve.lm.frontend.routes import LMParts, create_lm_app
+from serve.lm.frontend.routes import create_lm_app
 from serve.lm.frontend.service import LanguageService
 from serve.lm.replica.language_model import LanguageModel
 from serve.lm.settings import LMSettings
@@ -193,14 +194,10 @@ async def web(made: Cluster) -> AsyncIterator[httpx.AsyncClient]:
     async def scrape() -> str:
         return ""
 
-    parts = LMParts(
-        settings=made.settings,
-        service=LanguageService(made.settings, card, load_tokenizer(made.settings.model)),
-        client=made.client(),
-        scrape=scrape,
-        is_ready=is_ready,
-    )
-    transport = httpx.ASGITransport(create_lm_app(parts), raise_app_exceptions=False)
+    parts = IngressParts(settings=made.settings, scrape=scrape, is_ready=is_ready)
+    service = LanguageService(made.settings, card, load_tokenizer(made.settings.model))
+    app = create_lm_app(parts, service, made.client())
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://lm", timeout=30) as client:
         yield client
 

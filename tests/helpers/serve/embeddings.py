@@ -97,13 +97,14 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 def miss_killed_replicas_soon(patch: pytest.MonkeyPatch, app: ModuleType) -> None:
     """Lets Serve look after the replicas of an app's module every half second, not every 5 or 10."""
-    for name in ("_embedder_deployment", "_model_deployment", "_ingress_deployment"):
-        if make := getattr(app, name, None):
-            patch.setattr(app, name, partial(_watched, make))
+    from serve.ingress import deployment
+
+    for module, name in ((app, "model_deployment"), (deployment, "ingress_deployment")):
+        patch.setattr(module, name, partial(_watched, getattr(module, name)))
 
 
-def _watched(make: Callable[[Any], Deployment], settings: Any) -> Deployment:
-    return make(settings).options(health_check_period_s=0.5)
+def _watched(make: Callable[..., Deployment], *args: Any) -> Deployment:
+    return make(*args).options(health_check_period_s=0.5)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
 import numpy as np
+from fastapi import FastAPI
 
 from helpers.serve.embeddings import PATCHES, SIZE, WIDTH, png_uri
 from models.media.preprocessing import Preprocessing
 from serve.embeddings.contract import ModelCard
-from serve.embeddings.frontend.routes import Limits, Parts, create_http_app
+from serve.embeddings.frontend.routes import create_embeddings_app
 from serve.embeddings.frontend.service import EmbeddingService
 from serve.embeddings.settings import ServeSettings
-from serve.ingress.intake import Intake
+from serve.embeddings.streams.stream import StreamHub
+from serve.ingress.application import IngressParts
+from serve.ingress.gate import RequestMetrics
 
 CARD = ModelCard(
     name="tiny",
@@ -27,6 +31,22 @@ CARD = ModelCard(
 
 
 URI = png_uri(0)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the application is made of."""
+
+    ingress: IngressParts
+    service: EmbeddingService
+    streams: StreamHub | None = None
+
+    @property
+    def metrics(self) -> RequestMetrics:
+        return self.ingress.metrics
+
+    def app(self) -> FastAPI:
+        return create_embeddings_app(self.ingress, self.service, self.streams)
 
 
 async def fake_embed(pixels: np.ndarray, pooling: str) -> np.ndarray:
@@ -51,15 +71,8 @@ def make_parts(
     async def scrape() -> str:
         return "metrics"
 
-    return Parts(
-        service=EmbeddingService(full, CARD, embed),
-        limits=Limits(full.max_request_bytes, full.timeout_s),
-        intake=Intake(full, max_requests=full.max_queued),
-        cors_origins=full.cors_origins,
-        scrape=scrape,
-        is_ready=is_ready,
-        api_key=api_key,
-    )
+    ingress = IngressParts(settings=full, scrape=scrape, is_ready=is_ready, api_key=api_key)
+    return Parts(ingress, EmbeddingService(full, CARD, embed))
 
 
 def call(
@@ -68,8 +81,9 @@ def call(
     """Sends requests (method, path, httpx arguments), all at once."""
 
     async def run() -> list[httpx.Response]:
-        app = create_http_app(parts)
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False, root_path=root_path)
+        transport = httpx.ASGITransport(
+            parts.app(), raise_app_exceptions=False, root_path=root_path
+        )
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             calls = [client.request(method, path, **kw) for method, path, kw in requests]
             return await asyncio.gather(*calls)

@@ -14,9 +14,8 @@ from prometheus_client import CollectorRegistry
 from ray.exceptions import TaskCancelledError
 
 from helpers.serve.fake_model import make_parts
-from serve.embeddings.frontend.routes import create_http_app
-from serve.ingress.gate import RequestMetrics
-from serve.lm.frontend.routes import LMParts, create_lm_app
+from serve.ingress.application import IngressParts
+from serve.lm.frontend.routes import create_lm_app
 from serve.lm.settings import LMSettings
 
 POSTS = {"embeddings": "/v1/embeddings", "language": "/v1/completions"}
@@ -35,13 +34,13 @@ class Made:
 
 def make(name: str, *, api_key: str | None = None, **settings: Any) -> Made:
     """The application of that name; the language model's routes end before they reach one."""
-    metrics = RequestMetrics()
     if name == "embeddings":
         parts = make_parts(api_key=api_key, **settings)
-        return Made(create_http_app(parts), parts.metrics.registry)
+        return Made(parts.app(), parts.metrics.registry)
     numbers = ("created", "capacity", "sinks", "sessions", "bytes_per_session", "persistent")
     card = SimpleNamespace(name="tiny", fingerprint="f", **dict.fromkeys(numbers, 1))
-    service: Any = SimpleNamespace(card=card, check_model=lambda name: None)
+    full = LMSettings(model="m", **settings)
+    service: Any = SimpleNamespace(card=card, settings=full, check_model=lambda name: None)
 
     async def is_ready() -> bool:
         return True
@@ -49,16 +48,9 @@ def make(name: str, *, api_key: str | None = None, **settings: Any) -> Made:
     async def scrape() -> str:
         return "metrics"
 
-    parts = LMParts(
-        settings=LMSettings(model="m", **settings),
-        service=service,
-        client=SimpleNamespace(),  # type: ignore[arg-type]
-        metrics=metrics,
-        scrape=scrape,
-        is_ready=is_ready,
-        api_key=api_key,
-    )
-    return Made(create_lm_app(parts), metrics.registry)
+    parts = IngressParts(settings=full, scrape=scrape, is_ready=is_ready, api_key=api_key)
+    client: Any = SimpleNamespace()
+    return Made(create_lm_app(parts, service, client), parts.metrics.registry)
 
 
 @dataclass

@@ -14,19 +14,19 @@ import numpy as np
 import torch
 import uvicorn
 
+from helpers.serve.fake_model import Parts
 from helpers.serve.free_ports import free_ports
 from models.artifacts.artifact import load_artifact, save_artifact
 from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import Preprocessing, normalize
 from serve.embeddings.contract import ModelCard
-from serve.embeddings.frontend.routes import Limits, Parts, create_http_app
 from serve.embeddings.frontend.service import EmbeddingService
 from serve.embeddings.replica.batching import Batcher
 from serve.embeddings.replica.embedder import Encoder
 from serve.embeddings.settings import ServeSettings
 from serve.embeddings.streams.stream import StreamHub
+from serve.ingress.application import IngressParts
 from serve.ingress.gate import RequestMetrics
-from serve.ingress.intake import Intake
 
 WIDTH, SIZE, FRAMES, TUBELET, PATCHES = 32, 32, 4, 2, 16
 
@@ -89,7 +89,7 @@ def local_server(
     async def main() -> None:
         parts, server = _build(full, api_key, started)
         config = uvicorn.Config(
-            create_http_app(parts),
+            parts.app(),
             host="127.0.0.1",
             port=port,
             log_level="error",
@@ -145,14 +145,9 @@ def _build(
         return ""
 
     service, metrics = EmbeddingService(settings, card, embed), RequestMetrics()
-    server.parts = Parts(
-        service=service,
-        metrics=metrics,
-        streams=StreamHub(settings, card, embed, service.media, metrics.registry),
-        limits=Limits(settings.max_request_bytes, settings.timeout_s),
-        intake=Intake(settings, max_requests=settings.max_queued),
-        scrape=scrape,
-        is_ready=is_ready,
-        api_key=api_key,
+    ingress = IngressParts(
+        settings=settings, metrics=metrics, scrape=scrape, is_ready=is_ready, api_key=api_key
     )
+    streams = StreamHub(settings, card, embed, service.media, metrics.registry)
+    server.parts = Parts(ingress, service, streams)
     return server.parts, server

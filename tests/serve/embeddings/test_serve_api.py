@@ -12,7 +12,7 @@ from ray.serve.exceptions import BackPressureError
 
 from helpers.serve.embeddings import PATCHES, SIZE, WIDTH, unit
 from helpers.serve.fake_model import URI, call, embed, fake_embed, make_parts
-from serve.app import EmbedderClient
+from serve.embeddings.frontend.client import EmbedderClient
 from serve.ingress.errors import ApiError
 
 

@@ -30,6 +30,7 @@ from serve.embeddings.replica.embedder import Embedder, Encoder
 from serve.embeddings.settings import ServeSettings
 from serve.embeddings.streams.messages import StreamStart
 from serve.embeddings.streams.stream import Stream, StreamHub
+from serve.ingress.deployment import ingress_deployment
 from serve.ingress.errors import ApiError
 
 RNG = np.random.default_rng(0)
@@ -100,21 +101,21 @@ def test_an_idle_model_waits_for_company_as_long_as_the_setting_says(
 
 
 def test_settings_reach_the_deployments() -> None:
-    fixed = app._embedder_deployment(ServeSettings(artifact="a", num_replicas=3))
+    fixed = app.model_deployment(ServeSettings(artifact="a", num_replicas=3))
     assert (fixed.num_replicas, fixed._deployment_config.autoscaling_config) == (3, None)
     settings = ServeSettings(artifact="a", num_replicas=2, max_replicas=5, target_ongoing=3.5)
-    scaling = app._embedder_deployment(settings)._deployment_config.autoscaling_config
+    scaling = app.model_deployment(settings)._deployment_config.autoscaling_config
     assert scaling is not None
     assert (scaling.min_replicas, scaling.max_replicas) == (2, 5)
     assert scaling.target_ongoing_requests == 3.5
-    ingress = app._ingress_deployment(ServeSettings(artifact="a", ingress_replicas=4))
+    ingress = ingress_deployment(app.Ingress, ServeSettings(artifact="a", ingress_replicas=4))
     assert ingress.num_replicas == 4
     assert ingress._deployment_config.max_queued_requests == -1
 
 
 @pytest.mark.parametrize("access_log", [False, True])
 def test_the_access_log_is_a_setting(access_log: bool) -> None:
-    made = app._ingress_deployment(ServeSettings(artifact="a", access_log=access_log))
+    made = ingress_deployment(app.Ingress, ServeSettings(artifact="a", access_log=access_log))
     config = made._deployment_config.logging_config
     assert config is not None
     assert config["enable_access_log"] == access_log

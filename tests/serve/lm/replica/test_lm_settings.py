@@ -11,8 +11,9 @@ import pytest
 
 from helpers.lm.serving import MODEL, cluster, eventually, run, web
 from models.sink_lm.engine.generation import Generation
+from serve.ingress.deployment import ingress_deployment
 from serve.lm.settings import LMSettings
-from serve.lm_app import _ingress_deployment, _model_deployment
+from serve.lm_app import LMIngress, model_deployment
 
 GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0, "ignore_eos": True}
 
@@ -21,14 +22,14 @@ def test_replicas_and_limits_reach_serve() -> None:
     settings = LMSettings(
         model="m", store="s", num_replicas=3, ingress_replicas=2, max_requests=5, access_log=True
     )
-    ingress, model = _ingress_deployment(settings), _model_deployment(settings)
+    ingress, model = ingress_deployment(LMIngress, settings), model_deployment(settings)
     assert (ingress.num_replicas, model.num_replicas) == (2, 3)
     assert ingress.logging_config is not None
     assert ingress.logging_config["enable_access_log"] is True
     # Requests beyond ours still come in, for the typed refusal; a session's never go elsewhere.
     assert ingress.max_ongoing_requests > 5
     assert model.max_ongoing_requests >= 2 * 5
-    quiet = _ingress_deployment(LMSettings(model="m"))
+    quiet = ingress_deployment(LMIngress, LMSettings(model="m"))
     assert quiet.logging_config is not None
     assert (quiet.num_replicas, quiet.logging_config["enable_access_log"]) == (1, False)
 

@@ -1,0 +1,43 @@
+"""The ingress's side of a forward pass: calls the embedder, survives its replicas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+from serve.embeddings.contract import Floats, Pixels, Pooling
+from serve.ingress.errors import queue_full, server_error
+
+ATTEMPTS = 3
+"""Calls made for one request when embedder replicas die while they serve it."""
+
+
+class EmbedderClient:
+    """Calls the embedder deployment and turns its failures into API errors.
+
+    Args:
+        handle: Serve handle of `Embedder`.
+    """
+
+    def __init__(self, handle: Any) -> None:
+        self._embed = handle.embed
+
+    async def embed(self, pixels: Pixels, pooling: Pooling) -> Floats:
+        """See `Embedder.embed`. Safe to repeat, so a replica's death costs time, not the request.
+
+        Raises:
+            ApiError: 429 when the embedder's queue is full, 503 when there is no embedder.
+        """
+        for _ in range(ATTEMPTS):
+            try:
+                embeddings: Floats = await self._embed.remote(pixels, pooling)
+                return embeddings
+            except RayActorError:
+                continue
+            except BackPressureError as error:
+                raise queue_full() from error
+            except DeploymentUnavailableError:
+                break
+        raise server_error(503, "no_replica", "no model replica could take the request")
