@@ -26,7 +26,7 @@ class LMSettings(ApplicationSettings):
 
     dtype: Literal["fp32", "bf16", "fp16", "int8"] = "fp32"
     """Type of weights, keys and values; `int8` rounds the linear layers to 8 bits and keeps the rest
-    in bf16 (docs/streaming.md has the numbers)."""
+    in bf16 (docs/language_model.md has the numbers)."""
     sessions: int = Field(16, ge=1)
     """Slabs: sessions one replica can generate for at the same time."""
     cache: int = Field(1024, ge=2)
@@ -61,7 +61,7 @@ class LMSettings(ApplicationSettings):
     max_stream_bytes: int | None = Field(16_777_216, ge=1)
     """Bytes of one streamed reply; then it ends with `length`, and a session goes on with
     `resume_at` at the last event's id. Bounds what a client that does not read costs
-    (docs/streaming_http.md); None for no limit."""
+    (docs/language_model_http.md); None for no limit."""
     max_queued: int = Field(64, ge=0)
     """Requests of one replica that may wait for a slab; more are a 429, and with 0 all that find
     none."""
