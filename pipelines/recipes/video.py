@@ -62,7 +62,7 @@ def levjepa_movingmnist() -> PretrainConfig:
     Ingest `pipelines.fetch movingmnist` with --video.fps 10. Where the digit is differs between the
     stretches, what it is and its velocity do not. No flips, which would turn directions round. About
     5 minutes on two cores; linear probe of the direction 99%, random weights 64%
-    (benchmarks/video_pretraining.md).
+    (benchmarks/training/video_pretraining.md).
     """
     base = vjepa_movingmnist()
     return replace(
@@ -134,7 +134,7 @@ def levjepa_gameplay() -> PretrainConfig:
     Footage of `pipelines.fetch gameplay --side 64`, ingested with --video.fps 15 --video.segment-seconds 2.
     No crops and no other stretch of time: where things are must stay the same in both views. 14 minutes of
     two shared cores; over seven tasks the mean of kNN is 55.0% against 48.6% of random weights, of the
-    attentive probe 62.1% against 60.1% (benchmarks/gameplay.md).
+    attentive probe 62.1% against 60.1% (benchmarks/training/gameplay.md).
     """
     base, games = levjepa_movingmnist(), vjepa_gameplay()
     return replace(

@@ -67,7 +67,7 @@ def build_optimizer(model: nn.Module, cfg: OptimConfig) -> Optimizer:
 
 
 def _adamw(groups: Groups, cfg: OptimConfig) -> Optimizer:
-    # One pass over the memory; on a CPU too (benchmarks/step.md).
+    # One pass over the memory; on a CPU too (benchmarks/training/step.md).
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
 
 
