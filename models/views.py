@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from models.keyed_random import bits, uniforms
+from models.keyed_random.streams import SampleStream
+from models.keyed_random.tensors import bits, uniforms
 
-STREAM_VIEWS = 301  # view v uses STREAM_VIEWS + 2 v, and the next for the tokens it keeps
 GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601, as everybody's greyscale
 
 # RGB to YIQ and back: turning (I, Q) turns the hue and leaves the brightness.
@@ -94,7 +94,7 @@ class Views:
         is_global = view < self.globals
         size = self.global_size if is_global else self.local_size
         scale = self.global_scale if is_global else self.local_scale
-        draws = uniforms(keys_B, STREAM_VIEWS + 2 * view, len(_DRAWS))
+        draws = uniforms(keys_B, SampleStream.VIEWS.at(2 * view), len(_DRAWS))
         named = dict(zip(_DRAWS, draws.unbind(1), strict=True))
         return make_view(pixels, named, size, scale, self.augmentation)
 
@@ -116,7 +116,7 @@ def kept_tokens(
         Numbers of tokens, ascending, int64 [B, K].
     """
     count = steps * per_step
-    words = bits(keys_B, STREAM_VIEWS + 2 * view + 1, count + 1)
+    words = bits(keys_B, SampleStream.VIEWS.at(2 * view + 1), count + 1)
     order_BN, start_B1 = words[:, :count], words[:, count:] % (steps - lasts + 1)
     since_BN = torch.arange(count, device=keys_B.device) // per_step - start_B1
     outside_BN = (since_BN < 0) | (since_BN >= lasts)

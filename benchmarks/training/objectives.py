@@ -34,13 +34,14 @@ from kept_runs import KeptRun
 from PIL import Image
 
 from models.encoders.vit import VisionTransformer
+from models.keyed_random.arrays import key_of, permutation, sample_keys, uniforms
+from models.keyed_random.streams import SampleStream
 from models.media.preprocessing import normalize
 from pipelines.config.train import PretrainConfig
 from pipelines.evaluation.features import preprocessing_of
 from pipelines.evaluation.probes import knn_accuracy, linear_probe
 from pipelines.fetch import sample_folder
 from pipelines.loading.decoding import decode_rows
-from pipelines.loading.masks.blocks import STREAM_FLIP, key_of, permutation, sample_keys, uniforms
 from pipelines.loading.masks.maskers import make_masker
 from pipelines.loading.read_tasks import random_crops
 from pipelines.recipes.registry import RECIPES
@@ -137,7 +138,7 @@ def memory_batches(
         keys_B = sample_keys(ids, cfg.run.seed, epoch)
         sizes = np.full((size, 2), 32, np.int32)
         boxes = random_crops(keys_B, sizes, cfg.data.crop_scale, cfg.data.crop_ratio)
-        flipped = uniforms(keys_B, STREAM_FLIP, 1)[:, 0] < (0.5 if cfg.data.flip else 0.0)
+        flipped = uniforms(keys_B, SampleStream.FLIP, 1)[:, 0] < (0.5 if cfg.data.flip else 0.0)
         crops = pa.FixedSizeListArray.from_arrays(pa.array(boxes.reshape(-1)), 4)
         rows = rows.append_column("crop", crops).append_column("flipped", pa.array(flipped))
         images = torch.empty((size, 3, 32, 32), dtype=torch.uint8)

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from models.keyed_random import mix, normals
+from models.keyed_random.streams import StepStream
+from models.keyed_random.tensors import mix, normals
 from models.objectives.synced import mean_over_processes, world_size
 
 END = 3.0  # of the integral
-STREAM_SLICES = 201
 CHUNK_ELEMENTS = 65_536  # of N x M at a time: what it works on stays in a core's cache
 
 
@@ -68,7 +68,7 @@ class SIGReg(nn.Module):
     def draw_slices(self, width: int) -> torch.Tensor:
         """This step's directions, float32 [D, M], columns of unit length."""
         key_1 = mix(self.step ^ mix(torch.full_like(self.step, self.seed)))
-        slices_DM = normals(key_1, STREAM_SLICES, width * self.slices).view(width, self.slices)
+        slices_DM = normals(key_1, StepStream.SLICES, width * self.slices).view(width, self.slices)
         return nn.functional.normalize(slices_DM, dim=0)
 
 

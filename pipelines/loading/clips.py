@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from models.keyed_random.arrays import F64, U64, uniforms
+from models.keyed_random.streams import SampleStream
 from pipelines.config.data import ClipConfig
 from pipelines.config.train import PretrainConfig
-from pipelines.loading.masks.blocks import STREAM_CLIP, U64, uniforms
 
 I32 = npt.NDArray[np.int32]
-F64 = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class ClipSampler:
         """
         if not self.settings.jitter:
             return self.middle(num_frames_B, fps_B)
-        return self._clips(num_frames_B, fps_B, uniforms(keys_B, STREAM_CLIP, 1)[:, 0])
+        return self._clips(num_frames_B, fps_B, uniforms(keys_B, SampleStream.CLIP, 1)[:, 0])
 
     def middle(self, num_frames_B: npt.ArrayLike, fps_B: npt.ArrayLike) -> I32:
         """Frames of the clip in the middle of each segment, int32 [B, T]: evaluation's."""

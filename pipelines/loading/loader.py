@@ -29,11 +29,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from models.keyed_random.arrays import sample_keys
 from pipelines.config.train import PretrainConfig
 from pipelines.dataset.shards import Manifest, read_manifest
 from pipelines.loading.clips import training_sampler
 from pipelines.loading.decoding import DecodeError, decode_rows
-from pipelines.loading.masks.blocks import sample_keys
 from pipelines.loading.masks.maskers import MASK_NAMES, Masker, make_masker
 from pipelines.loading.plan import Piece, make_plan, pieces, rank_lanes
 from pipelines.loading.read_tasks import BLOCK_BYTES, Reader, read_pieces

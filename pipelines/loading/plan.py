@@ -17,14 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from models.keyed_random.arrays import I64, key_of, permutation
+from models.keyed_random.streams import PlanStream
 from pipelines.config.data import DataConfig
-from pipelines.loading.masks.blocks import key_of, permutation
-
-I64 = npt.NDArray[np.int64]
-
-STREAM_GROUPS, STREAM_ROWS = 101, 102
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +155,7 @@ def _lane_rows(plan: Plan, piece: Piece, lane: int) -> I64:
     """Places in the epoch's sequence of one lane's rows for the piece."""
     first = piece.window * plan.window_batches * plan.lane_batch
     size = min(plan.window_batches * plan.lane_batch, plan.lane_rows - first)
-    order = permutation(key_of(plan.seed, STREAM_ROWS, piece.epoch, lane, piece.window), size)
+    order = permutation(key_of(plan.seed, PlanStream.ROWS, piece.epoch, lane, piece.window), size)
     skip = piece.start * plan.lane_batch - first
     taken = order[skip : skip + (piece.stop - piece.start) * plan.lane_batch]
     return lane * plan.lane_rows + first + taken
@@ -176,6 +172,6 @@ def _locate_rows(plan: Plan, epoch: int, places_N: I64) -> I64:
 @functools.lru_cache(maxsize=8)
 def _epoch_groups(plan: Plan, epoch: int) -> tuple[I64, I64]:
     """The epoch's row groups in order, [G, 3], and where each ends in the sequence, [G]."""
-    order = permutation(key_of(plan.seed, STREAM_GROUPS, epoch), len(plan.groups_G3))
+    order = permutation(key_of(plan.seed, PlanStream.GROUPS, epoch), len(plan.groups_G3))
     groups_G3 = plan.groups_G3[order]
     return groups_G3, np.cumsum(groups_G3[:, 2])

@@ -17,16 +17,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from models.keyed_random.arrays import I64, U64, key_of, sample_keys, uniforms
+from models.keyed_random.streams import PlanStream, SampleStream
 from pipelines.config.data import DataConfig
 from pipelines.dataset.shards import open_shards, read_row_group, sample_ids_array
 from pipelines.loading.clips import ClipSampler
-from pipelines.loading.masks.blocks import STREAM_CROP, STREAM_FLIP, key_of, sample_keys, uniforms
 from pipelines.loading.masks.maskers import Masker
 from pipelines.loading.plan import Piece, Plan, lane_windows
 
 I32 = npt.NDArray[np.int32]
-I64 = npt.NDArray[np.int64]
-U64 = npt.NDArray[np.uint64]
 
 COLUMNS = {
     "image": ("sample_id", "image", "height", "width", "label", "source_uri"),
@@ -44,7 +43,6 @@ PIECE_BYTES = 256 * 2**20
 and keep their own rows: memory stays bounded, at the price of reading the window once a piece."""
 REMOTE_READS = 8  # row groups fetched at once from object storage
 CROP_TRIES = 10
-STREAM_LEGACY = 103
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +143,7 @@ def _with_draws(reader: Reader, block: pa.Table, piece: Piece, first: int, stop:
     boxes_N4 = random_crops(keys_N, sizes_N2, reader.data.crop_scale, reader.data.crop_ratio)
     flipped_N = np.zeros(len(keys_N), np.bool_)
     if reader.data.flip:
-        flipped_N = uniforms(keys_N, STREAM_FLIP, 1)[:, 0] < 0.5
+        flipped_N = uniforms(keys_N, SampleStream.FLIP, 1)[:, 0] < 0.5
     steps_N = piece.step + np.repeat(np.arange(first, stop) - piece.start, reader.local_batch)
     added = {
         "step": pa.array(steps_N),
@@ -171,7 +169,9 @@ def _masks(reader: Reader, keys_N: U64, epoch: int, batches: range) -> dict[str,
     plan = reader.plan
     mine = slice(reader.lanes.start * plan.lane_batch, reader.lanes.stop * plan.lane_batch)
     drawn = [
-        reader.masker.for_batch(key_of(plan.seed, STREAM_LEGACY, epoch, batch), plan.batch_size)
+        reader.masker.for_batch(
+            key_of(plan.seed, PlanStream.LEGACY_MASKS, epoch, batch), plan.batch_size
+        )
         for batch in batches
     ]
     return {name: [masks[name][mine] for masks in drawn] for name in drawn[0]}
@@ -203,7 +203,7 @@ def random_crops(
         int32 [B, 4] of left, top, right, bottom, in pixels; right and bottom exclusive.
     """
     height_B, width_B = sizes_B2[:, 0].astype(np.int64), sizes_B2[:, 1].astype(np.int64)
-    draws_BT2 = uniforms(keys_B, STREAM_CROP, 2 * CROP_TRIES + 2)
+    draws_BT2 = uniforms(keys_B, SampleStream.CROP, 2 * CROP_TRIES + 2)
     place_B2, draws_BT2 = draws_BT2[:, :2], draws_BT2[:, 2:].reshape(-1, CROP_TRIES, 2)
     area_BT = (scale[0] + (scale[1] - scale[0]) * draws_BT2[..., 0]) * (height_B * width_B)[:, None]
     low, high = np.log(ratio[0]), np.log(ratio[1])

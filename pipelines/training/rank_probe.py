@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.keyed_random import mix
+from models.keyed_random.tensors import mix
 from models.views import Views
 from pipelines.config.train import PretrainConfig
 from pipelines.config.views import ViewsConfig

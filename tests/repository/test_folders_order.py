@@ -18,6 +18,7 @@ UNLIMITED = {"pipelines"}
 # Lowest first. A folder imports its own modules and those of the folders above its line here.
 # A module named by itself stands at a place of its own.
 ORDER = [
+    "models/keyed_random",
     "models",
     "models/media/pictures",
     "models/media/video",

@@ -17,6 +17,8 @@ import pyarrow as pa
 from torch import Tensor
 
 from models.encoders.vit import VisionTransformer
+from models.keyed_random.arrays import key_of, sample_keys
+from models.keyed_random.streams import PlanStream
 from models.media.preprocessing import Preprocessing
 from pipelines.config.as_json import to_json
 from pipelines.config.train import ModelConfig, ObjectiveConfig, PretrainConfig
@@ -34,9 +36,7 @@ from pipelines.evaluation.report.figures import (
     target_picture,
 )
 from pipelines.loading.clips import ClipSampler
-from pipelines.loading.masks.blocks import key_of, sample_keys
 from pipelines.loading.masks.maskers import make_masker
-from pipelines.loading.read_tasks import STREAM_LEGACY
 
 Column = Callable[[Mapping[str, Any]], tuple[str, float | None]]
 
@@ -295,7 +295,7 @@ def _masks(subject: Subject, rows: pa.Table, pixels: Tensor) -> list[list[str]]:
         return []
     if masker.legacy:
         # Drawn for the whole batch, whose shortest lists decide how much of every mask is left.
-        key = key_of(config.run.seed, STREAM_LEGACY, 0, 0)
+        key = key_of(config.run.seed, PlanStream.LEGACY_MASKS, 0, 0)
         masks = masker.for_batch(key, config.data.batch_size)
     else:
         masks = masker.for_samples(sample_keys(ids, config.run.seed, 0))

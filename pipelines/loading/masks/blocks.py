@@ -16,93 +16,21 @@ last row and column, and over-long lists lose a random part instead of the botto
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from models.keyed_random.arrays import F64, I64, U64, bits, mix, uniforms
+from models.keyed_random.streams import LegacyBatchStream, LegacyMaskStream, SampleStream
 from pipelines.config.data import MaskConfig
 
-U64 = npt.NDArray[np.uint64]
-F64 = npt.NDArray[np.float64]
 I32 = npt.NDArray[np.int32]
-I64 = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 Shapes = tuple[tuple[tuple[int, int], ...], tuple[float, ...]]  # (height, width)s, probabilities
 
-STREAM_CROP, STREAM_FLIP, STREAM_CLIP, STREAM_MASK = (
-    1,
-    2,
-    3,
-    16,
-)  # masks use STREAM_MASK + 3 * attempt + {0, 1, 2}
 ATTEMPTS = 24  # redraws of a sample with too small a context; at 10% misses 1e-24 reach the end
 CALIBRATION_DRAWS = 2048
 MOST_MISSES = 0.1
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX1, _MIX2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-_S27, _S30, _S31 = np.uint64(27), np.uint64(30), np.uint64(31)
-
-
-def mix(x: U64) -> U64:
-    """Hashes 64-bit words: splitmix64's finaliser (Steele, Lea, Flood 2014, figure 15)."""
-    x = x + _GOLDEN
-    x ^= x >> _S30
-    x *= _MIX1
-    x ^= x >> _S27
-    x *= _MIX2
-    x ^= x >> _S31
-    return x
-
-
-def key_of(*parts: int) -> np.uint64:
-    """One 64-bit key from integers (seed, epoch, stream, ...); order matters."""
-    state = np.zeros(1, np.uint64)
-    for part in parts:
-        state = mix(state ^ np.uint64(part & 0xFFFFFFFFFFFFFFFF))
-    return np.uint64(state[0])
-
-
-def sample_keys(
-    sample_ids: Sequence[bytes] | npt.NDArray[np.generic], seed: int, epoch: int
-) -> U64:
-    """Keys that fix everything random about these samples in this epoch.
-
-    Args:
-        sample_ids: 16-byte ids: an array of itemsize 16 (`S16`, `V16`), uint8 [B, 16], or bytes.
-        seed: the run's seed.
-        epoch: the epoch.
-
-    Returns:
-        uint64 [B].
-
-    Raises:
-        ValueError: ids that are not 16 bytes long.
-    """
-    raw = sample_ids.tobytes() if isinstance(sample_ids, np.ndarray) else b"".join(sample_ids)
-    if len(raw) != 16 * len(sample_ids):
-        raise ValueError(f"sample ids must be 16 bytes each, got {len(raw)} for {len(sample_ids)}")
-    words_B2 = np.frombuffer(raw, "<u8").reshape(-1, 2).astype(np.uint64)
-    return mix(mix(words_B2[:, 0] ^ key_of(seed, epoch)) ^ words_B2[:, 1])
-
-
-def bits(keys_B: U64, stream: int, count: int) -> U64:
-    """`count` independent 64-bit words a key, uint64 [B, C]; other streams are independent."""
-    stream_keys_B = mix(keys_B ^ key_of(stream))
-    return mix(stream_keys_B[:, None] + np.arange(count, dtype=np.uint64) * _GOLDEN)
-
-
-def uniforms(keys_B: U64, stream: int, count: int) -> F64:
-    """`count` independent uniforms in [0, 1) a key, float64 [B, C]."""
-    words_BC = bits(keys_B, stream, count) >> np.uint64(11)
-    return words_BC.astype(np.float64) * 2.0**-53
-
-
-def permutation(key: np.uint64, count: int) -> I64:
-    """A random order of range(count), fixed by `key` on every numpy version."""
-    words = bits(np.array([key], np.uint64), 0, count)[0]
-    return np.argsort(words, kind="stable").astype(np.int64)
 
 
 @functools.lru_cache(maxsize=64)
@@ -212,7 +140,9 @@ def multiblock_masks(keys_B: U64, grid: int, cfg: MaskConfig) -> tuple[I32, I32]
         if attempt == ATTEMPTS:
             _force(allowed_BN, free_BN, targets, keep_K)
         done = allowed_BN.sum(1) >= keep_K
-        picked = _random_subset(keys[done], allowed_BN[done], keep_K, STREAM_MASK + 3 * attempt + 2)
+        picked = _random_subset(
+            keys[done], allowed_BN[done], keep_K, SampleStream.MASK.at(3 * attempt + 2)
+        )
         context_BK[rows[done]] = picked
         target_BMT[rows[done]] = targets[done]
         rows = rows[~done]
@@ -224,7 +154,7 @@ def multiblock_masks(keys_B: U64, grid: int, cfg: MaskConfig) -> tuple[I32, I32]
 def _draw(keys_B: U64, grid: int, cfg: MaskConfig, attempt: int) -> tuple[Bools, Bools, I64]:
     """Draws all blocks: tokens open to the context [B, N], tokens outside all targets [B, N], and
     target blocks [B, M, 4] as (top, left, height, width)."""
-    draws_BMC = uniforms(keys_B, STREAM_MASK + 3 * attempt, 3 * (cfg.num_targets + 1))
+    draws_BMC = uniforms(keys_B, SampleStream.MASK.at(3 * attempt), 3 * (cfg.num_targets + 1))
     draws_BMC = draws_BMC.reshape(len(keys_B), cfg.num_targets + 1, 3)
     target_shapes = block_shapes(grid, cfg.target_scale, cfg.target_ratio)
     context_shapes = block_shapes(grid, cfg.context_scale, (1.0, 1.0))
@@ -261,7 +191,7 @@ def _target_subsets(keys_B: U64, blocks_BM4: I64, grid: int, keep_T: int, attemp
     flat_4 = blocks_BM4.reshape(-1, 4)
     top, left, height, width = (flat_4[:, i, None] for i in range(4))
     most_P = int((height * width).max(initial=keep_T))
-    stream = STREAM_MASK + 3 * attempt + 1
+    stream = SampleStream.MASK.at(3 * attempt + 1)
     block_keys = bits(keys_B, stream, blocks).reshape(-1)
     inside = _random_subset(block_keys, np.arange(most_P) < height * width, keep_T, stream)
     ids = (top + inside // width) * grid + left + inside % width
@@ -315,11 +245,11 @@ def legacy_masks(key: np.uint64, batch: int, grid: int, cfg: MaskConfig) -> tupl
     if grid < 2:
         raise ValueError(f"--model.patch-size: legacy masks need a 2x2 grid, got {grid}x{grid}")
     size_keys = np.array([key], np.uint64)
-    r_target, r_context = uniforms(size_keys, STREAM_MASK, 2)[0]
+    r_target, r_context = uniforms(size_keys, LegacyBatchStream.SIZES, 2)[0]
     target_hw = _legacy_size(r_target, grid, cfg.target_scale, cfg.target_ratio)
     context_hw = _legacy_size(r_context, grid, cfg.context_scale, (1.0, 1.0))
-    keys_B = bits(size_keys, STREAM_MASK + 1, batch)[0]
-    corners = uniforms(keys_B, STREAM_MASK + 2, 2 * cfg.num_targets).reshape(batch, -1, 2)
+    keys_B = bits(size_keys, LegacyBatchStream.SAMPLES, batch)[0]
+    corners = uniforms(keys_B, LegacyMaskStream.TARGETS, 2 * cfg.num_targets).reshape(batch, -1, 2)
     targets_BM4 = _legacy_place(corners, grid, target_hw)
     allowed_BN = _legacy_context(keys_B, targets_BM4, context_hw, grid)
     tokens_T = np.arange(target_hw[0] * target_hw[1])
@@ -351,7 +281,7 @@ def _legacy_context(keys_B: U64, targets_BM4: I64, size_hw: tuple[int, int], gri
     allowed_BN = np.zeros((len(keys_B), grid * grid), np.bool_)
     rows = np.arange(len(keys_B))
     for attempt in range(20 * (targets_BM4.shape[1] + 1)):
-        corner = uniforms(keys_B[rows], STREAM_MASK + 3 + attempt, 2)[:, None]
+        corner = uniforms(keys_B[rows], LegacyMaskStream.CONTEXT.at(attempt), 2)[:, None]
         block_BN = cover_blocks(_legacy_place(corner, grid, size_hw), grid)
         cut = targets_BM4.shape[1] - attempt // 20
         allowed_BN[rows] = block_BN & ~cover_blocks(targets_BM4[rows, :cut], grid)

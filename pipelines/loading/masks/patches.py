@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipelines.loading.masks.blocks import I32, U64, bits
-
-STREAM_RANDOM = 401
+from models.keyed_random.arrays import U64, bits
+from models.keyed_random.streams import SampleStream
+from pipelines.loading.masks.blocks import I32
 
 
 def random_masks(keys_B: U64, count: int, keep: int) -> tuple[I32, I32]:
@@ -55,4 +55,4 @@ def disjoint_masks(
 
 def _orders(keys_B: U64, count: int) -> I32:
     """A random order of the tokens for every sample, int32 [B, N]."""
-    return np.argsort(bits(keys_B, STREAM_RANDOM, count), axis=1).astype(np.int32)
+    return np.argsort(bits(keys_B, SampleStream.PATCHES, count), axis=1).astype(np.int32)

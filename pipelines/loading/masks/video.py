@@ -19,24 +19,20 @@ from typing import Protocol
 
 import numpy as np
 
+from models.keyed_random.arrays import U64, bits, key_of, mix, uniforms
+from models.keyed_random.streams import ClipMaskStream, LegacyClipMaskStream, SampleStream
 from pipelines.config.data import VideoMaskConfig
 from pipelines.loading.masks.blocks import (
     ATTEMPTS,
     CALIBRATION_DRAWS,
     I32,
-    U64,
     Bools,
     Shapes,
-    bits,
     block_shapes,
     cover_blocks,
-    key_of,
-    mix,
     place_blocks,
-    uniforms,
 )
 
-STREAM_VIDEO_MASK = 256  # of a generator's own keys: STREAM_VIDEO_MASK + 2 * attempt + {0, 1}
 MISSES = 0.05
 """Share of first draws that may fall short of the context's length, and of the targets'."""
 
@@ -63,7 +59,7 @@ class Blocks:
 
     def hidden(self, keys_B: U64, attempt: int) -> Bools:
         """Draws the hidden tokens of every clip, [B, N]."""
-        draws_BM4 = uniforms(keys_B, STREAM_VIDEO_MASK + 2 * attempt, 4 * self.count)
+        draws_BM4 = uniforms(keys_B, ClipMaskStream.ATTEMPTS.at(2 * attempt), 4 * self.count)
         draws_BM4 = draws_BM4.reshape(-1, self.count, 4)
         blocks_BM4 = place_blocks(draws_BM4[..., :3], self.side, self.shapes)
         start_BM = (draws_BM4[..., 3] * (self.steps + 1 - self.lasts)).astype(np.int64)
@@ -87,7 +83,7 @@ class Tube:
 
     def hidden(self, keys_B: U64, attempt: int) -> Bools:
         """Draws the hidden tokens of every clip, [B, N]."""
-        draws_BP = uniforms(keys_B, STREAM_VIDEO_MASK + 2 * attempt, self.side**2)
+        draws_BP = uniforms(keys_B, ClipMaskStream.ATTEMPTS.at(2 * attempt), self.side**2)
         rank_BP = draws_BP.argsort(1).argsort(1)
         return np.tile(rank_BP < self.patches, (1, self.steps))
 
@@ -163,7 +159,7 @@ def _lengths(generator: Generator, g: int) -> tuple[int, int]:
 
 def generator_keys(keys_B: U64, g: int) -> U64:
     """Keys of generator `g`, independent of the other generators' and of the crop's."""
-    return mix(keys_B ^ key_of(STREAM_VIDEO_MASK, g))
+    return mix(keys_B ^ key_of(SampleStream.CLIP_MASK, g))
 
 
 def video_masks(keys_B: U64, steps: int, side: int, cfg: VideoMaskConfig) -> list[Masks]:
@@ -212,7 +208,7 @@ def _random_order(keys_B: U64, hidden_BN: Bools, attempt: int) -> I32:
     """Token ids in random order, all the visible before all the hidden, [B, N]."""
     count = hidden_BN.shape[1]
     low_bits = np.uint64((count - 1).bit_length())
-    order_BN = bits(keys_B, STREAM_VIDEO_MASK + 2 * attempt + 1, count)
+    order_BN = bits(keys_B, ClipMaskStream.ATTEMPTS.at(2 * attempt + 1), count)
     # From the top: hidden or not, chance, and the token's number, which the sort carries along.
     order_BN = order_BN >> np.uint64(1) >> low_bits << low_bits
     order_BN |= hidden_BN.astype(np.uint64) << np.uint64(63) | np.arange(count, dtype=np.uint64)
@@ -243,7 +239,8 @@ def legacy_video_masks(
     """
     masks = []
     for g, generator in enumerate(_legacy_generators(key, steps, side, cfg)):
-        keys_B = bits(generator_keys(np.array([key], np.uint64), g), STREAM_VIDEO_MASK, batch)[0]
+        batch_key = generator_keys(np.array([key], np.uint64), g)
+        keys_B = bits(batch_key, LegacyClipMaskStream.CLIPS, batch)[0]
         hidden_BN = _legacy_hidden(generator, keys_B)
         keep_T, keep_K = int(hidden_BN.sum(1).min()), int((~hidden_BN).sum(1).min())
         visible_first_BN = np.argsort(hidden_BN, axis=1, kind="stable")
@@ -260,7 +257,8 @@ def _legacy_generators(
         return make_generators(steps, side, cfg)
     generators: list[Generator] = []
     for g, (count, scale, lasts) in enumerate(_block_settings(steps, cfg)):
-        draw = uniforms(generator_keys(np.array([key], np.uint64), g), STREAM_VIDEO_MASK + 1, 1)
+        batch_key = generator_keys(np.array([key], np.uint64), g)
+        draw = uniforms(batch_key, LegacyClipMaskStream.ASPECT, 1)
         aspect, area = cfg.ratio[0] + (cfg.ratio[1] - cfg.ratio[0]) * draw[0, 0], scale * side**2
         height, width = (
             max(1, min(side, round((int(area) * r) ** 0.5))) for r in (aspect, 1 / aspect)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from models.keyed_random.arrays import sample_keys
 from pipelines.config.data import DataConfig
 from pipelines.config.train import (
     ModelConfig,
@@ -20,7 +21,6 @@ from pipelines.config.train import (
     RunConfig,
     WatchConfig,
 )
-from pipelines.loading.masks.blocks import sample_keys
 from pipelines.loading.masks.maskers import make_masker
 from pipelines.runs.checkpoints import load_tensors
 from pipelines.training.callbacks import DataSource, Worker

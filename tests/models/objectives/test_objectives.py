@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from models.keyed_random.arrays import sample_keys
 from models.objectives.dmjd import DMJD
 from models.objectives.mae import MAE
 from models.objectives.objective import Objective
@@ -23,7 +24,6 @@ from models.views import kept_tokens
 from pipelines.config.data import MaskConfig, VideoMaskConfig
 from pipelines.config.train import ModelConfig, ObjectiveConfig, PretrainConfig
 from pipelines.config.views import ViewsConfig
-from pipelines.loading.masks.blocks import sample_keys
 from pipelines.loading.masks.maskers import make_masker
 from pipelines.training.collapse import rankme
 

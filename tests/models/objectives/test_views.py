@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.transforms.v2 import functional as reference
 
-from models.keyed_random import bits, normals, uniforms
+from models.keyed_random.tensors import bits, normals, uniforms
 from models.views import _DRAWS, Views, kept_tokens, make_view, resize_matrix
 from pipelines.config.views import ViewsConfig
 from pipelines.loading.masks import blocks as masking

@@ -11,13 +11,14 @@ import pytest
 
 from helpers.pipelines.fake_training import change, tiny_config
 from helpers.pipelines.loading import config, write_samples
+from models.keyed_random.arrays import sample_keys
 from pipelines.config.data import MaskConfig
 from pipelines.config.jobs import EmbedConfig, EvaluateConfig
 from pipelines.evaluate import _attentive, probe
 from pipelines.evaluation.attentive_probe import attentive_probe
 from pipelines.evaluation.probe_sets import ProbeSet
 from pipelines.loading.loader import make_reader
-from pipelines.loading.masks.blocks import multiblock_masks, sample_keys
+from pipelines.loading.masks.blocks import multiblock_masks
 from pipelines.loading.plan import pieces
 from pipelines.loading.read_tasks import read_piece
 from pipelines.pretrain import _run_config

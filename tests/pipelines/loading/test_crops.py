@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from helpers.pipelines.loading import row_of, variants
+from models.keyed_random.arrays import sample_keys
 from pipelines.loading.decoding import DecodeError, decode_rows
-from pipelines.loading.masks.blocks import sample_keys
 from pipelines.loading.read_tasks import random_crops
 
 

@@ -21,6 +21,7 @@ from helpers.pipelines.loading import (
     write_samples,
 )
 from helpers.repository import ROOT
+from models.keyed_random.arrays import sample_keys
 from models.media.images import decode_image
 from pipelines.config.data import MaskConfig
 from pipelines.config.train import PretrainConfig
@@ -28,7 +29,7 @@ from pipelines.dataset.shards import hash_bytes, open_shards, read_row_group
 from pipelines.loading import loader as loading
 from pipelines.loading import read_tasks as reading
 from pipelines.loading.loader import ahead, cluster_share, make_reader, train_batches
-from pipelines.loading.masks.blocks import multiblock_masks, sample_keys
+from pipelines.loading.masks.blocks import multiblock_masks
 
 
 @pytest.fixture(scope="module")

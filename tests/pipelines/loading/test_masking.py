@@ -7,17 +7,14 @@ import time
 import numpy as np
 import pytest
 
+from models.keyed_random.arrays import key_of, permutation, sample_keys, uniforms
 from pipelines.config.data import MaskConfig
 from pipelines.loading.masks import blocks as masking
 from pipelines.loading.masks.blocks import (
     block_shapes,
-    key_of,
     legacy_masks,
     mask_lengths,
     multiblock_masks,
-    permutation,
-    sample_keys,
-    uniforms,
 )
 
 DEFAULT = MaskConfig()

@@ -10,8 +10,8 @@ import dataclasses
 import numpy as np
 import pytest
 
+from models.keyed_random.arrays import key_of, sample_keys
 from pipelines.config.data import VideoMaskConfig
-from pipelines.loading.masks.blocks import key_of, sample_keys
 from pipelines.loading.masks.maskers import ClipMasker
 from pipelines.loading.masks.video import legacy_video_masks, video_mask_lengths, video_masks
 

@@ -15,6 +15,7 @@ import torch
 from helpers.models.video_files import number_of, picture
 from helpers.pipelines.clips import FPS, LENGTHS, ROWS, segment, write_rows
 from helpers.pipelines.loading import assert_equal, global_batches
+from models.keyed_random.arrays import sample_keys
 from models.media.videos import decode_frames
 from pipelines.config.data import ClipConfig, DataConfig, MaskConfig, VideoMaskConfig
 from pipelines.config.train import ModelConfig, ObjectiveConfig, PretrainConfig
@@ -24,7 +25,6 @@ from pipelines.dataset.shards import (
 from pipelines.loading.clips import ClipSampler
 from pipelines.loading.decoding import DecodeError, decode_rows
 from pipelines.loading.loader import make_reader
-from pipelines.loading.masks.blocks import sample_keys
 from pipelines.loading.masks.video import video_masks
 
 
