@@ -41,8 +41,7 @@ from pipelines.dataset.shards import (
     write_manifest,
     write_shard,
 )
-from pipelines.ingestion.live_connection import public_name
-from pipelines.runtime.uris import is_local
+from pipelines.runtime.uris import is_local, public_name
 
 MARK = ".live"
 """A file in a set's folder from before its first shard on; locally also the lock of who publishes."""

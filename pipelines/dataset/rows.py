@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.dataset.shards import Manifest, open_shards, read_manifest, read_row_group
-from pipelines.ingestion.entries.names import composed
+from pipelines.runtime.names import composed
 
 In = TypeVar("In")
 Out = TypeVar("Out")

@@ -36,13 +36,13 @@ from pipelines.ingestion.live_connection import (
     file_identity,
     from_position,
     kind_of,
-    public_name,
 )
 from pipelines.ingestion.preparing.frames import FrameReader, TimedFrame
 from pipelines.ingestion.preparing.segments import Segment, Segmenter, rate_of
 from pipelines.ingestion.preparing.videos import segment_id, segment_row
 from pipelines.runtime.places import prepare
 from pipelines.runtime.progress import SECONDS_BETWEEN_LINES
+from pipelines.runtime.uris import public_name
 
 FOREVER_S = 1e12
 REPLAY_S = 120  # a playlist that goes back further is a new one under the same address

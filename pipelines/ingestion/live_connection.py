@@ -15,7 +15,6 @@ import stat
 import sys
 import threading
 import time
-import urllib.parse
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
@@ -27,6 +26,7 @@ import av
 from models.media.video.containers import VideoError, choose_stream, describe
 from models.media.video.video_reader import Packet, Restarts, TransportClock, stamp_of
 from pipelines.config.ingest import IngestConfig
+from pipelines.runtime.uris import public_name
 
 QUEUE_BYTES = 32 * 2**20
 DRAIN_S = 2.0
@@ -63,14 +63,6 @@ def kind_of(source: str, container_format: str = "") -> Kind:
     if stat.S_ISREG(mode):
         return "file"
     return "url" if container_format else "pipe"
-
-
-def public_name(source: str) -> str:
-    """Returns a source's address without user, password and query, which may be secrets."""
-    if "://" not in source:
-        return source
-    parts = urllib.parse.urlsplit(source)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 
 def file_identity(path: str, known: str = "") -> str:

@@ -29,8 +29,8 @@ from pipelines.dataset.shards import (
     sample_ids_array,
     write_shard,
 )
-from pipelines.ingestion.entries.names import composed
 from pipelines.ingestion.staging import STAGING, part_path, staged_schema
+from pipelines.runtime.names import composed
 
 MOST_UNUSED = 2**16  # classes without an example, before integers are taken for names
 

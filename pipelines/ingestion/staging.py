@@ -28,7 +28,6 @@ from models.media.videos import VideoError
 from pipelines.config.ingest import LABEL_COLUMN, IngestConfig
 from pipelines.dataset.shards import SCHEMAS, encode_table, hash_bytes, open_shards, put_atomic
 from pipelines.ingestion.entries.entries import Entry
-from pipelines.ingestion.entries.names import escaped
 from pipelines.ingestion.listing.sources import Chunk
 from pipelines.ingestion.preparing.frames import Loss
 from pipelines.ingestion.preparing.images import prepare_image
@@ -36,6 +35,7 @@ from pipelines.ingestion.preparing.videos import prepare_video
 from pipelines.ingestion.reading.chunks import read_chunk
 from pipelines.ingestion.reading.items import Item, Problem, Tally
 from pipelines.ingestion.reading.labels import Label
+from pipelines.runtime.names import escaped
 
 VERSION = 2  # raise it when the same input would give other rows
 # The same for sources of one kind.

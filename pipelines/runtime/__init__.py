@@ -1,1 +1,1 @@
-"""What every job needs around its own work: Ray, places and URIs, progress, errors in plain words. Imports config."""
+"""Ray, URIs, places, progress and error messages: what every command needs. Imports config."""

@@ -14,14 +14,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import fsspec
-
 from pipelines.config.places import Place, places, with_places
-from pipelines.runtime.uris import absolute_uri, is_local, open_uri
+from pipelines.runtime.uris import absolute_uri, check_protocol, is_local, open_uri
 
 C = TypeVar("C")
-PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs"}
-"""Packages of fsspec's that bring file systems, by protocol, where the name is not in fsspec itself."""
 
 
 def prepare(config: C, *, write: bool = True) -> C:
@@ -77,25 +73,11 @@ def _absolute(place: Place) -> str:
         )
     if place.field.or_name:
         return place.uri
-    protocol, separator, _ = place.uri.partition("://")
-    if separator and "::" not in place.uri:
-        _require_readable(protocol, f"{place.flag}: {place.uri}: ")
+    check_protocol(place.uri, f"{place.flag}: ")
     return absolute_uri(place.uri)
 
 
-def _require_readable(protocol: str, about: str) -> None:
-    try:
-        fsspec.get_filesystem_class(protocol)
-    except ImportError as error:
-        package = PACKAGES.get(protocol, f"fsspec's package for {protocol}")
-        raise ValueError(f"{about}to read {protocol}://, pip install {package}\n{READ}") from error
-    except ValueError as error:
-        hint = f"; write {protocol.lower()}://" if protocol.lower() in ("s3", "file") else ""
-        raise ValueError(f"{about}nothing here reads {protocol}://{hint}\n{READ}") from error
-
-
 MAKE = "Make it, or name another."
-READ = "Places are local paths, file:// or s3:// (S3 and what speaks its protocol)."
 
 
 def _require_there(place: Place) -> None:

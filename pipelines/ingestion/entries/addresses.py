@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import fsspec
-
-from pipelines.runtime.uris import split_uri
+from pipelines.runtime.uris import check_protocol, split_uri
 
 _STREAMS = ("rtsp", "rtsps", "rtmp", "rtmps", "srt", "udp", "tcp", "rtp")
 
@@ -18,9 +16,7 @@ def file_system(address: str) -> tuple[Any, str]:
         ValueError: its protocol is none that is read here.
     """
     check_address(address)
-    protocol, found, _ = address.partition("://")
-    if found and "::" not in address:
-        _check_protocol(protocol, address)
+    check_protocol(address, "--source: ")
     return split_uri(address)
 
 
@@ -45,12 +41,3 @@ def check_address(address: str) -> None:
             f"--source: {address} is a web address; download it and give the folder or file, "
             "or add --follow if it is a live stream"
         )
-
-
-def _check_protocol(protocol: str, address: str) -> None:
-    try:
-        fsspec.get_filesystem_class(protocol)
-    except (ImportError, ValueError) as error:
-        way_out = "write s3:// in lower case" if protocol.lower() == "s3" else "copy it there"
-        message = f"{protocol}:// is not read ({address}), only local paths and s3:// are"
-        raise ValueError(f"--source: {message}: {way_out}") from error

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from pipelines.ingestion.entries.entries import UNLISTED, Entry
-from pipelines.ingestion.entries.names import escaped
 from pipelines.ingestion.listing.media import Content, Modality, suffix_of, suffixes
+from pipelines.runtime.names import escaped
 
 MODALITIES: tuple[Modality, ...] = ("image", "video")
 # Beside NAME.mp4, one row a frame of it: NAME.actions.npy, NAME.states.npy.

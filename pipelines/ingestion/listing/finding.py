@@ -11,8 +11,8 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.ingestion.entries.entries import UNLISTED, Entry, entry_of, local_entry
-from pipelines.ingestion.entries.names import escaped
 from pipelines.ingestion.listing.folders import Found, walk, walk_matching
+from pipelines.runtime.names import escaped
 
 
 def find(fs: Any, root: str, out: str) -> tuple[Found, str]:

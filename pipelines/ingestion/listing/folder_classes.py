@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from pipelines.ingestion.entries.names import escaped
+from pipelines.runtime.names import escaped
 
 # Names of folders that sort files by something else than what they show.
 _SPLITS = frozenset(

@@ -15,8 +15,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.ingestion.entries.addresses import file_system, protocol_of
 from pipelines.ingestion.entries.entries import NO_FILE, Entry, entry_of, local_entry
-from pipelines.ingestion.entries.names import escaped
 from pipelines.ingestion.listing.tables import FileList, readable
+from pipelines.runtime.names import escaped
 
 Place = tuple[str, str]  # protocol, path in its file system
 File = tuple[str, str, Entry]  # name below the source, protocol, and the file

@@ -21,7 +21,6 @@ from pipelines.config.ingest import IMAGE_COLUMN, LABEL_COLUMN, IngestConfig
 from pipelines.ingestion.entries.addresses import file_system, protocol_of
 from pipelines.ingestion.entries.entries import Entry as Entry
 from pipelines.ingestion.entries.failures import raise_if_unreachable as raise_if_unreachable
-from pipelines.ingestion.entries.names import escaped
 from pipelines.ingestion.listing.choosing import (
     MODALITIES,
     SIDECARS,
@@ -40,6 +39,7 @@ from pipelines.ingestion.listing.lists import File, find_listed, metadata_labels
 from pipelines.ingestion.listing.media import Content, Modality, look_into, suffix_of
 from pipelines.ingestion.listing.parquet_listing import list_parquet, partition_label
 from pipelines.ingestion.listing.tables import LIST_SUFFIXES, FileList, read_file_list
+from pipelines.runtime.names import escaped
 
 CHUNK_ITEMS = 512
 CHUNK_BYTES = 64 * 2**20

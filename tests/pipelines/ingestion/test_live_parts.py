@@ -24,7 +24,8 @@ from pipelines.dataset.shards import read_manifest, verify_shards
 from pipelines.ingest import ingest
 from pipelines.ingestion import live as following
 from pipelines.ingestion.live import stop_on_signals
-from pipelines.ingestion.live_connection import file_identity, from_position, public_name
+from pipelines.ingestion.live_connection import file_identity, from_position
+from pipelines.runtime.uris import public_name
 
 
 def test_a_file_that_was_short_when_it_was_opened_is_the_same_later(tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ from helpers.pipelines.sources import config, write
 from pipelines.config.ingest import IngestConfig
 from pipelines.dataset.shards import read_manifest, read_rows
 from pipelines.ingest import ingest
-from pipelines.ingestion.entries.names import escaped
 from pipelines.ingestion.listing.sources import Chunk, Entry, Listing, list_source
 from pipelines.ingestion.reading.chunks import Item, read_chunk
 from pipelines.ingestion.staging import chunk_key, chunk_to_json
+from pipelines.runtime.names import escaped
 
 
 def link(path: Path, target: str | Path) -> Path:
@@ -249,10 +249,10 @@ def test_what_is_no_place_of_files_is_refused_before_it_is_asked(
     ("source", "way_out"),
     [
         ("http://host/a.tar", "download it"),
-        ("gs://bucket/x", "only local paths and s3://"),
-        ("S3://bucket/x", "write s3:// in lower case"),
+        ("gs://bucket/x", "pip install gcsfs"),
+        ("S3://bucket/x", "nothing here reads S3://; write s3://"),
         ("rtsp://camera/1", "add --follow"),
-        ("nonsense://x", "only local paths and s3://"),
+        ("nonsense://x", "nothing here reads nonsense://"),
     ],
 )
 def test_addresses_that_are_not_read_are_refused_by_name(source: str, way_out: str) -> None:
