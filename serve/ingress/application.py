@@ -15,6 +15,7 @@ from starlette.routing import Match, Route
 from serve.ingress.errors import ApiError, ErrorResponse, error_response, server_error
 from serve.ingress.gate import Gate, RequestMetrics
 from serve.ingress.intake import Intake
+from serve.ingress.json_route import JsonRoute
 from serve.ingress.settings import ApplicationSettings
 
 PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
@@ -70,6 +71,7 @@ def create_app(
         redirect_slashes=False,
         responses={"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}},
     )
+    app.router.route_class = JsonRoute
     add_routes(app)
     add_operation_routes(app, is_ready=parts.is_ready, scrape=parts.scrape)
     add_error_handlers(app)
@@ -147,28 +149,3 @@ def _methods(request: Request) -> list[str]:
     if "GET" in found:
         found |= {"HEAD"}
     return sorted(found | {"OPTIONS"}) if found else []
-
-
-def check_content_type(request: Request) -> None:
-    """Raises a 415 for anything but plain JSON."""
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type != "application/json":
-        message = f"send application/json, not {content_type or 'an unlabelled body'}"
-        raise ApiError(415, "unsupported_content_type", message)
-    if request.headers.get("content-encoding", "").strip().lower() not in ("", "identity"):
-        raise ApiError(415, "unsupported_content_encoding", "send the body uncompressed")
-
-
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """Reads a body, and stops where it gets too long: a declared length may be absent or wrong."""
-    too_long = ApiError(413, "request_too_large", f"the body has more than {max_bytes} bytes")
-    length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length) > max_bytes:
-        raise too_long
-    chunks, size = [], 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > max_bytes:
-            raise too_long
-        chunks.append(chunk)
-    return b"".join(chunks)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeVar
 
 import pydantic_core
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from starlette.requests import Request
 
 from serve.ingress.errors import ApiError
 
@@ -78,30 +79,50 @@ def read_json(text: bytes, *, what: str) -> Any:
         raise ApiError(400, "invalid_json", f"{what} is not valid JSON: {why}") from error
 
 
-def parse_body(body: bytes, kind: type[Body]) -> Body:
-    """Parses and validates a request body.
+def check_content_type(request: Request) -> None:
+    """Raises a 415 for anything but plain JSON."""
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json":
+        message = f"send application/json, not {content_type or 'an unlabelled body'}"
+        raise ApiError(415, "unsupported_content_type", message)
+    if request.headers.get("content-encoding", "").strip().lower() not in ("", "identity"):
+        raise ApiError(415, "unsupported_content_encoding", "send the body uncompressed")
+
+
+def read_object(body: bytes) -> dict[str, Any]:
+    """Reads a request body.
 
     Raises:
-        ApiError: 400 as from `read_json`, or for the first field at fault.
+        ApiError: 400 as from `read_json`, or because it is no object.
     """
     values = read_json(body, what="the body")
     if not isinstance(values, dict):
         raise ApiError(400, "invalid_type", "the body must be a JSON object")
+    return values
+
+
+def parse_body(body: bytes, kind: type[Body]) -> Body:
+    """Reads and validates a request body.
+
+    Raises:
+        ApiError: 400 as from `read_object`, or for the first field at fault.
+    """
+    values = read_object(body)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise field_error(error, values, known=kind.model_fields) from error
+        raise field_error(error.errors(), values, known=kind.model_fields) from error
 
 
-def field_error(error: ValidationError, values: Any, *, known: Iterable[str] = ()) -> ApiError:
-    """A 400 for the first field at fault.
+def field_error(errors: Iterable[Any], values: Any, *, known: Iterable[str] = ()) -> ApiError:
+    """Returns a 400 for the first field at fault.
 
     Args:
-        error: of the validation.
+        errors: of the validation, in pydantic's form.
         values: what was validated.
         known: names of the fields there are, for who misspelt one.
     """
-    problem = _first(_problems(error, values))
+    problem = _first([_problem(error, values) for error in errors])
     param = ".".join(problem.path)
     if problem.kind == "extra_forbidden":
         listed = f"; known: {', '.join(known)}" if known and len(problem.path) == 1 else ""
@@ -130,10 +151,6 @@ class _Problem:
     message: str
     branches: tuple[tuple[int, str], ...]
     check: str = ""
-
-
-def _problems(error: ValidationError, values: Any) -> list[_Problem]:
-    return [_problem(detail, values) for detail in error.errors()]
 
 
 def _problem(detail: Any, value: Any) -> _Problem:

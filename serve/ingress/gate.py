@@ -91,7 +91,7 @@ class Gate:
             await send(message)
 
         try:
-            with self._intake.watch(receive) as watched_receive:
+            with self._intake.watch(scope, receive) as watched_receive:
                 await self._answer(scope, watched_receive, watched_send)
         except ClientDisconnect:
             pass  # nobody is left to tell anything; the count says it

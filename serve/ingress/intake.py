@@ -10,7 +10,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from starlette.types import Message, Receive
+from starlette.datastructures import Headers
+from starlette.types import Message, Receive, Scope
 
 from serve.ingress.errors import ApiError, queue_full
 from serve.ingress.settings import ApplicationSettings
@@ -29,18 +30,20 @@ class Intake:
 
     def __init__(self, settings: ApplicationSettings, *, max_requests: int) -> None:
         self._timeout_s = settings.body_timeout_s
+        self._max_body_bytes = settings.max_request_bytes
         self._max_bytes = settings.max_arriving_bytes or 16 * settings.max_request_bytes
         self._max_requests = max_requests
         self.arriving_bytes = self.requests = 0
 
     @contextmanager
-    def watch(self, receive: Receive) -> Iterator[Receive]:
-        """Gives what reads the body of one request, within the limits, until the request ends.
+    def watch(self, scope: Scope, receive: Receive) -> Iterator[Receive]:
+        """Yields a function that reads the body of one request within the limits.
 
-        The function that it yields raises:
-            ApiError: 408 for a body that does not come, 429 where there is no room for it.
+        That function raises:
+            ApiError: 408 for a body that does not come, 413 for one that is too long, 429 where
+                there is no room for it.
         """
-        arrival = _Arrival(self, receive)
+        arrival = _Arrival(self, receive, Headers(scope=scope).get("content-length", ""))
         try:
             yield arrival.receive
         finally:
@@ -55,6 +58,12 @@ class Intake:
         """Raises a 429 when no place is free."""
         if self.requests >= self._max_requests:
             raise queue_full()
+
+    def check_length(self, size: int) -> None:
+        """Raises a 413 for a body of more bytes than allowed."""
+        if size > self._max_body_bytes:
+            message = f"the body has more than {self._max_body_bytes} bytes"
+            raise ApiError(413, "request_too_large", message)
 
     def grow(self, size: int) -> None:
         """Raises a 429 when so many more bytes do not fit."""
@@ -74,8 +83,9 @@ class Intake:
 class _Arrival:
     """The body of one request."""
 
-    def __init__(self, intake: Intake, receive: Receive) -> None:
+    def __init__(self, intake: Intake, receive: Receive, declared: str) -> None:
         self._intake, self._receive = intake, receive
+        self._declared_size = int(declared) if declared.isdigit() else 0
         self._started = time.monotonic()
         self._size = 0
         self._is_whole = False
@@ -84,6 +94,7 @@ class _Arrival:
         """The next ASGI message."""
         if self._is_whole:
             return await self._receive()  # only to hear that the client leaves
+        self._intake.check_length(self._declared_size)
         self._intake.check()  # shed load before reading a body
         left_s = self._intake.deadline(self._started, self._size) - time.monotonic()
         try:
@@ -99,6 +110,7 @@ class _Arrival:
         size = len(message.get("body", b""))
         self._intake.grow(size)
         self._size += size
+        self._intake.check_length(self._size)  # a declared length may be absent or wrong
         if not message.get("more_body", False):
             self._intake.check()
             self._intake.requests += 1

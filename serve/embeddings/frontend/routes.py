@@ -12,8 +12,8 @@ from serve.embeddings.frontend.service import EmbeddingService
 from serve.embeddings.schemas import EmbeddingRequest, EmbeddingResponse, Model, ModelList
 from serve.embeddings.streams.route import add_stream_route
 from serve.embeddings.streams.stream import StreamHub
-from serve.ingress.application import IngressParts, check_content_type, create_app, read_body
-from serve.ingress.bodies import describe_body
+from serve.ingress.application import IngressParts, create_app
+from serve.ingress.bodies import check_content_type, describe_body
 from serve.ingress.errors import server_error
 
 
@@ -63,7 +63,7 @@ def _add_embedding_route(app: FastAPI, service: EmbeddingService) -> None:
         service.admission.check(1)  # shed load before reading a body
         try:
             async with asyncio.timeout(settings.timeout_s):
-                body = await read_body(request, settings.max_request_bytes)
+                body = await request.body()
                 reply = await service.answer(body)
         except TimeoutError as error:
             message = f"no reply within {settings.timeout_s:g} s"

@@ -92,7 +92,7 @@ def _parse(text: str, kind: TypeAdapter[Any]) -> Any:
     try:
         return kind.validate_python(values)
     except ValidationError as error:
-        told = field_error(error, values)
+        told = field_error(error.errors(), values)
         code = "unknown_field" if told.code == "unknown_field" else "invalid_message"
         message = str(told) if told.param else f"message: {told}"
         raise ApiError(400, code, message, param=told.param) from error

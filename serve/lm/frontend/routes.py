@@ -6,12 +6,11 @@ import asyncio
 import uuid
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Body, FastAPI, Header, Response
 
-from serve.ingress.application import IngressParts, check_content_type, create_app, read_body
-from serve.ingress.bodies import Body, describe_body, parse_body
+from serve.ingress.application import IngressParts, create_app
 from serve.ingress.errors import ApiError
 from serve.lm.contract import SessionState, is_session_id
 from serve.lm.frontend.client import LMClient
@@ -25,6 +24,9 @@ from serve.lm.frontend.schemas import (
     TokenizeRequest,
 )
 from serve.lm.frontend.service import LanguageService
+
+SessionHeader = Annotated[str | None, Header()]
+"""`X-Session-ID`, for clients that cannot add a field to the body."""
 
 
 def create_lm_app(parts: IngressParts, service: LanguageService, client: LMClient) -> FastAPI:
@@ -51,32 +53,29 @@ def create_lm_app(parts: IngressParts, service: LanguageService, client: LMClien
 
 
 def _add_generation_routes(app: FastAPI, service: LanguageService, client: LMClient) -> None:
-    replies, most = Replies(client, service.settings), service.settings.max_request_bytes
+    replies = Replies(client, service.settings)
 
-    @app.post(
-        "/v1/completions", response_model=None, openapi_extra=describe_body(CompletionRequest)
-    )
-    async def create_completion(request: Request) -> Response:
+    @app.post("/v1/completions", response_model=None)
+    async def create_completion(
+        body: CompletionRequest, x_session_id: SessionHeader = None
+    ) -> Response:
         """Continues a text."""
-        body = await _parse(request, most, CompletionRequest)
-        plan = partial(service.completion, body, _session_header(request))
+        plan = partial(service.completion, body, x_session_id)
         return await replies.reply(await asyncio.to_thread(plan))
 
-    @app.post("/v1/chat/completions", response_model=None, openapi_extra=describe_body(ChatRequest))
-    async def create_chat_completion(request: Request) -> Response:
+    @app.post("/v1/chat/completions", response_model=None)
+    async def create_chat_completion(
+        body: ChatRequest, x_session_id: SessionHeader = None
+    ) -> Response:
         """Answers in a chat."""
-        body = await _parse(request, most, ChatRequest)
-        plan = partial(service.chat, body, _session_header(request))
+        plan = partial(service.chat, body, x_session_id)
         return await replies.reply(await asyncio.to_thread(plan))
 
 
 def _add_session_routes(app: FastAPI, service: LanguageService, client: LMClient) -> None:
-    most = service.settings.max_request_bytes
-
-    @app.post("/v1/sessions", status_code=201, openapi_extra=describe_body(CreateSession))
-    async def create_session(request: Request) -> Any:
+    @app.post("/v1/sessions", status_code=201)
+    async def create_session(body: CreateSession) -> Any:
         """Makes a session."""
-        body = await _parse(request, most, CreateSession)
         service.check_model(body.model)
         session_id = body.session_id or f"session-{uuid.uuid4().hex}"
         limit = service.card.capacity - 2
@@ -107,14 +106,11 @@ def _add_session_routes(app: FastAPI, service: LanguageService, client: LMClient
         await client.delete(_checked(session_id))
         return {"id": session_id, "object": "session.deleted", "deleted": True}
 
-    @app.post(
-        "/v1/sessions/{session_id}/fork",
-        status_code=201,
-        openapi_extra=describe_body(ForkSession, required=False),
-    )
-    async def fork_session(session_id: str, request: Request) -> Any:
+    @app.post("/v1/sessions/{session_id}/fork", status_code=201)
+    async def fork_session(
+        session_id: str, body: Annotated[ForkSession, Body(default_factory=ForkSession)]
+    ) -> Any:
         """Makes a second session with the same stream so far."""
-        body = await _parse_optional(request, most, ForkSession)
         new_id = body.session_id or f"session-{uuid.uuid4().hex}"
         made_by = uuid.uuid4().hex
         return _described(
@@ -133,12 +129,9 @@ def _add_session_routes(app: FastAPI, service: LanguageService, client: LMClient
 
 
 def _add_token_routes(app: FastAPI, service: LanguageService) -> None:
-    most = service.settings.max_request_bytes
-
-    @app.post("/v1/tokenize", openapi_extra=describe_body(TokenizeRequest))
-    async def tokenize(request: Request) -> Any:
+    @app.post("/v1/tokenize")
+    async def tokenize(body: TokenizeRequest) -> Any:
         """Token ids of a text or of messages."""
-        body = await _parse(request, most, TokenizeRequest)
         service.check_model(body.model)
         ids = await asyncio.to_thread(service.tokenize, body)
         reply: dict[str, Any] = {"count": len(ids), "max_model_len": None, "tokens": list(ids)}
@@ -147,10 +140,9 @@ def _add_token_routes(app: FastAPI, service: LanguageService) -> None:
             reply["token_strs"] = [token_bytes(t).decode(errors="replace") for t in ids]
         return reply
 
-    @app.post("/v1/detokenize", openapi_extra=describe_body(DetokenizeRequest))
-    async def detokenize(request: Request) -> Any:
+    @app.post("/v1/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> Any:
         """The text of token ids."""
-        body = await _parse(request, most, DetokenizeRequest)
         service.check_model(body.model)
         service.check_tokens(body.tokens, "tokens")
         return {"prompt": await asyncio.to_thread(service.tokenizer.decode, body.tokens)}
@@ -184,25 +176,6 @@ def _add_model_routes(app: FastAPI, service: LanguageService) -> None:
         """Describes one model."""
         service.check_model(name)
         return model()
-
-
-async def _parse(request: Request, max_bytes: int, kind: type[Body]) -> Body:
-    check_content_type(request)
-    body = await read_body(request, max_bytes)
-    return parse_body(body, kind)
-
-
-async def _parse_optional(request: Request, max_bytes: int, kind: type[Body]) -> Body:
-    """A body that may be left out."""
-    body = await read_body(request, max_bytes)
-    if not body:
-        return kind()
-    check_content_type(request)
-    return parse_body(body, kind)
-
-
-def _session_header(request: Request) -> str | None:
-    return request.headers.get("x-session-id")
 
 
 def _checked(session_id: str) -> str:
