@@ -1,7 +1,7 @@
 """Random numbers as a function of keys, on the keys' device: no generator, no state, no host sync.
 
 A key is 64 bits held in an int64. The hash is splitmix64's finaliser over key + counter, the same
-as the loader's (`pipelines.loading.masks.blocks`), so a sample's numbers do not depend on which batch, process or
+as the loader's (`pipelines.loading.masks.multiblock`), so a sample's numbers do not depend on which batch, process or
 kind of device computes them.
 
 Shape legend: B keys, C numbers a key.

@@ -15,9 +15,9 @@ import numpy as np
 from models.keyed_random.arrays import U64
 from pipelines.config.data import MaskConfig, VideoMaskConfig
 from pipelines.config.train import PretrainConfig
-from pipelines.loading.masks.blocks import I32, legacy_masks, mask_lengths, multiblock_masks
+from pipelines.loading.masks.multiblock import I32, legacy_masks, mask_lengths, multiblock_masks
 from pipelines.loading.masks.patches import disjoint_masks, random_masks
-from pipelines.loading.masks.video import legacy_video_masks, video_mask_lengths, video_masks
+from pipelines.loading.masks.spacetime import legacy_video_masks, video_mask_lengths, video_masks
 
 MASK_NAMES = ("context_ids", "target_ids")
 Masks = dict[str, I32]

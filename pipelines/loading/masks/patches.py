@@ -1,4 +1,4 @@
-"""Masks of single patches, as pure functions of the samples' keys (`pipelines.loading.masks.blocks`); numpy only.
+"""Masks of single patches, as pure functions of the samples' keys (`pipelines.loading.masks.multiblock`); numpy only.
 
 Shape suffixes: B samples, N tokens of an image, C contexts an image, K context tokens, T target
 tokens of a context.
@@ -10,7 +10,7 @@ import numpy as np
 
 from models.keyed_random.arrays import U64, bits
 from models.keyed_random.streams import SampleStream
-from pipelines.loading.masks.blocks import I32
+from pipelines.loading.masks.multiblock import I32
 
 
 def random_masks(keys_B: U64, count: int, keep: int) -> tuple[I32, I32]:

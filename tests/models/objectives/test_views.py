@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as reference
 from models.keyed_random.tensors import bits, normals, uniforms
 from models.views import _DRAWS, Views, kept_tokens, make_view, resize_matrix
 from pipelines.config.views import ViewsConfig
-from pipelines.loading.masks import blocks as masking
+from pipelines.loading.masks import multiblock as masking
 
 PLAIN = {"global_scale": (1.0, 1.0), "ratio": (1.0, 1.0), "flip": 0.0, "colour": 0.0, "grey": 0.0}
 

@@ -18,7 +18,7 @@ from pipelines.evaluate import _attentive, probe
 from pipelines.evaluation.attentive_probe import attentive_probe
 from pipelines.evaluation.probe_sets import ProbeSet
 from pipelines.loading.loader import make_reader
-from pipelines.loading.masks.blocks import multiblock_masks
+from pipelines.loading.masks.multiblock import multiblock_masks
 from pipelines.loading.plan import pieces
 from pipelines.loading.read_tasks import read_piece
 from pipelines.pretrain import _run_config

@@ -29,7 +29,7 @@ from pipelines.dataset.shards import hash_bytes, open_shards, read_row_group
 from pipelines.loading import loader as loading
 from pipelines.loading import read_tasks as reading
 from pipelines.loading.loader import ahead, cluster_share, make_reader, train_batches
-from pipelines.loading.masks.blocks import multiblock_masks
+from pipelines.loading.masks.multiblock import multiblock_masks
 
 
 @pytest.fixture(scope="module")

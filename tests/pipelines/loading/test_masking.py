@@ -9,8 +9,8 @@ import pytest
 
 from models.keyed_random.arrays import key_of, permutation, sample_keys, uniforms
 from pipelines.config.data import MaskConfig
-from pipelines.loading.masks import blocks as masking
-from pipelines.loading.masks.blocks import (
+from pipelines.loading.masks import multiblock as masking
+from pipelines.loading.masks.multiblock import (
     block_shapes,
     legacy_masks,
     mask_lengths,

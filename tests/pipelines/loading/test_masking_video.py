@@ -13,7 +13,7 @@ import pytest
 from models.keyed_random.arrays import key_of, sample_keys
 from pipelines.config.data import VideoMaskConfig
 from pipelines.loading.masks.maskers import ClipMasker
-from pipelines.loading.masks.video import legacy_video_masks, video_mask_lengths, video_masks
+from pipelines.loading.masks.spacetime import legacy_video_masks, video_mask_lengths, video_masks
 
 DEFAULT = VideoMaskConfig()
 LEGACY = VideoMaskConfig(truncate="legacy")

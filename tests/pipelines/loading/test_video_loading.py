@@ -25,7 +25,7 @@ from pipelines.dataset.shards import (
 from pipelines.loading.clips import ClipSampler
 from pipelines.loading.decoding import DecodeError, decode_rows
 from pipelines.loading.loader import make_reader
-from pipelines.loading.masks.video import video_masks
+from pipelines.loading.masks.spacetime import video_masks
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """V-JEPA's masks of clips as a pure function of (seed, epoch, sample id); numpy only.
 
 Every generator draws some blocks, hides their union and leaves the rest as context; the random
-numbers and the block shapes are those of `pipelines.loading.masks.blocks`. Tokens are numbered time first, then
+numbers and the block shapes are those of `pipelines.loading.masks.multiblock`. Tokens are numbered time first, then
 row, then column.
 
 Shape suffixes: B clips, M blocks of a generator, K kept context tokens, T kept target tokens,
@@ -22,7 +22,7 @@ import numpy as np
 from models.keyed_random.arrays import U64, bits, key_of, mix, uniforms
 from models.keyed_random.streams import ClipMaskStream, LegacyClipMaskStream, SampleStream
 from pipelines.config.data import VideoMaskConfig
-from pipelines.loading.masks.blocks import (
+from pipelines.loading.masks.multiblock import (
     ATTEMPTS,
     CALIBRATION_DRAWS,
     I32,
