@@ -41,9 +41,9 @@ from pipelines.config.train import PretrainConfig
 from pipelines.evaluation.features import preprocessing_of
 from pipelines.evaluation.probes import knn_accuracy, linear_probe
 from pipelines.fetch import sample_folder
+from pipelines.loading.crops import random_crops
 from pipelines.loading.decoding import decode_rows
 from pipelines.loading.masks.maskers import make_masker
-from pipelines.loading.read_tasks import random_crops
 from pipelines.recipes.registry import RECIPES
 from pipelines.runs.checkpoints import load_encoder
 from pipelines.training.callbacks import DataSource, Worker

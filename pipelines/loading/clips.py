@@ -34,7 +34,7 @@ class ClipSampler:
         Args:
             num_frames_B: frames of the segments.
             fps_B: their rates, a second.
-            keys_B: `masking.sample_keys`.
+            keys_B: `keyed_random.arrays.sample_keys`.
 
         Returns:
             int32 [B, T], numbers of frames, ascending.

@@ -17,13 +17,9 @@ import contextlib
 import functools
 import logging
 import math
-import queue
-import threading
-import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,40 +29,15 @@ from models.keyed_random.arrays import sample_keys
 from pipelines.config.train import PretrainConfig
 from pipelines.dataset.shards import Manifest, read_manifest
 from pipelines.loading.clips import training_sampler
+from pipelines.loading.cpu_share import Share, StarvationWatch, cluster_share
 from pipelines.loading.decoding import DecodeError, decode_rows
 from pipelines.loading.masks.maskers import MASK_NAMES, Masker, make_masker
 from pipelines.loading.plan import Piece, make_plan, pieces, rank_lanes
+from pipelines.loading.prefetch import prefetch
 from pipelines.loading.read_tasks import BLOCK_BYTES, Reader, read_pieces
-from pipelines.runtime.cluster import start_ray
-
-T = TypeVar("T")
 
 SEGMENT_PIECES = 512
 """Read tasks in one Ray dataset; many epochs fit, so that no epoch waits for an execution to start."""
-STARVED_SECONDS = 60.0
-"""Without a first batch and without a free CPU for this long, loading gives up."""
-WATCH_SECONDS = 5.0
-"""How often it looks for a free CPU while the first batch is awaited."""
-CLOSE_SECONDS = 10.0
-"""How long a loader that is closed waits for its thread, which Ray may keep."""
-LEAST_CPUS = 0.05  # a smaller share of a CPU a rank is taken for a mistake
-
-
-class StarvedError(RuntimeError):
-    """Ray Data has no CPU to run on."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Share:
-    """What one rank's dataset may use of the cluster."""
-
-    cpus: float
-    """All its tasks together."""
-    read_cpus: float
-    """One read task."""
-    decode_cpus: float
-    """One decode task; 0 when the trainer decodes."""
-    object_store_bytes: float
 
 
 def train_batches(
@@ -112,8 +83,7 @@ def train_batches(
     threads = cfg.data.decode_threads
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         source = _batches(cfg, reader, todo, share, pool)
-        watch = functools.partial(_check_starved, share, _Clock())
-        yield from ahead(source, cfg.data.prefetch_batches, watch)
+        yield from prefetch(source, cfg.data.prefetch_batches, StarvationWatch(share))
 
 
 def make_reader(cfg: PretrainConfig, rank: int, world_size: int) -> Reader:
@@ -152,69 +122,6 @@ def _pixel_shape(cfg: PretrainConfig) -> tuple[int, ...]:
     """Of one sample: [C, H, W], or [C, T, H, W] of clips."""
     side = cfg.model.image_size
     return (3, side, side) if cfg.modality == "image" else (3, cfg.model.frames, side, side)
-
-
-def cluster_share(cfg: PretrainConfig, world_size: int) -> Share:
-    """An equal share of the CPUs that the train workers leave, so that no rank starves another.
-
-    A rank that waits for a CPU which another rank's paused task holds, while that other rank waits
-    for it in a collective, would wait for ever; with shares that add up to the cluster it cannot.
-
-    Raises:
-        StarvedError: the train workers leave no CPU.
-    """
-    import ray
-
-    start_ray()
-    context: Any = ray.get_runtime_context()
-    in_worker = context.worker.mode == ray.WORKER_MODE
-    assigned = context.get_assigned_resources().get("CPU", 0.0) if in_worker else 0.0
-    total = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    free = total.get("CPU", 0.0) - world_size * assigned
-    if free < LEAST_CPUS * world_size:
-        raise StarvedError(_starved_message(f"{free:g} of {total.get('CPU', 0):g} CPUs are left"))
-    cpus = free / world_size
-    in_data = cfg.data.decode_in == "data"
-    read_cpus = min(0.5, cpus / 4) if in_data else min(1.0, cpus)
-    return Share(
-        cpus=cpus,
-        read_cpus=_floor_cpus(read_cpus),
-        decode_cpus=_floor_cpus(min(1.0, cpus - read_cpus)) if in_data else 0.0,
-        object_store_bytes=0.5 * total.get("object_store_memory", 0.0) / world_size,
-    )
-
-
-def _floor_cpus(cpus: float) -> float:
-    return int(cpus * 1000) / 1000  # Ray counts in ten-thousandths
-
-
-def _starved_message(what: str) -> str:
-    return (
-        f"no CPU for Ray Data to read with: {what} beside the train workers; lower "
-        "--run.cpus-per-worker (or --run.workers), or give Ray more CPUs"
-    )
-
-
-class _Clock:
-    """Remembers since when no CPU has been free."""
-
-    def __init__(self) -> None:
-        self.since = time.monotonic()
-
-
-def _check_starved(share: Share, clock: _Clock) -> None:
-    """Called while the first batch is awaited.
-
-    Raises:
-        StarvedError: for STARVED_SECONDS there has been no CPU to run a read task on.
-    """
-    import ray
-
-    free = ray.available_resources().get("CPU", 0.0)  # type: ignore[no-untyped-call]
-    if free >= share.read_cpus:
-        clock.since = time.monotonic()
-    elif time.monotonic() - clock.since > STARVED_SECONDS:
-        raise StarvedError(_starved_message(f"{free:g} CPUs have been free for a minute"))
 
 
 def _batches(
@@ -336,60 +243,3 @@ def _ids(table: pa.Table, name: str, masker: Masker) -> torch.Tensor:
     ids = torch.from_numpy(_numbers(table, name).astype(np.int64))
     lists = (masker.lists[name],) if name in masker.lists else ()
     return ids.reshape(table.num_rows, *lists, -1)
-
-
-def ahead(source: Generator[T], depth: int, watch: Callable[[], None]) -> Iterator[T]:
-    """Runs `source` in a thread of its own, at most `depth` items ahead.
-
-    Args:
-        source: what to run; closed in its thread when the consumer stops.
-        depth: items kept ready.
-        watch: called every `WATCH_SECONDS` while the first item is awaited; may raise.
-
-    Raises:
-        Whatever `source` raises, where it would have yielded.
-    """
-    items: queue.Queue[Any] = queue.Queue(depth)
-    stop, end = threading.Event(), object()
-
-    def put(item: Any) -> None:
-        while not stop.is_set():
-            with contextlib.suppress(queue.Full):
-                return items.put(item, timeout=0.1)
-
-    def run() -> None:
-        try:
-            with contextlib.closing(source):
-                for item in source:
-                    put(item)
-                    if stop.is_set():
-                        return
-            put(end)
-        except BaseException as error:  # crosses to the consumer, which raises it
-            put(_Failure(error))
-
-    thread = threading.Thread(target=run, name="loader", daemon=True)
-    thread.start()
-    try:
-        item = _first(items, watch)
-        while item is not end:
-            if isinstance(item, _Failure):
-                raise item.error
-            yield item
-            item = items.get()
-    finally:
-        stop.set()
-        thread.join(timeout=CLOSE_SECONDS)
-
-
-@dataclass(frozen=True)
-class _Failure:
-    error: BaseException
-
-
-def _first(items: queue.Queue[Any], watch: Callable[[], None]) -> Any:
-    while True:
-        try:
-            return items.get(timeout=WATCH_SECONDS)
-        except queue.Empty:
-            watch()

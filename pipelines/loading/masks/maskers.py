@@ -41,7 +41,7 @@ class Masker(Protocol):
         """Raises a ValueError that names the flag if no mask can be drawn."""
 
     def for_samples(self, keys_B: U64) -> Masks:
-        """Masks fixed by `masking.sample_keys`."""
+        """Masks fixed by `keyed_random.arrays.sample_keys`."""
 
     def for_batch(self, key: np.uint64, batch: int) -> Masks:
         """The original collator's masks of a whole global batch."""
@@ -71,7 +71,7 @@ class ImageMasker:
             mask_lengths(self.grid, self.cfg)
 
     def for_samples(self, keys_B: U64) -> Masks:
-        """Masks fixed by `masking.sample_keys`."""
+        """Masks fixed by `keyed_random.arrays.sample_keys`."""
         context_BK, target_BMT = multiblock_masks(keys_B, self.grid, self.cfg)
         return {"context_ids": context_BK, "target_ids": target_BMT}
 
@@ -103,7 +103,7 @@ class ClipMasker:
             video_mask_lengths(self.steps, self.grid, self.cfg)
 
     def for_samples(self, keys_B: U64) -> Masks:
-        """Masks fixed by `masking.sample_keys`."""
+        """Masks fixed by `keyed_random.arrays.sample_keys`."""
         return _by_generator(video_masks(keys_B, self.steps, self.grid, self.cfg))
 
     def for_batch(self, key: np.uint64, batch: int) -> Masks:
@@ -145,7 +145,7 @@ class RandomMasker(_BySample):
             raise ValueError(f"--mask.hidden: leaves {self.keep} of {self.count} patches visible")
 
     def for_samples(self, keys_B: U64) -> Masks:
-        """Masks fixed by `masking.sample_keys`."""
+        """Masks fixed by `keyed_random.arrays.sample_keys`."""
         context_BK, target_BT = random_masks(keys_B, self.count, self.keep)
         return {"context_ids": context_BK, "target_ids": target_BT[:, None]}
 
@@ -178,7 +178,7 @@ class DisjointMasker(_BySample):
             )
 
     def for_samples(self, keys_B: U64) -> Masks:
-        """Masks fixed by `masking.sample_keys`."""
+        """Masks fixed by `keyed_random.arrays.sample_keys`."""
         masks = disjoint_masks(keys_B, self.count, self.contexts, self.keep)
         return dict(zip(MASK_NAMES, masks, strict=True))
 

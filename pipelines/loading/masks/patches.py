@@ -17,7 +17,7 @@ def random_masks(keys_B: U64, count: int, keep: int) -> tuple[I32, I32]:
     """Hides all but `keep` random tokens (He et al. 2022, arXiv 2111.06377, section 3).
 
     Args:
-        keys_B: `masking.sample_keys`.
+        keys_B: `keyed_random.arrays.sample_keys`.
         count: N.
         keep: K.
 
@@ -35,7 +35,7 @@ def disjoint_masks(
     2023, arXiv 2301.00230, section 3.2).
 
     Args:
-        keys_B: `masking.sample_keys`.
+        keys_B: `keyed_random.arrays.sample_keys`.
         count: N; what C does not divide is nobody's target.
         contexts: C.
         keep: K; None for all N - T.

@@ -170,7 +170,7 @@ def video_masks(keys_B: U64, steps: int, side: int, cfg: VideoMaskConfig) -> lis
     other list fill up what is missing.
 
     Args:
-        keys_B: `masking.sample_keys`.
+        keys_B: `keyed_random.arrays.sample_keys`.
         steps: time steps of the token grid.
         side: patches on a side.
         cfg: the mask settings; `truncate` must be `random`.

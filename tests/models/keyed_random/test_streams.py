@@ -11,9 +11,9 @@ from models.keyed_random import arrays, streams, tensors
 from models.keyed_random.streams import SampleStream, Stream
 from pipelines.config.data import ClipConfig, MaskConfig, VideoMaskConfig
 from pipelines.loading.clips import ClipSampler
+from pipelines.loading.crops import random_crops
 from pipelines.loading.masks.maskers import ClipMasker, DisjointMasker, ImageMasker, RandomMasker
 from pipelines.loading.masks.multiblock import ATTEMPTS
-from pipelines.loading.read_tasks import random_crops
 
 KEY_SPACES = [space for space in vars(streams).values() if isinstance(space, type)]
 KEY_SPACES = [space for space in KEY_SPACES if issubclass(space, Stream) and space is not Stream]

@@ -28,8 +28,10 @@ from pipelines.config.train import PretrainConfig
 from pipelines.dataset.shards import hash_bytes, open_shards, read_row_group
 from pipelines.loading import loader as loading
 from pipelines.loading import read_tasks as reading
-from pipelines.loading.loader import ahead, cluster_share, make_reader, train_batches
+from pipelines.loading.cpu_share import cluster_share
+from pipelines.loading.loader import make_reader, train_batches
 from pipelines.loading.masks.multiblock import multiblock_masks
+from pipelines.loading.prefetch import prefetch
 
 
 @pytest.fixture(scope="module")
@@ -249,21 +251,21 @@ def test_workers_that_leave_a_quarter_cpu(alone: list[dict], data: str) -> None:
     assert_equal(found, alone)
 
 
-# --- running ahead
+# --- prefetching
 
 
-def test_ahead_passes_items_and_errors_on() -> None:
+def test_prefetch_passes_items_and_errors_on() -> None:
     def source() -> Iterator[int]:
         yield from range(3)
         raise KeyError("boom")
 
-    items = ahead(source(), 2, lambda: None)
+    items = prefetch(source(), 2, lambda: None)
     assert [next(items) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(KeyError, match="boom"):
         next(items)
 
 
-def test_ahead_stops_its_source_when_closed() -> None:
+def test_prefetch_stops_its_source_when_closed() -> None:
     closed = []
 
     def source() -> Iterator[int]:
@@ -273,7 +275,7 @@ def test_ahead_stops_its_source_when_closed() -> None:
         finally:
             closed.append(True)
 
-    items = ahead(source(), 2, lambda: None)
+    items = prefetch(source(), 2, lambda: None)
     next(items)
     items.close()
     assert closed == [True]

@@ -11,9 +11,10 @@ from helpers.pipelines.loading import config, encode, picture, row_of, write_row
 from pipelines.config.data import MaskConfig
 from pipelines.config.train import PretrainConfig
 from pipelines.dataset.shards import read_manifest
-from pipelines.loading import loader as loading
+from pipelines.loading import cpu_share, prefetch
+from pipelines.loading.cpu_share import StarvedError
 from pipelines.loading.decoding import DecodeError
-from pipelines.loading.loader import StarvedError, train_batches
+from pipelines.loading.loader import train_batches
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +50,9 @@ def test_cpus_taken_by_others_fail_soon(
 
     hog = Hog.remote()
     ray.get(hog.hold.remote())
-    monkeypatch.setattr(loading, "STARVED_SECONDS", 1.0)
-    monkeypatch.setattr(loading, "WATCH_SECONDS", 0.1)
-    monkeypatch.setattr(loading, "CLOSE_SECONDS", 0.1)
+    monkeypatch.setattr(cpu_share, "STARVED_SECONDS", 1.0)
+    monkeypatch.setattr(prefetch, "WATCH_SECONDS", 0.1)
+    monkeypatch.setattr(prefetch, "CLOSE_SECONDS", 0.1)
     batches = train_batches(config(data), rank=0, world_size=1, start_step=0, end_step=4)
     try:
         with pytest.raises(StarvedError, match=r"--run\.cpus-per-worker"):
