@@ -46,6 +46,7 @@ from pipelines.evaluation.probe_sets import (
     probe_set,
 )
 from pipelines.evaluation.probes import few_shot, knn_accuracy, linear_probe, task_of
+from pipelines.evaluation.ranks import rankme
 from pipelines.evaluation.report.comparison import comparison_table, read_compared
 from pipelines.evaluation.report.page import NAMES, Subject, main_score, write_report
 from pipelines.evaluation.state_labels import Bins, find_column, state_reader
@@ -56,7 +57,6 @@ from pipelines.runs.checkpoints import CheckpointError, load_encoder
 from pipelines.runtime.errors import run_command
 from pipelines.runtime.places import prepare
 from pipelines.runtime.uris import open_uri
-from pipelines.training.collapse import rankme
 
 RANKME_ROWS = 10_000
 PACKAGES = ("torch", "timm", "numpy", "pyarrow")

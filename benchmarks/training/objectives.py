@@ -40,6 +40,7 @@ from models.media.preprocessing import normalize
 from pipelines.config.train import PretrainConfig
 from pipelines.evaluation.features import preprocessing_of
 from pipelines.evaluation.probes import knn_accuracy, linear_probe
+from pipelines.evaluation.ranks import rankme
 from pipelines.fetch import sample_folder
 from pipelines.loading.crops import random_crops
 from pipelines.loading.decoding import decode_rows
@@ -47,7 +48,6 @@ from pipelines.loading.masks.maskers import make_masker
 from pipelines.recipes.registry import RECIPES
 from pipelines.runs.checkpoints import load_encoder
 from pipelines.training.callbacks import DataSource, Worker
-from pipelines.training.collapse import rankme
 from pipelines.training.state import new_state
 from pipelines.training.trainer import Outcome, train
 

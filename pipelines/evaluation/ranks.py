@@ -1,11 +1,14 @@
-"""LiDAR: how many directions tell samples apart, against how much views of one sample scatter.
+"""RankMe and LiDAR: how many directions the features of an encoder use.
 
-Thilak et al. 2023 (arXiv 2312.04000): the rank of linear discriminant analysis whose classes are the
-samples and whose members are augmented views of each. Unlike RankMe it does not count directions in
-which views of one sample differ as much as samples do.
+RankMe (Garrido et al. 2023, arXiv 2210.02885) is the exponential of the entropy of the normalised
+singular values of a feature matrix. LiDAR (Thilak et al. 2023, arXiv 2312.04000) is the same of the
+eigenvalues of linear discriminant analysis whose classes are the samples and whose members are
+augmented views of each. Unlike RankMe it does not count directions in which the views of one sample
+differ as much as the samples do.
 
-A departure: the mean of Q views scatters by W/Q itself, which puts 1/Q under every eigenvalue and, with the few
-views that are cheap enough to read often, drowns the rest. Here that share is taken out again.
+We depart from the LiDAR paper in one point. The mean of Q views scatters by W/Q itself, which adds
+1/Q to every eigenvalue. With the few views that are cheap enough to read often, that drowns the
+rest, so we subtract that share.
 
 Shape suffixes: N samples, Q views of each, D feature width.
 """
@@ -14,8 +17,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-from pipelines.training.collapse import effective_rank
 
 DELTA = 1e-4
 """Added to the diagonal of the scatter within samples."""
@@ -59,3 +60,32 @@ def lidar(features_NQD: Tensor, *, delta: float = DELTA) -> float:
     half_DD = torch.linalg.solve_triangular(L_DD, B_DD, upper=False)
     whole_DD = torch.linalg.solve_triangular(L_DD, half_DD.T, upper=False)
     return effective_rank(torch.linalg.eigvalsh(whole_DD).clamp(min=0))
+
+
+RANKME_EPS = 1e-7
+
+
+def rankme(features_ND: Tensor, *, centred: bool = False) -> float:
+    """Effective rank of a feature matrix: exp of the entropy of its normalised singular values.
+
+    Args:
+        features_ND: [N, D] features; the value cannot exceed min(N, D).
+        centred: Subtract the mean row first. The paper does not; a large common mean then hides
+            (as one dominant direction) whatever the rest does.
+
+    Returns:
+        Between 1 (a single direction) and D.
+    """
+    features = torch.as_tensor(features_ND).double()
+    if centred:
+        features = features - features.mean(dim=0)
+    return effective_rank(torch.linalg.svdvals(features))
+
+
+def effective_rank(values: Tensor) -> float:
+    """Exp of the entropy of `values` (none negative) normalised to sum to 1 (arXiv 2210.02885)."""
+    total = values.sum()
+    if not total > 0:  # nothing there (or NaN): no direction at all counts as one
+        return float("nan") if torch.isnan(total) else 1.0
+    p = values / total + RANKME_EPS
+    return float(torch.exp(-(p * torch.log(p)).sum()))

@@ -27,9 +27,9 @@ from pipelines.runs.run_checkpoints import (
     survey,
     unusable,
 )
+from pipelines.runs.run_folder import METRICS
 from pipelines.runtime.uris import is_local, join_uri, open_uri
 
-METRICS = "metrics.jsonl"
 WAY_ON = (
     f"Go on with --run.resume-from {NEWEST_WHOLE} (or the name of a whole one), or start a new run "
     "with another --run.name."

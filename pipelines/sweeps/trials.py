@@ -60,7 +60,7 @@ def _ranks(metrics: Mapping[str, float]) -> Reading:
 
 def readings(cfg: PretrainConfig) -> list[Reading]:
     """What a run has reported so far, from its metrics.jsonl."""
-    from pipelines.training.loggers import METRICS, read_metrics
+    from pipelines.runs.run_folder import METRICS, read_metrics
 
     with local_copy(join_uri(cfg.run.storage, cfg.run.name), METRICS) as folder:
         rows = read_metrics(folder / METRICS)

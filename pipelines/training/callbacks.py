@@ -17,7 +17,8 @@ from torch import Tensor
 from pipelines.config.as_json import to_json
 from pipelines.config.train import PretrainConfig
 from pipelines.runs.checkpoint_files import CheckpointState, report_of, save_checkpoint
-from pipelines.runtime.uris import RunFolder, join_uri
+from pipelines.runs.run_folder import RunFolder
+from pipelines.runtime.uris import join_uri
 from pipelines.training.loggers import MetricsLog, SampleLog, StepTimer, progress_line, speed
 from pipelines.training.online_probe import OnlineProbe, build_probe
 from pipelines.training.optimizers import averaged, read_hyperparameters

@@ -17,34 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipelines.config.train import WatchConfig
-
-RANKME_EPS = 1e-7
-
-
-def rankme(features_ND: Tensor, *, centred: bool = False) -> float:
-    """Effective rank of a feature matrix: exp of the entropy of its normalised singular values.
-
-    Args:
-        features_ND: [N, D] features; the value cannot exceed min(N, D).
-        centred: Subtract the mean row first. The paper does not; a large common mean then hides
-            (as one dominant direction) whatever the rest does.
-
-    Returns:
-        Between 1 (a single direction) and D.
-    """
-    features = torch.as_tensor(features_ND).double()
-    if centred:
-        features = features - features.mean(dim=0)
-    return effective_rank(torch.linalg.svdvals(features))
-
-
-def effective_rank(values: Tensor) -> float:
-    """Exp of the entropy of `values` (none negative) normalised to sum to 1 (arXiv 2210.02885)."""
-    total = values.sum()
-    if not total > 0:  # nothing there (or NaN): no direction at all counts as one
-        return float("nan") if torch.isnan(total) else 1.0
-    p = values / total + RANKME_EPS
-    return float(torch.exp(-(p * torch.log(p)).sum()))
+from pipelines.evaluation.ranks import effective_rank
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:

@@ -14,26 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipelines.runtime.uris import RunFolder
+from pipelines.runs.run_folder import METRICS, RunFolder, read_metrics
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-METRICS = "metrics.jsonl"
 PHASES = ("data", "forward", "backward", "optimizer")
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Reads metrics.jsonl; a last line cut short by a kill is left out."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = []
-    for number, line in enumerate(lines):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            if number != len(lines) - 1:
-                raise
-    return rows
 
 
 class MetricsLog:

@@ -19,9 +19,8 @@ from models.keyed_random.tensors import mix
 from models.views import Views
 from pipelines.config.train import PretrainConfig
 from pipelines.config.views import ViewsConfig
-from pipelines.evaluation.ranks import lidar
+from pipelines.evaluation.ranks import lidar, rankme
 from pipelines.loading.clips import training_sampler
-from pipelines.training.collapse import rankme
 
 RANKME_ROWS, RANKME_CLIPS = 2048, 512
 """Held in memory, decoded: 512 clips of 16 frames of 224 pixels are 1.2 GB."""

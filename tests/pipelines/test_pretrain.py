@@ -29,9 +29,9 @@ from pipelines.pretrain import LinePrinter, _progress, main, pretrain
 from pipelines.recipes.images import debug
 from pipelines.recipes.registry import RECIPES
 from pipelines.runs.checkpoints import CheckpointError, load_encoder, load_tensors
+from pipelines.runs.run_folder import read_metrics
 from pipelines.runtime.cluster import check_fits
 from pipelines.training.callbacks import DataSource, Worker
-from pipelines.training.loggers import read_metrics
 from pipelines.training.trainer import _say_into, train
 
 STEPS = 48  # three epochs of 512 images

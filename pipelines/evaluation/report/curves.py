@@ -9,8 +9,8 @@ from typing import Any
 from markupsafe import Markup
 
 from pipelines.evaluation.report.figures import line_chart
+from pipelines.runs.run_folder import METRICS, read_metrics
 from pipelines.runtime.uris import local_copy, open_uri
-from pipelines.training.loggers import METRICS, read_metrics
 
 Curve = tuple[str, str, float, str]
 """Name in metrics.jsonl, title, factor, note."""

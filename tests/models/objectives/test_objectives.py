@@ -24,8 +24,8 @@ from models.views import kept_tokens
 from pipelines.config.data import MaskConfig, VideoMaskConfig
 from pipelines.config.train import ModelConfig, ObjectiveConfig, PretrainConfig
 from pipelines.config.views import ViewsConfig
+from pipelines.evaluation.ranks import rankme
 from pipelines.loading.masks.maskers import make_masker
-from pipelines.training.collapse import rankme
 
 CIFAR = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
 

@@ -20,9 +20,8 @@ from pipelines.config.data import DataConfig
 from pipelines.config.train import ModelConfig, PretrainConfig
 from pipelines.dataset.rows import load_samples
 from pipelines.evaluation.features import extract_features
-from pipelines.evaluation.ranks import lidar
+from pipelines.evaluation.ranks import lidar, rankme
 from pipelines.training.callbacks import Worker
-from pipelines.training.collapse import rankme
 from pipelines.training.rank_probe import RankProbe
 from pipelines.training.trainer import train
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from pipelines.config.train import WatchConfig
-from pipelines.training.collapse import CollapseWatch, MeanMeter, rankme
+from pipelines.evaluation.ranks import rankme
+from pipelines.training.collapse import CollapseWatch, MeanMeter
 
 CPU = torch.device("cpu")
 

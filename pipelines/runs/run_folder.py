@@ -1,0 +1,69 @@
+"""A run's folder under its storage: the local copy that is written, and how it reaches the URI."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from pipelines.runtime.uris import is_local, open_uri
+
+
+class RunFolder:
+    """A run's folder that can be appended to: the place itself if local, else a spool beside it.
+
+    Object stores cannot append, so files of a remote run are written here and uploaded whole by
+    `sync`.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._fs, self._root = open_uri(uri)
+        self.remote = not is_local(self._fs)
+        self._uploaded: dict[str, tuple[int, int]] = {}
+        if self.remote:
+            self.local = Path(tempfile.mkdtemp(prefix="rayjepa-run-"))
+        else:
+            self.local = Path(self._root)
+            self.local.mkdir(parents=True, exist_ok=True)
+
+    def fetch(self, name: str) -> Path:
+        """Returns the local path of a file, downloaded first if only the remote side has it."""
+        path = self.local / name
+        if self.remote and not path.exists() and self._fs.exists(f"{self._root}/{name}"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._fs.get_file(f"{self._root}/{name}", str(path))
+        return path
+
+    def sync(self) -> None:
+        """Uploads what has changed since the last time (nothing to do for a local run)."""
+        if not self.remote:
+            return
+        for path in sorted(p for p in self.local.rglob("*") if p.is_file()):
+            name, stat = path.relative_to(self.local).as_posix(), path.stat()
+            if self._uploaded.get(name) != (stat.st_size, stat.st_mtime_ns):
+                self._fs.put_file(str(path), f"{self._root}/{name}")
+                self._uploaded[name] = (stat.st_size, stat.st_mtime_ns)
+
+    def close(self) -> None:
+        """Removes the spool of a remote run."""
+        if self.remote:
+            shutil.rmtree(self.local, ignore_errors=True)
+
+
+METRICS = "metrics.jsonl"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Reads metrics.jsonl; a last line cut short by a kill is left out."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number != len(lines) - 1:
+                raise
+    return rows
