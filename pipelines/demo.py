@@ -43,12 +43,12 @@ from pipelines.evaluate import evaluate
 from pipelines.export import export
 from pipelines.fetch import sample_folder
 from pipelines.ingest import ingest
-from pipelines.pretrain import pretrain
 from pipelines.recipes.registry import RECIPES
 from pipelines.runs.checkpoints import CheckpointError
 from pipelines.runtime.cluster import start_ray
 from pipelines.runtime.errors import run_command
 from pipelines.runtime.places import prepare
+from pipelines.training.launch import pretrain
 from serve.app import build_app
 from serve.embeddings.settings import ServeSettings
 

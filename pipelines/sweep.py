@@ -27,7 +27,6 @@ from rich.console import Console
 from pipelines.config.sweep import SweepConfig
 from pipelines.config.train import PretrainConfig, RunConfig
 from pipelines.dataset.shards import put_atomic
-from pipelines.pretrain import check_early
 from pipelines.recipes.registry import RECIPES
 from pipelines.runs.checkpoints import CheckpointError, decides_the_run, flatten
 from pipelines.runtime.cluster import check_fits, cpus_needed, start_ray
@@ -37,6 +36,7 @@ from pipelines.runtime.uris import join_uri, open_uri
 from pipelines.sweeps.results import Row, plot, table, verdict
 from pipelines.sweeps.space import Settings, apply, draw, parse_space
 from pipelines.sweeps.trials import Reading, Score, Train, run_trials, score_run, train_trial
+from pipelines.training.launch import check_early
 
 SWEEP, RESULTS, PLOT = "sweep.json", "results.jsonl", "sweep.png"
 

@@ -41,8 +41,8 @@ def train_trial(cfg: PretrainConfig) -> Reading:
     # Here and below, because the trial's process should not wait for torch before it is needed.
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    from pipelines.pretrain import CollapseError, pretrain
     from pipelines.runs.checkpoints import CheckpointError
+    from pipelines.training.launch import CollapseError, pretrain
 
     try:
         report = TuneReportCallback()  # type: ignore[no-untyped-call]

@@ -25,13 +25,15 @@ from pipelines.config.train import PretrainConfig
 from pipelines.dataset.shards import read_manifest
 from pipelines.loading.loader import train_batches
 from pipelines.loading.plan import make_plan
-from pipelines.pretrain import LinePrinter, _progress, main, pretrain
+from pipelines.pretrain import main
 from pipelines.recipes.images import debug
 from pipelines.recipes.registry import RECIPES
 from pipelines.runs.checkpoints import CheckpointError, load_encoder, load_tensors
 from pipelines.runs.run_folder import read_metrics
 from pipelines.runtime.cluster import check_fits
+from pipelines.runtime.worker_lines import LinePrinter, worker_lines
 from pipelines.training.callbacks import DataSource, Worker
+from pipelines.training.launch import pretrain
 from pipelines.training.trainer import _say_into, train
 
 STEPS = 48  # three epochs of 512 images
@@ -360,7 +362,7 @@ def test_a_lost_progress_queue_does_not_end_a_run(ray_local, capsys, monkeypatch
 
     monkeypatch.setattr(queues, "Queue", Watched)
     shown = io.StringIO()
-    with _progress(shown) as queue:
+    with worker_lines(shown) as queue:
         say = _say_into(queue)
         say("step 1/3")
         deadline = time.monotonic() + 20

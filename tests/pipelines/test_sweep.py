@@ -185,7 +185,7 @@ def test_runs_that_never_came_to_a_checkpoint_are_rows_and_take_no_part():
 
 
 def test_how_a_run_ends_is_an_answer_not_an_exception(monkeypatch):
-    import pipelines.pretrain as job
+    import pipelines.training.launch as job
 
     monkeypatch.setattr("ray.tune.integration.ray_train.TuneReportCallback", lambda: None)
 

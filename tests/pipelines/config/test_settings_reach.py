@@ -21,7 +21,7 @@ from pipelines.loading.loader import make_reader
 from pipelines.loading.masks.multiblock import multiblock_masks
 from pipelines.loading.plan import pieces
 from pipelines.loading.read_tasks import read_piece
-from pipelines.pretrain import _run_config
+from pipelines.training.launch import _run_config
 
 KEYS = sample_keys([i.to_bytes(16, "little") for i in range(256)], 0, 0)
 
