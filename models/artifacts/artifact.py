@@ -27,34 +27,25 @@ import fsspec
 import torch
 from torch import Tensor, nn
 
-from models.artifacts.foreign import (
-    Source,
-    read_meta,
-    read_state,
-    read_timm,
-    read_transformers,
-    read_vjepa2,
-    read_vjepa2_predictor,
-)
-from models.artifacts.foreign_configs import (
-    ijepa_config,
-    processor_config,
-    timm_config,
-    video_processor_config,
-    vjepa2_config,
-)
-from models.artifacts.key_maps import to_transformers, to_vjepa2
-from models.artifacts.tensor_files import save_tensors
+from models.artifacts.formats.format import Export, Format, Source, Stored
+from models.artifacts.formats.meta_ijepa import META_IJEPA
+from models.artifacts.formats.rayjepa import RAYJEPA, our_section
+from models.artifacts.formats.timm_vit import TIMM_VIT
+from models.artifacts.formats.transformers_ijepa import TRANSFORMERS_IJEPA
+from models.artifacts.formats.transformers_vjepa2 import TRANSFORMERS_VJEPA2
 from models.encoders.blocks import LN_EPS
 from models.encoders.predictor import Predictor
 from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import Preprocessing, normalize
 
-SCHEMA_VERSION = 2
-READABLE = (1, SCHEMA_VERSION)
-"""Of config.json; version 1 has no background and no deep range in its preprocessing."""
-METADATA = {"format": "pt"}  # transformers refuses a file without it
-
+FORMATS: tuple[Format, ...] = (
+    RAYJEPA,
+    TRANSFORMERS_IJEPA,
+    TRANSFORMERS_VJEPA2,
+    TIMM_VIT,
+    META_IJEPA,
+)
+"""All formats. Reading takes the first that recognises what is stored; writing visits all in order."""
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -102,11 +93,14 @@ def save_artifact(
     if predictor is not None and predictor.positions != encoder.positions:
         kinds = f"{encoder.positions} and {predictor.positions}"
         raise ValueError(f"encoder and predictor differ in positions: {kinds}")
+    export = Export(
+        encoder=encoder, preprocessing=preprocessing, provenance=provenance, predictor=predictor
+    )
     _require_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         new = Path(scratch) / "artifact"
-        _write_files(new, encoder, preprocessing, provenance, predictor)
+        _write_files(new, export)
         _verify(new, encoder, preprocessing)
         if folder.exists():
             folder.rename(Path(scratch) / "old")
@@ -125,20 +119,12 @@ def load_artifact(uri: str | Path) -> Artifact:
         FileNotFoundError: nothing there.
         ValueError: not one of these, or weights missing, left over or of another shape, by name.
     """
-    with _local(str(uri)) as path:
-        if path.is_file():
-            return _assemble(read_meta(path, str(uri)), str(uri))
-        if not (path / "config.json").is_file():
+    with _stored(str(uri)) as stored:
+        if stored.path.is_dir() and not (stored.path / "config.json").is_file():
             raise ValueError(f"{uri}: no config.json; not an artifact")
-        config = json.loads((path / "config.json").read_text())
-        if "rayjepa" in config:
-            return _load_ours(path, config["rayjepa"], str(uri))
-        if config.get("model_type") == "ijepa":
-            return _assemble(read_transformers(path, config, str(uri)), str(uri))
-        if config.get("model_type") == "vjepa2":
-            return _assemble(read_vjepa2(path, config, str(uri)), str(uri))
-        if "architecture" in config:
-            return _assemble(read_timm(path, config, str(uri)), str(uri))
+        for known in FORMATS:
+            if known.recognises(stored):
+                return _assemble(known.read(stored), stored.uri)
     raise ValueError(f"{uri}: config.json is neither timm's (architecture) nor a JEPA's")
 
 
@@ -152,13 +138,12 @@ def load_predictor(uri: str | Path) -> Predictor:
         FileNotFoundError: nothing there.
         ValueError: no such model, or no predictor in it, or weights that do not fit.
     """
-    with _local(str(uri)) as path:
-        file = path / "config.json"
-        config = json.loads(file.read_text()) if file.is_file() else {}
-        if config.get("model_type") != "vjepa2":
-            raise ValueError(f"{uri}: not a VJEPA2Model; no predictor to load")
-        source = read_vjepa2_predictor(path, config, str(uri))
-    return _fill(Predictor(**source.shape), source, str(uri))
+    with _stored(str(uri)) as stored:
+        for known in FORMATS:
+            if known.read_predictor and known.recognises(stored):
+                source = known.read_predictor(stored)
+                return _fill(Predictor(**source.shape), source, stored.uri)
+    raise ValueError(f"{uri}: not a VJEPA2Model; no predictor to load")
 
 
 def load_strict(encoder: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -198,43 +183,11 @@ def _require_replaceable(folder: Path) -> None:
 # --- writing ---------------------------------------------------------------------------------
 
 
-def _write_files(
-    folder: Path,
-    encoder: VisionTransformer,
-    prep: Preprocessing,
-    provenance: Mapping[str, Any],
-    predictor: Predictor | None,
-) -> None:
+def _write_files(folder: Path, export: Export) -> None:
     folder.mkdir()
-    config = {"rayjepa": _our_config(encoder, prep, provenance)}
-    save_tensors(_to_save(encoder), folder / "model.safetensors", METADATA)
-    if encoder.frames == 1 and encoder.positions == "sincos":
-        config = timm_config(encoder, prep) | config
-        _write_ijepa(folder / "transformers", encoder, prep)
-    elif encoder.positions == "rope_released":
-        _write_vjepa2(folder / "transformers", encoder, prep, predictor)
-    _write_json(folder / "config.json", config)
-
-
-def _write_ijepa(folder: Path, encoder: VisionTransformer, prep: Preprocessing) -> None:
-    folder.mkdir()
-    save_tensors(to_transformers(_to_save(encoder)), folder / "model.safetensors", METADATA)
-    _write_json(folder / "config.json", ijepa_config(encoder))
-    _write_json(folder / "preprocessor_config.json", processor_config(prep))
-
-
-def _write_vjepa2(
-    folder: Path, encoder: VisionTransformer, prep: Preprocessing, predictor: Predictor | None
-) -> None:
-    folder.mkdir()
-    state = to_vjepa2(_to_save(encoder), _to_save(predictor) if predictor else None)
-    save_tensors(state, folder / "model.safetensors", METADATA)
-    _write_json(folder / "config.json", vjepa2_config(encoder, predictor))
-    _write_json(folder / "video_preprocessor_config.json", video_processor_config(prep))
-
-
-def _to_save(module: nn.Module) -> dict[str, Tensor]:
-    return {k: v.detach().float().cpu().contiguous() for k, v in module.state_dict().items()}
+    for known in FORMATS:
+        if known.write and known.can_write(export.encoder):
+            known.write(folder, export)
 
 
 def _verify(folder: Path, encoder: VisionTransformer, prep: Preprocessing) -> None:
@@ -255,38 +208,16 @@ def _verify(folder: Path, encoder: VisionTransformer, prep: Preprocessing) -> No
         raise RuntimeError(f"the artifact read back gives other features (by up to {worst:g})")
 
 
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def _shape(encoder: VisionTransformer) -> dict[str, Any]:
-    return {
-        "image_size": encoder.image_size,
-        "patch_size": encoder.patch_size,
-        "width": encoder.width,
-        "depth": encoder.depth,
-        "heads": encoder.heads,
-        "mlp_ratio": encoder.mlp_ratio,
-        "patch_std": encoder.patch_std,
-        "frames": encoder.frames,
-        "tubelet": encoder.tubelet,
-        "positions": encoder.positions,
-    }
-
-
-def _our_config(
-    encoder: VisionTransformer, prep: Preprocessing, provenance: Mapping[str, Any]
-) -> dict[str, Any]:
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "encoder": _shape(encoder),
-        "preprocessing": dataclasses.asdict(prep),
-        "pooling": "mean",
-        "provenance": dict(provenance),
-    }
-
-
 # --- reading ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def _stored(uri: str) -> Iterator[Stored]:
+    """What is at a URI, as a local path, for as long as the block lasts."""
+    with _local(uri) as path:
+        file = path / "config.json"
+        config = json.loads(file.read_text()) if file.is_file() else {}
+        yield Stored(path=path, config=config, uri=uri)
 
 
 @contextmanager
@@ -311,21 +242,9 @@ def _local(uri: str) -> Iterator[Path]:
         yield target
 
 
-def _load_ours(folder: Path, ours: dict[str, Any], uri: str) -> Artifact:
-    version = ours.get("schema_version")
-    if version not in READABLE:
-        known = " and ".join(map(str, READABLE))
-        raise ValueError(f"{uri}: artifact schema {version}, this code reads {known}")
-    values: dict[str, Any] = dict(ours["preprocessing"])
-    lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
-    prep = Preprocessing(**values | lists)
-    state = read_state(folder, uri)
-    return _assemble(Source(ours["encoder"], prep, state), uri, ours)
-
-
-def _assemble(source: Source, uri: str, ours: dict[str, Any] | None = None) -> Artifact:
+def _assemble(source: Source, uri: str) -> Artifact:
     encoder = _fill(VisionTransformer(**source.shape), source, uri)
-    config = ours or _our_config(encoder, source.preprocessing, {"source": uri})
+    config = source.section or our_section(encoder, source.preprocessing, {"source": uri})
     return Artifact(encoder, source.preprocessing, config)
 
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models.artifacts.tensor_files import save_tensors
+from models.tensor_files import save_tensors
 from pipelines.config.as_json import from_json, to_json
 from pipelines.config.train import PretrainConfig
 

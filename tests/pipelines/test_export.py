@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 
-import models.artifacts.artifact
+import models.artifacts.formats.rayjepa
 from models.artifacts.artifact import load_artifact
 from pipelines.config.jobs import ExportConfig
 from pipelines.export import export
@@ -63,7 +63,7 @@ def test_a_remote_artifact_is_replaced_and_nothing_else(
 def test_an_artifact_that_reads_back_differently_is_not_published(
     small_checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = models.artifacts.artifact.save_tensors
+    write = models.artifacts.formats.rayjepa.save_tensors
 
     def damaged(state, path, metadata):
         state = dict(state)
@@ -71,7 +71,7 @@ def test_an_artifact_that_reads_back_differently_is_not_published(
             state["blocks.0.mlp.fc1.bias"] = state["blocks.0.mlp.fc1.bias"] + 1e-3
         write(state, path, metadata)
 
-    monkeypatch.setattr(models.artifacts.artifact, "save_tensors", damaged)
+    monkeypatch.setattr(models.artifacts.formats.rayjepa, "save_tensors", damaged)
     with pytest.raises(RuntimeError, match="other features"):
         export(ExportConfig(checkpoint=small_checkpoint, out=str(tmp_path / "artifact")))
     assert list(tmp_path.iterdir()) == []

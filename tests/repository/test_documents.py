@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-import models.artifacts.artifact
+import models.artifacts.formats.rayjepa
 import pipelines.dataset.shards
 import pipelines.embed
 import pipelines.runs.checkpoints
@@ -15,7 +15,7 @@ DOCS = ROOT / "docs"
 VERSIONS = {
     "shards": pipelines.dataset.shards.SCHEMA_VERSION,
     "checkpoint": pipelines.runs.checkpoints.FORMAT,
-    "artifact": models.artifacts.artifact.SCHEMA_VERSION,
+    "artifact": models.artifacts.formats.rayjepa.SCHEMA_VERSION,
     "embeddings": pipelines.embed.SCHEMA_VERSION,
     "stored session of the language model": serve.lm.store.session_store.FORMAT,
 }

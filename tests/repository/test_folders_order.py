@@ -24,6 +24,7 @@ ORDER = [
     "models/media/video",
     "models/media",
     "models/encoders",
+    "models/artifacts/formats",
     "models/artifacts",
     "models/objectives",
     "models/hyperoptim",

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from models.artifacts.artifact import load_artifact, save_artifact
-from models.artifacts.key_maps import from_transformers, to_transformers
+from models.artifacts.formats.transformers_ijepa import from_ijepa, to_ijepa
 from models.encoders.vit import VisionTransformer, build_encoder
 from models.media.preprocessing import Preprocessing, eval_transform, normalize
 
@@ -177,7 +177,7 @@ def test_layer_norm_eps_of_a_transformers_folder_is_kept(
 def test_in_memory_names_of_transformers_five_map_too() -> None:
     """Both spellings, hand-written here, come back to the same weights."""
     state = _encoder(depth=1).state_dict()
-    split = to_transformers(state)
+    split = to_ijepa(state)
     newer = {
         k.replace("encoder.layer.", "layers.")
         .replace("attention.attention.query", "attention.q_proj")
@@ -190,7 +190,7 @@ def test_in_memory_names_of_transformers_five_map_too() -> None:
     }
     assert newer.keys().isdisjoint({k for k in split if "layer." in k})
     for spelling in (split, newer):
-        back = from_transformers(spelling)
+        back = from_ijepa(spelling)
         assert back.keys() == state.keys()
         assert all(torch.equal(back[k], state[k]) for k in state)
 

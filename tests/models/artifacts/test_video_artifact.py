@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from models.artifacts.artifact import load_artifact, load_predictor, load_strict, save_artifact
-from models.artifacts.key_maps import from_vjepa2, to_vjepa2
+from models.artifacts.formats.transformers_vjepa2 import from_vjepa2, to_vjepa2
 from models.encoders.predictor import Predictor
 from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import Preprocessing, normalize

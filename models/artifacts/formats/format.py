@@ -1,0 +1,78 @@
+"""What a format of encoders on disk provides, and what passes between it and `models.artifacts.artifact`.
+
+To add a format, write a module with a `Format` and enter it in `artifact.FORMATS`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from models.encoders.blocks import LN_EPS
+from models.encoders.predictor import Predictor
+from models.encoders.vit import VisionTransformer
+from models.media.preprocessing import Preprocessing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A folder or file that may hold an encoder."""
+
+    path: Path
+    """Local; a copy if the encoder is remote."""
+    config: Mapping[str, Any]
+    """The folder's config.json; empty where there is none."""
+    uri: str
+    """What the user gave, for error messages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What was read from disk: enough to build our encoder or predictor."""
+
+    shape: dict[str, Any]
+    """Arguments of `VisionTransformer` (or of `Predictor`, for `read_predictor`)."""
+    preprocessing: Preprocessing
+    state: dict[str, Tensor]
+    """Weights under our names."""
+    layer_norm_eps: float = LN_EPS
+    section: dict[str, Any] | None = None
+    """The section `rayjepa` of config.json, where there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """What is written to disk."""
+
+    encoder: VisionTransformer
+    preprocessing: Preprocessing
+    provenance: Mapping[str, Any]
+    predictor: Predictor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """One row of the table of formats."""
+
+    name: str
+    """What people call it."""
+    recognises: Callable[[Stored], bool]
+    """Whether `read` is for this folder or file."""
+    read: Callable[[Stored], Source]
+    """Reads the encoder. Raises a ValueError that starts with the URI if ours cannot reproduce it."""
+    read_predictor: Callable[[Stored], Source] | None = None
+    """Reads the predictor, if the format can hold one. Raises like `read`."""
+    can_write: Callable[[VisionTransformer], bool] = lambda encoder: False
+    """Whether the format has a form for this encoder."""
+    write: Callable[[Path, Export], None] | None = None
+    """Writes the format's files into the artifact's folder, which exists; None if it is only read."""
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes an indented JSON file."""
+    path.write_text(json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,132 @@
+"""timm's vision transformers without class token, as on the hub: config.json and model.safetensors.
+
+Our weights have timm's names, so an artifact is also a timm model if its config.json has timm's keys.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from models.artifacts.formats.format import Export, Format, Source, Stored, write_json
+from models.artifacts.formats.processors import IMAGENET_MEAN, IMAGENET_STD
+from models.encoders.blocks import LN_EPS
+from models.encoders.vit import VisionTransformer
+from models.media.preprocessing import Preprocessing
+from models.tensor_files import read_tensors
+
+# timm's own names of these shapes; any other shape goes under the first with its arguments spelt
+# out, which timm applies on top.
+TIMM_DEFAULT = "vit_base_patch16_gap_224"
+TIMM_NAMES = {
+    (1280, 32, 14, 224): "vit_huge_patch14_gap_224",
+    (1280, 32, 16, 448): "vit_huge_patch16_gap_448",
+    (1408, 40, 16, 224): "vit_giant_patch16_gap_224",
+}
+
+
+def read_timm(stored: Stored) -> Source:
+    """Reads a timm model folder; a classification head is left behind.
+
+    Raises:
+        ValueError: not a ViT that ours reproduces, with what it lacks.
+    """
+    shape = _timm_shape(stored.config, stored.uri)
+    cfg = stored.config.get("pretrained_cfg", stored.config)
+    prep = Preprocessing(
+        image_size=shape["image_size"],
+        mean=tuple(cfg.get("mean", IMAGENET_MEAN)),
+        std=tuple(cfg.get("std", IMAGENET_STD)),
+        interpolation=cfg.get("interpolation", "bicubic"),
+        crop_fraction=cfg.get("crop_pct", 1.0),
+    )
+    state = read_tensors(stored.path, stored.uri)
+    state = {k: v for k, v in state.items() if not k.startswith("head.")}
+    return Source(shape=shape, preprocessing=prep, state=state)
+
+
+def _timm_shape(config: Mapping[str, Any], uri: str) -> dict[str, Any]:
+    """Reads the shape off timm's own model, built without memory; refuses what we cannot run."""
+    arguments = {"num_classes": 0, **config.get("model_args", {})}
+    with torch.device("meta"):
+        model: Any = timm.create_model(config["architecture"], pretrained=False, **arguments)
+    if not isinstance(model, timm.models.VisionTransformer):
+        raise ValueError(f"{uri}: {config['architecture']} is not a vision transformer")
+    block: Any = model.blocks[0]
+    wanted = {
+        "without class and register tokens": model.num_prefix_tokens == 0,
+        "mean pooled": model.global_pool == "avg" and isinstance(model.fc_norm, nn.Identity),
+        "with exact GELU": getattr(block.mlp.act, "approximate", "") == "none",
+        f"with LayerNorm eps {LN_EPS}": getattr(model.norm, "eps", None) == LN_EPS,
+        "square": model.patch_embed.grid_size[0] == model.patch_embed.grid_size[1],
+    }
+    lacking = [name for name, true in wanted.items() if not true]
+    if lacking:
+        raise ValueError(f"{uri}: {config['architecture']} is not {', not '.join(lacking)}")
+    patch = model.patch_embed.patch_size[0]
+    return {
+        "image_size": model.patch_embed.grid_size[0] * patch,
+        "patch_size": patch,
+        "width": model.embed_dim,
+        "depth": len(model.blocks),
+        "heads": block.attn.num_heads,
+        "mlp_ratio": block.mlp.fc1.out_features / model.embed_dim,
+    }
+
+
+def timm_config(encoder: VisionTransformer, prep: Preprocessing) -> dict[str, Any]:
+    """The config.json of a timm model on the hub."""
+    size = encoder.image_size
+    key = (encoder.width, encoder.depth, encoder.patch_size, size)
+    return {
+        "architecture": TIMM_NAMES.get(key, TIMM_DEFAULT),
+        "num_classes": 0,
+        "num_features": encoder.width,
+        "global_pool": "avg",
+        "model_args": {
+            "img_size": size,
+            "patch_size": encoder.patch_size,
+            "embed_dim": encoder.width,
+            "depth": encoder.depth,
+            "num_heads": encoder.heads,
+            "mlp_ratio": encoder.mlp_ratio,
+            "class_token": False,
+            "global_pool": "avg",
+            "fc_norm": False,
+        },
+        "pretrained_cfg": {
+            "input_size": [3, size, size],
+            "fixed_input_size": True,
+            "interpolation": prep.interpolation,
+            "crop_pct": prep.crop_fraction,
+            "crop_mode": "center",
+            "mean": list(prep.mean),
+            "std": list(prep.std),
+            "num_classes": 0,
+            "pool_size": None,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+
+
+def _write(folder: Path, export: Export) -> None:
+    """Adds timm's keys to the config.json that our own format has written."""
+    ours = json.loads((folder / "config.json").read_text())
+    config = timm_config(export.encoder, export.preprocessing)
+    write_json(folder / "config.json", config | ours)
+
+
+TIMM_VIT = Format(
+    name="timm vision transformer",
+    recognises=lambda stored: "architecture" in stored.config,
+    read=read_timm,
+    can_write=lambda encoder: encoder.frames == 1 and encoder.positions == "sincos",
+    write=_write,
+)
