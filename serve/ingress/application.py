@@ -13,9 +13,9 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match, Route
 
 from serve.ingress.errors import ApiError, ErrorResponse, error_response, server_error
-from serve.ingress.gate import Gate, RequestMetrics
-from serve.ingress.intake import Intake
 from serve.ingress.json_route import JsonRoute
+from serve.ingress.middleware import IngressMiddleware, RequestMetrics
+from serve.ingress.request_limits import RequestLimits
 from serve.ingress.settings import ApplicationSettings
 
 PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
@@ -61,7 +61,7 @@ def create_app(
         parts: what every application has.
         add_routes: adds the application's own routes.
         summary: one sentence for the description of the API.
-        max_requests: requests that may be worked on at once; see `Intake`.
+        max_requests: requests that may be worked on at once; see `RequestLimits`.
         lifespan: runs around the life of the replica.
     """
     app = FastAPI(
@@ -75,7 +75,7 @@ def create_app(
     add_routes(app)
     add_operation_routes(app, is_ready=parts.is_ready, scrape=parts.scrape)
     add_error_handlers(app)
-    _add_gate(app, parts, Intake(parts.settings, max_requests=max_requests))
+    _add_middleware(app, parts, RequestLimits(parts.settings, max_requests=max_requests))
     return app
 
 
@@ -102,9 +102,11 @@ def add_operation_routes(app: FastAPI, *, is_ready: Ready, scrape: Scrape) -> No
         return Response(await scrape(), media_type=PROMETHEUS_TEXT)
 
 
-def _add_gate(app: FastAPI, parts: IngressParts, intake: Intake) -> None:
+def _add_middleware(app: FastAPI, parts: IngressParts, intake: RequestLimits) -> None:
     """Puts the gate around an application that has all its routes, and CORS around the gate."""
-    app.add_middleware(Gate, metrics=parts.metrics, api_key=parts.api_key, intake=intake)
+    app.add_middleware(
+        IngressMiddleware, metrics=parts.metrics, api_key=parts.api_key, intake=intake
+    )
     origins = parts.settings.cors_origins
     if origins:  # outside of the gate: a preflight has no key, and errors need the headers too
         app.add_middleware(

@@ -16,7 +16,7 @@ from ray.serve.config import BackpressureConfig
 from ray.serve.exceptions import RayServeException
 
 from serve.ingress.application import IngressParts
-from serve.ingress.gate import RequestMetrics
+from serve.ingress.middleware import RequestMetrics
 from serve.ingress.settings import ApplicationSettings
 from serve.telemetry import Reporter, Telemetry
 
@@ -24,7 +24,7 @@ READY_CACHE_S = 1.0
 QUIET = {"enable_access_log": False}
 MAX_ONGOING = 65_536
 """Requests that Serve hands to an ingress replica at once. A request without its body holds one of
-these and nothing else, so there are many; what is worked on has limits of its own (`Intake`), with
+these and nothing else, so there are many; what is worked on has limits of its own (`RequestLimits`), with
 typed errors. Serve's refusals are plain text."""
 
 _VISIBLE = re.compile(r"[!-~]+")

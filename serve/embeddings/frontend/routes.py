@@ -8,9 +8,9 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request, Response
 
+from serve.embeddings.frontend.schemas import EmbeddingRequest, EmbeddingResponse, Model, ModelList
 from serve.embeddings.frontend.service import EmbeddingService
-from serve.embeddings.schemas import EmbeddingRequest, EmbeddingResponse, Model, ModelList
-from serve.embeddings.streams.route import add_stream_route
+from serve.embeddings.streams.routes import add_stream_route
 from serve.embeddings.streams.stream import StreamHub
 from serve.ingress.application import IngressParts, create_app
 from serve.ingress.bodies import check_content_type, describe_body

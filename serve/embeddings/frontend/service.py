@@ -15,9 +15,9 @@ import numpy as np
 
 from serve.embeddings.contract import EmbedFunction, Floats, ModelCard, Pixels, Pooling
 from serve.embeddings.encoding import encode_values, shape_embeddings
+from serve.embeddings.frontend.schemas import EmbeddingRequest, parse_request
 from serve.embeddings.media.inputs import Kind, Reference, parse_input
 from serve.embeddings.media.loader import Item, MediaLoader
-from serve.embeddings.schemas import EmbeddingRequest, parse_request
 from serve.embeddings.settings import ServeSettings
 from serve.ingress.errors import ApiError, queue_full
 from serve.ingress.json_text import to_json

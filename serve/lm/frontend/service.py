@@ -12,7 +12,7 @@ from typing import Any
 from models.sink_lm.checkpoints.tokenizer import Tokenizer
 from serve.ingress.errors import ApiError
 from serve.lm.contract import Feed, LMCard, Options, Start, is_session_id
-from serve.lm.frontend.chat_feed import chat_feed
+from serve.lm.frontend.chat_template import chat_feed
 from serve.lm.frontend.reply_bodies import ChatShape, CompletionShape, Echo, Shape
 from serve.lm.frontend.schemas import (
     ChatRequest,

@@ -19,7 +19,7 @@ from serve.embeddings.frontend.service import EmbeddingService
 from serve.embeddings.settings import ServeSettings
 from serve.embeddings.streams.stream import StreamHub
 from serve.ingress.application import IngressParts
-from serve.ingress.gate import RequestMetrics
+from serve.ingress.middleware import RequestMetrics
 
 CARD = ModelCard(
     name="tiny",

@@ -26,7 +26,7 @@ from serve.embeddings.replica.embedder import Encoder
 from serve.embeddings.settings import ServeSettings
 from serve.embeddings.streams.stream import StreamHub
 from serve.ingress.application import IngressParts
-from serve.ingress.gate import RequestMetrics
+from serve.ingress.middleware import RequestMetrics
 
 WIDTH, SIZE, FRAMES, TUBELET, PATCHES = 32, 32, 4, 2, 16
 

@@ -22,7 +22,7 @@ from serve.embeddings.media.inputs import Reference, decode_base64, parse_input,
 from serve.embeddings.replica.batching import Batcher
 from serve.embeddings.settings import ServeSettings
 from serve.embeddings.streams.frame_queue import QUEUE_BYTES, FrameQueue
-from serve.embeddings.streams.route import BUFFER_BYTES, ByteBuffer
+from serve.embeddings.streams.routes import BUFFER_BYTES, ByteBuffer
 from serve.ingress.errors import ApiError
 from serve.telemetry import Telemetry, render, snapshot
 

@@ -293,11 +293,15 @@ def test_white_space_around_a_key_is_not_part_of_it(
 
 def test_a_steady_sender_has_time_a_dripping_one_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same moments on a clock of our own."""
-    from serve.ingress import intake
+    from serve.ingress import request_limits
 
     now = 100.0
-    monkeypatch.setattr(intake, "time", type("Clock", (), {"monotonic": staticmethod(lambda: now)}))
-    reader = intake.Intake(ServeSettings(artifact="a", body_timeout_s=10), max_requests=1)
+    monkeypatch.setattr(
+        request_limits, "time", type("Clock", (), {"monotonic": staticmethod(lambda: now)})
+    )
+    reader = request_limits.RequestLimits(
+        ServeSettings(artifact="a", body_timeout_s=10), max_requests=1
+    )
     assert reader.deadline(started=100.0, received=0) == 110  # nothing yet
     now = 160.0
     assert reader.deadline(started=100.0, received=120 * 1024) == 170  # 2 kB a second: may go on

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from serve.embeddings.frontend.schemas import EmbeddingRequest
 from serve.embeddings.media.inputs import parse_input
-from serve.embeddings.schemas import EmbeddingRequest
 from serve.embeddings.streams import messages as stream_messages
 from serve.embeddings.streams.messages import parse_control, parse_start
 from serve.ingress.bodies import RequestModel, parse_body

@@ -20,7 +20,7 @@ LEAST_BYTES_PER_S = 1024
 """A body that comes faster may take as long as it needs; a phone on a bad line manages that."""
 
 
-class Intake:
+class RequestLimits:
     """Takes in the bodies of one replica's requests.
 
     Args:
@@ -43,7 +43,7 @@ class Intake:
             ApiError: 408 for a body that does not come, 413 for one that is too long, 429 where
                 there is no room for it.
         """
-        arrival = _Arrival(self, receive, Headers(scope=scope).get("content-length", ""))
+        arrival = _ArrivingBody(self, receive, Headers(scope=scope).get("content-length", ""))
         try:
             yield arrival.receive
         finally:
@@ -80,10 +80,10 @@ class Intake:
         return ApiError(408, "body_timeout", message, headers={"Connection": "close"})
 
 
-class _Arrival:
+class _ArrivingBody:
     """The body of one request."""
 
-    def __init__(self, intake: Intake, receive: Receive, declared: str) -> None:
+    def __init__(self, intake: RequestLimits, receive: Receive, declared: str) -> None:
         self._intake, self._receive = intake, receive
         self._declared_size = int(declared) if declared.isdigit() else 0
         self._started = time.monotonic()

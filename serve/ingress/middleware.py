@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.ingress.errors import ApiError, error_response, server_error
-from serve.ingress.intake import Intake
+from serve.ingress.request_limits import RequestLimits
 from serve.ingress.websockets import refuse
 from serve.telemetry import LATENCY_BUCKETS_S
 
@@ -44,7 +44,7 @@ class RequestMetrics:
         )
 
 
-class Gate:
+class IngressMiddleware:
     """Lets requests in and counts them.
 
     Plain ASGI: Starlette's function middleware costs a task per request.
@@ -57,7 +57,7 @@ class Gate:
     """
 
     def __init__(
-        self, app: ASGIApp, *, metrics: RequestMetrics, api_key: str | None, intake: Intake
+        self, app: ASGIApp, *, metrics: RequestMetrics, api_key: str | None, intake: RequestLimits
     ) -> None:
         self._app = app
         self._metrics = metrics

@@ -13,7 +13,7 @@ from tokenizers.models import BPE
 from models.sink_lm.checkpoints.tokenizer import Tokenizer
 from serve.ingress.errors import ApiError
 from serve.lm.contract import LMCard
-from serve.lm.frontend.chat_feed import chat_feed
+from serve.lm.frontend.chat_template import chat_feed
 from serve.lm.frontend.schemas import ChatRequest
 from serve.lm.frontend.service import LanguageService
 from serve.lm.settings import LMSettings
