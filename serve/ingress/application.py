@@ -102,10 +102,10 @@ def add_operation_routes(app: FastAPI, *, is_ready: Ready, scrape: Scrape) -> No
         return Response(await scrape(), media_type=PROMETHEUS_TEXT)
 
 
-def _add_middleware(app: FastAPI, parts: IngressParts, intake: RequestLimits) -> None:
+def _add_middleware(app: FastAPI, parts: IngressParts, limits: RequestLimits) -> None:
     """Puts the gate around an application that has all its routes, and CORS around the gate."""
     app.add_middleware(
-        IngressMiddleware, metrics=parts.metrics, api_key=parts.api_key, intake=intake
+        IngressMiddleware, metrics=parts.metrics, api_key=parts.api_key, limits=limits
     )
     origins = parts.settings.cors_origins
     if origins:  # outside of the gate: a preflight has no key, and errors need the headers too

@@ -53,16 +53,16 @@ class IngressMiddleware:
         app: what is behind it.
         metrics: of this replica.
         api_key: what clients must present everywhere but on `OPEN_PATHS`; None serves anyone.
-        intake: reads the bodies.
+        limits: of the requests and their bodies.
     """
 
     def __init__(
-        self, app: ASGIApp, *, metrics: RequestMetrics, api_key: str | None, intake: RequestLimits
+        self, app: ASGIApp, *, metrics: RequestMetrics, api_key: str | None, limits: RequestLimits
     ) -> None:
         self._app = app
         self._metrics = metrics
         self._api_key = api_key.encode() if api_key is not None else None
-        self._intake = intake
+        self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one request."""
@@ -91,7 +91,7 @@ class IngressMiddleware:
             await send(message)
 
         try:
-            with self._intake.watch(scope, receive) as watched_receive:
+            with self._limits.watch(scope, receive) as watched_receive:
                 await self._answer(scope, watched_receive, watched_send)
         except ClientDisconnect:
             pass  # nobody is left to tell anything; the count says it

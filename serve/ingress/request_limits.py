@@ -83,8 +83,8 @@ class RequestLimits:
 class _ArrivingBody:
     """The body of one request."""
 
-    def __init__(self, intake: RequestLimits, receive: Receive, declared: str) -> None:
-        self._intake, self._receive = intake, receive
+    def __init__(self, limits: RequestLimits, receive: Receive, declared: str) -> None:
+        self._limits, self._receive = limits, receive
         self._declared_size = int(declared) if declared.isdigit() else 0
         self._started = time.monotonic()
         self._size = 0
@@ -94,32 +94,32 @@ class _ArrivingBody:
         """The next ASGI message."""
         if self._is_whole:
             return await self._receive()  # only to hear that the client leaves
-        self._intake.check_length(self._declared_size)
-        self._intake.check()  # shed load before reading a body
-        left_s = self._intake.deadline(self._started, self._size) - time.monotonic()
+        self._limits.check_length(self._declared_size)
+        self._limits.check()  # shed load before reading a body
+        left_s = self._limits.deadline(self._started, self._size) - time.monotonic()
         try:
             async with asyncio.timeout(left_s):
                 message = await self._receive()
         except TimeoutError as error:
-            raise self._intake.slow() from error
+            raise self._limits.slow() from error
         if message["type"] == "http.request":
             self._take(message)
         return message
 
     def _take(self, message: Message) -> None:
         size = len(message.get("body", b""))
-        self._intake.grow(size)
+        self._limits.grow(size)
         self._size += size
-        self._intake.check_length(self._size)  # a declared length may be absent or wrong
+        self._limits.check_length(self._size)  # a declared length may be absent or wrong
         if not message.get("more_body", False):
-            self._intake.check()
-            self._intake.requests += 1
-            self._intake.arriving_bytes -= self._size
+            self._limits.check()
+            self._limits.requests += 1
+            self._limits.arriving_bytes -= self._size
             self._is_whole = True
 
     def leave(self) -> None:
         """Frees what the request holds."""
         if self._is_whole:
-            self._intake.requests -= 1
+            self._limits.requests -= 1
         else:
-            self._intake.arriving_bytes -= self._size
+            self._limits.arriving_bytes -= self._size

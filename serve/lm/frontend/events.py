@@ -1,15 +1,20 @@
-"""The events of one streamed reply."""
+"""The events of one streamed reply, and their form on the wire: server-sent events.
+
+`data: {json}`, `id:` the stream position after the event, a comment in long silences, `[DONE]` at
+the end. What fails after the first byte travels as an event too: the status is long sent.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 from serve.ingress.errors import ApiError, server_error
+from serve.ingress.json_text import to_json
 from serve.lm.contract import End, Piece
-from serve.lm.frontend import sse as lm_sse
 from serve.lm.frontend.client import Answer
 from serve.lm.frontend.reply_bodies import ShownTokens, session_fields, usage
 from serve.lm.frontend.service import Job
@@ -17,6 +22,12 @@ from serve.lm.settings import LMSettings
 
 MAX_STREAM_BYTES = "max_stream_bytes"
 """`stop_reason` of a stream that grew too long."""
+
+DONE = b"data: [DONE]\n\n"
+PING = b": ping\n"
+"""A comment is a line. No empty line after it, which would end an event: clients that keep the last
+`id`, as OpenAI's for Python does, then make an event without data of it, and fail on that."""
+HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +58,10 @@ class Events:
                 async for data in events:
                     yield data
         except ApiError as error:
-            yield lm_sse.failure(error)
+            yield failure(error)
         except Exception:
             log.exception("request %s", self._job.start.request_id)
-            yield lm_sse.failure(server_error(500, "internal_error", "internal error"))
+            yield failure(server_error(500, "internal_error", "internal error"))
 
     async def _whole_answer(self) -> AsyncGenerator[bytes, None]:
         await self._answer.begin()
@@ -67,7 +78,7 @@ class Events:
             yield self._last(index, End(reason="length", stop=MAX_STREAM_BYTES), self._position)
         if self._job.include_usage:
             yield self._event(self._shape.only_usage(self._usage()) | session_entry(self._answer))
-        yield lm_sse.DONE
+        yield DONE
 
     async def _texts(self) -> AsyncGenerator[bytes, None]:
         """What the choices say."""
@@ -109,7 +120,7 @@ class Events:
     def _event(self, chunk: dict[str, Any], position: int | None = None) -> bytes:
         if self._job.usage_so_far:
             chunk = {"usage": self._usage()} | chunk
-        data = lm_sse.event(chunk, position if self._answer.session is not None else None)
+        data = event(chunk, position if self._answer.session is not None else None)
         self._sent += len(data)
         return data
 
@@ -131,3 +142,45 @@ def raise_failure(end: End | None) -> None:
         message = "another request went on with the session, or nobody read the answer"
         raise ApiError(409, "cancelled", message, headers={"x-should-retry": "false"})
     raise server_error(500, "generation_failed", end.message or "the generation failed")
+
+
+def event(value: dict[str, Any], position: int | None = None) -> bytes:
+    """One event; `position` becomes its `id`."""
+    head = b"" if position is None else b"id: %d\n" % position
+    return b"%sdata: %s\n\n" % (head, to_json(value))
+
+
+def failure(error: ApiError) -> bytes:
+    """An error after the first byte."""
+    return b"data: %s\n\n" % error.body()
+
+
+async def with_pings(
+    events: AsyncGenerator[bytes, None], ping_s: float
+) -> AsyncGenerator[bytes, None]:
+    """Yields events, and a comment after every `ping_s` without one, whatever they wait for.
+
+    Args:
+        events: closed when this is.
+        ping_s: seconds of silence.
+    """
+    following: asyncio.Task[bytes] | None = None
+    try:
+        while True:
+            following = asyncio.ensure_future(_next(events))
+            while not (await asyncio.wait({following}, timeout=ping_s))[0]:
+                yield PING
+            data = following.result()
+            if not data:
+                return
+            yield data
+    finally:
+        if following is not None:
+            following.cancel()
+            await asyncio.wait({following})
+        await events.aclose()
+
+
+async def _next(events: AsyncGenerator[bytes, None]) -> bytes:
+    """The next event; none at the end."""
+    return await anext(events, b"")

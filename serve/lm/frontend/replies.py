@@ -8,13 +8,13 @@ import logging
 from collections.abc import AsyncGenerator, Iterator
 
 from fastapi import Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
+from fastapi.sse import EventSourceResponse
 from starlette.types import Receive, Scope, Send
 
 from serve.ingress.errors import ApiError, server_error
-from serve.lm.frontend import sse as lm_sse
 from serve.lm.frontend.client import Answer, LMClient
-from serve.lm.frontend.events import Events, raise_failure, session_entry
+from serve.lm.frontend.events import HEADERS, Events, raise_failure, session_entry, with_pings
 from serve.lm.frontend.reply_bodies import Choice, usage
 from serve.lm.frontend.service import Job
 from serve.lm.settings import LMSettings
@@ -69,12 +69,12 @@ class Replies:
 
     async def _stream(self, job: Job, answer: Answer) -> AsyncGenerator[bytes, None]:
         events = Events(job, answer, self._settings).all()
-        async with contextlib.aclosing(lm_sse.with_pings(events, self._settings.ping_s)) as pinged:
+        async with contextlib.aclosing(with_pings(events, self._settings.ping_s)) as pinged:
             async for data in pinged:
                 yield data
 
 
-class AnswerResponse(StreamingResponse):
+class AnswerResponse(EventSourceResponse):
     """A stream that cancels its answer however it ends, even before its first event was asked for.
 
     Args:
@@ -83,7 +83,7 @@ class AnswerResponse(StreamingResponse):
     """
 
     def __init__(self, answer: Answer, events: AsyncGenerator[bytes, None]) -> None:
-        super().__init__(events, media_type=lm_sse.MEDIA_TYPE, headers=lm_sse.HEADERS)
+        super().__init__(events, headers=HEADERS)
         self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -16,7 +16,7 @@ import pytest
 from helpers.lm.serving import Cluster, cluster, run, same_text, web
 from helpers.lm.timed import GREEDY, timed
 from serve.lm.frontend import replies
-from serve.lm.frontend.sse import PING, event, with_pings
+from serve.lm.frontend.events import PING, event, with_pings
 
 PING_S = 0.05
 

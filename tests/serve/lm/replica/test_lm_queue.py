@@ -14,7 +14,7 @@ from helpers.lm.serving import MODEL, Cluster, ask, cluster, eventually, read, r
 from helpers.lm.timed import timed
 from serve.lm.contract import Refused
 from serve.lm.frontend import replies as lm_http_replies
-from serve.lm.frontend.sse import PING
+from serve.lm.frontend.events import PING
 
 GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0, "ignore_eos": True}
 ENDLESS: dict[str, Any] = {"max_tokens": None}
