@@ -52,8 +52,6 @@ from pipelines.dataset.shards import (
     Manifest,
     hash_bytes,
     list_names,
-    open_shards,
-    put_atomic,
     read_manifest,
     read_row_group,
 )
@@ -64,7 +62,7 @@ from pipelines.runtime.cluster import start_ray
 from pipelines.runtime.errors import run_command
 from pipelines.runtime.places import prepare
 from pipelines.runtime.progress import Meter
-from pipelines.runtime.uris import open_uri
+from pipelines.runtime.uris import open_uri, write_atomic
 
 RECORD = "embed.json"
 SCHEMA_VERSION = 1
@@ -166,8 +164,8 @@ def _finish(
     record |= {"rows": sum(file["rows"] for file in record["files"])}
     if record["rows"] != manifest.num_samples:
         raise RuntimeError(f"{record['rows']} embeddings of {manifest.num_samples} samples")
-    fs, root = open_shards(cfg.out)
-    put_atomic(fs, f"{root}/{RECORD}", (json.dumps(record, indent=1) + "\n").encode())
+    fs, root = open_uri(cfg.out)
+    write_atomic(fs, f"{root}/{RECORD}", (json.dumps(record, indent=1) + "\n").encode())
     console.print(f"{cfg.out}: {record['rows']:,} embeddings of shape {record['shape']}")
     return record
 
@@ -231,7 +229,7 @@ def plan_pieces(manifest: Manifest, record: dict[str, Any]) -> list[Piece]:
 
 def _missing(out: str, record: dict[str, Any], pieces: list[Piece]) -> list[Piece]:
     """The pieces still to be made; refuses a folder that holds anything else."""
-    fs, root = open_shards(out)
+    fs, root = open_uri(out)
     there = {n.rpartition("/")[2] for n in fs.ls(root, detail=False)} if fs.exists(root) else set()
     there = {name for name in there if not name.startswith(".")}
     foreign = sorted(there - {piece.file for piece in pieces} - {RECORD})
@@ -280,7 +278,7 @@ class Embedder:
     def __call__(self, item: dict[str, str]) -> dict[str, int]:
         """Writes the file of a piece; returns its rows and the bytes of its images or segments."""
         piece = json.loads(item["piece"])
-        fs, root = open_shards(self._cfg.data)
+        fs, root = open_uri(self._cfg.data)
         manifest = read_manifest(self._cfg.data)
         modality, columns, times = manifest.modality, COLUMNS[manifest.modality], list[str]()
         if modality == "video":
@@ -299,8 +297,8 @@ class Embedder:
         sampler = self._clips if modality == "video" else None
         batches = decode_batches(tables(), self._prep, self._cfg.batch_size, sampler)
         features = compute_features({"embedding": self._featurize}, batches)["embedding"]
-        fs, root = open_shards(self._cfg.out)
-        put_atomic(fs, f"{root}/{piece['file']}", to_parquet(pa.concat_tables(kept), features))
+        fs, root = open_uri(self._cfg.out)
+        write_atomic(fs, f"{root}/{piece['file']}", to_parquet(pa.concat_tables(kept), features))
         return {"rows": len(features), "bytes": num_bytes}
 
 
@@ -320,7 +318,7 @@ def to_parquet(rows: pa.Table, features: np.ndarray) -> bytes:
 
 
 def _files(out: str, pieces: list[Piece]) -> list[dict[str, Any]]:
-    fs, root = open_shards(out)
+    fs, root = open_uri(out)
     files = []
     for piece in pieces:
         with fs.open(f"{root}/{piece.file}", "rb") as handle:

@@ -56,7 +56,7 @@ from pipelines.loading.clips import ClipSampler, training_sampler
 from pipelines.runs.checkpoints import CheckpointError, load_encoder
 from pipelines.runtime.errors import run_command
 from pipelines.runtime.places import prepare
-from pipelines.runtime.uris import open_uri
+from pipelines.runtime.uris import open_uri, write_atomic
 
 RANKME_ROWS = 10_000
 PACKAGES = ("torch", "timm", "numpy", "pyarrow")
@@ -377,8 +377,7 @@ def results_table(results: dict[str, Any]) -> Table:
 
 def _write(out: str, name: str, data: bytes) -> str:
     fs, path = open_uri(out)
-    fs.makedirs(path, exist_ok=True)
-    fs.pipe_file(f"{path}/{name}", data)
+    write_atomic(fs, f"{path}/{name}", data)
     return f"{out.rstrip('/')}/{name}"
 
 

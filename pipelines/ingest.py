@@ -44,8 +44,6 @@ from pipelines.dataset.shards import (
     encode_table,
     hash_bytes,
     list_names,
-    open_shards,
-    put_atomic,
     read_manifest,
     remove_unnamed,
     write_manifest,
@@ -81,6 +79,7 @@ from pipelines.runtime.cluster import start_ray
 from pipelines.runtime.errors import run_command
 from pipelines.runtime.places import prepare
 from pipelines.runtime.progress import Meter
+from pipelines.runtime.uris import open_uri, write_atomic
 
 IO_THREADS = 16
 NOT_IN_CLASSES = "label_not_in_classes"
@@ -180,7 +179,7 @@ def _stage(
     chunks: list[str], keys: list[str], listing: Listing, cfg: IngestConfig, console: Console
 ) -> list[pa.Table]:
     """Does the chunks that are not done and returns the items of all, in source order."""
-    fs, root = open_shards(cfg.out)
+    fs, root = open_uri(cfg.out)
     there = list_names(cfg.out, STAGING)
     missing = [
         {"chunk": chunk, "key": key}
@@ -236,7 +235,7 @@ def _merge(
     num_bytes = int(index.sizes_N[keep_N].sum())
     with Meter(console, "writing", num_bytes, "samples") as meter:
         _write_shards(plans, cfg, meter)
-    fs, root = open_shards(cfg.out)
+    fs, root = open_uri(cfg.out)
     notes = [read_shard_note(fs, root, plan) for plan in plans]
     num_samples = sum(shard.rows for shard, _ in notes)
     kept, duplicates = (int((index.firsts_N & keep).sum()) for keep in (keep_N, ~keep_N))
@@ -274,14 +273,14 @@ def _total(tables: Sequence[pa.Table]) -> Tally:
 def _write_quarantine(refused: pa.Table, file: str, cfg: IngestConfig) -> dict[str, int]:
     """Writes what is not in the shards and returns how often which reason occurs."""
     table = refused.select(QUARANTINE_SCHEMA.names).cast(QUARANTINE_SCHEMA)
-    fs, root = open_shards(cfg.out)
+    fs, root = open_uri(cfg.out)
     if file == QUARANTINE or table.num_rows:
-        put_atomic(fs, f"{root}/{file}", encode_table(table, 2**16))
+        write_atomic(fs, f"{root}/{file}", encode_table(table, 2**16))
     return dict(sorted(Counter(table["reason"].to_pylist()).items()))
 
 
 def _write_shards(plans: list[str], cfg: IngestConfig, meter: Meter) -> None:
-    _, root = open_shards(cfg.out)
+    _, root = open_uri(cfg.out)
     notes, there = list_names(cfg.out, STAGING), list_names(cfg.out)
     missing = []
     for plan in plans:
@@ -292,7 +291,7 @@ def _write_shards(plans: list[str], cfg: IngestConfig, meter: Meter) -> None:
 
 
 def _shard_file(plan: str, cfg: IngestConfig) -> str:
-    fs, root = open_shards(cfg.out)
+    fs, root = open_uri(cfg.out)
     return read_shard_note(fs, root, plan)[0].file
 
 
@@ -309,7 +308,7 @@ def _mean_std(moments: list[list[float]], count: int) -> tuple[Rgb, Rgb]:
 
 def _clean_up(cfg: IngestConfig, manifest: Manifest) -> None:
     """Removes staging, files a killed ingest was writing, and shards the manifest does not name."""
-    fs, root = open_shards(cfg.out)
+    fs, root = open_uri(cfg.out)
     if fs.exists(f"{root}/{STAGING}"):
         fs.rm(f"{root}/{STAGING}", recursive=True)
     if not manifest.losses and LOSSES in list_names(cfg.out):

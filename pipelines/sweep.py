@@ -26,13 +26,12 @@ from rich.console import Console
 
 from pipelines.config.sweep import SweepConfig
 from pipelines.config.train import PretrainConfig, RunConfig
-from pipelines.dataset.shards import put_atomic
 from pipelines.recipes.registry import RECIPES
 from pipelines.runs.checkpoints import CheckpointError, decides_the_run, flatten
 from pipelines.runtime.cluster import check_fits, cpus_needed, start_ray
 from pipelines.runtime.errors import run_command
 from pipelines.runtime.places import absolute, prepare
-from pipelines.runtime.uris import join_uri, open_uri
+from pipelines.runtime.uris import join_uri, open_uri, write_atomic
 from pipelines.sweeps.results import Row, plot, table, verdict
 from pipelines.sweeps.space import Settings, apply, draw, parse_space
 from pipelines.sweeps.trials import Reading, Score, Train, run_trials, score_run, train_trial
@@ -233,7 +232,7 @@ def _read(out: str, name: str) -> str:
 
 def _write(out: str, name: str, data: bytes) -> None:
     fs, path = open_uri(out)
-    put_atomic(fs, f"{path}/{name}", data)
+    write_atomic(fs, f"{path}/{name}", data)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -34,14 +34,12 @@ from pipelines.dataset.shards import (
     Shard,
     hash_bytes,
     list_names,
-    open_shards,
-    put_atomic,
     read_manifest,
     remove_unnamed,
     write_manifest,
     write_shard,
 )
-from pipelines.runtime.uris import is_local, public_name
+from pipelines.runtime.uris import is_local, open_uri, public_name, write_atomic
 
 MARK = ".live"
 """A file in a set's folder from before its first shard on; locally also the lock of who publishes."""
@@ -125,12 +123,12 @@ class LiveSet:
         self._cfg, self._settings = cfg, _settings(cfg)
         self._stack = contextlib.ExitStack()
         self.manifest = _read_set(cfg, self._settings)
-        fs, root = open_shards(cfg.out)
+        fs, root = open_uri(cfg.out)
         if is_local(fs):
             _lock(self._stack, Path(root) / MARK, cfg.out)
             self.manifest = _read_set(cfg, self._settings)  # of whoever had the lock until now
         else:
-            put_atomic(fs, f"{root}/{MARK}", b"")
+            write_atomic(fs, f"{root}/{MARK}", b"")
         remove_unnamed(cfg.out, self.manifest.shards if self.manifest else ())
         self.progress = Progress(open=True, run=int(time.time()))
         if self.manifest is not None:
@@ -163,7 +161,7 @@ class LiveSet:
         Raises:
             ValueError: somebody else has published here.
         """
-        fs, root = open_shards(self._cfg.out)
+        fs, root = open_uri(self._cfg.out)
         number = len(self.manifest.shards) if self.manifest else 0
         name = f"{self.run:08x}{number:08x}"
         table = pa.Table.from_pylist(list(rows), LIVE_SCHEMA)

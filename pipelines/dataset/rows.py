@@ -15,8 +15,9 @@ from typing import TypeAlias, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from pipelines.dataset.shards import Manifest, open_shards, read_manifest, read_row_group
+from pipelines.dataset.shards import Manifest, read_manifest, read_row_group
 from pipelines.runtime.names import composed
+from pipelines.runtime.uris import open_uri
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -107,7 +108,7 @@ def iter_labelled(
     `wanted` may ask for other rows; the column it names is then in the tables too.
     """
     manifest = read_manifest(uri)
-    fs, root = open_shards(uri)
+    fs, root = open_uri(uri)
     columns = tuple(dict.fromkeys((*COLUMNS[manifest.modality], wanted.column)))
 
     def find(group: tuple[int, int, int]) -> Place:
@@ -151,7 +152,7 @@ def _first_rows(drawn: Iterable[Place], limit: int) -> list[Place]:
 
 def read_places(uri: str, places_N3: np.ndarray) -> pa.Table:
     """Reads single rows again by their `PLACE` columns, in the order given."""
-    manifest, (fs, root) = read_manifest(uri), open_shards(uri)
+    manifest, (fs, root) = read_manifest(uri), open_uri(uri)
     rows = []
     for shard, group, row in places_N3.tolist():
         columns = COLUMNS[manifest.modality]

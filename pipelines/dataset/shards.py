@@ -18,7 +18,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.runtime.uris import open_uri
+from pipelines.runtime.uris import open_uri, write_atomic
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -67,7 +66,7 @@ LIVE_SCHEMA = VIDEO_SCHEMA.append(
 )
 # By modality, which is also the name of the column of encoded bytes.
 SCHEMAS = {"image": IMAGE_SCHEMA, "video": VIDEO_SCHEMA}
-# A shard, and a file that a killed ingest was writing: names only `write_shard`, `put_atomic` give.
+# A shard, and a file that a killed ingest was writing: names only `write_shard`, `write_atomic` give.
 SHARD_NAME = re.compile(r"part-[0-9a-f]{16}\.parquet")
 _PARTIAL = re.compile(r"\.(part-[0-9a-f]{16}\.parquet|manifest\.json)\.\d+\.tmp")
 QUARANTINE_SCHEMA = pa.schema(
@@ -168,33 +167,13 @@ def hash_bytes(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
-def open_shards(uri: str | Path) -> tuple[Any, str]:
-    """Returns (fsspec file system, root path in it) for a local folder or an `s3://` prefix."""
-    return open_uri(str(uri))
-
-
-def put_atomic(fs: Any, path: str, data: bytes) -> None:
-    """Writes a whole file so that a reader sees the old one or the new one, never a part of it."""
-    if "file" not in fs.protocol:
-        fs.pipe_file(path, data)  # an object appears when its upload completes
-        return
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(target)
-
-
 def read_manifest(uri: str | Path) -> Manifest:
     """Reads the manifest of ingested shards.
 
     Raises:
         ValueError: there is none, it is damaged, or it has another schema version.
     """
-    fs, root = open_shards(uri)
+    fs, root = open_uri(uri)
     try:
         values = json.loads(fs.cat_file(f"{root}/{MANIFEST}"))
     except FileNotFoundError:
@@ -217,8 +196,8 @@ def _manifest_from(values: dict[str, Any]) -> Manifest:
 
 def write_manifest(uri: str | Path, manifest: Manifest) -> None:
     """Publishes the data set: from now on readers see it."""
-    fs, root = open_shards(uri)
-    put_atomic(fs, f"{root}/{MANIFEST}", manifest.to_json().encode())
+    fs, root = open_uri(uri)
+    write_atomic(fs, f"{root}/{MANIFEST}", manifest.to_json().encode())
 
 
 def encode_table(table: pa.Table, row_group_rows: int) -> bytes:
@@ -268,7 +247,7 @@ def write_shard(
     data = encode_table(table.cast(schema), row_group_rows)
     digest = hash_bytes(data).hex()
     file = f"part-{name or digest[:16]}.parquet"
-    put_atomic(fs, f"{root}/{file}", data)
+    write_atomic(fs, f"{root}/{file}", data)
     full, rest = divmod(table.num_rows, row_group_rows)
     groups = (row_group_rows,) * full + ((rest,) if rest else ())
     return Shard(file=file, rows=table.num_rows, bytes=len(data), blake2b=digest, row_groups=groups)
@@ -276,7 +255,7 @@ def write_shard(
 
 def list_names(uri: str | Path, folder: str = "") -> set[str]:
     """Returns the names in a data set's folder, or in a folder inside that; none if it is not there."""
-    fs, root = open_shards(uri)
+    fs, root = open_uri(uri)
     path = f"{root}/{folder}".rstrip("/")
     try:
         return {name.rpartition("/")[2] for name in fs.ls(path, detail=False)}
@@ -286,7 +265,7 @@ def list_names(uri: str | Path, folder: str = "") -> set[str]:
 
 def remove_unnamed(uri: str | Path, shards: Sequence[Shard]) -> None:
     """Removes shards that are not among `shards`, and files that a killed ingest was writing."""
-    fs, root = open_shards(uri)
+    fs, root = open_uri(uri)
     named = {shard.file for shard in shards}
     for name in sorted(list_names(uri) - named):
         if SHARD_NAME.fullmatch(name) or _PARTIAL.fullmatch(name):
@@ -305,8 +284,8 @@ def read_row_group(
     """Reads one row group of one shard; footers are remembered (shards never change).
 
     Args:
-        fs: file system, from `open_shards`.
-        root: folder in it, from `open_shards`.
+        fs: file system, from `open_uri`.
+        root: folder in it, from `open_uri`.
         file: `Shard.file`.
         index: row group in the file.
         columns: columns to read; None for all.
@@ -328,7 +307,7 @@ def iter_samples(
         limit: stop after this many rows. Ingest shuffles the files of a folder by the hash of their
             names, so the first rows are a fair sample of such a source.
     """
-    fs, root = open_shards(uri)
+    fs, root = open_uri(uri)
     manifest = read_manifest(uri)
     left = manifest.num_samples if limit is None else min(limit, manifest.num_samples)
     for shard, group, rows in manifest.row_groups():
@@ -368,7 +347,7 @@ def verify_shards(uri: str | Path) -> Manifest:
     Raises:
         ValueError: a shard is missing, or its bytes are not what the manifest says.
     """
-    fs, root = open_shards(uri)
+    fs, root = open_uri(uri)
     manifest = read_manifest(uri)
     for shard in manifest.shards:
         try:

@@ -24,13 +24,12 @@ from pipelines.dataset.shards import (
     SCHEMAS,
     Shard,
     hash_bytes,
-    open_shards,
-    put_atomic,
     sample_ids_array,
     write_shard,
 )
 from pipelines.ingestion.staging import STAGING, part_path, staged_schema
 from pipelines.runtime.names import composed
+from pipelines.runtime.uris import open_uri, write_atomic
 
 MOST_UNUSED = 2**16  # classes without an example, before integers are taken for names
 
@@ -255,7 +254,7 @@ def merge_shard(row: dict[str, Any], cfg: IngestConfig) -> dict[str, Any]:
     Returns:
         `items` and `bytes` done, for the progress bar; the result itself lies at `marker_path`.
     """
-    fs, root = open_shards(cfg.out)
+    fs, root = open_uri(cfg.out)
     plan = json.loads(row["plan"])
     staged = pa.concat_tables(
         [_read_segment(fs, root, segment, cfg.modality) for segment in plan["segments"]]
@@ -268,7 +267,7 @@ def merge_shard(row: dict[str, Any], cfg: IngestConfig) -> dict[str, Any]:
     table = pa.Table.from_arrays(columns, names)
     shard = write_shard(fs, root, table, plan["row_group_rows"])
     note = {"shard": dataclasses.asdict(shard), "moments": moments.sum(axis=0).tolist()}
-    put_atomic(fs, marker_path(root, row["plan"]), json.dumps(note).encode())
+    write_atomic(fs, marker_path(root, row["plan"]), json.dumps(note).encode())
     return {"items": shard.rows, "bytes": shard.bytes}
 
 

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from models.media.images import ImageError
 from models.media.videos import VideoError
 from pipelines.config.ingest import LABEL_COLUMN, IngestConfig
-from pipelines.dataset.shards import SCHEMAS, encode_table, hash_bytes, open_shards, put_atomic
+from pipelines.dataset.shards import SCHEMAS, encode_table, hash_bytes
 from pipelines.ingestion.entries.entries import Entry
 from pipelines.ingestion.listing.sources import Chunk
 from pipelines.ingestion.preparing.frames import Loss
@@ -36,6 +36,7 @@ from pipelines.ingestion.reading.chunks import read_chunk
 from pipelines.ingestion.reading.items import Item, Problem, Tally
 from pipelines.ingestion.reading.labels import Label
 from pipelines.runtime.names import escaped
+from pipelines.runtime.uris import open_uri, write_atomic
 
 VERSION = 2  # raise it when the same input would give other rows
 # The same for sources of one kind.
@@ -133,7 +134,7 @@ class _Parts:
         if self._rows:
             table = pa.Table.from_pylist(self._rows, staged_schema(self._modality))
             path = part_path(self._prefix, self.number)
-            put_atomic(self._fs, path, encode_table(table, 64))
+            write_atomic(self._fs, path, encode_table(table, 64))
             self._rows, self._bytes, self.number = [], 0, self.number + 1
 
 
@@ -157,7 +158,7 @@ def stage_chunk(row: dict[str, Any], cfg: IngestConfig) -> dict[str, Any]:
     Returns:
         `key`, `items` and `bytes` done, for the progress bar.
     """
-    fs, root = open_shards(cfg.out)
+    fs, root = open_uri(cfg.out)
     prefix = f"{root}/{STAGING}/{row['key']}"
     parts = _Parts(fs, prefix, cfg.modality)
     items: list[dict[str, Any]] = []
@@ -173,7 +174,7 @@ def stage_chunk(row: dict[str, Any], cfg: IngestConfig) -> dict[str, Any]:
         items += _set_label(items[firsts[number]], label, problem)
     found = json.dumps({"ignored": tally.ignored, "notes": tally.notes}).encode()
     table = pa.Table.from_pylist(items, ITEMS_SCHEMA.with_metadata({_TALLY: found}))
-    put_atomic(fs, items_path(prefix), encode_table(table, 2**16))
+    write_atomic(fs, items_path(prefix), encode_table(table, 2**16))
     return {"key": row["key"], "items": len(firsts), "bytes": done}
 
 

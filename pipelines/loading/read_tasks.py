@@ -20,11 +20,12 @@ import pyarrow as pa
 from models.keyed_random.arrays import I64, U64, key_of, sample_keys, uniforms
 from models.keyed_random.streams import PlanStream, SampleStream
 from pipelines.config.data import DataConfig
-from pipelines.dataset.shards import open_shards, read_row_group, sample_ids_array
+from pipelines.dataset.shards import read_row_group, sample_ids_array
 from pipelines.loading.clips import ClipSampler
 from pipelines.loading.crops import random_crops
 from pipelines.loading.masks.maskers import Masker
 from pipelines.loading.plan import Piece, Plan, lane_windows
+from pipelines.runtime.uris import open_uri
 
 I32 = npt.NDArray[np.int32]
 
@@ -114,7 +115,7 @@ def _read_rows(reader: Reader, rows_N3: I64) -> tuple[pa.Table, I64]:
     order_N = np.lexsort(rows_N3.T[::-1])  # by shard, row group, row
     groups_G2, starts_G = np.unique(rows_N3[order_N, :2], axis=0, return_index=True)
     wanted = np.split(rows_N3[order_N, 2], starts_G[1:])
-    fs, root = open_shards(reader.uri)
+    fs, root = open_uri(reader.uri)
 
     def read(group: I64, rows: I64) -> pa.Table:
         columns, encoded = COLUMNS[reader.modality], reader.modality

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config.train import NEWEST_WHOLE
-from pipelines.dataset.shards import put_atomic
 from pipelines.runs.checkpoint_files import recover_report
 from pipelines.runs.integrity import find_fault, read_description
 from pipelines.runs.run_checkpoints import (
@@ -28,7 +27,7 @@ from pipelines.runs.run_checkpoints import (
     unusable,
 )
 from pipelines.runs.run_folder import METRICS
-from pipelines.runtime.uris import is_local, join_uri, open_uri
+from pipelines.runtime.uris import is_local, join_uri, open_uri, write_atomic
 
 WAY_ON = (
     f"Go on with --run.resume-from {NEWEST_WHOLE} (or the name of a whole one), or start a new run "
@@ -222,4 +221,4 @@ def write_list(run_uri: str, names: list[str], *, ranked: bool) -> None:
         timed_out_validation_checkpoint_dir_names=[],
         failed_validation_checkpoint_dir_names=[],
     )
-    put_atomic(fs, f"{path}/{LIST}", state.model_dump_json().encode())
+    write_atomic(fs, f"{path}/{LIST}", state.model_dump_json().encode())

@@ -1,12 +1,14 @@
-"""Runs live at a URI, local or `s3://`: how the trainer's files get there and back.
+"""One way to handle the URIs of local and remote files: open, join, make absolute, write, copy.
 
-Everything goes through fsspec, which takes S3 credentials and endpoint from the environment; Ray
-wants the same file system in pyarrow's clothes.
+A URI is a local path, `file://...`, `s3://bucket/prefix` or whatever else fsspec has a file system
+for. Credentials and endpoint of S3 come from the environment. Code that opens a file by URI goes
+through this module, so that local and remote storage behave alike.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 import urllib.parse
 from collections.abc import Iterator
@@ -15,27 +17,6 @@ from typing import Any
 
 import fsspec
 import pyarrow.fs
-
-
-def open_uri(uri: str) -> tuple[Any, str]:
-    """Returns (fsspec file system, path in it); nothing about the remote side is cached."""
-    fs, path = split_uri(uri, use_listings_cache=False)
-    return fs, path.rstrip("/")
-
-
-def split_uri(uri: str, **options: Any) -> tuple[Any, str]:
-    """Returns (fsspec file system, path in it); `::` in a path without protocol is part of a name.
-
-    Args:
-        uri: a local path or an address.
-        options: of the file system.
-    """
-    if "::" in uri and "://" not in uri:
-        fs = fsspec.filesystem("file", **options)
-        return fs, str(fs._strip_protocol(uri))
-    fs, path = fsspec.core.url_to_fs(uri, **options)
-    return fs, str(path)
-
 
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs"}
 """PyPI packages that bring fsspec a file system, by protocol, where the two names differ."""
@@ -75,23 +56,51 @@ def public_name(uri: str) -> str:
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 
+def open_uri(uri: str | Path) -> tuple[Any, str]:
+    """Finds the file system of a URI.
+
+    A `::` in a local path is part of a name; fsspec would take it for chained file systems.
+
+    Returns:
+        The fsspec file system, which does not cache remote listings, and the path in it without a
+        slash at the end.
+    """
+    uri = str(uri)
+    if "::" in uri and "://" not in uri:
+        fs: Any = file_system("file")
+        path = str(fs._strip_protocol(uri))
+    else:
+        fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+    return fs, path.rstrip("/") or path
+
+
+def file_system(protocol: str) -> Any:
+    """Returns the fsspec file system of a protocol; it does not cache remote listings."""
+    return fsspec.filesystem(protocol, use_listings_cache=False)
+
+
+def protocol_of(fs: Any) -> str:
+    """Returns the first of fsspec's names of a file system's protocol, such as `file` or `s3`."""
+    return str(fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0])
+
+
 def is_local(fs: Any) -> bool:
-    """Whether a file system's paths are paths of this machine."""
+    """Whether the paths of a file system are paths of this machine."""
     return "file" in (fs.protocol if isinstance(fs.protocol, tuple | list) else (fs.protocol,))
 
 
 def absolute_uri(uri: str) -> str:
-    """Makes a local path absolute (tasks and workers run in other directories).
+    """Makes a local path absolute, because tasks and workers run in other directories.
 
-    `~` and `file://` are understood. Links stay as they are named: other machines may have them lead
-    elsewhere.
+    `~` and `file://` are resolved. Symbolic links are kept, because they may lead elsewhere on other
+    machines; only a path with `..` in it is resolved, as the folder above a link's target is meant.
     """
     if not uri:
         return uri
     fs, path = open_uri(uri)
     if not is_local(fs):
         return uri.rstrip("/")
-    if ".." in Path(path).parts:  # what is above a link is above what it leads to
+    if ".." in Path(path).parts:
         return str(Path(path).resolve())
     return str(Path(path))
 
@@ -102,18 +111,57 @@ def join_uri(uri: str, *names: str) -> str:
 
 
 def ray_storage(uri: str) -> tuple[str, pyarrow.fs.FileSystem | None]:
-    """Returns what Ray's `storage_path` and `storage_filesystem` want for a URI."""
+    """Returns the `storage_path` and `storage_filesystem` of Ray's `RunConfig` for a URI.
+
+    Remote file systems are fsspec's, wrapped for pyarrow.
+    """
     fs, path = open_uri(uri)
     if is_local(fs):
         return str(Path(path).resolve()), None
     return path, pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs))
 
 
+def write_atomic(fs: Any, path: str, data: bytes) -> None:
+    """Writes a whole file so that readers see either the old file or the new one, never a part.
+
+    Folders above it are created. A local file is synced to disk before it gets its name.
+    """
+    if not is_local(fs):
+        fs.pipe_file(path, data)  # an object appears when its upload completes
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(target)
+
+
+@contextlib.contextmanager
+def local_file(fs: Any, path: str) -> Iterator[str]:
+    """Yields the local path of one file; a remote file is downloaded and removed afterwards.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    if is_local(fs):
+        with Path(path).open("rb"):
+            pass  # raises where it cannot be read
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="rayjepa-") as folder:
+        copy = f"{folder}/copy"
+        fs.get_file(path, copy)
+        yield copy
+
+
 @contextlib.contextmanager
 def local_copy(uri: str, pattern: str = "*") -> Iterator[Path]:
     """Yields a local folder with the files of a folder URI that match `pattern`.
 
-    Local folders are yielded as they are; remote ones are downloaded and removed afterwards.
+    A local folder is yielded itself; remote files are downloaded and removed afterwards.
     """
     fs, path = open_uri(uri)
     if is_local(fs):

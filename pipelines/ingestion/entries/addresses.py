@@ -1,35 +1,30 @@
-"""Addresses of raw data, and which of them are read."""
+"""Which addresses are sources of files, and which need another command or flag."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from pipelines.runtime.uris import check_protocol, split_uri
+from pipelines.runtime.uris import check_protocol, open_uri
 
 _STREAMS = ("rtsp", "rtsps", "rtmp", "rtmps", "srt", "udp", "tcp", "rtp")
 
 
-def file_system(address: str) -> tuple[Any, str]:
-    """Returns the file system of an address, and the path there.
+def open_address(address: str) -> tuple[Any, str]:
+    """Returns the fsspec file system of a source or of a listed file, and the path in it.
 
     Raises:
-        ValueError: its protocol is none that is read here.
+        ValueError: The address is a live stream or a web page, or nothing here reads its protocol.
     """
     check_address(address)
     check_protocol(address, "--source: ")
-    return split_uri(address)
-
-
-def protocol_of(fs: Any) -> str:
-    """Returns fsspec's first name of a file system."""
-    return str(fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0])
+    return open_uri(address)
 
 
 def check_address(address: str) -> None:
-    """Refuses what is no place of files: whether something is there need not be asked.
+    """Refuses live streams and web pages, without asking whether anything is there.
 
     Raises:
-        ValueError: a live stream, or an address of the web.
+        ValueError: Names the way out.
     """
     protocol, found, _ = address.partition("://")
     if not found or "::" in address:

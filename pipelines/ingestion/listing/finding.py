@@ -8,11 +8,10 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from fsspec.implementations.local import LocalFileSystem
-
 from pipelines.ingestion.entries.entries import UNLISTED, Entry, entry_of, local_entry
 from pipelines.ingestion.listing.folders import Found, walk, walk_matching
 from pipelines.runtime.names import escaped
+from pipelines.runtime.uris import is_local
 
 
 def find(fs: Any, root: str, out: str) -> tuple[Found, str]:
@@ -29,7 +28,7 @@ def find(fs: Any, root: str, out: str) -> tuple[Found, str]:
         ValueError: this user may not list it.
     """
     is_pattern = glob.has_magic(root) and not fs.exists(root)
-    if isinstance(fs, LocalFileSystem):
+    if is_local(fs):
         found, base = walk_matching(root, out) if is_pattern else _walk(root, out)
     else:
         found, base = _list_remote(fs, root, out, is_pattern=is_pattern)

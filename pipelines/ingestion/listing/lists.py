@@ -7,16 +7,13 @@ import posixpath
 import unicodedata
 from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 from urllib.parse import unquote
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
-
-from pipelines.ingestion.entries.addresses import file_system, protocol_of
+from pipelines.ingestion.entries.addresses import open_address
 from pipelines.ingestion.entries.entries import NO_FILE, Entry, entry_of, local_entry
 from pipelines.ingestion.listing.tables import FileList, readable
 from pipelines.runtime.names import escaped
+from pipelines.runtime.uris import file_system, is_local, protocol_of
 
 Place = tuple[str, str]  # protocol, path in its file system
 File = tuple[str, str, Entry]  # name below the source, protocol, and the file
@@ -112,7 +109,7 @@ def _shortened(name: str) -> str:
 
 def _place(name: str, folder: str, protocol: str) -> Place:
     if "://" in name:
-        fs, path = file_system(name)
+        fs, path = open_address(name)
         return protocol_of(fs), path
     return protocol, posixpath.normpath(posixpath.join(folder, name))
 
@@ -129,9 +126,9 @@ def _list_parents(places: set[Place]) -> dict[Place, Entry]:
 
 
 def _list_folder(protocol: str, folder: str) -> Iterator[Entry]:
-    fs: Any = fsspec.filesystem(protocol)
+    fs = file_system(protocol)
     try:
-        infos = fs.ls(folder, detail=not isinstance(fs, LocalFileSystem))
+        infos = fs.ls(folder, detail=not is_local(fs))
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return
     for info in infos:

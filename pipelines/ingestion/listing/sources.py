@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipelines.config.ingest import IMAGE_COLUMN, LABEL_COLUMN, IngestConfig
-from pipelines.ingestion.entries.addresses import file_system, protocol_of
+from pipelines.ingestion.entries.addresses import open_address
 from pipelines.ingestion.entries.entries import Entry as Entry
 from pipelines.ingestion.entries.failures import raise_if_unreachable as raise_if_unreachable
 from pipelines.ingestion.listing.choosing import (
@@ -40,6 +40,7 @@ from pipelines.ingestion.listing.media import Content, Modality, look_into, suff
 from pipelines.ingestion.listing.parquet_listing import list_parquet, partition_label
 from pipelines.ingestion.listing.tables import LIST_SUFFIXES, FileList, read_file_list
 from pipelines.runtime.names import escaped
+from pipelines.runtime.uris import protocol_of
 
 CHUNK_ITEMS = 512
 CHUNK_BYTES = 64 * 2**20
@@ -126,9 +127,8 @@ def list_source(cfg: IngestConfig) -> Listing:
         ValueError: nothing to read there, images and videos both and no word which, or a Parquet
             file without the image column, or without a label column that was named.
     """
-    fs, root = file_system(cfg.source)
-    fs.invalidate_cache()  # S3 listings are remembered by the process
-    found, base = find(fs, root.rstrip("/") or root, fs._strip_protocol(cfg.out))
+    fs, root = open_address(cfg.source)
+    found, base = find(fs, root, fs._strip_protocol(cfg.out))
     entries = found.files
     if not entries and not fs.exists(root):
         raise ValueError(f"--source: {cfg.source} does not exist")

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
-
-import fsspec
 
 from pipelines.config.ingest import IngestConfig
 from pipelines.ingestion.entries.entries import UNLISTED, Entry
@@ -20,6 +16,7 @@ from pipelines.ingestion.reading.labels import Label
 from pipelines.ingestion.reading.labels import as_label as as_label
 from pipelines.ingestion.reading.parquet_reading import read_parquet
 from pipelines.ingestion.reading.tar_reading import read_tar
+from pipelines.runtime.uris import file_system, local_file
 
 READ_BYTES = 32 * 2**20
 NO_FILE = ("unreadable", "no regular file, or a link to nothing")
@@ -37,7 +34,7 @@ def read_chunk(chunk: Chunk, cfg: IngestConfig, tally: Tally | None = None) -> I
     Raises:
         OSError: the storage as a whole fails (no connection, busy); ingest can be run again.
     """
-    fs = fsspec.filesystem(chunk.protocol)
+    fs = file_system(chunk.protocol)
     if cfg.modality == "video":
         yield from _read_videos(fs, chunk, cfg)
     elif chunk.kind in ("folder", "list"):
@@ -96,27 +93,13 @@ def _read_videos(fs: Any, chunk: Chunk, cfg: IngestConfig) -> Iterator[Item]:
             continue
         with contextlib.ExitStack() as stack:
             try:
-                path = stack.enter_context(_local_file(fs, entry.path))
+                path = stack.enter_context(local_file(fs, entry.path))
                 sidecars = tuple((name, _sidecar(fs, entry, name, cfg)) for name in entry.sidecars)
             except OSError as error:
                 yield Item(uri, problem=problem_of(error))
                 continue
             label = _label_of(entry, chunk)
             yield Item(uri, path=path, label=label, sidecars=sidecars, size=entry.size)
-
-
-@contextlib.contextmanager
-def _local_file(fs: Any, path: str) -> Iterator[str]:
-    """Yields the path of a file on this machine, a copy removed afterwards if it is remote."""
-    if "file" in fs.protocol:
-        with Path(path).open("rb"):
-            pass  # raises where it cannot be read
-        yield path
-        return
-    with tempfile.TemporaryDirectory(prefix="rayjepa-") as folder:
-        copy = f"{folder}/video"
-        fs.get_file(path, copy)
-        yield copy
 
 
 def _sidecar(fs: Any, entry: Entry, name: str, cfg: IngestConfig) -> bytes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -21,6 +20,7 @@ from pipelines.ingestion.reading.labels import (
     LabelError,
     as_label,
 )
+from pipelines.runtime.uris import open_uri
 
 if TYPE_CHECKING:
     from pipelines.ingestion.listing.sources import Chunk
@@ -179,7 +179,7 @@ class _Rows:
             raise _Missing(f"{shown}: of addresses only s3:// and file:// are read")
         fs, path = self._fs, f"{self._folder}/{name}" if not name.startswith("/") else name
         if "://" in name:
-            fs, path = fsspec.core.url_to_fs(name)
+            fs, path = open_uri(name)
         try:
             info = fs.info(path)
             if info["type"] == "directory":

@@ -18,11 +18,11 @@ from pipelines.dataset.shards import (
     IMAGE_SCHEMA,
     Manifest,
     hash_bytes,
-    open_shards,
     write_manifest,
     write_shard,
 )
 from pipelines.loading.loader import train_batches
+from pipelines.runtime.uris import open_uri
 
 ROWS = 150
 
@@ -80,7 +80,7 @@ def write_shards(
     folder: Path, table: pa.Table, shard_rows: int, group_rows: int, **manifest_fields
 ) -> str:
     """Shards of images or segments with a manifest, as ingest would leave them."""
-    fs, root = open_shards(folder)
+    fs, root = open_uri(folder)
     parts = [table.slice(first, shard_rows) for first in range(0, len(table), shard_rows)]
     (payload,) = {"image", "video"} & set(table.column_names)
     manifest = Manifest(

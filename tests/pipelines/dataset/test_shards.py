@@ -18,8 +18,6 @@ from pipelines.dataset.shards import (
     encode_table,
     hash_bytes,
     iter_samples,
-    open_shards,
-    put_atomic,
     read_manifest,
     read_row_group,
     read_rows,
@@ -28,6 +26,7 @@ from pipelines.dataset.shards import (
     write_manifest,
     write_shard,
 )
+from pipelines.runtime.uris import open_uri, write_atomic
 
 
 def make_table(count: int, start: int = 0) -> pa.Table:
@@ -47,7 +46,7 @@ def make_table(count: int, start: int = 0) -> pa.Table:
 @pytest.fixture
 def shards(tmp_path: Path) -> tuple[Path, Manifest]:
     """70 rows in two shards (40 and 30), row groups of 16."""
-    fs, root = open_shards(tmp_path)
+    fs, root = open_uri(tmp_path)
     parts = [
         write_shard(fs, root, make_table(40), 16),
         write_shard(fs, root, make_table(30, 40), 16),
@@ -124,7 +123,7 @@ def test_limit_cuts_anywhere(shards: tuple[Path, Manifest], limit: int) -> None:
 
 def test_one_row_group_is_read_alone(shards: tuple[Path, Manifest]) -> None:
     folder, manifest = shards
-    fs, root = open_shards(folder)
+    fs, root = open_uri(folder)
     table = read_row_group(fs, root, manifest.shards[1].file, 1, ["height", "image"])
     assert table.column_names == ["height", "image"]
     assert table["image"].to_pylist() == make_table(70)["image"].to_pylist()[56:]
@@ -180,9 +179,9 @@ def test_verify_finds_one_flipped_byte_and_a_missing_file(
         verify_shards(folder)
 
 
-def test_put_atomic_leaves_no_temporary_file(tmp_path: Path) -> None:
-    fs, root = open_shards(tmp_path / "new" / "folder")
-    put_atomic(fs, f"{root}/file", b"one")
-    put_atomic(fs, f"{root}/file", b"two")
+def test_write_atomic_leaves_no_temporary_file(tmp_path: Path) -> None:
+    fs, root = open_uri(tmp_path / "new" / "folder")
+    write_atomic(fs, f"{root}/file", b"one")
+    write_atomic(fs, f"{root}/file", b"two")
     assert [p.name for p in (tmp_path / "new" / "folder").iterdir()] == ["file"]
     assert (tmp_path / "new" / "folder" / "file").read_bytes() == b"two"

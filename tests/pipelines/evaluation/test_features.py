@@ -20,7 +20,6 @@ from pipelines.config.data import DataConfig
 from pipelines.config.train import ModelConfig, PretrainConfig, RunConfig
 from pipelines.dataset.rows import PLACE, iter_labelled, load_labelled, read_places, table_labels
 from pipelines.dataset.shards import (
-    open_shards,
     read_manifest,
     read_row_group,
     read_rows,
@@ -34,6 +33,7 @@ from pipelines.evaluation.features import (
     extract_features,
     pixel_features,
 )
+from pipelines.runtime.uris import open_uri
 from pipelines.training.online_probe import build_probe
 
 
@@ -55,7 +55,7 @@ def test_limited_rows_are_a_fixed_random_subset_in_order(cifar_shards: Shards) -
 
 def _with_few_labels(uri: str, folder: Path) -> str:
     """The data set with every tenth row labelled, in a single shard."""
-    fs, root = open_shards(folder)
+    fs, root = open_uri(folder)
     rows = read_rows(uri)
     labels = [v if i % 10 == 3 else None for i, v in enumerate(rows["label"].to_pylist())]
     table = rows.set_column(4, "label", pa.array(labels, pa.int32()))

@@ -25,13 +25,14 @@ from models.keyed_random.arrays import sample_keys
 from models.media.images import decode_image
 from pipelines.config.data import MaskConfig
 from pipelines.config.train import PretrainConfig
-from pipelines.dataset.shards import hash_bytes, open_shards, read_row_group
+from pipelines.dataset.shards import hash_bytes, read_row_group
 from pipelines.loading import loader as loading
 from pipelines.loading import read_tasks as reading
 from pipelines.loading.cpu_share import cluster_share
 from pipelines.loading.loader import make_reader, train_batches
 from pipelines.loading.masks.multiblock import multiblock_masks
 from pipelines.loading.prefetch import prefetch
+from pipelines.runtime.uris import open_uri
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +185,7 @@ def test_row_groups_of_more_than_2_gib_together_are_read(
     assert table.column("image").num_chunks == 1
     assert table.schema.field("image").type == pa.large_binary()  # or a batch would end at 2 GiB
     expected = [
-        read_row_group(*open_shards(data), reader.files[s], g)["sample_id"][r].as_py()
+        read_row_group(*open_uri(data), reader.files[s], g)["sample_id"][r].as_py()
         for s, g, r in rows_N3.tolist()
     ]
     assert table["sample_id"].take(pa.array(index_N)).to_pylist() == expected
