@@ -1,4 +1,6 @@
-"""The masks of a run, whatever its objective: arrays of token numbers under the batch's names.
+"""The maskers: one object for each kind of mask, which draws token numbers for a batch.
+
+To add a masker, write a class with the members of `Masker` and enter it in `MASKERS`.
 
 Shape suffixes: B samples, M target blocks of an image, C contexts of an image, K context tokens, T
 target tokens.
@@ -6,7 +8,7 @@ target tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -14,76 +16,92 @@ import numpy as np
 
 from models.keyed_random.arrays import U64
 from pipelines.config.data import MaskConfig, VideoMaskConfig
-from pipelines.config.train import PretrainConfig
+from pipelines.config.train import Masks, PretrainConfig
 from pipelines.loading.masks.multiblock import I32, legacy_masks, mask_lengths, multiblock_masks
 from pipelines.loading.masks.patches import disjoint_masks, random_masks
 from pipelines.loading.masks.spacetime import legacy_video_masks, video_mask_lengths, video_masks
 
 MASK_NAMES = ("context_ids", "target_ids")
-Masks = dict[str, I32]
-"""What a batch holds: `context_ids` [B, K] and `target_ids` [B, M, T] of images, or both with C
-contexts, [B, C, K] and [B, C, T]; of clips, for every generator g, `context_ids_g` [B, K] and
-`target_ids_g` [B, T]. int32, ascending."""
+MaskArrays = dict[str, I32]
+"""Token numbers by the names they have in a batch, int32, ascending.
+
+- Images: `context_ids` [B, K] and `target_ids` [B, M, T]; with C contexts an image, [B, C, K] and
+  [B, C, T].
+- Clips: for every mask generator g, `context_ids_g` [B, K] and `target_ids_g` [B, T].
+"""
 
 
 class Masker(Protocol):
-    """Draws masks for samples of one token grid."""
+    """Draws masks for the samples of one token grid."""
 
     @property
     def lists(self) -> Mapping[str, int]:
-        """How many lists a sample has under these names: their axis 1; others have no such axis."""
+        """Length of axis 1 of the arrays that have one, by name: lists of tokens a sample."""
 
     @property
     def legacy(self) -> bool:
-        """Whether masks belong to batches (`for_batch`) instead of samples (`for_samples`)."""
+        """Whether masks are drawn for a whole batch (`for_batch`), not by sample (`for_samples`)."""
 
     def check(self) -> None:
-        """Raises a ValueError that names the flag if no mask can be drawn."""
+        """Checks the settings.
 
-    def for_samples(self, keys_B: U64) -> Masks:
-        """Masks fixed by `keyed_random.arrays.sample_keys`."""
+        Raises:
+            ValueError: no mask can be drawn; the flag is named.
+        """
 
-    def for_batch(self, key: np.uint64, batch: int) -> Masks:
-        """The original collator's masks of a whole global batch."""
+    def for_samples(self, keys_B: U64) -> MaskArrays:
+        """Draws masks, fixed by the samples' keys (`keyed_random.arrays.sample_keys`)."""
+
+    def for_batch(self, key: np.uint64, batch: int) -> MaskArrays:
+        """Draws masks as the original collator does, for a whole global batch."""
 
 
 @dataclass(frozen=True)
-class ImageMasker:
-    """I-JEPA's masks."""
+class MultiblockMasker:
+    """I-JEPA's multi-block masks of images."""
 
     grid: int
     """Patches on a side."""
     cfg: MaskConfig
 
+    @classmethod
+    def from_config(cls, cfg: PretrainConfig) -> MultiblockMasker:
+        """Makes the masker of a run."""
+        return cls(_grid(cfg), cfg.mask)
+
     @property
     def lists(self) -> Mapping[str, int]:
-        """An image's targets are several blocks, each predicted by itself."""
+        """Targets are M blocks, each predicted separately."""
         return {"target_ids": self.cfg.num_targets}
 
     @property
     def legacy(self) -> bool:
-        """Whether masks belong to batches instead of samples."""
+        """Whether masks are drawn for a whole batch, not by sample."""
         return self.cfg.truncate == "legacy"
 
     def check(self) -> None:
-        """Raises a ValueError that names the flag if no mask can be drawn."""
+        """Checks the settings.
+
+        Raises:
+            ValueError: no mask can be drawn; the flag is named.
+        """
         if not self.legacy:
             mask_lengths(self.grid, self.cfg)
 
-    def for_samples(self, keys_B: U64) -> Masks:
-        """Masks fixed by `keyed_random.arrays.sample_keys`."""
+    def for_samples(self, keys_B: U64) -> MaskArrays:
+        """Draws masks, fixed by the samples' keys (`keyed_random.arrays.sample_keys`)."""
         context_BK, target_BMT = multiblock_masks(keys_B, self.grid, self.cfg)
         return {"context_ids": context_BK, "target_ids": target_BMT}
 
-    def for_batch(self, key: np.uint64, batch: int) -> Masks:
-        """The original collator's masks of a whole global batch."""
+    def for_batch(self, key: np.uint64, batch: int) -> MaskArrays:
+        """Draws masks as the original collator does, for a whole global batch."""
         context_BK, target_BMT = legacy_masks(key, batch, self.grid, self.cfg)
         return {"context_ids": context_BK, "target_ids": target_BMT}
 
 
 @dataclass(frozen=True)
 class ClipMasker:
-    """V-JEPA's masks."""
+    """V-JEPA's masks of clips."""
 
     steps: int
     """Time steps of the token grid."""
@@ -92,26 +110,35 @@ class ClipMasker:
     cfg: VideoMaskConfig
     lists: ClassVar[Mapping[str, int]] = {}
 
+    @classmethod
+    def from_config(cls, cfg: PretrainConfig) -> ClipMasker:
+        """Makes the masker of a run."""
+        return cls(cfg.model.frames // cfg.model.tubelet, _grid(cfg), cfg.video_mask)
+
     @property
     def legacy(self) -> bool:
-        """Whether masks belong to batches instead of samples."""
+        """Whether masks are drawn for a whole batch, not by sample."""
         return self.cfg.truncate == "legacy"
 
     def check(self) -> None:
-        """Raises a ValueError that names the flag if no mask can be drawn."""
+        """Checks the settings.
+
+        Raises:
+            ValueError: no mask can be drawn; the flag is named.
+        """
         if not self.legacy:
             video_mask_lengths(self.steps, self.grid, self.cfg)
 
-    def for_samples(self, keys_B: U64) -> Masks:
-        """Masks fixed by `keyed_random.arrays.sample_keys`."""
+    def for_samples(self, keys_B: U64) -> MaskArrays:
+        """Draws masks, fixed by the samples' keys (`keyed_random.arrays.sample_keys`)."""
         return _by_generator(video_masks(keys_B, self.steps, self.grid, self.cfg))
 
-    def for_batch(self, key: np.uint64, batch: int) -> Masks:
-        """The original collator's masks of a whole global batch."""
+    def for_batch(self, key: np.uint64, batch: int) -> MaskArrays:
+        """Draws masks as the original collator does, for a whole global batch."""
         return _by_generator(legacy_video_masks(key, batch, self.steps, self.grid, self.cfg))
 
 
-def _by_generator(masks: list[tuple[I32, I32]]) -> Masks:
+def _by_generator(masks: list[tuple[I32, I32]]) -> MaskArrays:
     return {
         f"{name}_{g}": ids
         for g, pair in enumerate(masks)
@@ -120,18 +147,18 @@ def _by_generator(masks: list[tuple[I32, I32]]) -> Masks:
 
 
 class _BySample:
-    """A masker without the original's collator."""
+    """Base of maskers that have no legacy form."""
 
     legacy = False
 
-    def for_batch(self, key: np.uint64, batch: int) -> Masks:
-        """Never asked for."""
+    def for_batch(self, key: np.uint64, batch: int) -> MaskArrays:
+        """Raises: these masks are drawn by sample."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class RandomMasker(_BySample):
-    """Single patches hidden at random (MAE): `context_ids` [B, K] and `target_ids` [B, 1, T]."""
+    """Hides single patches at random, as MAE does: [B, K] visible and [B, 1, T] hidden tokens."""
 
     count: int
     """Tokens of an image."""
@@ -139,20 +166,30 @@ class RandomMasker(_BySample):
     """K; all others are targets."""
     lists: ClassVar[Mapping[str, int]] = {"target_ids": 1}
 
+    @classmethod
+    def from_config(cls, cfg: PretrainConfig) -> RandomMasker:
+        """Makes the masker of a run."""
+        count = _grid(cfg) ** 2
+        return cls(count, round(count * (1 - cfg.mask.hidden)))
+
     def check(self) -> None:
-        """Raises a ValueError that names the flag if no mask can be drawn."""
+        """Checks the settings.
+
+        Raises:
+            ValueError: no mask can be drawn; the flag is named.
+        """
         if not 0 < self.keep < self.count:
             raise ValueError(f"--mask.hidden: leaves {self.keep} of {self.count} patches visible")
 
-    def for_samples(self, keys_B: U64) -> Masks:
-        """Masks fixed by `keyed_random.arrays.sample_keys`."""
+    def for_samples(self, keys_B: U64) -> MaskArrays:
+        """Draws masks, fixed by the samples' keys (`keyed_random.arrays.sample_keys`)."""
         context_BK, target_BT = random_masks(keys_B, self.count, self.keep)
         return {"context_ids": context_BK, "target_ids": target_BT[:, None]}
 
 
 @dataclass(frozen=True)
 class DisjointMasker(_BySample):
-    """Several contexts whose targets share out the image (DMJD): [B, C, K] and [B, C, T]."""
+    """Several contexts with disjoint targets, as in DMJD: [B, C, K] and [B, C, T]."""
 
     count: int
     """Tokens of an image."""
@@ -161,13 +198,22 @@ class DisjointMasker(_BySample):
     keep: int | None
     """K; None for all tokens that are not the context's targets."""
 
+    @classmethod
+    def from_config(cls, cfg: PretrainConfig) -> DisjointMasker:
+        """Makes the masker of a run."""
+        return cls(_grid(cfg) ** 2, cfg.mask.contexts, cfg.mask.context_keep)
+
     @property
     def lists(self) -> Mapping[str, int]:
-        """C of both."""
+        """Both arrays have C lists a sample."""
         return dict.fromkeys(MASK_NAMES, self.contexts)
 
     def check(self) -> None:
-        """Raises a ValueError that names the flag if no mask can be drawn."""
+        """Checks the settings.
+
+        Raises:
+            ValueError: no mask can be drawn; the flag is named.
+        """
         targets = self.count // self.contexts
         if not targets:
             raise ValueError(f"--mask.contexts: {self.contexts} cannot share {self.count} patches")
@@ -177,37 +223,45 @@ class DisjointMasker(_BySample):
                 "that are not targets"
             )
 
-    def for_samples(self, keys_B: U64) -> Masks:
-        """Masks fixed by `keyed_random.arrays.sample_keys`."""
+    def for_samples(self, keys_B: U64) -> MaskArrays:
+        """Draws masks, fixed by the samples' keys (`keyed_random.arrays.sample_keys`)."""
         masks = disjoint_masks(keys_B, self.count, self.contexts, self.keep)
         return dict(zip(MASK_NAMES, masks, strict=True))
 
 
 class NoMasker(_BySample):
-    """For objectives that compare whole views."""
+    """Draws nothing, for objectives that compare whole views."""
 
     lists: ClassVar[Mapping[str, int]] = {}
 
-    def check(self) -> None:
-        """Nothing can be wrong."""
+    @classmethod
+    def from_config(cls, cfg: PretrainConfig) -> NoMasker:
+        """Makes the masker of a run."""
+        return cls()
 
-    def for_samples(self, keys_B: U64) -> Masks:
-        """No masks."""
+    def check(self) -> None:
+        """Accepts any settings."""
+
+    def for_samples(self, keys_B: U64) -> MaskArrays:
+        """Returns no masks."""
         return {}
 
 
+MASKERS: Mapping[Masks, Callable[[PretrainConfig], Masker]] = {
+    "blocks": MultiblockMasker.from_config,
+    "clip": ClipMasker.from_config,
+    "random": RandomMasker.from_config,
+    "disjoint": DisjointMasker.from_config,
+    "none": NoMasker.from_config,
+}
+"""Maskers by the name under which an objective asks for them (`PretrainConfig.masks`)."""
+
+
 def make_masker(cfg: PretrainConfig) -> Masker:
-    """The masker that the run's objective asks for."""
-    model, mask = cfg.model, cfg.mask
-    grid = model.image_size // model.patch_size
-    match cfg.masks:
-        case "blocks":
-            return ImageMasker(grid, mask)
-        case "clip":
-            return ClipMasker(model.frames // model.tubelet, grid, cfg.video_mask)
-        case "random":
-            return RandomMasker(grid * grid, round(grid * grid * (1 - mask.hidden)))
-        case "disjoint":
-            return DisjointMasker(grid * grid, mask.contexts, mask.context_keep)
-        case "none":
-            return NoMasker()
+    """Makes the masker that the run's objective asks for."""
+    return MASKERS[cfg.masks](cfg)
+
+
+def _grid(cfg: PretrainConfig) -> int:
+    """Patches on a side of the image."""
+    return cfg.model.image_size // cfg.model.patch_size

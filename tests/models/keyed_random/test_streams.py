@@ -12,7 +12,12 @@ from models.keyed_random.streams import SampleStream, Stream
 from pipelines.config.data import ClipConfig, MaskConfig, VideoMaskConfig
 from pipelines.loading.clips import ClipSampler
 from pipelines.loading.crops import random_crops
-from pipelines.loading.masks.maskers import ClipMasker, DisjointMasker, ImageMasker, RandomMasker
+from pipelines.loading.masks.maskers import (
+    ClipMasker,
+    DisjointMasker,
+    MultiblockMasker,
+    RandomMasker,
+)
 from pipelines.loading.masks.multiblock import ATTEMPTS
 
 KEY_SPACES = [space for space in vars(streams).values() if isinstance(space, type)]
@@ -62,9 +67,9 @@ def test_every_draw_of_the_loader_has_a_registered_number(monkeypatch: pytest.Mo
         return key_of(*parts)
 
     monkeypatch.setattr(arrays, "key_of", recorded)
-    ImageMasker(8, MaskConfig(context_keep=30)).for_samples(keys)  # draws again and again
+    MultiblockMasker(8, MaskConfig(context_keep=30)).for_samples(keys)  # draws again and again
     ClipMasker(4, 8, VideoMaskConfig()).for_samples(keys)
-    ImageMasker(8, MaskConfig(truncate="legacy")).for_batch(key_of(0, 1), 64)
+    MultiblockMasker(8, MaskConfig(truncate="legacy")).for_batch(key_of(0, 1), 64)
     ClipMasker(4, 8, VideoMaskConfig(truncate="legacy")).for_batch(key_of(0, 1), 64)
     RandomMasker(64, 16).for_samples(keys)
     DisjointMasker(64, 4, None).for_samples(keys)
