@@ -44,6 +44,7 @@ from rich.console import Console
 
 from models.artifacts.artifact import Artifact, load_artifact
 from models.encoders.vit import VisionTransformer
+from models.media.preprocessing import Preprocessing
 from pipelines.config.data import ClipConfig
 from pipelines.config.jobs import EmbedConfig
 from pipelines.dataset.rows import COLUMNS
@@ -66,6 +67,8 @@ from pipelines.runtime.uris import open_uri, write_atomic
 
 RECORD = "embed.json"
 SCHEMA_VERSION = 1
+LATER_FIELDS = ("background", "deep_range")
+"""Fields of the preprocessing that version 1 of the artifact did not have; it implied the defaults."""
 FILE_ROWS = (1024, 8192)
 """Rows of a file: a 32nd of the data set within these bounds, and no more than `FILE_BYTES`."""
 FILE_BYTES = 268_435_456
@@ -188,8 +191,22 @@ def _describe(cfg: EmbedConfig, artifact: Artifact, manifest: Manifest) -> dict[
     decisive = dict(content)
     if manifest.live is not None:  # what is embedded stays when there is more
         del decisive["manifest_hash"]
-    key = hash_bytes(json.dumps(decisive, sort_keys=True).encode()).hex()[:12]
+    key, former = _key(decisive), _former_key(decisive, prep)
+    if any(name.startswith(f"part-{former}-") for name in list_names(cfg.out)):
+        key = former
     return {"key": key, **content, "provenance": artifact.provenance}
+
+
+def _key(decisive: dict[str, Any]) -> str:
+    return hash_bytes(json.dumps(decisive, sort_keys=True).encode()).hex()[:12]
+
+
+def _former_key(decisive: dict[str, Any], prep: Preprocessing) -> str:
+    """The key that a folder begun before the preprocessing had `LATER_FIELDS` has for this job."""
+    values = dataclasses.asdict(prep)
+    later = {f.name: f.default for f in dataclasses.fields(prep) if f.name in LATER_FIELDS}
+    former = {k: v for k, v in values.items() if k not in later or v != later[k]}
+    return _key({**decisive, "preprocessing": former})
 
 
 def weights_hash(encoder: VisionTransformer) -> str:
