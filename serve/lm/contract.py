@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from models.sink_lm.engine.sampling_params import SamplingParams
+
 LANGUAGE_MODEL = "LanguageModel"
 """Name of the deployment."""
 
@@ -82,27 +84,6 @@ class Feed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """How to generate; the fields are the API's."""
-
-    max_tokens: int | None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    min_tokens: int = 0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int | None = None
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Start:
     """A request to generate.
 
@@ -111,7 +92,7 @@ class Start:
             that a prompt is not appended twice.
         session_id: the session, or None for temporary ones.
         feeds: the prompts; one with a session, none to go on.
-        options: how.
+        params: how to generate.
         n: answers to each prompt; more than one only without a session.
         resume_at: send what the stream has after this position, then go on; `max_tokens` counts
             from there.
@@ -122,7 +103,7 @@ class Start:
     request_id: str
     session_id: str | None
     feeds: tuple[Feed, ...]
-    options: Options
+    params: SamplingParams
     n: int = 1
     resume_at: int | None = None
     goes_on: bool = False

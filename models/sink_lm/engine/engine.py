@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from models.sink_lm.checkpoints.tokenizer import Tokenizer
-from models.sink_lm.engine.generation import EndEvent, Generation, GenerationRequest, TokenEvent
+from models.sink_lm.engine.generation import EndEvent, Generation, TokenEvent
 from models.sink_lm.engine.sampling import Choice, choose, scored
+from models.sink_lm.engine.sampling_params import SamplingParams
 from models.sink_lm.engine.session import (
     Session,
     SessionBusy,
@@ -146,15 +147,13 @@ class Engine:
                 idle_s=0.0 if session.busy else time.monotonic() - session.used_at,
             )
 
-    def submit(
-        self, session_id: str, tokens: Sequence[int], request: GenerationRequest
-    ) -> Generation:
+    def submit(self, session_id: str, tokens: Sequence[int], params: SamplingParams) -> Generation:
         """Appends a prompt and generates after it.
 
         Args:
             session_id: an open session.
             tokens: may be empty where the stream is not: then it goes on.
-            request: how.
+            params: how.
 
         Raises:
             UnknownSession: there is none.
@@ -169,7 +168,7 @@ class Engine:
             if not tokens and not session.pending:
                 raise ValueError("an empty prompt needs a stream to go on from")
             generation = Generation(
-                request,
+                params,
                 self.tokenizer,
                 prompt_tokens=len(tokens),
                 vocab_size=self.model.cfg.vocab_size,
@@ -179,7 +178,7 @@ class Engine:
             is_first = self._position(session) == 0
             self._append(session_id, session, tokens)
             session.generation, session.used_at = generation, time.monotonic()
-            if is_first and request.prompt_logprobs is not None:
+            if is_first and params.prompt_logprobs is not None:
                 generation.accept_prompt([Choice(tokens[0])])  # nothing comes before it
         self._work.set()
         return generation
@@ -307,7 +306,7 @@ class Engine:
     @torch.inference_mode()
     def _score(self, x_TE: Tensor, after: Sequence[int], generation: Generation) -> None:
         """Reports what follows each token, if asked to; the logits of all would be too large."""
-        count = generation.request.prompt_logprobs
+        count = generation.params.prompt_logprobs
         for row in range(0, len(after) if count is not None else 0, SCORED_ROWS):
             rows = slice(row, row + SCORED_ROWS)
             generation.accept_prompt(scored(self.model.logits(x_TE[rows]), after[rows], count))
@@ -387,7 +386,6 @@ __all__ = [
     "EndEvent",
     "Engine",
     "Generation",
-    "GenerationRequest",
     "NoFreeSlab",
     "SessionBusy",
     "SessionExists",

@@ -6,49 +6,17 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from models.sink_lm.checkpoints.tokenizer import Tokenizer
-from models.sink_lm.engine.sampling import Choice, Sampler, Sampling
+from models.sink_lm.engine.sampling import Choice, Sampler
+from models.sink_lm.engine.sampling_params import SamplingParams
 from models.sink_lm.engine.stops import StopMatcher
 
 log = logging.getLogger(__name__)
 
 EndReason = Literal["stop", "length", "cancelled", "error"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationRequest:
-    """What to generate after the prompt."""
-
-    sampling: Sampling = field(default_factory=Sampling)
-    """How to choose tokens."""
-    max_tokens: int | None = None
-    """End after this many; None goes on until cancelled, 0 reads the prompt but for its last token."""
-    prompt_logprobs: int | None = None
-    """Report the tokens of the prompt first, each with so many likeliest; None does not."""
-    stop: tuple[str, ...] = ()
-    """Strings that end the answer and are not part of it."""
-    stop_token_ids: tuple[int, ...] = ()
-    """Tokens that end the answer, besides the model's own."""
-    ignore_eos: bool = False
-    """Go on after the model's end token."""
-    min_tokens: int = 0
-    """End tokens are not drawn and stop strings not looked for in this many first tokens."""
-
-    def __post_init__(self) -> None:
-        """Checks the ranges.
-
-        Raises:
-            ValueError: names the field.
-        """
-        if self.max_tokens is not None and self.max_tokens < 0:
-            raise ValueError(f"max_tokens must be at least 0, got {self.max_tokens}")
-        if self.prompt_logprobs is not None and self.prompt_logprobs < 0:
-            raise ValueError(f"prompt_logprobs must be at least 0, got {self.prompt_logprobs}")
-        if self.min_tokens < 0:
-            raise ValueError(f"min_tokens must be at least 0, got {self.min_tokens}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +83,7 @@ class Generation:
     """Handed to whoever asked; thread-safe.
 
     Args:
-        request: what to generate.
+        params: how to generate.
         tokenizer: turns tokens into text.
         prompt_tokens: for the count at the end.
         vocab_size: token ids are below it.
@@ -128,7 +96,7 @@ class Generation:
 
     def __init__(
         self,
-        request: GenerationRequest,
+        params: SamplingParams,
         tokenizer: Tokenizer,
         *,
         prompt_tokens: int,
@@ -136,18 +104,16 @@ class Generation:
         max_buffered: int,
         on_room: Callable[[], None],
     ) -> None:
-        self.request = request
-        self._end_ids = set(request.stop_token_ids)
-        self._eos_ids = set() if request.ignore_eos else set(tokenizer.eos_ids)
+        self.params = params
+        self._end_ids = set(params.stop_token_ids)
+        self._eos_ids = set() if params.ignore_eos else set(tokenizer.eos_ids)
         ends = self._end_ids | self._eos_ids
-        self.sampler = Sampler(
-            request.sampling, vocab_size, banned=ends, banned_for=request.min_tokens
-        )
+        self.sampler = Sampler(params, vocab_size, banned=ends, banned_for=params.min_tokens)
         self.notify: Callable[[], None] | None = None
         """Called within a tick when events are there to take; if it raises, nobody reads any more."""
         self.cancelled = False
         self._text = tokenizer.stream()
-        self._stops = StopMatcher(request.stop)
+        self._stops = StopMatcher(params.stop)
         self._prompt_tokens, self._tokens, self._chars = prompt_tokens, 0, 0
         self._max_buffered, self._on_room = max_buffered, on_room
         self._events: deque[Event] = deque()
@@ -205,12 +171,12 @@ class Generation:
             return
         text, stop = self._text.push(token), None
         self._chars += len(text)
-        if self._tokens > self.request.min_tokens:
+        if self._tokens > self.params.min_tokens:
             text, stop = self._stops.push(text)
         self._put(TokenEvent(position, token, text, choice.logprob, choice.top, offset))
         if stop is not None:
             self.end("stop", stop=stop)
-        elif self._tokens == self.request.max_tokens:
+        elif self._tokens == self.params.max_tokens:
             self.end("length")
 
     def end(

@@ -10,60 +10,16 @@ Legend: B rows, V vocabulary, K rows that draw, C likeliest tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from models.sink_lm.engine.sampling_params import SamplingParams
+
 HEAD = 1024
 """Likeliest tokens that are sorted for top_k and top_p; the rest only where these are too few."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How one answer chooses its tokens."""
-
-    temperature: float = 1.0
-    """Divides the logits; 0 always takes the likeliest token."""
-    top_p: float = 1.0
-    """Draw from the fewest tokens whose probabilities sum to this; the likeliest at least."""
-    top_k: int = 0
-    """Draw from this many likeliest tokens; 0 from all."""
-    min_p: float = 0.0
-    """Drop tokens less likely than this share of the likeliest one."""
-    seed: int | None = None
-    """Makes the draws repeatable; None draws afresh."""
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    """Added to the logits of these token ids."""
-    presence_penalty: float = 0.0
-    """Taken off the logit of every token this answer already has."""
-    frequency_penalty: float = 0.0
-    """Taken off once for every time this answer has it."""
-    logprobs: int | None = None
-    """Report this many likeliest tokens, from the untouched logits; None reports none."""
-
-    def __post_init__(self) -> None:
-        """Checks the ranges.
-
-        Raises:
-            ValueError: names the field.
-        """
-        for name in ("temperature", "presence_penalty", "frequency_penalty"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
-        if not all(map(math.isfinite, self.logit_bias.values())):
-            raise ValueError("logit_bias must be finite")
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
-        if not 0 <= self.top_p <= 1:
-            raise ValueError(f"top_p must lie in [0, 1], got {self.top_p}")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must lie in [0, 1], got {self.min_p}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be at least 0, got {self.top_k}")
-        if self.logprobs is not None and self.logprobs < 0:
-            raise ValueError(f"logprobs must be at least 0, got {self.logprobs}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +35,7 @@ class Sampler:
     """One answer's rules with what they remember; memory is bounded by the vocabulary.
 
     Args:
-        sampling: the rules.
+        params: the rules.
         vocab_size: token ids are below it.
         banned: token ids that are not drawn at first; those there are not do not matter.
         banned_for: for so many tokens.
@@ -90,27 +46,27 @@ class Sampler:
 
     def __init__(
         self,
-        sampling: Sampling,
+        params: SamplingParams,
         vocab_size: int,
         *,
         banned: Iterable[int] = (),
         banned_for: int = 0,
     ) -> None:
-        self.sampling = sampling
-        unknown = [token for token in sampling.logit_bias if not 0 <= token < vocab_size]
+        self.params = params
+        unknown = [token for token in params.logit_bias if not 0 <= token < vocab_size]
         if unknown:
             raise ValueError(f"logit_bias: token {unknown[0]} is not below {vocab_size}")
-        self._biased = torch.tensor(list(sampling.logit_bias), dtype=torch.long)
-        self._bias = torch.tensor(list(sampling.logit_bias.values()))
-        self._penalised = bool(sampling.presence_penalty or sampling.frequency_penalty)
+        self._biased = torch.tensor(list(params.logit_bias), dtype=torch.long)
+        self._bias = torch.tensor(list(params.logit_bias.values()))
+        self._penalised = bool(params.presence_penalty or params.frequency_penalty)
         self._counts: dict[int, int] = {}
         self._banned = torch.tensor(sorted(t for t in set(banned) if 0 <= t < vocab_size)).long()
         self._banned_for = banned_for
         self._generator = torch.Generator()
-        if sampling.seed is None:
+        if params.seed is None:
             self._generator.seed()
         else:
-            self._generator.manual_seed(sampling.seed % 2**63)
+            self._generator.manual_seed(params.seed % 2**63)
 
     def uniform(self) -> float:
         """The answer's next random number, in [0, 1)."""
@@ -120,7 +76,7 @@ class Sampler:
     def is_plain(self) -> bool:
         """Whether the likeliest token of the untouched logits is the choice."""
         ruled = self._penalised or len(self._biased) or self._banned_for
-        return self.sampling.temperature == 0 and not ruled
+        return self.params.temperature == 0 and not ruled
 
     def adjust(self, logits_V: Tensor) -> None:
         """Applies bans, bias and penalties in place."""
@@ -129,7 +85,7 @@ class Sampler:
         if self._penalised and self._counts:
             seen = torch.tensor(list(self._counts))
             counts = torch.tensor(list(self._counts.values())).to(logits_V)
-            rules = self.sampling
+            rules = self.params
             logits_V[seen] -= rules.presence_penalty + rules.frequency_penalty * counts
         if self._banned_for:
             logits_V[self._banned] = -math.inf
@@ -155,7 +111,7 @@ def choose(logits_BV: Tensor, samplers: Sequence[Sampler]) -> list[Choice]:
     for sampler, token in zip(samplers, tokens, strict=True):
         sampler.count(token)
     return [
-        _with_logprobs(logits_V, sampler.sampling.logprobs, token)
+        _with_logprobs(logits_V, sampler.params.logprobs, token)
         for logits_V, sampler, token in zip(logits_BV, samplers, tokens, strict=True)
     ]
 
@@ -165,9 +121,9 @@ def _choose_by_rules(logits_BV: Tensor, samplers: Sequence[Sampler]) -> list[int
     for logits_V, sampler in zip(adjusted_BV, samplers, strict=True):
         sampler.adjust(logits_V)
     tokens: list[int] = adjusted_BV.argmax(-1).tolist()
-    drawing = [row for row, s in enumerate(samplers) if s.sampling.temperature > 0]
+    drawing = [row for row, s in enumerate(samplers) if s.params.temperature > 0]
     if drawing:
-        probabilities_KV = allowed(adjusted_BV[drawing], [samplers[i].sampling for i in drawing])
+        probabilities_KV = allowed(adjusted_BV[drawing], [samplers[i].params for i in drawing])
         uniform_K = [samplers[row].uniform() for row in drawing]
         for row, token in zip(drawing, draw(probabilities_KV, uniform_K), strict=True):
             tokens[row] = token
@@ -183,7 +139,7 @@ def draw(weights_KV: Tensor, uniform_K: Sequence[float]) -> list[int]:
     return drawn_K1.clamp(max=weights_KV.shape[1] - 1).flatten().tolist()
 
 
-def allowed(logits_KV: Tensor, rules: Sequence[Sampling]) -> Tensor:
+def allowed(logits_KV: Tensor, rules: Sequence[SamplingParams]) -> Tensor:
     """Probabilities after temperature, min_p, top_k and top_p, zero where cut, not renormalised.
 
     Args:
@@ -210,7 +166,7 @@ def allowed(logits_KV: Tensor, rules: Sequence[Sampling]) -> Tensor:
     return probabilities_KV
 
 
-def _cut(probabilities_V: Tensor, rule: Sampling) -> Tensor:
+def _cut(probabilities_V: Tensor, rule: SamplingParams) -> Tensor:
     """Zeroes what top_k and then top_p cut; the likeliest always stays."""
     vocab = len(probabilities_V)
     top_k = min(rule.top_k or vocab, vocab)

@@ -178,7 +178,7 @@ class Answer:
             while len(self._ended) < self._choices:
                 taken = await self._client.take(self._key, self._start.request_id)
                 if taken is None or _is_lost(taken):
-                    if self._made == self._start.options.max_tokens:  # only its end was lost
+                    if self._made == self._start.params.max_tokens:  # only its end was lost
                         self._ended.add(0)
                         yield (Piece(index=0, tokens=(), end=End(reason="length")),)
                     else:
@@ -210,17 +210,12 @@ class Answer:
 
     async def _go_on(self) -> None:
         """Starts again where the client stands, on the replica that has the session now."""
-        session_id, limit = self._start.session_id, self._start.options.max_tokens
+        session_id = self._start.session_id
         if session_id is None or self.session is None:
             raise _replica_lost()
-        options = self._start.options
-        options = dataclasses.replace(
-            options,
-            max_tokens=None if limit is None else limit - self._made,
-            min_tokens=max(0, options.min_tokens - self._made),
-        )
+        params = self._start.params.after(self._made)
         again = dataclasses.replace(
-            self._start, feeds=(), options=options, resume_at=self._position, goes_on=True
+            self._start, feeds=(), params=params, resume_at=self._position, goes_on=True
         )
         for attempt in range(ATTEMPTS):
             try:

@@ -6,10 +6,12 @@ except for the `max_tokens` of a streamed completion, where it means "until canc
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from models.sink_lm.engine.sampling_params import SamplingParams
 from serve.ingress.bodies import RequestModel
 from serve.lm.contract import is_session_id
 from serve.lm.frontend.neutral_fields import MESSAGE, REQUEST, Tolerant
@@ -95,6 +97,29 @@ class Generate(Tolerant):
     resume_at: int | None = Field(None, ge=0)
     """Session only: send what the stream has after this position, then go on; no prompt."""
 
+    def sampling_params(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        """Returns the sampler's parameters, each of them a field of the body of the same name.
+
+        Args:
+            max_tokens: the limit after defaults; completions and chat have different ones.
+            logprobs: likeliest tokens to report; completions and chat spell it differently.
+        """
+        converted: dict[str, Any] = {
+            "max_tokens": max_tokens,
+            "logprobs": logprobs,
+            "prompt_logprobs": logprobs if self.reports_prompt else None,
+            "stop": tuple(self.stop),
+            "stop_token_ids": tuple(self.stop_token_ids),
+            "logit_bias": {int(token): bias for token, bias in self.logit_bias.items()},
+        }
+        names = {field.name for field in fields(SamplingParams)} - converted.keys()
+        return SamplingParams(**converted, **{name: getattr(self, name) for name in names})
+
+    @property
+    def reports_prompt(self) -> bool:
+        """Whether the reply has the prompt's tokens too."""
+        return False
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.stream_options.include_usage and not self.stream:
@@ -127,6 +152,11 @@ class CompletionRequest(Generate):
     """Begin a text as the model's streams begin: with its start token, if it is trained with one."""
     parse_special: bool = False
     """Read control tokens written out in a text (`<|im_start|>`) as such; llama.cpp's field."""
+
+    @property
+    def reports_prompt(self) -> bool:
+        """Whether the reply has the prompt's tokens too."""
+        return self.echo
 
     @model_validator(mode="after")
     def _something_to_do(self) -> Self:

@@ -11,7 +11,7 @@ from typing import Any
 
 from models.sink_lm.checkpoints.tokenizer import Tokenizer
 from serve.ingress.errors import ApiError
-from serve.lm.contract import Feed, LMCard, Options, Start, is_session_id
+from serve.lm.contract import Feed, LMCard, Start, is_session_id
 from serve.lm.frontend.chat_template import chat_feed
 from serve.lm.frontend.reply_bodies import ChatShape, CompletionShape, Echo, Shape
 from serve.lm.frontend.schemas import (
@@ -234,25 +234,14 @@ class LanguageService:
         logprobs: int | None,
     ) -> Start:
         self._check_limits(request, len(feeds), limit)
-        bias = {int(token): value for token, value in request.logit_bias.items()}
-        self.check_tokens(tuple(bias), "logit_bias")
-        self.check_tokens(request.stop_token_ids, "stop_token_ids")
-        options = Options(
-            max_tokens=limit,
-            stop=tuple(request.stop),
-            stop_token_ids=tuple(request.stop_token_ids),
-            logit_bias=bias,
-            logprobs=logprobs,
-            prompt_logprobs=logprobs
-            if isinstance(request, CompletionRequest) and request.echo
-            else None,
-            **{name: getattr(request, name) for name in _PLAIN_OPTIONS},
-        )
+        params = request.sampling_params(max_tokens=limit, logprobs=logprobs)
+        self.check_tokens(tuple(params.logit_bias), "logit_bias")
+        self.check_tokens(params.stop_token_ids, "stop_token_ids")
         return Start(
             request_id=uuid.uuid4().hex,
             session_id=session_id,
             feeds=feeds,
-            options=options,
+            params=params,
             n=request.n,
             resume_at=request.resume_at,
         )
@@ -279,12 +268,6 @@ class LanguageService:
             include_usage=options.include_usage,
             usage_so_far=options.include_usage and options.continuous_usage_stats,
         )
-
-
-_PLAIN_OPTIONS = (
-    *("ignore_eos", "min_tokens", "temperature", "top_p", "top_k", "min_p", "seed"),
-    *("presence_penalty", "frequency_penalty"),
-)
 
 
 def echo(tokenizer: Tokenizer, prompt: str | Sequence[int], ids: Sequence[int]) -> Echo:

@@ -5,34 +5,7 @@ from __future__ import annotations
 import hashlib
 
 from models.sink_lm.checkpoints.tokenizer import Tokenizer
-from models.sink_lm.engine.generation import GenerationRequest
-from models.sink_lm.engine.sampling import Sampling
 from models.sink_lm.network.llama import Llama
-from serve.lm.contract import Options
-
-
-def generation_request(options: Options) -> GenerationRequest:
-    """The engine's form of the API's options."""
-    sampling = Sampling(
-        temperature=options.temperature,
-        top_p=options.top_p,
-        top_k=options.top_k,
-        min_p=options.min_p,
-        seed=options.seed,
-        logit_bias=dict(options.logit_bias),
-        presence_penalty=options.presence_penalty,
-        frequency_penalty=options.frequency_penalty,
-        logprobs=options.logprobs,
-    )
-    return GenerationRequest(
-        sampling=sampling,
-        max_tokens=options.max_tokens,
-        stop=options.stop,
-        stop_token_ids=options.stop_token_ids,
-        ignore_eos=options.ignore_eos,
-        min_tokens=options.min_tokens,
-        prompt_logprobs=options.prompt_logprobs,
-    )
 
 
 def fingerprint(model: Llama, tokenizer: Tokenizer, capacity: int) -> str:

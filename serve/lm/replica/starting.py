@@ -12,11 +12,11 @@ from functools import partial
 from models.sink_lm.checkpoints.tokenizer import Tokenizer
 from models.sink_lm.engine.engine import Engine
 from models.sink_lm.engine.generation import Generation, PromptEvent
-from serve.lm.contract import TAIL, Feed, Options, SessionState, Start, Started, Token
+from models.sink_lm.engine.sampling_params import SamplingParams
+from serve.lm.contract import TAIL, Feed, SessionState, Start, Started, Token
 from serve.lm.replica.active_generations import Desk
 from serve.lm.replica.engine_thread import EngineThread
 from serve.lm.replica.generations import Replay, RunningAnswer, Source, prompt_token
-from serve.lm.replica.model import generation_request
 from serve.lm.replica.refusals import (
     NO_RETRY,
     NoSlab,
@@ -95,7 +95,7 @@ class Starter:
             sources = []
             for number, feed in enumerate(start.feeds):
                 own = names[number * start.n : (number + 1) * start.n]
-                sources += await self._sources(feed, own, start.options, gone)
+                sources += await self._sources(feed, own, start.params, gone)
         except BaseException:
             await self._sessions.close_temporary(names)
             raise
@@ -119,25 +119,25 @@ class Starter:
             raise
 
     async def _sources(
-        self, feed: Feed, names: Sequence[str], options: Options, gone: asyncio.Event
+        self, feed: Feed, names: Sequence[str], params: SamplingParams, gone: asyncio.Event
     ) -> list[Source]:
         """The answers to one prompt, each in a stream of its own."""
         if len(names) == 1:
-            return [Source(names[0], await self._submit(names[0], feed.start, options))]
-        prompt = await self._read(names[0], feed.start, options, gone)
+            return [Source(names[0], await self._submit(names[0], feed.start, params))]
+        prompt = await self._read(names[0], feed.start, params, gone)
         state = await self._thread.call(partial(self._engine.export, names[0]))
         await self._sessions.refill_temporary(names[1:], state)
-        rest, sources = replace(options, prompt_logprobs=None), []
+        rest, sources = replace(params, prompt_logprobs=None), []
         for number, name in enumerate(names):
             generation = await self._submit(name, (), _seeded(rest, number))
             sources.append(Source(name, generation, prompt=prompt))
         return sources
 
     async def _read(
-        self, name: str, prompt: Sequence[int], options: Options, gone: asyncio.Event
+        self, name: str, prompt: Sequence[int], params: SamplingParams, gone: asyncio.Event
     ) -> list[Token]:
         """Has a stream read a prompt but for its last token; returns what is told of its tokens."""
-        only = Options(max_tokens=0, prompt_logprobs=options.prompt_logprobs)
+        only = SamplingParams(max_tokens=0, prompt_logprobs=params.prompt_logprobs)
         reading, tokens = await self._submit(name, prompt, only), []
         while not reading.done:
             if gone.is_set():
@@ -169,8 +169,8 @@ class Starter:
         tokens = await self._begin_turn(held, start, repeated=repeated)
         state = held.state(self._capacity, extra=len(tokens))
         before = (*held.tail, *tokens)[-TAIL:]  # may end inside a character
-        text = AnswerText(self._tokenizer, start.options, before, answered=0)
-        generation = await self._submit(held.session_id, tokens, start.options)
+        text = AnswerText(self._tokenizer, start.params, before, answered=0)
+        generation = await self._submit(held.session_id, tokens, start.params)
         if held.failure is not None:
             generation.cancel()
             raise log_failed(held.failure)
@@ -204,19 +204,13 @@ class Starter:
 
     async def _resume(self, held: Held, start: Start, position: int) -> Started:
         """Shows again what the log has after `position`, then goes on from its end."""
-        options, stop = start.options, held.log.position
+        params, stop = start.params, held.log.position
         before = await self._before(held, position)
         answered = min(len(before), position - held.turn.answer_from)
-        text = AnswerText(self._tokenizer, options, before, answered=answered)
+        text = AnswerText(self._tokenizer, params, before, answered=answered)
 
         async def begin(shown: int) -> Generation:
-            limit = options.max_tokens
-            rest = replace(
-                options,
-                max_tokens=None if limit is None else limit - shown,
-                min_tokens=max(0, options.min_tokens - shown),
-            )
-            return await self._submit(held.session_id, (), rest)
+            return await self._submit(held.session_id, (), params.after(shown))
 
         over = text.over if position == stop else None
         replay = Replay(log=held.log, position=position, stop=stop, begin=begin)
@@ -249,18 +243,19 @@ class Starter:
             position=state.stream_position,
         )
 
-    async def _submit(self, session_id: str, tokens: Sequence[int], options: Options) -> Generation:
-        request = generation_request(options)
+    async def _submit(
+        self, session_id: str, tokens: Sequence[int], params: SamplingParams
+    ) -> Generation:
         return await self._thread.call(
-            lambda: self._engine.submit(session_id, list(tokens), request)
+            lambda: self._engine.submit(session_id, list(tokens), params)
         )
 
 
-def _seeded(options: Options, number: int) -> Options:
+def _seeded(params: SamplingParams, number: int) -> SamplingParams:
     """Answers to one prompt differ though they have one seed."""
-    if options.seed is None or number == 0:
-        return options
-    return replace(options, seed=options.seed + number)
+    if params.seed is None or number == 0:
+        return params
+    return replace(params, seed=params.seed + number)
 
 
 def _temporary_name() -> str:

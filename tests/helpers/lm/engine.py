@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from helpers.lm.tiny_model import ByteTokenizer, tiny_llama
 from models.sink_lm.engine.engine import Engine
-from models.sink_lm.engine.generation import EndEvent, Generation, GenerationRequest, TokenEvent
-from models.sink_lm.engine.sampling import Sampling
+from models.sink_lm.engine.generation import EndEvent, Generation, TokenEvent
+from models.sink_lm.engine.sampling_params import SamplingParams
 from models.sink_lm.network.llama import Llama
-
-GREEDY = Sampling(temperature=0)
 
 
 def make(model: Llama | None = None, **changes: object) -> Engine:
@@ -16,9 +14,9 @@ def make(model: Llama | None = None, **changes: object) -> Engine:
     return Engine(model or tiny_llama(), ByteTokenizer(), **settings)  # type: ignore[arg-type]
 
 
-def ask(count: int | None = 12, **changes: object) -> GenerationRequest:
-    settings = {"sampling": GREEDY, "max_tokens": count, "ignore_eos": True} | changes
-    return GenerationRequest(**settings)  # type: ignore[arg-type]
+def ask(count: int | None = 12, **changes: object) -> SamplingParams:
+    settings = {"temperature": 0.0, "max_tokens": count, "ignore_eos": True} | changes
+    return SamplingParams(**settings)  # type: ignore[arg-type]
 
 
 def run(engine: Engine, *generations: Generation) -> list[list[TokenEvent | EndEvent]]:

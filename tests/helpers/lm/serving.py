@@ -21,8 +21,9 @@ from tokenizers import decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
 from models.sink_lm.checkpoints.tokenizer import load_tokenizer
+from models.sink_lm.engine.sampling_params import SamplingParams
 from serve.ingress.application import IngressParts
-from serve.lm.contract import Feed, Options, Refused, Start
+from serve.lm.contract import Feed, Refused, Start
 from serve.lm.frontend.client import LMClient
 from serve.lm.frontend.routes import create_lm_app
 from serve.lm.frontend.service import LanguageService
@@ -213,7 +214,7 @@ def ask(request_id: str, session_id: str | None, prompt: str = "", **more: Any) 
         request_id=request_id,
         session_id=session_id,
         feeds=feeds,
-        options=Options(**options),
+        params=SamplingParams(**options),
         **fields,
     )
 

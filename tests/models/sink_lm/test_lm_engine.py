@@ -7,11 +7,10 @@ import time
 
 import pytest
 
-from helpers.lm.engine import GREEDY, alone, ask, ids, make, run
+from helpers.lm.engine import alone, ask, ids, make, run
 from helpers.lm.tiny_model import held_bytes
 from models.sink_lm.engine.engine import SessionBusy, SessionExists, UnknownSession
 from models.sink_lm.engine.generation import EndEvent
-from models.sink_lm.engine.sampling import Sampling
 from models.sink_lm.network.cache import NoFreeSlab
 
 
@@ -159,22 +158,22 @@ def test_slabs_and_names_are_finite() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "sampling", "message"),
+    ("tokens", "changes", "message"),
     [
-        ([300], GREEDY, "token 300"),
-        ([-1], GREEDY, "token -1"),
-        ([], GREEDY, "empty prompt"),
-        ([1], Sampling(logit_bias={999: 1.0}), "logit_bias: token 999"),
+        ([300], {}, "token 300"),
+        ([-1], {}, "token -1"),
+        ([], {}, "empty prompt"),
+        ([1], {"logit_bias": {999: 1.0}}, "logit_bias: token 999"),
     ],
 )
 def test_a_refused_request_leaves_no_trace(
-    tokens: list[int], sampling: Sampling, message: str
+    tokens: list[int], changes: dict[str, object], message: str
 ) -> None:
     log: list[int] = []
     engine = make(journal=lambda name, new: log.extend(new))
     engine.open("a")
     with pytest.raises(ValueError, match=message):
-        engine.submit("a", tokens, ask(sampling=sampling))
+        engine.submit("a", tokens, ask(**changes))
     assert (engine.info("a").position, engine.info("a").busy, log) == (0, False, [])
 
 
@@ -284,10 +283,10 @@ def test_a_busy_loop_of_ticks_lets_others_in() -> None:
 
 
 def test_nothing_grows_with_a_stream() -> None:
-    rules = Sampling(seed=1, temperature=1.5, frequency_penalty=0.1, top_p=0.9, logprobs=2)
+    rules = {"seed": 1, "temperature": 1.5, "frequency_penalty": 0.1, "top_p": 0.9, "logprobs": 2}
     engine = make()
     engine.open("a")
-    generation = engine.submit("a", [1], ask(None, sampling=rules, stop=("never", "nor this")))
+    generation = engine.submit("a", [1], ask(None, stop=("never", "nor this"), **rules))
 
     def go_on(count: int) -> int:
         for _ in range(count):

@@ -6,8 +6,8 @@ import pytest
 
 from helpers.lm.engine import ask, ids, make, run
 from helpers.lm.tiny_model import EOS, scripted_llama
-from models.sink_lm.engine.generation import EndEvent, GenerationRequest
-from models.sink_lm.engine.sampling import Sampling
+from models.sink_lm.engine.generation import EndEvent
+from models.sink_lm.engine.sampling_params import SamplingParams
 
 
 def test_text_ends_at_a_stop_string_across_tokens_and_at_the_end_token() -> None:
@@ -49,12 +49,12 @@ def test_an_answer_that_ends_inside_a_character_says_so() -> None:
 def test_seeds_repeat_whoever_shares_the_batch() -> None:
     def tokens(others: int) -> list[int]:
         engine = make()
-        sampling = Sampling(seed=7, temperature=1.5)
+        params = ask(20, seed=7, temperature=1.5)
         for number in range(others):
             engine.open(f"o{number}")
-            engine.submit(f"o{number}", list(b"other"), ask(30, sampling=Sampling(seed=number)))
+            engine.submit(f"o{number}", list(b"other"), ask(30, seed=number, temperature=1.0))
         engine.open("me")
-        return ids(run(engine, engine.submit("me", list(b"me"), ask(20, sampling=sampling)))[0])
+        return ids(run(engine, engine.submit("me", list(b"me"), params))[0])
 
     assert tokens(0) == tokens(3)
 
@@ -82,4 +82,4 @@ def test_nothing_ends_an_answer_before_min_tokens() -> None:
 @pytest.mark.parametrize("bad", [{"prompt_logprobs": -1}, {"max_tokens": -1}, {"min_tokens": -1}])
 def test_requests_out_of_range_are_refused_by_name(bad: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
-        GenerationRequest(**bad)  # type: ignore[arg-type]
+        SamplingParams(**bad)  # type: ignore[arg-type]

@@ -7,17 +7,18 @@ import math
 import pytest
 import torch
 
-from models.sink_lm.engine.sampling import Sampler, Sampling, allowed, choose, draw
+from models.sink_lm.engine.sampling import Sampler, allowed, choose, draw
+from models.sink_lm.engine.sampling_params import SamplingParams
 from models.sink_lm.engine.stops import StopMatcher
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5])
 
 
-def one(sampling: Sampling, logits: torch.Tensor = LOGITS) -> int:
+def one(sampling: SamplingParams, logits: torch.Tensor = LOGITS) -> int:
     return choose(logits[None], [Sampler(sampling, len(logits))])[0].token
 
 
-def frequencies(sampling: Sampling, draws: int = 4000) -> torch.Tensor:
+def frequencies(sampling: SamplingParams, draws: int = 4000) -> torch.Tensor:
     sampler = Sampler(sampling, len(LOGITS))
     found = [choose(LOGITS[None], [sampler])[0].token for _ in range(draws)]
     return torch.bincount(torch.tensor(found), minlength=len(LOGITS)) / draws
@@ -26,7 +27,7 @@ def frequencies(sampling: Sampling, draws: int = 4000) -> torch.Tensor:
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_draws_follow_the_softmax(temperature: float) -> None:
     expected = torch.softmax(LOGITS / temperature, 0)
-    found = frequencies(Sampling(temperature=temperature, seed=1))
+    found = frequencies(SamplingParams(temperature=temperature, seed=1))
     chi2 = (4000 * (found - expected) ** 2 / expected).sum()
     assert chi2 < 20.5  # 4 degrees of freedom, one in 2,500
     wrong = torch.softmax(LOGITS / (temperature * 1.3), 0)
@@ -50,7 +51,7 @@ def test_draws_follow_the_softmax(temperature: float) -> None:
 )
 def test_cuts_keep_exactly_these(rules: dict, kept: set[int]) -> None:
     """Probabilities are 0.549, 0.202, 0.074, 0.027, 0.122 + rest."""
-    probabilities = allowed(LOGITS[None], [Sampling(**rules)])[0]
+    probabilities = allowed(LOGITS[None], [SamplingParams(**rules)])[0]
     assert set(probabilities.nonzero().flatten().tolist()) == kept
     mine = torch.softmax(LOGITS, 0)[sorted(kept)]
     torch.testing.assert_close(probabilities[sorted(kept)], mine)
@@ -77,7 +78,7 @@ def test_cuts_of_a_large_vocabulary(spread: float, rules: tuple[int, float]) -> 
     """Nuclei within the sorted head, and far beyond it, beside a row of another kind."""
     torch.manual_seed(0)
     logits, (top_k, top_p) = torch.randn(2, 5000) * spread, rules
-    found = allowed(logits, [Sampling(top_k=top_k, top_p=top_p), Sampling()])
+    found = allowed(logits, [SamplingParams(top_k=top_k, top_p=top_p), SamplingParams()])
     assert (found[1] > 0).all()
     kept, mine = (
         reference_nucleus(logits[0], top_k, top_p),
@@ -95,12 +96,12 @@ def test_draws_use_the_whole_range() -> None:
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-6])
 def test_next_to_no_temperature_is_greedy(temperature: float) -> None:
-    assert one(Sampling(temperature=temperature, seed=0), LOGITS * 100) == 0
+    assert one(SamplingParams(temperature=temperature, seed=0), LOGITS * 100) == 0
 
 
 def test_rows_keep_their_own_rules_and_noise() -> None:
     """What a row draws does not depend on who shares its batch."""
-    rules = [Sampling(seed=1), Sampling(temperature=0), Sampling(seed=2, top_k=3)]
+    rules = [SamplingParams(seed=1), SamplingParams(temperature=0), SamplingParams(seed=2, top_k=3)]
     logits = torch.stack([LOGITS, LOGITS.flip(0), LOGITS * 0.1])
     together = [Sampler(rule, 5) for rule in rules]
     batch = [[c.token for c in choose(logits, together)] for _ in range(20)]
@@ -112,18 +113,18 @@ def test_rows_keep_their_own_rules_and_noise() -> None:
 
 def test_bias_and_penalties() -> None:
     greedy = {"temperature": 0.0}
-    assert one(Sampling(**greedy)) == 0
-    assert one(Sampling(**greedy, logit_bias={3: 100.0})) == 3
-    assert one(Sampling(**greedy, logit_bias={0: -100.0})) == 1
-    sampler = Sampler(Sampling(**greedy, frequency_penalty=0.6), 5)
+    assert one(SamplingParams(**greedy)) == 0
+    assert one(SamplingParams(**greedy, logit_bias={3: 100.0})) == 3
+    assert one(SamplingParams(**greedy, logit_bias={0: -100.0})) == 1
+    sampler = Sampler(SamplingParams(**greedy, frequency_penalty=0.6), 5)
     # 2 - 0.6 n against 1 - 0.6 m, 0.5 - 0.6 l: 0, 0, then ties broken by what is highest.
     assert [choose(LOGITS[None], [sampler])[0].token for _ in range(4)] == [0, 0, 1, 0]
-    sampler = Sampler(Sampling(**greedy, presence_penalty=1.2), 5)
+    sampler = Sampler(SamplingParams(**greedy, presence_penalty=1.2), 5)
     assert [choose(LOGITS[None], [sampler])[0].token for _ in range(4)] == [0, 1, 0, 0]
 
 
 def test_logprobs_are_of_the_untouched_logits() -> None:
-    sampling = Sampling(temperature=0, logit_bias={3: 100.0}, logprobs=2)
+    sampling = SamplingParams(temperature=0, logit_bias={3: 100.0}, logprobs=2)
     choice = choose(LOGITS[None], [Sampler(sampling, 5)])[0]
     expected = torch.log_softmax(LOGITS, 0)
     assert choice.token == 3
@@ -149,12 +150,12 @@ def test_logprobs_are_of_the_untouched_logits() -> None:
 )
 def test_rules_out_of_range_are_refused_by_name(bad: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
-        Sampling(**bad)
+        SamplingParams(**bad)
 
 
 def test_bias_of_an_unknown_token_is_refused() -> None:
     with pytest.raises(ValueError, match="logit_bias: token 9"):
-        Sampler(Sampling(logit_bias={9: 1.0}), 5)
+        Sampler(SamplingParams(logit_bias={9: 1.0}), 5)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 100])

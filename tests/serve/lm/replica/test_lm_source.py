@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 
 from models.sink_lm.engine.generation import EndEvent, TokenEvent
-from serve.lm.contract import Options
+from models.sink_lm.engine.sampling_params import SamplingParams
 from serve.lm.replica.generations import Source
 from serve.lm.replica.resident_session import Held
 from serve.lm.replica.text import AnswerText
@@ -45,7 +45,7 @@ class Letters:
 def test_tokens_are_shown_once_they_are_stored() -> None:
     log = SlowLog()
     held = Held(session_id="s", sinks=0, ttl_s=None, log=log)
-    text = AnswerText(Letters(), Options(max_tokens=4), (), answered=0)  # type: ignore[arg-type]
+    text = AnswerText(Letters(), SamplingParams(max_tokens=4), (), answered=0)  # type: ignore[arg-type]
     source = Source("s", Made(4), held=held, text=text)  # type: ignore[arg-type]
     assert source.take(64) == ([], None)
     shown = []
