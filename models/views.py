@@ -1,8 +1,8 @@
-"""Random views of images or clips, made on the device from one decoded picture: crop, flip, blur,
-colour, solarise. Every view is two matrix products and one linear map of the colours.
+"""Random views of images or clips, made on the device: crop, flip, blur, colour and solarise.
 
-What is drawn follows from the sample's key and the number of the view: a sample has the same views
-in any batch, process and run that is resumed.
+A view costs two matrix products and one linear map of the colours. Everything random follows from
+the sample's key and the number of the view, so a sample has the same views in any batch and
+process, and in a resumed run.
 
 Shape legend: B images or clips, C = 3 channels, T frames (1 for images), H and W pixels of the
 picture, S pixels of a side of the view, V views, K tokens.
@@ -21,15 +21,15 @@ import torch
 from models.keyed_random.streams import SampleStream
 from models.keyed_random.tensors import bits, uniforms
 
-GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601, as everybody's greyscale
+GREY = (0.299, 0.587, 0.114)  # weights of red, green and blue by ITU-R BT.601
 
-# RGB to YIQ and back: turning (I, Q) turns the hue and leaves the brightness.
+# RGB to YIQ. Rotating (I, Q) changes the hue and keeps the brightness.
 _TO_YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """How views are drawn; every part can be turned off. Fields as in `pipelines.config.ViewsConfig`."""
+    """How views are drawn. The fields are those of `pipelines.config.views.ViewsConfig`."""
 
     flip: float
     ratio: tuple[float, float]
@@ -46,7 +46,7 @@ class Augmentation:
 
 @dataclass(frozen=True, kw_only=True)
 class Views:
-    """Which views are made of a sample: V = `globals + locals` of them."""
+    """Which views are made of a sample; there are V = `globals + locals` of them."""
 
     globals: int
     locals: int
@@ -60,7 +60,7 @@ class Views:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], image_size: int) -> Views:
-        """From the fields of `ViewsConfig`; local views are as large as global ones if it says None."""
+        """Makes it from the fields of `ViewsConfig`; `local_size` None means the global size."""
         own = ("globals", "locals", "global_scale", "local_scale", "token_drop", "time_window")
         rest = {k: v for k, v in settings.items() if k in Augmentation.__dataclass_fields__}
         rest = {k: tuple(v) if isinstance(v, list) else v for k, v in rest.items()}
@@ -72,20 +72,20 @@ class Views:
         )
 
     def kept(self, steps: int, per_step: int) -> tuple[int, int]:
-        """Time steps that a view of `steps` of them sees, and how many of their tokens are computed."""
+        """Returns how many of `steps` time steps a view sees, and how many of their tokens."""
         lasts = max(1, round(self.time_window * steps))
         return lasts, max(1, round(lasts * per_step * (1 - self.token_drop)))
 
     def make(self, pixels: torch.Tensor, keys_B: torch.Tensor) -> list[torch.Tensor]:
-        """All views of a batch, global ones first.
+        """Makes all views of a batch, global ones first.
 
         Args:
-            pixels: uint8 images [B, 3, H, W] or clips [B, 3, T, H, W]; a clip's frames are all
+            pixels: uint8 images [B, 3, H, W] or clips [B, 3, T, H, W]; all frames of a clip are
                 treated alike.
-            keys_B: int64, what fixes a sample's views.
+            keys_B: int64 keys of the samples.
 
         Returns:
-            For every view float32 [B, 3, (T,) S, S] with values in [0, 1], whatever the autocast.
+            For every view float32 [B, 3, (T,) S, S] with values in [0, 1], also under autocast.
         """
         with torch.autocast(pixels.device.type, enabled=False):
             return [self._view(pixels, keys_B, v) for v in range(self.globals + self.locals)]
@@ -102,18 +102,18 @@ class Views:
 def kept_tokens(
     keys_B: torch.Tensor, view: int, steps: int, per_step: int, lasts: int, keep: int
 ) -> torch.Tensor:
-    """A random subset of the tokens in a random stretch of a view's time.
+    """Chooses random tokens of a view, within a random window of its time steps.
 
     Args:
-        keys_B: int64, what fixes a sample's views.
-        view: its number.
-        steps: time steps of the view; 1 for images.
-        per_step: tokens of a time step.
-        lasts: time steps of the stretch; `steps` is all of them.
-        keep: K.
+        keys_B: int64 keys of the samples.
+        view: number of the view.
+        steps: number of time steps in the view; 1 for images.
+        per_step: number of tokens in a time step.
+        lasts: length of the window in time steps; `steps` takes all.
+        keep: K, the number of tokens kept.
 
     Returns:
-        Numbers of tokens, ascending, int64 [B, K].
+        Token numbers, ascending, int64 [B, K].
     """
     count = steps * per_step
     words = bits(keys_B, SampleStream.VIEWS.at(2 * view + 1), count + 1)
@@ -124,7 +124,7 @@ def kept_tokens(
     return order_BN.argsort(1)[:, :keep].sort(1).values
 
 
-# One uniform number each, in this order.
+# The uniform numbers drawn for a view, in this order.
 _DRAWS = (
     *("area", "ratio", "left", "top", "flip", "blur", "sigma", "colour", "brightness"),
     *("contrast", "saturation", "hue", "grey", "solarise"),
@@ -135,14 +135,14 @@ Draws = dict[str, torch.Tensor]
 def make_view(
     pixels: torch.Tensor, draws: Draws, size: int, scale: tuple[float, float], how: Augmentation
 ) -> torch.Tensor:
-    """One view of every sample, float32 [B, 3, (T,) S, S] in [0, 1].
+    """Makes one view of every sample, float32 [B, 3, (T,) S, S] in [0, 1].
 
     Args:
         pixels: uint8 [B, 3, (T,) H, W].
-        draws: by name one uniform number in [0, 1) a sample, [B].
+        draws: uniform numbers in [0, 1) by name, [B] each.
         size: S.
         scale: range of the crop's area, as a fraction of the picture.
-        how: all the rest.
+        how: all other settings.
     """
     rows_BSH, columns_BSW = _resampling(draws, tuple(pixels.shape[-2:]), size, scale, how)
     extra = (slice(None),) + (None,) * (pixels.ndim - 3)  # for channels and frames
@@ -159,11 +159,13 @@ def make_view(
 def crop_boxes(
     draws: Draws, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Boxes of random area, aspect ratio (uniform in its logarithm) and place: left, top, width and
-    height in pixels, [B] each.
+    """Makes boxes of random area, aspect ratio (uniform in its logarithm) and place.
 
-    Sides are cut at the picture's, where `torchvision.transforms.RandomResizedCrop` would draw
-    again, and need not be whole pixels.
+    Sides need not be whole pixels. A box that is larger than the picture is cut to its size, where
+    `torchvision.transforms.RandomResizedCrop` would draw again.
+
+    Returns:
+        Left, top, width and height in pixels, [B] each.
     """
     area_B = height * width * _between(draws["area"], scale)
     ratio_B = torch.exp(_between(draws["ratio"], (math.log(ratio[0]), math.log(ratio[1]))))
@@ -179,7 +181,7 @@ def _resampling(
     scale: tuple[float, float],
     how: Augmentation,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Crop, resize, flip and blur as two matrices: [B, S, H] over rows and [B, S, W] over columns."""
+    """Returns crop, resize, flip and blur as matrices, [B, S, H] and [B, S, W]."""
     height, width = picture
     left_B, top_B, wide_B, high_B = crop_boxes(draws, height, width, scale, how.ratio)
     rows_BSH = resize_matrix(top_B, high_B, height, size)
@@ -197,16 +199,16 @@ def _resampling(
 def resize_matrix(
     start_B: torch.Tensor, length_B: torch.Tensor, count: int, size: int
 ) -> torch.Tensor:
-    """Linear resampling with antialiasing of `length_B` pixels from `start_B` to `size` pixels.
+    """Makes the matrix that resamples part of a line linearly, with antialiasing.
 
     Args:
-        start_B: where the part begins, in pixels, edges at whole numbers.
-        length_B: how long it is.
-        count: pixels there are.
-        size: S.
+        start_B: where the part begins, in pixels; pixel edges are at whole numbers.
+        length_B: length of the part in pixels.
+        count: number of pixels in the line.
+        size: S, the number of pixels to make.
 
     Returns:
-        float32 [B, S, count], rows summing to 1: a triangle as wide as the coarser of both grids.
+        float32 [B, S, count]. Rows sum to 1; each is a triangle as wide as the coarser grid's step.
     """
     device = start_B.device
     step_B = (length_B / size)[:, None]
@@ -218,7 +220,7 @@ def resize_matrix(
 
 
 def _blur_matrix(sigma_B: torch.Tensor, size: int) -> torch.Tensor:
-    """A Gaussian over S pixels, [B, S, S] with rows summing to 1; the identity where sigma is 0."""
+    """Returns a Gaussian blur of S pixels, [B, S, S]. Rows sum to 1; sigma 0 gives the identity."""
     places_S = torch.arange(size, device=sigma_B.device)
     distance_SS = (places_S[:, None] - places_S).float()
     weight_BSS = torch.exp(-0.5 * (distance_SS / sigma_B.clamp(min=0.05)[:, None, None]) ** 2)
@@ -226,11 +228,11 @@ def _blur_matrix(sigma_B: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _recolour(view: torch.Tensor, draws: Draws, how: Augmentation) -> torch.Tensor:
-    """Brightness, contrast, saturation, hue and grey: one linear map of the colours and a shift.
+    """Applies brightness, contrast, saturation, hue and grey as one linear map and a shift.
 
-    In this order, and without cutting values off between, unlike torchvision's.
+    The order is fixed and values are not clipped in between, unlike torchvision's ColorJitter.
     """
-    # Factors are 1 where the draw says no change.
+    # A factor of 1 changes nothing.
     on_B = (draws["colour"] < how.colour).float()
     bright_B, contrast_B, saturation_B = (
         1 + on_B * strength * (2 * draws[name] - 1)
@@ -243,21 +245,21 @@ def _recolour(view: torch.Tensor, draws: Draws, how: Augmentation) -> torch.Tens
     saturation_B = torch.where(draws["grey"] < how.grey, 0.0, saturation_B)
     turn_B = on_B * 2 * torch.pi * how.hue * (2 * draws["hue"] - 1)
     grey_C = _constants(view.device)[0]
-    luma_CC = grey_C.expand(3, 3)  # every output channel is the grey value
+    luma_CC = grey_C.expand(3, 3)  # gives every channel the grey value
     identity_CC = torch.eye(3, device=view.device)
     saturate_BCC = _mixed(identity_CC, luma_CC, saturation_B)
     colour_BCC = saturate_BCC @ _hue_matrix(turn_B) * bright_B[:, None, None]
     flat = view.flatten(2)  # [B, 3, pixels of all frames]
     mean_B1 = torch.einsum("c,bcp->b", grey_C, flat)[:, None] * bright_B[:, None] / flat.shape[2]
     mapped = (colour_BCC * contrast_B[:, None, None]) @ flat
-    # The mean grey value passes through saturation and hue unchanged.
+    # Saturation and hue do not change the mean grey value.
     mapped = mapped + ((1 - contrast_B)[:, None] * mean_B1)[..., None]
     return mapped.view_as(view)
 
 
 @functools.cache
 def _constants(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`GREY`, RGB to YIQ and back; copied to a device once, as every copy would wait for it."""
+    """Returns `GREY`, RGB to YIQ and its inverse; cached, because a copy waits for the device."""
     to_CC = torch.tensor(_TO_YIQ)
     return torch.tensor(GREY).to(device), to_CC.to(device), torch.linalg.inv(to_CC).to(device)
 

@@ -1,1 +1,1 @@
-"""Encoders on disk: our artifact, and the formats of timm, transformers and Meta. Imports encoders and media."""
+"""Encoders on disk: saving and loading, in our format and others'. Imports encoders and media."""

@@ -1,16 +1,17 @@
-"""The artifact: an encoder that timm and transformers load without this project, and back.
+"""The artifact: an encoder on disk that timm and transformers load without this project.
 
     DIR/model.safetensors             weights under timm's names
     DIR/config.json                   timm's hub form, plus our section `rayjepa`
     DIR/transformers/                 the same encoder for `transformers.IJepaModel`, with its
                                       config.json and preprocessor_config.json
 
-Encoders of clips, and image encoders with rotary positions, have no form in timm: config.json is our
-section alone. With the rotary layout of V-JEPA 2's published weights, DIR/transformers/ is a
-`transformers.VJEPA2Model`, predictor included if given; with other positions there is none, because
-no model there computes the same.
+timm has no model for encoders of clips or for image encoders with rotary positions; config.json
+then holds our section alone. With the rotary layout of V-JEPA 2's published weights,
+DIR/transformers/ is a `transformers.VJEPA2Model`, with the predictor if one is given. With other
+rotary layouts it is not written, because no model of transformers computes the same.
 
-`load_artifact` reads these folders, foreign ones in either form, and Meta's checkpoint files.
+`load_artifact` reads these folders, other people's in the same formats, and Meta's checkpoint
+files.
 """
 
 from __future__ import annotations
@@ -45,24 +46,24 @@ FORMATS: tuple[Format, ...] = (
     TIMM_VIT,
     META_IJEPA,
 )
-"""All formats. Reading takes the first that recognises what is stored; writing visits all in order."""
+"""The table of formats. Reading takes the first that recognises the files; writing visits all."""
 
 Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclasses.dataclass(frozen=True)
 class Artifact:
-    """An encoder with what is needed to use it."""
+    """An encoder, and what is needed to use it."""
 
     encoder: VisionTransformer
-    """In eval mode, fp32, on the CPU."""
+    """In eval mode, in fp32, on the CPU."""
     preprocessing: Preprocessing
     config: dict[str, Any]
     """Our section of config.json: schema_version, encoder, preprocessing, pooling, provenance."""
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """Where the weights come from: run, step, manifest_hash; or the foreign source."""
+        """Origin of the weights: run, step and manifest_hash, or the URI of a foreign model."""
         return dict(self.config["provenance"])
 
 
@@ -73,17 +74,17 @@ def save_artifact(
     provenance: Mapping[str, Any],
     predictor: Predictor | None = None,
 ) -> None:
-    """Writes the artifact, reads it back and only then publishes it.
+    """Writes an artifact, reads it back, and only then puts it in place.
 
     Args:
         folder: does not exist, is empty, or holds an earlier artifact, which is replaced.
-        provenance: run, step, manifest_hash and whatever else JSON can hold.
-        predictor: for the `VJEPA2Model`, where one is written.
+        provenance: run, step, manifest_hash and anything else that JSON can hold.
+        predictor: goes into the `VJEPA2Model`, if one is written.
 
     Raises:
-        ValueError: the folder holds something else, or the encoder is not timm's plain ViT,
-            or the predictor has other positions.
-        RuntimeError: the artifact read back gives other features.
+        ValueError: the folder holds something else, the encoder's LayerNorm eps is not timm's, or
+            image sizes or positions do not match.
+        RuntimeError: the artifact that was read back gives different features.
     """
     if encoder.norm.eps != LN_EPS:
         raise ValueError(f"timm's ViT has LayerNorm eps {LN_EPS}, this encoder {encoder.norm.eps}")
@@ -108,16 +109,17 @@ def save_artifact(
 
 
 def load_artifact(uri: str | Path) -> Artifact:
-    """Loads an encoder from an artifact or from other people's formats.
+    """Loads an encoder from an artifact or from another format of `FORMATS`.
 
     Args:
-        uri: local or `s3://` folder of our artifact, of a timm model without class token (such as
-            `vit_huge_patch14_gap_224.in1k_ijepa`) or of a `transformers.IJepaModel` or
+        uri: local or `s3://` folder of an artifact, of a timm model without class token (such as
+            `vit_huge_patch14_gap_224.in1k_ijepa`), of a `transformers.IJepaModel` or of a
             `VJEPA2Model`; or a released I-JEPA checkpoint file (`.pth.tar`).
 
     Raises:
-        FileNotFoundError: nothing there.
-        ValueError: not one of these, or weights missing, left over or of another shape, by name.
+        FileNotFoundError: there is nothing at the URI.
+        ValueError: it is none of these formats, or weights are missing, left over or of another
+            shape; they are named.
     """
     with _stored(str(uri)) as stored:
         if stored.path.is_dir() and not (stored.path / "config.json").is_file():
@@ -132,11 +134,11 @@ def load_predictor(uri: str | Path) -> Predictor:
     """Loads the predictor of a `transformers.VJEPA2Model`, in eval mode, fp32, on the CPU.
 
     Args:
-        uri: local or `s3://` folder of the model: of an artifact, its `transformers/`.
+        uri: local or `s3://` folder of the model; for an artifact, its `transformers/`.
 
     Raises:
-        FileNotFoundError: nothing there.
-        ValueError: no such model, or no predictor in it, or weights that do not fit.
+        FileNotFoundError: there is nothing at the URI.
+        ValueError: it is no such model, it has no predictor, or its weights do not fit.
     """
     with _stored(str(uri)) as stored:
         for known in FORMATS:
@@ -147,10 +149,15 @@ def load_predictor(uri: str | Path) -> Predictor:
 
 
 def load_strict(encoder: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Loads all weights or raises, naming what is missing, left over or of another shape.
+    """Loads all weights into a module.
+
+    Args:
+        encoder: the module to fill.
+        state: weights under the module's names.
+        source: where they come from, for the error message.
 
     Raises:
-        ValueError: the state does not fit exactly.
+        ValueError: weights are missing, left over or of another shape; they are named.
     """
     own = encoder.state_dict()
     faults = {
@@ -191,10 +198,10 @@ def _write_files(folder: Path, export: Export) -> None:
 
 
 def _verify(folder: Path, encoder: VisionTransformer, prep: Preprocessing) -> None:
-    """Compares features of random clips or images before and after the round trip, bit for bit."""
+    """Checks that the artifact read back gives the same features of random pixels, bit for bit."""
     loaded = load_artifact(folder)
     side, again = prep.image_size, loaded.preprocessing
-    length = min(encoder.frames, 2 * encoder.tubelet)  # long clips would take minutes
+    length = min(encoder.frames, 2 * encoder.tubelet)  # longer clips would take minutes
     shape = (2, 3, side, side) if encoder.frames == 1 else (2, 3, length, side, side)
     generator = torch.Generator().manual_seed(0)
     clips = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
@@ -213,7 +220,7 @@ def _verify(folder: Path, encoder: VisionTransformer, prep: Preprocessing) -> No
 
 @contextmanager
 def _stored(uri: str) -> Iterator[Stored]:
-    """What is at a URI, as a local path, for as long as the block lasts."""
+    """Yields what is at a URI; a local copy lasts as long as the block."""
     with _local(uri) as path:
         file = path / "config.json"
         config = json.loads(file.read_text()) if file.is_file() else {}
@@ -222,7 +229,7 @@ def _stored(uri: str) -> Iterator[Stored]:
 
 @contextmanager
 def _local(uri: str) -> Iterator[Path]:
-    """The artifact as a local path; a remote one is downloaded for as long as the block lasts."""
+    """Yields the local path of a URI; a remote one is downloaded for the length of the block."""
     fs, root = fsspec.core.url_to_fs(uri, use_listings_cache=False)
     if not fs.exists(root):
         raise FileNotFoundError(f"{uri}: nothing there")
@@ -235,7 +242,7 @@ def _local(uri: str) -> Iterator[Path]:
             fs.get_file(root, str(target))
         else:
             target.mkdir()
-            # Not recursive: the transformers copy doubles the download for nothing.
+            # Not recursive, because the copy for transformers would double the download.
             for name in fs.ls(root, detail=False):
                 if Path(name).suffix in (".json", ".safetensors"):
                     fs.get_file(name, str(target / Path(name).name))

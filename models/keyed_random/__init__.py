@@ -1,1 +1,1 @@
-"""Random numbers as a function of keys, in numpy and in torch, and the registry of their streams. Imports nothing of ours."""
+"""Random numbers as functions of keys, and the registry of streams. Imports nothing of ours."""

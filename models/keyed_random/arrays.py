@@ -25,7 +25,7 @@ _S27, _S30, _S31 = np.uint64(27), np.uint64(30), np.uint64(31)
 
 
 def mix(x: U64) -> U64:
-    """Hashes 64-bit words: splitmix64's finaliser (Steele, Lea, Flood 2014, figure 15)."""
+    """Hashes 64-bit words by splitmix64's finaliser (Steele, Lea, Flood 2014, figure 15)."""
     x = x + _GOLDEN
     x ^= x >> _S30
     x *= _MIX1
@@ -36,7 +36,7 @@ def mix(x: U64) -> U64:
 
 
 def key_of(*parts: int) -> np.uint64:
-    """One 64-bit key from integers (seed, epoch, stream, ...); order matters."""
+    """Makes one 64-bit key from integers (seed, epoch, stream, ...); their order matters."""
     state = np.zeros(1, np.uint64)
     for part in parts:
         state = mix(state ^ np.uint64(part & 0xFFFFFFFFFFFFFFFF))
@@ -46,7 +46,7 @@ def key_of(*parts: int) -> np.uint64:
 def sample_keys(
     sample_ids: Sequence[bytes] | npt.NDArray[np.generic], seed: int, epoch: int
 ) -> U64:
-    """Keys that fix everything random about these samples in this epoch.
+    """Makes the keys that fix everything random about these samples in this epoch.
 
     Args:
         sample_ids: 16-byte ids: an array of itemsize 16 (`S16`, `V16`), uint8 [B, 16], or bytes.
@@ -57,7 +57,7 @@ def sample_keys(
         uint64 [B].
 
     Raises:
-        ValueError: ids that are not 16 bytes long.
+        ValueError: an id is not 16 bytes long.
     """
     raw = sample_ids.tobytes() if isinstance(sample_ids, np.ndarray) else b"".join(sample_ids)
     if len(raw) != 16 * len(sample_ids):
@@ -67,18 +67,18 @@ def sample_keys(
 
 
 def bits(keys_B: U64, stream: int, count: int) -> U64:
-    """`count` independent 64-bit words a key, uint64 [B, C]; other streams are independent."""
+    """Returns `count` independent 64-bit words a key, uint64 [B, C]; each stream has its own."""
     stream_keys_B = mix(keys_B ^ key_of(stream))
     return mix(stream_keys_B[:, None] + np.arange(count, dtype=np.uint64) * _GOLDEN)
 
 
 def uniforms(keys_B: U64, stream: int, count: int) -> F64:
-    """`count` independent uniforms in [0, 1) a key, float64 [B, C]."""
+    """Returns `count` independent uniforms in [0, 1) a key, float64 [B, C]."""
     words_BC = bits(keys_B, stream, count) >> np.uint64(11)
     return words_BC.astype(np.float64) * 2.0**-53
 
 
 def permutation(key: np.uint64, count: int) -> I64:
-    """A random order of range(count), fixed by `key` on every numpy version."""
+    """Returns a random order of range(count), fixed by `key` on every numpy version."""
     words = bits(np.array([key], np.uint64), 0, count)[0]
     return np.argsort(words, kind="stable").astype(np.int64)

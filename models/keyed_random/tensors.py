@@ -1,10 +1,10 @@
-"""Random numbers as a function of keys, on the keys' device: no generator, no state, no host sync.
+"""Random numbers as a function of keys, as tensors on the keys' device.
 
-A key is 64 bits held in an int64. The hash is splitmix64's finaliser over key + counter, the same
-as the loader's (`pipelines.loading.masks.multiblock`), so a sample's numbers do not depend on which batch, process or
+There is no generator and no state, and nothing waits for the device. A key is 64 bits held in an
+int64. The hash is that of `arrays`, so a sample's numbers do not depend on which batch, process or
 kind of device computes them.
 
-Shape legend: B keys, C numbers a key.
+Shape legend: B keys, C draws a key.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _GOLDEN, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111
 
 
 def _signed(word: int) -> int:
-    """The int64 with the bits of a 64-bit word."""
+    """Returns the int64 that has the bits of a 64-bit word."""
     word &= _WORD
     return word - 2**64 if word >> 63 else word
 
@@ -31,15 +31,15 @@ def _mix_word(word: int) -> int:
 
 
 def _shifted(words: torch.Tensor, by: int) -> torch.Tensor:
-    """Shift right, filling with zeros (int64's own shift copies the sign)."""
+    """Shifts right and fills with zeros (int64's own shift copies the sign)."""
     shifted: torch.Tensor = (words >> by) & (2 ** (64 - by) - 1)
     return shifted
 
 
 def mix(words: torch.Tensor) -> torch.Tensor:
-    """Hashes 64-bit words held in int64: splitmix64's finaliser (Steele, Lea, Flood 2014, figure 15).
+    """Hashes 64-bit words held in int64 by splitmix64's finaliser (Steele et al. 2014, figure 15).
 
-    Products and sums of int64 wrap around, which is what unsigned arithmetic does to the bits.
+    Products and sums of int64 wrap around, which gives the same bits as unsigned arithmetic.
     """
     words = words + _signed(_GOLDEN)
     words = (words ^ _shifted(words, 30)) * _signed(_MIX1)
@@ -48,19 +48,19 @@ def mix(words: torch.Tensor) -> torch.Tensor:
 
 
 def bits(keys_B: torch.Tensor, stream: int, count: int) -> torch.Tensor:
-    """`count` independent 64-bit words a key, int64 [B, C]; other streams are independent."""
+    """Returns `count` independent 64-bit words a key, int64 [B, C]; each stream has its own."""
     stream_keys_B = mix(keys_B ^ _signed(_mix_word(stream)))
     counters_C = torch.arange(count, device=keys_B.device) * _signed(_GOLDEN)
     return mix(stream_keys_B[:, None] + counters_C)
 
 
 def uniforms(keys_B: torch.Tensor, stream: int, count: int) -> torch.Tensor:
-    """`count` independent uniforms in [0, 1) a key, float32 [B, C], multiples of 2**-24."""
+    """Returns `count` independent uniforms in [0, 1) a key, float32 [B, C], multiples of 2**-24."""
     return _shifted(bits(keys_B, stream, count), 40).float() * 2.0**-24
 
 
 def normals(keys_B: torch.Tensor, stream: int, count: int) -> torch.Tensor:
-    """`count` independent standard normals a key, float32 [B, C] (Box and Muller, 1958)."""
+    """Returns `count` independent standard normals a key, float32 [B, C] (Box and Muller, 1958)."""
     pairs = -(-count // 2)
     draws_B2P = uniforms(keys_B, stream, 2 * pairs)
     radius_BP = (-2 * (1 - draws_B2P[:, :pairs]).log()).sqrt()  # 1 - u is never 0

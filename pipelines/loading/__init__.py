@@ -1,1 +1,1 @@
-"""Shards to batches: the plan, read tasks, decoding and the loader. Imports masks, dataset and below."""
+"""Training batches: read order, crops, clips and decoding, by Ray Data. Imports masks/."""

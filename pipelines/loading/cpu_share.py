@@ -14,8 +14,9 @@ from pipelines.config.train import PretrainConfig
 from pipelines.runtime.cluster import start_ray
 
 STARVED_SECONDS = 60.0
-"""Without a first batch and without a free CPU for this long, loading gives up."""
-LEAST_CPUS = 0.05  # a smaller share of a CPU a rank is taken for a mistake
+"""Loading fails if there is no first batch and no free CPU for this long."""
+LEAST_CPUS = 0.05
+"""Smallest share of a CPU for one rank; less is taken for a mistake in the settings."""
 
 
 class StarvedError(RuntimeError):
@@ -24,22 +25,23 @@ class StarvedError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """What one rank's dataset may use of the cluster."""
+    """The part of the cluster that one rank's dataset may use."""
 
     cpus: float
-    """All its tasks together."""
+    """CPUs for all its tasks together."""
     read_cpus: float
-    """One read task."""
+    """CPUs for one read task."""
     decode_cpus: float
-    """One decode task; 0 when the trainer decodes."""
+    """CPUs for one decode task; 0 when the trainer decodes."""
     object_store_bytes: float
 
 
 def cluster_share(cfg: PretrainConfig, world_size: int) -> Share:
-    """An equal share of the CPUs that the train workers leave, so that no rank starves another.
+    """Returns an equal share of the CPUs that the train workers leave, so no rank starves another.
 
-    A rank that waits for a CPU which another rank's paused task holds, while that other rank waits
-    for it in a collective, would wait for ever; with shares that add up to the cluster it cannot.
+    Without shares the ranks can deadlock: one waits for a CPU that a paused task of a second rank
+    holds, while the second waits for the first in a collective. Shares that add up to what the
+    cluster has rule that out.
 
     Raises:
         StarvedError: the train workers leave no CPU.

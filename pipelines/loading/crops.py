@@ -19,10 +19,11 @@ CROP_TRIES = 10
 def random_crops(
     keys_B: U64, sizes_B2: I32, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> I32:
-    """Boxes of a random resized crop, one a sample, fixed by its key.
+    """Draws one random resized crop for every sample, fixed by its key.
 
-    The usual rule (torchvision's): area uniform in `scale`, aspect ratio log-uniform in `ratio`,
-    ten tries for a box that fits, then the largest centred box of an allowed ratio.
+    The rule is that of `torchvision.transforms.RandomResizedCrop`: the area is uniform in `scale`,
+    the aspect ratio is log-uniform in `ratio`, and after ten boxes that do not fit, the largest
+    centred box of an allowed ratio is taken.
 
     Args:
         keys_B: `sample_keys`.
@@ -53,7 +54,7 @@ def random_crops(
 
 
 def _centred_sizes(width_B: I64, height_B: I64, ratio: tuple[float, float]) -> tuple[I64, I64]:
-    """Largest width and height inside the image whose ratio is allowed."""
+    """Returns the largest width and height inside the image whose ratio is allowed."""
     w_B = np.minimum(width_B, np.rint(height_B * ratio[1]).astype(np.int64))
     h_B = np.minimum(height_B, np.rint(width_B / ratio[0]).astype(np.int64))
     return np.maximum(w_B, 1), np.maximum(h_B, 1)

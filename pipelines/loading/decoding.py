@@ -1,7 +1,7 @@
-"""Encoded bytes and crop boxes to uint8 pixels: the decoding half of loading.
+"""Decodes images and clips, and crops them to uint8 pixels.
 
-Both places that decode (threads beside the device, Ray Data tasks) call `decode_rows`, so the
-pixels are the same bit for bit.
+Both places that decode, threads in the trainer and Ray Data tasks, call `decode_rows`, so their
+pixels are equal bit for bit.
 
 Shape suffixes: B rows, C = 3 channels, T frames of a clip, H = W = S pixels of the crop, 4 = (left,
 top, right, bottom).
@@ -31,29 +31,30 @@ Box = tuple[int, int, int, int]
 
 UNCHANGED = torchvision.io.ImageReadMode.UNCHANGED.value
 DRAFT_FROM = 4.0
-"""Decode a JPEG at reduced scale when the crop is at least this many times larger than wanted. To
-224 pixels on one core: 11.1 ms -> 6.7 ms from 2000x1600, 21 ms -> 10 ms from 3000x2400; no gain
-below 4 times, as this way resizes with Pillow, which can place the box between reduced pixels."""
+"""A JPEG is decoded at reduced scale if the crop is at least this many times larger than the
+output. To 224 pixels on one core this takes 6.7 instead of 11.1 ms from 2000x1600, and 10 instead
+of 21 ms from 3000x2400. It gains nothing below 4 times, because it needs Pillow's slower resize,
+which can place the box between reduced pixels."""
 
 
 class DecodeError(ValueError):
-    """A stored image or video that cannot be decoded: ingest should have refused it, or the shard is bad."""
+    """A stored image or video does not decode: an error of ingest, or a damaged shard."""
 
 
 def decode_rows(table: pa.Table, out: U8, pool: Executor | None = None, jobs: int = 1) -> None:
     """Decodes, crops, resizes (bicubic, antialiased) and flips the rows of a table.
 
-    A clip is cropped and flipped as a whole; only the frames it needs are decoded.
+    All frames of a clip get the same crop and flip. Frames that are not needed are not decoded.
 
     Args:
         table: columns `image` or `video`, `crop`, `flipped`, `height`, `width`, `sample_id`,
             `source_uri`, and for video `frames`.
-        out: uint8 [B, C, H, W], or [B, C, T, H, W] of clips, written in place.
-        pool: decodes parts of the rows at the same time; None decodes here.
+        out: uint8 [B, C, H, W], or [B, C, T, H, W] for clips, written in place.
+        pool: threads that decode parts of the rows in parallel; None decodes in this thread.
         jobs: number of parts.
 
     Raises:
-        DecodeError: names the sample.
+        DecodeError: a row does not decode; the sample is named.
     """
     is_video = "video" in table.column_names
     data, offsets = _encoded(table, "video" if is_video else "image")
@@ -86,17 +87,17 @@ def decode_rows(table: pa.Table, out: U8, pool: Executor | None = None, jobs: in
 
 
 def _encoded(table: pa.Table, name: str) -> tuple[Tensor, list[int]]:
-    """All encoded bytes of the rows as one writable tensor, and the offsets of the rows in it."""
+    """Returns all encoded bytes as one writable tensor, and the offset of each row in it."""
     column = table.column(name).cast(pa.large_binary()).combine_chunks()
     _, offset_buffer, data_buffer = column.buffers()
     offsets = np.frombuffer(offset_buffer, np.int64)[column.offset :][: len(column) + 1]
-    # A copy: torch refuses read-only memory, and Ray's is; about 1% of the cost of decoding.
+    # Torch needs writable memory and Ray's is read-only. The copy costs about 1% of decoding.
     data = np.frombuffer(data_buffer, np.uint8)[offsets[0] : offsets[-1]].copy()
     return torch.from_numpy(data), (offsets - offsets[0]).tolist()
 
 
 def _flat(table: pa.Table, name: str) -> Any:
-    """The values of a list column, end to end."""
+    """Returns the values of a list column, flattened."""
     return table.column(name).combine_chunks().flatten().to_numpy()
 
 
@@ -112,7 +113,7 @@ def _decode_crop(
     flipped: bool,
     out_CHW: U8,
 ) -> None:
-    """One image; `size` is the stored (height, width), which `box` refers to."""
+    """Decodes one image; `box` is in pixels of the stored (height, width) `size`."""
     side = out_CHW.shape[-1]
     left, top, right, bottom = box
     shrink = min(right - left, bottom - top) / side
@@ -122,7 +123,7 @@ def _decode_crop(
         pixels_CHW = _decode_whole(encoded)
         _check_size(tuple(pixels_CHW.shape[1:]), size)
         crop_CHW = _resize(pixels_CHW[None, :, top:bottom, left:right], side)[0]
-    # numpy's copy, not torch's: torch would start its own threads inside every decoder thread.
+    # Copied by numpy, because torch would start its own threads inside every decoder thread.
     np.copyto(out_CHW, crop_CHW[:, :, ::-1] if flipped else crop_CHW)
 
 
@@ -134,7 +135,7 @@ def _decode_clip(
     flipped: bool,
     out_CTHW: U8,
 ) -> None:
-    """One clip: the frames of these numbers, all under the same box."""
+    """Decodes the given frames of a clip, all with the same box."""
     left, top, right, bottom = box
     pixels_THWC = decode_frames(encoded.numpy().tobytes(), frames_T.tolist())
     _check_size(tuple(pixels_THWC.shape[1:3]), size)
@@ -153,7 +154,8 @@ def _check_size(found: tuple[int, ...], stored: tuple[int, int]) -> None:
 def _resize(crop_TCHW: Tensor, side: int) -> U8:
     if crop_TCHW.shape[2:] == (side, side):
         return crop_TCHW.numpy()
-    # torch's uint8 kernel: over twice as fast as Pillow's (950 against 433 images/s from 500x400).
+    # Torch's uint8 kernel is over twice as fast as Pillow's (950 against 433 images/s from
+    # 500x400).
     resized: U8 = torch.nn.functional.interpolate(
         crop_TCHW, size=(side, side), mode="bicubic", antialias=True
     ).numpy()
@@ -176,13 +178,13 @@ def _is_jpeg(encoded: Tensor) -> bool:
 
 
 def _decode_whole(encoded: Tensor) -> Tensor:
-    """Pixels [C, H, W], C = 1 or 3; the fast decoders for the common kinds, Pillow for the rest."""
-    # The operators themselves: torchvision 0.29's wrappers warn of their move to torchcodec at every
-    # call, which costs 10% of decoding a 32-pixel image.
+    """Decodes to [C, H, W], C = 1 or 3: common kinds by torchvision, the rest by Pillow."""
+    # The operators are called directly: at every call torchvision 0.29's wrappers warn of their
+    # move to torchcodec, which costs 10% of decoding a 32-pixel image.
     ops, upright = torch.ops.image, True
     data = encoded.numpy().tobytes()
     try:
-        # Shards of before ingest saw to it may hold pictures that these decoders show otherwise.
+        # Older shards may hold pictures whose colours these decoders would get wrong.
         if data.startswith(JPEG) and not is_of_other_colours(data):
             pixels: Tensor = ops.decode_jpeg(encoded, UNCHANGED, upright)
             if pixels.shape[0] in (1, 3):
@@ -193,6 +195,6 @@ def _decode_whole(encoded: Tensor) -> Tensor:
             pixels = ops.decode_png(encoded, UNCHANGED, upright)
             return pixels
     except RuntimeError:
-        pass  # Pillow decides, and says why if it cannot either
-    image = decode_image(data, max_pixels=None)  # how many it may have was for ingest to decide
+        pass  # Pillow tries next, and its error says why it fails
+    image = decode_image(data, max_pixels=None)  # ingest has checked the number of pixels
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)

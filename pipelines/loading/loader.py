@@ -1,12 +1,12 @@
-"""Deterministic batches for training, through Ray Data inside each rank's own process.
+"""Deterministic training batches, by a Ray dataset of each rank.
 
-    plan -> pieces -> Ray Data tasks: rows + crop boxes + masks -> [decode] -> batches, ahead
+    plan -> pieces -> Ray Data tasks: rows + crop boxes + masks -> [decode] -> batches, prefetched
 
-Every rank runs its own dataset over its own lanes (plan.py), so no splitter decides by timing which
-rank gets what: order, crops and masks are the same for any number of workers. Tasks ship encoded
-bytes and the rank decodes in threads (`decode_in="trainer"`), or a second stage of tasks decodes and
-ships uint8 crops (`"data"`); the pixels are the same bit for bit. docs/loading.md has the figures
-behind these choices.
+Every rank runs its own dataset over its own lanes (plan.py). No splitter decides by timing which
+rank gets a row, so order, crops and masks are the same for any number of workers. With
+`decode_in="trainer"`, tasks ship encoded bytes and the rank decodes them in threads. With `"data"`,
+a second stage of tasks decodes and ships uint8 crops. The pixels are equal bit for bit. The figures
+behind these choices are in docs/loading.md.
 
 Shape suffixes: B rows of this rank, N flattened; masks as in `pipelines.loading.masks.maskers`.
 """
@@ -37,7 +37,7 @@ from pipelines.loading.prefetch import prefetch
 from pipelines.loading.read_tasks import BLOCK_BYTES, Reader, read_pieces
 
 SEGMENT_PIECES = 512
-"""Read tasks in one Ray dataset; many epochs fit, so that no epoch waits for an execution to start."""
+"""Read tasks in one Ray dataset: many epochs, so that few of them wait for a dataset to start."""
 
 
 def train_batches(
@@ -45,33 +45,33 @@ def train_batches(
 ) -> Iterator[dict[str, Any]]:
     """Yields this rank's part of the batch of every step from `start_step` to `end_step`.
 
-    A pure function of its arguments and the shards: crops and masks are keyed by (seed, epoch,
-    sample id), legacy masks by (seed, epoch, batch). Works in a Ray Train worker and in a plain
-    process. Closing the iterator stops the tasks.
+    The batches depend only on the arguments and the shards: crops and masks are keyed by (seed,
+    epoch, sample id), legacy masks by (seed, epoch, batch). Works in a Ray Train worker and in a
+    plain process. Closing the iterator stops the tasks.
 
     Args:
-        cfg: the run.
-        rank: this worker.
-        world_size: workers; must divide `cfg.data.lanes`.
+        cfg: the run's configuration.
+        rank: number of this worker.
+        world_size: number of workers; must divide `cfg.data.lanes`.
         start_step: first step, inclusive.
         end_step: last step, exclusive.
 
     Yields:
-        images: uint8 tensor [B, C, H, W], B = batch_size / world_size (pinned if `run.gpu`);
-            or clips: [B, C, T, H, W], from shards of video.
-        masks: int64 tensors of ascending token numbers, by the objective's masker
-            (`pipelines.loading.masks.maskers`): context_ids [B, K] and target_ids [B, M, T]; or of clips, for
-            every mask generator g, context_ids_g [B, K] and target_ids_g [B, T]; or none.
-        sample_keys: int64 tensor [B]: 64 bits by which an objective draws what is random about a sample.
-        labels: int64 tensor [B], -1 where unlabelled.
+        A dict with these entries:
+        images: uint8 tensor [B, C, H, W], B = batch_size / world_size (pinned if `run.gpu`).
+        clips: uint8 tensor [B, C, T, H, W] instead of `images`, from shards of video.
+        masks under the names of `pipelines.loading.masks.maskers.MaskArrays`: int64 tensors of
+            ascending token numbers, by the objective's masker.
+        sample_keys: int64 tensor [B], the keys by which an objective draws random numbers.
+        labels: int64 tensor [B], -1 where there is no label.
         sample_ids: list of B 16-byte ids.
         crop_boxes: float32 array [B, 4], (x0, y0, x1, y1) in pixels of the stored image.
         flipped: bool array [B].
-        frames: of clips, int32 array [B, T], numbers of the segment's frames.
+        frames: int32 array [B, T], for clips: frame numbers in the segment.
         step, epoch: ints.
 
     Raises:
-        ValueError: settings that cannot work with these shards; the flag is named.
+        ValueError: the settings cannot work with these shards; the flag is named.
         StarvedError: no CPU is left for Ray Data.
         DecodeError: a stored image or video does not decode; the sample is named.
     """
@@ -87,16 +87,16 @@ def train_batches(
 
 
 def make_reader(cfg: PretrainConfig, rank: int, world_size: int) -> Reader:
-    """Reads the manifest and fixes what this rank's tasks do.
+    """Reads the manifest and makes the settings of this rank's read tasks.
 
     Raises:
-        ValueError: no manifest, too few samples, lanes or mask settings that cannot work.
+        ValueError: there is no manifest, there are too few samples, or lanes or masks cannot work.
     """
     manifest = read_manifest(cfg.data.train)
     check_modality(cfg, manifest)
     plan = make_plan(manifest.row_groups(), cfg.data, cfg.run.seed)
     masker = make_masker(cfg)
-    masker.check()  # here, not in the first task: for its error messages
+    masker.check()  # here and not in the first task, so that its error is raised as it is
     return Reader(
         uri=cfg.data.train,
         files=tuple(shard.file for shard in manifest.shards),
@@ -110,7 +110,11 @@ def make_reader(cfg: PretrainConfig, rank: int, world_size: int) -> Reader:
 
 
 def check_modality(cfg: PretrainConfig, manifest: Manifest) -> None:
-    """Raises a ValueError if the shards hold something else than the objective learns from."""
+    """Checks that the shards hold what the objective learns from.
+
+    Raises:
+        ValueError: they hold images where the objective needs video, or the reverse.
+    """
     if manifest.modality != cfg.modality:
         raise ValueError(
             f"--data.train: shards of modality {manifest.modality!r}, but --objective.name "
@@ -119,7 +123,7 @@ def check_modality(cfg: PretrainConfig, manifest: Manifest) -> None:
 
 
 def _pixel_shape(cfg: PretrainConfig) -> tuple[int, ...]:
-    """Of one sample: [C, H, W], or [C, T, H, W] of clips."""
+    """Returns the shape of one sample: [C, H, W], or [C, T, H, W] of a clip."""
     side = cfg.model.image_size
     return (3, side, side) if cfg.modality == "image" else (3, cfg.model.frames, side, side)
 
@@ -127,7 +131,7 @@ def _pixel_shape(cfg: PretrainConfig) -> tuple[int, ...]:
 def _batches(
     cfg: PretrainConfig, reader: Reader, todo: list[Piece], share: Share, pool: ThreadPoolExecutor
 ) -> Generator[dict[str, Any]]:
-    """Batches of all pieces, one dataset a segment."""
+    """Yields the batches of all pieces, from one dataset for every `SEGMENT_PIECES`."""
     for first in range(0, len(todo), SEGMENT_PIECES):
         segment = todo[first : first + SEGMENT_PIECES]
         step = segment[0].step
@@ -143,7 +147,7 @@ def _batches(
 
 @contextlib.contextmanager
 def _plain_errors() -> Iterator[None]:
-    """A task's DecodeError as itself, as when the trainer decodes, not inside Ray's exception."""
+    """Raises a task's DecodeError itself instead of Ray's exception around it."""
     from ray.exceptions import RayTaskError
 
     try:
@@ -155,13 +159,13 @@ def _plain_errors() -> Iterator[None]:
 
 
 def _dataset(cfg: PretrainConfig, reader: Reader, segment: list[Piece], share: Share) -> Any:
-    """The segment's rows as a Ray dataset, in order."""
+    """Returns a Ray dataset of the segment's rows, in order."""
     import ray.data
     from ray.data import ExecutionResources
 
-    # One line for each of its executions, in the middle of the trainer's progress line.
+    # Ray would print a line for every execution in the middle of the trainer's progress line.
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    # One block a piece. Not ray.data.range or from_arrow: those run tasks of one CPU each, which a
+    # One block a piece. ray.data.range and from_arrow would run tasks of one CPU each, which a
     # cluster full of train workers does not have.
     count = len(segment)
     dataset = ray.data.from_items([*range(count)], override_num_blocks=count).map_batches(
@@ -170,7 +174,7 @@ def _dataset(cfg: PretrainConfig, reader: Reader, segment: list[Piece], share: S
         num_cpus=share.read_cpus,
     )
     if cfg.data.decode_in == "data":
-        # Another number of CPUs, or Ray would fuse the stages and a window would decode on one core.
+        # With the same number of CPUs, Ray would fuse the stages and decode a window on one core.
         dataset = dataset.map_batches(
             functools.partial(_decode, _pixel_shape(cfg)),
             batch_size=None,
@@ -189,7 +193,7 @@ def _dataset(cfg: PretrainConfig, reader: Reader, segment: list[Piece], share: S
 
 
 def _decode(shape: tuple[int, ...], table: pa.Table) -> pa.Table:
-    """Replaces the encoded images or videos by uint8 crops of this shape."""
+    """Replaces the encoded images or videos by uint8 crops of this shape; a Ray Data task."""
     torch.set_num_threads(1)
     pixels = np.empty((table.num_rows, *shape), np.uint8)
     decode_rows(table, pixels)

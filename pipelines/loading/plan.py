@@ -1,11 +1,11 @@
-"""Which rows make up which batch: a pure function of (manifest, settings, seed, epoch).
+"""The read order: which rows make up a batch, by manifest, settings, seed and epoch.
 
-A global batch is L lanes x b rows. In every epoch the row groups are permuted and laid end to end;
-lane l owns an equal, contiguous part of that sequence and shuffles it in windows. Batch g takes
-rows [g*b, (g+1)*b) of every lane, and rank r of W the lanes [r*L/W, (r+1)*L/W): one contiguous part
-of the global batch. Nothing depends on W, every rank reads only its own row groups, and the
-position in the data is one integer, the step. Rows that do not fill a batch (fewer than
-L * (b + 1)) sit an epoch out; they are other rows in every epoch.
+A global batch has L lanes of b rows. In every epoch the row groups are permuted and laid end to
+end. Each lane owns an equal, contiguous part of that sequence and shuffles it in windows. Batch g
+takes rows [g*b, (g+1)*b) of every lane. Rank r of W reads the lanes [r*L/W, (r+1)*L/W), which are
+one contiguous part of the global batch. So the order does not depend on W, every rank reads only
+its own row groups, and the position in the data is one integer, the step. Rows that do not fill a
+batch (fewer than L * (b + 1)) are left out for the epoch; other rows are left out in the next.
 
 Shape suffixes: G row groups, N rows, 3 = (shard, row group, row) or (shard, row group, rows in it).
 """
@@ -25,29 +25,29 @@ from pipelines.config.data import DataConfig
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The order of a whole run; see `make_plan`."""
+    """The read order of a whole run; made by `make_plan`."""
 
     groups_G3: I64
-    """(shard, row group, rows) of every row group, in the manifest's order."""
+    """(shard, row group, number of rows) of every row group, in the manifest's order."""
     seed: int
     batch_size: int
     lanes: int
     window_batches: int
-    """Batches that one shuffled window of a lane lasts."""
+    """Number of batches in one shuffled window of a lane."""
 
     @property
     def lane_batch(self) -> int:
-        """Rows that one lane gives to a global batch."""
+        """Number of rows that one lane contributes to a global batch."""
         return self.batch_size // self.lanes
 
     @property
     def lane_rows(self) -> int:
-        """Rows of one lane in an epoch, the ones that sit out included."""
+        """Number of rows of one lane in an epoch, including those that are left out."""
         return int(self.groups_G3[:, 2].sum()) // self.lanes
 
     @property
     def batches_per_epoch(self) -> int:
-        """Steps of one epoch."""
+        """Number of steps in one epoch."""
         return self.lane_rows // self.lane_batch
 
     def locate(self, step: int) -> tuple[int, int]:
@@ -57,12 +57,12 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Consecutive batches out of one window: what one read task does."""
+    """Consecutive batches of one window: the work of one read task."""
 
     epoch: int
     window: int
     start: int
-    """First batch, counted in the epoch."""
+    """First batch, counted from the start of the epoch."""
     stop: int
     """One past the last batch."""
     step: int
@@ -70,7 +70,7 @@ class Piece:
 
 
 def make_plan(row_groups: Sequence[tuple[int, int, int]], data: DataConfig, seed: int) -> Plan:
-    """Fixes the order of a run.
+    """Makes the read order of a run.
 
     Args:
         row_groups: (shard, row group, rows), from `Manifest.row_groups`.
@@ -78,7 +78,7 @@ def make_plan(row_groups: Sequence[tuple[int, int, int]], data: DataConfig, seed
         seed: the run's seed.
 
     Raises:
-        ValueError: there are fewer rows than one batch needs.
+        ValueError: there are fewer rows than a batch needs.
     """
     plan = Plan(
         groups_G3=np.array(row_groups, np.int64).reshape(-1, 3),
@@ -94,10 +94,10 @@ def make_plan(row_groups: Sequence[tuple[int, int, int]], data: DataConfig, seed
 
 
 def rank_lanes(plan: Plan, rank: int, world_size: int) -> range:
-    """Lanes that a rank reads.
+    """Returns the lanes that a rank reads.
 
     Raises:
-        ValueError: the lanes do not divide evenly among the ranks.
+        ValueError: the lanes cannot be divided evenly among the ranks.
     """
     if plan.lanes % world_size or not 0 <= rank < world_size:
         raise ValueError(
@@ -110,14 +110,14 @@ def rank_lanes(plan: Plan, rank: int, world_size: int) -> range:
 def pieces(
     plan: Plan, start_step: int, end_step: int, most_batches: int | None = None
 ) -> list[Piece]:
-    """Cuts steps [start_step, end_step) at window and epoch borders.
+    """Cuts the steps [start_step, end_step) at window and epoch boundaries.
 
     Args:
         plan: the plan.
         start_step: first step, inclusive.
         end_step: last step, exclusive.
-        most_batches: cut windows further, so that no piece has more batches than this. Which rows
-            make up a batch does not depend on it.
+        most_batches: cut windows further, so that no piece has more batches than this. It does
+            not change which rows make up a batch.
     """
     cuts = -(-plan.window_batches // (most_batches or plan.window_batches))
     size = -(-plan.window_batches // cuts)
@@ -134,16 +134,16 @@ def pieces(
 
 
 def lane_windows(plan: Plan, piece: Piece, lanes: range) -> I64:
-    """Rows of the piece's batches that these lanes give, in batch order.
+    """Returns the rows that these lanes contribute to the piece's batches, in batch order.
 
     Args:
         plan: the plan.
         piece: from `pieces`.
-        lanes: from `rank_lanes`; all lanes for the global batches.
+        lanes: from `rank_lanes`; all lanes give the global batches.
 
     Returns:
-        int64 [N, 3] of (shard, row group, row in the group), N = batches x lanes x lane batch, the
-        batch varying slowest and the lane next.
+        int64 [N, 3] of (shard, row group, row in the group), N = batches x lanes x lane batch. The
+        batch varies slowest, then the lane.
     """
     rows = np.stack([_lane_rows(plan, piece, lane) for lane in lanes])
     batches = piece.stop - piece.start
@@ -152,7 +152,7 @@ def lane_windows(plan: Plan, piece: Piece, lanes: range) -> I64:
 
 
 def _lane_rows(plan: Plan, piece: Piece, lane: int) -> I64:
-    """Places in the epoch's sequence of one lane's rows for the piece."""
+    """Returns where one lane's rows of the piece stand in the epoch's sequence."""
     first = piece.window * plan.window_batches * plan.lane_batch
     size = min(plan.window_batches * plan.lane_batch, plan.lane_rows - first)
     order = permutation(key_of(plan.seed, PlanStream.ROWS, piece.epoch, lane, piece.window), size)
@@ -162,7 +162,7 @@ def _lane_rows(plan: Plan, piece: Piece, lane: int) -> I64:
 
 
 def _locate_rows(plan: Plan, epoch: int, places_N: I64) -> I64:
-    """(shard, row group, row) of places in the epoch's sequence of row groups laid end to end."""
+    """Turns places in the epoch's sequence into (shard, row group, row)."""
     groups_G3, ends_G = _epoch_groups(plan, epoch)
     which_N = np.searchsorted(ends_G, places_N, side="right")
     row_N = places_N - (ends_G[which_N] - groups_G3[which_N, 2])
@@ -171,7 +171,7 @@ def _locate_rows(plan: Plan, epoch: int, places_N: I64) -> I64:
 
 @functools.lru_cache(maxsize=8)
 def _epoch_groups(plan: Plan, epoch: int) -> tuple[I64, I64]:
-    """The epoch's row groups in order, [G, 3], and where each ends in the sequence, [G]."""
+    """Returns the epoch's row groups in order, [G, 3], and where each ends in the sequence, [G]."""
     order = permutation(key_of(plan.seed, PlanStream.GROUPS, epoch), len(plan.groups_G3))
     groups_G3 = plan.groups_G3[order]
     return groups_G3, np.cumsum(groups_G3[:, 2])

@@ -1,4 +1,4 @@
-"""Runs an iterator ahead of its consumer, in a thread of its own."""
+"""Runs a generator ahead of its consumer, in a thread of its own."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 WATCH_SECONDS = 5.0
-"""How often it looks for a free CPU while the first batch is awaited."""
+"""How often `watch` is called while the first item is awaited."""
 CLOSE_SECONDS = 10.0
-"""How long a loader that is closed waits for its thread, which Ray may keep."""
+"""How long closing waits for the thread, which may be blocked in Ray."""
 
 
 def prefetch(source: Generator[T], depth: int, watch: Callable[[], None]) -> Iterator[T]:
     """Runs `source` in a thread of its own, at most `depth` items ahead.
 
     Args:
-        source: what to run; closed in its thread when the consumer stops.
-        depth: items kept ready.
+        source: the generator, which is closed in its thread when the consumer stops.
+        depth: number of items kept ready.
         watch: called every `WATCH_SECONDS` while the first item is awaited; may raise.
 
     Raises:

@@ -1,6 +1,6 @@
-"""What a Ray Data read task does: rows of the plan, with their clips, crops and masks, as Arrow.
+"""The body of a Ray Data read task: reads the plan's rows and adds their clips, crops and masks.
 
-Imports neither torch nor Ray, so that a worker which only reads starts fast and stays small.
+Imports neither torch nor Ray, so that a worker that only reads starts fast and stays small.
 
 Shape suffixes: B rows of one rank's batch, N rows of a block (whole batches), T frames of a clip,
 3 = (shard, row group, row).
@@ -36,68 +36,69 @@ COLUMNS = {
         *("label", "source_uri"),
     ),
 }
-"""What is read of a row, by modality."""
+"""Columns that are read from the shards, by modality."""
 BLOCK_BYTES = 4 * 2**20
-"""Encoded bytes of one block: small enough for a quick first batch, large enough that Ray's cost
-for each block (about 5 ms) does not show."""
+"""Encoded bytes of one block: small enough for a quick first batch, and large enough that Ray's
+cost of about 5 ms a block does not matter."""
 PIECE_BYTES = 256 * 2**20
-"""Encoded bytes of one piece. A larger window is cut into pieces which all read the window's row groups
-and keep their own rows: memory stays bounded, at the price of reading the window once a piece."""
-REMOTE_READS = 8  # row groups fetched at once from object storage
+"""Encoded bytes of one piece. A larger window is cut into pieces. Each piece reads the window's row
+groups and keeps its own rows, so memory is bounded, but the window is read once for every piece."""
+REMOTE_READS = 8
+"""Row groups fetched from object storage at the same time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
-    """Everything a read task needs besides its piece; pickled once for all tasks."""
+    """Everything a read task needs apart from its piece; pickled once for all tasks."""
 
     uri: str
     files: tuple[str, ...]
     """Shard file names by shard index."""
     plan: Plan
     lanes: range
-    """Lanes of this rank."""
+    """The lanes that this rank reads."""
     masker: Masker
     data: DataConfig
     row_bytes: float
-    """Mean encoded bytes of a sample."""
+    """Mean number of encoded bytes in a sample."""
     sampler: ClipSampler | None = None
-    """Which frames make up a clip; None for images."""
+    """Chooses the frames of a clip; None for images."""
 
     @property
     def most_batches(self) -> int:
-        """Batches of this rank that make up a piece of PIECE_BYTES."""
+        """Number of this rank's batches in a piece of `PIECE_BYTES`."""
         return max(1, int(PIECE_BYTES / (self.row_bytes * self.local_batch)))
 
     @property
     def modality(self) -> str:
-        """ "image" or "video": also the column of encoded bytes."""
+        """`image` or `video`, which is also the name of the column of encoded bytes."""
         return "image" if self.sampler is None else "video"
 
     @property
     def local_batch(self) -> int:
-        """Rows of one batch that this rank gets."""
+        """Number of rows that this rank contributes to one batch."""
         return len(self.lanes) * self.plan.lane_batch
 
 
 def read_pieces(
     reader: Reader, pieces: Sequence[Piece], batch: dict[str, Any]
 ) -> Iterator[pa.Table]:
-    """The body of Ray Data's read tasks: `read_piece` for the pieces whose indices are in `item`."""
+    """Runs `read_piece` for the pieces whose indices are in column `item`; a Ray Data task."""
     for index in batch["item"]:
         yield from read_piece(reader, pieces[index])
 
 
 def read_piece(reader: Reader, piece: Piece) -> Iterator[pa.Table]:
-    """Reads a piece's rows of this rank's lanes.
+    """Reads the rows of a piece that belong to this rank's lanes.
 
     Args:
         reader: the settings.
-        piece: which batches.
+        piece: the batches to read.
 
     Yields:
-        Tables of whole batches in order, of about BLOCK_BYTES: the shard's columns, and `step`,
-        `crop` (left, top, right, bottom, in pixels), `flipped`, the masks (flattened) and, of
-        video, `frames` (numbers of the clip's frames).
+        Tables of about BLOCK_BYTES, each of whole batches in order. Columns are the shard's, and
+        `step`, `crop` (left, top, right, bottom, in pixels), `flipped`, the masks (flattened) and,
+        for video, `frames` (the clip's frame numbers).
     """
     rows_N3 = lane_windows(reader.plan, piece, reader.lanes)
     table, index_N = _read_rows(reader, rows_N3)
@@ -111,7 +112,7 @@ def read_piece(reader: Reader, piece: Piece) -> Iterator[pa.Table]:
 
 
 def _read_rows(reader: Reader, rows_N3: I64) -> tuple[pa.Table, I64]:
-    """The rows as one chunk, each row group read once, and where each of them stands in it."""
+    """Reads every row group once. Returns the rows in one chunk, and the place of each in it."""
     order_N = np.lexsort(rows_N3.T[::-1])  # by shard, row group, row
     groups_G2, starts_G = np.unique(rows_N3[order_N, :2], axis=0, return_index=True)
     wanted = np.split(rows_N3[order_N, 2], starts_G[1:])
@@ -120,8 +121,7 @@ def _read_rows(reader: Reader, rows_N3: I64) -> tuple[pa.Table, I64]:
     def read(group: I64, rows: I64) -> pa.Table:
         columns, encoded = COLUMNS[reader.modality], reader.modality
         table = read_row_group(fs, root, reader.files[group[0]], int(group[1]), columns)
-        # Arrow's `binary` counts bytes in 32 bits: with more than 2 GiB of images, taking or joining
-        # rows fails.
+        # Arrow's `binary` has 32-bit offsets: taking or joining rows fails beyond 2 GiB of images.
         place = table.schema.get_field_index(encoded)
         large = table.column(encoded).cast(pa.large_binary())
         return table.set_column(place, encoded, large).take(pa.array(rows))
@@ -133,12 +133,13 @@ def _read_rows(reader: Reader, rows_N3: I64) -> tuple[pa.Table, I64]:
             tables = list(pool.map(read, groups_G2, wanted))
     index_N = np.empty(len(order_N), np.int64)
     index_N[order_N] = np.arange(len(order_N))
-    # One chunk: `take` joins all chunks of a binary column first, and would for every block.
+    # One chunk, because `take` first joins all chunks of a binary column, and is called for every
+    # block.
     return pa.concat_tables(tables).combine_chunks(), index_N
 
 
 def _with_draws(reader: Reader, block: pa.Table, piece: Piece, first: int, stop: int) -> pa.Table:
-    """Adds the random columns; all but legacy masks depend on (seed, epoch, sample id) alone."""
+    """Adds the random columns. All but legacy masks depend only on (seed, epoch, sample id)."""
     keys_N = sample_keys(sample_ids_array(block), reader.plan.seed, piece.epoch)
     sizes_N2 = np.stack([block.column("height").to_numpy(), block.column("width").to_numpy()], 1)
     boxes_N4 = random_crops(keys_N, sizes_N2, reader.data.crop_scale, reader.data.crop_ratio)
@@ -164,7 +165,7 @@ def _with_draws(reader: Reader, block: pa.Table, piece: Piece, first: int, stop:
 
 
 def _masks(reader: Reader, keys_N: U64, epoch: int, batches: range) -> dict[str, list[I32]]:
-    """Token numbers by name, a list of one array a batch or one for all."""
+    """Draws masks: by name, one array for each batch (legacy), or one array for all of them."""
     if not reader.masker.legacy:
         return {name: [ids] for name, ids in reader.masker.for_samples(keys_N).items()}
     plan = reader.plan
@@ -179,7 +180,7 @@ def _masks(reader: Reader, keys_N: U64, epoch: int, batches: range) -> dict[str,
 
 
 def _lists(parts: list[I32]) -> Any:
-    """One Arrow list a row, from arrays whose rows are of equal length within each array."""
+    """Returns a column of lists, one for each row of the arrays; lengths differ between arrays."""
     flat = np.concatenate([part.reshape(-1) for part in parts])
     lengths = np.concatenate([np.full(len(p), p[0].size if len(p) else 0) for p in parts])
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)

@@ -1,1 +1,1 @@
-"""Encoder formats on disk, one module each: how a format is recognised, read and written. Imports encoders and media."""
+"""Encoder formats on disk, one module for each. Imports encoders, media and tensor_files."""

@@ -1,6 +1,6 @@
-"""What a format of encoders on disk provides, and what passes between it and `models.artifacts.artifact`.
+"""The interface of an encoder format: what it provides, reads and writes.
 
-To add a format, write a module with a `Format` and enter it in `artifact.FORMATS`.
+To add a format, write a module with a `Format` and enter it in `models.artifacts.artifact.FORMATS`.
 """
 
 from __future__ import annotations
@@ -60,17 +60,17 @@ class Format:
     """One row of the table of formats."""
 
     name: str
-    """What people call it."""
+    """Its common name."""
     recognises: Callable[[Stored], bool]
-    """Whether `read` is for this folder or file."""
+    """Whether `read` can be tried on this folder or file."""
     read: Callable[[Stored], Source]
-    """Reads the encoder. Raises a ValueError that starts with the URI if ours cannot reproduce it."""
+    """Reads the encoder. Raises a ValueError if our encoder cannot compute the same."""
     read_predictor: Callable[[Stored], Source] | None = None
     """Reads the predictor, if the format can hold one. Raises like `read`."""
     can_write: Callable[[VisionTransformer], bool] = lambda encoder: False
     """Whether the format has a form for this encoder."""
     write: Callable[[Path, Export], None] | None = None
-    """Writes the format's files into the artifact's folder, which exists; None if it is only read."""
+    """Writes its files into the artifact's folder, which exists; None if it is only read."""
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Renaming weights between our names and other projects'.
 
-Our names are timm's: `patch_embed.proj`, `pos_embed`, `blocks.N.*`, `norm`. Each format's module holds
-its own rules.
+Our names are timm's: `patch_embed.proj`, `pos_embed`, `blocks.N.*`, `norm`. The rules of a format
+stand in its module.
 """
 
 from __future__ import annotations

@@ -22,10 +22,10 @@ CHECKPOINT_SUFFIXES = (".pth", ".pt", ".tar", ".ckpt")
 
 
 def read_checkpoint(stored: Stored) -> Source:
-    """Reads a released I-JEPA checkpoint file: its target encoder.
+    """Reads the target encoder of a released I-JEPA checkpoint file.
 
     Raises:
-        ValueError: another kind of file, or a width and depth that no preset has.
+        ValueError: it is another kind of file, or no preset has its width and depth.
     """
     path, uri = stored.path, stored.uri
     if path.suffix not in CHECKPOINT_SUFFIXES:
@@ -37,7 +37,7 @@ def read_checkpoint(stored: Stored) -> Source:
     _, num_patches, width = state["pos_embed"].shape
     patch = state["patch_embed.proj.weight"].shape[-1]
     depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
-    # The one number that the weights do not show; V-JEPA 2's giant has others.
+    # The weights do not show the number of heads. V-JEPA 2's giant has another one than I-JEPA's.
     images = [p for name, p in PRESETS.items() if name.startswith("vit_")]
     heads = {(p.width, p.depth): p.heads for p in images}.get((width, depth))
     if heads is None:
@@ -56,10 +56,10 @@ def read_checkpoint(stored: Stored) -> Source:
 
 
 def from_meta(checkpoint: Mapping[str, Any]) -> StateDict:
-    """Picks the target encoder (else the encoder) out of a released I-JEPA training state.
+    """Takes the target encoder, or else the encoder, from a released I-JEPA training state.
 
     Raises:
-        ValueError: the checkpoint holds neither.
+        ValueError: the checkpoint has neither.
     """
     for part in ("target_encoder", "encoder"):
         if isinstance(checkpoint.get(part), Mapping):

@@ -1,4 +1,4 @@
-"""transformers' image and video processors: their JSON files to our preprocessing, and back."""
+"""Reads and writes the JSON files of transformers' image and video processors."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def read_processor(path: Path, image_size: int, resampling: str = "bicubic") -> Preprocessing:
-    """Reads a preprocessor_config.json; what the file or a missing file leaves out is ImageNet's.
+    """Reads a preprocessor_config.json; missing statistics are ImageNet's.
 
     Args:
         path: the file, which need not exist.
         image_size: side of the encoder's input, pixels.
-        resampling: default of the processor's kind.
+        resampling: default of this kind of processor, a row of `RESAMPLING`.
     """
     c = json.loads(path.read_text()) if path.is_file() else {}
     names = {int(v): k for k, v in RESAMPLING.items()}
@@ -34,7 +34,7 @@ def read_processor(path: Path, image_size: int, resampling: str = "bicubic") -> 
 
 
 def processor_config(prep: Preprocessing) -> dict[str, Any]:
-    """BiT's processor: resize the short side, crop the centre (ViT's would squash the picture)."""
+    """Returns BiT's processor, which crops the centre; ViT's would squash the picture."""
     return {
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": True,
@@ -52,7 +52,7 @@ def processor_config(prep: Preprocessing) -> dict[str, Any]:
 
 
 def video_processor_config(prep: Preprocessing) -> dict[str, Any]:
-    """LLaVA-OneVision's processor: V-JEPA 2's own always crops 7/8 of the short side."""
+    """Returns LLaVA-OneVision's processor; V-JEPA 2's own always crops 7/8 of the short side."""
     config = processor_config(prep)
     del config["image_processor_type"]
     return config | {"video_processor_type": "LlavaOnevisionVideoProcessor"}

@@ -1,6 +1,7 @@
-"""timm's vision transformers without class token, as on the hub: config.json and model.safetensors.
+"""timm's vision transformers without class token, as stored on the hub.
 
-Our weights have timm's names, so an artifact is also a timm model if its config.json has timm's keys.
+Our weights have timm's names, so an artifact is also a timm model once its config.json has timm's
+keys.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import Preprocessing
 from models.tensor_files import read_tensors
 
-# timm's own names of these shapes; any other shape goes under the first with its arguments spelt
-# out, which timm applies on top.
+# timm's names of these shapes. Any other shape goes under the default name, with its arguments
+# spelt out, which timm applies on top.
 TIMM_DEFAULT = "vit_base_patch16_gap_224"
 TIMM_NAMES = {
     (1280, 32, 14, 224): "vit_huge_patch14_gap_224",
@@ -32,10 +33,10 @@ TIMM_NAMES = {
 
 
 def read_timm(stored: Stored) -> Source:
-    """Reads a timm model folder; a classification head is left behind.
+    """Reads a timm model folder, without its classification head.
 
     Raises:
-        ValueError: not a ViT that ours reproduces, with what it lacks.
+        ValueError: it is not a ViT that ours can reproduce; the differences are named.
     """
     shape = _timm_shape(stored.config, stored.uri)
     cfg = stored.config.get("pretrained_cfg", stored.config)
@@ -52,7 +53,7 @@ def read_timm(stored: Stored) -> Source:
 
 
 def _timm_shape(config: Mapping[str, Any], uri: str) -> dict[str, Any]:
-    """Reads the shape off timm's own model, built without memory; refuses what we cannot run."""
+    """Takes the shape from timm's model, built on the meta device; refuses what we cannot run."""
     arguments = {"num_classes": 0, **config.get("model_args", {})}
     with torch.device("meta"):
         model: Any = timm.create_model(config["architecture"], pretrained=False, **arguments)
@@ -81,7 +82,7 @@ def _timm_shape(config: Mapping[str, Any], uri: str) -> dict[str, Any]:
 
 
 def timm_config(encoder: VisionTransformer, prep: Preprocessing) -> dict[str, Any]:
-    """The config.json of a timm model on the hub."""
+    """Returns the config.json of a timm model on the hub."""
     size = encoder.image_size
     key = (encoder.width, encoder.depth, encoder.patch_size, size)
     return {

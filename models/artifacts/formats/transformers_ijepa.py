@@ -1,8 +1,9 @@
-"""`transformers.IJepaModel`: images, sine and cosine positions.
+"""`transformers.IJepaModel`: an encoder of images with sine and cosine positions.
 
-It splits the fused qkv. Files carry the original names (`encoder.layer.N.attention.attention.query`),
-transformers 5 holds newer ones in memory (`layers.N.attention.q_proj`). Both are read; the original
-ones are written, because every version reads them.
+Query, key and value are separate there. Files have the original names
+(`encoder.layer.N.attention.attention.query`); transformers 5 has newer ones in memory
+(`layers.N.attention.q_proj`). Both are read. The original names are written, because every version
+reads them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from models.artifacts.formats.processors import processor_config, read_processor
 from models.encoders.vit import VisionTransformer
 from models.tensor_files import METADATA, detached, read_tensors, save_tensors
 
-# IJepaConfig's own, for files that leave them out.
+# Defaults of IJepaConfig, for files that leave them out.
 IJEPA_DEFAULTS = {
     "hidden_size": 768,
     "num_hidden_layers": 12,
@@ -63,7 +64,7 @@ def read_ijepa(stored: Stored) -> Source:
     """Reads a folder of `transformers.IJepaModel` or `IJepaForImageClassification`.
 
     Raises:
-        ValueError: an activation other than exact GELU, or no qkv bias.
+        ValueError: the activation is not exact GELU, or there is no qkv bias.
     """
     c: dict[str, Any] = IJEPA_DEFAULTS | dict(stored.config)
     if c["hidden_act"] != "gelu" or not c["qkv_bias"]:
@@ -87,7 +88,7 @@ def read_ijepa(stored: Stored) -> Source:
 
 
 def ijepa_config(encoder: VisionTransformer) -> dict[str, Any]:
-    """The config.json of a `transformers.IJepaModel`."""
+    """Returns the config.json of a `transformers.IJepaModel`."""
     return {
         "model_type": "ijepa",
         "architectures": ["IJepaModel"],
@@ -108,14 +109,14 @@ def ijepa_config(encoder: VisionTransformer) -> dict[str, Any]:
 
 
 def to_ijepa(state: Mapping[str, Tensor]) -> StateDict:
-    """Renames our weights for `transformers.IJepaModel`, splitting every fused qkv in three."""
+    """Renames our weights for `transformers.IJepaModel` and splits every fused qkv in three."""
     return {rename(name, _TO_TRANSFORMERS): v for name, v in split_qkv(state).items()}
 
 
 def from_ijepa(state: Mapping[str, Tensor]) -> StateDict:
-    """Renames `IJepaModel`'s weights to ours, fusing query, key and value.
+    """Renames the weights of an `IJepaModel` to ours and fuses query, key and value.
 
-    A classifier on top is dropped; any other foreign name is kept, for the loader to report.
+    A classifier is dropped. Any other unknown name is kept, so that `load_strict` reports it.
     """
     kept = {name: v for name, v in state.items() if not name.startswith("classifier.")}
     return fuse_qkv({rename(name, _FROM_TRANSFORMERS): v for name, v in kept.items()})

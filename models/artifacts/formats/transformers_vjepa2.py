@@ -1,4 +1,4 @@
-"""`transformers.VJEPA2Model`: clips, rotary positions as in the published weights, and a predictor."""
+"""`transformers.VJEPA2Model`: an encoder of clips with rotary positions, and a predictor."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from models.encoders.predictor import Predictor
 from models.encoders.vit import VisionTransformer
 from models.tensor_files import METADATA, detached, read_tensors, save_tensors
 
-# VJEPA2Config's own.
+# Defaults of VJEPA2Config, for files that leave them out.
 VJEPA2_DEFAULTS = {
     "hidden_size": 1024,
     "num_hidden_layers": 24,
@@ -35,7 +35,7 @@ VJEPA2_DEFAULTS = {
     "pred_num_mask_tokens": 10,
     "pred_mlp_ratio": 4.0,
 }
-# Encoder and predictor, behind `encoder.` and `predictor.`.
+# Rules of both the encoder and the predictor, for names without `encoder.` or `predictor.`.
 _TO_VJEPA2 = (
     (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.proj."),
     (r"^embed\.", "embeddings.predictor_embeddings."),
@@ -58,7 +58,7 @@ def read_vjepa2(stored: Stored) -> Source:
     """Reads the encoder of a `transformers.VJEPA2Model` or `VJEPA2ForVideoClassification` folder.
 
     Raises:
-        ValueError: an activation other than exact GELU, no qkv bias, or not three channels.
+        ValueError: the activation is not exact GELU, there is no qkv bias, or not three channels.
     """
     c = _settings(stored)
     shape = {
@@ -80,7 +80,7 @@ def read_predictor(stored: Stored) -> Source:
     """Reads the predictor of a `transformers.VJEPA2Model` folder.
 
     Raises:
-        ValueError: as `read_vjepa2`, or no predictor in it.
+        ValueError: as for `read_vjepa2`, or there is no predictor.
     """
     c = _settings(stored)
     _, predictor = from_vjepa2(read_tensors(stored.path, stored.uri))
@@ -123,7 +123,7 @@ def _settings(stored: Stored) -> dict[str, Any]:
 
 
 def vjepa2_config(encoder: VisionTransformer, predictor: Predictor | None) -> dict[str, Any]:
-    """The config.json of a `transformers.VJEPA2Model`; its predictor has no layers if not given."""
+    """Returns the config.json of a `VJEPA2Model`; None gives a predictor without layers."""
     config = {
         "model_type": "vjepa2",
         "architectures": ["VJEPA2Model"],
@@ -168,10 +168,10 @@ def to_vjepa2(
 
 
 def from_vjepa2(state: Mapping[str, Tensor]) -> tuple[StateDict, StateDict]:
-    """Splits `VJEPA2Model`'s weights in the encoder's and the predictor's, under our names.
+    """Splits a `VJEPA2Model`'s weights into the encoder's and the predictor's, under our names.
 
-    The pooler and classifier of `VJEPA2ForVideoClassification` are dropped; any other foreign name
-    stays with the encoder's, for the loader to report.
+    The pooler and classifier of `VJEPA2ForVideoClassification` are dropped. Any other unknown name
+    stays with the encoder's, so that `load_strict` reports it.
     """
     parts: dict[str, StateDict] = {"encoder": {}, "predictor": {}}
     for name, value in state.items():

@@ -1,1 +1,1 @@
-"""Masks as pure functions of sample keys: blocks, tubes and single patches. Imports config."""
+"""Masks as functions of the samples' keys; numpy only. Imports pipelines/config and models."""

@@ -40,7 +40,7 @@ class Masker(Protocol):
 
     @property
     def legacy(self) -> bool:
-        """Whether masks are drawn for a whole batch (`for_batch`), not by sample (`for_samples`)."""
+        """Whether masks are drawn by batch (`for_batch`) and not by sample (`for_samples`)."""
 
     def check(self) -> None:
         """Checks the settings.

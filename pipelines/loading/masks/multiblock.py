@@ -1,16 +1,12 @@
-"""I-JEPA multi-block masks as a pure function of (seed, epoch, sample id); numpy only.
+"""I-JEPA's multi-block masks as a function of (seed, epoch, sample id); numpy only.
 
 Shape suffixes: B samples, M target blocks an image, K kept context tokens, T kept tokens of one
 target block, P positions inside the largest block, G rows (= columns) of the patch grid, N = G * G,
-C draws per sample.
+C draws a sample.
 
-Randomness is a counter-based hash (splitmix64's finaliser over key + counter), not a stream: a
-sample's mask does not depend on which batch, worker or process computes it, the whole batch is one
-vectorised call, and no numpy version changes it.
-
-Departures from the original (all measured or read in facts about it; `legacy_masks` keeps them):
-scale and ratio are independent draws, every sample and block has its own shape, positions reach the
-last row and column, and over-long lists lose a random part instead of the bottom of the image.
+These masks differ from the original's, which `legacy_masks` reproduces: scale and ratio are drawn
+independently, every sample and block has its own shape, positions reach the last row and column,
+and lists that are too long lose a random part instead of the bottom of the image.
 """
 
 from __future__ import annotations
@@ -26,20 +22,25 @@ from pipelines.config.data import MaskConfig
 
 I32 = npt.NDArray[np.int32]
 Bools = npt.NDArray[np.bool_]
-Shapes = tuple[tuple[tuple[int, int], ...], tuple[float, ...]]  # (height, width)s, probabilities
+Shapes = tuple[tuple[tuple[int, int], ...], tuple[float, ...]]
+"""(height, width) of every shape, and their probabilities."""
 
-ATTEMPTS = 24  # redraws of a sample with too small a context; at 10% misses 1e-24 reach the end
+ATTEMPTS = 24
+"""Redraws of a sample with too small a context. With 10% misses, 1e-24 of samples use all."""
 CALIBRATION_DRAWS = 2048
+"""Samples that are drawn to find the context length."""
 MOST_MISSES = 0.1
+"""Share of first draws that may have too small a context."""
 
 
 @functools.lru_cache(maxsize=64)
 def block_shapes(grid: int, scale: tuple[float, float], ratio: tuple[float, float]) -> Shapes:
-    """Block shapes that can be drawn on this grid, and the probability of each.
+    """Returns the block shapes that can be drawn on this grid, and the probability of each.
 
     Scale and ratio are independent and uniform, height = round(sqrt(area * ratio)) and width =
-    round(sqrt(area / ratio)), conditioned on an area inside `scale` up to one token (rounding both
-    sides can leave the range by far more). Integrated numerically, so one uniform draws a shape.
+    round(sqrt(area / ratio)). Shapes whose area is outside `scale` by more than one token are left
+    out (rounding both sides can leave the range by far more). The probabilities are integrated
+    numerically, so that one uniform number draws a shape.
 
     Returns:
         ((height, width), ...) sorted by area, and probabilities that sum to 1.
@@ -51,7 +52,9 @@ def block_shapes(grid: int, scale: tuple[float, float], ratio: tuple[float, floa
     width = np.clip(np.rint(np.sqrt(area / aspect)), 1, grid).astype(np.int64)
     low, high = np.floor(scale[0] * grid * grid), np.ceil(scale[1] * grid * grid)
     legal = (height * width >= low) & (height * width <= high)
-    if not legal.any():  # so narrow a range, or so small a grid, that rounding always leaves it
+    if (
+        not legal.any()
+    ):  # the range is so narrow, or the grid so small, that rounding always leaves it
         legal[:] = True
     found, counts = np.unique(
         np.stack([height[legal] * width[legal], height[legal], width[legal]], 1),
@@ -64,16 +67,16 @@ def block_shapes(grid: int, scale: tuple[float, float], ratio: tuple[float, floa
 
 @functools.lru_cache(maxsize=64)
 def mask_lengths(grid: int, cfg: MaskConfig) -> tuple[int, int]:
-    """Tokens kept of every context and of every target block: (K, T), constant through a run.
+    """Returns (K, T): the tokens kept of every context and of every target block, fixed for a run.
 
-    T is the area of the smallest block that can be drawn, so every block can give that many. K is
-    `cfg.context_keep`, or 16 tokens of 8x8, 40 of 12x12, 64 of 14x14, 88 of 16x16 and in proportion
-    between and beyond, if 90% of first draws have that many (the rest are drawn again); else the
-    length that 90% reach.
+    T is the area of the smallest block that can be drawn, so that every block has that many. K is
+    `cfg.context_keep` if given. Otherwise it is 16 tokens of 8x8, 40 of 12x12, 64 of 14x14, 88 of
+    16x16 and in proportion for other grids, provided that 90% of first draws have that many (the
+    rest are drawn again); if not, it is the length that 90% reach.
 
     Raises:
-        ValueError: `legacy` masks (their lengths change from batch to batch), a grid below 2x2, or a
-            `context_keep` that cannot be met.
+        ValueError: masks are `legacy` (their lengths change with the batch), the grid is smaller
+            than 2x2, or `context_keep` cannot be met.
     """
     if cfg.truncate == "legacy":
         raise ValueError("--mask.truncate legacy has no fixed lengths: they differ in every batch")
@@ -98,7 +101,7 @@ def mask_lengths(grid: int, cfg: MaskConfig) -> tuple[int, int]:
 
 
 def _usual_context(grid: int) -> int:
-    """A context length that suits the default blocks: a share of the grid, in eights if large."""
+    """Returns a context length that suits the default blocks; a multiple of 8 on larger grids."""
     if grid < 8:
         return round(0.3 * grid * grid)
     share = 0.25 + 0.094 * min(grid - 8, 8) / 8
@@ -106,20 +109,21 @@ def _usual_context(grid: int) -> int:
 
 
 def _reachable_context(grid: int, cfg: MaskConfig) -> int:
-    """Context length that all but MOST_MISSES of first draws reach."""
+    """Returns the context length that all but `MOST_MISSES` of first draws reach."""
     keys_B = mix(np.arange(CALIBRATION_DRAWS, dtype=np.uint64))
     allowed_BN = _draw(keys_B, grid, cfg, attempt=0)[0]
     return int(np.sort(allowed_BN.sum(1))[int(MOST_MISSES * CALIBRATION_DRAWS)])
 
 
 def multiblock_masks(keys_B: U64, grid: int, cfg: MaskConfig) -> tuple[I32, I32]:
-    """Context and target token ids of every sample, ascending, of fixed length, never overlapping.
+    """Draws context and target token ids of every sample: ascending, of fixed length, disjoint.
 
-    The context is a square block minus the union of the target blocks; of lists longer than
-    `mask_lengths` a random subset stays. A sample with too small a context is drawn again, keyed by
-    the attempt, at most ATTEMPTS times. After that (only a `context_keep` near the limit gets
-    there) its context may lie anywhere outside its targets, and if that is still too little all its
-    targets become the first one; lengths are exact and context and targets disjoint in every case.
+    The context is a square block minus the union of the target blocks. Lists longer than
+    `mask_lengths` are cut to a random subset. A sample with too small a context is drawn again, at
+    most ATTEMPTS times, with other numbers in each attempt. After that, which only happens with a
+    `context_keep` near the limit, its context may lie anywhere outside its targets; if that is
+    still too little, all its targets become the first one. In every case lengths are exact, and
+    context and targets are disjoint.
 
     Args:
         keys_B: `sample_keys`.
@@ -152,8 +156,12 @@ def multiblock_masks(keys_B: U64, grid: int, cfg: MaskConfig) -> tuple[I32, I32]
 
 
 def _draw(keys_B: U64, grid: int, cfg: MaskConfig, attempt: int) -> tuple[Bools, Bools, I64]:
-    """Draws all blocks: tokens open to the context [B, N], tokens outside all targets [B, N], and
-    target blocks [B, M, 4] as (top, left, height, width)."""
+    """Draws all blocks.
+
+    Returns:
+        Tokens that the context may use [B, N], tokens outside all targets [B, N], and target blocks
+        [B, M, 4] as (top, left, height, width).
+    """
     draws_BMC = uniforms(keys_B, SampleStream.MASK.at(3 * attempt), 3 * (cfg.num_targets + 1))
     draws_BMC = draws_BMC.reshape(len(keys_B), cfg.num_targets + 1, 3)
     target_shapes = block_shapes(grid, cfg.target_scale, cfg.target_ratio)
@@ -165,7 +173,7 @@ def _draw(keys_B: U64, grid: int, cfg: MaskConfig, attempt: int) -> tuple[Bools,
 
 
 def place_blocks(draws_BM3: F64, grid: int, choices: Shapes) -> I64:
-    """Blocks (top, left, height, width) from three uniforms each; every position is reachable."""
+    """Makes blocks (top, left, height, width) of three uniforms each; every position can occur."""
     shapes, probabilities = choices
     index_BM = np.searchsorted(np.cumsum(probabilities)[:-1], draws_BM3[..., 0], side="right")
     size_BM2 = np.array(shapes, np.int64)[index_BM]
@@ -174,7 +182,7 @@ def place_blocks(draws_BM3: F64, grid: int, choices: Shapes) -> I64:
 
 
 def cover_blocks(blocks_BM4: I64, grid: int) -> Bools:
-    """Tokens inside any of the blocks, [B, N]."""
+    """Returns which tokens are inside any of the blocks, [B, N]."""
     line_G = np.arange(grid)
     top, left, height, width = (blocks_BM4[..., i, None] for i in range(4))
     rows_BMG = (line_G >= top) & (line_G < top + height)
@@ -186,7 +194,7 @@ def cover_blocks(blocks_BM4: I64, grid: int) -> Bools:
 
 
 def _target_subsets(keys_B: U64, blocks_BM4: I64, grid: int, keep_T: int, attempt: int) -> I32:
-    """A random `keep_T` of every block's tokens, ascending, [B, M, T]."""
+    """Chooses `keep_T` random tokens of every block, ascending, [B, M, T]."""
     batch, blocks = blocks_BM4.shape[:2]
     flat_4 = blocks_BM4.reshape(-1, 4)
     top, left, height, width = (flat_4[:, i, None] for i in range(4))
@@ -199,12 +207,12 @@ def _target_subsets(keys_B: U64, blocks_BM4: I64, grid: int, keep_T: int, attemp
 
 
 def _random_subset(keys_B: U64, allowed_BN: Bools, keep: int, stream: int) -> I32:
-    """`keep` of each row's allowed positions, chosen at random, ascending, [B, keep]."""
+    """Chooses `keep` random positions of each row's allowed ones, ascending, [B, keep]."""
     count = allowed_BN.shape[1]
     low_bits = np.uint32(max(1, (count - 1).bit_length()))
-    halves = (count + 1) // 2  # two 32-bit priorities a word; no `-1` below: there may be no row
+    halves = (count + 1) // 2  # two 32-bit priorities a word; `reshape(-1)` would fail without rows
     words = bits(keys_B, stream, halves).view(np.uint32).reshape(len(keys_B), 2 * halves)
-    # Priority above, position below in one word: a partition then carries the position along.
+    # The priority is in the high bits and the position in the low bits, so a partition moves both.
     packed_BN = (words[:, :count] >> np.uint32(1) >> low_bits << low_bits) | np.arange(
         count, dtype=np.uint32
     )
@@ -214,7 +222,7 @@ def _random_subset(keys_B: U64, allowed_BN: Bools, keep: int, stream: int) -> I3
 
 
 def _force(allowed_BN: Bools, free_BN: Bools, targets_BMT: I32, keep_K: int) -> None:
-    """Widens, in place, what `multiblock_masks` could not satisfy by drawing again."""
+    """Changes, in place, the samples that `multiblock_masks` could not satisfy by drawing again."""
     short = allowed_BN.sum(1) < keep_K
     allowed_BN[short] = free_BN[short]
     for row in np.flatnonzero(allowed_BN.sum(1) < keep_K):
@@ -224,14 +232,15 @@ def _force(allowed_BN: Bools, free_BN: Bools, targets_BMT: I32, keep_K: int) -> 
 
 
 def legacy_masks(key: np.uint64, batch: int, grid: int, cfg: MaskConfig) -> tuple[I32, I32]:
-    """Masks with the original I-JEPA collator's statistics, for a whole global batch.
+    """Draws masks with the statistics of the original I-JEPA collator, for a whole global batch.
 
-    One target size and one context size a batch, scale and ratio from one draw; blocks strictly
-    smaller than the grid and positions from an exclusive bound, so that the last row and column are
-    never reached; all lists cut to the batch's shortest in raster order. A context of at most
-    `min_keep` tokens is drawn again, 20 times, then with one target fewer cut out, and so on: unlike
-    the original it always ends (there, blocks of 10 tokens or less loop forever), because the
-    size test is dropped for targets, whose size is fixed, and `min_keep` is 10 or N / 16.
+    A batch has one target size and one context size, with scale and ratio from one draw. Blocks are
+    strictly smaller than the grid and positions have an exclusive bound, so the last row and column
+    are never reached. All lists are cut to the batch's shortest in raster order. A context of at
+    most `min_keep` tokens is drawn again: 20 times, then 20 times with one target fewer cut out,
+    and so on. Unlike the original, which loops forever with blocks of 10 tokens or less, this
+    always ends, because targets, whose size is fixed, are not tested for size, and `min_keep` is 10
+    or N / 16.
 
     Args:
         key: `key_of(seed, epoch, batch index)`.
@@ -240,7 +249,7 @@ def legacy_masks(key: np.uint64, batch: int, grid: int, cfg: MaskConfig) -> tupl
         cfg: the mask settings.
 
     Returns:
-        context ids int32 [B, K], target ids int32 [B, M, T], K and T of this batch.
+        context ids int32 [B, K], target ids int32 [B, M, T]; K and T are this batch's.
     """
     if grid < 2:
         raise ValueError(f"--model.patch-size: legacy masks need a 2x2 grid, got {grid}x{grid}")
@@ -276,7 +285,7 @@ def _legacy_place(draws_BM2: F64, grid: int, size_hw: tuple[int, int]) -> I64:
 
 
 def _legacy_context(keys_B: U64, targets_BM4: I64, size_hw: tuple[int, int], grid: int) -> Bools:
-    """Context tokens before truncation, [B, N]."""
+    """Returns the context tokens before truncation, [B, N]."""
     min_keep = min(10, grid * grid // 16)
     allowed_BN = np.zeros((len(keys_B), grid * grid), np.bool_)
     rows = np.arange(len(keys_B))

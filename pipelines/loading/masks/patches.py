@@ -1,4 +1,4 @@
-"""Masks of single patches, as pure functions of the samples' keys (`pipelines.loading.masks.multiblock`); numpy only.
+"""Masks of single patches, as functions of the samples' keys; numpy only.
 
 Shape suffixes: B samples, N tokens of an image, C contexts an image, K context tokens, T target
 tokens of a context.
@@ -14,7 +14,7 @@ from pipelines.loading.masks.multiblock import I32
 
 
 def random_masks(keys_B: U64, count: int, keep: int) -> tuple[I32, I32]:
-    """Hides all but `keep` random tokens (He et al. 2022, arXiv 2111.06377, section 3).
+    """Hides all but `keep` random tokens, as in MAE (He et al. 2022, arXiv 2111.06377, section 3).
 
     Args:
         keys_B: `keyed_random.arrays.sample_keys`.
@@ -31,14 +31,15 @@ def random_masks(keys_B: U64, count: int, keep: int) -> tuple[I32, I32]:
 def disjoint_masks(
     keys_B: U64, count: int, contexts: int, keep: int | None = None
 ) -> tuple[I32, I32]:
-    """Shares out the tokens among C contexts as targets; each sees some of the others' (Ma et al.
-    2023, arXiv 2301.00230, section 3.2).
+    """Divides the tokens among C contexts as their targets; a context sees tokens of the others.
+
+    These are the masks of DMJD (Ma et al. 2023, arXiv 2301.00230, section 3.2).
 
     Args:
         keys_B: `keyed_random.arrays.sample_keys`.
-        count: N; what C does not divide is nobody's target.
+        count: N; the N mod C tokens left over are targets of no context.
         contexts: C.
-        keep: K; None for all N - T.
+        keep: K; None keeps all N - T.
 
     Returns:
         Context tokens [B, C, K] and target tokens [B, C, T], T = N // C, int32, ascending.
@@ -48,11 +49,11 @@ def disjoint_masks(
     order_BN = _orders(keys_B, count)
     first_C1 = targets * np.arange(contexts)[:, None]
     target_BCT = order_BN[:, first_C1 + np.arange(targets)]
-    # A context sees what follows its targets in the random order, going round.
+    # A context sees the tokens after its targets in the random order, which wraps around.
     context_BCK = order_BN[:, (first_C1 + targets + np.arange(keep)) % count]
     return np.sort(context_BCK, axis=2), np.sort(target_BCT, axis=2)
 
 
 def _orders(keys_B: U64, count: int) -> I32:
-    """A random order of the tokens for every sample, int32 [B, N]."""
+    """Draws a random order of the tokens for every sample, int32 [B, N]."""
     return np.argsort(bits(keys_B, SampleStream.PATCHES, count), axis=1).astype(np.int32)

@@ -1,14 +1,13 @@
-"""V-JEPA's masks of clips as a pure function of (seed, epoch, sample id); numpy only.
+"""V-JEPA's masks of clips as a function of (seed, epoch, sample id); numpy only.
 
-Every generator draws some blocks, hides their union and leaves the rest as context; the random
-numbers and the block shapes are those of `pipelines.loading.masks.multiblock`. Tokens are numbered time first, then
-row, then column.
+Every generator draws some blocks and hides their union; the rest is context. Block shapes are those
+of `pipelines.loading.masks.multiblock`. Tokens are numbered by time, then row, then column.
 
 Shape suffixes: B clips, M blocks of a generator, K kept context tokens, T kept target tokens,
 S time steps, P patches of a time step, N = S * P.
 
-Departures from the original, all undone by `legacy_video_masks`: every clip and block has its own
-shape, and over-long lists lose a random part instead of the end of the clip.
+These masks differ from the original's, which `legacy_video_masks` reproduces: every clip and block
+has its own shape, and lists that are too long lose a random part instead of the end of the clip.
 """
 
 from __future__ import annotations
@@ -34,13 +33,13 @@ from pipelines.loading.masks.multiblock import (
 )
 
 MISSES = 0.05
-"""Share of first draws that may fall short of the context's length, and of the targets'."""
+"""Share of first draws that may have too few context tokens; the same for target tokens."""
 
 Masks = tuple[I32, I32]
 
 
 class Generator(Protocol):
-    """One way of hiding a part of a clip."""
+    """A way of hiding part of a clip."""
 
     def hidden(self, keys_B: U64, attempt: int) -> Bools:
         """Draws the hidden tokens of every clip, [B, N]."""
@@ -48,14 +47,14 @@ class Generator(Protocol):
 
 @dataclass(frozen=True)
 class Blocks:
-    """Hides the union of `count` blocks, which reach every place and time of the grid."""
+    """Hides the union of `count` blocks, which may lie at any place and time of the grid."""
 
     steps: int
     side: int
     count: int
     shapes: Shapes
     lasts: int
-    """Time steps of a block."""
+    """Number of time steps of a block."""
 
     def hidden(self, keys_B: U64, attempt: int) -> Bools:
         """Draws the hidden tokens of every clip, [B, N]."""
@@ -74,12 +73,12 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Tube:
-    """Hides the same random patches at all times."""
+    """Hides the same random patches in all time steps."""
 
     steps: int
     side: int
     patches: int
-    """Hidden patches of a time step."""
+    """Number of hidden patches in a time step."""
 
     def hidden(self, keys_B: U64, attempt: int) -> Bools:
         """Draws the hidden tokens of every clip, [B, N]."""
@@ -89,10 +88,10 @@ class Tube:
 
 
 def make_generators(steps: int, side: int, cfg: VideoMaskConfig) -> list[Generator]:
-    """The generators that `cfg` asks for, on a grid of `steps` x `side` x `side` tokens.
+    """Makes the generators that `cfg` asks for, on a grid of `steps` x `side` x `side` tokens.
 
     Raises:
-        ValueError: a tube ratio that leaves nothing to see or nothing to predict.
+        ValueError: the tube ratio leaves nothing to see or nothing to predict.
     """
     if cfg.kind == "tube":
         return [Tube(steps, side, _hidden_patches(side, cfg))]
@@ -103,7 +102,7 @@ def make_generators(steps: int, side: int, cfg: VideoMaskConfig) -> list[Generat
 
 
 def _block_settings(steps: int, cfg: VideoMaskConfig) -> list[tuple[int, float, int]]:
-    """Blocks, their scale and the time steps they last, of every generator."""
+    """Returns (number of blocks, their scale, their time steps) of every generator."""
     settings = zip(cfg.blocks, cfg.scale, cfg.temporal_scale, strict=True)
     return [(count, scale, max(1, round(share * steps))) for count, scale, share in settings]
 
@@ -112,18 +111,18 @@ def _hidden_patches(side: int, cfg: VideoMaskConfig) -> int:
     hidden = round(cfg.tube_ratio * side * side)
     if not 0 < hidden < side * side:
         raise ValueError(
-            f"--video-mask.tube-ratio: {cfg.tube_ratio} of {side * side} patches leaves none to see "
-            "or none to predict"
+            f"--video-mask.tube-ratio: {cfg.tube_ratio} of {side * side} patches leaves none to "
+            "see or none to predict"
         )
     return hidden
 
 
 @functools.lru_cache(maxsize=64)
 def video_mask_lengths(steps: int, side: int, cfg: VideoMaskConfig) -> tuple[tuple[int, int], ...]:
-    """Context and target tokens kept, (K, T) of every generator, constant through a run.
+    """Returns (K, T) of every generator: the context and target tokens kept, fixed for a run.
 
-    The lengths that all but MISSES of first draws reach (on small grids: of those that leave any
-    context); the others are drawn again.
+    These are the lengths that all but MISSES of first draws reach; the others are drawn again.
+    Draws that leave no context, which occur on small grids, do not count.
 
     Args:
         steps: time steps of the token grid.
@@ -131,7 +130,7 @@ def video_mask_lengths(steps: int, side: int, cfg: VideoMaskConfig) -> tuple[tup
         cfg: the mask settings.
 
     Raises:
-        ValueError: `legacy` masks (their lengths change from batch to batch), or settings that leave
+        ValueError: masks are `legacy` (their lengths change with the batch), or the settings leave
             no context or no target.
     """
     if cfg.truncate == "legacy":
@@ -149,8 +148,8 @@ def _lengths(generator: Generator, g: int) -> tuple[int, int]:
     hidden_B = hidden_B[hidden_B < count]
     if len(hidden_B) < 0.25 * CALIBRATION_DRAWS:
         raise ValueError(
-            f"--video-mask.scale: generator {g} mostly hides all {count} tokens of a clip; fewer or "
-            "smaller --video-mask.blocks, or a smaller --model.patch-size"
+            f"--video-mask.scale: generator {g} mostly hides all {count} tokens of a clip; fewer "
+            "or smaller --video-mask.blocks, or a smaller --model.patch-size"
         )
     rank = int(MISSES * len(hidden_B))
     keep, hide = count - int(hidden_B[-1 - rank]), int(hidden_B[rank])
@@ -158,16 +157,16 @@ def _lengths(generator: Generator, g: int) -> tuple[int, int]:
 
 
 def generator_keys(keys_B: U64, g: int) -> U64:
-    """Keys of generator `g`, independent of the other generators' and of the crop's."""
+    """Returns the keys of generator `g`, independent of the other generators and of the crop."""
     return mix(keys_B ^ key_of(SampleStream.CLIP_MASK, g))
 
 
 def video_masks(keys_B: U64, steps: int, side: int, cfg: VideoMaskConfig) -> list[Masks]:
-    """Context and target token ids of every clip, ascending, of fixed length, never overlapping.
+    """Draws context and target token ids of every clip: ascending, of fixed length, disjoint.
 
-    Of lists longer than `video_mask_lengths` a random subset stays. A clip whose blocks leave too
-    little is drawn again, at most ATTEMPTS times; after that (1e-24 of the clips) tokens of the
-    other list fill up what is missing.
+    Lists longer than `video_mask_lengths` are cut to a random subset. A clip whose blocks leave too
+    few tokens is drawn again, at most ATTEMPTS times. After that (1e-24 of the clips), tokens of
+    the other list fill the gap.
 
     Args:
         keys_B: `keyed_random.arrays.sample_keys`.
@@ -205,11 +204,11 @@ def _masks(generator: Generator, keys_B: U64, keep_K: int, keep_T: int) -> Masks
 
 
 def _random_order(keys_B: U64, hidden_BN: Bools, attempt: int) -> I32:
-    """Token ids in random order, all the visible before all the hidden, [B, N]."""
+    """Returns token ids in random order, all visible ones before all hidden ones, [B, N]."""
     count = hidden_BN.shape[1]
     low_bits = np.uint64((count - 1).bit_length())
     order_BN = bits(keys_B, ClipMaskStream.ATTEMPTS.at(2 * attempt + 1), count)
-    # From the top: hidden or not, chance, and the token's number, which the sort carries along.
+    # From the highest bit: whether it is hidden, random bits, and the token's number.
     order_BN = order_BN >> np.uint64(1) >> low_bits << low_bits
     order_BN |= hidden_BN.astype(np.uint64) << np.uint64(63) | np.arange(count, dtype=np.uint64)
     order_BN.sort(axis=1)
@@ -219,10 +218,10 @@ def _random_order(keys_B: U64, hidden_BN: Bools, attempt: int) -> I32:
 def legacy_video_masks(
     key: np.uint64, batch: int, steps: int, side: int, cfg: VideoMaskConfig
 ) -> list[Masks]:
-    """Masks with the original V-JEPA collator's statistics, for a whole global batch.
+    """Draws masks with the statistics of the original V-JEPA collator, for a whole global batch.
 
-    One block size a generator and batch; all lists cut to the batch's shortest from the end, that is,
-    from the end of the clip. A clip without context is drawn again.
+    A generator has one block size in a batch. All lists are cut to the batch's shortest, at the end
+    of the clip. A clip without context is drawn again.
 
     Args:
         key: `key_of(seed, epoch, batch index)`.
@@ -235,7 +234,7 @@ def legacy_video_masks(
         For every generator, context ids int32 [B, K] and target ids int32 [B, T] of this batch.
 
     Raises:
-        ValueError: blocks that hide everything, however often they are drawn.
+        ValueError: the blocks hide everything, however often they are drawn.
     """
     masks = []
     for g, generator in enumerate(_legacy_generators(key, steps, side, cfg)):
@@ -268,7 +267,7 @@ def _legacy_generators(
 
 
 def _legacy_hidden(generator: Generator, keys_B: U64) -> Bools:
-    """Hidden tokens before truncation, [B, N]."""
+    """Returns the hidden tokens before truncation, [B, N]."""
     hidden_BN = generator.hidden(keys_B, attempt=0)
     for attempt in range(1, ATTEMPTS):
         full = hidden_BN.all(1)
