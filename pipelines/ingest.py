@@ -51,7 +51,6 @@ from pipelines.dataset.shards import (
 from pipelines.ingestion.entries.addresses import check_address
 from pipelines.ingestion.listing.choosing import shortened
 from pipelines.ingestion.listing.class_list import read_classes
-from pipelines.ingestion.listing.sources import Listing, list_source
 from pipelines.ingestion.live import follow, stop_on_signals
 from pipelines.ingestion.merging import (
     build_index,
@@ -65,6 +64,7 @@ from pipelines.ingestion.merging import (
 )
 from pipelines.ingestion.preparing.images import DIM
 from pipelines.ingestion.reading.items import Tally
+from pipelines.ingestion.sources.folder import Listing, list_source
 from pipelines.ingestion.staging import (
     NO_ROW,
     STAGING,

@@ -23,7 +23,7 @@ import av
 from rich.console import Console
 
 from models.media.video.containers import VideoError
-from models.media.video.video_reader import Restarts, frame_period
+from models.media.video.video_reader import FrameReader, Restarts, TimedFrame, frame_period
 from pipelines.config.ingest import IngestConfig
 from pipelines.dataset.live_set import LiveSet, Timeline
 from pipelines.dataset.shards import Manifest, hash_bytes
@@ -37,7 +37,6 @@ from pipelines.ingestion.live_connection import (
     from_position,
     kind_of,
 )
-from pipelines.ingestion.preparing.frames import FrameReader, TimedFrame
 from pipelines.ingestion.preparing.segments import Segment, Segmenter, rate_of
 from pipelines.ingestion.preparing.videos import segment_id, segment_row
 from pipelines.runtime.places import prepare

@@ -24,17 +24,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from models.media.images import ImageError
+from models.media.video.video_reader import Loss
 from models.media.videos import VideoError
 from pipelines.config.ingest import LABEL_COLUMN, IngestConfig
 from pipelines.dataset.shards import SCHEMAS, encode_table, hash_bytes
 from pipelines.ingestion.entries.entries import Entry
-from pipelines.ingestion.listing.sources import Chunk
-from pipelines.ingestion.preparing.frames import Loss
 from pipelines.ingestion.preparing.images import prepare_image
 from pipelines.ingestion.preparing.videos import prepare_video
-from pipelines.ingestion.reading.chunks import read_chunk
+from pipelines.ingestion.reading.files import read_chunk
 from pipelines.ingestion.reading.items import Item, Problem, Tally
 from pipelines.ingestion.reading.labels import Label
+from pipelines.ingestion.sources.folder import Chunk
 from pipelines.runtime.names import escaped
 from pipelines.runtime.uris import open_uri, write_atomic
 

@@ -39,6 +39,7 @@ ORDER = [
     "pipelines/ingestion/entries",
     "pipelines/ingestion/listing",
     "pipelines/ingestion/reading",
+    "pipelines/ingestion/sources",
     "pipelines/ingestion/preparing",
     "pipelines/ingestion",
     "pipelines/loading/masks",

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from models.media.video.video_reader import FrameReader, Loss, presentation_times
 from models.media.videos import VideoError, declared_seconds, open_video
 from pipelines.config.ingest import IngestConfig
 from pipelines.dataset.shards import hash_bytes
-from pipelines.ingestion.preparing.frames import FrameReader, Loss, presentation_times
 from pipelines.ingestion.preparing.segments import Segment, Segmenter
-from pipelines.ingestion.reading.chunks import Item
+from pipelines.ingestion.reading.files import Item
 
 # Limits: they decide whether a file is taken, not what its segments hold.
 _LIMITS = ("max_pixels", "max_bytes", "max_seconds")

@@ -23,7 +23,7 @@ from pipelines.ingestion.reading.labels import (
 from pipelines.runtime.uris import open_uri
 
 if TYPE_CHECKING:
-    from pipelines.ingestion.listing.sources import Chunk
+    from pipelines.ingestion.sources.folder import Chunk
 
 BATCH_ROWS = 64
 LONGEST_PATH = 4096

@@ -27,7 +27,7 @@ from pipelines.ingestion.reading.labels import LABEL_SUFFIXES, LabelError, label
 from pipelines.ingestion.reading.tar_samples import LabelFile, Picture, Samples, gives_way, key_of
 
 if TYPE_CHECKING:
-    from pipelines.ingestion.listing.sources import Chunk
+    from pipelines.ingestion.sources.folder import Chunk
 
 READ_BYTES = 2**15  # tarfile copies what is left of it at every read
 AVAILABLE_BYTES = 2**15

@@ -14,8 +14,8 @@ from helpers.pipelines.sources import config, write
 from pipelines.config.ingest import IngestConfig
 from pipelines.dataset.shards import read_manifest, read_rows
 from pipelines.ingest import ingest
-from pipelines.ingestion.listing.sources import Chunk, Entry, Listing, list_source
-from pipelines.ingestion.reading.chunks import Item, read_chunk
+from pipelines.ingestion.reading.files import Item, read_chunk
+from pipelines.ingestion.sources.folder import Chunk, Entry, Listing, list_source
 from pipelines.ingestion.staging import chunk_key, chunk_to_json
 from pipelines.runtime.names import escaped
 

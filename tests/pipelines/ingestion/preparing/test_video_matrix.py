@@ -18,8 +18,8 @@ from helpers.pipelines.video_ingestion import CFG, prepare
 from helpers.serve.stream_replica import Replica
 from models.media.preprocessing import Preprocessing
 from models.media.video.containers import VideoError
+from models.media.video.video_reader import TimedFrame
 from models.media.videos import count_frames, decode_frames
-from pipelines.ingestion.preparing.frames import TimedFrame
 from pipelines.ingestion.preparing.segments import Segmenter
 from serve.embeddings.media.live_video import decode_stream
 from serve.embeddings.media.sample_video import ClipRequest, sample_video

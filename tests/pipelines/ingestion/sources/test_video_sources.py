@@ -8,8 +8,8 @@ import pytest
 
 from helpers.pipelines.sources import config, write
 from pipelines.config.ingest import IngestConfig
-from pipelines.ingestion.listing.sources import Listing, list_source
-from pipelines.ingestion.reading.chunks import Item, read_chunk
+from pipelines.ingestion.reading.files import Item, read_chunk
+from pipelines.ingestion.sources.folder import Listing, list_source
 from pipelines.ingestion.staging import chunk_from_json, chunk_to_json
 
 

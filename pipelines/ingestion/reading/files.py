@@ -9,13 +9,13 @@ from typing import Any
 from pipelines.config.ingest import IngestConfig
 from pipelines.ingestion.entries.entries import UNLISTED, Entry
 from pipelines.ingestion.entries.failures import problem_of, too_many_bytes
-from pipelines.ingestion.listing.sources import Chunk, sidecar_path
 from pipelines.ingestion.reading.items import Item as Item
 from pipelines.ingestion.reading.items import Tally
 from pipelines.ingestion.reading.labels import Label
 from pipelines.ingestion.reading.labels import as_label as as_label
 from pipelines.ingestion.reading.parquet_reading import read_parquet
 from pipelines.ingestion.reading.tar_reading import read_tar
+from pipelines.ingestion.sources.folder import Chunk, sidecar_path
 from pipelines.runtime.uris import file_system, local_file
 
 READ_BYTES = 32 * 2**20
