@@ -49,6 +49,7 @@ from pipelines.dataset.shards import (
     write_manifest,
 )
 from pipelines.ingestion.entries.addresses import check_address
+from pipelines.ingestion.entries.chunks import chunk_to_json
 from pipelines.ingestion.listing.choosing import shortened
 from pipelines.ingestion.listing.class_list import read_classes
 from pipelines.ingestion.live import follow, stop_on_signals
@@ -64,12 +65,12 @@ from pipelines.ingestion.merging import (
 )
 from pipelines.ingestion.preparing.images import DIM
 from pipelines.ingestion.reading.items import Tally
-from pipelines.ingestion.sources.folder import Listing, list_source
+from pipelines.ingestion.sources.registry import list_source
+from pipelines.ingestion.sources.source_type import Listing
 from pipelines.ingestion.staging import (
     NO_ROW,
     STAGING,
     chunk_key,
-    chunk_to_json,
     items_path,
     read_items,
     read_tally,

@@ -28,19 +28,16 @@ from models.media.video.video_reader import Loss
 from models.media.videos import VideoError
 from pipelines.config.ingest import LABEL_COLUMN, IngestConfig
 from pipelines.dataset.shards import SCHEMAS, encode_table, hash_bytes
-from pipelines.ingestion.entries.entries import Entry
+from pipelines.ingestion.entries.chunks import chunk_from_json
 from pipelines.ingestion.preparing.images import prepare_image
 from pipelines.ingestion.preparing.videos import prepare_video
-from pipelines.ingestion.reading.files import read_chunk
 from pipelines.ingestion.reading.items import Item, Problem, Tally
 from pipelines.ingestion.reading.labels import Label
-from pipelines.ingestion.sources.folder import Chunk
+from pipelines.ingestion.sources.registry import read_chunk, source_type
 from pipelines.runtime.names import escaped
 from pipelines.runtime.uris import open_uri, write_atomic
 
-VERSION = 2  # raise it when the same input would give other rows
-# The same for sources of one kind.
-KIND_VERSIONS = {"webdataset": 1, "parquet": 1}
+VERSION = 2  # raise it when the same input would give other rows; source types have their own
 PART_BYTES = 64 * 2**20
 STAGING = "_staging"
 
@@ -85,24 +82,9 @@ def chunk_key(chunk: str, cfg: IngestConfig) -> str:
     unused = [name for name in _ADDED if not values[name]]
     without = (*_NOT_CONTENT, *_NOT_OF[cfg.modality], *unused)
     settings = {name: value for name, value in values.items() if name not in without}
-    kinds = [version for kind, version in KIND_VERSIONS.items() if chunk.startswith(f'["{kind}"')]
-    content = [VERSION, settings, chunk, *kinds]
+    version = source_type(chunk_from_json(chunk).kind).version
+    content = [VERSION, settings, chunk, *([version] if version else [])]
     return hash_bytes(json.dumps(content, sort_keys=True).encode()).hex()
-
-
-def chunk_to_json(chunk: Chunk) -> str:
-    """Returns `chunk` as text: what travels to the task."""
-    entries = [(e.path, e.size, e.tag, e.label, e.sidecars) for e in chunk.entries]
-    shared = [chunk.kind, chunk.protocol, entries, chunk.row_groups, chunk.rows]
-    return json.dumps([*shared, *([] if chunk.label_map is None else [chunk.label_map])])
-
-
-def chunk_from_json(text: str) -> Chunk:
-    """Rebuilds a chunk from `chunk_to_json`'s text."""
-    kind, protocol, entries, (start, stop), (first, last), *rest = json.loads(text)
-    files = tuple(Entry(path, size, tag, label, tuple(s)) for path, size, tag, label, s in entries)
-    label_map = tuple(rest[0]) if rest else None
-    return Chunk(kind, protocol, files, (start, stop), (first, last), label_map)
 
 
 def staged_schema(modality: str) -> pa.Schema:

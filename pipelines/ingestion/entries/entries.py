@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 NO_FILE = -1  # in place of a size: a link to nothing, a pipe
 UNLISTED = -2  # likewise: a folder that this user may not list
@@ -20,7 +20,7 @@ class Entry:
         size: bytes, of what a link leads to; negative for what is no regular file.
         tag: changes when the file does (ETag or modification time, of what a link leads to).
         label: class name from the folder, or as the list has it; None for files at the top.
-        sidecars: which of `sources.SIDECARS` lie beside it.
+        sidecars: which of `sidecars.SIDECARS` lie beside it.
     """
 
     path: str
@@ -28,6 +28,10 @@ class Entry:
     tag: str
     label: str | None = None
     sidecars: tuple[str, ...] = ()
+
+
+File: TypeAlias = tuple[str, str, Entry]
+"""Name below the source, protocol, and the file."""
 
 
 def entry_of(path: str, info: dict[str, Any], label: str | None = None) -> Entry:

@@ -7,11 +7,10 @@ from collections.abc import Iterable, Sequence
 
 from pipelines.ingestion.entries.entries import UNLISTED, Entry
 from pipelines.ingestion.listing.media import Content, Modality, suffix_of, suffixes
+from pipelines.ingestion.listing.sidecars import SIDECAR_SUFFIXES
 from pipelines.runtime.names import escaped
 
 MODALITIES: tuple[Modality, ...] = ("image", "video")
-# Beside NAME.mp4, one row a frame of it: NAME.actions.npy, NAME.states.npy.
-SIDECARS = ("actions", "states")
 
 MOST_SUFFIXES = 8  # told by name
 
@@ -42,8 +41,7 @@ def is_named_item(entry: Entry, modality: Modality) -> bool:
     """True for a file that a list names, unless its suffix is of the other modality alone."""
     if suffix_of(entry.path) in suffixes(modality):
         return True
-    sidecar = any(entry.path.endswith(f".{name}.npy") for name in SIDECARS)
-    return not (sidecar or says_what_it_is(entry.path))
+    return not (entry.path.endswith(SIDECAR_SUFFIXES) or says_what_it_is(entry.path))
 
 
 def count_suffixes(entries: Iterable[Entry]) -> Counts:

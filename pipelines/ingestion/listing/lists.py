@@ -10,13 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import unquote
 
 from pipelines.ingestion.entries.addresses import open_address
-from pipelines.ingestion.entries.entries import NO_FILE, Entry, entry_of, local_entry
+from pipelines.ingestion.entries.entries import NO_FILE, Entry, File, entry_of, local_entry
 from pipelines.ingestion.listing.tables import FileList, readable
 from pipelines.runtime.names import escaped
 from pipelines.runtime.uris import file_system, is_local, protocol_of
 
 Place = tuple[str, str]  # protocol, path in its file system
-File = tuple[str, str, Entry]  # name below the source, protocol, and the file
 
 
 def find_listed(listed: FileList, path: str, protocol: str, beside: tuple[str, ...]) -> list[File]:

@@ -21,8 +21,8 @@ _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Some row groups of one file.
+class RowGroups:
+    """A run of row groups of one file.
 
     Attributes:
         file: place of the file among those listed.
@@ -42,20 +42,20 @@ class ParquetListing:
     """What lies in the Parquet files of a source.
 
     Attributes:
-        pieces: in the order of files and rows.
+        runs: in the order of files and rows.
         num_items: images; None where a row may hold several.
         classes: names of all classes that files declare.
         notes: lines for the user.
     """
 
-    pieces: tuple[Piece, ...]
+    runs: tuple[RowGroups, ...]
     num_items: int | None
     classes: tuple[str, ...]
     notes: tuple[str, ...]
 
 
 def list_parquet(
-    fs: Any, paths: Sequence[str], cfg: IngestConfig, piece_bytes: int
+    fs: Any, paths: Sequence[str], cfg: IngestConfig, chunk_bytes: int
 ) -> ParquetListing:
     """Opens every file's footer.
 
@@ -63,7 +63,7 @@ def list_parquet(
         fs: file system of the files.
         paths: the files in it.
         cfg: which columns to read.
-        piece_bytes: aim for pieces of this many bytes.
+        chunk_bytes: aim for runs of this many bytes.
 
     Raises:
         ValueError: a file lacks the image column, or the label column that was asked for.
@@ -82,17 +82,17 @@ def list_parquet(
     notes = _unlabelled(opened, cfg)
     declared = [() if s is None else declared_classes(s, column) for s in schemas]
     classes, maps = merge_classes(declared)
-    pieces = [
-        piece
+    runs = [
+        run
         for file, footer in enumerate(footers)
-        for piece in _pieces(file, footer, maps[file], piece_bytes)
+        for run in _cut(file, footer, maps[file], chunk_bytes)
     ]
-    rows = sum(piece.rows[1] - piece.rows[0] for piece in pieces)
-    return ParquetListing(tuple(pieces), None if several else rows, classes, notes)
+    rows = sum(run.rows[1] - run.rows[0] for run in runs)
+    return ParquetListing(tuple(runs), None if several else rows, classes, notes)
 
 
 def _footer(fs: Any, path: str) -> tuple[Any, pa.Schema | None]:
-    """Returns a file's footer and schema; nothing of a damaged one: its only piece reports it."""
+    """Returns a file's footer and schema; nothing of a damaged one: reading its only chunk reports it."""
     try:
         with fs.open(path, "rb") as file:
             parquet = pq.ParquetFile(file)
@@ -169,19 +169,19 @@ def _unlabelled(files: Sequence[tuple[str, pa.Schema]], cfg: IngestConfig) -> tu
     return (line,)
 
 
-def _pieces(
-    file: int, footer: Any, label_map: tuple[int, ...] | None, piece_bytes: int
-) -> Iterator[Piece]:
-    """Yields runs of row groups of about `piece_bytes`."""
+def _cut(
+    file: int, footer: Any, label_map: tuple[int, ...] | None, chunk_bytes: int
+) -> Iterator[RowGroups]:
+    """Yields runs of row groups of about `chunk_bytes`."""
     if footer is None:
-        yield Piece(file)
+        yield RowGroups(file)
         return
     start, first, row, size = 0, 0, 0, 0
     for group in range(footer.num_row_groups):
         size += footer.row_group(group).total_byte_size
         row += footer.row_group(group).num_rows
-        if size >= piece_bytes or group == footer.num_row_groups - 1:
-            yield Piece(file, (start, group + 1), (first, row), label_map)
+        if size >= chunk_bytes or group == footer.num_row_groups - 1:
+            yield RowGroups(file, (start, group + 1), (first, row), label_map)
             start, first, size = group + 1, row, 0
 
 

@@ -18,7 +18,7 @@ from models.media.videos import VideoError, declared_seconds, open_video
 from pipelines.config.ingest import IngestConfig
 from pipelines.dataset.shards import hash_bytes
 from pipelines.ingestion.preparing.segments import Segment, Segmenter
-from pipelines.ingestion.reading.files import Item
+from pipelines.ingestion.reading.items import Item
 
 # Limits: they decide whether a file is taken, not what its segments hold.
 _LIMITS = ("max_pixels", "max_bytes", "max_seconds")

@@ -1,4 +1,4 @@
-"""Reads one chunk of a source, item by item; what is broken is an item too, with its reason."""
+"""Reads files that are images or videos themselves; a broken one is an item too, with its reason."""
 
 from __future__ import annotations
 
@@ -7,42 +7,26 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pipelines.config.ingest import IngestConfig
+from pipelines.ingestion.entries.chunks import Chunk
 from pipelines.ingestion.entries.entries import UNLISTED, Entry
 from pipelines.ingestion.entries.failures import problem_of, too_many_bytes
-from pipelines.ingestion.reading.items import Item as Item
-from pipelines.ingestion.reading.items import Tally
-from pipelines.ingestion.reading.labels import Label
-from pipelines.ingestion.reading.labels import as_label as as_label
-from pipelines.ingestion.reading.parquet_reading import read_parquet
-from pipelines.ingestion.reading.tar_reading import read_tar
-from pipelines.ingestion.sources.folder import Chunk, sidecar_path
-from pipelines.runtime.uris import file_system, local_file
+from pipelines.ingestion.listing.sidecars import sidecar_path
+from pipelines.ingestion.reading.items import Item, Tally
+from pipelines.ingestion.reading.labels import Label, as_label
+from pipelines.runtime.uris import local_file
 
 READ_BYTES = 32 * 2**20
 NO_FILE = ("unreadable", "no regular file, or a link to nothing")
 NO_LISTING = ("unreadable", "a folder that this user may not list")
 
 
-def read_chunk(chunk: Chunk, cfg: IngestConfig, tally: Tally | None = None) -> Iterator[Item]:
-    """Yields every item of `chunk` in order; what cannot be read is an item with a problem.
-
-    Args:
-        chunk: what to read.
-        cfg: the ingest configuration.
-        tally: takes what is found besides the items, and the labels of a tar, which come after them.
+def read_files(fs: Any, chunk: Chunk, cfg: IngestConfig, _: Tally) -> Iterator[Item]:
+    """Yields every file of a folder's or list's chunk, in order.
 
     Raises:
-        OSError: the storage as a whole fails (no connection, busy); ingest can be run again.
+        OSError: The storage as a whole failed.
     """
-    fs = file_system(chunk.protocol)
-    if cfg.modality == "video":
-        yield from _read_videos(fs, chunk, cfg)
-    elif chunk.kind in ("folder", "list"):
-        yield from _read_files(fs, chunk, cfg)
-    elif chunk.kind == "webdataset":
-        yield from read_tar(fs, chunk, cfg, tally or Tally())
-    else:
-        yield from read_parquet(fs, chunk, cfg)
+    yield from (_read_videos if cfg.modality == "video" else _read_images)(fs, chunk, cfg)
 
 
 def _label_of(entry: Entry, chunk: Chunk) -> Label:
@@ -50,7 +34,7 @@ def _label_of(entry: Entry, chunk: Chunk) -> Label:
     return as_label(entry.label) if chunk.kind == "list" else entry.label
 
 
-def _read_files(fs: Any, chunk: Chunk, cfg: IngestConfig) -> Iterator[Item]:
+def _read_images(fs: Any, chunk: Chunk, cfg: IngestConfig) -> Iterator[Item]:
     for group in _groups(chunk.entries, READ_BYTES):
         wanted = [entry for entry in group if 0 <= entry.size <= cfg.max_bytes]
         # cat_ranges, unlike cat, leaves "*" and "[" in names alone; S3 fetches concurrently.

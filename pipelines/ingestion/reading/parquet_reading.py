@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.config.ingest import LABEL_COLUMN, IngestConfig
+from pipelines.ingestion.entries.chunks import Chunk
 from pipelines.ingestion.entries.failures import DAMAGE, problem_of, too_many_bytes
 from pipelines.ingestion.listing.parquet_listing import column_path
-from pipelines.ingestion.reading.items import Item, Problem
+from pipelines.ingestion.reading.items import Item, Problem, Tally
 from pipelines.ingestion.reading.labels import (
     NOT_UNDERSTOOD,
     UNDECLARED,
@@ -22,15 +23,12 @@ from pipelines.ingestion.reading.labels import (
 )
 from pipelines.runtime.uris import open_uri
 
-if TYPE_CHECKING:
-    from pipelines.ingestion.sources.folder import Chunk
-
 BATCH_ROWS = 64
 LONGEST_PATH = 4096
 
 
-def read_parquet(fs: Any, chunk: Chunk, cfg: IngestConfig) -> Iterator[Item]:
-    """Yields the images of the chunk's rows; what is lost to damage is an item a row."""
+def read_parquet(fs: Any, chunk: Chunk, cfg: IngestConfig, _: Tally) -> Iterator[Item]:
+    """Yields the images of the chunk's rows; a row that is lost to damage is an item with a problem."""
     entry, row = chunk.entries[0], chunk.rows[0]
     uri = chunk.uri(entry)
     try:

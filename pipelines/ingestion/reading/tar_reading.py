@@ -15,19 +15,17 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import pyarrow as pa
 
 from pipelines.config.ingest import IngestConfig
+from pipelines.ingestion.entries.chunks import Chunk
 from pipelines.ingestion.entries.failures import DAMAGE, problem_of, too_many_bytes
 from pipelines.ingestion.listing.media import HEAD_BYTES, content_of, suffix_of, suffixes
 from pipelines.ingestion.reading.items import Item, Problem, Tally
 from pipelines.ingestion.reading.labels import LABEL_SUFFIXES, LabelError, label_in_file
 from pipelines.ingestion.reading.tar_samples import LabelFile, Picture, Samples, gives_way, key_of
-
-if TYPE_CHECKING:
-    from pipelines.ingestion.sources.folder import Chunk
 
 READ_BYTES = 2**15  # tarfile copies what is left of it at every read
 AVAILABLE_BYTES = 2**15

@@ -10,10 +10,9 @@ from pathlib import Path
 from PIL import Image
 
 from pipelines.config.ingest import IngestConfig
-from pipelines.ingestion.reading.files import read_chunk
+from pipelines.ingestion.entries.chunks import chunk_from_json, chunk_to_json
 from pipelines.ingestion.reading.items import Item, Tally
-from pipelines.ingestion.sources.folder import list_source
-from pipelines.ingestion.staging import chunk_from_json, chunk_to_json
+from pipelines.ingestion.sources.registry import list_source, read_chunk
 
 
 def config(source: object, **changes: object) -> IngestConfig:

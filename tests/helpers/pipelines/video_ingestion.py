@@ -12,7 +12,7 @@ from helpers.models.video_files import number_of
 from models.media.videos import VideoError, decode_frames
 from pipelines.config.ingest import IngestConfig, VideoConfig
 from pipelines.ingestion.preparing.videos import prepare_video
-from pipelines.ingestion.reading.files import Item
+from pipelines.ingestion.reading.items import Item
 
 VIDEO = VideoConfig(fps=10, segment_seconds=1, key_frame_every=4, crf=1)
 CFG = IngestConfig(source="/x", out="/y", modality="video", video=VIDEO)

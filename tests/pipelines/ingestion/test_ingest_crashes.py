@@ -35,7 +35,7 @@ def test_crash_anywhere_then_again_gives_the_same_bytes(
 ) -> None:
     """In one process, so that the crash falls exactly there."""
     source = cifar_sample / "test" / "cat"
-    monkeypatch.setattr("pipelines.ingestion.sources.folder.CHUNK_ITEMS", 16)
+    monkeypatch.setattr("pipelines.ingestion.listing.chunking.CHUNK_ITEMS", 16)
     expected = run_quietly(settings(source, tmp_path / "whole"))
     cfg = settings(source, tmp_path / "out")
     (tmp_path / "out").mkdir()

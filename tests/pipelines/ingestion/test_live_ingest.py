@@ -89,7 +89,7 @@ def test_a_file_that_grows_is_published_while_it_grows(transport: bytes, tmp_pat
 def test_moments_are_those_of_ingest_from_a_file(transport: bytes, tmp_path: Path) -> None:
     """The same frames give the same mean, deviation and segments as a file does."""
     from pipelines.ingestion.preparing.videos import prepare_video
-    from pipelines.ingestion.reading.files import Item
+    from pipelines.ingestion.reading.items import Item
 
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)

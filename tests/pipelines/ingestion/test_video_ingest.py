@@ -105,7 +105,7 @@ def test_crash_then_again_gives_the_same_bytes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("pipelines.ingestion.sources.folder.VIDEO_CHUNK_ITEMS", 4)
+    monkeypatch.setattr("pipelines.ingestion.listing.chunking.VIDEO_CHUNK_ITEMS", 4)
     expected = run_quietly(settings(footage, tmp_path / "whole"))
     cfg = settings(footage, tmp_path / "out")
     with monkeypatch.context() as patch:
@@ -133,7 +133,7 @@ def test_crash_then_again_gives_the_same_bytes(
 def test_ray_tasks_give_the_same_bytes_and_done_is_done(
     footage: Path, ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipelines.ingestion.sources.folder.VIDEO_CHUNK_ITEMS", 4)
+    monkeypatch.setattr("pipelines.ingestion.listing.chunking.VIDEO_CHUNK_ITEMS", 4)
     first = run_quietly(settings(footage, tmp_path / "ray"))
     stamps = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "ray").iterdir()}
     assert run_quietly(settings(footage, tmp_path / "ray")) == first

@@ -14,7 +14,8 @@ from helpers.pipelines.sources import config, write
 from pipelines.dataset.shards import read_rows
 from pipelines.ingestion.listing.choosing import shortened, told
 from pipelines.ingestion.listing.media import FIRST_LOOKS, content_of, suffixes
-from pipelines.ingestion.sources.folder import Listing, list_source
+from pipelines.ingestion.sources.registry import list_source
+from pipelines.ingestion.sources.source_type import Listing
 
 
 def labels(listing: Listing, root: Path) -> dict[str, str | None]:

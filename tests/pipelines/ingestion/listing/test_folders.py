@@ -14,9 +14,12 @@ from helpers.pipelines.sources import config, write
 from pipelines.config.ingest import IngestConfig
 from pipelines.dataset.shards import read_manifest, read_rows
 from pipelines.ingest import ingest
-from pipelines.ingestion.reading.files import Item, read_chunk
-from pipelines.ingestion.sources.folder import Chunk, Entry, Listing, list_source
-from pipelines.ingestion.staging import chunk_key, chunk_to_json
+from pipelines.ingestion.entries.chunks import Chunk, chunk_to_json
+from pipelines.ingestion.entries.entries import Entry
+from pipelines.ingestion.reading.items import Item
+from pipelines.ingestion.sources.registry import list_source, read_chunk
+from pipelines.ingestion.sources.source_type import Listing
+from pipelines.ingestion.staging import chunk_key
 from pipelines.runtime.names import escaped
 
 

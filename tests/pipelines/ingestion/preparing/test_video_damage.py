@@ -11,7 +11,7 @@ from helpers.models.video_files import CYCLE, write_sound, write_video
 from helpers.pipelines.video_ingestion import CFG, VIDEO, cut, damage, numbers, prepare, refusal
 from pipelines.config.ingest import IngestConfig
 from pipelines.ingestion.preparing.videos import prepare_video
-from pipelines.ingestion.reading.files import Item
+from pipelines.ingestion.reading.items import Item
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi"])

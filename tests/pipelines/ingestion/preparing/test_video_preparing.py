@@ -18,7 +18,7 @@ from pipelines.config.ingest import VideoConfig
 from pipelines.dataset.shards import hash_bytes
 from pipelines.ingestion.preparing.segments import SegmentEncoder
 from pipelines.ingestion.preparing.videos import prepare_video, segment_id
-from pipelines.ingestion.reading.files import Item
+from pipelines.ingestion.reading.items import Item
 
 # -------------------------------------------------------------------------------- frames
 

@@ -12,8 +12,8 @@ from benchmarks.data.ingest import encoded, noise
 from helpers.pipelines.ingestion import run_quietly, settings
 from helpers.pipelines.sources import config, write
 from pipelines.dataset.shards import read_manifest, read_rows
-from pipelines.ingestion.reading.files import read_chunk
-from pipelines.ingestion.sources.folder import Listing, list_source
+from pipelines.ingestion.sources.registry import list_source, read_chunk
+from pipelines.ingestion.sources.source_type import Listing
 
 
 def entries(listing: Listing) -> dict[str, str | None]:

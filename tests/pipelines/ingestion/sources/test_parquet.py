@@ -11,9 +11,9 @@ import pytest
 
 from helpers.pipelines.sources import config, items_of, write
 from pipelines.ingestion.listing.parquet_listing import merge_classes
-from pipelines.ingestion.reading.files import read_chunk
 from pipelines.ingestion.reading.items import Item
-from pipelines.ingestion.sources.folder import Listing, list_source
+from pipelines.ingestion.sources.registry import list_source, read_chunk
+from pipelines.ingestion.sources.source_type import Listing
 
 
 def test_parquet_bytes_and_hugging_face_structs(tmp_path: Path) -> None:
@@ -34,7 +34,7 @@ def test_parquet_bytes_and_hugging_face_structs(tmp_path: Path) -> None:
 def test_parquet_of_many_row_groups_keeps_row_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipelines.ingestion.sources.folder.CHUNK_BYTES", 1)
+    monkeypatch.setattr("pipelines.ingestion.sources.parquet.CHUNK_BYTES", 1)
     table = pa.table({"jpg": [str(i).encode() for i in range(300)]})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=100)
     cfg = config(tmp_path, image_column="jpg")

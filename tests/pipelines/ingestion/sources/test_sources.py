@@ -8,8 +8,9 @@ import pytest
 
 from helpers.pipelines.sources import config, items_of, labels_by_name, write
 from pipelines.config.ingest import IngestConfig
-from pipelines.ingestion.reading.files import read_chunk
-from pipelines.ingestion.sources.folder import CHUNK_ITEMS, list_source, raise_if_unreachable
+from pipelines.ingestion.entries.failures import raise_if_unreachable
+from pipelines.ingestion.listing.chunking import CHUNK_ITEMS
+from pipelines.ingestion.sources.registry import list_source, read_chunk
 from pipelines.runtime.uris import absolute_uri
 
 JPEG = b"\xff\xd8\xff\xe0" + bytes(8)  # as far as a look into a file goes

@@ -8,9 +8,10 @@ import pytest
 
 from helpers.pipelines.sources import config, write
 from pipelines.config.ingest import IngestConfig
-from pipelines.ingestion.reading.files import Item, read_chunk
-from pipelines.ingestion.sources.folder import Listing, list_source
-from pipelines.ingestion.staging import chunk_from_json, chunk_to_json
+from pipelines.ingestion.entries.chunks import chunk_from_json, chunk_to_json
+from pipelines.ingestion.reading.items import Item
+from pipelines.ingestion.sources.registry import list_source, read_chunk
+from pipelines.ingestion.sources.source_type import Listing
 
 
 def names(listing: Listing) -> set[str]:
