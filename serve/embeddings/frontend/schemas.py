@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, WithJsonSchema
 
-from serve.ingress.bodies import RequestModel, parse_body
+from serve.embeddings.encoding import OutputOptions
+from serve.ingress.bodies import parse_body
 
 _ITEM_SCHEMA: dict[str, Any] = {
     "anyOf": [
@@ -57,22 +58,13 @@ _ITEM_SCHEMA: dict[str, Any] = {
 _INPUT_SCHEMA = {"anyOf": [*_ITEM_SCHEMA["anyOf"], {"type": "array", "items": _ITEM_SCHEMA}]}
 
 
-class EmbeddingRequest(RequestModel):
+class EmbeddingRequest(OutputOptions):
     """Body of `POST /v1/embeddings`."""
 
     input: Annotated[Any, WithJsonSchema(_INPUT_SCHEMA)]
     """One image or video or a list of them; see `serve/embeddings/media/inputs.py` for the accepted shapes."""
     model: str | None = None
     """A name from `GET /v1/models`; may be left out."""
-    encoding_format: Literal["float", "base64"] = "float"
-    """JSON numbers, or the float32 values little-endian in base64."""
-    dimensions: int | None = None
-    """Keep this many leading dimensions, then scale to unit length again."""
-    pooling: Literal["mean", "per_frame", "patches"] = "mean"
-    """One vector an item, one a time step of its tokens, or one a token (time first, then raster
-    order)."""
-    normalize: bool = True
-    """Scale every vector to unit length, as OpenAI's are."""
     modality: str | None = None
     """infinity's field: `image` or `video`, which is what bare strings, URLs and bytes then are."""
     user: str | None = None

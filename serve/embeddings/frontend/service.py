@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from serve.embeddings.contract import EmbedFunction, Floats, ModelCard, Pixels, Pooling
-from serve.embeddings.encoding import encode_values, shape_embeddings
+from serve.embeddings.encoding import encode
 from serve.embeddings.frontend.schemas import EmbeddingRequest, parse_request
 from serve.embeddings.media.inputs import Kind, Reference, parse_input
 from serve.embeddings.media.loader import Item, MediaLoader
@@ -193,11 +193,7 @@ def _pool_parts(parts: list[Pixels], rows: list[Floats], pooling: Pooling) -> Fl
 
 
 def _entry(request: EmbeddingRequest, index: int, item: Item, row: Floats) -> dict[str, Any]:
-    row = shape_embeddings(row, dimensions=request.dimensions, normalize=request.normalize)
-    entry: dict[str, Any] = {"object": "embedding", "index": index}
-    entry["embedding"] = encode_values(row, request.encoding_format)
-    if request.pooling != "mean":
-        entry["shape"] = list(row.shape)
+    entry = {"object": "embedding", "index": index, **encode(row, request)}
     if item.times_s is not None:
         entry["times_s"] = item.times_s
     return entry

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from serve.embeddings.contract import ModelCard, Pooling
+from serve.embeddings.contract import ModelCard
+from serve.embeddings.encoding import OutputOptions
 from serve.embeddings.media.inputs import MAX_FPS
 from serve.ingress.bodies import RequestModel, field_error, read_json
 from serve.ingress.errors import ApiError
@@ -19,7 +20,7 @@ from serve.ingress.errors import ApiError
 _TIMESTAMP = struct.Struct("<d")
 
 
-class StreamStart(RequestModel):
+class StreamStart(OutputOptions):
     """The first message of a client."""
 
     type: Literal["start"]
@@ -44,11 +45,8 @@ class StreamStart(RequestModel):
     """Which frame is dropped when the queue is full."""
     unacknowledged: int = Field(8, ge=1, le=64)
     """Embeddings on their way at most. Further ones wait for `ack`, and frames behind them."""
-    pooling: Pooling = "mean"
-    encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(None, ge=1)
-    normalize: bool = True
-    """These four as in `POST /v1/embeddings`."""
+    """As in `POST /v1/embeddings`."""
 
 
 class Acknowledgement(RequestModel):

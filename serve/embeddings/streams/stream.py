@@ -19,7 +19,7 @@ import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from serve.embeddings.contract import EmbedFunction, Floats, ModelCard, Pixels
-from serve.embeddings.encoding import encode_values, shape_embeddings
+from serve.embeddings.encoding import encode
 from serve.embeddings.media.decode_pool import DIED, DecodePool, DecoderGone, video_error
 from serve.embeddings.media.loader import MediaLoader, to_parts
 from serve.embeddings.settings import ServeSettings
@@ -208,11 +208,7 @@ class Stream:
         """Embeds the window and sends the result, once the client has read enough of the others."""
         await self._acknowledged_but(self._start.unacknowledged - 1)
         frames = [frame for frame, _ in self._window]
-        embedding = shape_embeddings(
-            await self._embed_window(),
-            dimensions=self._start.dimensions,
-            normalize=self._start.normalize,
-        )
+        embedding = await self._embed_window()
         lag_s = asyncio.get_running_loop().time() - frames[-1].arrived_s
         message = {
             "type": "embedding",
@@ -223,10 +219,8 @@ class Stream:
             "end_s": frames[-1].time_s,
             "lag_s": round(lag_s, 6),
             **self._counters(),
-            "embedding": encode_values(embedding, self._start.encoding_format),
+            **encode(embedding, self._start),
         }
-        if self._start.pooling != "mean":
-            message["shape"] = list(embedding.shape)
         self._fresh = 0
         self._sent += 1
         self._hub.metrics.lag_s.observe(lag_s)
