@@ -1,4 +1,4 @@
-"""Ray Serve applications over trained encoders and language models; imports models, never pipelines.
+"""Ray Serve applications for trained encoders and language models; imports models, never pipelines.
 
-Ray's own package is imported as `ray_serve`.
+Ray's own package is imported as `ray_serve`, because `serve` is this one.
 """

@@ -1,1 +1,1 @@
-"""What every HTTP application has around its routes: keys, limits, typed errors, readiness. Imports telemetry."""
+"""What all HTTP applications share: API key, limits, errors, readiness. Imports telemetry."""

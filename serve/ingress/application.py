@@ -1,4 +1,4 @@
-"""The FastAPI application around an application's own routes: probes, metrics, errors, the gate."""
+"""Builds a FastAPI application: its own routes, and around them probes, metrics, errors, limits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from serve.ingress.settings import ApplicationSettings
 
 PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 _METHODS = {"GET", "POST", "DELETE"}
+# Response headers that scripts in a browser may read.
 _SHOWN_TO_BROWSERS = ("x-request-id", "retry-after", "x-should-retry")
+# Paths of an OPTIONS request that asks about the server and not about a route.
 _WHOLE_SERVER = ("", "/", "*")
 
 Ready = Callable[[], Awaitable[bool]]
@@ -33,11 +35,11 @@ class IngressParts:
     """What the application of an HTTP replica needs besides its own routes.
 
     Attributes:
-        settings: the limits of bodies, and the web pages that may call the application.
-        metrics: the replica's request metrics.
+        settings: limits of request bodies, and the web pages that may call the application.
+        metrics: counters and times of this replica's requests.
         scrape: returns the Prometheus text of all replicas.
-        is_ready: whether a model replica is up.
-        api_key: what clients must present everywhere but on `OPEN_PATHS`; None serves anyone.
+        is_ready: returns whether a model replica is running.
+        api_key: the key that clients must send, except for `OPEN_PATHS`; None serves anyone.
     """
 
     settings: ApplicationSettings
@@ -55,14 +57,14 @@ def create_app(
     max_requests: int,
     lifespan: Lifespan | None = None,
 ) -> FastAPI:
-    """Builds an application; everything in it belongs to one replica.
+    """Returns the application of one replica.
 
     Args:
-        parts: what every application has.
+        parts: what every application needs.
         add_routes: adds the application's own routes.
         summary: one sentence for the description of the API.
-        max_requests: requests that may be worked on at once; see `RequestLimits`.
-        lifespan: runs around the life of the replica.
+        max_requests: requests that may be processed at the same time; see `RequestLimits`.
+        lifespan: context that is entered when the replica starts and left when it stops.
     """
     app = FastAPI(
         title="rayjepa",
@@ -84,31 +86,31 @@ def add_operation_routes(app: FastAPI, *, is_ready: Ready, scrape: Scrape) -> No
 
     Args:
         app: takes the routes.
-        is_ready: whether a model replica is up.
+        is_ready: returns whether a model replica is running.
         scrape: returns the Prometheus text of all replicas.
     """
 
     @app.get("/healthz", response_class=PlainTextResponse)
     @app.get("/health", response_class=PlainTextResponse)
     async def health() -> PlainTextResponse:
-        """200 when requests can be served, else 503."""
+        """Returns 200 if requests can be served, else 503."""
         if not await is_ready():
             raise server_error(503, "not_ready", "no model replica is running")
         return PlainTextResponse("ok")
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        """Prometheus text, summed over all replicas."""
+        """Returns Prometheus metrics, summed over all replicas."""
         return Response(await scrape(), media_type=PROMETHEUS_TEXT)
 
 
 def _add_middleware(app: FastAPI, parts: IngressParts, limits: RequestLimits) -> None:
-    """Puts the gate around an application that has all its routes, and CORS around the gate."""
+    """Adds our middleware to an application, and around it CORS where web pages may call."""
     app.add_middleware(
         IngressMiddleware, metrics=parts.metrics, api_key=parts.api_key, limits=limits
     )
     origins = parts.settings.cors_origins
-    if origins:  # outside of the gate: a preflight has no key, and errors need the headers too
+    if origins:  # outside of ours: a preflight has no key, and errors need the headers too
         app.add_middleware(
             CORSMiddleware,
             allow_origins=origins,
@@ -119,7 +121,7 @@ def _add_middleware(app: FastAPI, parts: IngressParts, limits: RequestLimits) ->
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Makes the errors of an application typed ones, and answers OPTIONS."""
+    """Makes an application answer errors in OpenAI's form, and OPTIONS with the methods."""
 
     @app.exception_handler(ApiError)
     async def typed(_: Request, error: ApiError) -> Response:
@@ -139,7 +141,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 def _methods(request: Request) -> list[str]:
-    """Methods that a path has, over all of its routes; those of the server for `/` and `*`."""
+    """Returns the methods of a path over all its routes; for `/` and `*` those of the server."""
     scope = request.scope
     found: set[str] = set()
     for route in request.app.routes:

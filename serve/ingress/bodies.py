@@ -1,4 +1,4 @@
-"""Request bodies: strict JSON, `null` as good as absent, and errors that say what was expected."""
+"""Request bodies: strict JSON where `null` means absent, and errors that say what is expected."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _OBJECT_TYPES = {"model_type", "model_attributes_type", "dict_type"}
 
 
 class RequestModel(BaseModel):
-    """What clients send: no stray fields, no silent conversions, `null` means absent.
+    """Base of everything that clients send: unknown fields are refused, values are not converted.
 
-    Clients serialise what their caller did not give as `null`. A field that must be given keeps it,
-    so that the error says so.
+    `null` means absent, because clients serialise arguments that their caller left out as `null`. A
+    required field keeps its `null`, so that the error names that value.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
     null_means_something: ClassVar[frozenset[str]] = frozenset()
-    """Fields whose `null` differs from their absence."""
+    """Fields for which `null` and absence mean different things."""
 
     @model_validator(mode="before")
     @classmethod
@@ -42,7 +42,7 @@ class RequestModel(BaseModel):
 
 
 def describe_body(kind: type[BaseModel], *, required: bool = True) -> dict[str, Any]:
-    """What OpenAPI says of a route that reads such a body itself."""
+    """Returns OpenAPI's description of a body, for a route that reads it without FastAPI."""
     schema = kind.model_json_schema()
     schema = _inlined(schema, schema.pop("$defs", {}))
     content = {"application/json": {"schema": schema}}
@@ -50,7 +50,7 @@ def describe_body(kind: type[BaseModel], *, required: bool = True) -> dict[str, 
 
 
 def _inlined(node: Any, definitions: dict[str, Any]) -> Any:
-    """A schema without references: those of pydantic start at a root that a route's is not."""
+    """Replaces references by what they refer to: pydantic's are not valid inside a route."""
     if isinstance(node, list):
         return [_inlined(item, definitions) for item in node]
     if not isinstance(node, dict):
@@ -62,14 +62,14 @@ def _inlined(node: Any, definitions: dict[str, Any]) -> Any:
 
 
 def read_json(text: bytes, *, what: str) -> Any:
-    """Values of strict JSON in UTF-8; a byte-order mark before it is no part of it.
+    """Reads strict JSON in UTF-8; a byte-order mark in front of it is skipped.
 
     Args:
-        text: to read.
-        what: names it in the error.
+        text: the JSON.
+        what: what it is, for the error's message.
 
     Raises:
-        ApiError: 400, also for NaN and Infinity, which JSON does not have, and very deep nesting.
+        ApiError: 400, also for NaN and Infinity (JSON has neither) and for very deep nesting.
     """
     try:
         return pydantic_core.from_json(text.removeprefix(codecs.BOM_UTF8), allow_inf_nan=False)
@@ -80,7 +80,7 @@ def read_json(text: bytes, *, what: str) -> Any:
 
 
 def check_content_type(request: Request) -> None:
-    """Raises a 415 for anything but plain JSON."""
+    """Raises a 415 for anything but uncompressed JSON."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         message = f"send application/json, not {content_type or 'an unlabelled body'}"
@@ -93,7 +93,7 @@ def read_object(body: bytes) -> dict[str, Any]:
     """Reads a request body.
 
     Raises:
-        ApiError: 400 as from `read_json`, or because it is no object.
+        ApiError: 400, as `read_json`, or because the body is not an object.
     """
     values = read_json(body, what="the body")
     if not isinstance(values, dict):
@@ -105,7 +105,7 @@ def parse_body(body: bytes, kind: type[Body]) -> Body:
     """Reads and validates a request body.
 
     Raises:
-        ApiError: 400 as from `read_object`, or for the first field at fault.
+        ApiError: 400, as `read_object`, or for the first field at fault.
     """
     values = read_object(body)
     try:
@@ -118,16 +118,16 @@ def field_error(errors: Iterable[Any], values: Any, *, known: Iterable[str] = ()
     """Returns a 400 for the first field at fault.
 
     Args:
-        errors: of the validation, in pydantic's form.
+        errors: what pydantic found.
         values: what was validated.
-        known: names of the fields there are, for who misspelt one.
+        known: names of all fields, listed in the error for an unknown one.
     """
     problem = _first([_problem(error, values) for error in errors])
     param = ".".join(problem.path)
     if problem.kind == "extra_forbidden":
         listed = f"; known: {', '.join(known)}" if known and len(problem.path) == 1 else ""
         return ApiError(400, "unknown_field", f"unknown field {param!r}{listed}", param=param)
-    if problem.check:  # of several fields; its message names the one at fault
+    if problem.check:  # a check over several fields, whose message names the one at fault
         return ApiError(400, "invalid_value", problem.message, param=problem.check)
     code = "missing_field" if problem.kind == "missing" else "invalid_value"
     message = f"{param}: {problem.message}" if param else problem.message
@@ -139,11 +139,11 @@ class _Problem:
     """One of pydantic's errors.
 
     Attributes:
-        path: keys and indices that lead to the value at fault, as they stand in what was sent.
+        path: keys and indices that lead to the value at fault in what was sent.
         kind: pydantic's name of the error.
-        message: for people.
-        branches: where on the path a union was entered, and by which of its forms.
-        check: the field that a check of a whole model names, else empty.
+        message: explanation for people.
+        branches: (length of the path, name of the form) for each union on the way.
+        check: the field that a check of the whole model names, else empty.
     """
 
     path: tuple[str, ...]
@@ -154,7 +154,7 @@ class _Problem:
 
 
 def _problem(detail: Any, value: Any) -> _Problem:
-    """Splits pydantic's location into keys that were sent and names of a union's forms."""
+    """Separates, in pydantic's location, keys that were sent from names of a union's forms."""
     path: list[str] = []
     branches: list[tuple[int, str]] = []
     kind, location = detail["type"], detail["loc"]
@@ -177,10 +177,10 @@ def _problem(detail: Any, value: Any) -> _Problem:
 
 
 def _first(problems: list[_Problem]) -> _Problem:
-    """The first thing to tell; of a union what its nearest form lacks.
+    """Returns the problem to report; for a union, that of the form which comes closest.
 
-    A stray field is reported before a missing one: it is usually the missing one, misspelt. Before
-    both comes a wrong `type` or `role`, which says what the other fields have to be.
+    An unknown field is reported before a missing one: it is usually the missing one, misspelt. A
+    wrong `type` or `role` comes before both, because the other fields depend on it.
     """
 
     def place(problem: _Problem) -> int:
@@ -200,7 +200,7 @@ def _first(problems: list[_Problem]) -> _Problem:
 
 
 def _nearest(forms: dict[str, list[_Problem]], depth: int) -> _Problem:
-    """What the form of a union lacks that comes closest; several at once where they come as close."""
+    """Returns what is wrong with the closest form of a union, or with several equally close."""
 
     def distance(problems: list[_Problem]) -> tuple[bool, int, int, int]:
         others = [problem for problem in problems if problem.kind.endswith("_type")]

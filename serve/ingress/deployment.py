@@ -23,9 +23,9 @@ from serve.telemetry import Reporter, Telemetry
 READY_CACHE_S = 1.0
 QUIET = {"enable_access_log": False}
 MAX_ONGOING = 65_536
-"""Requests that Serve hands to an ingress replica at once. A request without its body holds one of
-these and nothing else, so there are many; what is worked on has limits of its own (`RequestLimits`), with
-typed errors. Serve's refusals are plain text."""
+"""Requests that Serve passes to an ingress replica at the same time. It is large because a request
+whose body has not arrived counts too. What is processed is limited by `RequestLimits`, whose errors
+are in OpenAI's form; Serve's are plain text."""
 
 _VISIBLE = re.compile(r"[!-~]+")
 
@@ -36,12 +36,12 @@ Settings = TypeVar("Settings", bound=ApplicationSettings)
 def build_application(
     settings: ApplicationSettings, model: ray_serve.Deployment, ingress: type[Any]
 ) -> ray_serve.Application:
-    """Binds an application: HTTP replicas, model replicas, and `Telemetry` beside them.
+    """Returns an application of HTTP replicas, model replicas and one replica of `Telemetry`.
 
     Args:
         settings: the application's.
-        model: deployment of the model's class, made with `settings` and a handle of `Telemetry`.
-        ingress: an `IngressReplica`, decorated with `@ray_serve.ingress()`.
+        model: deployment of a class that takes the settings and a handle of `Telemetry`.
+        ingress: subclass of `IngressReplica` with the decorator `@ray_serve.ingress()`.
     """
     make = ray_serve.deployment(
         name=Telemetry.__name__, ray_actor_options={"num_cpus": 0}, logging_config=QUIET
@@ -68,13 +68,13 @@ def model_options(settings: ApplicationSettings) -> dict[str, Any]:
 
 
 def ingress_options(settings: ApplicationSettings) -> dict[str, Any]:
-    """Options of an ingress deployment."""
+    """Returns the options of the deployment of HTTP replicas."""
     return {
         "num_replicas": settings.ingress_replicas,
         "ray_actor_options": {"num_cpus": settings.ingress_cpus},
         "max_ongoing_requests": MAX_ONGOING,
-        # Serve counts a request as queued until it has found a replica: with a limit, a burst is
-        # refused although every replica is idle.
+        # No limit: Serve counts a request as queued until it has found a replica, so that a limit
+        # would refuse requests of a burst although every replica is idle.
         "max_queued_requests": -1,
         "backpressure_config": BackpressureConfig(status_code=429, retry_after_s=1),
         "max_constructor_retry_count": 2,
@@ -83,11 +83,11 @@ def ingress_options(settings: ApplicationSettings) -> dict[str, Any]:
 
 
 def read_api_key(settings: ApplicationSettings) -> str | None:
-    """The key clients must send, or None when none is asked for.
+    """Returns the key that clients must send; None if the settings ask for no key.
 
     Raises:
-        ValueError: a key is asked for and there is none that a client could send; serving anyone, or
-            nobody, would be worse.
+        ValueError: the settings ask for a key, and the variable holds none that clients can send.
+            Starting anyway would let everyone in, or nobody.
     """
     name = settings.api_key_env
     if name is None:
@@ -106,16 +106,16 @@ def read_api_key(settings: ApplicationSettings) -> str | None:
 
 
 class Readiness:
-    """Whether a model replica is running, looked up at most once a second.
+    """Tells whether a model replica is running, looked up at most once a second.
 
-    Serve's controller is asked first: under load a question to the model would queue behind the
-    requests, and busy is not the same as unready. But the controller forgets the deployments of an
-    application whose latest config it could not build, while they go on serving; so a no from it
-    is checked with the model.
+    Serve's controller is asked first, because under load a call to the model would wait behind the
+    requests, and a busy model is ready. But the controller forgets the deployments of an
+    application whose latest config it could not build, although they go on serving. So if it says
+    no, the model is asked too.
 
     Args:
-        model: handle of the deployment; it has `describe`.
-        name: of the deployment.
+        model: handle of the model's deployment, which has `describe`.
+        name: name of that deployment.
     """
 
     def __init__(self, model: Any, name: str) -> None:
@@ -125,7 +125,7 @@ class Readiness:
         self._ready = False
 
     async def __call__(self) -> bool:
-        """Whether requests can be served."""
+        """Returns whether requests can be served."""
         if time.monotonic() - self._checked_at >= READY_CACHE_S:
             self._checked_at = time.monotonic()
             self._ready = await asyncio.to_thread(self._is_listed) or await self._answers()
@@ -150,7 +150,7 @@ class Readiness:
 class IngressReplica(ABC, Generic[Settings]):
     """HTTP replica of an application.
 
-    A subclass names the model's deployment and builds the application around it.
+    A subclass names the model's deployment and builds the application.
 
     Args:
         settings: the application's.
@@ -165,7 +165,7 @@ class IngressReplica(ABC, Generic[Settings]):
         self._telemetry = telemetry
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
-        """Called by Serve once the replica is constructed; waits for a model replica."""
+        """Returns the application; called by Serve once, waits for a model replica."""
         card = await self.model.describe.remote()
         metrics = RequestMetrics()
         self._reporter = Reporter(metrics.registry, self._telemetry)
@@ -180,9 +180,9 @@ class IngressReplica(ABC, Generic[Settings]):
 
     @abstractmethod
     async def create_app(self, card: Any, parts: IngressParts) -> FastAPI:
-        """Builds the application.
+        """Returns the application.
 
         Args:
             card: what the model's `describe` returned.
-            parts: what every application has.
+            parts: what every application needs.
         """

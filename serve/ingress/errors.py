@@ -1,4 +1,4 @@
-"""Typed errors, in the OpenAI shape."""
+"""Errors that clients are told about, in OpenAI's form."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from starlette.responses import Response
 from serve.ingress.json_text import to_json
 
 LONGEST_TOLD = 2000
-"""Characters of a message, and of the name of a field: what a client sent may stand in them."""
+"""Characters of a message or of a field's name at most, for both may repeat what a client sent."""
 
 ErrorType = Literal["invalid_request_error", "rate_limit_error", "server_error"]
 
 
 class ApiError(Exception):
-    """An error the client is told about; becomes `{"error": {message, type, param, code}}`.
+    """An error that the client is told about as `{"error": {message, type, param, code}}`.
 
     Args:
         status: HTTP status.
-        code: stable machine-readable cause.
+        code: stable name of the cause, for programs.
         message: what was wrong, for people.
-        param: the request field at fault, e.g. `input[3]`.
-        error_type: OpenAI's coarse class.
-        headers: extra response headers.
+        param: the request field at fault, such as `input[3]`.
+        error_type: OpenAI's coarse class of the error.
+        headers: further response headers.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ def _shortened(text: str) -> str:
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong."""
+    """The content of an error."""
 
     message: str
     type: ErrorType
@@ -75,13 +75,13 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """Every reply with a status of 400 or above that an application sends."""
+    """Body of every reply whose status is 400 or above."""
 
     error: ErrorDetail
 
 
 def queue_full() -> ApiError:
-    """429: as much as allowed is waiting or running already."""
+    """Returns the 429 for a request that arrives while all places are taken."""
     return ApiError(
         429,
         "queue_full",
@@ -92,11 +92,11 @@ def queue_full() -> ApiError:
 
 
 def server_error(status: int, code: str, message: str) -> ApiError:
-    """5xx: not the client's fault, and safe to retry (embedding has no side effects)."""
+    """Returns a 5xx: the client is not at fault and may send the request again."""
     headers = {"Retry-After": "1"} if status == 503 else {}
     return ApiError(status, code, message, error_type="server_error", headers=headers)
 
 
 def error_response(error: ApiError) -> Response:
-    """The reply that tells a client of an error."""
+    """Returns the HTTP reply for an error."""
     return Response(error.body(), error.status, error.headers, media_type="application/json")

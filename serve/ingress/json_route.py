@@ -1,8 +1,8 @@
-"""Routes with a typed body: FastAPI's, with our reading of JSON and our errors.
+"""FastAPI routes with a typed body, with our own reading of JSON and our own errors.
 
-FastAPI reads a body itself, takes NaN and UTF-16 in it, and turns whatever goes wrong meanwhile (a
-client that leaves, a body that does not come) into one 400. So a route of this class reads and
-parses the body first; FastAPI then only validates it and describes it in OpenAPI.
+FastAPI's own reading accepts NaN and UTF-16, and turns whatever goes wrong while it reads (a client
+that leaves, a body that does not arrive) into the same 400. So a route of this class reads and
+parses the body first, and FastAPI only validates it and describes it in OpenAPI.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from serve.ingress.bodies import check_content_type, field_error, read_object
 
 
 class JsonRoute(APIRoute):
-    """A route whose typed body, where it has one, is strict JSON."""
+    """A route whose typed body is strict JSON; routes without a body are FastAPI's own."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Returns what answers a request of this route.
+        """Returns the function that answers a request of this route.
 
-        The function that is returned raises:
-            ApiError: 415 or 400, for a body that is not what the route takes.
+        That function raises:
+            ApiError: 415 or 400, for a body that the route does not accept.
         """
         handle, field = super().get_route_handler(), self.body_field
         if field is None:
@@ -50,16 +50,16 @@ class JsonRoute(APIRoute):
 
 
 class _ParsedRequest(Request):
-    """A request whose body was read and parsed before FastAPI asks for it."""
+    """A request whose body has been read and parsed before FastAPI asks for it."""
 
     def __init__(self, request: Request, text: bytes, values: dict[str, Any]) -> None:
         super().__init__(request.scope, request.receive)
         self._text, self._values = text, values
 
     async def body(self) -> bytes:
-        """Returns the body's text."""
+        """Returns the bytes of the body."""
         return self._text
 
     async def json(self) -> dict[str, Any]:
-        """Returns the body's values."""
+        """Returns the parsed body."""
         return self._values

@@ -1,4 +1,4 @@
-"""JSON as it leaves: text that every parser takes, or an error here."""
+"""Writes JSON that every parser reads."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def to_json(value: Any) -> bytes:
     """Returns the JSON text of a value.
 
     Raises:
-        ValueError: it holds a NaN or an infinity, which JSON does not have.
+        ValueError: the value holds a NaN or an infinity, which JSON does not have.
     """
     text = pydantic_core.to_json(value)
-    if any(word in text for word in NO_JSON):  # or they stand in some string
+    if any(word in text for word in NO_JSON):  # unless the word is part of a string
         json.dumps(
             pydantic_core.to_jsonable_python(value, inf_nan_mode="constants"), allow_nan=False
         )

@@ -1,4 +1,4 @@
-"""Around every request: the API key, the body's limits, the count and the time."""
+"""The middleware of every application: API key, request limits, request metrics."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from serve.ingress.websockets import refuse
 from serve.telemetry import LATENCY_BUCKETS_S
 
 OPEN_PATHS = frozenset({"/healthz", "/health", "/metrics", "/docs", "/redoc", "/openapi.json"})
-"""What needs no API key: probes, scrapers and the description of the API."""
+"""Paths that need no API key: for probes, for scrapers, and the description of the API."""
 
 CLIENT_LEFT = 499
-"""Status, in the metrics only, of a request whose client left before its reply began."""
+"""Status in the metrics for a request whose client left before the reply began."""
 
 
 class RequestMetrics:
@@ -45,15 +45,15 @@ class RequestMetrics:
 
 
 class IngressMiddleware:
-    """Lets requests in and counts them.
+    """Checks the API key, applies the request limits, and counts and times requests.
 
-    Plain ASGI: Starlette's function middleware costs a task per request.
+    It is plain ASGI, because Starlette's function middleware starts a task for every request.
 
     Args:
-        app: what is behind it.
-        metrics: of this replica.
-        api_key: what clients must present everywhere but on `OPEN_PATHS`; None serves anyone.
-        limits: of the requests and their bodies.
+        app: the application behind it.
+        metrics: counters and times of this replica's requests.
+        api_key: the key that clients must send, except for `OPEN_PATHS`; None serves anyone.
+        limits: limits of requests and their bodies.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class IngressMiddleware:
             await self._count(_plain(scope), receive, send, is_head=scope["method"] == "HEAD")
         elif scope["type"] == "websocket" and not self._is_allowed(scope):
             websocket = WebSocket(scope, receive, send)
-            await websocket.accept()  # or the client would not learn why
+            await websocket.accept()  # only then can the client be told why
             await refuse(websocket, _unauthorized())
         elif scope["type"] == "websocket":
             await self._app(_plain(scope), receive, send)
@@ -94,18 +94,18 @@ class IngressMiddleware:
             with self._limits.watch(scope, receive) as watched_receive:
                 await self._answer(scope, watched_receive, watched_send)
         except ClientDisconnect:
-            pass  # nobody is left to tell anything; the count says it
+            pass  # the client has left; only the metrics tell of it
         except Exception:
-            # Here rather than in Starlette's own handler, which is outside of what adds the headers
-            # for browsers. Serve logs the error under the request's id, which the client has; its
-            # text may hold anything and stays with us.
+            # Answered here because Starlette's own handler is outside of the middleware that adds
+            # the headers for browsers. The error's text may hold secrets, so the client only gets
+            # the request's id, under which Serve logs the error.
             if status == CLIENT_LEFT:
                 failure = server_error(500, "internal_error", "internal error")
                 await error_response(failure)(scope, receive, watched_send)
             status = 500
             raise
         finally:
-            # Only known routes become labels: a scanner must not grow the metrics.
+            # Unknown paths share one label, so that a scanner cannot add metrics without end.
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.requests.labels(route, str(status)).inc()
             self._metrics.latency_s.labels(route).observe(time.perf_counter() - started)
@@ -117,8 +117,8 @@ class IngressMiddleware:
             await error_response(_unauthorized())(scope, receive, send)
 
     def _is_allowed(self, scope: Scope) -> bool:
-        # Serve leaves its `route_prefix` in the path and names it in `root_path`. A list of what is
-        # open rather than of what is closed: a path that reads otherwise than expected asks for a key.
+        # Serve leaves its `route_prefix` in the path and names it in `root_path`. We list the open
+        # paths and not the closed ones, so that a path in unexpected form needs a key.
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         if self._api_key is None or path in OPEN_PATHS:
             return True
@@ -128,10 +128,10 @@ class IngressMiddleware:
 
 
 def _until_left(receive: Receive, kind: str) -> Receive:
-    """Gives what receives a client's messages, and says so when it has left.
+    """Returns a `receive` that reports a client who has left by ASGI's message for that.
 
-    Serve then cancels its own call for the next message, which may be met before the message that
-    tells of it.
+    When a client leaves, Serve cancels its own call for the next message, which may happen before
+    ASGI's message arrives.
     """
 
     async def next_message() -> Message:
@@ -144,7 +144,7 @@ def _until_left(receive: Receive, kind: str) -> Receive:
 
 
 def _bearers(headers: Iterable[tuple[bytes, bytes]]) -> list[bytes]:
-    """Keys of the `Authorization: Bearer KEY` headers, whatever white space is around them."""
+    """Returns the keys of all `Authorization: Bearer KEY` headers, without white space."""
     found = []
     for name, value in headers:
         scheme, *rest = value.split(maxsplit=1) or [b""]
@@ -154,7 +154,7 @@ def _bearers(headers: Iterable[tuple[bytes, bytes]]) -> list[bytes]:
 
 
 def _plain(scope: Scope) -> Scope:
-    """A request as the routes know it: HEAD as the GET it asks about, no slash at the path's end."""
+    """Returns the scope that the routes expect: GET for HEAD, no slash at the end of the path."""
     plain = {**scope, "path": scope["path"].rstrip("/") or "/"}
     if scope.get("method") == "HEAD":
         plain["method"] = "GET"

@@ -1,6 +1,7 @@
-"""Bodies on their way: how long each may take, how many bytes all may hold, how many are worked on.
+"""Limits of requests: the length and time of each body, the bytes of all, the number in progress.
 
-A body that is not there yet holds no place, so that clients who send half of one keep nobody out.
+A request takes a place only once its body is complete, so that clients who send half a body keep
+nobody out.
 """
 
 from __future__ import annotations
@@ -17,15 +18,19 @@ from serve.ingress.errors import ApiError, queue_full
 from serve.ingress.settings import ApplicationSettings
 
 LEAST_BYTES_PER_S = 1024
-"""A body that comes faster may take as long as it needs; a phone on a bad line manages that."""
+"""A body that arrives faster than this has no time limit; a phone on a bad line is faster."""
 
 
 class RequestLimits:
-    """Takes in the bodies of one replica's requests.
+    """Limits the requests of one replica.
 
     Args:
-        settings: the limits of bodies that are arriving.
-        max_requests: whose body is there and that are not answered yet.
+        settings: limits of the bodies.
+        max_requests: requests with a complete body that may be in progress at the same time.
+
+    Attributes:
+        arriving_bytes: bytes of all bodies that are not complete yet.
+        requests: requests with a complete body that are in progress.
     """
 
     def __init__(self, settings: ApplicationSettings, *, max_requests: int) -> None:
@@ -50,29 +55,34 @@ class RequestLimits:
             arrival.leave()
 
     def deadline(self, started: float, received: int) -> float:
-        """When the next piece of a body has to be there, by `time.monotonic`."""
+        """Returns when the next piece of a body must have arrived, by `time.monotonic`.
+
+        Args:
+            started: when the request began.
+            received: bytes of the body so far.
+        """
         stalled = time.monotonic() + self._timeout_s
         return min(stalled, started + self._timeout_s + received / LEAST_BYTES_PER_S)
 
     def check(self) -> None:
-        """Raises a 429 when no place is free."""
+        """Raises a 429 if as many requests as allowed are in progress."""
         if self.requests >= self._max_requests:
             raise queue_full()
 
     def check_length(self, size: int) -> None:
-        """Raises a 413 for a body of more bytes than allowed."""
+        """Raises a 413 if a body has more bytes than allowed."""
         if size > self._max_body_bytes:
             message = f"the body has more than {self._max_body_bytes} bytes"
             raise ApiError(413, "request_too_large", message)
 
     def grow(self, size: int) -> None:
-        """Raises a 429 when so many more bytes do not fit."""
+        """Counts further arriving bytes; raises a 429 if they are more than allowed."""
         if self.arriving_bytes + size > self._max_bytes:
             raise queue_full()
         self.arriving_bytes += size
 
     def slow(self) -> ApiError:
-        """408, and the connection is closed: what comes later would be taken for a new request."""
+        """Returns the 408; it closes the connection, or the rest would be read as a new request."""
         message = (
             f"the body did not arrive: nothing for {self._timeout_s:g} s, or less than "
             f"{LEAST_BYTES_PER_S} bytes a second"
@@ -81,7 +91,7 @@ class RequestLimits:
 
 
 class _ArrivingBody:
-    """The body of one request."""
+    """The body of one request, from its first byte to the request's end."""
 
     def __init__(self, limits: RequestLimits, receive: Receive, declared: str) -> None:
         self._limits, self._receive = limits, receive
@@ -91,11 +101,11 @@ class _ArrivingBody:
         self._is_whole = False
 
     async def receive(self) -> Message:
-        """The next ASGI message."""
+        """Returns the next ASGI message; see `RequestLimits.watch`."""
         if self._is_whole:
-            return await self._receive()  # only to hear that the client leaves
+            return await self._receive()  # tells only whether the client leaves
         self._limits.check_length(self._declared_size)
-        self._limits.check()  # shed load before reading a body
+        self._limits.check()  # refuse before reading a body
         left_s = self._limits.deadline(self._started, self._size) - time.monotonic()
         try:
             async with asyncio.timeout(left_s):
@@ -118,7 +128,7 @@ class _ArrivingBody:
             self._is_whole = True
 
     def leave(self) -> None:
-        """Frees what the request holds."""
+        """Gives back the bytes or the place that the request has."""
         if self._is_whole:
             self._limits.requests -= 1
         else:

@@ -12,7 +12,7 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def split_list(value: object) -> object:
-    """Turns the command line's `a,b` into a tuple, stripped and in lower case."""
+    """Turns `a,b` from the command line, or a list, into a tuple of lower-case words."""
     parts = value.split(",") if isinstance(value, str) else value
     if not isinstance(parts, list | tuple):
         return parts
@@ -31,7 +31,7 @@ def _origins(value: object) -> object:
 
 
 class ApplicationSettings(BaseModel):
-    """What every application can be told about its replicas and its HTTP side."""
+    """Settings of every application: its replicas and its HTTP side."""
 
     # Text from an environment variable or a YAML block often ends in a line break.
     model_config = ConfigDict(
@@ -45,25 +45,25 @@ class ApplicationSettings(BaseModel):
     gpus: float = Field(0.0, ge=0)
     """GPUs for each model replica; 0 runs on CPU."""
     ingress_replicas: int = Field(1, ge=1)
-    """HTTP replicas: parsing, and what else needs no model."""
+    """HTTP replicas, which do everything that needs no model."""
     ingress_cpus: float = Field(0.5, ge=0)
-    """CPUs Ray reserves per ingress replica."""
+    """CPUs that Ray reserves for each ingress replica."""
     body_timeout_s: float = Field(10.0, gt=0)
-    """A body of which nothing comes for this long is a 408, and so is one that has taken longer than
-    this and comes at less than 1024 bytes a second."""
+    """Seconds without a byte of a body until the reply is a 408; a body that has taken longer than
+    this at less than 1024 bytes a second gets a 408 too."""
     max_request_bytes: int = Field(8_388_608, ge=1)
-    """Bytes of one request body; more is a 413, read no further."""
+    """Bytes of one request body at most; a longer one is a 413 and is not read to its end."""
     max_arriving_bytes: int | None = None
-    """Bytes of all bodies that are still arriving at an ingress replica; more is a 429. None is 16
-    times `max_request_bytes`."""
+    """Bytes of all bodies that are arriving at an ingress replica at the same time; more is a 429.
+    None means 16 times `max_request_bytes`."""
     cors_origins: Annotated[tuple[str, ...], BeforeValidator(_origins)] = ()
-    """Web pages that may call this server from a browser, `https://app.example.org`; `*` is any page,
-    empty none."""
+    """Origins whose web pages may call this server from a browser, such as
+    `https://app.example.org`; `*` allows any page, and an empty list none."""
     api_key_env: str | None = None
-    """Environment variable, in the ingress replicas, that holds the API key; None serves anyone.
-    Where it is unset, or holds what no client can send, the replica refuses to start."""
+    """Name of the environment variable of the ingress replicas that holds the API key; None serves
+    anyone. A replica does not start if the variable is unset or holds what no client can send."""
     access_log: bool = False
-    """One log line per request from Ray Serve (costs throughput)."""
+    """Write one log line for each request, by Ray Serve (costs throughput)."""
 
     @model_validator(mode="after")
     def _takes_one(self) -> Self:

@@ -1,4 +1,4 @@
-"""Errors of a WebSocket: a JSON message as the last one, and the close code that goes with it."""
+"""Errors over a WebSocket: a last JSON message, then the close code for that error."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _CLOSE_CODES = {
 
 
 async def refuse(websocket: WebSocket, error: ApiError) -> None:
-    """Sends an error as the last message, and closes with the code that goes with it."""
+    """Sends an error as the last message, and closes with the code for that error."""
     try:
         await websocket.send_text(error_message(error))
         await websocket.close(close_code(error), error.code)
     except (WebSocketDisconnect, RuntimeError):
-        return  # it has left meanwhile
+        return  # the client has left meanwhile
 
 
 def error_message(error: ApiError) -> str:
@@ -40,7 +40,7 @@ def error_message(error: ApiError) -> str:
 
 
 def close_code(error: ApiError) -> int:
-    """Returns the WebSocket close code that goes with an error."""
+    """Returns the WebSocket close code for an error."""
     if error.code in ("url_not_allowed", "invalid_url"):
         return 1008
     return _CLOSE_CODES.get(error.status, BAD_DATA)
