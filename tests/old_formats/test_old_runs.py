@@ -21,7 +21,6 @@ from pipelines.evaluate import evaluate
 from pipelines.evaluation.features import encoder_features, preprocessing_of
 from pipelines.loading.loader import train_batches
 from pipelines.loading.plan import make_plan
-from pipelines.pretrain import check_early
 from pipelines.runs.checkpoints import (
     CheckpointError,
     committed_checkpoints,
@@ -32,6 +31,7 @@ from pipelines.runs.checkpoints import (
 )
 from pipelines.runs.resuming import go_back
 from pipelines.training.callbacks import DataSource, Worker
+from pipelines.training.launch import check_early
 from pipelines.training.loggers import read_metrics
 from pipelines.training.trainer import train
 

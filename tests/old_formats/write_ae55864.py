@@ -279,6 +279,7 @@ def main() -> None:
         include_dashboard=False,
         runtime_env={"env_vars": {"PYTHONPATH": code}, "worker_process_setup_hook": add_presets},
     )
+    out.mkdir(parents=True, exist_ok=True)
     raw, expected = out.with_name(f"{out.name}-raw"), {}
     for name, work in {
         "sources": lambda: write_sources(raw),
