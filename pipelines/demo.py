@@ -41,7 +41,7 @@ from pipelines.dataset.shards import read_rows
 from pipelines.embed import embed, weights_hash
 from pipelines.evaluate import evaluate
 from pipelines.export import export
-from pipelines.fetch import sample_folder
+from pipelines.fetchers.shipped import sample_folder
 from pipelines.ingest import ingest
 from pipelines.recipes.registry import RECIPES
 from pipelines.runs.checkpoints import CheckpointError

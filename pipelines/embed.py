@@ -57,12 +57,12 @@ from pipelines.dataset.shards import (
     read_row_group,
 )
 from pipelines.evaluation.features import compute_features, decode_batches, encoder_features
-from pipelines.ingestion.live import stop_on_signals
 from pipelines.loading.clips import ClipSampler
 from pipelines.runtime.cluster import start_ray
 from pipelines.runtime.errors import run_command
 from pipelines.runtime.places import prepare
 from pipelines.runtime.progress import Meter
+from pipelines.runtime.signals import stop_on_signals
 from pipelines.runtime.uris import open_uri, write_atomic
 
 RECORD = "embed.json"

@@ -52,7 +52,7 @@ from pipelines.ingestion.entries.addresses import check_address
 from pipelines.ingestion.entries.chunks import chunk_to_json
 from pipelines.ingestion.listing.choosing import shortened
 from pipelines.ingestion.listing.class_list import read_classes
-from pipelines.ingestion.live import follow, stop_on_signals
+from pipelines.ingestion.live import follow
 from pipelines.ingestion.merging import (
     build_index,
     choose_classes,
@@ -80,6 +80,7 @@ from pipelines.runtime.cluster import start_ray
 from pipelines.runtime.errors import run_command
 from pipelines.runtime.places import prepare
 from pipelines.runtime.progress import Meter
+from pipelines.runtime.signals import stop_on_signals
 from pipelines.runtime.uris import open_uri, write_atomic
 
 IO_THREADS = 16

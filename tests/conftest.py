@@ -57,7 +57,7 @@ def tiny_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def cifar_sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder `{train,test}/<class>/<index>.png` of the shipped CIFAR-10 sample: 2,500 and 800."""
-    from pipelines.fetch import sample_folder
+    from pipelines.fetchers.shipped import sample_folder
 
     return sample_folder(tmp_path_factory.mktemp("cifar10"))
 

@@ -41,7 +41,7 @@ from pipelines.config.train import PretrainConfig
 from pipelines.evaluation.features import preprocessing_of
 from pipelines.evaluation.probes import knn_accuracy, linear_probe
 from pipelines.evaluation.ranks import rankme
-from pipelines.fetch import sample_folder
+from pipelines.fetchers.shipped import sample_folder
 from pipelines.loading.crops import random_crops
 from pipelines.loading.decoding import decode_rows
 from pipelines.loading.masks.maskers import make_masker

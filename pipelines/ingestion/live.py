@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
-import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -23,10 +21,10 @@ import av
 from rich.console import Console
 
 from models.media.video.containers import VideoError
-from models.media.video.video_reader import FrameReader, Restarts, TimedFrame, frame_period
+from models.media.video.video_reader import FrameReader
 from pipelines.config.ingest import IngestConfig
 from pipelines.dataset.live_set import LiveSet, Timeline
-from pipelines.dataset.shards import Manifest, hash_bytes
+from pipelines.dataset.shards import Manifest
 from pipelines.ingestion.live_connection import (
     PLAYLISTS,
     TICK_S,
@@ -34,11 +32,9 @@ from pipelines.ingestion.live_connection import (
     SourceError,
     describe_error,
     file_identity,
-    from_position,
     kind_of,
 )
-from pipelines.ingestion.preparing.segments import Segment, Segmenter, rate_of
-from pipelines.ingestion.preparing.videos import segment_id, segment_row
+from pipelines.ingestion.live_rows import ContinuedConnection, RowCutter
 from pipelines.runtime.places import prepare
 from pipelines.runtime.progress import SECONDS_BETWEEN_LINES
 from pipelines.runtime.uris import public_name
@@ -57,28 +53,6 @@ def follow(cfg: IngestConfig, stop: threading.Event | None = None) -> Manifest:
     cfg = prepare(cfg)
     with LiveSet(cfg) as live_set:
         return Follower(cfg, live_set, stop or threading.Event()).run()
-
-
-@contextlib.contextmanager
-def stop_on_signals() -> Iterator[threading.Event]:
-    """Yields an event that SIGTERM and ctrl-C set; the second one has its usual effect."""
-    stop = threading.Event()
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def restore() -> None:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
-
-    def handle(*_: object) -> None:
-        stop.set()
-        restore()
-
-    for number in kept:
-        signal.signal(number, handle)
-    try:
-        yield stop
-    finally:
-        restore()
 
 
 class Follower:
@@ -185,14 +159,14 @@ class Follower:
         )
         timeline = self._continued(connection, stream)
         reader = FrameReader(
-            _Positioned(connection, timeline, self._cfg.video.max_gap),
+            ContinuedConnection(connection, timeline, self._cfg.video.max_gap),
             stream,
             max_seconds=FOREVER_S,
             max_pixels=self._cfg.video.max_pixels,
             max_gap=self._cfg.video.max_gap,
             start=timeline.origin if timeline.begun else None,
         )
-        cutter = _Cutter(self._cfg, uri, timeline, connection)
+        cutter = RowCutter(self._cfg, uri, timeline, connection)
         try:
             for frame in reader:
                 self._alive, self._lag = time.monotonic(), connection.lag
@@ -261,69 +235,3 @@ class Follower:
         self._console.print(
             "  ".join(parts) + silent, markup=False, highlight=False, soft_wrap=True
         )
-
-
-class _Positioned:
-    """A connection without the packets that are in segments already, for a `FrameReader`."""
-
-    def __init__(self, connection: Connection, timeline: Timeline, max_gap: float) -> None:
-        self.format, self.duration = connection.format, connection.duration
-        self._connection, self._timeline, self._max_gap = connection, timeline, max_gap
-
-    def demux(self, stream: av.VideoStream) -> Iterator[Any]:
-        """Yields packets."""
-        line, packets = self._timeline, self._connection.demux(stream)
-        if not line.begun:
-            return from_position(packets, None)
-        jumps = line.jumps if self._connection.kind == "file" else 0  # of a playlist long past
-        restarts = Restarts(frame_period(stream), self._max_gap)
-        return from_position(packets, line.end, jumps, restarts)
-
-
-class _Cutter:
-    """Frames of one connection to rows, with the time at which each arrived."""
-
-    def __init__(
-        self, cfg: IngestConfig, uri: str, timeline: Timeline, connection: Connection
-    ) -> None:
-        self._cfg, self._uri, self._connection = cfg, uri, connection
-        self.timeline = timeline
-        self._segmenter = Segmenter(cfg.video, cfg.short_side)
-        self._key = hash_bytes(uri.encode())
-        self._origin, self._jumps = timeline.origin, timeline.jumps
-        self._last = Fraction(0)
-        # Where the first frame is that no segment has.
-        self._from = timeline.end - timeline.origin if timeline.begun else None
-        self._arrived: dict[int, float] = {}  # of the frames that a segment may still begin with
-        self._number = 0
-
-    def push(self, frame: TimedFrame, origin: Fraction) -> Iterator[dict[str, Any]]:
-        """Takes the next frame; yields the rows that are complete by it."""
-        half = min(frame.duration, 1 / rate_of(self._cfg.video)) / 2
-        if self._from is not None and frame.time < self._from - half:
-            return
-        self._from, self._origin = None, origin
-        self._arrived[frame.index] = self._connection.arrived
-        for segment in self._segmenter.push(frame):
-            yield self._row(segment)
-        self._jumps += frame.time < self._last
-        self._last = frame.time
-
-    def finish(self) -> Iterator[dict[str, Any]]:
-        """Yields the last row, if any."""
-        for segment in self._segmenter.finish():
-            yield self._row(segment)
-
-    def _row(self, segment: Segment) -> dict[str, Any]:
-        arrived = self._arrived[segment.source_frames[0]]
-        last = segment.source_frames[-1]
-        self._arrived = {n: time for n, time in self._arrived.items() if n >= last}
-        row = segment_row(segment, segment_id(self._key, self._number, self._cfg), self._cfg, {})
-        self._number += 1
-        seconds = Fraction(segment.num_frames) / rate_of(self._cfg.video)
-        end = self._origin + Fraction(segment.start_s) + seconds
-        self.timeline = Timeline(
-            identity=self.timeline.identity, origin=self._origin, end=end, jumps=self._jumps
-        )
-        recorded = dt.datetime.fromtimestamp(arrived, dt.UTC)
-        return row | {"source_uri": self._uri, "recorded_at": recorded}

