@@ -1,8 +1,8 @@
 """The Serve application: `serve run serve.app:build_app artifact=DIR`.
 
-HTTP -> `Ingress` (parse, decode, transform on CPU) -> `Embedder` (batched forward pass), with
-`Telemetry` beside them. Ingress and embedder scale apart, because decoding JPEGs for one GPU takes
-many cores. Nothing happens at import: all state belongs to replicas.
+A request goes to an `Ingress` replica, which parses it and decodes and transforms the images on the
+CPU, then to an `Embedder` replica, which runs the forward pass in batches. Both report to
+`Telemetry`. They scale separately, because decoding JPEGs for one GPU takes many cores.
 """
 # No `from __future__ import annotations` here: Serve reads `build_app`'s annotation as a class.
 
@@ -43,7 +43,7 @@ class Ingress(IngressReplica[ServeSettings]):
 
 
 def build_app(args: ServeSettings) -> ray_serve.Application:
-    """Builds the application; Serve calls it with the command line's or config file's `args`."""
+    """Returns the application; Serve calls this with `args` of the command line or config file."""
     path = Path(args.artifact)
     if path.exists():  # replicas may run in another directory
         args = args.model_copy(update={"artifact": str(path.resolve())})
@@ -65,8 +65,8 @@ def model_deployment(settings: ServeSettings) -> ray_serve.Deployment:
         )
     make = ray_serve.deployment(
         name=EMBEDDER,
-        # The batch that runs, the next one, and room to choose: more would only wait here
-        # instead of in the ingress, where another replica can still take it.
+        # The batch that runs, the next one, and one more. Further requests wait in the ingress,
+        # from where another replica can still take them.
         max_ongoing_requests=3 * settings.batch_size,
         max_queued_requests=settings.max_queued,
         **options,

@@ -1,7 +1,8 @@
 """The Serve application: `serve run serve.lm_app:build_app model=DIR`.
 
-HTTP -> `LMIngress` (parse, tokenize, write events) -> `LanguageModel` (the engine; a session stays
-with one replica), with `Telemetry` beside them.
+A request goes to an `LMIngress` replica, which parses it, tokenizes the prompt and writes the
+reply, then to a `LanguageModel` replica, which generates the tokens. Requests of one session always
+go to the same model replica. Both report to `Telemetry`.
 """
 # No `from __future__ import annotations` here: Serve reads `build_app`'s annotation as a class.
 
@@ -37,13 +38,13 @@ class LMIngress(IngressReplica[LMSettings]):
 
 
 def build_app(args: LMSettings) -> ray_serve.Application:
-    """Builds the application; Serve calls it with the command line's or config file's `args`."""
+    """Returns the application; Serve calls this with `args` of the command line or config file."""
     args = _absolute(args)
     return build_application(args, model_deployment(args), LMIngress)
 
 
 def _absolute(settings: LMSettings) -> LMSettings:
-    """Local paths in full: replicas may run in another directory."""
+    """Makes local paths absolute, because replicas may run in another directory."""
     changes = {}
     if Path(settings.model).exists():
         changes["model"] = str(Path(settings.model).resolve())
@@ -61,8 +62,8 @@ def model_deployment(settings: LMSettings) -> ray_serve.Deployment:
 
     make = ray_serve.deployment(
         name=LANGUAGE_MODEL,
-        # A waiting `take` costs nothing, and a session must never go to another replica because
-        # its own is busy: the limit lies above all that ingress replicas hold.
+        # Above the number of requests that all ingress replicas can hold: a session must not go to
+        # another replica because its own is busy, and a `take` that waits costs nothing.
         max_ongoing_requests=4 * settings.max_requests * settings.ingress_replicas,
         request_router_config=RequestRouterConfig(
             request_router_class=ROUTER,  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
-"""Counters of every replica, summed behind one `/metrics`.
+"""Sums the metrics of all replicas for `/metrics`.
 
-A scrape through the Serve proxy reaches one ingress replica at random, whose own counters would
-jump about. So every replica keeps a registry, reports it to one `Telemetry` replica, and `/metrics`
-answers with the sum. The counts of replicas that are gone stay in the sum, their gauges do not.
+A scrape through Serve's proxy reaches a random ingress replica, so the counters of a single replica
+would seem to jump. Therefore every replica reports its registry to one `Telemetry` replica, and
+`/metrics` returns the sum. Counters of replicas that have ended stay in the sum; gauges do not.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Labels = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class Family:
-    """One metric of one replica: its samples by (sample name, labels)."""
+    """One metric, with its samples by (sample name, labels)."""
 
     name: str
     documentation: str
@@ -40,7 +40,7 @@ class Family:
 
 
 def snapshot(registry: CollectorRegistry) -> list[Family]:
-    """Reads a registry into plain values that cross process borders."""
+    """Returns the metrics of a registry as plain values, which can be sent to other processes."""
     return [
         Family(
             metric.name,
@@ -57,7 +57,7 @@ def snapshot(registry: CollectorRegistry) -> list[Family]:
 
 
 def render(sources: Iterable[list[Family]]) -> str:
-    """Sums the families of several replicas into Prometheus's text format."""
+    """Returns the sum of several replicas' metrics in Prometheus's text format."""
     merged: dict[str, Family] = {}
     for families in sources:
         for family in families:
@@ -70,7 +70,7 @@ def render(sources: Iterable[list[Family]]) -> str:
 
 
 class _Collected(CollectorRegistry):
-    """What `generate_latest` reads: ready-made metrics, nothing registered."""
+    """A registry for `generate_latest` that only holds metrics made elsewhere."""
 
     def __init__(self, families: Iterable[Family]) -> None:
         super().__init__()
@@ -85,17 +85,17 @@ class _Collected(CollectorRegistry):
 
 
 class Telemetry:
-    """The one replica that holds everybody's latest report."""
+    """Deployment of one replica that keeps the latest report of every other replica."""
 
     def __init__(self) -> None:
         self._reports: dict[str, tuple[float, list[Family]]] = {}
 
     async def report(self, source: str, families: list[Family]) -> None:
-        """Replaces what `source` reported before (values are totals since its start)."""
+        """Replaces the last report of `source`; values are totals since the source started."""
         self._reports[source] = (time.monotonic(), families)
 
     async def scrape(self, source: str, families: list[Family]) -> str:
-        """As `report`, then returns the sum over all sources as text."""
+        """Stores a report as `report` does, and returns the sum over all sources as text."""
         await self.report(source, families)
         now = time.monotonic()
         return render(
@@ -105,10 +105,10 @@ class Telemetry:
 
 
 class Reporter:
-    """Sends a replica's registry to `Telemetry` every few seconds, and its counters to Ray.
+    """Sends a replica's metrics to `Telemetry` every few seconds, and its counters to Ray.
 
     Args:
-        registry: the replica's own metrics.
+        registry: the replica's metrics.
         telemetry: handle of the `Telemetry` deployment.
     """
 
@@ -121,7 +121,7 @@ class Reporter:
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def scrape(self) -> str:
-        """Everybody's metrics, this replica's up to this moment."""
+        """Returns the metrics of all replicas as text, this replica's as of now."""
         text: str = await self._telemetry.scrape.remote(self._source, snapshot(self._registry))
         return text
 
@@ -133,10 +133,10 @@ class Reporter:
             try:
                 await self._telemetry.report.remote(self._source, families)
             except (RayError, RayServeException):
-                continue  # Telemetry is restarting; the next report carries the totals
+                continue  # Telemetry restarts; the next report has the totals again
 
     def _export(self, families: list[Family]) -> None:
-        """Adds what the counters gained since last time to Ray's own metrics (its dashboards)."""
+        """Adds the counters' increase since the last call to Ray's metrics, for its dashboards."""
         for family in families:
             if family.kind != "counter":
                 continue

@@ -1,1 +1,1 @@
-"""The embeddings application: settings, request and reply types. Imports ingress."""
+"""The embeddings application: what its ingress, embedder and streams share. Imports ingress."""

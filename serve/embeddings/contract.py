@@ -1,7 +1,7 @@
-"""What passes between the ingress and the embedder.
+"""Types that ingress replicas and the embedder exchange.
 
-Apart from both, so that an ingress replica does not import the model code: that would double the
-time until it answers.
+They have a module of their own so that an ingress replica need not import the model's code, which
+would double the time until the replica can answer.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ EMBEDDER = "Embedder"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
-    """What the ingress needs to know about the model behind it."""
+    """What an ingress replica knows about the model."""
 
     name: str
     created: int
     dimensions: int
     num_patches: int
-    """Tokens of an image, and of a clip at each time step."""
+    """Tokens of an image, and of each time step of a clip."""
     preprocessing: Preprocessing
     frames: int = 1
-    """Frames of a full clip; 1 for an encoder of images."""
+    """Frames of a full clip; 1 for an image encoder."""
     tubelet: int = 1
     """Frames in a time step."""

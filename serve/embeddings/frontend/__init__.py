@@ -1,1 +1,1 @@
-"""The embeddings routes and what they do with a request. Imports streams and media."""
+"""The embeddings routes and how they answer a request. Imports streams and media."""

@@ -1,4 +1,4 @@
-"""The ingress's side of a forward pass: calls the embedder, survives its replicas."""
+"""Calls the embedder from an ingress replica, again if its replica dies."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class EmbedderClient:
         self._embed = handle.embed
 
     async def embed(self, pixels: Pixels, pooling: Pooling) -> Floats:
-        """See `Embedder.embed`. Safe to repeat, so a replica's death costs time, not the request.
+        """See `Embedder.embed`. The call is repeated if a replica dies, which is safe.
 
         Raises:
-            ApiError: 429 when the embedder's queue is full, 503 when there is no embedder.
+            ApiError: 429 if the embedder's queue is full, 503 if there is no embedder.
         """
         for _ in range(ATTEMPTS):
             try:

@@ -20,12 +20,12 @@ from serve.ingress.errors import server_error
 def create_embeddings_app(
     parts: IngressParts, service: EmbeddingService, streams: StreamHub | None = None
 ) -> FastAPI:
-    """Builds the application; everything in it belongs to one replica.
+    """Returns the application of one replica.
 
     Args:
-        parts: what every application has.
-        service: answers embedding requests; closed with the application.
-        streams: what the live streams of this replica share; None serves no streams.
+        parts: what every application needs.
+        service: answers embedding requests; it is closed with the application.
+        streams: shared by the live streams of this replica; None serves no streams.
     """
 
     @asynccontextmanager
@@ -43,7 +43,7 @@ def create_embeddings_app(
         parts,
         add_routes,
         summary="Image and video embeddings in the OpenAI shape.",
-        max_requests=service.settings.max_queued,  # every request holds one image at least
+        max_requests=service.settings.max_queued,  # every request has at least one image
         lifespan=lifespan,
     )
 
@@ -58,9 +58,9 @@ def _add_embedding_route(app: FastAPI, service: EmbeddingService) -> None:
         openapi_extra=describe_body(EmbeddingRequest),
     )
     async def create_embeddings(request: Request) -> Response:
-        """Embeds one image or video, or a list of them."""
+        """Returns the embedding of one image or video, or of each in a list."""
         check_content_type(request)
-        service.admission.check(1)  # shed load before reading a body
+        service.admission.check(1)  # refuse before reading a body
         try:
             async with asyncio.timeout(settings.timeout_s):
                 body = await request.body()
@@ -74,7 +74,7 @@ def _add_embedding_route(app: FastAPI, service: EmbeddingService) -> None:
 def _add_model_routes(app: FastAPI, service: EmbeddingService) -> None:
     @app.get("/v1/models")
     async def list_models() -> ModelList:
-        """Lists what this server has."""
+        """Lists the models of this server."""
         return ModelList(data=[_model(service)])
 
     @app.get("/v1/models/{name:path}")

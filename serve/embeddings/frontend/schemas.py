@@ -1,7 +1,7 @@
-"""Request and response types of the embeddings API, in the OpenAI shape.
+"""Request and response types of the embeddings API, in OpenAI's form.
 
-A field that is not named here is refused: a misspelt `dimension` must not silently return
-full-length embeddings.
+Unknown fields are refused, so that a misspelt `dimension` does not silently return embeddings of
+full length.
 """
 
 from __future__ import annotations
@@ -62,17 +62,17 @@ class EmbeddingRequest(OutputOptions):
     """Body of `POST /v1/embeddings`."""
 
     input: Annotated[Any, WithJsonSchema(_INPUT_SCHEMA)]
-    """One image or video or a list of them; see `serve/embeddings/media/inputs.py` for the accepted shapes."""
+    """One image or video, or a list of them, in a form that `media/inputs.py` reads."""
     model: str | None = None
     """A name from `GET /v1/models`; may be left out."""
     modality: str | None = None
-    """infinity's field: `image` or `video`, which is what bare strings, URLs and bytes then are."""
+    """infinity's field: `image` or `video`, the kind of bare strings, URLs and bytes."""
     user: str | None = None
     """OpenAI's field; ignored."""
 
 
 class Embedding(BaseModel):
-    """One item's embedding."""
+    """The embedding of one item."""
 
     object: Literal["embedding"] = "embedding"
     index: int
@@ -80,13 +80,13 @@ class Embedding(BaseModel):
     """[dimensions], [steps, dimensions] for `pooling: per_frame`, [tokens, dimensions] for
     `pooling: patches`; base64 text if asked for."""
     shape: list[int] | None = None
-    """Shape of `embedding` (not with `pooling: mean`)."""
+    """Shape of `embedding`; absent with `pooling: mean`."""
     times_s: list[float] | None = None
-    """When the sampled frames are shown, seconds after the first frame (only of videos)."""
+    """Times of the sampled frames of a video, in seconds after the first frame."""
 
 
 class Usage(BaseModel):
-    """What the request cost: a token is a patch the encoder read."""
+    """Cost of the request; a token is a patch that the encoder read."""
 
     prompt_tokens: int
     total_tokens: int
@@ -110,15 +110,15 @@ class Model(BaseModel):
     """Unix time at which this replica loaded the model."""
     owned_by: str = "rayjepa"
     modality: Literal["image", "video"] = "image"
-    """What the encoder was trained on; each takes the other too."""
+    """What the encoder was trained on; either kind of encoder accepts both."""
     dimensions: int
     """Length of an embedding."""
     num_patches: int
-    """Vectors per image, and per time step of a clip, with `pooling: patches`."""
+    """Vectors of an image, and of each time step of a clip, with `pooling: patches`."""
     image_size: int
-    """Pixels on a side of the encoder's square input."""
+    """Side of the encoder's square input in pixels."""
     frames: int
-    """Frames of a full clip; 1 for an encoder of images."""
+    """Frames of a full clip; 1 for an image encoder."""
     tubelet: int
     """Frames in a time step."""
 

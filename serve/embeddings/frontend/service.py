@@ -1,6 +1,7 @@
-"""From the body of a request to the body of its reply; knows nothing of HTTP or Ray.
+"""Turns the body of a request into the body of its reply, without HTTP or Ray.
 
-Shape legend: B images or clips of a request, D width; a part is one image or clip, see `serve/embeddings/media/loader.py`.
+Shape legend: B images or clips of a request, D width. A part is one image or clip; see
+`serve/embeddings/media/loader.py`.
 """
 
 from __future__ import annotations
@@ -22,27 +23,28 @@ from serve.embeddings.settings import ServeSettings
 from serve.ingress.errors import ApiError, queue_full
 from serve.ingress.json_text import to_json
 
-# Up to here a body is parsed, and a reply formatted, where it stands: a thread would cost more.
+# Up to these sizes a body is parsed and a reply formatted in the event loop: passing it to a thread
+# would cost more.
 _PARSE_INLINE_BYTES = 262_144
 _FORMAT_INLINE_VALUES = 32_768
 
 
 class Admission:
-    """Counts images and videos that are waiting or running, and refuses more than the limits."""
+    """Counts images and videos that wait or are in progress, and refuses more than allowed."""
 
     def __init__(self, limit: int, video_limit: int = 0) -> None:
         self.limit, self.video_limit = limit, video_limit
         self.images = self.videos = 0
 
     def check(self, images: int, videos: int = 0) -> None:
-        """Raises a 429 when that many more do not fit."""
+        """Raises a 429 if so many more would exceed a limit."""
         too_many_videos = videos and self.videos + videos > self.video_limit
         if self.images + images > self.limit or too_many_videos:
             raise queue_full()
 
     @contextmanager
     def hold(self, images: int, videos: int = 0) -> Iterator[None]:
-        """Holds places for as long as the images and videos are in the system."""
+        """Counts images and videos while the block runs; raises as `check`."""
         self.check(images, videos)
         self.images += images
         self.videos += videos
@@ -54,12 +56,12 @@ class Admission:
 
 
 class EmbeddingService:
-    """Parses, decodes, embeds and formats.
+    """Answers embedding requests.
 
     Args:
         settings: the limits.
         card: the model.
-        embed: where pixels become embeddings (a Serve handle, or a plain function in tests).
+        embed: embeds pixels, through a Serve handle or, in tests, directly.
     """
 
     def __init__(self, settings: ServeSettings, card: ModelCard, embed: EmbedFunction) -> None:
@@ -71,10 +73,10 @@ class EmbeddingService:
         self.media = MediaLoader(settings, card, self._threads)
 
     async def answer(self, body: bytes) -> bytes:
-        """Serves one `POST /v1/embeddings`.
+        """Returns the reply's body for the body of one `POST /v1/embeddings`.
 
         Raises:
-            ApiError: with the status and cause.
+            ApiError: with status and cause.
         """
         request = await self._parse(body)
         self._check(request)
@@ -102,7 +104,7 @@ class EmbeddingService:
         return await loop.run_in_executor(self._threads, parse_request, body)
 
     def _check(self, request: EmbeddingRequest) -> None:
-        """The checks that need the model."""
+        """Raises what is wrong with a request, given the model."""
         if request.model is not None:
             self.check_model(request.model)
         if request.modality not in (None, "image", "video"):
@@ -128,9 +130,9 @@ class EmbeddingService:
         return videos
 
     async def _prepare(self, references: list[Reference]) -> list[Item]:
-        """Decodes all items, or raises for the first one at fault, in request order."""
-        # Collected rather than raised at once: no decode may outlive the request that holds its
-        # place in the queue.
+        """Decodes all items; raises for the first one at fault, in the request's order."""
+        # Exceptions are collected and not raised at once, so that no decoding goes on after the
+        # request has given back its place.
         loads = map(self.media.load, references)
         found = await asyncio.gather(*loads, return_exceptions=True)
         for result in found:
@@ -154,15 +156,15 @@ class EmbeddingService:
 
 
 def count_steps(part: Pixels, card: ModelCard) -> int:
-    """Time steps of a part: 1 of an image."""
+    """Returns the time steps of a part; 1 for an image."""
     return len(part) // card.tubelet if part.ndim == 4 else 1
 
 
 async def embed_items(items: list[Item], pooling: Pooling, embed: EmbedFunction) -> list[Floats]:
-    """Embeds the parts of all items, those of one shape in one call, and pools them by item.
+    """Embeds the parts of all items, in one call for each shape, and pools them for each item.
 
     Returns:
-        float32 arrays, one an item: [D] for `mean`, [steps, D] for `per_frame`, [tokens, D] for
+        One float32 array for each item: [D] for `mean`, [steps, D] for `per_frame`, [tokens, D] for
         `patches`.
     """
     parts = [part for item in items for part in item.parts]
@@ -186,7 +188,7 @@ def _pool_parts(parts: list[Pixels], rows: list[Floats], pooling: Pooling) -> Fl
         return rows[0]
     if pooling != "mean":
         return np.concatenate(rows)
-    # By length: the mean over all tokens, as if the parts were one.
+    # Weighted by length, which gives the mean over all tokens as if the parts were one.
     lengths = [len(part) if part.ndim == 4 else 1 for part in parts]
     mean: Floats = np.average(np.stack(rows), axis=0, weights=lengths).astype(np.float32)
     return mean

@@ -1,1 +1,1 @@
-"""Images and videos of a request, fetched and decoded in processes of their own. Imports embeddings' types."""
+"""Fetches and decodes the images and videos of a request. Imports embeddings' types."""

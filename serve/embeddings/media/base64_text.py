@@ -1,4 +1,4 @@
-"""Base64 as clients write it (RFC 4648, RFC 2045, RFC 2397), and what is wrong where it is not."""
+"""Reads base64 and data URIs (RFC 4648, RFC 2045, RFC 2397) and says what is wrong with them."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from contextlib import suppress
 from urllib.parse import unquote
 
 BLANK = " \t\r\n\f\v\ufeff"
-"""What may stand around a text: white space and a byte-order mark."""
+"""Characters that may surround a text: white space and a byte-order mark."""
 
 _BREAKS = re.compile(r"[\t\r\n\f\v]+")
 _STRAY = re.compile(r"[^A-Za-z0-9+/=]")
 
 
 def split_data_uri(text: str) -> tuple[str, str]:
-    """Media type and base64 of a `data:` URI.
+    """Returns the media type and the base64 of a `data:` URI.
 
     Raises:
-        ValueError: it has no such parts; the message says which is missing.
+        ValueError: a part is missing; the message says which.
     """
     head, comma, data = text[len("data:") :].partition(",")
     media_type, *rest = (part.strip() for part in head.split(";"))
@@ -30,10 +30,10 @@ def split_data_uri(text: str) -> tuple[str, str]:
 
 
 def decode(text: str, *, is_uri: bool) -> bytes:
-    """Decodes base64; line breaks do not matter, and percent escapes are undone in a URI.
+    """Decodes base64. Line breaks are ignored, and percent escapes are decoded in a URI.
 
     Raises:
-        ValueError: says what is wrong, as the end of a sentence.
+        ValueError: the message says what is wrong, as the end of a sentence.
     """
     with suppress(ValueError):  # the usual case, without a copy of the text
         return base64.b64decode(text, validate=True)
@@ -55,8 +55,8 @@ def _fault(text: str) -> str:
         return f"goes on behind its padding `=` (character {padding + 1})"
     if len(text) % 4:
         return (
-            f"has {len(text)} characters, not a multiple of 4: its padding `=` is missing, or it was "
-            "cut off"
+            f"has {len(text)} characters, not a multiple of 4: its padding `=` is missing, or it "
+            "was cut off"
         )
     return "has too much padding `=`"
 

@@ -1,4 +1,4 @@
-"""The replica's side of the decoder processes: starts, feeds, times and kills them."""
+"""Decoder processes as seen by the ingress replica, which starts, feeds, times and kills them."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from serve.ingress.errors import ApiError
 HEAD_BYTES = 65_536
 START_TIMEOUT_S = 60.0
 _LENGTH_BYTES = 8
-# Given by the pool; every other code is a reason of the decoder's.
+# Message of `decoder_died`, a code of the pool; the other codes are the decoder's.
 DIED = "the video made the decoder end: it needs more memory than is allowed, or is malformed"
 
 
 class DecoderGone(Exception):
-    """A decoder process ended without a word."""
+    """A decoder process ended without a reply."""
 
 
 @dataclass(frozen=True)
 class SampledVideo:
-    """Frames of a video: uint8 [T, S, S, 3], their times and the whole video's duration."""
+    """Frames of a video, uint8 [T, S, S, 3], with their times and its duration in seconds."""
 
     pixels_THWC: Pixels
     times_s: list[float]
@@ -47,8 +47,8 @@ class Worker:
 
     Args:
         pid: its process id.
-        reader: its messages.
-        writer: to it.
+        reader: reads messages from it.
+        writer: writes messages to it.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Worker:
         """Sends one message.
 
         Raises:
-            DecoderGone: nobody is there.
+            DecoderGone: the process has ended.
         """
         text = json.dumps(head).encode()
         try:
@@ -75,7 +75,7 @@ class Worker:
         """Receives one message.
 
         Raises:
-            DecoderGone: the process ended, or sends what it should not.
+            DecoderGone: the process has ended, or its message is too long or no JSON.
         """
         try:
             lengths = await self._reader.readexactly(_LENGTH_BYTES)
@@ -88,19 +88,22 @@ class Worker:
             raise DecoderGone from error
 
     def end(self) -> None:
-        """Kills the process; one that has ended by itself is not missed."""
+        """Kills the process, unless it has ended by itself."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
         self._writer.close()
 
 
 class DecodePool:
-    """Decodes videos, each in a process of its own, a few at a time.
+    """Decodes videos, a few at a time, each in a process of its own.
 
     Args:
-        processes: how many at a time.
-        memory_mib: what one may allocate.
-        timeout_s: how long one may take.
+        processes: videos at a time.
+        memory_mib: MiB that a process may allocate.
+        timeout_s: seconds that a video may take.
+
+    Attributes:
+        busy: processes that have a job.
     """
 
     def __init__(self, *, processes: int, memory_mib: int, timeout_s: float) -> None:
@@ -115,10 +118,17 @@ class DecodePool:
     async def sample(
         self, video: bytes, job: dict[str, Any], prep: Preprocessing, *, param: str
     ) -> SampledVideo:
-        """Samples the frames of a video; see `serve.embeddings.media.sample_video.ClipRequest` for `job`.
+        """Samples frames of a video.
+
+        Args:
+            video: the file's bytes.
+            job: fields of `serve.embeddings.media.sample_video.ClipRequest`.
+            prep: the transform.
+            param: the video's path in the request, for errors.
 
         Raises:
-            ApiError: 400 with the reason as its code; within `timeout_s` of the decoder's start.
+            ApiError: 400 with the reason as its code, `timeout_s` after the decoder's start at the
+                latest.
         """
         side, most = prep.image_size, job["max_frames"]
         async with self._places:
@@ -140,7 +150,7 @@ class DecodePool:
     async def worker(
         self, kind: str, prep: Preprocessing, job: dict[str, Any], payload: bytes = b""
     ) -> AsyncIterator[Worker]:
-        """A process with its job; killed at the end of the block, whatever ends it."""
+        """Starts a process with a job; it is killed at the end of the block in any case."""
         worker = await self._start()
         self.busy += 1
         try:
@@ -153,16 +163,16 @@ class DecodePool:
             worker.end()
 
     async def warm_up(self) -> None:
-        """Starts the process that the others are forked from, which takes seconds."""
+        """Starts the template process, from which the others are forked; this takes seconds."""
         (await self._start()).end()
 
     async def close(self) -> None:
-        """Ends the template process; workers end with their connections."""
+        """Ends the template process; the workers end when their connections close."""
         self._drop_template()
 
     async def _start(self) -> Worker:
-        """A new process; one whose client leaves meanwhile is started all the same, then ended, so
-        that impatient clients cannot keep the template from ever coming up.
+        """Starts a process. If the client leaves meanwhile, the start goes on and the process is
+        ended after it, so that impatient clients cannot keep the template from ever starting.
         """
         starting = asyncio.ensure_future(self._start_in_turn())
         try:
@@ -202,14 +212,14 @@ class DecodePool:
             reader, writer = await asyncio.open_connection(sock=ours)
         except BaseException:
             ours.close()
-            # An answer that is still to come must not be taken for the next one's.
+            # An answer that is still on its way must not be read as the next one.
             self._drop_template()
             raise
         return Worker(int.from_bytes(answer), reader, writer)
 
     def _start_template(self) -> None:
         ours, theirs = socket.socketpair()
-        # One thread: a fork takes only the calling thread along.
+        # One thread, because a fork has only the thread that called it.
         single = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         paths = os.pathsep.join(path for path in sys.path if path)
         with theirs:
@@ -243,6 +253,6 @@ def _end_unwanted(starting: asyncio.Task[Worker]) -> None:
 
 
 def video_error(head: dict[str, Any], param: str | None) -> ApiError:
-    """The API's error for a decoder's complaint."""
+    """Returns the API error for a decoder's error message."""
     message = f"unusable video: {head['detail']}"
     return ApiError(400, str(head["reason"]), message, param=param)

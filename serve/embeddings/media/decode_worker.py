@@ -1,15 +1,16 @@
-"""Decoder processes: one a video, forked from a process that has everything imported.
+"""Decoder processes: each video is decoded in a fork of a process that has imported everything.
 
-A decoder written in C, fed with anything the internet sends, may loop, crash, or take all memory.
-So every video gets a process of its own with hard limits; the replica kills it at the deadline and
-loses nothing else. A fork of this process is ready in milliseconds, where a new one would import
-for seconds.
+A decoder written in C that is fed with anything from the internet may loop, crash, or take all
+memory. So every video gets a process of its own with hard limits, which the replica can kill at the
+deadline without losing anything else. A fork is ready in milliseconds; the imports of a new process
+take seconds.
 
-    python -m serve.embeddings.media.decode_worker MEMORY_BYTES       standard input is a Unix socket
+    python -m serve.embeddings.media.decode_worker MEMORY_BYTES    (standard input is a Unix socket)
 
-Each byte on that socket brings the end of a socket pair; a fork of ours works on it and its process
-id is the answer. Messages on the pair: lengths of a JSON head and of a payload (two big-endian
-32-bit numbers), head, payload. No pickle: a taken-over decoder must not become a taken-over replica.
+With each byte on that socket comes one end of a socket pair. A fork of this process works on it,
+and the answer is its process id. A message on the pair consists of the lengths of a JSON head and
+of a payload (two big-endian 32-bit numbers), the head and the payload. There is no pickle in it, so
+that whoever takes over a decoder has not taken over the replica.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from serve.embeddings.media.sample_video import ClipRequest, sample_video, uprig
 
 LENGTHS = struct.Struct(">II")
 GRACE_S = 2.0
-"""Left to the replica to kill us before we end by ourselves."""
+"""Seconds after the deadline that the replica has to kill this process before it ends by itself."""
 
 
 class Channel:
@@ -59,7 +60,7 @@ class Channel:
         """Receives one message.
 
         Raises:
-            EOFError: the other end is closed.
+            EOFError: the replica has closed its end.
         """
         text_length, payload_length = LENGTHS.unpack(self._exactly(LENGTHS.size))
         head: dict[str, Any] = json.loads(self._exactly(text_length))
@@ -77,12 +78,12 @@ class Channel:
 
 
 def restrict(memory_bytes: int) -> None:
-    """Takes from this process what a decoder does not need, for good.
+    """Gives up everything that a decoder does not need.
 
-    Address space is limited to what the imports map plus `memory_bytes`. With all descriptors but
-    the first three closed and no more allowed, it can open no file and no connection.
+    Address space is limited to what the imports have mapped plus `memory_bytes`. No descriptors
+    beyond the first three are allowed, so the process cannot open a file or a connection.
     """
-    with contextlib.suppress(OSError):  # should memory run out all the same, take us first
+    with contextlib.suppress(OSError):  # if memory runs out all the same, kill this process first
         Path("/proc/self/oom_score_adj").write_text("1000")
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + memory_bytes
@@ -96,17 +97,17 @@ def restrict(memory_bytes: int) -> None:
 
 
 def set_deadline(seconds: float, running: bool = True) -> None:
-    """Ends this process after that time, in whatever loop it is (the default action of SIGALRM).
+    """Ends this process after some time, whatever it does then (the default action of SIGALRM).
 
     Args:
-        seconds: from now on.
-        running: False stops the clock.
+        seconds: time from now on.
+        running: False takes the deadline back.
     """
     signal.setitimer(signal.ITIMER_REAL, seconds + GRACE_S if running else 0)
 
 
 def work(channel: Channel) -> None:
-    """Does the one job that comes through the channel."""
+    """Does the one job that is sent through the channel."""
     head, payload = channel.receive()
     set_deadline(head["timeout_s"])
     prep = Preprocessing(**head["prep"])
@@ -124,15 +125,13 @@ def work(channel: Channel) -> None:
     except MemoryError:
         channel.send({"reason": "too_much_memory", "detail": "decoding needs more than is allowed"})
     except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
-        # A hostile file may make any value absurd; none of them is the replica's fault.
+        # A hostile file can make any value absurd; all of that is the file's fault.
         detail = f"{type(error).__name__}: {error}"
         channel.send({"reason": "decode_error", "detail": detail})
 
 
 def import_everything() -> None:
-    """PyAV, Pillow and NumPy import parts of themselves on first use, when a worker may no longer
-    open files.
-    """
+    """Imports what PyAV, Pillow and NumPy import on first use; workers cannot open files."""
     prep = Preprocessing(image_size=2, mean=(0.0,) * 3, std=(1.0,) * 3)
     upright_pixels(np.zeros((3, 5, 3), np.uint8), 1, Fraction(2), prep)
     for module in pkgutil.walk_packages(av.__path__, "av."):
@@ -149,12 +148,12 @@ def _become_worker(descriptor: int, memory_bytes: int) -> None:
 
 
 def main() -> None:
-    """Forks a worker for every socket that comes, until the replica is gone."""
+    """Forks a worker for every socket that comes, until the replica has ended."""
     memory_bytes = int(sys.argv[1])
     import_everything()
-    av.logging.set_level(None)  # a hostile file could fill the log
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel buries our children
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's; the replica decides
+    av.logging.set_level(None)  # or a hostile file could fill the log
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel then reaps our children
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the replica, which decides
     control = socket.socket(fileno=os.dup(0))
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, 1, 1)

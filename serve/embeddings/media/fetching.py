@@ -1,9 +1,9 @@
-"""Fetches images and videos by URL without becoming a way into the network the server stands in.
+"""Fetches images and videos by URL, without giving clients access to the server's own network.
 
-Off unless hosts are allowed. Every hop of every fetch: scheme, host and port are checked against
-the allow list, the name is resolved once, every address it resolves to must be public (unless the
-rule says `private:`), and the connection goes to the address that was checked, so that a second
-look-up cannot change the answer.
+Nothing is fetched unless hosts are allowed. For each fetch and each redirect, scheme, host and port
+are checked against the allow list. The name is resolved once, every address must be public (unless
+the rule says `private:`), and the connection goes to the address that was checked, so that a second
+look-up cannot change it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from serve.ingress.errors import ApiError
 
 MAX_REDIRECTS = 3
 _DEFAULT_PORTS = {"http": 80, "https": 443}
-# Public by the registry, but they carry an IPv4 address that may not be.
+# Public networks whose addresses contain an IPv4 address that may be private.
 _TUNNELS = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "2002::/16", "2001::/32")))
 
 
@@ -46,7 +46,7 @@ class HostRule:
         return cls(text.strip("[]"), None, private)
 
     def allows(self, host: str, port: int) -> bool:
-        """Whether this rule covers a host and port."""
+        """Returns whether this rule allows a host and port."""
         if port != self.port and (self.port is not None or port not in _DEFAULT_PORTS.values()):
             return False
         if self.host == "*":
@@ -55,7 +55,7 @@ class HostRule:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address belongs to the public internet, seen through IPv4-mapped IPv6."""
+    """Returns whether an IP address is public; an IPv4-mapped one counts as its IPv4 address."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         if any(ip in network for network in _TUNNELS):
@@ -69,9 +69,9 @@ class ImageFetcher:
 
     Args:
         allow_hosts: entries of `ServeSettings.allow_hosts`.
-        max_bytes: refuse longer images.
-        max_video_bytes: refuse longer videos; None is `max_bytes`.
-        timeout_s: seconds for one fetch, redirects included.
+        max_bytes: bytes of an image at most.
+        max_video_bytes: bytes of a video at most; None means `max_bytes`.
+        timeout_s: seconds for one fetch with its redirects.
     """
 
     def __init__(
@@ -85,8 +85,8 @@ class ImageFetcher:
         self._rules = [HostRule.parse(text) for text in allow_hosts]
         self._max_bytes = {"image": max_bytes, "video": max_video_bytes or max_bytes}
         self._timeout_s = timeout_s
-        # A proxy from the environment would resolve names again, unchecked. A kept connection is
-        # known by its address alone and would carry a request for another name of that address.
+        # A proxy from the environment would resolve names again, unchecked. Connections are not
+        # kept, because they are found by address and could carry a request for another name there.
         self._client = httpx.AsyncClient(
             trust_env=False,
             follow_redirects=False,
@@ -95,10 +95,10 @@ class ImageFetcher:
         )
 
     async def fetch(self, reference: Reference) -> bytes:
-        """Returns the body.
+        """Returns the bytes behind a URL.
 
         Raises:
-            ApiError: 400 for a URL that is not allowed or does not deliver, 413 for a body that
+            ApiError: 400 if the URL is not allowed or its server does not deliver, 413 if the body
                 is too long.
         """
         try:
@@ -111,11 +111,11 @@ class ImageFetcher:
             raise _failed(reference, error) from error
 
     async def stream(self, reference: Reference) -> AsyncGenerator[bytes, None]:
-        """Yields the bytes of a body that need not end.
+        """Yields the bytes behind a URL as they come; they need not end.
 
         Raises:
-            ApiError: as `fetch`, but there is no limit on bytes, and the time limit is for each
-                wait for the source.
+            ApiError: as `fetch`, but bytes are not limited, and the time limit holds for each wait
+                for the source.
         """
         try:
             async with self._opened(reference) as response:
@@ -136,7 +136,7 @@ class ImageFetcher:
 
     @asynccontextmanager
     async def _opened(self, reference: Reference) -> AsyncIterator[httpx.Response]:
-        """The reply that a URL and its redirects lead to, its body not yet read."""
+        """Follows redirects and yields the final reply, whose body is not read yet."""
         url = reference.text
         for _ in range(MAX_REDIRECTS + 1):
             request = await self._checked_request(url, reference)
@@ -146,7 +146,7 @@ class ImageFetcher:
                     _check_head(response, reference)
                     yield response
                     return
-                # The request went to an address; a relative Location is relative to the name.
+                # The request went to an address, but a relative Location refers to the name.
                 url = urljoin(url, response.headers["location"])
             finally:
                 await response.aclose()
@@ -172,7 +172,7 @@ class ImageFetcher:
             headers={
                 "Host": shown if is_default else f"{shown}:{port}",
                 "Accept": f"{reference.kind}/*",
-                # A compressed body would slip past the byte limit.
+                # A compressed body could exceed the byte limit once it is decompressed.
                 "Accept-Encoding": "identity",
                 "User-Agent": "rayjepa",
             },
@@ -193,7 +193,7 @@ class ImageFetcher:
 
 
 def _check_head(response: httpx.Response, reference: Reference) -> None:
-    """Raises a 400 for a reply without a plain body."""
+    """Raises a 400 for a reply that has no uncompressed body."""
     problem = ""
     if response.status_code != 200:
         problem = f"answered {response.status_code}"
@@ -210,7 +210,7 @@ def _failed(reference: Reference, error: Exception) -> ApiError:
 
 
 def _split(url: str, param: str) -> tuple[SplitResult, str, int]:
-    """Scheme-checked parts, lower-case host without a trailing dot, and port of a URL."""
+    """Checks a URL and returns its parts, its host in lower case without last dot, and its port."""
     try:
         parts = urlsplit(url)
         host = (parts.hostname or "").lower().rstrip(".").encode("idna").decode("ascii")
@@ -227,7 +227,7 @@ def _split(url: str, param: str) -> tuple[SplitResult, str, int]:
 
 
 async def _resolve(host: str, port: int, *, private: bool, param: str) -> str:
-    """One address of a host, after checking all of them."""
+    """Returns one address of a host, after checking all of them."""
     loop = asyncio.get_running_loop()
     try:
         found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)

@@ -1,8 +1,7 @@
-"""The shapes of `input` that embedding clients send, and images out of them.
+"""Reads `input` of an embedding request in all forms that clients send.
 
-OpenAI strings and lists, infinity's and Jina's objects, and OpenAI's content parts come down to a
-list of references (text that is a URL or encodes bytes), each with the path that error messages
-name it by.
+OpenAI's strings, lists and content parts, and the objects of infinity and Jina, become a list of
+references. A reference is a URL or base64, with its path in the request for error messages.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ Kind = Literal["image", "video"]
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Which frames of a video to take: `fps` of them a second, or evenly a model's worth."""
+    """Which frames of a video to take: `fps` a second, or evenly as many as the model takes."""
 
     fps: float | None = None
     start_s: float = 0.0
@@ -54,13 +53,13 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Reference:
-    """One image or video as the client named it.
+    """One image or video of a request.
 
     Attributes:
         param: path of the item in the request, for error messages.
-        text: a URL, or base64 with or without a data URI's head.
-        is_url: which of the two.
-        sampling: of a video; None for an image.
+        text: a URL, a data URI or base64.
+        is_url: whether the text is a URL.
+        sampling: which frames of a video to take; None for an image.
     """
 
     param: str
@@ -70,7 +69,7 @@ class Reference:
 
     @property
     def kind(self) -> Kind:
-        """Which of the two."""
+        """Whether it is an image or a video."""
         return "image" if self.sampling is None else "video"
 
 
@@ -78,12 +77,12 @@ def parse_input(value: Any, *, max_items: int, default: Kind = "image") -> list[
     """Turns `input` into references, in order.
 
     Args:
-        value: of the request.
-        max_items: in one request.
-        default: what an item is that does not say (bare strings, `url`, `bytes`).
+        value: the request's `input`.
+        max_items: items at most.
+        default: kind of items that do not say it (bare strings, `url`, `bytes`).
 
     Raises:
-        ApiError: 400, naming the first item at fault.
+        ApiError: 400, which names the first item at fault.
     """
     items = value if isinstance(value, list) else [value]
     if not items:
@@ -131,14 +130,14 @@ def _object_reference(item: dict[str, Any], param: str, default: Kind) -> Refere
     is_video = is_video or (key if is_named else default) == "video"
     _only_keys(item, {key, *_SAMPLING} if is_video else {key}, param)
     is_url = key == "url" or (is_named and _URL.match(text) is not None)
-    # A data URI under "url" is inline data all the same.
+    # A data URI may stand under `url`, too.
     is_url = is_url and _DATA_URI.match(text) is None
     sampling = parse_sampling(item, param) if is_video else None
     return Reference(f"{param}.{key}", text, is_url, sampling)
 
 
 def parse_sampling(item: dict[str, Any], param: str) -> Sampling:
-    """Reads `fps`, `start_s` and `end_s` of a video; null is as good as absent.
+    """Reads `fps`, `start_s` and `end_s` of a video; `null` means absent.
 
     Raises:
         ApiError: 400 for a value that makes no sense.
@@ -172,7 +171,7 @@ def _content_reference(item: dict[str, Any], param: str, default: Kind) -> Refer
 
 
 def _part_reference(part: dict[str, Any], param: str, key: str) -> Reference:
-    """A content part: `key` is image_url or video_url."""
+    """Reads a content part; `key` is `image_url` or `video_url`."""
     is_video = key == "video_url"
     _only_keys(part, {"type", key, *_SAMPLING} if is_video else {"type", key}, param)
     if part.get("type", key) != key:
@@ -189,7 +188,7 @@ def _part_reference(part: dict[str, Any], param: str, key: str) -> Reference:
 
 
 def _given(item: dict[str, Any]) -> dict[str, Any]:
-    """What an object says; `null` is as good as absent."""
+    """Returns an object without the fields that are `null`."""
     return {key: value for key, value in item.items() if value is not None}
 
 
@@ -213,10 +212,10 @@ def _wrong_modality(got: str, param: str) -> ApiError:
 
 
 def decode_base64(reference: Reference, *, max_bytes: int) -> bytes:
-    """Bytes of an inline image or video: a base64 data URI or bare base64.
+    """Returns the bytes of an image or video that is sent as a data URI or bare base64.
 
     Raises:
-        ApiError: 400 for anything malformed, 413 for more than `max_bytes`.
+        ApiError: 400 if the text is malformed, 413 for more than `max_bytes`.
     """
     text, is_uri = reference.text, _DATA_URI.match(reference.text) is not None
     try:
@@ -248,7 +247,7 @@ def _check_media_type(media_type: str, reference: Reference) -> None:
 
 
 def too_large(reference: Reference, max_bytes: int) -> ApiError:
-    """413 for one image or video."""
+    """Returns the 413 for an image or video that is too long."""
     message = f"the {reference.kind} has more than {max_bytes} encoded bytes"
     return ApiError(413, f"{reference.kind}_too_large", message, param=reference.param)
 
@@ -256,7 +255,7 @@ def too_large(reference: Reference, max_bytes: int) -> ApiError:
 def to_pixels(
     data: bytes, prep: Preprocessing, *, max_pixels: int, param: str
 ) -> npt.NDArray[np.uint8]:
-    """Decodes and transforms one image exactly as evaluation and batch embedding do.
+    """Decodes and transforms one image as evaluation and batch embedding do.
 
     Returns:
         uint8 [H, W, 3] with H = W = `prep.image_size`.

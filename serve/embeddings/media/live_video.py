@@ -1,7 +1,8 @@
-"""A live container (MPEG-TS, Matroska or WebM, fragmented MP4) to transformed frames as they come.
+"""Decodes a live container (MPEG-TS, Matroska, WebM, fragmented MP4) and transforms its frames.
 
-Runs in a decoder process (`serve/embeddings/media/decode_worker.py`). Bytes are asked for when the demuxer wants
-them, so the replica knows at every moment whether it waits for the source or for us.
+This runs in a decoder process (`serve/embeddings/media/decode_worker.py`). It asks the replica for
+bytes whenever the demuxer needs some, so the replica always knows whether it waits for the source
+or for the decoder.
 """
 
 from __future__ import annotations
@@ -18,18 +19,19 @@ from models.media.video.video_reader import FrameReader
 from models.media.videos import RgbConverter
 from serve.embeddings.media.sample_video import CODECS, upright_pixels
 
-# No playlists, and nothing that needs the end of a file first.
+# Without playlists, and without formats that need the end of a file first.
 CONTAINERS = "mpegts,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2"
-PROBE_BYTES = 1_000_000  # to find the streams; five million by default, seconds of a live source
-MAX_GAP_S = 5.0  # a time further back begins a new timeline, with a key frame or without
+PROBE_BYTES = 1_000_000  # to find the streams; the default, 5 million, is seconds of a live source
+MAX_GAP_S = 5.0  # a time further back begins a new timeline, even without a key frame
 TS_SYNC, TS_SIZES = 0x47, (188, 192, 204)
 LAST_BYTES = 20 * max(TS_SIZES)
-# Behind the last packet, before they count as unreadable: room for an index, and a share of the whole.
+# Bytes after the last packet up to which they may be an index: a number, or a share of the whole.
+# More of them count as unreadable.
 TAIL_BYTES, TAIL_SHARE = 4096, 50
 
 
 class Channel(Protocol):
-    """What `serve.embeddings.media.decode_worker.Channel` is."""
+    """The interface of `serve.embeddings.media.decode_worker.Channel`."""
 
     def send(self, head: dict[str, Any], payload: bytes | memoryview = b"") -> None:
         """Sends one message."""
@@ -39,15 +41,15 @@ class Channel(Protocol):
 
 
 class AskedFile:
-    """A file, read from front to back, whose bytes come from the replica.
+    """A file that is read from front to back and whose bytes come from the replica.
 
     Args:
-        channel: to the replica.
-        clock: called with False before each wait for the source, which is not our time, and with
-            True after it.
+        channel: leads to the replica.
+        clock: called with False before each wait for the source, which must not count as our time,
+            and with True after it.
 
     Attributes:
-        received: bytes that came.
+        received: bytes that have come.
     """
 
     def __init__(self, channel: Channel, clock: Callable[[bool], None]) -> None:
@@ -58,7 +60,7 @@ class AskedFile:
         self.received = 0
 
     def read(self, size: int = -1) -> bytes:
-        """Returns at least one byte, or none at the end."""
+        """Returns one byte or more, or none at the end."""
         if not self._held and not self._ended:
             self._channel.send({"need": True})
             self._clock(False)
@@ -73,7 +75,7 @@ class AskedFile:
 
     @property
     def ends_in_transport(self) -> bool:
-        """Whether the last bytes are packets of MPEG-TS, which may be empty ones."""
+        """Whether the last bytes are MPEG-TS packets, which may be empty."""
         return any(
             set(self._last[first::size]) == {TS_SYNC}
             for size in TS_SIZES
@@ -88,16 +90,16 @@ def decode_stream(
     clock: Callable[[bool], None],
     max_pixels: int,
 ) -> None:
-    """Sends {"time_s": seconds since the first frame} with uint8 [S, S, 3] for every frame.
+    """Sends {"time_s": seconds since the first frame} and uint8 [S, S, 3] for every frame.
 
     Args:
-        channel: to the replica.
+        channel: leads to the replica.
         prep: the transform.
         clock: see `AskedFile`.
-        max_pixels: refuse larger frames.
+        max_pixels: pixels of a frame at most.
 
     Raises:
-        VideoError: with the reason; `decode_error` also at the end of what cannot be read on.
+        VideoError: with the reason; `decode_error` also where the container cannot be read further.
     """
     options = {"format_whitelist": CONTAINERS, "probesize": str(PROBE_BYTES)}
     file = AskedFile(channel, clock)
@@ -122,7 +124,7 @@ def decode_stream(
 
 
 class _Positioned:
-    """A container that knows up to which byte it gave packets, for a `FrameReader`."""
+    """A container for `FrameReader` that remembers the end of its last packet in bytes."""
 
     def __init__(self, container: Any) -> None:
         self.format, self.streams, self.duration = container.format, container.streams, None
@@ -139,9 +141,9 @@ class _Positioned:
 
 
 def _check_end(reader: FrameReader, file: AskedFile, reached: int) -> None:
-    """Tells a stream that could not be read on from one that ended, maybe in mid-packet.
+    """Raises if the stream could not be read further, and not if it ended, even within a packet.
 
-    Most demuxers take bytes that are none of theirs for the end.
+    Most demuxers report foreign bytes as the end, so what follows the last packet is examined.
 
     Raises:
         VideoError: `decode_error`.
@@ -151,7 +153,7 @@ def _check_end(reader: FrameReader, file: AskedFile, reached: int) -> None:
         tail = file.received - reached
         if tail > room and not file.ends_in_transport:
             why = f"its last {tail} bytes hold no picture and no sound"
-        elif not file.read(LAST_BYTES):  # the demuxer may have left some
+        elif not file.read(LAST_BYTES):  # the demuxer may have left some bytes unread
             return
     detail = f"the container cannot be read on, front to back: {why}"
     raise VideoError("decode_error", detail)

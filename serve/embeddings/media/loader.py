@@ -1,4 +1,4 @@
-"""Images and videos of a request to the pixels that the encoder takes.
+"""Fetches and decodes the images and videos of a request to the pixels that the encoder takes.
 
 Shape legend: T frames, H height, W width, C channels; H = W = the model's image size.
 """
@@ -30,8 +30,8 @@ class Item:
     """One image or video, decoded.
 
     Attributes:
-        parts: what the encoder takes at a time: images [H, W, C] or clips [T, H, W, C].
-        times_s: of the sampled frames of a video; None for an image.
+        parts: inputs of the encoder, images [H, W, C] or clips [T, H, W, C].
+        times_s: times of a video's sampled frames; None for an image.
     """
 
     parts: list[Pixels]
@@ -39,12 +39,12 @@ class Item:
 
 
 class MediaLoader:
-    """Fetches and decodes; images in threads, videos in processes.
+    """Fetches items, and decodes images in threads and videos in processes.
 
     Args:
         settings: the limits.
         card: the model.
-        threads: decode here.
+        threads: threads that decode images.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class MediaLoader:
         """Returns the pixels of one item.
 
         Raises:
-            ApiError: what is wrong with it.
+            ApiError: the item cannot be fetched or decoded.
         """
         if reference.sampling is None:
             return Item([await self._image(reference)])
@@ -126,10 +126,10 @@ class MediaLoader:
 
 
 def to_parts(pixels_THWC: Pixels, card: ModelCard) -> list[Pixels]:
-    """Frames of a video as the encoder takes them, in order.
+    """Divides the frames of a video into inputs of the encoder, in order.
 
-    An encoder of images gets every frame by itself. One of clips gets clips of its length; the last
-    may be shorter, its last frame repeated up to a whole time step.
+    An image encoder gets every frame separately. A video encoder gets clips of its length; the last
+    clip may be shorter, with its last frame repeated up to a whole time step.
     """
     if card.frames == 1:
         return list(pixels_THWC)

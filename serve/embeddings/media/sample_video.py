@@ -1,6 +1,7 @@
-"""Frames of a client's video at chosen times, as the encoder wants them.
+"""Samples frames of a client's video at chosen times, transformed for the encoder.
 
-Runs in a decoder process (`serve/embeddings/media/decode_worker.py`): nothing here need survive a hostile file.
+This runs in a decoder process (`serve/embeddings/media/decode_worker.py`), so a hostile file may
+crash it.
 
 Shape legend: T sampled frames, S side of the encoder's square input, 3 = RGB.
 """
@@ -23,48 +24,48 @@ from models.media.preprocessing import Preprocessing, eval_transform
 from models.media.video.indexed_video import IndexedVideo
 from models.media.videos import RgbConverter, VideoError, declared_seconds, open_video
 
-# What cameras, phones, browsers and editors write. FFmpeg has hundreds of other decoders, some of
-# them little tested.
+# Codecs that cameras, phones, browsers and editors write. FFmpeg has hundreds of other decoders,
+# some of which are little tested.
 CODECS = (
     frozenset(("h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "libvpx", "libvpx-vp9", "gif"))
     | frozenset(("mpeg4", "msmpeg4", "h263", "mpeg2video", "mpeg1video", "mjpeg", "png"))
     | frozenset(("prores", "theora", "ffv1"))
 )
-SHORTFALL_S = 0.5  # missing at the end of what the header says that counts as truncated
-TIME_SLACK_S = 1e-4  # a frame at 0.1 s as its container rounds it is the frame at 0.1 s
+SHORTFALL_S = 0.5  # a video shorter than its header says by more than this is truncated
+TIME_SLACK_S = 1e-4  # containers round the times of frames
 
 U8 = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipRequest:
-    """Which frames of a video to take, and what it may cost."""
+    """Which frames of a video to take, and the limits."""
 
     frames: int
-    """How many, evenly over the range, when no `fps` is given."""
+    """Frames to take evenly over the range if there is no `fps`."""
     fps: float | None = None
-    """Take frames at this rate instead."""
+    """Frames to take in each second instead."""
     start_s: float = 0.0
-    """Start of the range, seconds after the first frame."""
+    """Start of the range in seconds after the first frame."""
     end_s: float | None = None
-    """End of the range; None is the video's."""
+    """End of the range; None means the video's end."""
     max_frames: int
-    """Refuse to sample more."""
+    """Frames to sample at most."""
     max_source_frames: int
-    """Refuse a video that holds more."""
+    """Frames that the file may hold at most."""
     max_pixels: int
-    """Refuse larger frames."""
+    """Pixels of a frame at most."""
     max_s: float
-    """Refuse a longer video."""
+    """Seconds that the video may last at most."""
 
 
 def sample_video(
     video: bytes, request: ClipRequest, prep: Preprocessing
 ) -> tuple[U8, list[float], float]:
-    """Decodes and transforms the frames a request asks for, each as it comes.
+    """Decodes and transforms the frames that a request asks for.
 
     Returns:
-        uint8 [T, S, S, 3], the time of each of them, and the video's duration, both in seconds.
+        uint8 [T, S, S, 3], the time of each frame, and the video's duration, both in seconds.
 
     Raises:
         VideoError: with the reason.
@@ -85,8 +86,7 @@ def sample_video(
 
 
 def sample_times(duration_s: float, request: ClipRequest) -> list[float]:
-    """Times to take frames at: the middles of equal parts of the range, or a constant rate from
-    its start.
+    """Returns the times of the frames: middles of equal parts of the range, or at a constant rate.
 
     Raises:
         VideoError: `no_such_time`, `too_many_frames`.
@@ -105,10 +105,10 @@ def sample_times(duration_s: float, request: ClipRequest) -> list[float]:
 
 
 def read_index(container: Any, stream: av.VideoStream, request: ClipRequest) -> IndexedVideo:
-    """Numbers the frames of an open video.
+    """Indexes the frames of an open video.
 
     Raises:
-        VideoError: a limit is passed, or the file ends before its header says.
+        VideoError: a limit is exceeded, or the file ends earlier than its header says.
     """
     if stream.codec_context.name not in CODECS:
         raise VideoError("unsupported_codec", f"{stream.codec_context.name} is not decoded")
@@ -128,7 +128,7 @@ def read_index(container: Any, stream: av.VideoStream, request: ClipRequest) -> 
 
 
 def upright_pixels(frame_HW3: U8, rotation: int, aspect: Fraction, prep: Preprocessing) -> U8:
-    """A decoded frame as a player shows it, by the transform of evaluation: uint8 [S, S, 3]."""
+    """Turns a decoded frame upright and applies evaluation's transform: uint8 [S, S, 3]."""
     image = Image.fromarray(frame_HW3)
     if aspect != 1:
         image = image.resize((max(round(image.width * aspect), 1), image.height))

@@ -1,1 +1,1 @@
-"""The encoder replica: pixels in, embeddings out, in dynamic batches. Imports embeddings' types."""
+"""The embedder: the forward pass in dynamic batches. Imports embeddings' types."""

@@ -1,8 +1,8 @@
-"""Dynamic batching that never makes an idle model wait for long nor splits what is queued.
+"""Dynamic batching: a batch is closed only when the model is free to run it.
 
-Ray's `@serve.batch` closes a batch `batch_wait_timeout_s` after its first item even while the model
-is still busy with the previous one, so that a loaded server queues many small batches. Here a batch
-is closed only when the model is free to run it: the busier the model, the fuller its batches.
+So the batches grow with the load. Ray's `@serve.batch` closes a batch `batch_wait_timeout_s` after
+its first item, even while the model still runs the previous one, so that many small batches queue
+up under load; benchmarks/serving/batching.py compares the two.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class _Waiting(Generic[Item, Result]):
 
 
 class Batcher(Generic[Item, Result]):
-    """Runs single items through a function of lists, one batch at a time.
+    """Collects single items into batches and runs one batch at a time.
 
     Args:
         run: maps a list of items to the list of their results.
-        batch_size: items in one call at most.
-        max_wait_s: how long an idle `run` waits for more items after the first.
+        batch_size: items in one batch at most.
+        max_wait_s: seconds to wait for more items after the first, while `run` is idle.
     """
 
     def __init__(
@@ -45,10 +45,10 @@ class Batcher(Generic[Item, Result]):
         self._task = asyncio.get_running_loop().create_task(self._loop())
 
     async def submit(self, item: Item) -> Result:
-        """Queues an item and returns its result; cancelled before its batch starts, it is dropped.
+        """Queues an item and returns its result; if cancelled before its batch, it is not run.
 
         Raises:
-            Exception: whatever `run` raised for the batch.
+            Exception: what `run` raised for the batch.
         """
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._queue.put_nowait(_Waiting(item, future))

@@ -1,4 +1,4 @@
-"""The encoder replica: pixels in, embeddings out, in dynamic batches.
+"""The embedder's replica: turns pixels into embeddings in dynamic batches.
 
 Shape legend: B images or clips of a batch, T frames, H height, W width, C channels, N tokens (time
 first), S time steps, D width.
@@ -24,14 +24,14 @@ from serve.embeddings.settings import ServeSettings
 from serve.telemetry import BATCH_BUCKETS, LATENCY_BUCKETS_S, Reporter
 
 STUCK_AFTER_S = 300.0
-"""A forward pass that takes longer than this makes the health check fail and Serve restart us."""
+"""Seconds of one forward pass after which the health check fails and Serve restarts the replica."""
 
 
 class Encoder:
-    """An exported encoder, ready to run on batches of pixels.
+    """An exported encoder that runs on batches of pixels.
 
     Args:
-        settings: artifact, device, type and threads.
+        settings: the artifact, its device and its dtype.
     """
 
     def __init__(self, settings: ServeSettings) -> None:
@@ -62,7 +62,7 @@ class Encoder:
         results: dict[int, Floats] = {}
         for indices in alike.values():
             tokens_BND = self._tokens(np.stack([items[index][0] for index in indices]))
-            # Pooled for the whole batch at once, where it is.
+            # Pooled on the device, for the whole batch at once.
             B, _, D = tokens_BND.shape
             steps_BSD = tokens_BND.reshape(B, -1, self.num_patches, D).mean(dim=2).cpu().numpy()
             mean_BD = tokens_BND.mean(dim=1).cpu().numpy()
@@ -75,7 +75,7 @@ class Encoder:
         return [results[index] for index in range(len(items))]
 
     def _tokens(self, pixels: Pixels) -> torch.Tensor:
-        """[B, H, W, C] or [B, T, H, W, C] to tokens [B, N, D] in float32."""
+        """Encodes uint8 [B, H, W, C] or [B, T, H, W, C] to float32 tokens [B, N, D]."""
         channels_first = torch.from_numpy(pixels).to(self._device).movedim(-1, 1)
         prep = self.preprocessing
         normalized = normalize(channels_first, prep.mean, prep.std).to(self._dtype)
@@ -86,9 +86,9 @@ class Encoder:
 class Embedder:
     """Serve deployment around an `Encoder`.
 
-    The forward pass runs in one thread of its own, so that requests are received and health checks
-    answered meanwhile. Only decoded pixels of the right shape get here: an image that cannot be
-    decoded never joins a batch, and so cannot spoil one.
+    The forward pass runs in a thread of its own, so that requests and health checks are answered
+    meanwhile. Requests hold decoded pixels of the right shape: an image that cannot be decoded
+    fails in the ingress, and no batch fails because of it.
 
     Args:
         settings: see `ServeSettings`.
@@ -116,11 +116,11 @@ class Embedder:
         )
 
     async def describe(self) -> ModelCard:
-        """What is served here."""
+        """Returns what ingress replicas know about the model."""
         return self._card
 
     async def embed(self, pixels: Pixels, pooling: Pooling) -> Floats:
-        """Embeds the images or clips of one request, together with those of others.
+        """Embeds the images or clips of one request, in batches with those of other requests.
 
         Args:
             pixels: uint8 [B, H, W, C], or [B, T, H, W, C] with T a multiple of the tubelet up to
@@ -137,7 +137,7 @@ class Embedder:
         """Called by Serve every few seconds.
 
         Raises:
-            RuntimeError: the forward pass hangs.
+            RuntimeError: a forward pass takes too long.
         """
         if self._busy_since is not None and time.monotonic() - self._busy_since > STUCK_AFTER_S:
             raise RuntimeError(f"a forward pass has been running for over {STUCK_AFTER_S:.0f} s")
@@ -154,9 +154,9 @@ class Embedder:
             self._images.inc(len(items))
 
     def _warm_up(self, batch_size: int) -> None:
-        """Runs both ends of the batch sizes once, so that no request pays for first-time set-up.
+        """Runs the largest and the smallest batch, so that no request waits for first-time set-up.
 
-        Of clips only one: a full batch of them may take minutes on CPUs.
+        For clips it runs only one clip, because a full batch may take minutes on CPUs.
         """
         size, frames = self._card.preprocessing.image_size, self._card.frames
         pixels = np.zeros((size, size, 3), np.uint8)

@@ -1,1 +1,1 @@
-"""Live streams over a WebSocket: messages, the bounded frame queue, the rolling window. Imports media."""
+"""Live streams over a WebSocket: messages, queues and windows of frames. Imports media."""

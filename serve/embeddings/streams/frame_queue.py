@@ -1,4 +1,4 @@
-"""The bounded queue between a live source, which cannot wait, and the encoder, which may have to."""
+"""A bounded queue of frames from a live source, which cannot wait for the encoder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 from serve.embeddings.contract import Pixels
 
 QUEUE_BYTES = 8_388_608
-"""Held for one stream at most, if its frames are large."""
+"""Bytes of frames that may wait in one stream at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,9 +18,9 @@ class Frame:
     """One frame of a stream.
 
     Attributes:
-        number: counts all frames of the source that were not skipped, dropped ones too.
-        time_s: in the source's time.
-        arrived_s: when it came, by the event loop's clock.
+        number: position among the source's frames, without skipped but with dropped ones.
+        time_s: seconds in the source's time.
+        arrived_s: when the frame arrived, by the event loop's clock.
         content: an encoded picture, or pixels [H, W, C] of the model's size.
     """
 
@@ -31,17 +31,22 @@ class Frame:
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """Size in bytes."""
         return len(self.content) if isinstance(self.content, bytes) else self.content.nbytes
 
 
 class FrameQueue:
-    """Frames in order; when it is full, one is dropped and counted.
+    """Frames in order of arrival; if it is full, one frame is dropped and counted.
 
     Args:
-        size: frames held at most.
-        drop: which one goes.
-        fps: skip frames that come sooner than this rate allows, by their own times.
+        size: frames that may wait at most.
+        drop: which frame to drop.
+        fps: skip frames whose times follow one another faster than this rate; None skips none.
+
+    Attributes:
+        received: frames that came and were not skipped.
+        dropped: how many of these were dropped.
+        skipped: frames that came too soon.
     """
 
     def __init__(self, size: int, drop: Literal["oldest", "newest"], fps: float | None) -> None:
@@ -55,7 +60,7 @@ class FrameQueue:
         self.received = self.dropped = self.skipped = 0
 
     def put(self, time_s: float, arrived_s: float, content: bytes | Pixels) -> None:
-        """Takes a frame, or does not."""
+        """Adds a frame, unless it comes too soon or is the one to drop."""
         if self._is_too_soon(time_s):
             self.skipped += 1
             return
@@ -71,12 +76,12 @@ class FrameQueue:
         self._changed.set()
 
     def close(self) -> None:
-        """No more frames will come."""
+        """Says that no more frames will come."""
         self._closed = True
         self._changed.set()
 
     async def get(self) -> Frame | None:
-        """The next frame; None at the end."""
+        """Waits for the next frame and returns it; None at the end."""
         while not self._frames:
             if self._closed:
                 return None

@@ -1,6 +1,6 @@
-"""Messages of `/v1/streams`: what a client may say, and what it is told.
+"""Messages that a client may send on `/v1/streams`.
 
-Text messages are JSON objects with a `type`; binary ones are frames, or pieces of a container.
+Text messages are JSON objects with a `type`. Binary messages are frames or pieces of a container.
 """
 
 from __future__ import annotations
@@ -27,37 +27,38 @@ class StreamStart(OutputOptions):
     model: str | None = None
     """A name from `GET /v1/models`; may be left out."""
     source: Literal["frames", "container"] = "frames"
-    """What binary messages are: whole JPEG, PNG or WebP pictures, or the bytes of one MPEG-TS,
-    Matroska, WebM or fragmented MP4, cut anywhere."""
+    """Content of binary messages: a whole JPEG, PNG or WebP picture each, or the bytes of one
+    MPEG-TS, Matroska, WebM or fragmented MP4 container, divided anywhere."""
     url: str | None = None
-    """An http(s) address of such a container, which the server opens; there are no binary messages
-    then."""
+    """The http(s) URL of such a container, for the server to open; the client then sends no binary
+    messages."""
     every: int | None = Field(None, ge=1)
-    """Frames from one embedding to the next; half a window by default."""
+    """Number of frames from one embedding to the next; half a window by default."""
     fps: float | None = Field(None, gt=0, le=MAX_FPS, allow_inf_nan=False)
-    """Use at most this many frames a second of the source's time and skip the others."""
+    """Frames to use for each second of the source's time at most; the others are skipped."""
     timestamps: bool = False
-    """Each picture is preceded by its time: eight bytes, a little-endian double, in seconds.
-    Otherwise its time is that of its arrival."""
+    """Whether the time precedes each picture, in seconds as a little-endian double of eight bytes.
+    Otherwise the time of arrival is used."""
     queue: int | None = Field(None, ge=1)
-    """Frames that wait at most; the server's limit by default."""
+    """Frames that may wait at most; the server's limit by default."""
     drop: Literal["oldest", "newest"] = "oldest"
-    """Which frame is dropped when the queue is full."""
+    """Which frame to drop if the queue is full."""
     unacknowledged: int = Field(8, ge=1, le=64)
-    """Embeddings on their way at most. Further ones wait for `ack`, and frames behind them."""
+    """Embeddings that may be sent before the client acknowledges them; further ones wait, and
+    frames with them."""
     dimensions: int | None = Field(None, ge=1)
     """As in `POST /v1/embeddings`."""
 
 
 class Acknowledgement(RequestModel):
-    """All embeddings up to an index have been read."""
+    """Says that the client has read all embeddings up to an index."""
 
     type: Literal["ack"]
     index: int = Field(ge=0)
 
 
 class End(RequestModel):
-    """No more frames will come; those that wait are finished."""
+    """Says that no more frames will come; those that wait are still embedded."""
 
     type: Literal["end"]
 
@@ -70,7 +71,7 @@ def parse_start(text: str, card: ModelCard) -> StreamStart:
     """Reads the first message.
 
     Raises:
-        ApiError: 400, naming the field at fault.
+        ApiError: 400, which names the field at fault.
     """
     start: StreamStart = _parse(text, TypeAdapter(StreamStart))
     if start.dimensions is not None and start.dimensions > card.dimensions:
@@ -97,10 +98,10 @@ def _parse(text: str, kind: TypeAdapter[Any]) -> Any:
 
 
 def split_timestamp(data: bytes) -> tuple[float, bytes]:
-    """Time and picture of a binary message with a timestamp.
+    """Returns time and picture of a binary message with a timestamp.
 
     Raises:
-        ApiError: 400, there is no finite time.
+        ApiError: 400, the message has no finite time.
     """
     if len(data) < _TIMESTAMP.size:
         raise ApiError(400, "invalid_message", "a frame begins with the eight bytes of its time")

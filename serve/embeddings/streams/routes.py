@@ -24,10 +24,11 @@ from serve.ingress.websockets import NORMAL, refuse
 
 START_WITHIN_S = 10.0
 BUFFER_BYTES = 8_388_608
-"""Of a container, waiting for its decoder; more ends the stream (dropping some would break it)."""
+"""Bytes of a container that may wait for the decoder; more ends the stream, because a container
+with missing bytes cannot be decoded."""
 
 TEXT_LENGTH = 65_536
-"""Of one message of a client's."""
+"""Characters of one text message at most."""
 
 logger = logging.getLogger("ray.serve")
 
@@ -37,14 +38,14 @@ def add_stream_route(app: FastAPI, hub: StreamHub) -> None:
 
     @app.websocket("/v1/streams")
     async def streams(websocket: WebSocket) -> None:
-        """Takes frames, returns embeddings; see docs/serving.md."""
+        """Receives frames and sends embeddings; see docs/serving.md."""
         await websocket.accept()
         try:
             with hub.hold():
                 await _serve(websocket, hub)
             await websocket.close(NORMAL)
         except WebSocketDisconnect:
-            return  # nobody is left to tell anything
+            return  # the client has left
         except ApiError as error:
             await refuse(websocket, error)
         except Exception:
@@ -70,7 +71,7 @@ async def _serve(websocket: WebSocket, hub: StreamHub) -> None:
 
 
 async def run_with(main: Coroutine[Any, Any, None], *helpers: Coroutine[Any, Any, None]) -> None:
-    """Runs all until `main` ends or any raises; the others are then cancelled and waited for."""
+    """Runs all until `main` ends or one of them raises, then cancels the others and awaits them."""
     tasks = [asyncio.ensure_future(coroutine) for coroutine in (main, *helpers)]
     pending = set(tasks)
     try:
@@ -100,11 +101,11 @@ async def _receive_start(websocket: WebSocket, hub: StreamHub) -> StreamStart:
 
 
 async def _receive(websocket: WebSocket) -> str | bytes:
-    """The next message.
+    """Waits for the next message and returns it.
 
     Raises:
-        WebSocketDisconnect: there is none.
-        ApiError: 413, it is too long.
+        WebSocketDisconnect: the client has left.
+        ApiError: 413, the message is too long.
     """
     event = await websocket.receive()
     if event["type"] == "websocket.disconnect":
@@ -126,7 +127,7 @@ def _url_reference(url: str, hub: StreamHub) -> Reference:
 
 
 async def _read_controls(websocket: WebSocket, stream: Stream) -> None:
-    """Reads what a client says whose frames come from elsewhere."""
+    """Reads the messages of a client whose frames come from a URL."""
     while True:
         data = await _receive(websocket)
         if not isinstance(data, str):
@@ -138,7 +139,7 @@ async def _read_controls(websocket: WebSocket, stream: Stream) -> None:
 
 
 class _Reader:
-    """Takes every message at once: what is not read piles up before us, uncounted."""
+    """Reads every message as soon as it comes, or messages would pile up unseen in the server."""
 
     def __init__(
         self,
@@ -154,11 +155,11 @@ class _Reader:
         self._ended = False
 
     async def run(self) -> None:
-        """Reads until the client leaves or breaks a rule.
+        """Reads until the client leaves or sends what it may not.
 
         Raises:
-            ApiError: it broke one.
-            WebSocketDisconnect: it left.
+            ApiError: the client sent what it may not, or nothing for too long.
+            WebSocketDisconnect: the client left.
         """
         idle_s = self._hub.settings.stream_idle_s
         while True:
@@ -183,7 +184,7 @@ class _Reader:
             return
         self._ended = True
         if self._buffer is not None:
-            self._buffer.close()  # the decoder closes the queue when it has emptied it
+            self._buffer.close()  # the decoder reads the rest, then closes the queue
         else:
             self._stream.queue.close()
 
@@ -200,7 +201,7 @@ class _Reader:
 
 
 class ByteBuffer:
-    """Bytes of a container between the socket and its decoder."""
+    """Bytes of a container on the way from the socket to the decoder."""
 
     def __init__(self) -> None:
         self._pieces: deque[bytes] = deque()
@@ -209,26 +210,26 @@ class ByteBuffer:
         self._closed = False
 
     def put(self, piece: bytes) -> None:
-        """Takes a piece.
+        """Adds a piece.
 
         Raises:
-            ApiError: 413, the decoder does not keep up.
+            ApiError: 413, too many bytes wait for the decoder.
         """
         self._size += len(piece)
         if self._size > BUFFER_BYTES:
             message = f"more than {BUFFER_BYTES} bytes wait for decoding; send no faster than live"
             raise ApiError(413, "too_fast", message)
-        if piece:  # an empty one would mean the end
+        if piece:  # an empty piece would mean the end to the decoder
             self._pieces.append(piece)
             self._changed.set()
 
     def close(self) -> None:
-        """No more pieces will come."""
+        """Says that no more pieces will come."""
         self._closed = True
         self._changed.set()
 
     async def pieces(self) -> AsyncGenerator[bytes, None]:
-        """Yields what came, as it comes."""
+        """Yields the pieces as they come."""
         while True:
             while not self._pieces:
                 if self._closed:

@@ -1,7 +1,7 @@
-"""Live streams: a rolling window of frames becomes an embedding every few frames.
+"""Live streams: every few frames, the window of the latest frames is embedded.
 
-The state of a stream (its queue, window and counters) lives in the ingress replica that its
-connection reached; embeddings of all streams share the batches of the encoder.
+The state of a stream (its queue, window and counters) belongs to the ingress replica that has its
+connection. The windows of all streams share the batches of the embedder.
 
 Shape legend: T frames of the window, H height, W width, C channels; H = W = the model's image size.
 """
@@ -30,19 +30,19 @@ from serve.ingress.websockets import to_text
 from serve.telemetry import LATENCY_BUCKETS_S
 
 BAD_FRAMES = 16
-"""Undecodable frames in a row that end a stream."""
+"""A stream ends after this many frames in a row that cannot be decoded."""
 RETRY_S = 0.1
-"""Wait before an embedding is tried again that found the model's queue full."""
+"""Seconds until a window is embedded again, after the embedder's queue was full."""
 
 LINGER_S = 5.0
-"""Wait at the end for what is not yet acknowledged: a socket closed at once would fail the client's
-last acknowledgement."""
+"""Seconds to wait at the end for acknowledgements: if the socket closed at once, the client could
+not send the last one."""
 
 Send = Callable[[str], Awaitable[None]]
 
 
 class StreamMetrics:
-    """Counts the streams of one replica."""
+    """Metrics of the streams of one replica."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.open = Gauge("rayjepa_streams", "Streams now", registry=registry)
@@ -60,14 +60,14 @@ class StreamMetrics:
 
 
 class StreamHub:
-    """What the streams of a replica share.
+    """What the streams of one replica share.
 
     Args:
         settings: the limits.
         card: the model.
-        embed: as `EmbeddingService`'s.
+        embed: embeds pixels.
         media: fetches and decodes.
-        registry: of the replica's metrics.
+        registry: takes the metrics.
     """
 
     def __init__(
@@ -84,10 +84,10 @@ class StreamHub:
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """A stream's place.
+        """Counts a stream while the block runs.
 
         Raises:
-            ApiError: 429, all are taken.
+            ApiError: 429, as many streams as allowed are open.
         """
         if self.streams >= self.settings.max_streams:
             self.metrics.refused.inc()
@@ -102,7 +102,7 @@ class StreamHub:
 
     @contextmanager
     def hold_decoder(self) -> Iterator[DecodePool]:
-        """A decoder process's place; raises as `hold`."""
+        """Counts a stream that needs a decoder process while the block runs; raises as `hold`."""
         if self.decoders >= self.settings.max_stream_decoders:
             self.metrics.refused.inc()
             most = self.settings.max_stream_decoders
@@ -122,9 +122,9 @@ class Stream:
     """One stream.
 
     Args:
-        hub: what it shares.
-        start: what the client wants.
-        send: sends a text message.
+        hub: what it shares with other streams.
+        start: the client's first message.
+        send: sends a text message to the client.
     """
 
     def __init__(self, hub: StreamHub, start: StreamStart, send: Send) -> None:
@@ -135,14 +135,14 @@ class Stream:
         self.queue_size = min(start.queue or most, most)
         self.queue = FrameQueue(self.queue_size, start.drop, start.fps)
         self._window: deque[tuple[Frame, Pixels]] = deque(maxlen=frames)
-        self._fresh = 0  # frames of the window that no embedding has seen
+        self._fresh = 0  # frames of the window that are in no embedding yet
         self._bad_in_a_row = self._rejected = 0
         self._sent = self._acknowledged = 0
-        self._reported = (0, 0)  # frames and drops that the metrics have
+        self._reported = (0, 0)  # frames and drops that the metrics have counted
         self._credit = asyncio.Event()
 
     async def run(self) -> None:
-        """Embeds until the queue ends, then says so.
+        """Sends embeddings until the queue ends, then the message `ended`.
 
         Raises:
             ApiError: the stream cannot go on.
@@ -167,10 +167,10 @@ class Stream:
             self._report()
 
     def acknowledge(self, index: int) -> None:
-        """The client has read the embeddings up to this one.
+        """Notes that the client has read the embeddings up to this index.
 
         Raises:
-            ApiError: 400, there is no such embedding.
+            ApiError: 400, no embedding of this index was sent.
         """
         if index >= self._sent:
             raise ApiError(400, "invalid_message", f"embedding {index} was not sent", param="index")
@@ -190,7 +190,7 @@ class Stream:
         }
 
     async def _pixels(self, frame: Frame) -> Pixels | None:
-        """Pixels of a frame; None for one that cannot be decoded, which is counted."""
+        """Returns the pixels of a frame; None, and counts it, if it cannot be decoded."""
         if not isinstance(frame.content, bytes):
             return frame.content
         try:
@@ -205,7 +205,7 @@ class Stream:
         return pixels
 
     async def _emit(self) -> None:
-        """Embeds the window and sends the result, once the client has read enough of the others."""
+        """Embeds the window and sends the result, once enough others are acknowledged."""
         await self._acknowledged_but(self._start.unacknowledged - 1)
         frames = [frame for frame, _ in self._window]
         embedding = await self._embed_window()
@@ -228,13 +228,13 @@ class Stream:
         await self._send(to_text(message))
 
     async def _acknowledged_but(self, most: int) -> None:
-        """Waits until at most that many embeddings are not acknowledged."""
+        """Waits until at most this many embeddings are not acknowledged."""
         while self._sent - self._acknowledged > most:
             self._credit.clear()
             await self._credit.wait()
 
     async def _embed_window(self) -> Floats:
-        """The window as one clip: as in a request, filled up to whole time steps at the end."""
+        """Embeds the window as one clip, filled up to whole time steps at the end."""
         pixels_THWC = np.stack([pixels for _, pixels in self._window])
         (part,) = to_parts(pixels_THWC, self._hub.card)
         deadline = time.monotonic() + self._hub.settings.timeout_s
@@ -270,10 +270,10 @@ class Stream:
 async def decode_container(
     hub: StreamHub, pieces: AsyncGenerator[bytes, None], queue: FrameQueue
 ) -> None:
-    """Feeds a container's bytes to a decoder process and its frames to a queue, which it closes.
+    """Decodes a container in a process of its own, puts its frames into a queue and closes that.
 
     Raises:
-        ApiError: the bytes are no video, or decoding them takes too long.
+        ApiError: the bytes are not a video, or decoding takes too long.
     """
     loop, prep = asyncio.get_running_loop(), hub.card.preprocessing
     job = {"max_pixels": hub.settings.max_video_pixels}

@@ -1,1 +1,1 @@
-"""The language model's routes, in OpenAI's shape, and its way to the replicas. Imports lm's types."""
+"""The language model's routes and how they answer a request. Imports lm's types and models."""
