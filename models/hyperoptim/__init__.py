@@ -1,1 +1,1 @@
-"""Optimizers whose hyperparameters are themselves descended (docs/optimizers.md). Imports torch only."""
+"""Optimizers that descend their hyperparameters too (docs/optimizers.md). Imports torch only."""

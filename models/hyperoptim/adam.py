@@ -15,8 +15,9 @@ With Su = < G, u >, Se = < G, u / d >, Sg = < G / d, g >, Sq = < G u / (d s), g^
     dL/dl  = -a Sw         (Adam: -a < G (1 - b1) / (c1 d) - G u g (1 - b2) / (c2 d s), w_ >,
                             w_ = w + a u)
 
-The old moments are not needed, for m_ - g = (m - g) / b1 and v_ - g^2 = (v - g^2) / b2. The learning
-rate needs nothing that Adam does not hold anyway; only the betas, and Adam's l, need the buffer g.
+The old moments are not needed, because m_ - g = (m - g) / b1 and v_ - g^2 = (v - g^2) / b2. The
+learning rate needs nothing that Adam does not hold anyway; only the betas, and l in Adam, need g to
+be kept.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from models.hyperoptim.tensor_lists import (
 
 
 class Adam:
-    """The rule; see the file's docstring."""
+    """The rule in this file's docstring."""
 
     names = ("lr", "beta1", "beta2", "eps", "weight_decay")
 
@@ -52,7 +53,7 @@ class Adam:
         self.decoupled = decoupled
 
     def buffers(self, base: Values, tuned: Collection[str]) -> tuple[str, ...]:
-        """Both moments, and `last_grad` only where a derivative needs it."""
+        """Returns both moments, and `last_grad` if a derivative needs it."""
         free = {"lr", "eps"} | ({"weight_decay"} if self.decoupled else set())
         return ("exp_avg", "exp_avg_sq", *(() if set(tuned) <= free else ("last_grad",)))
 
@@ -87,7 +88,7 @@ class Adam:
         floor: list[Tensor],
         ratio: list[Tensor],
     ) -> dict[str, Tensor]:
-        """By eps, the betas and L2 decay; names as in the file's docstring, `along` is Su."""
+        """Returns dL/dh for eps, the betas and L2 decay; `along` is Su in the file's docstring."""
         lr, b1, b2, eps = used["lr"], used["beta1"], used["beta2"], used["eps"]
         c1, c2 = 1 - b1**step, 1 - b2**step
         scaled = list(torch._foreach_div(lists.grads, floor))  # G / d
@@ -111,7 +112,7 @@ class Adam:
         return found
 
     def update(self, lists: Lists, values: Values, step: Value, gate: Tensor | None) -> None:
-        """See `Rule.update`. Torch's own fused step, unless the betas, eps or decay are tensors."""
+        """See `Rule.update`. Torch's fused step, unless the betas, eps or decay are tensors."""
         grads = lists.grads
         if not self.decoupled and "last_grad" in lists.buffers:
             grads = with_decay(grads, lists.params, values["weight_decay"])
@@ -133,7 +134,7 @@ class Adam:
             [],
             [torch.as_tensor(step, dtype=torch.float32, device=params[0].device)] * len(params),
             **{name: values[name] for name in self.names if name != "lr"},
-            # Kernels read a rate on the device as float32.
+            # The kernels read a learning rate on the device as float32.
             lr=lr.float() if isinstance(lr, Tensor) else lr,
             amsgrad=False,
             maximize=False,

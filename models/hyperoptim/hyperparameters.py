@@ -1,9 +1,9 @@
-"""Hyperparameters that can be descended: how each is parametrised, bounded, moved and kept.
+"""Hyperparameters that can be descended: their parametrisation, bounds and state.
 
-What the user gives (and a schedule may change at every step) is the base. A tuned hyperparameter is
-the base times exp(theta); one that lives in (0, 1), a beta or a momentum, has its odds multiplied so.
-So theta starts at 0, a schedule keeps its shape, nothing turns negative or reaches 1, and one pair
-of bounds on the factor exp(theta) means the same for all.
+The base is what the user gives; a schedule may change it at every step. A tuned hyperparameter is
+the base times exp(theta). For one in (0, 1), a beta or a momentum, the odds are multiplied instead.
+So theta starts at 0, a schedule keeps its shape, nothing becomes negative or reaches 1, and bounds
+on the factor exp(theta) mean the same for all.
 
 Shape suffixes: G groups of parameters, H tuned hyperparameters, A all hyperparameters; R rows of
 theta, G, or 1 where the groups share one factor.
@@ -25,7 +25,7 @@ ODDS = {"beta1", "beta2", "momentum", "alpha"}
 
 
 def moved(name: str, base: float, theta: Tensor) -> Tensor:
-    """The value theta makes of a base; exactly the base at theta 0. 0-dim float64."""
+    """Returns the hyperparameter for a base and theta, 0-dim float64; theta 0 gives the base."""
     if name not in ODDS:
         return base * theta.exp()
     odds = base * theta.exp()
@@ -33,24 +33,24 @@ def moved(name: str, base: float, theta: Tensor) -> Tensor:
 
 
 def slope(name: str, value: Tensor) -> Tensor:
-    """The derivative of `moved` by theta, where it is `value`."""
+    """Returns the derivative of `moved` by theta, at the theta for which it is `value`."""
     return value * (1 - value) if name in ODDS else value
 
 
 class Hyperparameters:
-    """The hyperparameters of one optimizer over G groups.
+    """The hyperparameters of one optimizer with G groups.
 
     Args:
-        names: All A of them.
-        tuned: The H that theta moves.
-        bases: The A given values of every group.
-        bounds: Smallest and largest factor exp(theta).
-        shared: One theta for all groups instead of one each.
-        on_host: Values are given as floats; else as tensors, and nothing waits for the device.
-        device: Where theta lives.
+        names: names of all A hyperparameters.
+        tuned: names of the H that theta moves.
+        bases: the A given values of every group.
+        bounds: smallest and largest factor exp(theta).
+        shared: use one theta for all groups instead of one for each.
+        on_host: give values as floats; otherwise as tensors, so that nothing waits for the device.
+        device: where theta is.
 
     Raises:
-        ValueError: a hyperparameter that the rule lacks, or a base from which it cannot move.
+        ValueError: the rule has no such hyperparameter, or it cannot move away from its base.
     """
 
     def __init__(
@@ -71,13 +71,13 @@ class Hyperparameters:
         start = min(max(0.0, self.bounds[0]), self.bounds[1])
         self.theta_RH = torch.full((rows, len(tuned)), start, dtype=torch.float64, device=device)
         self.inside_RH = torch.ones_like(self.theta_RH)
-        """1, or 0 where a bound cut the last move short, which then no longer depends on it."""
+        """0 where a bound cut the last move short, else 1."""
         given = [[base[name] for name in names] for base in bases]
         self.used_GA = torch.tensor(given, dtype=torch.float64, device=device)
-        """The values of the last update that was not skipped; before the first, the bases."""
+        """Values of the last update that was not skipped; before the first update, the bases."""
 
     def values(self, bases: Sequence[Values]) -> list[dict[str, Value]]:
-        """What theta makes of the bases now, by group."""
+        """Returns the current values for these bases, by group."""
         return [self._group(row, dict(base)) for row, base in enumerate(bases)]
 
     def _group(self, group: int, values: dict[str, Value]) -> dict[str, Value]:
@@ -90,12 +90,12 @@ class Hyperparameters:
         return values
 
     def used(self) -> list[dict[str, Value]]:
-        """The values of the last update, by group."""
+        """Returns the values of the last update, by group."""
         rows = self.used_GA.tolist() if self.on_host else [row.unbind() for row in self.used_GA]
         return [dict(zip(self.names, row, strict=True)) for row in rows]
 
     def remember(self, values: Sequence[Values], gate: Tensor | None) -> None:
-        """Keeps the values that an update uses, where it was not skipped."""
+        """Stores the values that an update uses, unless it is skipped."""
         rows = [[group[name] for name in self.names] for group in values]
         if self.on_host:
             used_GA = torch.tensor(rows, dtype=torch.float64)
@@ -106,25 +106,25 @@ class Hyperparameters:
         self.used_GA = used_GA if gate is None else torch.where(gate, used_GA, self.used_GA)
 
     def by_theta(self, by_value_GH: Tensor) -> Tensor:
-        """Derivatives by theta [R, H] from derivatives by the values of the last update [G, H]."""
+        """Turns derivatives by the values of the last update [G, H] into those by theta [R, H]."""
         columns = [self.names.index(name) for name in self.tuned]
         slopes = [slope(n, self.used_GA[:, i]) for n, i in zip(self.tuned, columns, strict=True)]
         by_theta_GH = by_value_GH * torch.stack(slopes, dim=1)
         return by_theta_GH.sum(dim=0, keepdim=True) if self.shared else by_theta_GH
 
     def clamp(self, gate: Tensor | None) -> None:
-        """Puts theta back within its bounds after a move, and notes where that was needed."""
+        """Puts theta back within its bounds after a move, and records where that was needed."""
         free_RH = self.theta_RH.clone()
         self.theta_RH.clamp_(*self.bounds)
         inside_RH = (free_RH == self.theta_RH).double()
         self.inside_RH = inside_RH if gate is None else torch.where(gate, inside_RH, self.inside_RH)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps."""
+        """Returns what a checkpoint stores."""
         return {"theta": self.theta_RH, "inside": self.inside_RH, "used": self.used_GA}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes `tensors` back, in place where others hold on to them."""
+        """Loads what `tensors` has returned, in place, because others refer to these tensors."""
         for name, mine in self.tensors().items():
             if tensors[name].shape != mine.shape:
                 raise ValueError(f"{name}: {tuple(tensors[name].shape)}, not {tuple(mine.shape)}")

@@ -1,9 +1,10 @@
-"""Optimizers that descend their own hyperparameters: `step()` of `torch.optim`, and nothing else.
+"""Optimizers that descend their own hyperparameters, used like those of `torch.optim`.
 
-Chandra et al., 2022, *Gradient Descent: The Ultimate Optimizer*, arXiv 1909.13371. There autograd
-differentiates through the update; here the derivative has a closed form (sgd.py, rmsprop.py, adam.py)
-that reads what the optimizer holds anyway. The order is the paper's: the top of the stack moves
-first, each level then uses what it was just given, and the weights move last.
+The method is that of Chandra et al., 2022, *Gradient Descent: The Ultimate Optimizer*, arXiv
+1909.13371. There autograd differentiates through the update; here the derivative has a closed form
+(sgd.py, rmsprop.py, adam.py) of what the optimizer holds anyway. The order is the paper's: the top
+of the stack moves first, each level uses the hyperparameters it was just given, and the weights
+move last.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ Reduce = Callable[[Tensor], None]
 
 
 def sum_over(group: dist.ProcessGroup) -> Reduce:
-    """The `reduce` of sharded weights: sums a tensor of a few numbers over the shards, in place.
+    """Returns the `reduce` for sharded weights, which sums a small tensor over the shards in place.
 
     Args:
-        group: Processes that hold shards of one copy of the model (of HSDP the shard dimension only):
-            `mesh.get_group()`.
+        group: processes that hold shards of one copy of the model, `mesh.get_group()`; with HSDP,
+            of the shard dimension only.
     """
 
     def reduce(values: Tensor) -> None:
@@ -39,28 +40,30 @@ def sum_over(group: dist.ProcessGroup) -> Reduce:
 
 
 class HyperOptimizer(torch.optim.Optimizer):
-    """What the four optimizers share.
+    """Base of the four optimizers.
 
-    A step whose gradient is not finite is skipped whole: weights, moments, hyperparameters. `skipped`
-    counts them, on the device. (Without a tuner nothing is checked.)
+    With a tuner, a step whose gradient is not finite is skipped: weights, moments and
+    hyperparameters stay. `skipped` counts such steps, on the device. Without a tuner nothing is
+    checked.
 
     Args:
-        params: Parameters or groups, all of one dtype on one device. Every parameter that has a
+        params: parameters or groups, all of one dtype on one device. A parameter that has a
             gradient at the first step must have one at every step.
-        defaults: Hyperparameters of groups that do not say.
-        tuner: What is tuned, and how; None makes it torch's optimizer.
-        reduce: Sums a tensor over the shards of the parameters, in place (`sum_over`). Under DDP
-            leave it out: the gradients are equal on all processes, and so is what follows from them.
-        capturable: Never wait for the device. None: on CUDA yes; on a CPU, where reading is free, no.
+        defaults: hyperparameters of groups that do not give their own.
+        tuner: what is tuned, and how; None gives torch's optimizer.
+        reduce: sums a tensor over the shards of the parameters, in place (`sum_over`). Not needed
+            under DDP, where gradients are equal on all processes.
+        capturable: never wait for the device. None means yes on CUDA, and no on a CPU, where
+            reading costs nothing.
 
     Raises:
-        ValueError: a hyperparameter out of range or unknown, parameters of several kinds, or sharded
-            parameters without `reduce`.
+        ValueError: a hyperparameter is unknown or out of range, parameters differ in dtype or
+            device, or they are sharded and there is no `reduce`.
     """
 
     rule: ClassVar[Rule]
     tuning: bool
-    """Whether hyperparameters move; set it false for the warm-up or the end of a schedule."""
+    """Whether hyperparameters move; set to False during warm-up or at the end of a schedule."""
 
     def __init__(
         self,
@@ -82,9 +85,9 @@ class HyperOptimizer(torch.optim.Optimizer):
         self.level = Level(tuner, self.hyper) if tuner else None
         self._buffers = [self.rule.buffers(base, self.hyper.tuned) for base in bases]
         self.steps = torch.zeros((), dtype=torch.float32, device=first.device)
-        """Steps taken, without the skipped."""
+        """Number of steps taken, without skipped ones."""
         self.skipped = torch.zeros_like(self.steps)
-        """Steps skipped because the gradient was not finite."""
+        """Number of steps skipped because the gradient was not finite."""
 
     def _check_parameters(self, reduce: Reduce | None) -> Tensor:
         params = [p for group in self.param_groups for p in group["params"]]
@@ -97,10 +100,10 @@ class HyperOptimizer(torch.optim.Optimizer):
         return first
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group; only the constructor may.
+        """Adds a group; for the constructor only.
 
         Raises:
-            RuntimeError: called later.
+            RuntimeError: called after the constructor.
         """
         if hasattr(self, "hyper"):
             raise RuntimeError("all groups must be given when the optimizer is made")
@@ -126,7 +129,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         return loss
 
     def _gather(self) -> list[Lists]:
-        """The tensors of every group; of sharded parameters, what is here."""
+        """Returns the tensors of every group; for sharded parameters, this process's shards."""
         first = not self.state
         return [
             self._lists(group["params"], names, first)
@@ -145,7 +148,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         return Lists([_local(p) for p in params], grads, buffers)
 
     def _hypergradients(self, groups: list[Lists]) -> Tensor:
-        """Derivatives of the loss by theta [R, H], over all shards; NaN if a gradient is not finite."""
+        """Returns the derivatives of the loss by theta [R, H]; not finite if a gradient is not."""
         tuned, used = self.hyper.tuned, self.hyper.used()
         step = at_least_1(number(self.steps, self.hyper.on_host))
         by_value_GH = torch.zeros(
@@ -163,7 +166,7 @@ class HyperOptimizer(torch.optim.Optimizer):
 
     def _move(self, groups: list[Lists], by_theta_RH: Tensor, gate: Tensor | None) -> None:
         if self.level is not None and self.tuning:
-            # Before the first step there was no update to differentiate.
+            # Before the first step there is no update to differentiate.
             if gate is not None:
                 self.level.step(by_theta_RH, gate & (self.steps > 0))
             elif self.steps:
@@ -177,12 +180,12 @@ class HyperOptimizer(torch.optim.Optimizer):
         self.hyper.remember(values, gate)
 
     def hyperparameters(self) -> list[dict[str, float]]:
-        """The values that the last step used, by group. Waits for the device."""
+        """Returns the values that the last step used, by group. Waits for the device."""
         rows = self.hyper.used_GA.tolist()
         return [dict(zip(self.rule.names, row, strict=True)) for row in rows]
 
     def hyper_tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps besides every parameter's buffers: all levels, and the counts."""
+        """Returns what a checkpoint stores besides the parameters' buffers: levels and counts."""
         levels = self.level.tensors() if self.level else {}
         return {
             "steps": self.steps,
@@ -192,10 +195,10 @@ class HyperOptimizer(torch.optim.Optimizer):
         }
 
     def load_hyper_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes `hyper_tensors` back.
+        """Loads what `hyper_tensors` has returned.
 
         Raises:
-            ValueError: those of another stack.
+            ValueError: they belong to a stack of other levels.
         """
         mine = self.hyper_tensors()
         if wrong := sorted(mine.keys() ^ tensors.keys()):
@@ -207,17 +210,17 @@ class HyperOptimizer(torch.optim.Optimizer):
             self.level.load(under("level.", tensors))
 
     def state_dict(self) -> dict[str, Any]:
-        """Torch's, and `hyper`: every level."""
+        """Returns torch's state, and all levels under `hyper`."""
         return {**super().state_dict(), "hyper": self.hyper_tensors()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Torch's, and every level."""
+        """Loads torch's state and all levels."""
         given = dict(state_dict)
         self.load_hyper_tensors(given.pop("hyper"))
         super().load_state_dict(given)
         for state in self.state.values():
-            # Sums may depend on how memory is aligned: a copy of one's own is as before, where the
-            # pages of a checkpoint's file need not be.
+            # Sums may depend on how memory is aligned. A copy is aligned as before; the pages of a
+            # checkpoint's file need not be.
             state.update({name: tensor.clone() for name, tensor in state.items()})
 
 
@@ -318,7 +321,7 @@ class HyperAdamW(HyperAdam):
 
 
 def _base(group: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, float]:
-    """A group's given hyperparameters under the rule's names."""
+    """Returns a group's given hyperparameters under the rule's names."""
     given = dict(group)
     if "betas" in given:
         given["beta1"], given["beta2"] = given["betas"]
@@ -337,5 +340,5 @@ def _is_sharded(tensor: DTensor) -> bool:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """What of a sharded tensor is on this process; any other tensor itself."""
+    """Returns this process's shard of a sharded tensor, and any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,4 +1,4 @@
-"""RMSprop with momentum and L2 weight decay, as `torch.optim.RMSprop` (not centred).
+"""RMSprop with momentum and L2 weight decay, as `torch.optim.RMSprop` without centring.
 
     g = grad + l w_      v = al v_ + (1 - al) g^2      s = sqrt(v)      d = s + e
     b = mu b_ + g / d    w = w_ - a b                  (without momentum b is g / d)
@@ -8,7 +8,7 @@
     dL/dl  = -a < G/d - (1 - al) G g^2 / (d^2 s), w_ >         with w_ = w + a b
     dL/dmu = -a < G, b_ >                                      with b_ = (b - g/d) / mu
 
-The learning rate alone needs nothing more with momentum, and the buffer g without.
+To tune the learning rate alone, nothing more is kept with momentum, and g without it.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from models.hyperoptim.tensor_lists import (
 
 
 class RMSprop:
-    """The rule; see the file's docstring."""
+    """The rule in this file's docstring."""
 
     names = ("lr", "alpha", "eps", "weight_decay", "momentum")
 
     def buffers(self, base: Values, tuned: Collection[str]) -> tuple[str, ...]:
-        """`square_avg`; `momentum_buffer` with momentum; `last_grad` unless momentum and lr only."""
+        """Returns `square_avg`, `momentum_buffer` with momentum, and `last_grad` if needed."""
         momentum = ("momentum_buffer",) if base["momentum"] else ()
         last = () if momentum and set(tuned) <= {"lr"} else ("last_grad",)
         return ("square_avg", *momentum, *last)

@@ -1,8 +1,8 @@
-"""What an update rule must offer to have its hyperparameters descended.
+"""The interface of an update rule whose hyperparameters can be descended.
 
-Notation of the rules' files, for step k that took weights w_ to w: g_ the gradient it used, G the
-gradient at w on the next batch, a the learning rate, l the weight decay, < , > the sum over all
-weights of the product. Buffers hold the state after step k.
+Notation in the files of the rules: step k took the weights from w_ to w with the gradient g. G is
+the gradient at w on the next batch, a the learning rate, l the weight decay, and < , > the sum of
+the product over all weights. Buffers hold the state after step k.
 """
 
 from __future__ import annotations
@@ -19,40 +19,40 @@ Values = Mapping[str, Value]
 
 
 class Rule(Protocol):
-    """An update rule with the derivative of the loss by each of its hyperparameters.
+    """An update rule, with the derivative of the loss by each of its hyperparameters.
 
-    One step deep (Chandra et al. 2022, section 2): the buffers and the weights before the last update
-    count as constants, so the derivative runs from the hyperparameters of that update to w alone.
+    The derivative is one step deep (Chandra et al. 2022, section 2): buffers and weights before the
+    last update count as constants, so only that update's use of the hyperparameters matters.
     """
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Its hyperparameters."""
+        """Names of its hyperparameters."""
 
     def buffers(self, base: Values, tuned: Collection[str]) -> tuple[str, ...]:
-        """Names of the buffers, each of the parameter's shape, zero before the first step."""
+        """Returns the names of its buffers, which have a parameter's shape and start at zero."""
 
     def hypergradients(
         self, lists: Lists, used: Values, step: Value, tuned: Collection[str]
     ) -> dict[str, Tensor]:
-        """dL/dh for every hyperparameter h in `tuned`, through the last update: 0-dim float64.
+        """Returns dL/dh through the last update for every h in `tuned`, each 0-dim float64.
 
-        Linear in the gradients, so that parts of a model are summed, in lists and over processes.
-        Not a number if any entry of the gradient is not finite.
+        The result is linear in the gradients, so results of parts of a model add up, also over
+        processes. It is not finite if any entry of the gradient is not.
 
         Args:
-            lists: The weights w, the new gradients G, the buffers.
-            used: The values that the last update used.
+            lists: the weights w, the new gradients G, and the buffers.
+            used: the values that the last update used.
             step: k, at least 1.
-            tuned: What to differentiate by.
+            tuned: names of the hyperparameters to differentiate by.
         """
 
     def update(self, lists: Lists, values: Values, step: Value, gate: Tensor | None) -> None:
         """Takes a step in place.
 
         Args:
-            lists: Weights, gradients, buffers.
-            values: Hyperparameters of this step.
-            step: Its number, from 1.
-            gate: 0-dim bool tensor that says on the device whether to step at all; None for yes.
+            lists: weights, gradients and buffers.
+            values: hyperparameters of this step.
+            step: number of this step, from 1.
+            gate: 0-dim bool tensor on the device: whether to step at all; None steps.
         """

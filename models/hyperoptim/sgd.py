@@ -1,11 +1,11 @@
-"""SGD with momentum and L2 weight decay, as `torch.optim.SGD` (no dampening, no Nesterov).
+"""SGD with momentum and L2 weight decay, as `torch.optim.SGD` without dampening and Nesterov.
 
     g = grad + l w_      b = mu b_ + g      w = w_ - a b
 
     dL/da  = -< G, b >        dL/dl = -a < G, w_ >       with w_ = w + a b
     dL/dmu = -a < G, b_ >                                with b_ = (b - g) / mu
 
-Without momentum b is g, which plain SGD does not keep: it costs one buffer.
+Without momentum b is g. Plain SGD does not keep g, so tuning it costs one buffer.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from models.hyperoptim.tensor_lists import (
 
 
 class SGD:
-    """The rule; see the file's docstring."""
+    """The rule in this file's docstring."""
 
     names = ("lr", "momentum", "weight_decay")
 
     def buffers(self, base: Values, tuned: Collection[str]) -> tuple[str, ...]:
-        """`momentum_buffer` with momentum; `last_grad` without, and where momentum is tuned."""
+        """Returns `momentum_buffer` with momentum; `last_grad` without it, or if it is tuned."""
         momentum = ("momentum_buffer",) if base["momentum"] else ()
         return (*momentum, "last_grad") if not momentum or "momentum" in tuned else momentum
 

@@ -1,7 +1,7 @@
-"""Lists of tensors worked on together (`torch._foreach_*`), in parts small enough to stay in cache.
+"""Operations on lists of tensors (`torch._foreach_*`), in parts small enough to stay in cache.
 
-A `Value` is one hyperparameter: a float where the host may know it (always on a CPU), a 0-dim
-tensor on the device where asking would stop the host.
+A `Value` is one hyperparameter. It is a float if the host knows it, as always on a CPU, and a 0-dim
+tensor if it is on a device that reading would wait for.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from torch import Tensor
 Value = float | Tensor
 
 CHUNK_NUMEL = {"cpu": 2**18, "cuda": 2**24}
-"""Numbers worked on at once, by device: scratch memory is a few times this, whatever the model."""
+"""Elements in one part, by device. Scratch memory is a few times this for any model."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Lists:
-    """Parameters with their gradients and buffers; entry i of every list belongs to parameter i."""
+    """Parameters, gradients and buffers; entry i of every list belongs to parameter i."""
 
     params: list[Tensor]
     grads: list[Tensor]
     buffers: dict[str, list[Tensor]]
 
     def chunks(self) -> Iterator[Lists]:
-        """Yields consecutive parts of about `CHUNK_NUMEL` numbers; a larger tensor is a part alone."""
+        """Yields parts of about `CHUNK_NUMEL` elements; a larger tensor is its own part."""
         most = CHUNK_NUMEL.get(self.params[0].device.type, 2**24) if self.params else 0
         start = size = 0
         for end, param in enumerate(self.params):
@@ -45,18 +45,18 @@ class Lists:
 
 
 def number(count: Tensor, on_host: bool) -> Value:
-    """A 0-dim counter as a `Value`."""
+    """Returns a 0-dim counter as a `Value`."""
     return float(count) if on_host else count.double()
 
 
 def at_least_1(step: Value) -> Value:
-    """Keeps 1 - beta^step from 0 before the first step."""
+    """Returns at least 1, because 1 - beta^step would be 0 before the first step."""
     return step.clamp(min=1.0) if isinstance(step, Tensor) else max(step, 1.0)
 
 
 def inner(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
-    """Sum over all entries of x * y: 0-dim float64. Not a number where an x or y is not."""
-    if xs[0].is_cuda:  # a few launches in all, instead of one a tensor
+    """Returns the sum of x * y over all entries, 0-dim float64; not finite if an entry is not."""
+    if xs[0].is_cuda:  # few launches instead of one for each tensor
         products = torch._foreach_mul(xs, ys)
         return torch.cat([p.flatten() for p in products]).sum(dtype=torch.float64)
     dots = [torch.dot(x.reshape(-1), y.reshape(-1)) for x, y in zip(xs, ys, strict=True)]
@@ -64,17 +64,17 @@ def inner(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
 
 
 def as_number(value: Value, xs: list[Tensor]) -> Value:
-    """The value as foreach functions want it: a tensor in the type of the list."""
+    """Returns a value as foreach functions need it: a tensor gets the type of the list."""
     return value.to(xs[0].dtype) if isinstance(value, Tensor) else value
 
 
 def scale_(xs: list[Tensor], factor: Value) -> None:
-    """Multiplies in place."""
+    """Multiplies xs by a factor, in place."""
     torch._foreach_mul_(xs, as_number(factor, xs))
 
 
 def add_scaled_(xs: list[Tensor], ys: list[Tensor], factor: Value) -> None:
-    """xs += factor * ys."""
+    """Adds factor * ys to xs, in place."""
     if isinstance(factor, Tensor):
         torch._foreach_add_(xs, torch._foreach_mul(ys, as_number(factor, xs)))
     else:
@@ -82,14 +82,14 @@ def add_scaled_(xs: list[Tensor], ys: list[Tensor], factor: Value) -> None:
 
 
 def with_decay(grads: list[Tensor], params: list[Tensor], decay: Value) -> list[Tensor]:
-    """New tensors grads + decay * params: weight decay as L2 penalty; `grads` itself for 0."""
+    """Returns grads + decay * params, the gradients with an L2 penalty; `grads` itself for 0."""
     if isinstance(decay, Tensor):
         return list(torch._foreach_add(grads, torch._foreach_mul(params, as_number(decay, params))))
     return list(torch._foreach_add(grads, params, alpha=decay)) if decay else grads
 
 
 def add_squares_(xs: list[Tensor], ys: list[Tensor], factor: Value) -> None:
-    """xs += factor * ys^2."""
+    """Adds factor * ys^2 to xs, in place."""
     if isinstance(factor, Tensor):
         torch._foreach_addcmul_(xs, torch._foreach_mul(ys, as_number(factor, xs)), ys)
     else:
@@ -97,27 +97,27 @@ def add_squares_(xs: list[Tensor], ys: list[Tensor], factor: Value) -> None:
 
 
 def over_root(xs: list[Tensor], ys: list[Tensor], roots: list[Tensor]) -> list[Tensor]:
-    """x * y / root, and 0 where the root is 0, for there x and y have been 0 so far."""
+    """Returns x * y / root, and 0 where the root is 0, because x and y have only been 0 there."""
     floor = torch._foreach_clamp_min(roots, torch.finfo(roots[0].dtype).tiny)
     return list(torch._foreach_div(torch._foreach_mul(xs, ys), floor))
 
 
 def only_if(gate: Tensor | None, xs: list[Tensor]) -> list[Tensor]:
-    """`xs`, or zeros where the 0-dim bool `gate` is false (whatever `xs` holds, NaN too)."""
+    """Returns `xs`, or zeros if the 0-dim bool `gate` is false, even if `xs` holds NaN."""
     return xs if gate is None else [torch.where(gate, x, 0.0) for x in xs]
 
 
 def gated(value: Value, gate: Tensor | None, closed: float) -> Value:
-    """`value`, or `closed` where `gate` is false."""
+    """Returns `value`, or `closed` if `gate` is false."""
     if gate is None:
         return value
-    # A float through where would become float32; filling a tensor does not stop the host.
+    # `where` would make float32 of a float; filling a tensor does not wait for the device.
     given = value if isinstance(value, Tensor) else gate.new_full((), value, dtype=torch.float64)
     return torch.where(gate, given, closed)
 
 
 def keep_(olds: list[Tensor], news: list[Tensor], gate: Tensor | None) -> None:
-    """Copies `news` into `olds` where `gate` is true."""
+    """Copies `news` into `olds` if `gate` is true."""
     if gate is None:
         torch._foreach_copy_(olds, news)
         return

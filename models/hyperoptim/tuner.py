@@ -1,7 +1,7 @@
-"""The optimizers above the optimizer: each moves the hyperparameters of the one below.
+"""A stack of optimizers above the optimizer: each moves the hyperparameters of the one below.
 
-All that moves here is a vector of a few numbers, so a level costs nothing that can be measured, and
-the rules and formulas are those of the weights.
+A level moves only a few numbers, so its cost is too small to measure. Its rules and formulas are
+those for the weights.
 """
 
 from __future__ import annotations
@@ -30,42 +30,42 @@ RULES: Mapping[str, Rule] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tuner:
-    """One level of the stack: how the hyperparameters of the level below are moved."""
+    """Settings of one level of the stack: how it moves the hyperparameters of the level below."""
 
     tune: tuple[str, ...] = ("lr",)
-    """Which hyperparameters of the level below it moves."""
+    """Names of the hyperparameters that it moves."""
     bounds: tuple[float, float] = (0.1, 10.0)
-    """Smallest and largest factor on each of those (on the odds of one in (0, 1)). The factor starts
-    at 1, or at the bound nearer to it."""
+    """Smallest and largest factor on each of them, or on the odds of one in (0, 1). Factors start
+    at 1, or at the nearer bound if 1 is outside."""
     shared: bool = False
-    """One factor for all groups of parameters instead of one each."""
+    """Use one factor for all groups of parameters instead of one for each."""
     rule: Literal["sgd", "rmsprop", "adam", "adamw"] = "adam"
-    """Its update rule; `sgd` takes hypergradients at their own scale, which differs by model."""
+    """Its update rule. `sgd` uses hypergradients unscaled, and their scale depends on the model."""
     lr: float = 0.01
-    """About the largest change of a factor's logarithm in one step (adam): 0.01 is 1%."""
+    """With adam, about the largest change of a factor's logarithm in a step: 0.01 is 1%."""
     momentum: float = 0.0
-    """Of sgd and rmsprop."""
+    """Momentum of sgd and rmsprop."""
     betas: tuple[float, float] = (0.9, 0.99)
-    """Of adam and adamw."""
+    """Decay rates of the moments of adam and adamw."""
     alpha: float = 0.99
-    """Of rmsprop."""
+    """Decay rate of the squared average of rmsprop."""
     eps: float = 1e-12
-    """Of rmsprop, adam and adamw."""
+    """Added to the denominator by rmsprop, adam and adamw."""
     weight_decay: float = 0.0
     """Pulls the factors back to 1."""
     above: Tuner | None = None
-    """The next level, which moves this one's hyperparameters; None ends the stack."""
+    """The next level, which moves the hyperparameters of this one; None ends the stack."""
 
     @property
     def base(self) -> dict[str, float]:
-        """Its hyperparameters as its rule names them."""
+        """Its hyperparameters under the names of its rule."""
         beta1, beta2 = self.betas
         every = {**dataclasses.asdict(self), "beta1": beta1, "beta2": beta2}
         return {name: float(every[name]) for name in RULES[self.rule].names}
 
 
 DEFAULT = Tuner()
-"""The learning rate alone, by Adam."""
+"""Tunes the learning rate alone, by Adam."""
 
 
 def hyperparameters(
@@ -76,7 +76,7 @@ def hyperparameters(
     on_host: bool,
     device: torch.device,
 ) -> Hyperparameters:
-    """The hyperparameters that `tuner` is to move; None moves none."""
+    """Makes the hyperparameters that `tuner` moves; None moves none."""
     return Hyperparameters(
         names,
         tuner.tune if tuner else (),
@@ -89,7 +89,7 @@ def hyperparameters(
 
 
 class Level:
-    """A running `Tuner` of the thetas of `below`."""
+    """The running state of a `Tuner` that moves the thetas of `below`."""
 
     def __init__(self, tuner: Tuner, below: Hyperparameters) -> None:
         self.below, self.base, self.rule = below, tuner.base, RULES[tuner.rule]
@@ -107,11 +107,11 @@ class Level:
         self.above = Level(tuner.above, self.own) if tuner.above else None
 
     def step(self, by_theta_RH: Tensor, gate: Tensor | None) -> None:
-        """Moves the thetas below, after the levels above have moved this one.
+        """Moves the thetas below, after the levels above have moved this level.
 
         Args:
-            by_theta_RH: The derivative of the loss by them, finite.
-            gate: 0-dim bool tensor: whether to move; None, on the host, for yes.
+            by_theta_RH: derivative of the loss by these thetas, finite.
+            gate: 0-dim bool tensor: whether to move; None, on the host, moves.
         """
         if self.above is not None:
             self._step_above(self.above, by_theta_RH, gate)
@@ -124,7 +124,7 @@ class Level:
 
     def _step_above(self, above: Level, by_theta_RH: Tensor, gate: Tensor | None) -> None:
         taken, tuned = number(self.steps, self.own.on_host), self.own.tuned
-        # Where a bound cut the last move short, that move did not depend on how it was made.
+        # A move that a bound cut short did not depend on the hyperparameters of this level.
         lists = self._lists(by_theta_RH * self.below.inside_RH)
         found = self.rule.hypergradients(lists, self.own.used()[0], at_least_1(taken), tuned)
         by_own = self.own.by_theta(torch.stack([found[name] for name in tuned]).unsqueeze(0))
@@ -139,13 +139,13 @@ class Level:
         return Lists([self.below.theta_RH], [by_theta_RH], buffers)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps of this level and those above."""
+        """Returns what a checkpoint stores of this level and those above."""
         mine = {"steps": self.steps, **self.buffers, **self.own.tensors()}
         above = self.above.tensors() if self.above else {}
         return mine | {f"above.{name}": tensor for name, tensor in above.items()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes `tensors` back."""
+        """Loads what `tensors` has returned."""
         for name in ("steps", *self.buffers):
             (self.steps if name == "steps" else self.buffers[name]).copy_(tensors[name])
         self.own.load(tensors)
@@ -154,5 +154,5 @@ class Level:
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names begin with `prefix`, without it."""
+    """Returns the tensors whose names begin with `prefix`, under names without it."""
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

@@ -1,1 +1,1 @@
-"""Encoded images and videos to pixels, and the evaluation transform. Imports its own pictures/ and video/."""
+"""Decoding of images and videos, and the evaluation transform. Imports pictures/ and video/."""

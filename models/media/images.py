@@ -1,4 +1,4 @@
-"""Encoded image bytes to an upright RGB picture; the only decoder in the project."""
+"""Decodes encoded image bytes to an upright RGB picture; defines what the project's pixels are."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from models.media.pictures.deep import (
     grey_levels,
 )
 from models.media.pictures.deep import raw_mode_of as deep_raw_mode
-from models.media.pictures.errors import ImageError as ImageError
-from models.media.pictures.formats import FORMATS as FORMATS
+from models.media.pictures.errors import ImageError
 from models.media.pictures.formats import open_picture, refusal
 from models.media.pictures.metadata import ORIENTATION, icc_profile, without_metadata
 from models.media.pictures.pixel_limit import check_pixels, pixel_limit
 
 MAX_PIXELS = 100_000_000
+"""Default limit for one image."""
 Rgb = tuple[int, int, int]
 BLACK: Rgb = (0, 0, 0)
 
@@ -37,21 +37,21 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes a picture upright, by its EXIF orientation."""
+"""The operation that makes a picture upright, by its EXIF orientation."""
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """A picture, and what became of its bytes.
+    """A decoded picture, and facts about its bytes.
 
     Attributes:
-        image: upright, RGB, in sRGB; nothing but pixels.
-        encoded: what was decoded: the bytes given, or the same picture without metadata that no
-            decoder could read.
+        image: upright, RGB, in sRGB, without metadata.
+        encoded: the bytes that were decoded: those given, or the same picture without metadata that
+            could not be read.
         format: Pillow's name of the encoding.
-        plain: any decoder gets these pixels from `encoded`: 8-bit RGB or grey, upright, opaque, in
-            sRGB, a single frame.
-        dim: a 16-bit picture whose brightest value is under an eighth of its range.
+        plain: whether any decoder gets these pixels from `encoded`, because it is 8-bit RGB or
+            grey, upright, opaque, in sRGB, and a single frame.
+        dim: whether it is a 16-bit picture whose brightest value is under an eighth of its range.
     """
 
     image: Image.Image
@@ -62,10 +62,10 @@ class Decoded:
 
 
 def open_image(data: bytes, *, max_pixels: int | None = MAX_PIXELS) -> ImageFile.ImageFile:
-    """Reads the header of an encoded image and checks its size; pixels stay undecoded.
+    """Reads the header of an encoded image and checks its size, without decoding pixels.
 
     Raises:
-        ImageError: `empty`, `not_an_image`, `too_many_pixels`, or that the header is damaged.
+        ImageError: `empty`, `not_an_image`, `too_many_pixels`, or the header is damaged.
     """
     most = math.inf if max_pixels is None else max_pixels
     with pixel_limit(most):
@@ -83,26 +83,27 @@ def decode_image(
     background: Rgb = BLACK,
     deep_range: DeepRange = FULL,
 ) -> Image.Image:
-    """Decodes JPEG, PNG, WebP and whatever else Pillow reads into an upright RGB image.
+    """Decodes JPEG, PNG, WebP and the other `formats.FORMATS` into an upright RGB image.
 
-    EXIF rotation is applied, an embedded colour profile is brought to sRGB, transparency is laid over
-    the background, CMYK is converted, the first frame of an animation is taken. Metadata that are
-    damaged or too long cost nothing. Deep greyscale is scaled by its type's range: 0 to 65535 for 16
-    bits, 0 to 1 for floating point. What lies outside, and 32-bit and signed integers, for which no
-    range is agreed upon (photographs, counts, heights), is refused as `unknown_range`.
+    EXIF rotation is applied, colours with an embedded profile are converted to sRGB, transparent
+    places show the background, CMYK is converted, and the first frame of an animation is taken.
+    Metadata that is damaged or too long is ignored. Deep greyscale is scaled by its type's range: 0
+    to 65535 for 16 bits, 0 to 1 for floating point. Values outside are refused as `unknown_range`,
+    and so are 32-bit and signed integers, which have no common range (they may be photographs,
+    counts or heights).
 
     Args:
         data: the encoded bytes.
         max_pixels: refuse larger images before decoding them; None decodes any.
-        draft: JPEG only: decode at a reduced scale not smaller than this (width, height), which
-            saves most of the work when a small picture is wanted from a large one.
-        background: what is seen through transparent places.
-        deep_range: the value that is white in 16-bit images, where the file does not say it: 4095 for
-            12-bit data; "auto" takes white of the fewest bits (8, 10, 12, 14, 16) that hold the
-            image's brightest value.
+        draft: for JPEG, decode at a reduced scale not smaller than this (width, height), which
+            saves most of the work when a large picture is made small.
+        background: colour that shows through transparent places.
+        deep_range: the value of white in 16-bit images whose file does not give it, such as 4095
+            for 12-bit data. "auto" takes the white of the fewest bits (8, 10, 12, 14 or 16) that
+            hold the image's brightest value.
 
     Raises:
-        ImageError: with the reason; a partly decodable image is refused, never filled up.
+        ImageError: the image cannot be used, even if part of it could be decoded.
     """
     return read_image(
         data, max_pixels=max_pixels, draft=draft, background=background, deep_range=deep_range
@@ -117,7 +118,7 @@ def read_image(
     background: Rgb = BLACK,
     deep_range: DeepRange = FULL,
 ) -> Decoded:
-    """As `decode_image`, with what ingest wants to know besides."""
+    """Decodes like `decode_image`, and also returns what ingest needs to know."""
     most = math.inf if max_pixels is None else max_pixels
     wanted = _Wanted(most, draft, background, deep_range)
     with pixel_limit(most):
@@ -136,7 +137,7 @@ class _Wanted:
 
 
 def _bare(data: bytes, error: ImageError) -> bytes:
-    """The picture without its metadata, which may be what the decoder fell over; or the error again."""
+    """Returns the picture without metadata, which may be what failed; or raises the error again."""
     bare = without_metadata(data) if error.reason in ("decode_error", "truncated") else data
     if bare == data:
         raise error
@@ -150,7 +151,7 @@ def _open(data: bytes, most: float) -> ImageFile.ImageFile:
 
 
 def _read(data: bytes, wanted: _Wanted, profile: bytes | None = None) -> Decoded:
-    """Decodes; `profile` is the embedded one where the file has lost it."""
+    """Decodes; `profile` is the embedded profile if `data` no longer has it."""
     image = _open(data, wanted.most_pixels)
     raw_mode = deep_raw_mode(image)
     try:
@@ -158,7 +159,7 @@ def _read(data: bytes, wanted: _Wanted, profile: bytes | None = None) -> Decoded
             image.draft(None, wanted.draft)
         image.load()
         turn = _UPRIGHT.get(_orientation(image))
-        if image.format == "JPEG2000":  # whose profile Pillow passes over
+        if image.format == "JPEG2000":  # Pillow ignores its profile
             profile = icc_profile(data)
         profile = image.info.get("icc_profile") or profile
         levels = _levels(data, image, raw_mode, wanted.deep_range)
@@ -172,12 +173,12 @@ def _read(data: bytes, wanted: _Wanted, profile: bytes | None = None) -> Decoded
         plain = as_it_is and _is_common(image) and not changes_colours(profile, image.mode)
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ...
         raise refusal(error) from error
-    rgb.info = {}  # what the file said of itself is no longer true
+    rgb.info = {}  # the file's statements are no longer true
     return Decoded(rgb, data, image.format or "", plain, levels.dim)
 
 
 def _is_common(image: ImageFile.ImageFile) -> bool:
-    """Whether every decoder knows this kind of picture: RGB or grey, a single frame."""
+    """Whether every decoder reads this kind of picture: RGB or grey, and a single frame."""
     single = image.format == "MPO" or not getattr(image, "is_animated", False)
     return image.mode in ("RGB", "L") and single
 
@@ -185,14 +186,14 @@ def _is_common(image: ImageFile.ImageFile) -> bool:
 def _orientation(image: ImageFile.ImageFile) -> int:
     try:
         return int(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # damaged metadata may raise anything, and say nothing of the picture
+    except Exception:  # damaged metadata may raise anything, and the picture may be good
         return 1
 
 
 def _levels(
     data: bytes, image: ImageFile.ImageFile, raw_mode: str | None, deep: DeepRange
 ) -> Levels:
-    """The picture in 8 bits a channel."""
+    """Returns the picture in 8 bits a channel."""
     if image.mode.startswith("I") or image.mode == "F":
         return grey_levels(image, deep)
     if raw_mode is not None:
@@ -203,7 +204,7 @@ def _levels(
 def _split_alpha(
     data: bytes, image: ImageFile.ImageFile, levels: Image.Image, raw_mode: str | None
 ) -> tuple[Image.Image, Image.Image | None]:
-    """The picture in RGB, L or CMYK, and its opacity (L) if any of it is not opaque by nature."""
+    """Returns the picture in RGB, L or CMYK, and its opacity (L) if it can be transparent."""
     mode = levels.mode
     if mode in ("LA", "La"):
         grey = levels.convert("LA")
@@ -220,10 +221,10 @@ def _split_alpha(
 def _opaque_but(
     colour: int | tuple[int, ...], data: bytes, image: ImageFile.ImageFile, raw_mode: str | None
 ) -> Image.Image:
-    """Opacity of a picture in which one colour, as it is stored, is transparent (PNG's tRNS).
+    """Returns the opacity of a picture in which one stored colour is transparent (PNG's tRNS).
 
-    Pillow compares 16-bit RGB by its high bytes, 16-bit grey not at all, and grey of 2 and 4 bits after
-    it has been stretched to 8.
+    Pillow itself compares only the high bytes of 16-bit RGB, ignores it in 16-bit grey, and
+    compares grey of 2 and 4 bits after stretching it to 8.
     """
     if raw_mode is not None:
         values, bits = deep_values(data, image, raw_mode), 16

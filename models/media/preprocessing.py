@@ -1,7 +1,7 @@
 """The deterministic transform that evaluation, embedding and serving share.
 
-torch is imported in the one function that runs on tensors: the processes that only decode, and the
-HTTP ingress, start without it in a third of the time.
+Torch is imported in the one function that needs it. Processes that only decode, and the HTTP
+ingress, start in a third of the time without it.
 
 Shape legend: B images, C channels, H height, W width.
 """
@@ -30,22 +30,22 @@ RESAMPLING = {
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """Everything between a decoded image and the encoder's input."""
+    """Settings of the transform from a decoded image to the encoder's input."""
 
     image_size: int
-    """Pixels on a side of the square input."""
+    """Side of the square input in pixels."""
     mean: tuple[float, float, float]
     """Channel means of values in [0, 1]."""
     std: tuple[float, float, float]
     """Channel standard deviations of values in [0, 1]."""
     interpolation: str = "bicubic"
-    """Row of `RESAMPLING`."""
+    """Resampling method, a key of `RESAMPLING`."""
     crop_fraction: float = 1.0
     """Side of the centre crop over the resized short side (timm's crop_pct)."""
     background: Rgb = BLACK
-    """What is seen through transparent places of an encoded image."""
+    """Colour that shows through transparent places of an encoded image."""
     deep_range: DeepRange = FULL
-    """White of 16-bit images that do not say it themselves (`models.media.images.decode_image`)."""
+    """Value of white in 16-bit images that do not give it (`models.media.images.decode_image`)."""
 
     def __post_init__(self) -> None:
         if self.interpolation not in RESAMPLING:
@@ -57,10 +57,10 @@ class Preprocessing:
 def load_image(
     data: bytes, prep: Preprocessing, *, max_pixels: int | None
 ) -> npt.NDArray[np.uint8]:
-    """Decodes one encoded image and applies the evaluation transform: uint8 [H, W, 3].
+    """Decodes an image and applies the evaluation transform, giving uint8 [H, W, 3].
 
     Raises:
-        ImageError: it cannot be used (`models.media.images.decode_image`).
+        ImageError: the image cannot be used (see `models.media.images.decode_image`).
     """
     image = decode_image(
         data, max_pixels=max_pixels, background=prep.background, deep_range=prep.deep_range
@@ -69,11 +69,11 @@ def load_image(
 
 
 def eval_transform(image: Image.Image, prep: Preprocessing) -> npt.NDArray[np.uint8]:
-    """Resizes the short side and crops the centre, in one resampling pass.
+    """Resizes the short side and crops the centre, in one pass of resampling.
 
     Args:
         image: an RGB image of any size.
-        prep: the transform.
+        prep: settings of the transform.
 
     Returns:
         uint8 [H, W, 3] with H = W = `prep.image_size`.
@@ -90,14 +90,14 @@ def eval_transform(image: Image.Image, prep: Preprocessing) -> npt.NDArray[np.ui
 def normalize(
     pixels_BCHW: Tensor, mean: tuple[float, ...] | Tensor, std: tuple[float, ...] | Tensor
 ) -> Tensor:
-    """uint8 in [0, 255] to float32 with the given statistics removed, on the input's device.
+    """Converts uint8 pixels to float32 and normalizes the channels, on the input's device.
 
-    Statistics that are already tensors there cost no copy.
+    Statistics that are already tensors on that device are not copied.
 
     Args:
         pixels_BCHW: images [B, C, H, W] or clips [B, C, T, H, W].
-        mean: of the channels, of values in [0, 1].
-        std: of the channels.
+        mean: channel means of values in [0, 1].
+        std: channel standard deviations of values in [0, 1].
     """
     import torch
 

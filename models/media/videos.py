@@ -1,7 +1,7 @@
-"""Encoded video to RGB frames: single frames by their number, and one frame's pixels.
+"""Decodes frames of an encoded video, by their numbers, to RGB.
 
-Needs PyAV (which bundles FFmpeg) and numpy only. Opening files and reading frames of them is in
-`models/media/`; what of that is used with this is here by its name too.
+Needs only PyAV, which bundles FFmpeg, and numpy. Opening files and reading their frames is in
+`models/media/video/`.
 
 Array suffixes: T frames, H height, W width, 3 = RGB.
 """
@@ -16,40 +16,17 @@ import numpy as np
 import numpy.typing as npt
 from av.video.reformatter import Interpolation, VideoReformatter
 
-from models.media.video.containers import (
-    MAX_PIXELS,
-    VideoError,
-    declared_seconds,
-    describe,
-    limit_decoder,
-    open_video,
-    pixel_aspect,
-)
+from models.media.video.containers import MAX_PIXELS, VideoError, open_video
 from models.media.video.indexed_video import IndexedVideo
 
-__all__ = [
-    "MAX_PIXELS",
-    "SCALING",
-    "U8",
-    "RgbConverter",
-    "VideoError",
-    "count_frames",
-    "declared_seconds",
-    "decode_frames",
-    "describe",
-    "limit_decoder",
-    "open_video",
-    "pixel_aspect",
-]
-
-# The same results on every processor. ACCURATE_RND as well would darken RGB by 2 levels of 255.
 SCALING = Interpolation.BICUBIC | Interpolation.BITEXACT
+"""Gives the same pixels on every processor. With ACCURATE_RND, RGB would be darker by 2 levels."""
 
 U8 = npt.NDArray[np.uint8]
 
 
 class RgbConverter:
-    """Decoded frames of any pixel format and size to RGB, the same pixels on every processor."""
+    """Converts decoded frames of any pixel format and size to RGB, alike on every processor."""
 
     def __init__(self) -> None:
         self._reformatter = VideoReformatter()  # keeps FFmpeg's scaling tables between frames
@@ -63,31 +40,32 @@ class RgbConverter:
 
 
 def count_frames(video: bytes, *, max_pixels: int = MAX_PIXELS) -> int:
-    """Returns the number of frames of a video; of an ordinary one, without decoding them.
+    """Returns the number of frames of a video, for ordinary ones without decoding.
 
     Raises:
-        VideoError: with the reason.
+        VideoError: the video cannot be read.
     """
     with open_video(io.BytesIO(video), max_pixels=max_pixels) as (container, stream):
         return len(IndexedVideo(container, stream))
 
 
 def decode_frames(video: bytes, indices: Sequence[int], *, max_pixels: int = MAX_PIXELS) -> U8:
-    """Decodes some frames of a video, and of the others only those they need.
+    """Decodes some frames of a video, and only those others that they depend on.
 
-    Frames are numbered from 0 in the order they are shown. For each run of wanted frames decoding
-    starts at the key frame before it, so one frame costs at most one group of pictures.
+    Frames are numbered from 0 in the order in which they are shown. For each run of wanted frames,
+    decoding starts at the key frame before it, so one frame costs at most one group of pictures.
 
     Args:
-        video: the encoded bytes; made for the short segments that ingest stores.
+        video: the encoded bytes; meant for the short segments that ingest stores.
         indices: frame numbers in any order, repeats allowed.
-        max_pixels: refuse larger frames, by the header.
+        max_pixels: refuse frames that the header says are larger.
 
     Returns:
-        uint8 [T, H, W, 3], one frame an index, in the order of `indices`.
+        uint8 [T, H, W, 3], one frame for each index, in the order of `indices`.
 
     Raises:
-        VideoError: `no_such_frame` for an index out of range (negative ones are), else the reason.
+        VideoError: `no_such_frame` for an index out of range, including negative ones; otherwise
+            the reason why the video cannot be decoded.
     """
     convert, found = RgbConverter(), dict[int, U8]()
     with open_video(io.BytesIO(video), max_pixels=max_pixels) as (container, stream):

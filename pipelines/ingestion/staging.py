@@ -23,9 +23,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from models.media.images import ImageError
+from models.media.pictures.errors import ImageError
+from models.media.video.containers import VideoError
 from models.media.video.video_reader import Loss
-from models.media.videos import VideoError
 from pipelines.config.ingest import LABEL_COLUMN, IngestConfig
 from pipelines.dataset.shards import SCHEMAS, encode_table, hash_bytes
 from pipelines.ingestion.entries.chunks import chunk_from_json

@@ -21,10 +21,12 @@ import torchvision.io  # registers torch.ops.image
 from PIL import Image
 from torch import Tensor
 
-from models.media.images import ImageError, decode_image
+from models.media.images import decode_image
 from models.media.pictures.colour import is_of_other_colours
+from models.media.pictures.errors import ImageError
 from models.media.pictures.metadata import JPEG, PNG, has_transparent_colour
-from models.media.videos import VideoError, decode_frames
+from models.media.video.containers import VideoError
+from models.media.videos import decode_frames
 
 U8 = npt.NDArray[np.uint8]
 Box = tuple[int, int, int, int]

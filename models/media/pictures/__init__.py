@@ -1,1 +1,1 @@
-"""What decoding a picture needs: formats, metadata, colour profiles, deep pixels, limits. Imports nothing of ours."""
+"""Parts of image decoding: formats, metadata, colours, deep pixels. Imports nothing of ours."""

@@ -1,7 +1,8 @@
-"""Embedded ICC profiles: pictures of other colour spaces to sRGB, which everything here reads.
+"""Converts pictures with an embedded ICC profile to sRGB.
 
-The intent is relative colorimetric with black point compensation: white stays white and black black.
-Profiles that mean sRGB are found by what they do, not by name, and leave pixels untouched bit for bit.
+The intent is relative colorimetric with black point compensation: white stays white, and black
+stays black. Profiles that mean sRGB are recognised by their effect, not their name, and pixels are
+then unchanged bit for bit.
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ from PIL import Image, ImageCms
 
 from models.media.pictures.metadata import MOST_PROFILE_BYTES, icc_profile
 
-# The profile's colour space, by the mode of the picture. One of another space is none of this picture.
+# The colour space of a usable profile, by the mode of the picture; others are ignored.
 _SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}
 _SAME = 2
-"""Profiles that call themselves sRGB round their curve differently: by this many levels at most."""
+"""Largest difference in levels between profiles for sRGB, which round its curve differently."""
 
 
 def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Returns the colours of a picture as sRGB.
+    """Converts a picture to sRGB.
 
     Args:
         image: of mode RGB, L or CMYK.
-        profile: the embedded profile; None, a damaged one, and one of another number of channels
-            than the picture's change nothing.
+        profile: the embedded profile. None, a damaged one, and one for another number of channels
+            change nothing.
 
     Returns:
         The picture in RGB.
@@ -47,13 +48,13 @@ def is_of_other_colours(data: bytes) -> bool:
 
 
 def changes_colours(profile: bytes | None, mode: str) -> bool:
-    """Whether `to_srgb` of a picture of this mode would do anything but make it RGB."""
+    """Whether `to_srgb` would change the colours of a picture of this mode."""
     return bool(profile) and _transform(profile, mode) is not None
 
 
 @functools.lru_cache(maxsize=32)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """The transform to sRGB of pictures of `mode`, or None if there is nothing to do."""
+    """Returns the transform of pictures of `mode` to sRGB, or None if nothing changes."""
     if len(profile) > MOST_PROFILE_BYTES or mode not in _SPACES:
         return None
     try:
@@ -68,7 +69,7 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
             renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
             flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
         )
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):  # damaged: as if there were none
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):  # damaged, so ignored
         return None
     return None if mode != "CMYK" and _changes_nothing(transform, mode) else transform
 
@@ -81,12 +82,12 @@ def _changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
 
 
 def _ramp() -> Image.Image:
-    """Every level of grey."""
+    """Returns a picture of every level of grey."""
     return Image.fromarray(np.arange(256, dtype=np.uint8)[None])
 
 
 def _colours() -> Image.Image:
-    """A grid of 18 levels a channel over all colours, and every grey."""
+    """Returns a picture of a grid of colours, 18 levels a channel, and of every grey."""
     grid = list(itertools.product(range(0, 256, 15), repeat=3))
     greys = [(level, level, level) for level in range(256)]
     return Image.fromarray(np.array([grid + greys], dtype=np.uint8))

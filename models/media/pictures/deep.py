@@ -1,4 +1,4 @@
-"""Pictures of more than 8 bits a channel, which Pillow halves or clips.
+"""Reads pictures of more than 8 bits a channel, of which Pillow drops or clips bits.
 
 Shape suffixes: H, W pixels, C channels.
 """
@@ -17,24 +17,24 @@ from models.media.pictures.formats import open_picture
 
 DeepRange = int | Literal["auto"]
 FULL = 65535
-"""White in 16 bits."""
+"""Value of white in 16 bits."""
 _DIM = 8
-"""A picture whose brightest value is under this part of its range may be of fewer bits than it says."""
-# The unpacker that gives a sample's other byte, by the one that gives its high byte.
+"""A picture may have fewer bits than it says if its brightest value is under 1 / 8 of its range."""
+# Pillow's unpacker of a sample's low byte, by its unpacker of the high byte.
 _LOW_BYTES = {
     f"{bands};16{order}": f"{bands};16{other}"
     for bands in ("RGB", "RGBA", "RGBX")
     for order, other in (("B", "L"), ("L", "B"), ("N", "B" if np.little_endian else "L"))
 }
-_TWO_BANDS = "LA;16B"  # has no such unpacker, but is as long as RGBA, which takes bytes as they are
+_TWO_BANDS = "LA;16B"  # has no such unpacker, but can be read as RGBA, which has the same length
 
 
 @dataclass(frozen=True)
 class Levels:
-    """A picture's values as 8-bit levels.
+    """A picture in 8 bits a channel.
 
     Attributes:
-        image: mode L, RGB or RGBA.
+        image: of mode L, RGB or RGBA.
         dim: whether its brightest value is under an eighth of the range.
     """
 
@@ -43,14 +43,15 @@ class Levels:
 
 
 def grey_levels(image: Image.Image, deep_range: DeepRange) -> Levels:
-    """Integers of 16 bits, and floating point from 0 to 1, to 8 bits by their range.
+    """Scales deep grey to 8 bits: 16-bit integers by their range, floating point from [0, 1].
 
     Args:
-        image: loaded, of a mode that begins with I, or F.
-        deep_range: the value that is white in 16-bit pictures that do not say so themselves.
+        image: loaded, of mode F or one that begins with I.
+        deep_range: value of white in 16-bit pictures whose file does not give it.
 
     Raises:
-        ImageError: `unknown_range`: values outside it, NaN, or 32-bit or signed integers.
+        ImageError: `unknown_range`, for values outside the range, NaN, and 32-bit or signed
+            integers.
     """
     if image.mode == "I" and image.format == "TIFF":
         raise ImageError("unknown_range", "32-bit or signed integers; store 8 or 16 bits")
@@ -59,7 +60,7 @@ def grey_levels(image: Image.Image, deep_range: DeepRange) -> Levels:
         return Levels(Image.fromarray(_scaled(values, 1.0)), dim=False)
     top = _declared(image)
     levels = _integer_levels(values, deep_range if top is None else top, watch=top is None)
-    # Pillow turns TIFFs in which 0 is white over at 8 bits only.
+    # Pillow inverts TIFFs in which 0 is white only if they have 8 bits.
     negative = image.format == "TIFF" and image.tag_v2.get(262) == 0  # type: ignore[attr-defined]
     return Levels(ImageOps.invert(levels.image), levels.dim) if negative else levels
 
@@ -67,19 +68,19 @@ def grey_levels(image: Image.Image, deep_range: DeepRange) -> Levels:
 def colour_levels(
     data: bytes, image: ImageFile.ImageFile, raw_mode: str, deep_range: DeepRange
 ) -> Levels:
-    """16-bit colour to 8 bits: by Pillow, which takes the high byte, or by another range.
+    """Scales 16-bit colour to 8 bits: Pillow's high byte, or scaled by another range.
 
     Args:
         data: the encoded picture.
-        image: the same, loaded.
-        raw_mode: Pillow's name of how its samples are stored.
+        image: the same picture, loaded.
+        raw_mode: Pillow's name of the way its samples are stored.
         deep_range: as for `grey_levels`.
     """
     if deep_range == FULL:
         high = max(int(top) for _, top in image.getextrema()[:3])  # type: ignore[misc]
         return Levels(image, dim=0 < high < 256 // _DIM)
     values_HWC = deep_values(data, image, raw_mode).astype(np.float64)
-    alpha = values_HWC[..., 3:] / FULL * 255.0  # opacity has no such range
+    alpha = values_HWC[..., 3:] / FULL * 255.0  # opacity always has the full range
     levels = _integer_levels(values_HWC[..., :3], deep_range, watch=True)
     if not alpha.size:
         return levels
@@ -89,7 +90,7 @@ def colour_levels(
 
 
 def deep_values(data: bytes, image: ImageFile.ImageFile, raw_mode: str) -> npt.NDArray[np.uint16]:
-    """All 16 bits of a colour picture, [H, W, C]: Pillow decodes it again to the bytes it left out."""
+    """Returns all 16 bits of a colour picture, [H, W, C]; decodes it again for the low bytes."""
     high_HWC = np.asarray(image).astype(np.uint16)
     again = open_picture(data)
     if raw_mode == _TWO_BANDS:
@@ -103,7 +104,7 @@ def deep_values(data: bytes, image: ImageFile.ImageFile, raw_mode: str) -> npt.N
 
 
 def raw_mode_of(image: ImageFile.ImageFile) -> str | None:
-    """How a 16-bit colour picture's samples are stored, before it is loaded; None if it is no such."""
+    """Returns how an unloaded 16-bit colour picture stores samples; None for other pictures."""
     args = image.tile[0].args if image.tile else None
     raw_mode = args[0] if isinstance(args, tuple) and args else args
     known = raw_mode == _TWO_BANDS or raw_mode in _LOW_BYTES
@@ -118,7 +119,7 @@ def _low_bytes(tile: ImageFile._Tile) -> ImageFile._Tile:
 
 
 def _declared(image: Image.Image) -> int | None:
-    """The value of white where the format says it; None where a 16-bit file may hold anything."""
+    """Returns the value of white if the format gives it, else None."""
     if image.format in ("PPM", "JPEG2000"):  # their readers scale by the maximum in the header
         return FULL
     bits = image.tag_v2.get(258) if image.format == "TIFF" else None  # type: ignore[attr-defined]
@@ -134,12 +135,12 @@ def _integer_levels(
 
 
 def _fitting(most: float) -> int:
-    """White of the fewest bits, of those that sensors have, that hold the brightest value."""
+    """Returns the white of the fewest bits, among those of usual sensors, that hold `most`."""
     return next((2**bits - 1 for bits in (8, 10, 12, 14) if most < 2**bits), FULL)
 
 
 def _scaled(values: npt.NDArray[np.float64], top: float) -> npt.NDArray[np.uint8]:
-    if not (values.min() >= 0 and values.max() <= top):  # so that NaN is refused too
+    if not (values.min() >= 0 and values.max() <= top):  # written so that NaN is refused too
         found = f"values from {values.min():g} to {values.max():g}"
         raise ImageError("unknown_range", f"{found}, not within 0 to {top:g}")
     return (values / top * 255.0).round().astype(np.uint8)

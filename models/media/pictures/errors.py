@@ -1,4 +1,4 @@
-"""What is wrong with a picture that cannot be used."""
+"""The error for a picture that cannot be used."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ class ImageError(ValueError):
     """An image that cannot be used.
 
     Attributes:
-        reason: one of `empty`, `not_an_image`, `truncated`, `too_many_pixels`, `unknown_range`,
-            `decode_error`; short and stable, for counting.
-        detail: what the decoder said, for people.
+        reason: a short and stable code, for counting: `empty`, `not_an_image`, `truncated`,
+            `too_many_pixels`, `unknown_range` or `decode_error`.
+        detail: a message for people, such as the decoder's.
     """
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -18,5 +18,5 @@ class ImageError(ValueError):
         self.detail = detail
 
     def __reduce__(self) -> tuple[type[ImageError], tuple[str, str]]:
-        """Crosses process borders with both fields."""
+        """Lets the error be pickled with both fields."""
         return type(self), (self.reason, self.detail)

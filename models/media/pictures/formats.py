@@ -1,7 +1,7 @@
-"""Which format a picture is in, by its first bytes, and Pillow's reader for it.
+"""Recognises the format of a picture by its first bytes, and opens it with Pillow's reader.
 
-Pillow's own `Image.open` tries one reader after the other and keeps for itself why each gave up. Here
-the first bytes choose the reader, and what it says is told.
+`PIL.Image.open` tries one reader after another and does not say why each failed. Here the first
+bytes choose the reader, and its error is passed on.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import io
 import re
 import struct
 
-# Each registers its reader.
+# Importing each registers its reader.
 from PIL import (
     AvifImagePlugin,
     BmpImagePlugin,
@@ -40,7 +40,7 @@ _READERS = {
     "JPEG2000": Jpeg2KImagePlugin,
 }
 FORMATS = tuple(_READERS)
-# What else people call pictures: named in the refusal, so that nobody looks for damage.
+# Other formats that people may try. The error names them, so that nobody looks for damage.
 _FOREIGN = (
     (b"\xff\x0a", "JPEG XL"),
     (b"\x00\x00\x00\x0cJXL ", "JPEG XL"),
@@ -53,7 +53,7 @@ _FOREIGN = (
     (b"version https://git-lfs", "a pointer of Git LFS, not the file"),
 )
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"hevm", b"hevs")
-# TIFF tags that say how pixels are laid out, for the message about a layout nobody reads.
+# TIFF tags of the layout of pixels, for the message about a layout that Pillow cannot read.
 _LAYOUT = {
     "bits": 258,
     "compression": 259,
@@ -66,11 +66,11 @@ _LAYOUT = {
 
 
 def format_of(data: bytes) -> str | None:
-    """Returns the row of `FORMATS` that the first bytes announce, or None."""
+    """Returns the entry of `FORMATS` that the first bytes indicate, or None."""
     for name in FORMATS:
         accept = Image.OPEN[name][1]
         if accept is None or accept(data[:16]):
-            # Two letters are no proof: text may begin with them too.
+            # Two letters are not enough, because text may begin with them too.
             if name == "BMP" and not 12 <= int.from_bytes(data[14:18], "little") <= 256:
                 continue
             if name == "PPM" and not re.match(rb"P.\s+[#\d]", data):
@@ -80,7 +80,7 @@ def format_of(data: bytes) -> str | None:
 
 
 def open_picture(data: bytes) -> ImageFile.ImageFile:
-    """Reads the header of an encoded picture; pixels stay undecoded.
+    """Reads the header of an encoded picture, without decoding pixels.
 
     Raises:
         ImageError: `empty`, `not_an_image`, `truncated`, `too_many_pixels` or `decode_error`.
@@ -92,27 +92,27 @@ def open_picture(data: bytes) -> ImageFile.ImageFile:
         raise ImageError("not_an_image", f"{_foreign(data)}none of {', '.join(FORMATS)}")
     try:
         image = Image.OPEN[name][0](io.BytesIO(data), "")
-    except Exception as error:  # a hostile header may raise anything; none of it may pass
+    except Exception as error:  # a hostile header may raise anything
         raise refusal(error, _more(name, data)) from error
-    for key in ("icc_profile", "exif", "xmp"):  # a TIFF's tags may be of any type
+    for key in ("icc_profile", "exif", "xmp"):  # a TIFF's tags may have any type
         if not isinstance(image.info.get(key, b""), bytes):
             del image.info[key]
     return image
 
 
 def refusal(error: Exception, more: str = "") -> ImageError:
-    """What a reader or decoder raised, as our error; ours as they are."""
+    """Turns what a reader or decoder raised into an ImageError; returns an ImageError unchanged."""
     if isinstance(error, ImageError):
         return error
     text = f"{type(error).__name__}: {error}{more}"
     cut_short = any(word in text.lower() for word in ("truncated", "eof", "end of file"))
-    # Readers that run out of header say so by the index they could not reach.
+    # Readers of a header that is cut short raise an error of the index they could not reach.
     cut_short |= isinstance(error.__cause__ or error, (IndexError, struct.error, EOFError))
     return ImageError("truncated" if cut_short else "decode_error", text)
 
 
 def _more(name: str, data: bytes) -> str:
-    """What a reader's own message lacks."""
+    """Returns what a reader's own message leaves out."""
     if name == "TIFF":
         return f" ({_tiff_layout(data)})"
     if name == "WEBP" and int.from_bytes(data[4:8], "little") + 8 > len(data):
@@ -127,13 +127,13 @@ def _foreign(data: bytes) -> str:
 
 
 def _tiff_layout(data: bytes) -> str:
-    """How a TIFF's first picture is laid out, as far as its tags can be read."""
+    """Describes the layout of a TIFF's first picture, as far as its tags can be read."""
     try:
         tags = TiffImagePlugin.ImageFileDirectory_v2(data[: 16 if data[2:3] == b"+" else 8])
         file = io.BytesIO(data)
         file.seek(tags.next)
         tags.load(file)
         found = {name: tags.get(tag) for name, tag in _LAYOUT.items()}
-    except Exception as error:  # this is only about a better message
+    except Exception as error:  # the tags only serve a better message
         return f"tags: {error}"
     return ", ".join(f"{name} {value}" for name, value in found.items() if value is not None)

@@ -1,8 +1,8 @@
-"""What stands beside the pixels in a PNG or JPEG file, read and left out without decoding.
+"""Reads and removes metadata of image files without decoding pixels.
 
-Text, comments, thumbnails and the like are often damaged or huge, in files that every viewer shows.
-Pillow reads them all and gives the picture up with them; `without_metadata` is the same picture
-without what it can do without.
+Text, comments, thumbnails and the like are often damaged or huge in files that every viewer shows.
+Pillow reads all of it and fails; `without_metadata` returns the same picture without the metadata
+that it does not need.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ JPEG = b"\xff\xd8\xff"
 _JP2 = b"\0\0\0\x0cjP  \r\n\x87\n"
 ORIENTATION = 0x0112
 MOST_PROFILE_BYTES = 4 * 2**20
-"""Colour profiles are seldom over 2 MiB; larger ones are taken for damage."""
+"""Largest colour profile. They are seldom over 2 MiB, so larger ones are taken for damage."""
 _PILLOWS_TEXT = 2**20
-"""What Pillow inflates of one PNG chunk at most (`PngImagePlugin.MAX_TEXT_CHUNK`)."""
-# PNG chunks beside the critical ones that change what we show, by the fewest bytes of an intact one.
+"""Most bytes that Pillow inflates of one PNG chunk (`PngImagePlugin.MAX_TEXT_CHUNK`)."""
+# PNG chunks, other than critical ones, that change the picture, and the least size of an intact
+# one.
 _SEEN = {b"tRNS": 1, b"iCCP": 4, b"eXIf": 1}
-_TRANSPARENT = {0: 2, 2: 6, 3: 1}  # the same of tRNS, by colour type
+_TRANSPARENT = {0: 2, 2: 6, 3: 1}  # least size of tRNS, by colour type
 _NO_LENGTH = (0x01, *range(0xD0, 0xD9))
 _SOS, _APP0, _APP1, _APP2, _APP14, _APP15, _COM = 0xDA, 0xE0, 0xE1, 0xE2, 0xEE, 0xEF, 0xFE
 _ICC, _EXIF = b"ICC_PROFILE\0", b"Exif\0\0"
 
 
 def png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Yields (type, whole chunk with length and checksum) up to the end, the last as long as it is."""
+    """Yields (type, whole chunk with length and checksum); the last one may be cut short."""
     at = len(PNG)
     while at + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, at)
@@ -41,13 +42,13 @@ def png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Yields (marker, first byte, first byte after it) of the segments before the pixels.
+    """Yields (marker, start, stop) of the segments before the pixels, as byte positions.
 
-    The last one is the scan with everything behind it. Ends early where a length is impossible.
+    The last segment is the scan and everything after it. Stops early at an impossible length.
     """
     at = 2
     while at + 4 <= len(data):
-        if data[at] != 0xFF:  # readers look for the next marker
+        if data[at] != 0xFF:  # as readers do, look for the next marker
             at += 1
             continue
         marker = data[at + 1]
@@ -65,7 +66,7 @@ def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def icc_profile(data: bytes) -> bytes | None:
-    """Returns the colour profile embedded in a PNG, JPEG or JPEG 2000 file, without decoding it."""
+    """Returns the colour profile embedded in a PNG, JPEG or JPEG 2000 file, without decoding."""
     if data.startswith(_JP2):
         return _jp2_profile(data)
     if data.startswith(PNG):
@@ -81,12 +82,12 @@ def icc_profile(data: bytes) -> bytes | None:
         if marker == _APP2 and data[start + 4 : start + 16] == _ICC
     ]
     whole = bool(parts) and len(parts[0]) > 13 and parts[0][13] == len(parts)
-    # In the order of their numbers, whatever the order in the file.
+    # In the order of their numbers, which may differ from the order in the file.
     return b"".join(part[14:] for part in sorted(parts)) if whole else None
 
 
 def _jp2_profile(data: bytes) -> bytes | None:
-    """The profile of a JP2 file: in its header box the box of colours, method 2 (restricted) or 3."""
+    """Returns the profile of a JP2 file: box colr in its header, method 2 (restricted) or 3."""
     for kind, start, stop in _boxes(data, 0, len(data)):
         if kind == b"jp2h":
             inner = [box for box in _boxes(data, start, stop) if box[0] == b"colr"]
@@ -98,7 +99,7 @@ def _jp2_profile(data: bytes) -> bytes | None:
 
 
 def _boxes(data: bytes, at: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """Yields (type, first byte of content, first byte after it) of ISO boxes with 32-bit lengths."""
+    """Yields (type, start of content, stop) of ISO boxes with 32-bit lengths."""
     while at + 8 <= end:
         length, kind = struct.unpack_from(">I4s", data, at)
         if length < 8 or at + length > end:
@@ -108,7 +109,7 @@ def _boxes(data: bytes, at: int, end: int) -> Iterator[tuple[bytes, int, int]]:
 
 
 def has_transparent_colour(data: bytes) -> bool:
-    """Whether a PNG file of 8-bit grey or RGB declares one colour to be transparent."""
+    """Whether a PNG file of 8-bit grey or RGB declares one colour transparent."""
     for kind, _ in png_chunks(data):
         if kind == b"IDAT":
             return False
@@ -118,9 +119,10 @@ def has_transparent_colour(data: bytes) -> bool:
 
 
 def without_metadata(data: bytes) -> bytes:
-    """Returns a PNG or JPEG file with no more than its pixels need; others as they are.
+    """Returns a PNG or JPEG file without the metadata that its pixels do not need.
 
-    Transparency, orientation and an intact colour profile stay; of an AVIF file only damaged Exif goes.
+    Transparency, orientation and an intact colour profile stay. Of an AVIF file only the Exif item
+    is removed; other files are returned unchanged.
     """
     if data.startswith(PNG):
         colours = data[25] if len(data) > 25 else 0
@@ -145,7 +147,7 @@ def _keep_chunk(kind: bytes, chunk: bytes, colour_type: int) -> bool:
 
 
 def _inflate_profile(body: bytes) -> bytes | None:
-    """A profile out of an iCCP chunk: name, a zero, the method (0), deflated bytes."""
+    """Returns the profile of an iCCP chunk: name, a zero, the method (0), deflated bytes."""
     _, _, rest = body.partition(b"\0")
     if rest[:1] != b"\0":
         return None
@@ -170,14 +172,14 @@ def _kept_segments(data: bytes) -> Iterator[bytes]:
 
 
 def _says_colours(marker: int, body: bytes) -> bool:
-    """Whether a segment tells what the components are: JFIF's, Adobe's, or a profile, if whole."""
+    """Whether a segment describes the colours: a complete one of JFIF or Adobe, or a profile."""
     heads = {_APP0: (b"JFIF\0", 14), _APP14: (b"Adobe", 12), _APP2: (_ICC, 15)}
     head, least = heads.get(marker, (b"", 0))
     return bool(head) and body.startswith(head) and len(body) >= least
 
 
 def orientation_of(exif: bytes) -> int:
-    """Returns the orientation that Exif data hold, 1 (upright) where they hold none or are damaged."""
+    """Returns the orientation in Exif data; 1, upright, if it is missing or damaged."""
     values = Image.Exif()
     try:
         values.load(exif)
@@ -196,7 +198,7 @@ def _exif_segment(orientation: int) -> bytes:
 
 
 def _without_exif_item(data: bytes) -> bytes:
-    """Renames the Exif item of an AVIF file where it is listed; no length changes, nothing moves."""
+    """Renames the Exif item in an AVIF file's list of items, which moves no other byte."""
     at = data.find(b"infe")
     while at >= 0:
         if data[at + 12 : at + 16] == b"Exif":  # after version, flags, item number and protection

@@ -1,10 +1,9 @@
-"""Our limit of pixels in place of Pillow's, for this decode alone.
+"""A limit of pixels for one decode, in place of Pillow's limit for the whole process.
 
-Pillow asks one function, `Image._decompression_bomb_check`, before it makes room for a picture, and
-that function knows one limit a process, a module's variable. Setting it would change what every
-other user of Pillow in the process is protected from, and two threads could not have two limits.
-So the function is wrapped once: inside `pixel_limit` it asks the limit of the thread (or task) that
-decodes, elsewhere it is Pillow's own.
+Before Pillow allocates a picture it calls `Image._decompression_bomb_check`, whose limit is a
+module variable. Setting that variable would change the protection of every other user of Pillow in
+the process, and two threads could not have different limits. So the function is wrapped once:
+inside `pixel_limit` it uses the limit of the current thread or task, and elsewhere Pillow's own.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ _most_pixels: ContextVar[float | None] = ContextVar("most_pixels", default=None)
 
 @contextlib.contextmanager
 def pixel_limit(most: float) -> Iterator[None]:
-    """While it lasts, pictures of more than `most` pixels raise ImageError, and no others do."""
+    """Inside this context, pictures of more than `most` pixels raise an ImageError."""
     _wrap_check()
     token = _most_pixels.set(most)
     try:
@@ -34,7 +33,7 @@ def pixel_limit(most: float) -> Iterator[None]:
 
 
 def check_pixels(size: tuple[int, int], most: float) -> None:
-    """Raises an ImageError `too_many_pixels` for a (width, height) of more than `most` pixels."""
+    """Raises an ImageError `too_many_pixels` if (width, height) has more than `most` pixels."""
     if size[0] * size[1] > most:
         message = f"{size[0]}x{size[1]} is over the limit of {most:.0f} pixels"
         raise ImageError("too_many_pixels", message)
@@ -51,5 +50,5 @@ def _wrap_check() -> None:
         else:
             check_pixels(size, most)
 
-    # Two threads that come here at once nest the wrapper, which changes nothing.
+    # If two threads get here at once, the wrapper is nested, which changes nothing.
     Image._decompression_bomb_check = check

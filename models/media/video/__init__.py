@@ -1,1 +1,1 @@
-"""What decoding a video needs: containers, frames in order, frames by number. Imports nothing of ours."""
+"""Parts of video decoding: containers, frames in order and by number. Imports nothing of ours."""

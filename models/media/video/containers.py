@@ -1,7 +1,7 @@
-"""Containers of video: opening them safely, the stream that is meant, and what the header says.
+"""Opens video files safely, chooses their video stream, and reads their header.
 
-Files are opened by content, never by name, and only as one of `CONTAINERS`: FFmpeg's playlist formats
-would otherwise make a hostile file a list of other files and addresses to open.
+Files are opened by content, never by name, and only as one of `CONTAINERS`. With FFmpeg's playlist
+formats, a hostile file could name other files and addresses to open.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from typing import Any, BinaryIO
 import av
 
 MAX_PIXELS = 16_777_216
-LEAST_ASPECT = Fraction(1, 8)  # of a pixel; beyond it, either way, is nonsense
+LEAST_ASPECT = Fraction(1, 8)
+"""Least width / height of a pixel that is believed; its inverse is the largest."""
 
-# FFmpeg's names of the demuxers, as its whitelist wants them.
+# FFmpeg's names of the demuxers, in the form of its whitelist.
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif"
 
-# Of a Matroska stream, by its usual writers: when it ends. Not `Fraction`'s own syntax, in which a
-# few bytes of exponent are a number of gigabytes.
+# When a Matroska stream ends, as its usual writers put it. `Fraction`'s own syntax is not allowed,
+# because a few bytes of exponent would make a number of gigabytes.
 CLOCK_TIME = re.compile(r"([0-9]{1,6}):([0-9]{1,2}):([0-9]{1,2}(?:\.[0-9]{1,12})?)")
 
 
@@ -30,10 +31,10 @@ class VideoError(ValueError):
     """A video that cannot be used.
 
     Attributes:
-        reason: one of `empty`, `not_a_video`, `no_video`, `truncated`, `too_many_pixels`,
-            `too_long`, `decode_error`, `no_such_frame`, `encode_error`, `bad_sidecar`; short and
-            stable, for counting.
-        detail: what went wrong, for people.
+        reason: a short and stable code, for counting: `empty`, `not_a_video`, `no_video`,
+            `truncated`, `too_many_pixels`, `too_long`, `decode_error`, `no_such_frame`,
+            `encode_error` or `bad_sidecar`.
+        detail: a message for people.
     """
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -42,7 +43,7 @@ class VideoError(ValueError):
         self.detail = detail
 
     def __reduce__(self) -> tuple[type[VideoError], tuple[str, str]]:
-        """Crosses process borders with both fields."""
+        """Lets the error be pickled with both fields."""
         return type(self), (self.reason, self.detail)
 
 
@@ -50,14 +51,14 @@ class VideoError(ValueError):
 def open_video(
     file: BinaryIO, *, max_pixels: int = MAX_PIXELS
 ) -> Iterator[tuple[Any, av.VideoStream]]:
-    """Opens a video file for decoding in one thread; a context manager.
+    """Opens a video file for decoding in one thread, as a context manager.
 
     Args:
         file: seekable and binary; it is not closed.
-        max_pixels: refuse larger frames, by the header, before decoding one.
+        max_pixels: refuse frames that the header says are larger, before decoding one.
 
     Yields:
-        The PyAV container and the video stream that is meant (`choose_stream`).
+        The PyAV container and its video stream by `choose_stream`.
 
     Raises:
         VideoError: `empty`, `not_a_video`, `truncated`, `no_video` or `too_many_pixels`.
@@ -76,7 +77,7 @@ def _open(file: BinaryIO) -> Any:
         raise VideoError("empty", "zero bytes")
     file.seek(0)
     try:
-        # Subtitles and data streams may lie anywhere in the encoding; none of it is wanted.
+        # Text in the metadata may have any encoding; it is not used.
         return av.open(
             file, "r", options={"format_whitelist": CONTAINERS}, metadata_errors="replace"
         )
@@ -90,7 +91,7 @@ def _open(file: BinaryIO) -> Any:
 
 
 def _has_index(file: BinaryIO) -> bool:
-    """Whether an MP4 or QuickTime file holds a whole `moov` box, by its top-level boxes."""
+    """Whether an MP4 or QuickTime file has a complete `moov` box at top level."""
     size = file.seek(0, io.SEEK_END)
     position = 0
     while position + 8 <= size:
@@ -108,14 +109,14 @@ def _has_index(file: BinaryIO) -> bool:
 
 
 def choose_stream(container: Any, max_pixels: int) -> av.VideoStream:
-    """Returns the video stream that FFmpeg shows of a container, ready for decoding in one thread.
+    """Returns the video stream that FFmpeg would show, ready for decoding in one thread.
 
-    Cover pictures do not count. Of several streams that is one with more than one frame (an
-    animated AVIF has a still picture beside it) before others, then one that is marked as the
-    default, then the one with the most pixels, then the first.
+    Cover pictures do not count. Among several streams, one with more than one frame comes first (an
+    animated AVIF also has a still picture), then one marked as default, then the one with the most
+    pixels, then the first.
 
     Raises:
-        VideoError: `no_video`, or `too_many_pixels` by the header.
+        VideoError: `no_video`, or `too_many_pixels` according to the header.
     """
     streams = [
         stream
@@ -142,27 +143,28 @@ def limit_decoder(stream: av.VideoStream, max_pixels: int) -> None:
     """Makes a stream's decoder run in one thread and refuse frames of more than `max_pixels`.
 
     Raises:
-        VideoError: `too_many_pixels`, by the header.
+        VideoError: `too_many_pixels`, according to the header.
     """
     context = stream.codec_context
     if context.width * context.height > max_pixels:
         size = f"{context.width}x{context.height}"
         raise VideoError("too_many_pixels", f"{size} is over the limit of {max_pixels} pixels")
     context.thread_count = 1  # the same frames in the same order, and parallel across files
-    context.options = {"max_pixels": str(max_pixels)}  # a stream may grow behind its header
+    # Later frames may be larger than the header says.
+    context.options = {"max_pixels": str(max_pixels)}
 
 
 def pixel_aspect(stream: av.VideoStream) -> Fraction:
-    """Width / height of one pixel; 1 where the file says nothing, or nonsense."""
+    """Returns width / height of a pixel; 1 if the file does not give it, or an impossible one."""
     aspect = Fraction(stream.sample_aspect_ratio or 1)
     return aspect if LEAST_ASPECT <= aspect <= 1 / LEAST_ASPECT else Fraction(1)
 
 
 def declared_seconds(container: Any, stream: av.VideoStream) -> Fraction | None:
-    """Returns the length of a video stream by the file's header, None where it does not say.
+    """Returns the length of a video stream according to the header; None if it does not say.
 
-    Matroska says when the stream ends, and when the file does. Of a file that holds nothing else the
-    later one counts, of limits too; sound, subtitles and data may go on behind the picture.
+    Matroska says when the stream ends and when the file ends. In a file with no other streams, the
+    later one counts; otherwise sound, subtitles or data may go on after the pictures.
     """
     if stream.duration and stream.time_base:
         return stream.duration * stream.time_base
@@ -177,7 +179,7 @@ def declared_seconds(container: Any, stream: av.VideoStream) -> Fraction | None:
 
 
 def _is_alone(container: Any, stream: av.VideoStream) -> bool:
-    """Whether nothing else in a container has a length: covers and fonts have none."""
+    """Whether no other stream in a container has a length; covers and fonts have none."""
     covers = av.stream.Disposition.attached_pic
     return all(
         other.index == stream.index or other.type == "attachment" or other.disposition & covers
@@ -186,6 +188,6 @@ def _is_alone(container: Any, stream: av.VideoStream) -> bool:
 
 
 def describe(error: BaseException) -> str:
-    """Returns an error's kind and text on one line, without the name of a file."""
+    """Returns an error's type and text on one line, without a file name."""
     text = getattr(error, "strerror", None) or str(error)
     return f"{type(error).__name__}: {' '.join(str(text).split())}"

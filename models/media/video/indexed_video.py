@@ -1,11 +1,11 @@
-"""The frames of a whole video file by their number: which there are, when each is shown, and any of
-them in one pass at most.
+"""Frames of a whole video file by number: how many there are, their times, and their pictures.
 
-Numbers are those of the frames that a decoder gives for the file from its beginning, in that order:
-what FFmpeg shows. For ordinary files the packets tell them without decoding, and decoding begins at
-the last key frame that is shown no later than the frame that is wanted: frames that are stored
-behind a key frame but shown before it need the group before. Where the packets cannot be believed,
-all is decoded once to number the frames, and once more up to the last that is wanted.
+Frames are numbered in the order in which a decoder returns them from the beginning of the file,
+which is what FFmpeg shows. For ordinary files the packets give the numbers without decoding.
+Decoding then starts at the last key frame that is shown no later than the wanted frame, because
+frames that are stored after a key frame but shown before it need the group before. If the packets
+cannot be trusted, the file is decoded once to number the frames, and again up to the last wanted
+frame.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from models.media.video.video_reader import (
 
 
 class IndexedVideo:
-    """Frames of an open file by number. Holds its packets, encoded, and one decoded frame.
+    """Frames of an open file by number. Keeps its encoded packets and one decoded frame.
 
     Args:
         container: from PyAV, at its beginning.
         stream: its video stream.
-        most: refuse more frames.
+        most: refuse files of more frames.
 
     Attributes:
         aspect: width / height of a pixel.
@@ -74,13 +74,13 @@ class IndexedVideo:
 
     @property
     def times(self) -> list[Fraction]:
-        """When each frame is shown, seconds after the first, ascending."""
+        """Time of each frame in seconds after the first, ascending."""
         base = self._stream.time_base or Fraction(1, av.time_base)
         return self._times or [(stamp - self._stamps[0]) * base for stamp in self._stamps]
 
     @property
     def duration(self) -> Fraction:
-        """Seconds from the first frame to the end of the last."""
+        """Seconds from the first frame to the end of the last frame."""
         if len(self._times) > 1:
             return self._times[-1] + _step(self._times, self._period)
         lengths = [packet.duration for packet in self._packets if packet.duration]
@@ -88,23 +88,23 @@ class IndexedVideo:
         return self.times[-1] + (shown or self._period) if len(self) else Fraction(0)
 
     def frames(self, numbers: Iterable[int]) -> Iterator[tuple[int, av.VideoFrame]]:
-        """Decodes some frames, and of the others only those they need.
+        """Decodes some frames, and only those others that they depend on.
 
         Args:
-            numbers: in any order, repeats allowed.
+            numbers: frame numbers in any order, repeats allowed.
 
         Yields:
-            (number, frame) for every number, once each, ascending; nothing holds the frame here.
+            (number, frame) once for every number, ascending. No reference to the frame is kept.
 
         Raises:
-            VideoError: `no_such_frame`, before the first; `decode_error` for a frame that is damaged.
+            VideoError: `no_such_frame`, before the first frame; `decode_error` for a damaged frame.
         """
         wanted = sorted(set(numbers))
         if bad := [number for number in wanted if not 0 <= number < len(self)]:
             raise VideoError("no_such_frame", f"{bad[:3]} of {len(self)} frames")
         found = 0
         for number, frame in self._by_stamp(wanted) if self._stamps else ():
-            if frame is None:  # some packet gave no frame: they were not to be believed
+            if frame is None:  # a packet gave no frame, so packets cannot be trusted
                 self._stamps, self._times = [], self._decoded_times()
                 break
             found += 1
@@ -117,7 +117,7 @@ class IndexedVideo:
             raise VideoError("too_many_frames", f"the video holds more than {self._most} frames")
 
     def _stamps_of_packets(self) -> list[int]:
-        """Returns the stamps of all frames, sorted, by their packets; none if these seem wrong."""
+        """Returns the sorted stamps of all frames from their packets; none if these seem wrong."""
         if any(_is_hidden(self._stream.codec_context.name, p) for p in self._packets):
             return []
         stamps = [stamp_of(packet) for packet in self._packets if is_shown(packet)]
@@ -126,15 +126,16 @@ class IndexedVideo:
             return []
         if not self._begins_well(min(known)) or self._overlaps():
             return []
-        # A decoder that reorders frames, by times that are in decoding order, would be wrong.
+        # If the decoder reorders frames but times are in decoding order, the times are wrong.
         reorders = self._stream.codec_context.has_b_frames
         if reorders and (self._container.format.name == "avi" or known == sorted(known)):
             return []
         return sorted(known)
 
     def _overlaps(self) -> bool:
-        """Whether a frame from a key frame on is shown before one that is stored before that key
-        frame, as where files were joined.
+        """Whether a frame after a key frame is shown before a frame stored ahead of that key frame.
+
+        This occurs where files were joined.
         """
         latest = before_key = -math.inf
         for packet in filter(is_shown, self._packets):
@@ -146,16 +147,16 @@ class IndexedVideo:
         return False
 
     def _begins_well(self, earliest: int) -> bool:
-        """Whether the frame shown first comes out; files cut from others may lack what it needs."""
+        """Whether the first frame can be decoded; in a file that was cut, it may lack its key frame."""
         first = self._packets[0]
         whole = first.is_keyframe and is_shown(first) and stamp_of(first) == earliest
-        if whole and "mp4" in self._container.format.name:  # whose key frames are marked as such
+        if whole and "mp4" in self._container.format.name:  # its key frames are marked reliably
             return True
         frame, _ = next(self._decoded(0), (None, False))
         return frame is not None and frame.pts == earliest
 
     def _decoded(self, first: int) -> Iterator[tuple[av.VideoFrame, bool]]:
-        """Yields frames from a packet on, and whether each is good; restarts the decoder."""
+        """Restarts the decoder and yields (frame, whether it is good) from a packet on."""
         self._decoder.restart()
         for place in range(first, len(self._packets) + 1):
             self._next = place + 1
@@ -164,7 +165,7 @@ class IndexedVideo:
                 yield frame, good
 
     def _decoded_times(self) -> list[Fraction]:
-        """Returns the times of all frames that come out, which never go back."""
+        """Decodes all frames and returns their times, which never go back."""
         clock, times = FrameClock(self._container, self._stream), list[Fraction]()
         offset = Fraction(0)
         for frame, _ in self._decoded(0):
@@ -175,14 +176,14 @@ class IndexedVideo:
             if not times:
                 offset, time = offset - time, Fraction(0)
             elif frame.key_frame and times[-1] - time > RESTART_PERIODS * self._period:
-                offset, time = offset + follows - time, follows  # a film behind another
+                offset, time = offset + follows - time, follows  # another film begins here
             times.append(max(time, times[-1] if times else time))
-        if times and not times[-1]:  # no times at all
+        if times and not times[-1]:  # the file has no times
             times = [number * self._period for number in range(len(times))]
         return times
 
     def _in_order(self, wanted: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
-        """Yields frames by their place in what comes out."""
+        """Yields frames by their position in the decoder's output."""
         remaining = set(wanted)
         for number, (frame, good) in enumerate(self._decoded(0)):
             if number in remaining:
@@ -195,7 +196,7 @@ class IndexedVideo:
         raise self._lost(min(remaining))
 
     def _by_stamp(self, wanted: list[int]) -> Iterator[tuple[int, av.VideoFrame | None]]:
-        """Yields frames by their stamps; None for one that did not come, without any damage."""
+        """Yields frames by their stamps; None for one missing from undamaged data."""
         keys = [place for place, packet in enumerate(self._packets) if packet.is_keyframe]
         key_stamps = [stamp_of(self._packets[key]) or 0 for key in keys]
         frames: Iterator[tuple[av.VideoFrame, bool]] = iter(())
@@ -203,14 +204,14 @@ class IndexedVideo:
             stamp = self._stamps[number]
             place = bisect.bisect_right(key_stamps, stamp) - 1
             key = keys[place] if place >= 0 else 0
-            if number == wanted[0] or key > self._next:  # nearer than where decoding has come to
+            if number == wanted[0] or key > self._next:  # nearer than the current position
                 frames = self._decoded(key)
             yield number, self._until(number, frames)
 
     def _until(
         self, number: int, frames: Iterator[tuple[av.VideoFrame, bool]]
     ) -> av.VideoFrame | None:
-        """Decodes up to a frame; None if later ones come without it."""
+        """Decodes up to a frame; returns None if later frames come without it."""
         for frame, good in frames:
             if frame.pts is not None and frame.pts >= self._stamps[number]:
                 if frame.pts == self._stamps[number] and good:
@@ -226,12 +227,12 @@ class IndexedVideo:
 
 
 def _step(times: list[Fraction], period: Fraction) -> Fraction:
-    """Seconds from the last frame but one to the last; `period` where there is no such step."""
+    """Returns seconds between the last two frames; `period` if there is no such step."""
     return times[-1] - times[-2] if len(times) > 1 and times[-1] > times[-2] else period
 
 
 def _is_hidden(codec: str, packet: Packet) -> bool:
-    """Whether a packet of VP8 or VP9 holds a picture that is only there for others to refer to."""
+    """Whether a VP8 or VP9 packet holds a picture that is never shown, only referred to."""
     if codec not in ("vp8", "libvpx", "vp9", "libvpx-vp9"):
         return False
     head = bytes(memoryview(packet)[:1])[0]

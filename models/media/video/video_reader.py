@@ -1,9 +1,9 @@
-"""Frames of a video as they come, with their times, and a record of what could not be had.
+"""Reads the frames of a video in order, with their times, and records what was lost.
 
-Everything that reads video goes through here: ingest of files, live sources, requests and streams.
-One frame is held at a time, whatever the length. Damage is never papered over: a decoder goes on
-after a broken packet with pictures built on what is missing, so all frames up to the next key frame
-are dropped, and the first good one says that it does not follow the last.
+All reading of video uses this: ingest of files, live sources, requests and streams. One frame is
+held at a time, for any length. Damage is never hidden: after a broken packet a decoder goes on with
+pictures that depend on missing data, so all frames up to the next key frame are dropped, and the
+first good frame is marked as not following the one before.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import av
 
 from models.media.video.containers import VideoError, declared_seconds, describe, pixel_aspect
 
-DEFAULT_RATE = 25  # of a stream that states none
-READ_TRIES = 8  # demuxer errors in a row before the rest is given up
-SHORTFALL = Fraction(1, 2)  # seconds short of what the header says that count as truncated
-RESTART_PERIODS = 2.5  # a key frame that many frames back begins anew; less is a clock that shakes
+DEFAULT_RATE = 25  # frames a second of a stream that does not state it
+READ_TRIES = 8  # demuxer errors in a row after which reading stops
+SHORTFALL = Fraction(1, 2)  # a file that ends this many seconds early counts as truncated
+RESTART_PERIODS = 2.5  # a key frame this many frames back is a new start; less is clock jitter
 
-TS_WRAP = 2**33  # ticks until MPEG-TS's clock begins anew
+TS_WRAP = 2**33  # ticks until the clock of MPEG-TS wraps around
 
 Loss = tuple[str, str]
 Packet: TypeAlias = "av.Packet[Any]"  # generic in its stub only
@@ -37,12 +37,12 @@ class TimedFrame:
     """One decoded frame.
 
     Attributes:
-        frame: as decoded: any pixel format, not rotated.
+        frame: as decoded, in any pixel format, not rotated.
         time: seconds since the first frame.
-        duration: seconds it is shown, as the file says; a guess where it does not.
+        duration: seconds for which it is shown according to the file; a guess if it does not say.
         aspect: width / height of one pixel.
         index: number of the frame in the source, in the order shown; lost frames are counted.
-        after_loss: something is missing between this frame and the one before it.
+        after_loss: whether something is missing between the frame before and this one.
     """
 
     frame: av.VideoFrame
@@ -55,44 +55,44 @@ class TimedFrame:
 
 @dataclass(slots=True)
 class Damage:
-    """How often, and what came first: a live stream may be damaged for days."""
+    """Number of damaged places, and the first message; a live stream may be damaged for days."""
 
     places: int = 0
     first: str = ""
 
     def add(self, text: str, places: int = 1) -> None:
-        """Counts some places; the first text of all is kept."""
+        """Adds damaged places; only the first message of all is kept."""
         self.first = self.first or text
         self.places += places
 
     def take(self, later: Damage) -> None:
-        """Counts what was met after this, and leaves nothing there."""
+        """Moves later damage into this record and empties the other."""
         self.add(later.first, later.places)
         later.places, later.first = 0, ""
 
 
 def stamp_of(packet: Packet) -> int | None:
-    """When a packet's frame is shown, in the stream's time base; None where nothing says it."""
+    """Returns when a packet's frame is shown, in the stream's time base; None if unknown."""
     return packet.pts if packet.pts is not None else packet.dts
 
 
 def is_shown(packet: Packet) -> bool:
-    """Whether a packet holds a frame that is shown; others are decoded, because those need them."""
+    """Whether a packet's frame is shown; others are only decoded for frames that need them."""
     return bool(packet.size) and not packet.is_discard
 
 
 def frame_period(stream: av.VideoStream) -> Fraction:
-    """Seconds from frame to frame by the header; a guess where it says nothing."""
+    """Returns seconds from frame to frame according to the header; a guess if it does not say."""
     return 1 / Fraction(stream.average_rate or stream.guessed_rate or DEFAULT_RATE)
 
 
 def read_packets(container: Any, stream: av.VideoStream, damage: Damage) -> Iterator[Packet]:
-    """Yields the packets of a stream in decoding order, whatever of a damaged file can be read.
+    """Yields the packets of a stream in decoding order, as far as a damaged file can be read.
 
     Args:
-        container: from PyAV, or what stands in for it.
-        stream: of it.
-        damage: takes the demuxer's errors.
+        container: from PyAV, or an object like it.
+        stream: a stream of the container.
+        damage: records the demuxer's errors.
     """
     failures, clock = 0, TransportClock(container)
     while failures < READ_TRIES:
@@ -100,7 +100,7 @@ def read_packets(container: Any, stream: av.VideoStream, damage: Damage) -> Iter
             for packet in container.demux(stream):
                 failures = 0
                 clock.correct(packet)
-                if packet.size:  # an empty one would end the decoder; AVI has some
+                if packet.size:  # an empty packet would end the decoder, and AVI has some
                     yield packet
             return
         except av.FFmpegError as error:
@@ -109,13 +109,13 @@ def read_packets(container: Any, stream: av.VideoStream, damage: Damage) -> Iter
 
 
 class TransportClock:
-    """Brings MPEG-TS's times, of 33 bits, to where they are nearest to the packet before.
+    """Corrects the 33-bit times of MPEG-TS to be as near as possible to the packet before.
 
-    FFmpeg takes every step back for the wrap-around, once in 26.5 hours, and adds those: also when a
-    source has begun anew, or its clock was set back.
+    They wrap around every 26.5 hours. FFmpeg takes every step back for a wrap-around and adds 2^33,
+    also when a source has started again or its clock was set back.
 
     Args:
-        container: of the packets; those of other formats are left alone.
+        container: of the packets; other formats are not changed.
     """
 
     def __init__(self, container: Any) -> None:
@@ -134,11 +134,11 @@ class TransportClock:
 
 
 class FrameDecoder:
-    """Packets to frames in the order shown; knows which of them are built on damage.
+    """Decodes packets to frames in the order shown, and tells which depend on damaged data.
 
     Args:
-        stream: its decoder is used.
-        damage: takes what is met.
+        stream: the stream whose decoder is used.
+        damage: records the damage that is found.
     """
 
     def __init__(self, stream: av.VideoStream, damage: Damage) -> None:
@@ -146,10 +146,10 @@ class FrameDecoder:
         self._broken = False
 
     def decode(self, packet: Packet | None) -> Iterator[tuple[av.VideoFrame, bool, bool]]:
-        """Yields what comes out: a frame, whether it is good, and whether it is the first such.
+        """Yields (frame, whether it is good, whether it is the first good one after damage).
 
         Args:
-            packet: the next one; None makes the decoder give all it holds.
+            packet: the next packet; None makes the decoder return all that it holds.
         """
         for frame in self._decoded(packet):
             if frame.is_corrupt and not self._broken:
@@ -172,17 +172,17 @@ class FrameDecoder:
             return []
 
     def restart(self) -> None:
-        """Forgets everything, so that a key packet may follow."""
+        """Resets the decoder; the next packet should hold a key frame."""
         self._stream.codec_context.flush_buffers()
         self._broken = False
 
 
 class FrameClock:
-    """The times of frames, in the order in which a decoder gives them, which is that of the times.
+    """Tells the time of each frame that a decoder returns, in the order in which they are shown.
 
-    Where presentation times go back more often than decoding times do, they are those of another
-    order, as when an AVI was copied into another container; then the decoding times, which frames
-    come with in any order, count: FFmpeg's rule. AVI itself says only in which order to decode.
+    If presentation times go back more often than decoding times, they belong to another order, as
+    when an AVI was copied into another container. Then decoding times are used, which is FFmpeg's
+    rule. AVI itself has only decoding times.
 
     Args:
         container: the frames' container.
@@ -196,7 +196,7 @@ class FrameClock:
         self._faults = {"pts": 0, "dts": 0}
 
     def stamp(self, frame: av.VideoFrame) -> int | None:
-        """When a frame is shown, in its time base; None where nothing says it. Asked once a frame."""
+        """Returns a frame's time in its time base; None if unknown. Call it once for each frame."""
         for name, value in (("pts", frame.pts), ("dts", frame.dts)):
             last = self._last[name]
             if value is not None:
@@ -206,16 +206,16 @@ class FrameClock:
         return frame.dts if doubtful or frame.pts is None else frame.pts
 
     def base(self, frame: av.VideoFrame) -> Fraction | None:
-        """A frame's time base; those that come out when a decoder is emptied have none."""
+        """Returns a frame's time base; frames from flushing a decoder have none of their own."""
         return frame.time_base or self._base
 
 
 class Restarts:
-    """Tells where a source begins anew: a key packet behind which the decoding time goes back.
+    """Detects where a source starts again: at a key packet whose decoding time goes back.
 
     Args:
         period: seconds from frame to frame.
-        max_gap: seconds; one step back further than that may be at any packet.
+        max_gap: seconds; a larger step back counts at any packet.
     """
 
     def __init__(self, period: Fraction | float, max_gap: Fraction | float) -> None:
@@ -223,7 +223,7 @@ class Restarts:
         self._last = -math.inf
 
     def at(self, packet: Packet) -> bool:
-        """Takes the next packet; whether a new timeline begins with it."""
+        """Takes the next packet and returns whether a new timeline begins with it."""
         if packet.dts is None or packet.time_base is None:
             return False
         decoded = float(packet.dts * packet.time_base)
@@ -232,19 +232,19 @@ class Restarts:
 
 
 class FrameReader:
-    """Iterates once over the frames of an open stream; `losses` is complete after that.
+    """Iterates once over the frames of an open stream; after that, `losses` is complete.
 
     Args:
         container: from PyAV.
         stream: its video stream.
-        max_seconds: stop after this time; None never does.
-        max_pixels: of one frame.
-        max_gap: a timestamp further back than this starts a new timeline, as does a key frame with
-            which the source begins anew; any other that goes back is wrong, and its frame takes the
-            time of the last one.
-        times: presentation times of all packets, sorted (`presentation_times`), so that frames keep
-            their numbers across damage; None counts the frames that come.
-        start: time by the file that counts as 0, seconds; None takes that of the first frame.
+        max_seconds: stop after this time; None never stops.
+        max_pixels: refuse larger frames.
+        max_gap: seconds. A time further back than this starts a new timeline, as does a key frame
+            with which the source starts again. Any other step back is an error, and the frame gets
+            the time of the frame before.
+        times: sorted presentation times of all packets (`presentation_times`), so that frames keep
+            their numbers across damage; None counts the frames that are decoded.
+        start: the file's time that counts as 0, seconds; None takes that of the first frame.
     """
 
     def __init__(
@@ -263,7 +263,9 @@ class FrameReader:
         self._limit = None if max_seconds is None else Fraction(max_seconds)
         self._max_pixels = max_pixels
         self._max_gap = Fraction(max_gap)
-        self._period = self._step = frame_period(stream)  # the step: from the last frame but one
+        self._period = self._step = frame_period(
+            stream
+        )  # the step is from the frame before the last one
         self._aspect = pixel_aspect(stream)
         self._start = start
         self._last = Fraction(0)
@@ -271,16 +273,16 @@ class FrameReader:
         self._count, self._index, self._delay = 0, -1, 0
         self._damage = Damage()
         self._open_damage = Damage()  # since the last good frame
-        self._last_damage = Damage()  # since the last good frame before the decoder was emptied
+        self._last_damage = Damage()  # since the last good frame before the decoder was flushed
         self._behind_damage = 0  # packets since then
         self._dropped = self._out_of_order = 0
         self._after_loss = self._begins_anew = self._too_long = False
 
     def __iter__(self) -> Iterator[TimedFrame]:
-        """Yields frames in the order they are shown.
+        """Yields frames in the order in which they are shown.
 
         Raises:
-            VideoError: `too_many_pixels`, in mid-stream.
+            VideoError: `too_many_pixels`, if a later frame is larger than the header says.
         """
         decoder = FrameDecoder(self._stream, self._open_damage)
         restarts = Restarts(self._period, self._max_gap)
@@ -334,7 +336,7 @@ class FrameReader:
         )
 
     def _goes_back(self, frame: av.VideoFrame, time: Fraction) -> bool:
-        """Whether a time cannot be: a decoder gives frames in the order shown."""
+        """Whether a time is impossible, because a decoder returns frames in the order shown."""
         if time >= self._last or time < self._last - self._max_gap:
             return False
         if self._begins_anew and frame.key_frame:
@@ -352,12 +354,12 @@ class FrameReader:
 
     @property
     def start(self) -> Fraction | None:
-        """Time by the file that counts as 0, seconds; None before the first frame."""
+        """The file's time that counts as 0, seconds; None before the first frame."""
         return self._start
 
     @property
     def unreadable(self) -> str:
-        """Why no more could be read; empty if it was read to its end, where one packet may be cut."""
+        """Why reading stopped early; empty at the end of the file, even if the last packet is cut."""
         if not self._count:
             return self._open_damage.first or "there is no frame that can be shown"
         is_cut = self._last_damage.places == 1 and not self._behind_damage
@@ -365,7 +367,7 @@ class FrameReader:
 
     @property
     def losses(self) -> list[Loss]:
-        """(reason, detail) of all that is missing; a detail does not depend on when it is asked."""
+        """(reason, detail) of everything that is missing; the same whenever it is read."""
         found = []
         if self._damage.places:
             detail = f"damage in {self._damage.places} places: {self._damage.first}"
@@ -388,10 +390,10 @@ class FrameReader:
 
 
 def presentation_times(container: Any, stream: av.VideoStream) -> list[int]:
-    """Returns the times at which the packets of a stream are shown, sorted; decodes nothing.
+    """Returns the sorted times at which packets of a stream are shown, without decoding.
 
-    Reads the whole file, so the container must be opened anew for decoding.
+    Reads the whole file, so the container must be opened again for decoding.
     """
-    # The decoding pass meets the same damage and reports it.
+    # The pass that decodes finds the same damage and reports it.
     shown = filter(is_shown, read_packets(container, stream, Damage()))
     return sorted(stamp for packet in shown if (stamp := stamp_of(packet)) is not None)

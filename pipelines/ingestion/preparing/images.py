@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from models.media.images import ImageError, open_image, read_image
+from models.media.images import open_image, read_image
+from models.media.pictures.errors import ImageError
 from pipelines.config.ingest import IngestConfig
 from pipelines.config.pixels import parse_colour
 

@@ -17,8 +17,9 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
+from models.media.video.containers import VideoError, describe
 from models.media.video.video_reader import TimedFrame
-from models.media.videos import SCALING, U8, RgbConverter, VideoError, describe
+from models.media.videos import SCALING, U8, RgbConverter
 from pipelines.config.ingest import VideoConfig
 from pipelines.ingestion.preparing.images import pixel_moments, target_size
 from pipelines.ingestion.preparing.mp4 import REPRODUCIBLE

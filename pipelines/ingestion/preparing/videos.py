@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from models.media.video.containers import VideoError, declared_seconds, open_video
 from models.media.video.video_reader import FrameReader, Loss, presentation_times
-from models.media.videos import VideoError, declared_seconds, open_video
 from pipelines.config.ingest import IngestConfig
 from pipelines.dataset.shards import hash_bytes
 from pipelines.ingestion.preparing.segments import Segment, Segmenter

@@ -35,7 +35,7 @@ import av.logging
 import numpy as np
 
 from models.media.preprocessing import Preprocessing
-from models.media.videos import VideoError
+from models.media.video.containers import VideoError
 from serve.embeddings.media.live_video import decode_stream
 from serve.embeddings.media.sample_video import ClipRequest, sample_video, upright_pixels
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from models.media.images import ImageError
+from models.media.pictures.errors import ImageError
 from models.media.preprocessing import Preprocessing, load_image
 from serve.embeddings.media.base64_text import BLANK, decode, split_data_uri
 from serve.ingress.errors import ApiError

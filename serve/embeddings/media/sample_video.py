@@ -21,8 +21,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from models.media.preprocessing import Preprocessing, eval_transform
+from models.media.video.containers import VideoError, declared_seconds, open_video
 from models.media.video.indexed_video import IndexedVideo
-from models.media.videos import RgbConverter, VideoError, declared_seconds, open_video
+from models.media.videos import RgbConverter
 
 # Codecs that cameras, phones, browsers and editors write. FFmpeg has hundreds of other decoders,
 # some of which are little tested.

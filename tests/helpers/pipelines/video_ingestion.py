@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from helpers.models.video_files import number_of
-from models.media.videos import VideoError, decode_frames
+from models.media.video.containers import VideoError
+from models.media.videos import decode_frames
 from pipelines.config.ingest import IngestConfig, VideoConfig
 from pipelines.ingestion.preparing.videos import prepare_video
 from pipelines.ingestion.reading.items import Item

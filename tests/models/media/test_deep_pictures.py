@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from helpers.models.picture_files import encode, png, tiff
-from models.media.images import ImageError, decode_image
+from models.media.images import decode_image
+from models.media.pictures.errors import ImageError
 from pipelines.config.ingest import IngestConfig
 from pipelines.ingestion.preparing.images import DIM, prepare_image
 

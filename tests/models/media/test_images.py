@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models.media.images import ImageError, decode_image
+from models.media.images import decode_image
+from models.media.pictures.errors import ImageError
 from models.media.preprocessing import Preprocessing, eval_transform, normalize
 
 RED, GREEN = (200, 30, 20), (20, 180, 40)

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from helpers.models.picture_files import SIGNATURE, chunk, encode, tiff, with_chunks, with_segment
-from models.media.images import ImageError, decode_image, open_image
+from models.media.images import decode_image, open_image
+from models.media.pictures.errors import ImageError
 from pipelines.config.ingest import IngestConfig
 from pipelines.ingestion.preparing.images import prepare_image
 

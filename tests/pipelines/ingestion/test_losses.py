@@ -15,7 +15,7 @@ import pytest
 from helpers.models.video_files import picture, write_video
 from helpers.pipelines.live_streams import FRAMES, Following, config, frames_in, wait_for
 from helpers.pipelines.video_ingestion import prepare
-from models.media.videos import VideoError
+from models.media.video.containers import VideoError
 from pipelines.dataset.shards import read_manifest
 
 

@@ -43,7 +43,7 @@ from helpers.serve.videos import (
     save_clip_artifact,
 )
 from models.media.preprocessing import Preprocessing, eval_transform
-from models.media.videos import VideoError
+from models.media.video.containers import VideoError
 from serve.embeddings.contract import ModelCard
 from serve.embeddings.frontend.service import embed_items
 from serve.embeddings.media.inputs import parse_input

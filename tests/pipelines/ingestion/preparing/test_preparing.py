@@ -12,7 +12,8 @@ from PIL import Image
 
 from benchmarks.data.ingest import noise, png
 from helpers.models.image_formats import FORMATS, RGB, exif, save
-from models.media.images import ImageError, decode_image
+from models.media.images import decode_image
+from models.media.pictures.errors import ImageError
 from pipelines.config.ingest import IngestConfig
 from pipelines.ingestion.preparing.images import prepare_image
 

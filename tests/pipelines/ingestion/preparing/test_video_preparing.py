@@ -13,7 +13,8 @@ import pytest
 
 from helpers.models.video_files import CYCLE, picture, write_video
 from helpers.pipelines.video_ingestion import CFG, VIDEO, damage, npy, numbers, prepare, refusal
-from models.media.videos import VideoError, decode_frames
+from models.media.video.containers import VideoError
+from models.media.videos import decode_frames
 from pipelines.config.ingest import VideoConfig
 from pipelines.dataset.shards import hash_bytes
 from pipelines.ingestion.preparing.segments import SegmentEncoder
