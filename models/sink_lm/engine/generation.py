@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from models.sink_lm.checkpoints.tokenizer import Tokenizer
+from models.sink_lm.engine.output_processor import StopMatcher
 from models.sink_lm.engine.sampling import Choice, Sampler
 from models.sink_lm.engine.sampling_params import SamplingParams
-from models.sink_lm.engine.stops import StopMatcher
 
 log = logging.getLogger(__name__)
 

@@ -21,9 +21,9 @@ from serve.lm.replica.maintenance import Housekeeper
 from serve.lm.replica.model import fingerprint
 from serve.lm.replica.refusals import NO_RETRY, Refusal, session_busy
 from serve.lm.replica.resident_session import Held
+from serve.lm.replica.scheduler import Starter
 from serve.lm.replica.session_table import SessionTable
 from serve.lm.replica.slab_queue import SlabQueue
-from serve.lm.replica.starting import Starter
 from serve.lm.replica.tasks import in_background, in_full
 from serve.lm.settings import LMSettings
 from serve.lm.store.session_store import SessionStore

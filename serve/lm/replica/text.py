@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from models.sink_lm.checkpoints.tokenizer import Tokenizer
+from models.sink_lm.engine.output_processor import StopMatcher
 from models.sink_lm.engine.sampling_params import SamplingParams
-from models.sink_lm.engine.stops import StopMatcher
 from serve.lm.contract import End, Token
 
 

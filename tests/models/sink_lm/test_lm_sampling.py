@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
+from models.sink_lm.engine.output_processor import StopMatcher
 from models.sink_lm.engine.sampling import Sampler, allowed, choose, draw
 from models.sink_lm.engine.sampling_params import SamplingParams
-from models.sink_lm.engine.stops import StopMatcher
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5])
 
