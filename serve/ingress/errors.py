@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
@@ -18,12 +19,13 @@ ErrorType = Literal["invalid_request_error", "rate_limit_error", "server_error"]
 class ApiError(Exception):
     """An error that the client is told about as `{"error": {message, type, param, code}}`.
 
+    It can be pickled, so that a replica can return it to an ingress.
+
     Args:
         status: HTTP status.
         code: stable name of the cause, for programs.
         message: what was wrong, for people.
         param: the request field at fault, such as `input[3]`.
-        error_type: OpenAI's coarse class of the error.
         headers: further response headers.
     """
 
@@ -34,7 +36,6 @@ class ApiError(Exception):
         message: str,
         *,
         param: str | None = None,
-        error_type: ErrorType = "invalid_request_error",
         headers: dict[str, str] | None = None,
     ) -> None:
         message = _shortened(message)
@@ -43,8 +44,18 @@ class ApiError(Exception):
         self.code = code
         self.message = message
         self.param = param if param is None else _shortened(param)
-        self.error_type = error_type
         self.headers = headers or {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        make = partial(ApiError, param=self.param, headers=self.headers)
+        return make, (self.status, self.code, self.message)
+
+    @property
+    def error_type(self) -> ErrorType:
+        """OpenAI's coarse class, which the status decides."""
+        if self.status == 429:
+            return "rate_limit_error"
+        return "server_error" if self.status >= 500 else "invalid_request_error"
 
     def content(self) -> dict[str, Any]:
         """Returns the error as OpenAI's servers write it."""
@@ -86,7 +97,6 @@ def queue_full() -> ApiError:
         429,
         "queue_full",
         "the server is at capacity; retry after the given delay",
-        error_type="rate_limit_error",
         headers={"Retry-After": "1"},
     )
 
@@ -94,7 +104,7 @@ def queue_full() -> ApiError:
 def server_error(status: int, code: str, message: str) -> ApiError:
     """Returns a 5xx: the client is not at fault and may send the request again."""
     headers = {"Retry-After": "1"} if status == 503 else {}
-    return ApiError(status, code, message, error_type="server_error", headers=headers)
+    return ApiError(status, code, message, headers=headers)
 
 
 def error_response(error: ApiError) -> Response:

@@ -1,16 +1,17 @@
 """What passes between the LM ingress and the replicas of `LanguageModel`.
 
-Plain values, so that an ingress replica imports neither the model nor torch. A refusal travels as a
-value too: an exception would arrive wrapped in Ray's own, and be logged as a crash.
+Everything here is a plain value, so that an ingress replica imports neither the model nor torch. A
+refusal is an `ApiError` that a method returns: raised, it would arrive wrapped in an error of Ray's
+and be logged as a crash.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
+from models.sink_lm.engine.output import End, Token
 from models.sink_lm.engine.sampling_params import SamplingParams
 
 LANGUAGE_MODEL = "LanguageModel"
@@ -110,17 +111,6 @@ class Start:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Refused:
-    """An error to tell the client; see `serve.ingress.errors.ApiError`."""
-
-    status: int
-    code: str
-    message: str
-    param: str | None = None
-    headers: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
 class SessionState:
     """A session, seen from outside.
 
@@ -164,47 +154,6 @@ class Started:
     cached_tokens: int
     session: SessionState | None
     position: int
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
-    """One generated token, or one of the prompt where its log probabilities were asked for.
-
-    Attributes:
-        position: stream position after it; 0 in the prompt.
-        token: its id.
-        text: what it completes; empty within a character or a possible stop string, and in the
-            prompt.
-        logprob: its log probability, if asked for.
-        top: the likeliest (id, log probability), likeliest first.
-        offset: characters of the answer before the first one that it has a part in.
-        in_prompt: whether it was given.
-    """
-
-    position: int
-    token: int
-    text: str
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
-    offset: int = 0
-    in_prompt: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class End:
-    """Why a generation ended.
-
-    Attributes:
-        reason: `stop`, `length`, `cancelled`, `error`, or `lost` (the replica no longer has it).
-        stop: the stop string or token, if one ended it.
-        text: text held back so far.
-        message: of an error.
-    """
-
-    reason: Literal["stop", "length", "cancelled", "error", "lost"]
-    stop: str | int | None = None
-    text: str = ""
-    message: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

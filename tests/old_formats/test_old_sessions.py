@@ -13,7 +13,7 @@ import fsspec
 import pytest
 
 from helpers.lm.serving import cluster, say
-from serve.lm.contract import Refused
+from serve.ingress.errors import ApiError
 from serve.lm.replica.language_model import LanguageModel
 from serve.lm.store.session_store import OtherModel, SessionStore
 
@@ -36,7 +36,7 @@ def store_of(old: Path, kind: str, folder: Path, *, snapshots: bool) -> str:
 
 async def check(replica: LanguageModel, name: str, was: dict[str, Any]) -> None:
     state = await replica.describe_session(name)
-    assert not isinstance(state, Refused), state
+    assert not isinstance(state, ApiError), state
     assert (state.stream_position, state.sinks) == (was["position"], was["sinks"])
     assert await say(replica, name, "", max_tokens=len(was["next"])) == was["next"]
 

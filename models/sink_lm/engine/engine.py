@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from models.sink_lm.checkpoints.tokenizer import Tokenizer
-from models.sink_lm.engine.generation import EndEvent, Generation, TokenEvent
+from models.sink_lm.engine.generation import Generation
+from models.sink_lm.engine.output_processor import OutputProcessor
 from models.sink_lm.engine.sampling import Choice, choose, scored
 from models.sink_lm.engine.sampling_params import SamplingParams
 from models.sink_lm.engine.session import (
@@ -31,7 +32,6 @@ from models.sink_lm.engine.session import (
     UnknownSession,
 )
 from models.sink_lm.network.buckets import BucketDecoder
-from models.sink_lm.network.cache import NoFreeSlab
 from models.sink_lm.network.llama import Llama
 
 Journal = Callable[[str, Sequence[int]], None]
@@ -147,13 +147,20 @@ class Engine:
                 idle_s=0.0 if session.busy else time.monotonic() - session.used_at,
             )
 
-    def submit(self, session_id: str, tokens: Sequence[int], params: SamplingParams) -> Generation:
+    def submit(
+        self,
+        session_id: str,
+        tokens: Sequence[int],
+        params: SamplingParams,
+        output: OutputProcessor | None = None,
+    ) -> Generation:
         """Appends a prompt and generates after it.
 
         Args:
             session_id: an open session.
             tokens: may be empty where the stream is not: then it goes on.
-            params: how.
+            params: how to generate.
+            output: of an answer that goes on; None begins a new one.
 
         Raises:
             UnknownSession: there is none.
@@ -169,8 +176,7 @@ class Engine:
                 raise ValueError("an empty prompt needs a stream to go on from")
             generation = Generation(
                 params,
-                self.tokenizer,
-                prompt_tokens=len(tokens),
+                output or OutputProcessor(params, self.tokenizer),
                 vocab_size=self.model.cfg.vocab_size,
                 max_buffered=self._max_buffered,
                 on_room=self._work.set,
@@ -380,16 +386,3 @@ class Engine:
         if session.busy:
             raise SessionBusy(session_id)
         return session
-
-
-__all__ = [
-    "EndEvent",
-    "Engine",
-    "Generation",
-    "NoFreeSlab",
-    "SessionBusy",
-    "SessionExists",
-    "SessionInfo",
-    "TokenEvent",
-    "UnknownSession",
-]

@@ -75,7 +75,7 @@ class Session:
 
     def end_if_read(self) -> bool:
         """Ends an answer of no tokens, whose prompt is read but for the last one."""
-        if self.generation is None or self.generation.params.max_tokens != 0:
+        if self.generation is None or not self.generation.output.wants_nothing:
             return False
         self.generation.end("length")
         self.generation = None

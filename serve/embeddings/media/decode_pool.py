@@ -189,9 +189,7 @@ class DecodePool:
                         return await self._fork()
                 except OSError:  # TimeoutError is one
                     self._drop_template()
-        raise ApiError(
-            503, "no_decoder", "the decoder process does not start", error_type="server_error"
-        )
+        raise ApiError(503, "no_decoder", "the decoder process does not start")
 
     async def _fork(self) -> Worker:
         if self._control is None:

@@ -115,7 +115,7 @@ class StreamHub:
 
 
 def _full(code: str, message: str) -> ApiError:
-    return ApiError(429, code, f"{message}; try again later", error_type="rate_limit_error")
+    return ApiError(429, code, f"{message}; try again later")
 
 
 class Stream:

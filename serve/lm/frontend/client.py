@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from serve.ingress.errors import ApiError, ErrorType, queue_full, server_error
-from serve.lm.contract import End, LMCard, Piece, Refused, SessionState, Start, Started, Taken
+from models.sink_lm.engine.output import End
+from serve.ingress.errors import ApiError, queue_full, server_error
+from serve.lm.contract import LMCard, Piece, SessionState, Start, Started, Taken
 
 TAKE_WAIT_S = 1.0
 TAKE_TOKENS = 64
@@ -54,15 +55,15 @@ class LMClient:
             ApiError: a refusal, or no replica.
         """
         result, _ = await self._repeat(session_id, method, *args)
-        if isinstance(result, Refused):
-            raise api_error(result)
+        if isinstance(result, ApiError):
+            raise result
         return result
 
     async def delete(self, session_id: str) -> None:
         """Removes a session; of a repeated call that finds none, the first one removed it."""
         result, attempts = await self._repeat(session_id, "delete", session_id)
-        if isinstance(result, Refused) and not (attempts > 1 and result.status == 404):
-            raise api_error(result)
+        if isinstance(result, ApiError) and not (attempts > 1 and result.status == 404):
+            raise result
 
     async def _repeat(self, session_id: str, method: str, *args: Any) -> tuple[Any, int]:
         """What a call returns, and how many it took."""
@@ -239,20 +240,3 @@ def _replica_lost() -> ApiError:
 
 def _is_lost(taken: Taken) -> bool:
     return any(piece.end is not None and piece.end.reason == "lost" for piece in taken.pieces)
-
-
-def api_error(refused: Refused) -> ApiError:
-    """The client's view of a refusal."""
-    kind: ErrorType = "invalid_request_error"
-    if refused.status == 429:
-        kind = "rate_limit_error"
-    elif refused.status >= 500:
-        kind = "server_error"
-    return ApiError(
-        refused.status,
-        refused.code,
-        refused.message,
-        param=refused.param,
-        error_type=kind,
-        headers=dict(refused.headers),
-    )

@@ -12,9 +12,10 @@ import logging
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
+from models.sink_lm.engine.output import End
 from serve.ingress.errors import ApiError, server_error
 from serve.ingress.json_text import to_json
-from serve.lm.contract import End, Piece
+from serve.lm.contract import Piece
 from serve.lm.frontend.client import Answer
 from serve.lm.frontend.reply_bodies import ShownTokens, session_fields, usage
 from serve.lm.frontend.service import Job

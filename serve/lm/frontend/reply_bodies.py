@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from serve.lm.contract import End, SessionState, Started, Token
+from models.sink_lm.engine.output import End, Token
+from serve.lm.contract import SessionState, Started
 
 TokenBytes = Callable[[int], bytes]
 

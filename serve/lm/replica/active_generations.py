@@ -7,13 +7,13 @@ import contextlib
 import time
 from collections.abc import Iterator
 
-from serve.lm.replica.generations import RunningAnswer
-from serve.lm.replica.locks import Locks
-from serve.lm.replica.resident_session import Held
+from serve.lm.replica.generations import ActiveGeneration
+from serve.lm.replica.resident_session import ResidentSession
 from serve.lm.replica.session_table import SessionTable
+from serve.lm.replica.tasks import Locks
 
 
-class Desk:
+class ActiveGenerations:
     """Where answers are handed in, asked for, and taken away again.
 
     Args:
@@ -22,7 +22,7 @@ class Desk:
 
     def __init__(self, sessions: SessionTable) -> None:
         self._sessions = sessions
-        self._answers: dict[str, RunningAnswer] = {}
+        self._answers: dict[str, ActiveGeneration] = {}
         self._expected: dict[str, asyncio.Event] = {}
         self.locks = Locks()
         """Whoever starts a request's answer holds its lock: to cancel it is to wait for it."""
@@ -30,10 +30,10 @@ class Desk:
     def __len__(self) -> int:
         return len(self._answers)
 
-    def __iter__(self) -> Iterator[tuple[str, RunningAnswer]]:
+    def __iter__(self) -> Iterator[tuple[str, ActiveGeneration]]:
         return iter(list(self._answers.items()))
 
-    def get(self, request_id: str) -> RunningAnswer | None:
+    def get(self, request_id: str) -> ActiveGeneration | None:
         """An answer in progress."""
         return self._answers.get(request_id)
 
@@ -51,18 +51,20 @@ class Desk:
         if request_id in self._expected:
             self._expected[request_id].set()
 
-    def put(self, request_id: str, running: RunningAnswer, held: Held | None = None) -> None:
+    def put(
+        self, request_id: str, running: ActiveGeneration, session: ResidentSession | None = None
+    ) -> None:
         """Takes an answer in, for a kept session or for a temporary one."""
         self._answers[request_id] = running
-        if held is not None:
-            held.answer = request_id
-            held.log.when_durable(running.tell)
+        if session is not None:
+            session.active_request = request_id
+            session.log.when_durable(running.tell)
 
     async def end(self, request_id: str) -> None:
         """Ends an answer at a token boundary; its session stays."""
         running = self._answers.get(request_id)
         if running is not None:
-            if running.kept is not None:
+            if running.session_id is not None:
                 await running.stop()
             await self.forget(request_id)
 
@@ -71,9 +73,9 @@ class Desk:
         running = self._answers.pop(request_id, None)
         if running is None:
             return
-        held = self._sessions.get(running.kept) if running.kept is not None else None
-        if held is not None and held.answer == request_id:
-            held.answer, held.last_used = None, time.monotonic()
-            held.log.when_durable(None)
-        if running.kept is None:
-            await self._sessions.close_temporary([each.session_id for each in running.sources])
+        session = self._sessions.get(running.session_id) if running.session_id is not None else None
+        if session is not None and session.active_request == request_id:
+            session.active_request, session.last_used = None, time.monotonic()
+            session.log.when_durable(None)
+        if running.session_id is None:
+            await self._sessions.close_temporary([each.session_id for each in running.choices])

@@ -1,4 +1,4 @@
-"""What a replica holds of an answer in progress: generations, and what may be shown of them."""
+"""The answers of one request while they are generated, and what may be shown of them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from models.sink_lm.engine.generation import EndEvent, Event, Generation, PromptEvent, TokenEvent
+from models.sink_lm.engine.generation import Generation
+from models.sink_lm.engine.output import End, Token
+from models.sink_lm.engine.output_processor import OutputProcessor
+from models.sink_lm.engine.sampling import Choice
 from models.sink_lm.engine.session import UnknownSession
-from serve.lm.contract import End, Piece, Token
-from serve.lm.replica.resident_session import Held, io
-from serve.lm.replica.text import AnswerText
+from serve.lm.contract import Piece
+from serve.lm.replica.resident_session import ResidentSession
+from serve.lm.replica.tasks import io
 from serve.lm.store.token_log import LostSession, TokenLog
 
 REPLAY_TOKENS = 256
@@ -22,32 +25,46 @@ REPLAY_TOKENS = 256
 
 @dataclass(kw_only=True)
 class Replay:
-    """What the log has of an answer; it is read as fast as it is shown, then the answer goes on.
+    """The part of an answer that its session's log already has.
+
+    It is read as fast as it is shown. Then the answer is generated further.
 
     Attributes:
         log: of the session.
-        position: tokens of the stream that were read.
-        stop: tokens of the stream that the log had when the reader came.
-        begin: starts to generate, given how many tokens were replayed.
+        position: stream position up to which the log was read.
+        stop: stream position at which the log ended when the reader came.
+        output: makes the text, of the replayed tokens and of those that are generated after them.
+        begin: starts to generate.
     """
 
     log: TokenLog
     position: int
     stop: int
-    begin: Callable[[int], Awaitable[Generation]]
+    output: OutputProcessor
+    begin: Callable[[], Awaitable[Generation]]
+
+    async def read(self) -> list[Token | End]:
+        """Returns the next tokens, and the end if the answer ends with one of them."""
+        events: list[Token | End] = []
+        stop = min(self.stop, self.position + REPLAY_TOKENS)
+        for token in await io(partial(self.log.read, self.position, stop)):
+            self.position += 1
+            events.append(self.output.push(Choice(token), self.position))
+            if self.output.end is not None:
+                return [*events, self.output.end]
+        return events
 
 
-class Source:
-    """One choice of an answer.
+class ChoiceStream:
+    """One choice of a request: its tokens as they may be shown.
 
     Args:
         session_id: the engine's session.
-        generation: None where the log is replayed first, or has it all.
-        held: the kept session; its tokens are shown once they are durable.
-        text: makes the text of its tokens; None takes the engine's.
-        replay: what the log has of the answer.
+        generation: None where the log is replayed first, or has the whole answer.
+        session: the resident session; its tokens are shown once they are durable.
+        replay: the part of the answer that the log has.
         end: of an answer that has ended before.
-        prompt: tokens to show before its own.
+        prompt: tokens to show before the answer's own.
     """
 
     def __init__(
@@ -55,8 +72,7 @@ class Source:
         session_id: str,
         generation: Generation | None = None,
         *,
-        held: Held | None = None,
-        text: AnswerText | None = None,
+        session: ResidentSession | None = None,
         replay: Replay | None = None,
         end: End | None = None,
         prompt: Sequence[Token] = (),
@@ -64,9 +80,7 @@ class Source:
         self.session_id = session_id
         self.notify: Callable[[], None] | None = None
         self.ended = False
-        self._generation, self._replay = generation, replay
-        self._held, self._text, self._shown = held, text, 0
-        self._own_end: End | None = None
+        self._generation, self._replay, self._session = generation, replay, session
         self._ready: deque[Token | End] = deque(prompt if end is None else (end,))
         self._filling = self._cancelled = False
 
@@ -78,7 +92,7 @@ class Source:
 
     @property
     def stopped(self) -> bool:
-        """Whether the engine has let go of it, for good once it was cancelled."""
+        """Whether the engine is done with it; once it was cancelled, that stays so."""
         return not self._filling and (self._generation is None or self._generation.ended)
 
     def cancel(self) -> None:
@@ -88,7 +102,7 @@ class Source:
             self._generation.cancel()
 
     async def fill(self) -> None:
-        """Reads on in the log where nothing is ready; begins to generate where that has ended."""
+        """Reads on in the log when nothing is ready; begins to generate where the log ends."""
         if self._replay is None or self._ready or self._filling or self._cancelled:
             return
         self._filling = True
@@ -104,86 +118,46 @@ class Source:
     async def _fill(self, replay: Replay) -> None:
         if replay.position == replay.stop:
             self._replay = None
-            generation = await replay.begin(self._shown)
+            generation = await replay.begin()
             if self._cancelled:
                 generation.cancel()
             generation.notify, self._generation = self.notify, generation
             return
-        stop = min(replay.stop, replay.position + REPLAY_TOKENS)
-        ids = await io(partial(replay.log.read, replay.position, stop))
-        assert self._text is not None
-        for token in ids:
-            replay.position += 1
-            self._shown += 1
-            shown, end = self._text.show(replay.position, token, self._shown)
-            self._ready.append(shown)
-            if end is not None:
-                self._ready.append(end)
-                self._replay = None
-                return
+        self._ready.extend(await replay.read())
+        if replay.output.end is not None:
+            self._replay = None
 
     def take(self, max_tokens: int) -> tuple[list[Token], End | None]:
-        """What may be shown now."""
-        if self._held is not None and self._held.failure is not None:
+        """Returns the tokens that may be shown now, and the end after the last one."""
+        if self._session is not None and self._session.failure is not None:
             self.ended = True
-            lost = isinstance(self._held.failure, LostSession)
-            return [], End(reason="lost" if lost else "error", message=str(self._held.failure))
+            lost = isinstance(self._session.failure, LostSession)
+            return [], End(reason="lost" if lost else "error", message=str(self._session.failure))
         if self._generation is not None and not self._ready:
-            for event in self._generation.take(max_tokens, 0.0):
-                self._ready.extend(self._convert(event))
+            self._ready.extend(self._generation.take(max_tokens, 0.0))
         tokens: list[Token] = []
         while self._ready and len(tokens) < max_tokens:
             first = self._ready[0]
             if isinstance(first, End):
                 self.ended = True
                 return tokens, first
-            if self._held is not None and first.position > self._held.log.durable:
+            if self._session is not None and first.position > self._session.log.durable:
                 break
             tokens.append(first)
             self._ready.popleft()
         return tokens, None
 
-    def _convert(self, event: Event) -> list[Token | End]:
-        if isinstance(event, PromptEvent):
-            return [prompt_token(event)]
-        if isinstance(event, EndEvent):
-            text = event.text
-            if self._text is not None:
-                text = self._own_end.text if self._own_end is not None else self._text.flush()
-            return [
-                End(reason=event.reason, stop=event.stop, text=text, message=event.message or "")
-            ]
-        if self._text is None:
-            return [_token(event, event.text, event.offset)]
-        self._shown += 1
-        token, end = self._text.show(event.position, event.token, self._shown)
-        self._own_end = end
-        token = _token(event, token.text, token.offset)
-        if end is None or end.stop is None or not isinstance(end.stop, str):
-            return [token]  # the engine sees every other end itself
-        self.cancel()
-        return [token, end]
 
-
-def prompt_token(event: PromptEvent) -> Token:
-    """A token of the prompt, for whoever asked for it."""
-    return Token(0, event.token, "", event.logprob, event.top, in_prompt=True)
-
-
-def _token(event: TokenEvent, text: str, offset: int) -> Token:
-    return Token(event.position, event.token, text, event.logprob, event.top, offset)
-
-
-class RunningAnswer:
-    """The choices of one request.
+class ActiveGeneration:
+    """All choices of one request.
 
     Args:
-        sources: one per choice.
-        kept: the session it belongs to; None for temporary ones.
+        choices: their streams.
+        session_id: the session it belongs to; None for temporary ones.
     """
 
-    def __init__(self, sources: Sequence[Source], kept: str | None) -> None:
-        self.sources, self.kept = sources, kept
+    def __init__(self, choices: Sequence[ChoiceStream], session_id: str | None) -> None:
+        self.choices, self.session_id = choices, session_id
         self.last_read = time.monotonic()
         self.readers = 0
         self._news = asyncio.Event()
@@ -193,23 +167,23 @@ class RunningAnswer:
             loop.call_soon_threadsafe(self._news.set)
 
         self.tell = tell
-        for source in sources:
-            source.tell(tell)
+        for choice in choices:
+            choice.tell(tell)
 
     @property
     def ended(self) -> bool:
         """Whether everything was taken."""
-        return all(source.ended for source in self.sources)
+        return all(choice.ended for choice in self.choices)
 
     async def take(self, max_tokens: int, wait_s: float) -> tuple[Piece, ...]:
-        """What is new, after waiting up to `wait_s` for something to be."""
+        """Returns what is new, after waiting up to `wait_s` seconds for something to be."""
         self.readers += 1
         deadline = time.monotonic() + wait_s
         try:
             while True:
                 self._news.clear()
-                for source in self.sources:
-                    await source.fill()
+                for choice in self.choices:
+                    await choice.fill()
                 pieces = self._take_now(max_tokens)
                 left = deadline - time.monotonic()
                 if pieces or left <= 0:
@@ -223,17 +197,17 @@ class RunningAnswer:
             self.last_read = time.monotonic()
 
     async def stop(self) -> None:
-        """Ends the generations at a token boundary, and waits until the engine has let go."""
-        for source in self.sources:
-            source.cancel()
-        while not all(source.stopped for source in self.sources):
+        """Ends the generations at a token boundary, and waits until the engine is done with them."""
+        for choice in self.choices:
+            choice.cancel()
+        while not all(choice.stopped for choice in self.choices):
             await asyncio.sleep(0.005)
 
     def _take_now(self, max_tokens: int) -> tuple[Piece, ...]:
         pieces = []
-        for index, source in enumerate(self.sources):
-            if not source.ended:
-                tokens, end = source.take(max_tokens)
+        for index, choice in enumerate(self.choices):
+            if not choice.ended:
+                tokens, end = choice.take(max_tokens)
                 if tokens or end is not None:
                     pieces.append(Piece(index=index, tokens=tuple(tokens), end=end))
         return tuple(pieces)

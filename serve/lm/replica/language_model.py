@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -11,17 +12,18 @@ import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from models.sink_lm.checkpoints.loading import load_model
-from models.sink_lm.checkpoints.tokenizer import load_tokenizer
+from models.sink_lm.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from models.sink_lm.engine.engine import Engine
+from models.sink_lm.engine.output import End
 from models.sink_lm.network.llama import Llama
-from serve.lm.contract import End, LMCard, Piece, Refused, SessionState, Start, Started, Taken
-from serve.lm.replica.active_generations import Desk
+from serve.ingress.errors import ApiError
+from serve.lm.contract import LMCard, Piece, SessionState, Start, Started, Taken
+from serve.lm.replica.active_generations import ActiveGenerations
 from serve.lm.replica.engine_thread import EngineThread
-from serve.lm.replica.maintenance import Housekeeper
-from serve.lm.replica.model import fingerprint
-from serve.lm.replica.refusals import NO_RETRY, Refusal, session_busy
-from serve.lm.replica.resident_session import Held
-from serve.lm.replica.scheduler import Starter
+from serve.lm.replica.maintenance import Maintenance
+from serve.lm.replica.refusals import NO_RETRY, session_busy
+from serve.lm.replica.resident_session import ResidentSession
+from serve.lm.replica.scheduler import Scheduler
 from serve.lm.replica.session_table import SessionTable
 from serve.lm.replica.slab_queue import SlabQueue
 from serve.lm.replica.tasks import in_background, in_full
@@ -74,7 +76,7 @@ class LanguageModel:
             ttl_s=settings.session_ttl_s,
             capacity=settings.cache,
         )
-        self._desk = Desk(self._sessions)
+        self._active = ActiveGenerations(self._sessions)
         self._queue_wait_s = Histogram(
             "rayjepa_queue_wait_seconds",
             "Time requests waited for a slab",
@@ -87,16 +89,16 @@ class LanguageModel:
             room=self._sessions.room,
             waited=self._queue_wait_s.observe,
         )
-        self._starter = Starter(
+        self._scheduler = Scheduler(
             self._engine,
             self._thread,
             self._sessions,
-            self._desk,
+            self._active,
             self._tokenizer,
             queue=self._queue,
             capacity=settings.cache,
         )
-        self._housekeeper = Housekeeper(settings, self._sessions, self._desk)
+        self._maintenance = Maintenance(settings, self._sessions, self._active)
         self._metrics(telemetry)
 
     async def describe(self) -> LMCard:
@@ -106,9 +108,9 @@ class LanguageModel:
     def check_health(self) -> None:
         """Called by Serve every few seconds; raises RuntimeError when something here is dead."""
         self._thread.check()
-        self._housekeeper.check()
+        self._maintenance.check()
 
-    async def start(self, start: Start) -> Started | Refused:
+    async def start(self, start: Start) -> Started | ApiError:
         """Feeds a prompt and begins to answer it; see `Start`.
 
         Nobody will read the answer of a caller who went away meanwhile: it is ended.
@@ -121,21 +123,21 @@ class LanguageModel:
 
     @in_full
     async def _start(self, start: Start) -> Started:
-        return await self._starter.start(start)
+        return await self._scheduler.start(start)
 
     @in_full
     async def take(self, request_id: str, max_tokens: int, wait_s: float) -> Taken:
         """What an answer has made since the last call, after waiting for it up to `wait_s`."""
-        running = self._desk.get(request_id)
+        running = self._active.get(request_id)
         if running is None:
             return Taken(pieces=(Piece(index=0, tokens=(), end=End(reason="lost")),))
         pieces = await running.take(max_tokens, wait_s)
         self._generated.inc(sum(piece.made for piece in pieces))
-        held = self._sessions.get(running.kept) if running.kept is not None else None
-        if running.ended and self._desk.get(request_id) is running:
-            await self._desk.forget(request_id)
+        session = self._sessions.get(running.session_id) if running.session_id is not None else None
+        if running.ended and self._active.get(request_id) is running:
+            await self._active.forget(request_id)
         return Taken(
-            pieces=pieces, session=None if held is None else held.state(self._settings.cache)
+            pieces=pieces, session=None if session is None else session.state(self._settings.cache)
         )
 
     @in_full
@@ -144,9 +146,9 @@ class LanguageModel:
         await self._end(request_id)
 
     async def _end(self, request_id: str) -> None:
-        self._desk.leave(request_id)
-        async with self._desk.locks.get(request_id):
-            await self._desk.end(request_id)
+        self._active.leave(request_id)
+        async with self._active.locks.get(request_id):
+            await self._active.end(request_id)
 
     @in_full
     async def create(
@@ -159,10 +161,10 @@ class LanguageModel:
     ) -> SessionState:
         """Makes a session; a repeated call returns the one it has made."""
         async with self._sessions.locked(session_id):
-            held = await self._sessions.create(
+            session = await self._sessions.create(
                 session_id, sinks=sinks, pinned=pinned, ttl_s=ttl_s, request_id=request_id
             )
-            return held.state(self._settings.cache)
+            return session.state(self._settings.cache)
 
     @in_full
     async def describe_session(self, session_id: str) -> SessionState:
@@ -170,12 +172,12 @@ class LanguageModel:
         return await self._sessions.describe(session_id)
 
     async def list_sessions(self) -> list[SessionState]:
-        """All sessions: those held here and those stored."""
+        """All sessions: those session here and those stored."""
         found = []
         for name in await self._sessions.names():
             try:
                 found.append(await self._sessions.describe(name))
-            except Refusal:
+            except ApiError:
                 continue  # expired or deleted meanwhile
         return found
 
@@ -184,9 +186,9 @@ class LanguageModel:
         """Removes a session and ends what it generates."""
         async with self._sessions.locked(session_id):
             await self._sessions.describe(session_id)
-            held = self._sessions.get(session_id)
-            if held is not None and held.answer is not None:
-                await self._desk.end(held.answer)
+            session = self._sessions.get(session_id)
+            if session is not None and session.active_request is not None:
+                await self._active.end(session.active_request)
             await self._sessions.delete(session_id)
 
     @in_full
@@ -199,29 +201,29 @@ class LanguageModel:
     async def snapshot(self, session_id: str) -> SessionState:
         """Stores a session's keys and values now."""
         async with self._sessions.locked(session_id):
-            held = await self._sessions.take(session_id, create=False)
-            await self._sessions.snapshot(held)
-            return held.state(self._settings.cache)
+            session = await self._sessions.take(session_id, create=False)
+            await self._sessions.snapshot(session)
+            return session.state(self._settings.cache)
 
     @in_full
     async def restore(self, session_id: str) -> SessionState:
         """Drops a session's keys and values and loads them from the store again."""
         async with self._sessions.locked(session_id):
-            held = await self._idle(session_id)
-            if held.stored is None:
-                raise Refusal(409, "no_store", "this server stores no sessions", headers=NO_RETRY)
-            await self._sessions.drop(held)
-            held = await self._sessions.take(session_id, create=False)
-            return held.state(self._settings.cache)
+            session = await self._idle(session_id)
+            if session.stored is None:
+                raise ApiError(409, "no_store", "this server stores no sessions", headers=NO_RETRY)
+            await self._sessions.drop(session)
+            session = await self._sessions.take(session_id, create=False)
+            return session.state(self._settings.cache)
 
     def _journal(self, session_id: str, tokens: Sequence[int]) -> None:
         self._sessions.journal(session_id, tokens)
 
-    async def _idle(self, session_id: str) -> Held:
-        held = await self._sessions.take(session_id, create=False)
-        if held.answer is not None:
+    async def _idle(self, session_id: str) -> ResidentSession:
+        session = await self._sessions.take(session_id, create=False)
+        if session.active_request is not None:
             raise session_busy(session_id)
-        return held
+        return session
 
     def _make_card(self, model: Llama) -> LMCard:
         settings = self._settings
@@ -243,12 +245,29 @@ class LanguageModel:
             "rayjepa_generated_tokens", "Tokens generated and taken", registry=registry
         )
         answers = Gauge("rayjepa_answers", "Answers in progress", registry=registry)
-        answers.set_function(lambda: len(self._desk))
-        held = Gauge("rayjepa_sessions_in_memory", "Sessions with a slab", registry=registry)
-        held.set_function(lambda: len(self._sessions.held()))
+        answers.set_function(lambda: len(self._active))
+        session = Gauge("rayjepa_sessions_in_memory", "Sessions with a slab", registry=registry)
+        session.set_function(lambda: len(self._sessions.resident()))
         queued = Gauge(
             "rayjepa_queued_requests", "Requests that wait for a slab", registry=registry
         )
         queued.set_function(lambda: len(self._queue))
         registry.register(self._queue_wait_s)
         self._reporter = Reporter(registry, telemetry)
+
+
+def fingerprint(model: Llama, tokenizer: Tokenizer, capacity: int) -> str:
+    """Names weights, cache shape and vocabulary: 64 values of every tensor, its type and shape,
+    the capacity, what every token stands for.
+
+    Not a checksum of every byte, which would take a minute for a large model.
+    """
+    digest = hashlib.sha256(f"{model.cfg} {capacity}".encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().reshape(-1)
+        some = flat[:: max(1, len(flat) // 64)][:64].float().cpu()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(some.numpy().tobytes())
+    for token in range(tokenizer.vocab_size):
+        digest.update(b"%d %b" % (token, tokenizer.token_bytes(token)))
+    return f"sink-{digest.hexdigest()[:16]}"

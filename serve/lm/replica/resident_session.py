@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from torch import Tensor
 
@@ -15,11 +12,9 @@ from serve.lm.contract import TAIL, SessionState
 from serve.lm.store.session_store import SessionStore, StoredSession, Turn
 from serve.lm.store.token_log import TokenLog
 
-Result = TypeVar("Result")
-
 
 @dataclass(eq=False, kw_only=True)
-class Held:
+class ResidentSession:
     """A session with a slab.
 
     Attributes:
@@ -30,7 +25,7 @@ class Held:
         stored: its files; None where sessions are not stored.
         turn: the latest prompt.
         tail: last tokens of the stream.
-        answer: name of the answer in progress.
+        active_request: id of the request that it generates for, if any.
         snapshot_at: position of the newest snapshot.
         last_used: `time.monotonic` of the last request.
         failure: why nothing more can be logged: what is generated from then on is not shown.
@@ -43,7 +38,7 @@ class Held:
     stored: StoredSession | None = None
     turn: Turn = field(default_factory=Turn)
     tail: deque[int] = field(default_factory=lambda: deque(maxlen=TAIL))
-    answer: str | None = None
+    active_request: str | None = None
     snapshot_at: int = 0
     last_used: float = field(default_factory=time.monotonic)
     failure: Exception | None = None
@@ -59,7 +54,7 @@ class Held:
             evicted_tokens=position - cached,
             sinks=self.sinks,
             answer_from=self.turn.answer_from,
-            status="idle" if self.answer is None else "generating",
+            status="idle" if self.active_request is None else "generating",
             ttl_s=self.ttl_s,
             snapshot_position=self.snapshot_at or None,
             owner_epoch=self.stored.epoch if self.stored is not None else None,
@@ -86,8 +81,3 @@ def stored_state(store: SessionStore, session_id: str, capacity: int) -> Session
 def state_position(state: dict[str, Tensor]) -> int:
     """Tokens of the stream that an exported state has seen."""
     return int(state["length"]) + len(state["pending"])
-
-
-async def io(work: Callable[[], Result]) -> Result:
-    """Runs something that waits for a disk or a network in a thread."""
-    return await asyncio.to_thread(work)

@@ -1,4 +1,4 @@
-"""From a request to an answer in progress."""
+"""From a request to generations in progress: slabs, prompts, resumed streams."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from functools import partial
 
 from models.sink_lm.checkpoints.tokenizer import Tokenizer
 from models.sink_lm.engine.engine import Engine
-from models.sink_lm.engine.generation import Generation, PromptEvent
+from models.sink_lm.engine.generation import Generation
+from models.sink_lm.engine.output import Token
+from models.sink_lm.engine.output_processor import OutputProcessor
 from models.sink_lm.engine.sampling_params import SamplingParams
-from serve.lm.contract import TAIL, Feed, SessionState, Start, Started, Token
-from serve.lm.replica.active_generations import Desk
+from models.sink_lm.network.cache import NoFreeSlab
+from serve.ingress.errors import ApiError
+from serve.lm.contract import TAIL, Feed, SessionState, Start, Started
+from serve.lm.replica.active_generations import ActiveGenerations
 from serve.lm.replica.engine_thread import EngineThread
-from serve.lm.replica.generations import Replay, RunningAnswer, Source, prompt_token
+from serve.lm.replica.generations import ActiveGeneration, ChoiceStream, Replay
 from serve.lm.replica.refusals import (
     NO_RETRY,
-    NoSlab,
-    Refusal,
     cannot_follow,
     check_resume,
     log_failed,
@@ -28,24 +30,24 @@ from serve.lm.replica.refusals import (
     replaced,
     session_busy,
 )
-from serve.lm.replica.resident_session import Held, io
+from serve.lm.replica.resident_session import ResidentSession
 from serve.lm.replica.session_table import SessionTable
 from serve.lm.replica.slab_queue import SlabQueue
-from serve.lm.replica.text import AnswerText
+from serve.lm.replica.tasks import io
 from serve.lm.store.session_store import Turn
 
 RESUME_CONTEXT = 512
 """Tokens before a resumed position that are decoded again: a stop string's length and more."""
 
 
-class Starter:
-    """Starts answers and hands them in at the desk.
+class Scheduler:
+    """Starts the generations of requests, each as soon as it has its slabs.
 
     Args:
         engine: generates.
         thread: runs it.
         sessions: those it generates in.
-        desk: takes the answers.
+        active: where started generations are registered.
         tokenizer: the model's.
         queue: where requests wait for a slab.
         capacity: tokens a session sees.
@@ -56,7 +58,7 @@ class Starter:
         engine: Engine,
         thread: EngineThread,
         sessions: SessionTable,
-        desk: Desk,
+        active: ActiveGenerations,
         tokenizer: Tokenizer,
         *,
         queue: SlabQueue,
@@ -64,14 +66,14 @@ class Starter:
     ) -> None:
         self._queue = queue
         self._engine, self._thread = engine, thread
-        self._sessions, self._desk = sessions, desk
+        self._sessions, self._active = sessions, active
         self._tokenizer, self._capacity = tokenizer, capacity
 
     async def start(self, start: Start) -> Started:
         """Feeds a prompt and begins to answer it; see `Start`."""
-        async with self._desk.locks.get(start.request_id):
-            await self._desk.end(start.request_id)  # what a call made that is repeated now
-            with self._desk.expect(start.request_id) as gone:
+        async with self._active.locks.get(start.request_id):
+            await self._active.end(start.request_id)  # what a call made that is repeated now
+            with self._active.expect(start.request_id) as gone:
                 if start.session_id is None:
                     return await self._start_temporary(start, gone)
                 return await self._start_kept(start.session_id, start, gone)
@@ -79,11 +81,11 @@ class Starter:
     async def _start_kept(self, session_id: str, start: Start, gone: asyncio.Event) -> Started:
         async def attempt() -> Started:
             async with self._sessions.locked(session_id):
-                held = await self._sessions.take(session_id, create=bool(start.feeds))
-                return await self._start_session(held, start)
+                session = await self._sessions.take(session_id, create=bool(start.feeds))
+                return await self._start_session(session, start)
 
         if self._sessions.get(session_id) is not None:  # it has a slab and need not wait for one
-            with contextlib.suppress(NoSlab):  # it had
+            with contextlib.suppress(NoFreeSlab):  # it had
                 return await attempt()
         return await self._queue.run(attempt, 1, gone)
 
@@ -92,14 +94,14 @@ class Starter:
         names = [_temporary_name() for _ in range(len(start.feeds) * start.n)]
         await self._queue.run(partial(self._open, names), len(names), gone)
         try:
-            sources = []
+            choices = []
             for number, feed in enumerate(start.feeds):
                 own = names[number * start.n : (number + 1) * start.n]
-                sources += await self._sources(feed, own, start.params, gone)
+                choices += await self._choices(feed, own, start.params, gone)
         except BaseException:
             await self._sessions.close_temporary(names)
             raise
-        self._desk.put(start.request_id, RunningAnswer(sources, kept=None))
+        self._active.put(start.request_id, ActiveGeneration(choices, session_id=None))
         return Started(
             prompt_tokens=sum(len(feed.start) for feed in start.feeds),
             cached_tokens=0,
@@ -108,7 +110,7 @@ class Starter:
         )
 
     async def _open(self, names: Sequence[str]) -> None:
-        """Takes all the slabs or none: who held some and waited for more could wait for ever."""
+        """Takes all the slabs or none: two requests that each held some would wait for ever."""
         opened: list[str] = []
         try:
             for name in names:
@@ -118,20 +120,20 @@ class Starter:
             await self._sessions.close_temporary(opened)
             raise
 
-    async def _sources(
+    async def _choices(
         self, feed: Feed, names: Sequence[str], params: SamplingParams, gone: asyncio.Event
-    ) -> list[Source]:
+    ) -> list[ChoiceStream]:
         """The answers to one prompt, each in a stream of its own."""
         if len(names) == 1:
-            return [Source(names[0], await self._submit(names[0], feed.start, params))]
+            return [ChoiceStream(names[0], await self._submit(names[0], feed.start, params))]
         prompt = await self._read(names[0], feed.start, params, gone)
         state = await self._thread.call(partial(self._engine.export, names[0]))
         await self._sessions.refill_temporary(names[1:], state)
-        rest, sources = replace(params, prompt_logprobs=None), []
+        rest, choices = replace(params, prompt_logprobs=None), []
         for number, name in enumerate(names):
             generation = await self._submit(name, (), _seeded(rest, number))
-            sources.append(Source(name, generation, prompt=prompt))
-        return sources
+            choices.append(ChoiceStream(name, generation, prompt=prompt))
+        return choices
 
     async def _read(
         self, name: str, prompt: Sequence[int], params: SamplingParams, gone: asyncio.Event
@@ -143,99 +145,111 @@ class Starter:
             if gone.is_set():
                 raise nobody_waits()
             events = reading.take(max_events=1024)
-            tokens += [prompt_token(event) for event in events if isinstance(event, PromptEvent)]
+            tokens += [event for event in events if isinstance(event, Token)]
             await asyncio.sleep(0.005)
         return tokens
 
-    async def _start_session(self, held: Held, start: Start) -> Started:
-        repeated = held.turn.request_id == start.request_id
+    async def _start_session(self, session: ResidentSession, start: Start) -> Started:
+        repeated = session.turn.request_id == start.request_id
         if start.goes_on and not repeated:
-            raise replaced(held.session_id)
-        if held.answer is not None:
+            raise replaced(session.session_id)
+        if session.active_request is not None:
             # Whoever resumes is the reader whose stream broke: the old answer has none.
             if start.resume_at is None and not repeated:
-                raise session_busy(held.session_id)
-            await self._desk.end(held.answer)
+                raise session_busy(session.session_id)
+            await self._active.end(session.active_request)
         if start.resume_at is not None:
-            check_resume(start.resume_at, held.log.position, held.turn.answer_from)
+            check_resume(start.resume_at, session.log.position, session.turn.answer_from)
             if not repeated:
-                await self._turn(held, replace(held.turn, request_id=start.request_id))
-            return await self._resume(held, start, start.resume_at)
-        if repeated and held.log.position >= held.turn.answer_from:
-            return await self._resume(held, start, held.turn.answer_from)
-        return await self._feed(held, start, repeated=repeated)
+                await self._turn(session, replace(session.turn, request_id=start.request_id))
+            return await self._resume(session, start, start.resume_at)
+        if repeated and session.log.position >= session.turn.answer_from:
+            return await self._resume(session, start, session.turn.answer_from)
+        return await self._feed(session, start, repeated=repeated)
 
-    async def _feed(self, held: Held, start: Start, *, repeated: bool) -> Started:
-        tokens = await self._begin_turn(held, start, repeated=repeated)
-        state = held.state(self._capacity, extra=len(tokens))
-        before = (*held.tail, *tokens)[-TAIL:]  # may end inside a character
-        text = AnswerText(self._tokenizer, start.params, before, answered=0)
-        generation = await self._submit(held.session_id, tokens, start.params)
-        if held.failure is not None:
+    async def _feed(self, session: ResidentSession, start: Start, *, repeated: bool) -> Started:
+        tokens = await self._begin_turn(session, start, repeated=repeated)
+        state = session.state(self._capacity, extra=len(tokens))
+        before = (*session.tail, *tokens)[-TAIL:]  # may end inside a character
+        output = self._output(start.params)
+        output.resume(before, answered=0)
+        generation = await self._submit(session.session_id, tokens, start.params, output)
+        if session.failure is not None:
             generation.cancel()
-            raise log_failed(held.failure)
-        source = Source(held.session_id, generation, held=held, text=text)
-        return self._started(held, start, source, len(tokens), state)
+            raise log_failed(session.failure)
+        source = ChoiceStream(session.session_id, generation, session=session)
+        return self._started(session, start, source, len(tokens), state)
 
-    async def _begin_turn(self, held: Held, start: Start, *, repeated: bool) -> tuple[int, ...]:
+    async def _begin_turn(
+        self, session: ResidentSession, start: Start, *, repeated: bool
+    ) -> tuple[int, ...]:
         """The tokens to feed, once the store knows where they and their answer will lie."""
-        position = held.log.position
+        position = session.log.position
         if repeated:  # the replica died inside the prompt: the rest of it is missing
-            before = held.turn.prompt_from
-            tail = tuple(await io(partial(held.log.read, max(0, before - TAIL), before)))
+            before = session.turn.prompt_from
+            tail = tuple(await io(partial(session.log.read, max(0, before - TAIL), before)))
             return start.feeds[0].after(before, tail)[position - before :]
         if position and start.feeds and start.feeds[0].problem:
             raise cannot_follow(start.feeds[0].problem)
-        tokens = start.feeds[0].after(position, tuple(held.tail)) if start.feeds else ()
+        tokens = start.feeds[0].after(position, tuple(session.tail)) if start.feeds else ()
         if position == 0 and not tokens:
-            raise Refusal(400, "empty_input", "an empty session needs a prompt", param="prompt")
+            raise ApiError(400, "empty_input", "an empty session needs a prompt", param="prompt")
         turn = Turn(
             request_id=start.request_id,
             prompt_from=position,
             answer_from=position + len(tokens),
         )
-        await self._turn(held, turn)
+        await self._turn(session, turn)
         return tokens
 
-    async def _turn(self, held: Held, turn: Turn) -> None:
-        if held.stored is not None:
-            await io(partial(held.stored.begin_turn, turn))
-        held.turn = turn
+    async def _turn(self, session: ResidentSession, turn: Turn) -> None:
+        if session.stored is not None:
+            await io(partial(session.stored.begin_turn, turn))
+        session.turn = turn
 
-    async def _resume(self, held: Held, start: Start, position: int) -> Started:
+    async def _resume(self, session: ResidentSession, start: Start, position: int) -> Started:
         """Shows again what the log has after `position`, then goes on from its end."""
-        params, stop = start.params, held.log.position
-        before = await self._before(held, position)
-        answered = min(len(before), position - held.turn.answer_from)
-        text = AnswerText(self._tokenizer, params, before, answered=answered)
+        params, stop = start.params, session.log.position
+        before = await self._before(session, position)
+        answered = min(len(before), position - session.turn.answer_from)
+        output = self._output(params)
+        end = output.resume(before, answered=answered)
+        if position < stop:
+            end = None  # there are more tokens: the stream went on after what would end this one
 
-        async def begin(shown: int) -> Generation:
-            return await self._submit(held.session_id, (), params.after(shown))
+        async def begin() -> Generation:
+            return await self._submit(session.session_id, (), params, output)
 
-        over = text.over if position == stop else None
-        replay = Replay(log=held.log, position=position, stop=stop, begin=begin)
-        source = Source(
-            held.session_id, held=held, text=text, replay=None if over else replay, end=over
+        replay = Replay(log=session.log, position=position, stop=stop, output=output, begin=begin)
+        source = ChoiceStream(
+            session.session_id, session=session, replay=None if end else replay, end=end
         )
-        state = replace(held.state(self._capacity), stream_position=position)
-        return self._started(held, start, source, 0, state)
+        state = replace(session.state(self._capacity), stream_position=position)
+        return self._started(session, start, source, 0, state)
 
-    async def _before(self, held: Held, position: int) -> list[int]:
+    async def _before(self, session: ResidentSession, position: int) -> list[int]:
         """Tokens of the stream before `position`, as far as their text matters."""
-        if not held.log.position:
-            raise Refusal(400, "empty_input", "an empty session needs a prompt", param="prompt")
-        if held.stored is not None:
+        if not session.log.position:
+            raise ApiError(400, "empty_input", "an empty session needs a prompt", param="prompt")
+        if session.stored is not None:
             first = max(0, position - RESUME_CONTEXT)
-            return await io(partial(held.log.read, first, position))
-        if position < held.log.position:
+            return await io(partial(session.log.read, first, position))
+        if position < session.log.position:
             message = "this server keeps no log of its sessions: resume at its end"
-            raise Refusal(409, "no_log", message, headers=NO_RETRY)
-        return list(held.tail)
+            raise ApiError(409, "no_log", message, headers=NO_RETRY)
+        return list(session.tail)
 
     def _started(
-        self, held: Held, start: Start, source: Source, prompt_tokens: int, state: SessionState
+        self,
+        session: ResidentSession,
+        start: Start,
+        source: ChoiceStream,
+        prompt_tokens: int,
+        state: SessionState,
     ) -> Started:
-        self._desk.put(start.request_id, RunningAnswer([source], kept=held.session_id), held)
+        self._active.put(
+            start.request_id, ActiveGeneration([source], session_id=session.session_id), session
+        )
         return Started(
             prompt_tokens=prompt_tokens,
             cached_tokens=min(state.stream_position - prompt_tokens, self._capacity - 1),
@@ -243,11 +257,19 @@ class Starter:
             position=state.stream_position,
         )
 
+    def _output(self, params: SamplingParams) -> OutputProcessor:
+        """Returns the output of a session's answer, whose stream may go on in another request."""
+        return OutputProcessor(params, self._tokenizer, keeps_partial=True)
+
     async def _submit(
-        self, session_id: str, tokens: Sequence[int], params: SamplingParams
+        self,
+        session_id: str,
+        tokens: Sequence[int],
+        params: SamplingParams,
+        output: OutputProcessor | None = None,
     ) -> Generation:
         return await self._thread.call(
-            lambda: self._engine.submit(session_id, list(tokens), params)
+            lambda: self._engine.submit(session_id, list(tokens), params, output)
         )
 
 

@@ -20,19 +20,18 @@ from torch import Tensor
 
 from models.sink_lm.engine.engine import Engine
 from models.sink_lm.network.cache import NoFreeSlab
+from serve.ingress.errors import ApiError
 from serve.lm.contract import TAIL, SessionState
 from serve.lm.replica.engine_thread import EngineThread
-from serve.lm.replica.locks import Locks
 from serve.lm.replica.refusals import (
     NO_RETRY,
-    Refusal,
     log_failed,
-    no_slab,
     session_exists,
     unknown_session,
 )
-from serve.lm.replica.resident_session import Held, io, state_position
-from serve.lm.replica.stored_sessions import Shelf
+from serve.lm.replica.resident_session import ResidentSession, state_position
+from serve.lm.replica.stored_sessions import StoredSessions
+from serve.lm.replica.tasks import Locks, io
 from serve.lm.store.session_store import (
     OtherModel,
     SessionExists,
@@ -71,8 +70,8 @@ class SessionTable:
     ) -> None:
         self._engine, self._thread = engine, thread
         self._sinks, self._ttl_s, self._capacity = sinks, ttl_s, capacity
-        self._shelf = Shelf(store, uuid.uuid4().hex, capacity)
-        self._held: dict[str, Held] = {}
+        self._stored = StoredSessions(store, uuid.uuid4().hex, capacity)
+        self._resident: dict[str, ResidentSession] = {}
         self._locks = Locks()
 
     def journal(self, session_id: str, tokens: Sequence[int]) -> None:
@@ -80,15 +79,15 @@ class SessionTable:
 
         A failure ends this session, not the engine: it is kept for whoever reads the answer.
         """
-        held = self._held.get(session_id)
-        if held is None or held.failure is not None:
+        session = self._resident.get(session_id)
+        if session is None or session.failure is not None:
             return
         try:
-            held.log.append(tokens)
+            session.log.append(tokens)
         except (LostSession, OSError) as error:
-            held.failure = error
+            session.failure = error
             return
-        held.tail.extend(tokens)
+        session.tail.extend(tokens)
 
     @contextlib.asynccontextmanager
     async def locked(self, *session_ids: str) -> AsyncGenerator[None, None]:
@@ -102,34 +101,34 @@ class SessionTable:
         """Whether a request is changing a session."""
         return self._locks.get(session_id).locked()
 
-    def held(self) -> list[Held]:
+    def resident(self) -> list[ResidentSession]:
         """All sessions with a slab here."""
-        return list(self._held.values())
+        return list(self._resident.values())
 
-    def get(self, session_id: str) -> Held | None:
+    def get(self, session_id: str) -> ResidentSession | None:
         """A session with a slab here."""
-        return self._held.get(session_id)
+        return self._resident.get(session_id)
 
-    async def take(self, session_id: str, *, create: bool) -> Held:
+    async def take(self, session_id: str, *, create: bool) -> ResidentSession:
         """A session with its slab, loaded or made if need be; call it with the session locked.
 
         Raises:
-            Refusal: 404, 409 for another model's, 429 when there is no slab.
+            ApiError: 404, 409 for another model's, 429 when there is no slab.
         """
-        held = self._held.get(session_id)
-        if held is not None and not await self.is_current(held):
-            await self.drop(held)  # what is here is stale
-            held = None
-        if held is None:
+        session = self._resident.get(session_id)
+        if session is not None and not await self.is_current(session):
+            await self.drop(session)  # what is here is stale
+            session = None
+        if session is None:
             await self.expire_stored(session_id)
-            if await io(partial(self._shelf.has, session_id)):
-                held = await self._load(session_id)
+            if await io(partial(self._stored.has, session_id)):
+                session = await self._load(session_id)
             elif create:
-                held = await self.create(session_id)
+                session = await self.create(session_id)
             else:
                 raise unknown_session(session_id)
-        held.last_used = time.monotonic()
-        return held
+        session.last_used = time.monotonic()
+        return session
 
     async def create(
         self,
@@ -139,7 +138,7 @@ class SessionTable:
         ttl_s: float | None = None,
         pinned: Sequence[int] = (),
         request_id: str = "",
-    ) -> Held:
+    ) -> ResidentSession:
         """Makes a session; call it with the session locked.
 
         Args:
@@ -152,16 +151,16 @@ class SessionTable:
         sinks = self._sinks if sinks is None else sinks
         ttl_s = self._ttl_s if ttl_s is None else ttl_s
         await self.expire_stored(session_id)
-        if await io(partial(self._shelf.has_from, session_id, request_id)):
+        if await io(partial(self._stored.has_from, session_id, request_id)):
             return await self.take(session_id, create=False)
-        if session_id in self._held or await io(partial(self._shelf.has, session_id)):
+        if session_id in self._resident or await io(partial(self._stored.has, session_id)):
             raise session_exists(session_id)
-        make = partial(self._shelf.make, session_id, sinks=sinks, ttl_s=ttl_s)
+        make = partial(self._stored.make, session_id, sinks=sinks, ttl_s=ttl_s)
         try:
             stored = await io(partial(make, pinned=pinned, request_id=request_id))
         except (SessionExists, LostSession) as error:
             raise session_exists(session_id) from error
-        held = Held(
+        session = ResidentSession(
             session_id=session_id,
             sinks=sinks,
             ttl_s=ttl_s,
@@ -170,88 +169,90 @@ class SessionTable:
             turn=Turn(answer_from=len(pinned)),
         )
         try:
-            await self._place(held, {}, pinned)
+            await self._place(session, {}, pinned)
         except BaseException:
-            await self._close(held)
-            await io(partial(self._shelf.delete, session_id))
+            await self._close(session)
+            await io(partial(self._stored.delete, session_id))
             raise
-        return held
+        return session
 
-    async def drop(self, held: Held) -> None:
+    async def drop(self, session: ResidentSession) -> None:
         """Frees a session's slab; what is stored of it stays."""
-        self._held.pop(held.session_id, None)
-        await self._thread.call(lambda: self._engine.close(held.session_id))
-        await self._close(held)
+        self._resident.pop(session.session_id, None)
+        await self._thread.call(lambda: self._engine.close(session.session_id))
+        await self._close(session)
 
     async def delete(self, session_id: str) -> None:
         """Removes a session, stored or not; call it with the session locked."""
-        held = self._held.get(session_id)
-        if held is not None:
-            await self.drop(held)
-        await io(partial(self._shelf.delete, session_id))
+        session = self._resident.get(session_id)
+        if session is not None:
+            await self.drop(session)
+        await io(partial(self._stored.delete, session_id))
 
-    async def snapshot(self, held: Held) -> None:
+    async def snapshot(self, session: ResidentSession) -> None:
         """Stores a session's keys and values; a tick waits for the copy, not for the writing.
 
         Raises:
-            Refusal: 409 where nothing is stored, 503 when the session's log has failed or another
+            ApiError: 409 where nothing is stored, 503 when the session's log has failed or another
                 replica has it: its own log no longer says what this slab has seen.
         """
-        stored = held.stored
+        stored = session.stored
         if stored is None:
-            raise Refusal(409, "no_store", "this server stores no sessions", headers=NO_RETRY)
-        if not await self.is_current(held):
-            raise log_failed(held.failure)
-        state = await self._thread.call(lambda: self._engine.export(held.session_id))
+            raise ApiError(409, "no_store", "this server stores no sessions", headers=NO_RETRY)
+        if not await self.is_current(session):
+            raise log_failed(session.failure)
+        state = await self._thread.call(lambda: self._engine.export(session.session_id))
         position = state_position(state)
-        if held.failure is not None:  # since: what was generated is not in the log
-            raise log_failed(held.failure)
-        if position > held.snapshot_at:
+        if session.failure is not None:  # since: what was generated is not in the log
+            raise log_failed(session.failure)
+        if position > session.snapshot_at:
             await io(partial(stored.save_snapshot, position, state))
-            held.snapshot_at = position
+            session.snapshot_at = position
 
-    async def is_current(self, held: Held) -> bool:
-        """Whether a held session is still this replica's, with all its tokens logged."""
-        owned = held.stored is None or await io(held.stored.is_owned)
-        if held.failure is None and not owned:
-            held.failure = LostSession(f"{held.session_id}: another replica has opened it")
-        return held.failure is None
+    async def is_current(self, session: ResidentSession) -> bool:
+        """Whether a session session is still this replica's, with all its tokens logged."""
+        owned = session.stored is None or await io(session.stored.is_owned)
+        if session.failure is None and not owned:
+            session.failure = LostSession(f"{session.session_id}: another replica has opened it")
+        return session.failure is None
 
-    async def fork(self, held: Held, new_id: str, request_id: str) -> SessionState:
+    async def fork(self, session: ResidentSession, new_id: str, request_id: str) -> SessionState:
         """Makes a second session with the same stream so far; call it with both locked.
 
         A stored one gets no slab yet: its next request may go to another replica.
         """
-        if self._shelf.store is None:
-            if new_id in self._held:
+        if self._stored.store is None:
+            if new_id in self._resident:
                 raise session_exists(new_id)
-            await self._with_room(lambda: self._engine.fork(held.session_id, new_id))
-            twin = replace(held, session_id=new_id, log=MemoryLog(held.log.position), answer=None)
-            twin.tail, twin.last_used = held.tail.copy(), time.monotonic()
-            self._held[new_id] = twin
+            await self._with_room(lambda: self._engine.fork(session.session_id, new_id))
+            twin = replace(
+                session, session_id=new_id, log=MemoryLog(session.log.position), active_request=None
+            )
+            twin.tail, twin.last_used = session.tail.copy(), time.monotonic()
+            self._resident[new_id] = twin
             return twin.state(self._capacity)
-        if not await io(partial(self._shelf.has_from, new_id, request_id)):
-            state = await self._thread.call(lambda: self._engine.export(held.session_id))
+        if not await io(partial(self._stored.has_from, new_id, request_id)):
+            state = await self._thread.call(lambda: self._engine.export(session.session_id))
             try:
-                await io(partial(self._shelf.fork, held, new_id, state, request_id))
+                await io(partial(self._stored.fork, session, new_id, state, request_id))
             except (SessionExists, LostSession) as error:
                 raise session_exists(new_id) from error
-        return await io(partial(self._shelf.describe, new_id))
+        return await io(partial(self._stored.describe, new_id))
 
     async def describe(self, session_id: str) -> SessionState:
-        """A session seen from outside, without loading it; raises `Refusal` 404."""
-        held = self._held.get(session_id)
-        if held is not None and await self.is_current(held):
-            return held.state(self._capacity)
-        if not await io(partial(self._shelf.has, session_id)):
+        """A session seen from outside, without loading it; raises `ApiError` 404."""
+        session = self._resident.get(session_id)
+        if session is not None and await self.is_current(session):
+            return session.state(self._capacity)
+        if not await io(partial(self._stored.has, session_id)):
             raise unknown_session(session_id)
-        if await io(partial(self._shelf.is_over, session_id)):
+        if await io(partial(self._stored.is_over, session_id)):
             raise unknown_session(session_id)
-        return await io(partial(self._shelf.describe, session_id))
+        return await io(partial(self._stored.describe, session_id))
 
     async def names(self) -> list[str]:
-        """Sessions held here and all that are stored."""
-        return sorted({*self._held, *await io(self._shelf.names)})
+        """Sessions session here and all that are stored."""
+        return sorted({*self._resident, *await io(self._stored.names)})
 
     async def open_temporary(self, session_id: str) -> None:
         """Takes a slab for a stream that nobody comes back to."""
@@ -280,54 +281,64 @@ class SessionTable:
         """Slabs that are free, or belong to idle sessions that can be stored."""
         return self._engine.slabs.free + len(self._evictable())
 
-    def _evictable(self) -> list[Held]:
-        idle = [h for h in self._held.values() if h.answer is None and h.stored is not None]
-        return [held for held in idle if not self.is_locked(held.session_id)]
+    def _evictable(self) -> list[ResidentSession]:
+        idle = [
+            h for h in self._resident.values() if h.active_request is None and h.stored is not None
+        ]
+        return [session for session in idle if not self.is_locked(session.session_id)]
 
-    async def expire_held(self, held: Held) -> None:
+    async def expire_resident(self, session: ResidentSession) -> None:
         """Deletes an idle session with a slab here if its time is over."""
 
         def is_over() -> bool:
-            over = held.ttl_s is not None and time.monotonic() - held.last_used > held.ttl_s
-            return over and held.answer is None and self._held.get(held.session_id) is held
+            over = (
+                session.ttl_s is not None and time.monotonic() - session.last_used > session.ttl_s
+            )
+            return (
+                over
+                and session.active_request is None
+                and self._resident.get(session.session_id) is session
+            )
 
-        if is_over() and not self.is_locked(held.session_id):
-            async with self.locked(held.session_id):
+        if is_over() and not self.is_locked(session.session_id):
+            async with self.locked(session.session_id):
                 if is_over():  # still: another request may have come first
-                    await self.delete(held.session_id)
+                    await self.delete(session.session_id)
 
     async def expire_stored(self, session_id: str) -> None:
         """Deletes a session without a slab here if its time is over; call it with it locked."""
-        if session_id not in self._held and await io(partial(self._shelf.is_over, session_id)):
-            await io(partial(self._shelf.delete, session_id))
+        if session_id not in self._resident and await io(partial(self._stored.is_over, session_id)):
+            await io(partial(self._stored.delete, session_id))
 
-    async def _load(self, session_id: str) -> Held:
+    async def _load(self, session_id: str) -> ResidentSession:
         """Takes a stored session over: newest snapshot, then the log's tail through prefill."""
         try:
-            held, state, rest = await io(partial(self._shelf.load, session_id))
+            session, state, rest = await io(partial(self._stored.load, session_id))
         except OtherModel as error:
-            raise Refusal(409, "other_model", str(error), headers=NO_RETRY) from error
+            raise ApiError(409, "other_model", str(error), headers=NO_RETRY) from error
         except UnknownSession as error:  # deleted meanwhile
             raise unknown_session(session_id) from error
         try:
-            await self._place(held, state, rest)
+            await self._place(session, state, rest)
         except BaseException:
-            await self._close(held)
+            await self._close(session)
             raise
-        return held
+        return session
 
-    async def _place(self, held: Held, state: dict[str, Tensor], rest: Sequence[int]) -> None:
+    async def _place(
+        self, session: ResidentSession, state: dict[str, Tensor], rest: Sequence[int]
+    ) -> None:
         """Gives a session a slab with `state` in it, then feeds it the tokens after that."""
-        session_id, tail = held.session_id, list(rest[-TAIL:])
-        if held.stored is not None:
-            tail = await io(partial(held.log.read, max(0, held.log.position - TAIL)))
+        session_id, tail = session.session_id, list(rest[-TAIL:])
+        if session.stored is not None:
+            tail = await io(partial(session.log.read, max(0, session.log.position - TAIL)))
 
         def place() -> None:
-            self._engine.restore(session_id, state or self._empty(held.sinks), rest)
+            self._engine.restore(session_id, state or self._empty(session.sinks), rest)
 
         await self._with_room(place)
-        held.tail.extend(tail)
-        self._held[session_id] = held
+        session.tail.extend(tail)
+        self._resident[session_id] = session
 
     def _empty(self, sinks: int) -> dict[str, Tensor]:
         """The state of a stream without tokens."""
@@ -338,32 +349,35 @@ class SessionTable:
         finally:
             self._engine.close(name)
 
-    async def _close(self, held: Held) -> None:
+    async def _close(self, session: ResidentSession) -> None:
         """Lets go of a session's files."""
-        if held.stored is not None:
-            await io(held.stored.close)
+        if session.stored is not None:
+            await io(session.stored.close)
 
     async def _with_room(self, work: Callable[[], Result]) -> Result:
         """Runs `work`, which takes a slab, making room for it if there is none."""
         while True:
             try:
                 return await self._thread.call(work)
-            except NoFreeSlab as error:
+            except NoFreeSlab:
                 idle = self._evictable()
                 if not idle:
-                    raise no_slab() from error
-                oldest = min(idle, key=lambda held: held.last_used)
+                    raise
+                oldest = min(idle, key=lambda session: session.last_used)
                 async with self.locked(oldest.session_id):
                     # Still: another request may have come first.
-                    if self._held.get(oldest.session_id) is oldest and oldest.answer is None:
+                    if (
+                        self._resident.get(oldest.session_id) is oldest
+                        and oldest.active_request is None
+                    ):
                         await self._evict(oldest)
 
-    async def _evict(self, held: Held) -> None:
+    async def _evict(self, session: ResidentSession) -> None:
         """Takes an idle session's slab; where there can be no snapshot, its log is enough."""
         try:
-            await self.snapshot(held)
-        except Refusal as refusal:  # not ours any more: the log says what it is
-            log.info("session %s: no snapshot: %s", held.session_id, refusal)
+            await self.snapshot(session)
+        except ApiError as refusal:  # not ours any more: the log says what it is
+            log.info("session %s: no snapshot: %s", session.session_id, refusal)
         except OSError:
-            log.exception("session %s: no snapshot", held.session_id)
-        await self.drop(held)
+            log.exception("session %s: no snapshot", session.session_id)
+        await self.drop(session)

@@ -9,7 +9,8 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from serve.lm.replica.refusals import NoSlab, no_slab, nobody_waits
+from models.sink_lm.network.cache import NoFreeSlab
+from serve.lm.replica.refusals import no_slab, nobody_waits
 
 LOOK_S = 0.02
 """How often the first in the queue looks for room."""
@@ -47,15 +48,15 @@ class SlabQueue:
         """Runs what takes slabs, all of them or none, as soon as it is its turn and there are some.
 
         Args:
-            attempt: raises `NoSlab` where there are none.
+            attempt: raises `NoFreeSlab` where there are none.
             slabs: how many it takes.
             gone: set when nobody waits for it any more.
 
         Raises:
-            Refusal: 429 where too many wait or it took too long, 409 when `gone` is set.
+            ApiError: 429 where too many wait or it took too long, 409 when `gone` is set.
         """
         if not self._waiting and self._room() >= slabs:
-            with contextlib.suppress(NoSlab):  # another one was quicker
+            with contextlib.suppress(NoFreeSlab):  # another one was quicker
                 return await attempt()
         if len(self._waiting) >= self._limit:
             raise no_slab(waiting=len(self._waiting))
@@ -66,7 +67,7 @@ class SlabQueue:
                 await self._turn(place, slabs, gone, since + self._wait_s)
                 try:
                     return await attempt()
-                except NoSlab:  # taken meanwhile by a session that had no need to wait
+                except NoFreeSlab:  # taken meanwhile by a session that had no need to wait
                     continue
         finally:
             self._waiting.remove(place)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from serve.lm.contract import SessionState
-from serve.lm.replica.resident_session import Held, state_position, stored_state
+from serve.lm.replica.resident_session import ResidentSession, state_position, stored_state
 from serve.lm.store.session_store import SessionStore, StoredSession, Turn
 
 COPY_TOKENS = 65_536
@@ -22,7 +22,7 @@ ELSEWHERE_S = 300.0
 be generating, paused by a slow reader, and write nothing."""
 
 
-class Shelf:
+class StoredSessions:
     """The stored sessions, as one replica sees them.
 
     Args:
@@ -100,7 +100,9 @@ class Shelf:
             raise
         return stored
 
-    def fork(self, held: Held, new_id: str, state: dict[str, Tensor], request_id: str) -> None:
+    def fork(
+        self, session: ResidentSession, new_id: str, state: dict[str, Tensor], request_id: str
+    ) -> None:
         """Makes a session with the same stream so far, of which `state` is the end.
 
         Raises:
@@ -109,19 +111,19 @@ class Shelf:
         """
         assert self.store is not None
         twin = self.store.create(
-            new_id, self._replica, sinks=held.sinks, ttl_s=held.ttl_s, request_id=request_id
+            new_id, self._replica, sinks=session.sinks, ttl_s=session.ttl_s, request_id=request_id
         )
         try:
             position = state_position(state)
             for start in range(0, position, COPY_TOKENS):
-                twin.log.append(held.log.read(start, min(start + COPY_TOKENS, position)))
-            twin.begin_turn(replace(held.turn, request_id=""))
+                twin.log.append(session.log.read(start, min(start + COPY_TOKENS, position)))
+            twin.begin_turn(replace(session.turn, request_id=""))
             twin.save_snapshot(position, state)
             twin.publish()
         finally:
             twin.close()
 
-    def load(self, session_id: str) -> tuple[Held, dict[str, Tensor], list[int]]:
+    def load(self, session_id: str) -> tuple[ResidentSession, dict[str, Tensor], list[int]]:
         """Takes a session over: it, the state of its newest snapshot, and the tokens after that.
 
         Raises:
@@ -132,7 +134,7 @@ class Shelf:
         stored = self.store.open(session_id, self._replica)
         try:
             position, state = stored.newest_snapshot()
-            held = Held(
+            session = ResidentSession(
                 session_id=session_id,
                 sinks=stored.spec.sinks,
                 ttl_s=stored.spec.ttl_s,
@@ -141,7 +143,7 @@ class Shelf:
                 turn=self.store.turn(session_id),
                 snapshot_at=position,
             )
-            return held, state, stored.log.read(position)
+            return session, state, stored.log.read(position)
         except BaseException:
             stored.close()
             raise

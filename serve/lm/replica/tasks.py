@@ -1,4 +1,4 @@
-"""What happens around every method of a replica that an ingress calls."""
+"""How a replica runs its methods: to their end, in the background, in a thread, under a lock."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
+from weakref import WeakValueDictionary
 
-from serve.lm.contract import Refused
-from serve.lm.replica.refusals import Refusal
+from models.sink_lm.network.cache import NoFreeSlab
+from serve.ingress.errors import ApiError
+from serve.lm.replica.refusals import no_slab
 
 Self = TypeVar("Self")
 Args = ParamSpec("Args")
@@ -22,16 +24,16 @@ _running: set[asyncio.Task[Any]] = set()  # the event loop itself holds its task
 
 def in_full(
     method: Method[Self, Args, Result],
-) -> Callable[Concatenate[Self, Args], Awaitable[Result | Refused]]:
+) -> Callable[Concatenate[Self, Args], Awaitable[Result | ApiError]]:
     """Makes a method that is carried out to its end, whatever becomes of its caller.
 
     Serve cancels a method where it stands when the client goes away, be it half way through moving
     a session from one place to another. Here that ends the waiting only. A refusal is returned
-    instead of raised: see `serve.lm.contract`.
+    instead of raised (see `serve.lm.contract`); this is the only place that does so.
     """
 
     @wraps(method)
-    async def called(self: Self, /, *args: Args.args, **kwargs: Args.kwargs) -> Result | Refused:
+    async def called(self: Self, /, *args: Args.args, **kwargs: Args.kwargs) -> Result | ApiError:
         task = in_background(_refused(method(self, *args, **kwargs)))
         return await asyncio.shield(task)
 
@@ -52,8 +54,32 @@ def _done(task: asyncio.Task[Any]) -> None:
         log.error("%s failed", task.get_coro(), exc_info=task.exception())
 
 
-async def _refused(work: Coroutine[Any, Any, Result]) -> Result | Refused:
+async def _refused(work: Coroutine[Any, Any, Result]) -> Result | ApiError:
     try:
         return await work
-    except Refusal as refusal:
-        return refusal.refused
+    except ApiError as error:
+        return error
+    except NoFreeSlab:
+        return no_slab()
+
+
+async def io(work: Callable[[], Result]) -> Result:
+    """Runs something that waits for a disk or a network in a thread."""
+    return await asyncio.to_thread(work)
+
+
+class Locks:
+    """One lock a name, for as long as anybody holds it or waits for it."""
+
+    def __init__(self) -> None:
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    def __len__(self) -> int:
+        return len(self._locks)
+
+    def get(self, name: str) -> asyncio.Lock:
+        """The lock of a name; everybody who asks while it lives gets the same one."""
+        lock = self._locks.get(name)
+        if lock is None:
+            lock = self._locks[name] = asyncio.Lock()
+        return lock

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from helpers.lm.tiny_model import ByteTokenizer, tiny_llama
 from models.sink_lm.engine.engine import Engine
-from models.sink_lm.engine.generation import EndEvent, Generation, TokenEvent
+from models.sink_lm.engine.generation import Generation
+from models.sink_lm.engine.output import End, Token
 from models.sink_lm.engine.sampling_params import SamplingParams
 from models.sink_lm.network.llama import Llama
 
@@ -19,7 +20,7 @@ def ask(count: int | None = 12, **changes: object) -> SamplingParams:
     return SamplingParams(**settings)  # type: ignore[arg-type]
 
 
-def run(engine: Engine, *generations: Generation) -> list[list[TokenEvent | EndEvent]]:
+def run(engine: Engine, *generations: Generation) -> list[list[Token | End]]:
     found: list[list] = [[] for _ in generations]
     for _ in range(2000):
         worked = engine.tick()
@@ -31,7 +32,7 @@ def run(engine: Engine, *generations: Generation) -> list[list[TokenEvent | EndE
 
 
 def ids(events: list) -> list[int]:
-    return [event.token for event in events if isinstance(event, TokenEvent)]
+    return [event.token for event in events if isinstance(event, Token)]
 
 
 def alone(prompt: bytes | list[int], count: int, sinks: int = 4) -> list[int]:

@@ -23,7 +23,8 @@ from tokenizers.models import BPE
 from models.sink_lm.checkpoints.tokenizer import load_tokenizer
 from models.sink_lm.engine.sampling_params import SamplingParams
 from serve.ingress.application import IngressParts
-from serve.lm.contract import Feed, Refused, Start
+from serve.ingress.errors import ApiError
+from serve.lm.contract import Feed, Start
 from serve.lm.frontend.client import LMClient
 from serve.lm.frontend.routes import create_lm_app
 from serve.lm.frontend.service import LanguageService
@@ -169,7 +170,7 @@ class Cluster:
     async def close(self) -> None:
         for replica in self.replicas:
             replica._reporter._task.cancel()
-            replica._housekeeper._task.cancel()
+            replica._maintenance._task.cancel()
             replica._thread.stop()
 
 
@@ -252,7 +253,7 @@ async def say(replica: LanguageModel, session_id: str, prompt: str, **more: Any)
     """A whole turn."""
     start = ask(uuid.uuid4().hex, session_id, prompt, **more)
     started = await replica.start(start)
-    assert not isinstance(started, Refused), started
+    assert not isinstance(started, ApiError), started
     tokens, reason = await read(replica, start.request_id)
     assert reason == "length"
     return tokens

@@ -9,8 +9,8 @@ import pytest
 
 from helpers.lm.engine import alone, ask, ids, make, run
 from helpers.lm.tiny_model import held_bytes
-from models.sink_lm.engine.engine import SessionBusy, SessionExists, UnknownSession
-from models.sink_lm.engine.generation import EndEvent
+from models.sink_lm.engine.output import End
+from models.sink_lm.engine.session import SessionBusy, SessionExists, UnknownSession
 from models.sink_lm.network.cache import NoFreeSlab
 
 
@@ -26,7 +26,8 @@ def test_sessions_together_say_what_each_says_alone(by_bucket: bool) -> None:
         engine.tick()
     for prompt, events in zip(prompts, run(engine, *generations), strict=True):
         assert ids(events) == alone(prompt, 30)
-        assert events[-1] == EndEvent("length", None, events[-1].text, len(prompt), 30)
+        assert events[-1] == End(reason="length", text=events[-1].text)
+        assert len(ids(events)) == 30
     assert engine.info("s3").position == 130
     assert engine.info("s3").evicted_tokens == 130 - 23
 

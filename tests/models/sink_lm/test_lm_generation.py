@@ -6,7 +6,7 @@ import pytest
 
 from helpers.lm.engine import ask, ids, make, run
 from helpers.lm.tiny_model import EOS, scripted_llama
-from models.sink_lm.engine.generation import EndEvent
+from models.sink_lm.engine.output import End
 from models.sink_lm.engine.sampling_params import SamplingParams
 
 
@@ -15,11 +15,13 @@ def test_text_ends_at_a_stop_string_across_tokens_and_at_the_end_token() -> None
     engine.open("a")
     events = run(engine, engine.submit("a", list(b"a"), ask(None, stop=("def",))))[0]
     assert "".join(event.text for event in events) == "bc"
-    assert events[-1] == EndEvent("stop", "def", "", 1, 5)
+    assert events[-1] == End(reason="stop", stop="def")
+    assert len(ids(events)) == 5
     engine.open("b")
     events = run(engine, engine.submit("b", list(b"a"), ask(None, ignore_eos=False)))[0]
     assert "".join(event.text for event in events) == "bcdefg"
-    assert events[-1] == EndEvent("stop", None, "", 1, 7)
+    assert events[-1] == End(reason="stop", stop=None)
+    assert len(ids(events)) == 7
     assert events[-2].token == EOS
 
 
@@ -65,12 +67,14 @@ def test_nothing_ends_an_answer_before_min_tokens() -> None:
     rules = ask(20, stop=("b", "fg"), min_tokens=4, ignore_eos=False)
     events = run(engine, engine.submit("a", list(b"a"), rules))[0]
     assert "".join(event.text for event in events) == "bcde"
-    assert events[-1] == EndEvent("stop", "fg", "", 1, 6)
+    assert events[-1] == End(reason="stop", stop="fg")
+    assert len(ids(events)) == 6
     engine.open("edge")  # the one that ends with the last token that must come does not count
     rules = ask(20, stop=("e", "f"), min_tokens=4)
     events = run(engine, engine.submit("edge", list(b"a"), rules))[0]
     assert "".join(event.text for event in events) == "bcde"
-    assert events[-1] == EndEvent("stop", "f", "", 1, 5)
+    assert events[-1] == End(reason="stop", stop="f")
+    assert len(ids(events)) == 5
     engine.open("b")
     rules = ask(7, min_tokens=3, ignore_eos=False, stop_token_ids=(ord("g"), 99_999))
     found = ids(run(engine, engine.submit("b", list(b"e"), rules))[0])

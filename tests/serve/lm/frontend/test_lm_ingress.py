@@ -16,7 +16,7 @@ import pytest
 
 from helpers.lm.serving import MODEL, Cluster, cluster, events, eventually, run, same_text, web
 from serve.lm.frontend.client import LMClient
-from serve.lm.replica import maintenance as lm_housekeeper
+from serve.lm.replica import maintenance
 
 GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0, "ignore_eos": True}
 
@@ -39,20 +39,20 @@ def test_after_a_5xx_a_session_s_prompt_is_not_to_be_sent_again(
             if session_id is not None:
                 body["session_id"] = session_id
             replica = made.replica
-            real = replica._starter.start
+            real = replica._scheduler.start
 
             async def late(start: Any) -> Any:
                 await asyncio.sleep(0.6)
                 return await real(start)
 
-            replica._starter.start = late  # type: ignore[method-assign]
+            replica._scheduler.start = late  # type: ignore[method-assign]
             slow = await http.post("/v1/completions", json=body)
             assert (slow.status_code, slow.json()["error"]["code"]) == (504, "timeout")
 
             async def broken(start: Any) -> Any:
                 raise RuntimeError("a bug")
 
-            replica._starter.start = broken  # type: ignore[method-assign]
+            replica._scheduler.start = broken  # type: ignore[method-assign]
             failed = await http.post("/v1/completions", json=body)
             assert (failed.status_code, failed.json()["error"]["code"]) == (500, "internal_error")
             for reply in (slow, failed):
@@ -150,7 +150,7 @@ def test_a_generation_whose_ingress_died_ends_and_is_resumed(
     tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody reads it and nobody can cancel it: the replica itself gives its reader up."""
-    monkeypatch.setattr(lm_housekeeper, "KEEP_HOUSE_S", 0.02)
+    monkeypatch.setattr(maintenance, "MAINTENANCE_S", 0.02)
     monkeypatch.setattr(LMClient, "cancel", lambda *_: None)  # the dead do not cancel
 
     async def test() -> None:
@@ -161,8 +161,8 @@ def test_a_generation_whose_ingress_died_ends_and_is_resumed(
             position = data[-2][0]
             assert position is not None
             state = (await http.get("/v1/sessions/s")).json()
-            assert (state["status"], len(made.replica._desk)) == ("generating", 1)
-            await eventually(lambda: not len(made.replica._desk))
+            assert (state["status"], len(made.replica._active)) == ("generating", 1)
+            await eventually(lambda: not len(made.replica._active))
             assert (await http.get("/v1/sessions/s")).json()["status"] == "idle"
             resume = GREEDY | {"session_id": "s", "resume_at": position, "max_tokens": 9}
             rest = (await http.post("/v1/completions", json=resume)).json()["choices"][0]["text"]

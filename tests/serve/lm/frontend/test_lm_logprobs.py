@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from helpers.lm.serving import MODEL, cluster, events, run, web
-from serve.lm.contract import End, Token
+from models.sink_lm.engine.output import End, Token
 from serve.lm.frontend.reply_bodies import CompletionShape, ShownTokens
 
 GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0, "ignore_eos": True}

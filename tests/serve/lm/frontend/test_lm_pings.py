@@ -187,7 +187,7 @@ def test_a_stream_that_has_not_begun_is_opened_and_pinged(
             async def broken(start: Any) -> Any:
                 raise RuntimeError("a secret")
 
-            made.replica._starter.start = broken  # type: ignore[method-assign]
+            made.replica._scheduler.start = broken  # type: ignore[method-assign]
             failed = await timed(http, {"prompt": "ab"})
             assert b'"code":"internal_error"' in failed[-2][2]
             assert b"secret" not in failed[-2][2]

@@ -12,7 +12,7 @@ import pytest
 
 from helpers.lm.serving import MODEL, Cluster, ask, cluster, eventually, read, run, say, slabs, web
 from helpers.lm.timed import timed
-from serve.lm.contract import Refused
+from serve.ingress.errors import ApiError
 from serve.lm.frontend import replies as lm_http_replies
 from serve.lm.frontend.events import PING
 
@@ -166,7 +166,7 @@ def test_who_has_a_slab_does_not_wait_for_one(tiny_lm: Path, tmp_path: Path) -> 
             assert await asyncio.wait_for(say(replica, "here", "cd", max_tokens=2), 5)
             assert not two.done()
             await replica.cancel("holder")
-            assert not isinstance(await two, Refused)
+            assert not isinstance(await two, ApiError)
             await read(replica, "two")
 
     run(test())

@@ -13,10 +13,8 @@ import pytest
 
 from helpers.lm.serving import ask, cluster, eventually, load_ids, read, run, say, slabs, slow
 from helpers.lm.text_reference import greedy
-from serve.lm.contract import Refused
-from serve.lm.replica import maintenance as lm_housekeeper
-from serve.lm.replica import stored_sessions as lm_shelf
-from serve.lm.replica import tasks as lm_calls
+from serve.ingress.errors import ApiError
+from serve.lm.replica import maintenance, stored_sessions, tasks
 from serve.lm.replica.language_model import LanguageModel
 from serve.lm.store import segmented_log
 from serve.lm.store.session_store import SessionStore, StoredSession
@@ -56,8 +54,8 @@ def test_a_caller_who_goes_away_breaks_nothing(
                 await asyncio.gather(call, return_exceptions=True)
                 if not call.cancelled():  # it had been quicker
                     await replica.cancel("gone")
-                await eventually(lambda: not lm_calls._running and not len(replica._desk))
-                assert slabs(replica) == {held.session_id for held in replica._sessions.held()}
+                await eventually(lambda: not tasks._running and not len(replica._active))
+                assert slabs(replica) == {held.session_id for held in replica._sessions.resident()}
                 for other in ("a", "b", "old", "new"):
                     await say(replica, other, "y", max_tokens=1)
                 await replica.delete("new")
@@ -74,21 +72,21 @@ def test_a_caller_who_stops_waiting_wants_no_answer(
         async with cluster(tiny_lm, store=str(tmp_path)) as made:
             made.cancels = False
             slow(monkeypatch, made.replica._engine, "submit", 0.2)
-            put, begun = made.replica._desk.put, asyncio.Event()
+            put, begun = made.replica._active.put, asyncio.Event()
 
             def watched(*args: Any) -> None:
                 put(*args)
                 begun.set()
 
-            monkeypatch.setattr(made.replica._desk, "put", watched)
+            monkeypatch.setattr(made.replica._active, "put", watched)
             start = ask("late", "s", "hello", max_tokens=None)
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.05):
                     await made.client().answer(start)
             await begun.wait()
-            await eventually(lambda: not len(made.replica._desk), 15)
+            await eventually(lambda: not len(made.replica._active), 15)
             state = await made.replica.describe_session("s")
-            assert not isinstance(state, Refused)
+            assert not isinstance(state, ApiError)
             assert state.status == "idle"
 
     run(test())
@@ -98,20 +96,20 @@ def test_locks_are_as_many_as_are_in_use(tiny_lm: Path) -> None:
     async def test() -> None:
         async with cluster(tiny_lm) as made:
             for number in range(20):
-                assert isinstance(await made.replica.describe_session(f"no-{number}"), Refused)
-                assert isinstance(await made.replica.delete(f"no-{number}"), Refused)
+                assert isinstance(await made.replica.describe_session(f"no-{number}"), ApiError)
+                assert isinstance(await made.replica.delete(f"no-{number}"), ApiError)
                 await say(made.replica, "s", "x", max_tokens=1)
             await asyncio.sleep(0)
             gc.collect()
-            assert len(made.replica._sessions._locks) == len(made.replica._desk.locks) == 0
+            assert len(made.replica._sessions._locks) == len(made.replica._active.locks) == 0
 
     run(test())
 
 
-def test_one_failure_does_not_stop_the_housekeeper(
+def test_one_failure_does_not_stop_maintenance(
     tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lm_housekeeper, "KEEP_HOUSE_S", 0.02)
+    monkeypatch.setattr(maintenance, "MAINTENANCE_S", 0.02)
     real = StoredSession.save_snapshot
 
     def fail(self: StoredSession, *args: Any) -> None:
@@ -129,13 +127,13 @@ def test_one_failure_does_not_stop_the_housekeeper(
                 await say(replica, name, "hello", max_tokens=5)
             await replica.start(ask("unread", "c", "hello", max_tokens=None))
             await eventually(lambda: bool(replica._sessions.get("b").snapshot_at))  # type: ignore[union-attr]
-            await eventually(lambda: not len(replica._desk))
+            await eventually(lambda: not len(replica._active))
             replica.check_health()
             monkeypatch.setattr(StoredSession, "save_snapshot", real)
             await eventually(lambda: bool(replica._sessions.get("a").snapshot_at))  # type: ignore[union-attr]
-            replica._housekeeper._task.cancel()
+            replica._maintenance._task.cancel()
             await asyncio.sleep(0.01)
-            with pytest.raises(RuntimeError, match="housekeeper"):
+            with pytest.raises(RuntimeError, match="maintenance"):
                 replica.check_health()
 
     run(test())
@@ -145,7 +143,7 @@ def test_one_failure_does_not_stop_the_housekeeper(
 def test_a_replica_that_lost_a_session_writes_no_snapshot_of_it(
     how: str, tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lm_housekeeper, "KEEP_HOUSE_S", 0.02)
+    monkeypatch.setattr(maintenance, "MAINTENANCE_S", 0.02)
 
     async def test() -> None:
         async with cluster(tiny_lm, store=str(tmp_path), snapshot_every=8) as made:
@@ -182,9 +180,9 @@ def test_a_replica_that_lost_a_session_writes_no_snapshot_of_it(
 def test_a_session_whose_time_is_over_goes_without_being_named(
     tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lm_housekeeper, "KEEP_HOUSE_S", 0.02)
-    monkeypatch.setattr(lm_housekeeper, "EXPIRE_STORED_S", 0.1)
-    monkeypatch.setattr(lm_shelf, "ELSEWHERE_S", 1.5)
+    monkeypatch.setattr(maintenance, "MAINTENANCE_S", 0.02)
+    monkeypatch.setattr(maintenance, "EXPIRE_STORED_S", 0.1)
+    monkeypatch.setattr(stored_sessions, "ELSEWHERE_S", 1.5)
 
     async def test() -> None:
         async with cluster(tiny_lm, store=str(tmp_path)) as made:
@@ -199,7 +197,7 @@ def test_a_session_whose_time_is_over_goes_without_being_named(
             other = LanguageModel(made.settings, made)
             made.replicas.insert(0, other)
             await other.create("theirs", None, (), 0.3, "r")
-            other._housekeeper._task.cancel()
+            other._maintenance._task.cancel()
             await asyncio.sleep(0.5)
             assert (tmp_path / "theirs").exists()
             await eventually(lambda: not (tmp_path / "theirs").exists())
@@ -210,7 +208,7 @@ def test_a_session_whose_time_is_over_goes_without_being_named(
 def test_an_idle_session_in_memory_ends_after_its_time(
     tiny_lm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lm_housekeeper, "KEEP_HOUSE_S", 0.02)
+    monkeypatch.setattr(maintenance, "MAINTENANCE_S", 0.02)
 
     async def test() -> None:
         async with cluster(tiny_lm, session_ttl_s=0.3) as made:
@@ -218,7 +216,7 @@ def test_an_idle_session_in_memory_ends_after_its_time(
             await made.replica.start(ask("r", "busy", "x", max_tokens=None))
             await eventually(lambda: "s" not in slabs(made.replica))
             assert "busy" in slabs(made.replica)  # it generates
-            assert isinstance(await made.replica.describe_session("s"), Refused)
+            assert isinstance(await made.replica.describe_session("s"), ApiError)
 
     run(test())
 
@@ -230,8 +228,8 @@ def test_two_forks_to_one_name(tiny_lm: Path, tmp_path: Path) -> None:
                 await say(made.replica, name, name, max_tokens=3)
             calls = (made.replica.fork(name, "twin", f"from-{name}") for name in ("a", "b"))
             one, other = await asyncio.wait_for(asyncio.gather(*calls), 10)
-            assert not isinstance(one, Refused)
-            assert isinstance(other, Refused)
+            assert not isinstance(one, ApiError)
+            assert isinstance(other, ApiError)
             assert (other.status, other.code) == (409, "session_exists")
             async with made.replica._sessions.locked("a"):
                 crossed = [
@@ -240,7 +238,7 @@ def test_two_forks_to_one_name(tiny_lm: Path, tmp_path: Path) -> None:
                 ]
                 await asyncio.sleep(0.05)  # each waits, for its own session or for the other's
             for refused in await asyncio.wait_for(asyncio.gather(*crossed), 10):
-                assert isinstance(refused, Refused)
+                assert isinstance(refused, ApiError)
 
     run(test(None))
     run(test(str(tmp_path)))
@@ -254,7 +252,7 @@ def test_a_fork_in_memory_remembers_its_own_end(tiny_lm: Path) -> None:
             first = await say(made.replica, "a", "ab", max_tokens=9)
             await made.replica.fork("a", "twin", "r")
             later = await say(made.replica, "a", "", max_tokens=9)
-            tails = {held.session_id: list(held.tail) for held in made.replica._sessions.held()}
+            tails = {held.session_id: list(held.tail) for held in made.replica._sessions.resident()}
             assert tails == {"a": later[-8:], "twin": first[-8:]}
             assert later[-8:] != first[-8:]
 
@@ -287,7 +285,7 @@ def test_a_log_that_cannot_be_written_stops_what_it_does_not_have(
 
             monkeypatch.setattr(LocalLog, "append", full)
             refused = await made.replica.start(ask("r", "s", "cd", max_tokens=None))
-            assert isinstance(refused, Refused)
+            assert isinstance(refused, ApiError)
             assert (refused.status, refused.code) == (503, "log_failed")
             await eventually(lambda: not made.replica._engine._sessions["s"].busy)
             monkeypatch.undo()

@@ -37,14 +37,14 @@ def test_replicas_and_limits_reach_serve() -> None:
 def test_an_ingress_holds_so_many_requests_and_refuses_the_next(tiny_lm: Path) -> None:
     async def test() -> None:
         async with cluster(tiny_lm, max_requests=1) as made, web(made) as http:
-            real, entered, go = made.replica._starter.start, asyncio.Event(), asyncio.Event()
+            real, entered, go = made.replica._scheduler.start, asyncio.Event(), asyncio.Event()
 
             async def waits(start: Any) -> Any:
                 entered.set()
                 await go.wait()
                 return await real(start)
 
-            made.replica._starter.start = waits  # type: ignore[method-assign]
+            made.replica._scheduler.start = waits  # type: ignore[method-assign]
             body = GREEDY | {"prompt": "ab", "max_tokens": 2}
             first = asyncio.ensure_future(http.post("/v1/completions", json=body))
             await entered.wait()
