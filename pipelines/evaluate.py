@@ -29,14 +29,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from models.artifacts.artifact import load_artifact
 from models.encoders.vit import VisionTransformer
-from pipelines.config.data import ClipConfig
 from pipelines.config.jobs import EvaluateConfig
 from pipelines.dataset.rows import Wanted, check_classes
 from pipelines.dataset.shards import Manifest, read_manifest
 from pipelines.evaluation.attentive_probe import attentive_probe
-from pipelines.evaluation.features import preprocessing_of
 from pipelines.evaluation.probe_sets import (
     SETS,
     Labels,
@@ -48,89 +45,17 @@ from pipelines.evaluation.probe_sets import (
 from pipelines.evaluation.probes import few_shot, knn_accuracy, linear_probe, task_of
 from pipelines.evaluation.ranks import rankme
 from pipelines.evaluation.report.comparison import comparison_table, read_compared
-from pipelines.evaluation.report.page import NAMES, Subject, main_score, write_report
+from pipelines.evaluation.report.page import NAMES, main_score, write_report
 from pipelines.evaluation.state_labels import Bins, find_column, state_reader
+from pipelines.evaluation.subject import Subject, load_subject, random_init, with_sampler
 from pipelines.evaluation.supervised import supervised_baseline
 from pipelines.evaluation.validity import facts_of, validity_warnings
-from pipelines.loading.clips import ClipSampler, training_sampler
-from pipelines.runs.checkpoints import CheckpointError, load_encoder
 from pipelines.runtime.errors import run_command
 from pipelines.runtime.places import prepare
 from pipelines.runtime.uris import open_uri, write_atomic
 
 RANKME_ROWS = 10_000
 PACKAGES = ("torch", "timm", "numpy", "pyarrow")
-
-
-def load_subject(uri: str) -> Subject:
-    """Loads a checkpoint, a run's best checkpoint, an artifact, or a foreign model.
-
-    Raises:
-        ValueError: none of these, saying what it was tried as.
-    """
-    fs, path = open_uri(uri)
-    if fs.isfile(path) or _is_artifact(fs, path):
-        artifact = load_artifact(uri)
-        provenance = {"artifact": uri, **artifact.provenance}
-        return Subject(artifact.encoder, artifact.preprocessing, provenance)
-    try:
-        encoder, config, info = load_encoder(uri)
-    except CheckpointError as error:
-        raise ValueError(f"--checkpoint: no artifact, and {error}") from error
-    encoder.eval().requires_grad_(False)
-    prep = preprocessing_of(config.model)
-    checkpoint = str(info["uri"]).rstrip("/")
-    provenance = {
-        "run": config.run.name,
-        "step": info["step"],
-        "epoch": info["epoch"],
-        "manifest_hash": info["manifest_hash"],
-        "checkpoint": checkpoint.rpartition("/")[2],
-    }
-    run_uri, sampler = checkpoint.rpartition("/")[0], training_sampler(config)
-    return Subject(encoder, prep, provenance, run_uri=run_uri, config=config, sampler=sampler)
-
-
-def _is_artifact(fs: Any, path: str) -> bool:
-    if not fs.isfile(f"{path}/config.json"):
-        return False
-    keys = json.loads(fs.cat_file(f"{path}/config.json")).keys()
-    return bool(keys & {"rayjepa", "architecture", "model_type"})
-
-
-def random_init(encoder: VisionTransformer, seed: int) -> VisionTransformer:
-    """Builds an untrained encoder of the same shape; the global RNG stays as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return VisionTransformer(
-            image_size=encoder.image_size,
-            patch_size=encoder.patch_size,
-            width=encoder.width,
-            depth=encoder.depth,
-            heads=encoder.heads,
-            mlp_ratio=encoder.mlp_ratio,
-            patch_std=encoder.patch_std,
-            frames=encoder.frames,
-            tubelet=encoder.tubelet,
-            positions=encoder.positions,
-        ).eval()
-
-
-def with_sampler(cfg: EvaluateConfig, subject: Subject, modality: str) -> Subject:
-    """Decides which frames clips are made of: the flags', else those of training; none of images.
-
-    Raises:
-        ValueError: both flags, or images for an encoder that learned from clips.
-    """
-    if cfg.fps is not None and cfg.stride is not None:
-        raise ValueError("--stride: goes without --fps")
-    if modality == "image":
-        return dataclasses.replace(subject, sampler=None)
-    settings = subject.sampler.settings if subject.sampler else ClipConfig()
-    if cfg.fps is not None or cfg.stride is not None:
-        settings = ClipConfig(fps=cfg.fps, stride=cfg.stride or 1)
-    sampler = ClipSampler(frames=subject.encoder.frames, settings=settings)
-    return dataclasses.replace(subject, sampler=sampler)
 
 
 def evaluate(cfg: EvaluateConfig, *, console: Console | None = None) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from pipelines import evaluate as job
 from pipelines.config.jobs import EvaluateConfig
 from pipelines.dataset.rows import load_labelled, table_labels
 from pipelines.dataset.shards import read_manifest
-from pipelines.evaluate import evaluate, load_subject, random_init
+from pipelines.evaluate import evaluate
 from pipelines.evaluation.features import (
     compute_features,
     decode_batches,
@@ -29,6 +29,7 @@ from pipelines.evaluation.features import (
 )
 from pipelines.evaluation.probes import knn_accuracy
 from pipelines.evaluation.report.comparison import comparison_table, read_compared
+from pipelines.evaluation.subject import load_subject, random_init
 
 
 @pytest.fixture

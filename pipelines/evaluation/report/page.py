@@ -5,7 +5,6 @@ Shape suffixes: N images or clips, T tokens, D width, K context tokens, M target
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,6 @@ from torch import Tensor
 from models.encoders.vit import VisionTransformer
 from models.keyed_random.arrays import key_of, sample_keys
 from models.keyed_random.streams import PlanStream
-from models.media.preprocessing import Preprocessing
 from pipelines.config.as_json import to_json
 from pipelines.config.train import ModelConfig, ObjectiveConfig, PretrainConfig
 from pipelines.dataset.rows import read_places
@@ -35,7 +33,7 @@ from pipelines.evaluation.report.figures import (
     picture_uri,
     target_picture,
 )
-from pipelines.loading.clips import ClipSampler
+from pipelines.evaluation.subject import Subject
 from pipelines.loading.masks.maskers import make_masker
 
 Column = Callable[[Mapping[str, Any]], tuple[str, float | None]]
@@ -51,21 +49,6 @@ NAMES = {
 """Rows of the table of results."""
 QUERIES, NEIGHBOURS, MASKED = 10, 6, 8
 PCA_SHOWN, PCA_FITTED, PCA_BATCH = 8, 256, 32
-
-
-@dataclasses.dataclass(frozen=True)
-class Subject:
-    """The encoder under evaluation and where it comes from."""
-
-    encoder: VisionTransformer
-    preprocessing: Preprocessing
-    provenance: dict[str, Any]
-    run_uri: str | None = None
-    """Folder of the training run, where its metrics are; None for an artifact."""
-    config: PretrainConfig | None = None
-    """The run's configuration; None for an artifact."""
-    sampler: ClipSampler | None = None
-    """Which frames make up a clip; None for images."""
 
 
 def write_report(

@@ -15,11 +15,11 @@ from helpers.pipelines.evaluation import PREP, Shards
 from helpers.pipelines.fake_training import change, memory_batches, tiny_config
 from pipelines.config.data import MaskConfig
 from pipelines.dataset.rows import load_labelled
-from pipelines.evaluate import load_subject
 from pipelines.evaluation.features import decode_all
 from pipelines.evaluation.report import page as report
 from pipelines.evaluation.report.curves import SECTIONS, training_curves
 from pipelines.evaluation.report.figures import line_chart, pca_pictures
+from pipelines.evaluation.subject import load_subject
 from pipelines.loading import read_tasks as reading
 from pipelines.loading.loader import make_reader
 from pipelines.training.state import new_state

@@ -24,7 +24,7 @@ from models.media.videos import decode_frames
 from pipelines.config.data import ClipConfig
 from pipelines.config.jobs import EvaluateConfig
 from pipelines.dataset.rows import load_labelled
-from pipelines.evaluate import evaluate, load_subject, probe_set, with_sampler
+from pipelines.evaluate import evaluate
 from pipelines.evaluation.features import (
     decode_all,
     encoder_features,
@@ -32,7 +32,9 @@ from pipelines.evaluation.features import (
     single_frame,
     tubelet_features,
 )
+from pipelines.evaluation.probe_sets import probe_set
 from pipelines.evaluation.report.figures import masked_clip, pca_pictures, picture_uri
+from pipelines.evaluation.subject import load_subject, with_sampler
 from pipelines.loading.clips import ClipSampler
 
 PREP = Preprocessing(image_size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))

@@ -21,7 +21,6 @@ from pipelines.config.ingest import IngestConfig, VideoConfig
 from pipelines.config.train import PretrainConfig
 from pipelines.dataset.rows import load_labelled, table_labels
 from pipelines.dataset.shards import read_manifest
-from pipelines.evaluate import random_init
 from pipelines.evaluation.features import (
     compute_features,
     decode_all,
@@ -29,6 +28,7 @@ from pipelines.evaluation.features import (
     single_frame,
 )
 from pipelines.evaluation.probes import few_shot
+from pipelines.evaluation.subject import random_init
 from pipelines.fetchers.moving_mnist import write_moving
 from pipelines.ingest import ingest
 from pipelines.loading.clips import training_sampler
