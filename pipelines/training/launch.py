@@ -104,8 +104,8 @@ def check_early(cfg: PretrainConfig, run_uri: str) -> Start:
     from pipelines.loading.loader import check_modality
     from pipelines.loading.masks.maskers import make_masker
     from pipelines.loading.plan import make_plan
-    from pipelines.training.callbacks import end_step
     from pipelines.training.optimizers import check_installed
+    from pipelines.training.recorder import end_step
 
     manifest = read_manifest(cfg.data.train)
     check_modality(cfg, manifest)

@@ -29,7 +29,7 @@ from pipelines.runs.checkpoints import (
     read_state,
 )
 from pipelines.runs.initial_weights import load_initial
-from pipelines.training.callbacks import (
+from pipelines.training.recorder import (
     CheckpointStore,
     DataSource,
     Recorder,

@@ -21,8 +21,8 @@ from pipelines.config.train import ModelConfig, PretrainConfig
 from pipelines.dataset.rows import load_samples
 from pipelines.evaluation.features import extract_features
 from pipelines.evaluation.ranks import lidar, rankme
-from pipelines.training.callbacks import Worker
 from pipelines.training.rank_probe import RankProbe
+from pipelines.training.recorder import Worker
 from pipelines.training.trainer import train
 
 
@@ -142,7 +142,7 @@ def test_a_run_logs_the_readings_and_reports_them_with_its_checkpoints(tmp_path,
     def probe(encoder: nn.Module):
         return {"fixed_rankme": 5.0, "lidar": 4.0}
 
-    monkeypatch.setattr("pipelines.training.callbacks.RankProbe", lambda cfg: probe)
+    monkeypatch.setattr("pipelines.training.recorder.RankProbe", lambda cfg: probe)
     cfg = change(tiny_config(tmp_path, steps=10), run={"rank_every": 4})
     store = FolderStore(tmp_path / "store")
     train(cfg, Worker(), MEMORY, store)

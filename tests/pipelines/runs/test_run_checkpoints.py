@@ -26,7 +26,7 @@ from pipelines.runs.checkpoints import CheckpointError, load_encoder, resolve_ch
 from pipelines.runs.integrity import find_fault
 from pipelines.runs.resuming import find_start, go_back
 from pipelines.runs.run_checkpoints import committed_checkpoints, survey
-from pipelines.training import callbacks as recorder
+from pipelines.training import recorder
 
 KNN = {4: 0.2, 8: 0.5, 12: 0.3}
 

@@ -20,9 +20,9 @@ from helpers.pipelines.fake_training import (
     tiny_config,
 )
 from pipelines.runs.checkpoints import load_tensors
-from pipelines.training import callbacks as recorder
-from pipelines.training.callbacks import DataSource, Worker
+from pipelines.training import recorder
 from pipelines.training.loggers import StepTimer, progress_line
+from pipelines.training.recorder import DataSource, Worker
 from pipelines.training.state import new_state
 from pipelines.training.trainer import _wrap
 
