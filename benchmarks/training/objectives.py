@@ -47,7 +47,7 @@ from pipelines.loading.decoding import decode_rows
 from pipelines.loading.masks.maskers import make_masker
 from pipelines.recipes.registry import RECIPES
 from pipelines.runs.checkpoints import load_encoder
-from pipelines.training.recorder import DataSource, Worker
+from pipelines.training.contract import DataSource, Worker
 from pipelines.training.state import new_state
 from pipelines.training.trainer import Outcome, train
 

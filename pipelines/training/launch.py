@@ -104,8 +104,8 @@ def check_early(cfg: PretrainConfig, run_uri: str) -> Start:
     from pipelines.loading.loader import check_modality
     from pipelines.loading.masks.maskers import make_masker
     from pipelines.loading.plan import make_plan
+    from pipelines.training.contract import end_step
     from pipelines.training.optimizers import check_installed
-    from pipelines.training.recorder import end_step
 
     manifest = read_manifest(cfg.data.train)
     check_modality(cfg, manifest)
@@ -127,7 +127,7 @@ def _fit(cfg: PretrainConfig, callbacks: Sequence[Any], stream: Any) -> Outcome:
     from ray.train import ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from pipelines.training.trainer import train_worker
+    from pipelines.training.worker import train_worker
 
     resources = {"CPU": cfg.run.cpus_per_worker} | ({"GPU": 1} if cfg.run.gpu else {})
     with worker_lines(stream) as queue:

@@ -32,9 +32,10 @@ from pipelines.runs.checkpoints import CheckpointError, load_encoder, load_tenso
 from pipelines.runs.run_folder import read_metrics
 from pipelines.runtime.cluster import check_fits
 from pipelines.runtime.worker_lines import LinePrinter, worker_lines
+from pipelines.training.contract import DataSource, Worker
 from pipelines.training.launch import pretrain
-from pipelines.training.recorder import DataSource, Worker
-from pipelines.training.trainer import _say_into, train
+from pipelines.training.trainer import train
+from pipelines.training.worker import _say_into
 
 STEPS = 48  # three epochs of 512 images
 EPOCH = 16

@@ -24,7 +24,7 @@ from pipelines.config.train import (
 from pipelines.loading.masks.maskers import make_masker
 from pipelines.runs.checkpoints import load_tensors
 from pipelines.runs.run_folder import read_metrics
-from pipelines.training.recorder import DataSource, Worker
+from pipelines.training.contract import DataSource, Worker
 from pipelines.training.trainer import train
 
 NUM_SAMPLES = 40  # five batches of eight an epoch

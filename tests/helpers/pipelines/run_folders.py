@@ -11,7 +11,7 @@ import pipelines.training.trainer
 from helpers.pipelines.fake_training import MEMORY, FolderStore, tiny_config
 from pipelines.config.train import PretrainConfig
 from pipelines.runs.checkpoint_files import load_tensors, read_config, read_state, save_checkpoint
-from pipelines.training.recorder import Worker
+from pipelines.training.contract import Worker
 
 LIST = "checkpoint_manager_snapshot.json"
 NAMES = ["checkpoint_00000004", "checkpoint_00000008", "checkpoint_00000012"]

@@ -21,8 +21,8 @@ from pipelines.config.train import ModelConfig, PretrainConfig
 from pipelines.dataset.rows import load_samples
 from pipelines.evaluation.features import extract_features
 from pipelines.evaluation.ranks import lidar, rankme
+from pipelines.training.contract import Worker
 from pipelines.training.rank_probe import RankProbe
-from pipelines.training.recorder import Worker
 from pipelines.training.trainer import train
 
 

@@ -11,7 +11,7 @@ from helpers.pipelines.fake_training import (
     run_training,
     tiny_config,
 )
-from pipelines.training.recorder import DataSource
+from pipelines.training.contract import DataSource
 
 
 # One picture for all samples: every feature is the same, whatever the weights.

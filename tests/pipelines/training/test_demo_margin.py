@@ -24,7 +24,7 @@ from pipelines.loading.plan import make_plan
 from pipelines.recipes.registry import RECIPES
 from pipelines.runs.checkpoints import load_encoder
 from pipelines.runs.run_folder import read_metrics
-from pipelines.training.recorder import DataSource, Worker
+from pipelines.training.contract import DataSource, Worker
 from pipelines.training.trainer import train
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

@@ -21,8 +21,8 @@ from helpers.pipelines.fake_training import (
 )
 from pipelines.runs.checkpoints import load_tensors
 from pipelines.training import recorder
+from pipelines.training.contract import DataSource, Worker
 from pipelines.training.loggers import StepTimer, progress_line
-from pipelines.training.recorder import DataSource, Worker
 from pipelines.training.state import new_state
 from pipelines.training.trainer import _wrap
 

@@ -23,7 +23,7 @@ from pipelines.config.train import (
 )
 from pipelines.loading.loader import train_batches
 from pipelines.runs.checkpoints import load_objective
-from pipelines.training.recorder import DataSource, Worker
+from pipelines.training.contract import DataSource, Worker
 from pipelines.training.trainer import train
 
 STEPS = 4
