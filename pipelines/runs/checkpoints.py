@@ -1,7 +1,7 @@
 """A checkpoint's weights and configuration back in memory, and whether a run may go on from it.
 
-What a checkpoint folder holds is `pipelines.runs.checkpoint_files`; which of a run's checkpoints is meant,
-`pipelines.runs.run_checkpoints`.
+What a checkpoint folder holds is `pipelines.runs.checkpoint_format`; which of a run's checkpoints is meant,
+`pipelines.runs.checkpoint_list`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from models.encoders.vit import VisionTransformer
 from models.objectives.objective import Objective
 from models.objectives.registry import build_objective
 from pipelines.config.train import PretrainConfig
-from pipelines.runs.checkpoint_files import (
+from pipelines.runs.checkpoint_format import (
     FORMAT,
     GROUPS,
     CheckpointError,
@@ -28,7 +28,7 @@ from pipelines.runs.checkpoint_files import (
     read_state,
     save_checkpoint,
 )
-from pipelines.runs.run_checkpoints import committed_checkpoints, resolve_checkpoint
+from pipelines.runs.checkpoint_list import committed_checkpoints, resolve_checkpoint
 from pipelines.runtime.uris import local_copy
 
 __all__ = [

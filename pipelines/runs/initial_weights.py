@@ -15,15 +15,15 @@ import torch
 from models.encoders.positions import Grid, fit_table
 from models.objectives.objective import Objective
 from pipelines.config.train import PretrainConfig
-from pipelines.runs.checkpoint_files import (
+from pipelines.runs.checkpoint_format import (
     CheckpointError,
     load_tensors,
     read_config,
     read_state,
 )
+from pipelines.runs.checkpoint_list import resolve_checkpoint
 from pipelines.runs.checkpoints import flatten, load_weights, new_objective
 from pipelines.runs.integrity import Shapes, read_shapes
-from pipelines.runs.run_checkpoints import resolve_checkpoint
 from pipelines.runtime.uris import local_copy
 
 TABLE = "pos_embed"

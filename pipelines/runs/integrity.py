@@ -13,7 +13,7 @@ from typing import Any
 
 from pipelines.config.as_json import from_json
 from pipelines.config.train import PretrainConfig
-from pipelines.runs.checkpoint_files import GROUPS, CheckpointState, file_name, parse_state
+from pipelines.runs.checkpoint_format import GROUPS, CheckpointState, file_name, parse_state
 from pipelines.runtime.uris import open_uri
 
 Shapes = dict[str, tuple[int, ...]]

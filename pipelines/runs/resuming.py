@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config.train import NEWEST_WHOLE
-from pipelines.runs.checkpoint_files import recover_report
-from pipelines.runs.integrity import find_fault, read_description
-from pipelines.runs.run_checkpoints import (
+from pipelines.runs.checkpoint_format import recover_report
+from pipelines.runs.checkpoint_list import (
     LIST,
     Listed,
     folders,
@@ -26,6 +25,7 @@ from pipelines.runs.run_checkpoints import (
     survey,
     unusable,
 )
+from pipelines.runs.integrity import find_fault, read_description
 from pipelines.runs.run_folder import METRICS
 from pipelines.runtime.uris import is_local, join_uri, open_uri, write_atomic
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipelines.config.train import PretrainConfig
+from pipelines.runs.checkpoint_list import best_checkpoint
 from pipelines.runs.checkpoints import (
     CheckpointError,
     check_resumable,
@@ -18,7 +19,6 @@ from pipelines.runs.checkpoints import (
 )
 from pipelines.runs.initial_weights import check_initial
 from pipelines.runs.resuming import Start, find_start, go_back
-from pipelines.runs.run_checkpoints import best_checkpoint
 from pipelines.runtime.cluster import check_fits, cpus_needed, start_ray
 from pipelines.runtime.places import prepare
 from pipelines.runtime.uris import join_uri, local_copy, ray_storage

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipelines.config.as_json import to_json
 from pipelines.config.train import PretrainConfig
-from pipelines.runs.checkpoint_files import CheckpointState, report_of, save_checkpoint
+from pipelines.runs.checkpoint_format import CheckpointState, report_of, save_checkpoint
 from pipelines.runs.run_folder import RunFolder
 from pipelines.runtime.uris import join_uri
 from pipelines.training.contract import CheckpointStore, DataSource, Say, Worker, end_step

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,6 @@ from pipelines.training.contract import CheckpointStore, DataSource, Say, Worker
 from pipelines.training.recorder import Recorder
 from pipelines.training.schedules import set_schedules
 from pipelines.training.state import TrainState, new_state
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclasses.dataclass(frozen=True)

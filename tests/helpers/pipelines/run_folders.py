@@ -10,7 +10,7 @@ from pathlib import Path
 import pipelines.training.trainer
 from helpers.pipelines.fake_training import MEMORY, FolderStore, tiny_config
 from pipelines.config.train import PretrainConfig
-from pipelines.runs.checkpoint_files import load_tensors, read_config, read_state, save_checkpoint
+from pipelines.runs.checkpoint_format import load_tensors, read_config, read_state, save_checkpoint
 from pipelines.training.contract import Worker
 
 LIST = "checkpoint_manager_snapshot.json"

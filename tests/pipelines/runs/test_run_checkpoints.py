@@ -21,11 +21,11 @@ from helpers.pipelines.run_folders import (
     train_run,
 )
 from pipelines.config.sweep import SweepConfig
-from pipelines.runs.checkpoint_files import read_config, read_state, recover_report
+from pipelines.runs.checkpoint_format import read_config, read_state, recover_report
+from pipelines.runs.checkpoint_list import committed_checkpoints, survey
 from pipelines.runs.checkpoints import CheckpointError, load_encoder, resolve_checkpoint
 from pipelines.runs.integrity import find_fault
 from pipelines.runs.resuming import find_start, go_back
-from pipelines.runs.run_checkpoints import committed_checkpoints, survey
 from pipelines.training import recorder
 
 KNN = {4: 0.2, 8: 0.5, 12: 0.3}

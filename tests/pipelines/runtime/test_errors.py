@@ -71,7 +71,7 @@ def from_ray_data(last: str) -> Exception:
         ),
         ("ValueError: /data/pics/x.tar is odd", "--source: /data/pics/x.tar is odd"),
         (
-            "pipelines.runs.checkpoint_files.CheckpointError: /r/c: does not load",
+            "pipelines.runs.checkpoint_format.CheckpointError: /r/c: does not load",
             "/r/c: does not load",
         ),
     ],

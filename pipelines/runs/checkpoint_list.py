@@ -11,7 +11,7 @@ import json
 import re
 from typing import Any
 
-from pipelines.runs.checkpoint_files import CheckpointError
+from pipelines.runs.checkpoint_format import CheckpointError
 from pipelines.runs.integrity import find_fault
 from pipelines.runtime.uris import join_uri, open_uri
 
