@@ -1,14 +1,21 @@
-"""Lines that workers say, on the driver's terminal: a Ray queue between them, and how lines are shown."""
+"""Lines from workers on the driver's terminal: the Ray queue between them, and the progress bar."""
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
 if TYPE_CHECKING:
     from ray.util.queue import Queue
+
+STEP = re.compile(r"step (\d+)/(\d+) ")
+"""How a line of `pipelines.training.loggers.progress_line` begins."""
 
 
 @contextmanager
@@ -49,23 +56,38 @@ def _drain(queue: Queue, show: Callable[[str], None], done: threading.Event) -> 
 
 
 class LinePrinter:
-    """Shows lines: on a terminal a progress line is rewritten in place, other lines stay."""
+    """Shows lines of a run; on a terminal, lines that say a step move one progress bar instead.
+
+    Args:
+        stream: Where lines go. Unless it is a terminal, every line is written as it came.
+    """
 
     def __init__(self, stream: Any) -> None:
-        self._stream = stream
-        self._terminal = bool(stream.isatty())
-        self._open = False
+        self._console = Console(file=stream, highlight=False, soft_wrap=True)
+        self._bar = Progress(
+            BarColumn(bar_width=16),
+            TextColumn("{task.description}", markup=False),
+            console=self._console,
+            auto_refresh=False,
+            disable=not self._console.is_terminal,
+        )
+        self._task: TaskID | None = None
 
     def show(self, line: str) -> None:
         """Shows one line."""
-        in_place = self._terminal and line.startswith("step ")
-        before = "\r\x1b[K" if self._open else ""
-        self._stream.write(before + line + ("" if in_place else "\n"))
-        self._stream.flush()
-        self._open = in_place
+        step = STEP.match(line)
+        if step and self._console.is_terminal:
+            self._move_bar(line, done=int(step[1]), total=int(step[2]))
+        else:
+            self._console.print(line, markup=False)
 
     def end(self) -> None:
         """Leaves the last progress line standing."""
-        if self._open:
-            self._stream.write("\n")
-            self._stream.flush()
+        self._bar.stop()
+
+    def _move_bar(self, line: str, *, done: int, total: int) -> None:
+        if self._task is None:
+            self._task = self._bar.add_task(line, total=total)
+            self._bar.start()
+        self._bar.update(self._task, completed=done, description=line)
+        self._bar.refresh()

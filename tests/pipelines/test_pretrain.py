@@ -382,11 +382,14 @@ def test_a_lost_progress_queue_does_not_end_a_run(ray_local, capsys, monkeypatch
 
 def test_progress_is_one_rewritten_line_on_a_terminal_and_plain_lines_elsewhere():
     plain, terminal = io.StringIO(), _Terminal()
+    lines = ("step 1/3 loss 2", "step 2/3 loss 1", "WARNING: [x]", "step 3/3 loss 0")
     for stream in (plain, terminal):
         printer = LinePrinter(stream)
-        for line in ("step 1/2", "step 2/2", "WARNING: x", "step 3/2"):
+        for line in lines:
             printer.show(line)
         printer.end()
-    assert plain.getvalue() == "step 1/2\nstep 2/2\nWARNING: x\nstep 3/2\n"
-    clear = "\r\x1b[K"
-    assert terminal.getvalue() == f"step 1/2{clear}step 2/2{clear}WARNING: x\nstep 3/2\n"
+    assert plain.getvalue() == "".join(f"{line}\n" for line in lines)
+    shown = terminal.getvalue()
+    assert shown.count("\n") == 2  # the warning, and the last state of the bar
+    assert "WARNING: [x]" in shown.split("\n")[0]
+    assert "step 3/3 loss 0" in shown.split("\n")[1]
