@@ -30,7 +30,7 @@ from pipelines.runs.checkpoints import (
     read_state,
 )
 from pipelines.runs.resuming import go_back
-from pipelines.training.callbacks import DataSource, Worker
+from pipelines.training.contract import DataSource, Worker
 from pipelines.training.launch import check_early
 from pipelines.training.loggers import read_metrics
 from pipelines.training.trainer import train
