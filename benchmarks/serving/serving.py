@@ -43,7 +43,7 @@ class Config:
     """What to measure, and for how long at most."""
 
     preset: str = "vit_s"
-    """Row of `models.encoders.vit.PRESETS`."""
+    """Row of `models.encoders.shape.PRESETS`."""
     image_size: int = 224
     """Pixels on a side of the encoder's input."""
     patch_size: int = 16

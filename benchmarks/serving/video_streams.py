@@ -53,7 +53,7 @@ class Config:
     queue: int = 32
     """Frames the server may hold for a stream before it drops the oldest."""
     preset: str = "video_micro"
-    """Row of `models.encoders.vit.PRESETS`."""
+    """Row of `models.encoders.shape.PRESETS`."""
     image_size: int = 64
     """Pixels on a side of the encoder's input."""
     patch_size: int = 16

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from models.encoders.blocks import use_plain_attention
-from models.encoders.vit import find_preset
+from models.encoders.shape import find_preset
 from models.media.preprocessing import normalize
 from models.objectives.ijepa import IJEPA
 from models.objectives.registry import build_objective

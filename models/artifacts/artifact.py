@@ -36,6 +36,7 @@ from models.artifacts.formats.transformers_ijepa import TRANSFORMERS_IJEPA
 from models.artifacts.formats.transformers_vjepa2 import TRANSFORMERS_VJEPA2
 from models.encoders.blocks import LN_EPS
 from models.encoders.predictor import Predictor
+from models.encoders.shape import EncoderShape
 from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import Preprocessing, normalize
 
@@ -250,7 +251,7 @@ def _local(uri: str) -> Iterator[Path]:
 
 
 def _assemble(source: Source, uri: str) -> Artifact:
-    encoder = _fill(VisionTransformer(**source.shape), source, uri)
+    encoder = _fill(VisionTransformer(EncoderShape(**source.shape)), source, uri)
     config = source.section or our_section(encoder, source.preprocessing, {"source": uri})
     return Artifact(encoder, source.preprocessing, config)
 

@@ -8,7 +8,7 @@ first, then row, then column), K kept tokens, P pixel values of one token, D wid
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,47 +16,7 @@ from torch.nn import functional
 
 from models.encoders.blocks import LN_EPS, init_weights, run_blocks, transformer_blocks
 from models.encoders.positions import make_positions
-
-
-@dataclass(frozen=True, kw_only=True)
-class Preset:
-    """Shape of an encoder and of the predictor that goes with it."""
-
-    width: int
-    depth: int
-    heads: int
-    mlp_ratio: float = 4.0
-    predictor_width: int
-    predictor_depth: int
-    predictor_heads: int
-
-
-# Encoder shapes: I-JEPA appendix A.1 (s to g), DeiT (ti). Predictors: 384 wide, 12 deep (16 for g)
-# as in the paper for l, h and g, 6 deep for b; half the encoder's width for ti and s, where the
-# paper's 384 would cost more than the encoder itself. Heads keep the kernels' head size of 32,
-# where the original's 24 for h is slow.
-PRESETS = {
-    "vit_ti": Preset(width=192, depth=12, heads=3, predictor_width=96, predictor_depth=6, predictor_heads=3),
-    "vit_s": Preset(width=384, depth=12, heads=6, predictor_width=192, predictor_depth=6, predictor_heads=6),
-    "vit_b": Preset(width=768, depth=12, heads=12, predictor_width=384, predictor_depth=6, predictor_heads=12),
-    "vit_l": Preset(width=1024, depth=24, heads=16, predictor_width=384, predictor_depth=12, predictor_heads=12),
-    "vit_h": Preset(width=1280, depth=32, heads=16, predictor_width=384, predictor_depth=12, predictor_heads=12),
-    "vit_g": Preset(width=1408, depth=40, heads=16, mlp_ratio=48 / 11, predictor_width=384, predictor_depth=16, predictor_heads=12),
-    # For 32-pixel images on a few CPU cores.
-    "vit_micro32": Preset(width=96, depth=4, heads=3, predictor_width=48, predictor_depth=2, predictor_heads=3),
-    "vit_tiny32": Preset(width=128, depth=4, heads=4, predictor_width=64, predictor_depth=2, predictor_heads=2),
-    "vit_small32": Preset(width=192, depth=6, heads=6, predictor_width=96, predictor_depth=4, predictor_heads=3),
-    # For clips. V-JEPA 2's shapes (arXiv 2506.09985, section 2): its giant has 22 heads, and every
-    # predictor is 12 deep.
-    "video_b": Preset(width=768, depth=12, heads=12, predictor_width=384, predictor_depth=12, predictor_heads=12),
-    "video_l": Preset(width=1024, depth=24, heads=16, predictor_width=384, predictor_depth=12, predictor_heads=12),
-    "video_h": Preset(width=1280, depth=32, heads=16, predictor_width=384, predictor_depth=12, predictor_heads=12),
-    "video_g": Preset(width=1408, depth=40, heads=22, mlp_ratio=48 / 11, predictor_width=384, predictor_depth=12, predictor_heads=12),
-    # For clips of 32 or 64 pixels on a few CPU cores; heads of 24 or 32 suit the three axes of RoPE.
-    "video_micro": Preset(width=96, depth=4, heads=3, predictor_width=48, predictor_depth=2, predictor_heads=2),
-    "video_tiny": Preset(width=128, depth=4, heads=4, predictor_width=64, predictor_depth=2, predictor_heads=2),
-    "video_small": Preset(width=192, depth=6, heads=6, predictor_width=96, predictor_depth=4, predictor_heads=4),
-}  # fmt: skip
+from models.encoders.shape import EncoderShape
 
 
 class PatchEmbed(nn.Module):
@@ -106,55 +66,34 @@ class VisionTransformer(nn.Module):
     State-dict keys are those of timm's `VisionTransformer`; rotary positions have none.
 
     Args:
-        image_size: pixels on a side of the square input.
-        patch_size: pixels on a side of a patch; divides `image_size`.
-        width: token dimensions D.
-        depth: transformer blocks.
-        heads: attention heads; divides `width`.
-        mlp_ratio: hidden width of the MLP over D.
-        patch_std: standard deviation of the initial patch embedding.
-        frames: frames of the longest clip; 1 for images.
-        tubelet: frames in a token; divides `frames`.
-        positions: row of `models.encoders.positions.POSITIONS`.
+        shape: sizes of the input and of the network.
         activation_checkpointing: compute activations twice rather than keep them.
     """
 
-    def __init__(
-        self,
-        *,
-        image_size: int,
-        patch_size: int,
-        width: int,
-        depth: int,
-        heads: int,
-        mlp_ratio: float = 4.0,
-        patch_std: float = 0.02,
-        frames: int = 1,
-        tubelet: int = 1,
-        positions: str = "sincos",
-        activation_checkpointing: bool = False,
-    ) -> None:
+    def __init__(self, shape: EncoderShape, *, activation_checkpointing: bool = False) -> None:
         super().__init__()
-        if image_size % patch_size:
-            raise ValueError(f"patch size {patch_size} does not divide image size {image_size}")
-        if frames % tubelet:
-            raise ValueError(f"--model.tubelet: {tubelet} frames do not divide a clip of {frames}")
-        self.image_size, self.patch_size = image_size, patch_size
-        self.frames, self.tubelet, self.positions = frames, tubelet, positions
-        self.width, self.depth, self.heads, self.mlp_ratio = width, depth, heads, mlp_ratio
-        self.patch_std, self.activation_checkpointing = patch_std, activation_checkpointing
-        self.grid, self.tubes = image_size // patch_size, frames // tubelet
+        self.shape, self.activation_checkpointing = shape, activation_checkpointing
+        self.image_size, self.patch_size = shape.image_size, shape.patch_size
+        self.frames, self.tubelet, self.positions = shape.frames, shape.tubelet, shape.positions
+        self.width, self.depth, self.heads = shape.width, shape.depth, shape.heads
+        self.mlp_ratio, self.patch_std = shape.mlp_ratio, shape.patch_std
+        self.grid, self.tubes = shape.grid, shape.tubes
         self.num_patches = self.tubes * self.grid * self.grid
-        self.patch_embed = PatchEmbed(patch_size, width, tubelet=tubelet)
+        self.patch_embed = PatchEmbed(shape.patch_size, shape.width, tubelet=shape.tubelet)
         self.pos_embed, self.rope = make_positions(
-            positions, width=width, heads=heads, side=self.grid, tubes=self.tubes
+            shape.positions,
+            width=shape.width,
+            heads=shape.heads,
+            side=shape.grid,
+            tubes=shape.tubes,
         )
-        rotary = self.rope is not None
-        self.blocks = transformer_blocks(width, depth, heads, mlp_ratio, rotary=rotary)
-        self.norm = nn.LayerNorm(width, eps=LN_EPS)
+        self.blocks = transformer_blocks(
+            shape.width, shape.depth, shape.heads, shape.mlp_ratio, rotary=self.rope is not None
+        )
+        self.norm = nn.LayerNorm(shape.width, eps=LN_EPS)
         init_weights(self)
         with torch.no_grad():
-            self.patch_embed.proj.weight.mul_(patch_std / 0.02)
+            self.patch_embed.proj.weight.mul_(shape.patch_std / 0.02)
 
     def forward(
         self, clips_BCTHW: torch.Tensor, keep_BK: torch.Tensor | None = None
@@ -213,42 +152,21 @@ class VisionTransformer(nn.Module):
 
 
 def build_encoder(
-    preset: str,
-    *,
-    image_size: int,
-    patch_size: int,
-    patch_std: float = 0.02,
-    frames: int = 1,
-    tubelet: int = 1,
-    positions: str = "sincos",
-    activation_checkpointing: bool = False,
+    preset: str, *, activation_checkpointing: bool = False, **sizes: Any
 ) -> VisionTransformer:
-    """Builds the encoder of a row of `PRESETS`; the other arguments are `VisionTransformer`'s.
+    """Builds the encoder of a preset.
+
+    Args:
+        preset: name in `models.encoders.shape.PRESETS`.
+        activation_checkpointing: as in `VisionTransformer`.
+        sizes: the other fields of `EncoderShape`; `image_size` and `patch_size` have no default.
 
     Raises:
-        ValueError: no such preset, or sizes that do not fit.
+        ValueError: there is no such preset, or the sizes do not fit.
+        TypeError: `EncoderShape` has no such field.
     """
-    shape = find_preset(preset)
-    return VisionTransformer(
-        image_size=image_size,
-        patch_size=patch_size,
-        width=shape.width,
-        depth=shape.depth,
-        heads=shape.heads,
-        mlp_ratio=shape.mlp_ratio,
-        patch_std=patch_std,
-        frames=frames,
-        tubelet=tubelet,
-        positions=positions,
-        activation_checkpointing=activation_checkpointing,
-    )
-
-
-def find_preset(name: str) -> Preset:
-    """Returns a row of `PRESETS`, or a ValueError that lists them."""
-    if name not in PRESETS:
-        raise ValueError(f"--model.encoder: no preset {name!r}; one of {', '.join(PRESETS)}")
-    return PRESETS[name]
+    shape = EncoderShape.from_preset(preset, **sizes)
+    return VisionTransformer(shape, activation_checkpointing=activation_checkpointing)
 
 
 def gather_tokens(tokens_BND: torch.Tensor, ids_BK: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from models.encoders.predictor import Predictor
-from models.encoders.vit import VisionTransformer, build_encoder, find_preset
+from models.encoders.shape import EncoderShape, find_preset
+from models.encoders.vit import VisionTransformer
 from models.objectives.dmjd import DMJD
 from models.objectives.ijepa import IJEPA
 from models.objectives.lejepa import LeJEPA
@@ -85,18 +86,9 @@ def _build_sigreg(objective: Settings) -> SIGReg:
     return SIGReg(slices=objective["slices"], knots=objective["knots"], seed=seed)
 
 
-# The fields read by `get` are absent in configurations from before there was video.
-
-
 def _build_encoder(model: Settings) -> VisionTransformer:
-    return build_encoder(
-        model["encoder"],
-        image_size=model["image_size"],
-        patch_size=model["patch_size"],
-        patch_std=model["patch_std"],
-        frames=model.get("frames", 1),
-        tubelet=model.get("tubelet", 1),
-        positions=model.get("positions", "sincos"),
+    return VisionTransformer(
+        EncoderShape.from_settings(model),
         activation_checkpointing=model.get("activation_checkpointing", False),
     )
 

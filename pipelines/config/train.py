@@ -36,7 +36,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Encoder and predictor shapes; names are rows of `models.encoders.vit.PRESETS`."""
+    """Encoder and predictor shapes; presets are in `models.encoders.shape.PRESETS`."""
 
     encoder: str = "vit_s"
     """Preset: vit_ti, vit_s, vit_b, vit_l, vit_h, vit_g, or a small one for 32-pixel images; for

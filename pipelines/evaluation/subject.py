@@ -75,18 +75,7 @@ def random_init(encoder: VisionTransformer, seed: int) -> VisionTransformer:
     """Builds an untrained encoder of the same shape; the global RNG stays as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return VisionTransformer(
-            image_size=encoder.image_size,
-            patch_size=encoder.patch_size,
-            width=encoder.width,
-            depth=encoder.depth,
-            heads=encoder.heads,
-            mlp_ratio=encoder.mlp_ratio,
-            patch_std=encoder.patch_std,
-            frames=encoder.frames,
-            tubelet=encoder.tubelet,
-            positions=encoder.positions,
-        ).eval()
+        return VisionTransformer(encoder.shape).eval()
 
 
 def with_sampler(cfg: EvaluateConfig, subject: Subject, modality: str) -> Subject:

@@ -98,7 +98,7 @@ def check_early(cfg: PretrainConfig, run_uri: str) -> Start:
         ValueError: naming the flag.
         CheckpointError: naming the flags that differ from the run's, or what of the run is whole.
     """
-    from models.encoders.vit import find_preset
+    from models.encoders.shape import find_preset
     from models.objectives.registry import find_objective
     from pipelines.dataset.shards import read_manifest
     from pipelines.loading.loader import check_modality

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from old_formats.write_ae55864 import PRESETS
 
-from models.encoders import vit
+from models.encoders import shape as shapes
 
 FILES = Path(__file__).resolve().parent / "ae55864"
 
@@ -34,5 +34,5 @@ def _presets() -> Iterator[None]:
     """The narrow encoders of the old runs, which no table of presets holds."""
     with pytest.MonkeyPatch.context() as patch:
         for name, shape in PRESETS.items():
-            patch.setitem(vit.PRESETS, name, vit.Preset(**shape))
+            patch.setitem(shapes.PRESETS, name, shapes.Preset(**shape))
         yield

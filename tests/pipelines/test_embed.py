@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from models.artifacts.artifact import save_artifact
+from models.encoders.shape import EncoderShape
 from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import Preprocessing
 from pipelines import embed as job
@@ -33,7 +34,9 @@ Shards = tuple[str, str]
 @pytest.fixture(scope="module")
 def encoder() -> VisionTransformer:
     torch.manual_seed(0)
-    return VisionTransformer(image_size=32, patch_size=8, width=48, depth=1, heads=3).eval()
+    return VisionTransformer(
+        EncoderShape(image_size=32, patch_size=8, width=48, depth=1, heads=3)
+    ).eval()
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ import torch
 
 from helpers.models.video_files import write_video
 from models.artifacts.artifact import save_artifact
+from models.encoders.shape import EncoderShape
 from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import Preprocessing
 from pipelines import embed as job
@@ -41,7 +42,7 @@ LINE = Timeline(identity="", origin=Fraction(0), end=Fraction(1))
 def encoder() -> VisionTransformer:
     torch.manual_seed(0)
     sizes = {"image_size": 32, "patch_size": 8, "width": 48, "depth": 1, "heads": 3}
-    return VisionTransformer(**sizes, frames=4, tubelet=2).eval()
+    return VisionTransformer(EncoderShape(**sizes, frames=4, tubelet=2)).eval()
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import torch
 from models.artifacts.formats.format import Format, Source, Stored
 from models.artifacts.formats.key_maps import StateDict
 from models.artifacts.formats.processors import IMAGENET_MEAN, IMAGENET_STD
-from models.encoders.vit import PRESETS
+from models.encoders.shape import PRESETS
 from models.media.preprocessing import Preprocessing
 
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".tar", ".ckpt")

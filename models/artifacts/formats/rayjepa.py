@@ -24,25 +24,10 @@ def our_section(
     """Returns the section `rayjepa` of config.json."""
     return {
         "schema_version": SCHEMA_VERSION,
-        "encoder": _shape(encoder),
+        "encoder": dataclasses.asdict(encoder.shape),
         "preprocessing": dataclasses.asdict(preprocessing),
         "pooling": "mean",
         "provenance": dict(provenance),
-    }
-
-
-def _shape(encoder: VisionTransformer) -> dict[str, Any]:
-    return {
-        "image_size": encoder.image_size,
-        "patch_size": encoder.patch_size,
-        "width": encoder.width,
-        "depth": encoder.depth,
-        "heads": encoder.heads,
-        "mlp_ratio": encoder.mlp_ratio,
-        "patch_std": encoder.patch_std,
-        "frames": encoder.frames,
-        "tubelet": encoder.tubelet,
-        "positions": encoder.positions,
     }
 
 

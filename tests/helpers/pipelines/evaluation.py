@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from models.encoders.shape import EncoderShape
 from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import Preprocessing
 
@@ -15,4 +16,4 @@ CLIP_SHAPE = {"image_size": 32, "patch_size": 8, "frames": 4, "tubelet": 2}
 def small_encoder() -> VisionTransformer:
     """Random weights, 32-pixel images, 48 wide."""
     torch.manual_seed(0)
-    return VisionTransformer(image_size=32, patch_size=8, width=48, depth=2, heads=3)
+    return VisionTransformer(EncoderShape(image_size=32, patch_size=8, width=48, depth=2, heads=3))

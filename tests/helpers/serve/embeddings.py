@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from models.artifacts.artifact import load_artifact, save_artifact
+from models.encoders.shape import EncoderShape
 from models.encoders.vit import VisionTransformer
 from models.media.images import decode_image
 from models.media.preprocessing import Preprocessing, eval_transform, normalize
@@ -35,7 +36,7 @@ def save_tiny_artifact(folder: Path) -> None:
     """A random encoder with weights large enough that images differ."""
     torch.manual_seed(0)
     encoder = VisionTransformer(
-        image_size=SIZE, patch_size=SIZE // 4, width=WIDTH, depth=2, heads=2
+        EncoderShape(image_size=SIZE, patch_size=SIZE // 4, width=WIDTH, depth=2, heads=2)
     )
     for parameter in encoder.parameters():
         if parameter.dim() > 1:

@@ -17,6 +17,7 @@ import uvicorn
 from helpers.serve.fake_model import Parts
 from helpers.serve.free_ports import free_ports
 from models.artifacts.artifact import load_artifact, save_artifact
+from models.encoders.shape import EncoderShape
 from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import Preprocessing, normalize
 from serve.embeddings.contract import ModelCard
@@ -35,13 +36,15 @@ def save_clip_artifact(folder: Path) -> None:
     """A random clip encoder with weights large enough that clips differ."""
     torch.manual_seed(0)
     encoder = VisionTransformer(
-        image_size=SIZE,
-        patch_size=SIZE // 4,
-        width=WIDTH,
-        depth=2,
-        heads=2,
-        frames=FRAMES,
-        tubelet=TUBELET,
+        EncoderShape(
+            image_size=SIZE,
+            patch_size=SIZE // 4,
+            width=WIDTH,
+            depth=2,
+            heads=2,
+            frames=FRAMES,
+            tubelet=TUBELET,
+        )
     )
     for parameter in encoder.parameters():
         if parameter.dim() > 1:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from models.artifacts.artifact import load_artifact, save_artifact
 from models.artifacts.formats.transformers_ijepa import from_ijepa, to_ijepa
+from models.encoders.shape import EncoderShape
 from models.encoders.vit import VisionTransformer, build_encoder
 from models.media.preprocessing import Preprocessing, eval_transform, normalize
 
@@ -40,7 +41,7 @@ def _randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 def _encoder(**shape: object) -> VisionTransformer:
     default = {"image_size": 32, "patch_size": 8, "width": 48, "depth": 3, "heads": 3}
-    return _randomise(VisionTransformer(**{**default, **shape}))
+    return _randomise(VisionTransformer(EncoderShape(**{**default, **shape})))
 
 
 @pytest.fixture

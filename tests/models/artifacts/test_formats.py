@@ -11,6 +11,7 @@ import torch
 from models.artifacts import artifact
 from models.artifacts.artifact import FORMATS, load_artifact, load_predictor, save_artifact
 from models.artifacts.formats.format import Format, Source, Stored
+from models.encoders.shape import EncoderShape
 from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import Preprocessing
 
@@ -20,7 +21,7 @@ PREP = Preprocessing(image_size=16, mean=(0.5,) * 3, std=(0.2,) * 3)
 
 def written(tmp_path: Path, **shape: object) -> set[str]:
     """Files of an artifact of such an encoder."""
-    save_artifact(tmp_path / "a", VisionTransformer(**{**SHAPE, **shape}), PREP, {})
+    save_artifact(tmp_path / "a", VisionTransformer(EncoderShape(**{**SHAPE, **shape})), PREP, {})
     files = (path for path in (tmp_path / "a").rglob("*") if path.is_file())
     return {str(path.relative_to(tmp_path / "a")) for path in files}
 
@@ -70,7 +71,7 @@ def test_a_folder_is_recognised_by_its_config(
 
 
 def test_one_entry_adds_a_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder = VisionTransformer(**SHAPE)
+    encoder = VisionTransformer(EncoderShape(**SHAPE))
 
     def read(stored: Stored) -> Source:
         state = torch.load(stored.path / "weights.bin", weights_only=True)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from models.artifacts.artifact import load_artifact, load_predictor, load_strict, save_artifact
 from models.artifacts.formats.transformers_vjepa2 import from_vjepa2, to_vjepa2
 from models.encoders.predictor import Predictor
+from models.encoders.shape import EncoderShape
 from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import Preprocessing, normalize
 
@@ -60,7 +61,7 @@ def _theirs(**changes: object) -> nn.Module:
 def _ours(positions: str = "rope_released", **shape: object) -> VisionTransformer:
     default = {"image_size": 32, "patch_size": 8, "width": 48, "depth": 2, "heads": 3}
     clip = {"frames": 8, "tubelet": 2, "positions": positions}
-    return _randomise(VisionTransformer(**{**default, **clip, **shape}))
+    return _randomise(VisionTransformer(EncoderShape(**{**default, **clip, **shape})))
 
 
 def _our_predictor(**shape: object) -> Predictor:

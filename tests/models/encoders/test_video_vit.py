@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from models.encoders.positions import POSITIONS, Rope, Rotation, sincos_3d
-from models.encoders.vit import PRESETS, PatchEmbed, VisionTransformer, build_encoder, find_preset
+from models.encoders.shape import PRESETS, EncoderShape, find_preset
+from models.encoders.vit import PatchEmbed, VisionTransformer, build_encoder
 
 SIDE, FRAMES = 2, 8  # a grid of 4 x 2 x 2 tokens
 
@@ -23,7 +24,7 @@ def small(positions: str = "rope", **shape: object) -> VisionTransformer:
     torch.manual_seed(0)
     sizes = {"image_size": 16, "patch_size": 8, "width": 48, "depth": 2, "heads": 2}
     clip = {"frames": FRAMES, "tubelet": 2, "positions": positions}
-    made = VisionTransformer(**{**sizes, **clip, **shape})
+    made = VisionTransformer(EncoderShape(**{**sizes, **clip, **shape}))
     with torch.no_grad():  # at the usual 0.02 attention hardly tells one place from another
         for p in made.parameters():
             if p.requires_grad:

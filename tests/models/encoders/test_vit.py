@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from models.encoders.blocks import use_plain_attention
-from models.encoders.vit import PRESETS, VisionTransformer, build_encoder, gather_tokens
+from models.encoders.shape import PRESETS, EncoderShape
+from models.encoders.vit import VisionTransformer, build_encoder, gather_tokens
 
 
 def small() -> VisionTransformer:
     torch.manual_seed(0)
-    return VisionTransformer(image_size=32, patch_size=8, width=48, depth=2, heads=3)
+    return VisionTransformer(EncoderShape(image_size=32, patch_size=8, width=48, depth=2, heads=3))
 
 
 def test_patches_times_weight_is_the_convolution() -> None:
@@ -74,7 +75,7 @@ def test_wrong_input_is_refused() -> None:
     with pytest.raises(ValueError, match="expected images"):
         small()(torch.randn(1, 3, 48, 48))
     with pytest.raises(ValueError, match="does not divide"):
-        VisionTransformer(image_size=30, patch_size=8, width=48, depth=1, heads=3)
+        VisionTransformer(EncoderShape(image_size=30, patch_size=8, width=48, depth=1, heads=3))
 
 
 def test_plain_attention_is_the_same_function() -> None:

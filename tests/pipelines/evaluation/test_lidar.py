@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from helpers.pipelines.fake_training import MEMORY, FolderStore, change, tiny_config
+from models.encoders.shape import EncoderShape
 from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import Preprocessing
 from pipelines.config.data import DataConfig
@@ -102,7 +103,7 @@ def config(cifar_shards):
 
 def _encoder(seed=0):
     torch.manual_seed(seed)
-    return VisionTransformer(image_size=32, patch_size=8, width=48, depth=1, heads=3)
+    return VisionTransformer(EncoderShape(image_size=32, patch_size=8, width=48, depth=1, heads=3))
 
 
 @pytest.mark.ray

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from helpers.pipelines.clips import segment, write_rows
+from models.encoders.shape import EncoderShape
 from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import Preprocessing
 from pipelines.config.data import ClipConfig
@@ -178,7 +179,16 @@ def moving_bars(count: int) -> tuple[np.ndarray, np.ndarray]:
 def train_on(labels_N: np.ndarray, clips: np.ndarray, truth_N: np.ndarray) -> Supervised:
     torch.manual_seed(0)
     encoder = VisionTransformer(
-        image_size=16, patch_size=8, width=32, depth=1, heads=2, frames=4, tubelet=2, patch_std=0.14
+        EncoderShape(
+            image_size=16,
+            patch_size=8,
+            width=32,
+            depth=1,
+            heads=2,
+            frames=4,
+            tubelet=2,
+            patch_std=0.14,
+        )
     )
     train, test = (clips[:192], labels_N[:192]), (clips[192:], truth_N[192:])
     return supervised_baseline(encoder, PREP, train, test, test, epochs=8, batch_size=16)
