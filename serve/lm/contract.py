@@ -1,4 +1,4 @@
-"""What passes between the LM ingress and the replicas of `LanguageModel`.
+"""What the ingress and the replicas of `LanguageModel` send each other.
 
 Everything here is a plain value, so that an ingress replica imports neither the model nor torch. A
 refusal is an `ApiError` that a method returns: raised, it would arrive wrapped in an error of Ray's
@@ -20,11 +20,11 @@ LANGUAGE_MODEL = "LanguageModel"
 _SESSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}")
 
 TAIL = 8
-"""Last tokens of a stream that a replica keeps in mind, to see how the stream ended."""
+"""Last tokens of a stream that a replica keeps in memory, to see how the stream ended."""
 
 
 def is_session_id(name: str) -> bool:
-    """Whether a client may call a session that: it becomes a file name."""
+    """Whether a session may have this name, which becomes a file name."""
     return _SESSION_ID.fullmatch(name) is not None
 
 
@@ -33,14 +33,14 @@ class LMCard:
     """What the ingress needs to know about the model behind it.
 
     Attributes:
-        name: what clients call it.
+        name: the name that clients use.
         created: Unix time of loading.
         vocab_size: token ids are below it.
-        capacity: tokens a session sees at most.
-        sinks: sink tokens of a session that does not choose.
+        capacity: tokens that a session sees at most.
+        sinks: sink tokens of a session that does not set them.
         sessions: slabs of one replica.
-        bytes_per_session: of keys and values.
-        fingerprint: of weights, cache shape and tokenizer.
+        bytes_per_session: size of a session's keys and values.
+        fingerprint: names weights, cache shape and tokenizer.
         persistent: whether sessions outlive their replica.
     """
 
@@ -57,16 +57,16 @@ class LMCard:
 
 @dataclass(frozen=True, kw_only=True)
 class Feed:
-    """The tokens of a prompt, for whatever state the stream is in.
+    """The tokens of a prompt, for every state that the stream may be in.
 
-    A chat turn that follows another must first end it, and how much of that end is there already
-    (all, the end token only, nothing after a cancel) only the session knows.
+    A chat turn must first end the turn before it. Only the session knows how much of that end the
+    stream already has: all of it, the end token alone, or nothing after a cancel.
 
     Attributes:
-        start: what begins an empty stream.
-        follow: what goes on; begins with `ending` where the prompt is a chat turn.
-        ending: how the template ends an assistant's turn.
-        problem: why nothing can go on with it: then only an empty stream takes it.
+        start: tokens for an empty stream.
+        follow: tokens for a stream that goes on; a chat turn's begin with `ending`.
+        ending: tokens with which the template ends an assistant's turn.
+        problem: why no stream can go on with this prompt; an empty stream still takes it.
     """
 
     start: tuple[int, ...]
@@ -75,7 +75,7 @@ class Feed:
     problem: str = ""
 
     def after(self, position: int, tail: tuple[int, ...]) -> tuple[int, ...]:
-        """The tokens to feed to a stream of `position` tokens that ends with `tail`."""
+        """Returns the tokens to feed to a stream of `position` tokens that ends with `tail`."""
         if position == 0:
             return self.start
         for there in range(min(len(self.ending), len(tail)), 0, -1):
@@ -89,16 +89,16 @@ class Start:
     """A request to generate.
 
     Attributes:
-        request_id: names the answer, for `take` and `cancel`. The same with every repeated call, so
-            that a prompt is not appended twice.
-        session_id: the session, or None for temporary ones.
-        feeds: the prompts; one with a session, none to go on.
+        request_id: names the request, for `take` and `cancel`. A repeated call has the same one, so
+            that its prompt is not appended twice.
+        session_id: the session; None generates in temporary ones.
+        feeds: the prompts. With a session there is one, or none to go on with the stream.
         params: how to generate.
         n: answers to each prompt; more than one only without a session.
-        resume_at: send what the stream has after this position, then go on; `max_tokens` counts
-            from there.
-        goes_on: with `resume_at`, the reader of this very request resumes it after its replica was
-            lost. That takes over from nobody: whom another request has replaced is refused.
+        resume_at: first send what the stream has after this position, then generate. `max_tokens`
+            counts from this position.
+        goes_on: with `resume_at`, whether the reader of this very request comes back because its
+            replica was lost. It is refused if another request has gone on with the session since.
     """
 
     request_id: str
@@ -112,19 +112,19 @@ class Start:
 
 @dataclass(frozen=True, kw_only=True)
 class SessionState:
-    """A session, seen from outside.
+    """Description of a session.
 
     Attributes:
         id: its name.
-        stream_position: tokens of the stream, prompts and answers.
-        cached_tokens: of those, the ones the next token can see.
-        evicted_tokens: the others.
+        stream_position: tokens of the stream, prompts and answers together.
+        cached_tokens: how many of them the next token can see.
+        evicted_tokens: how many it cannot.
         sinks: tokens at the start that are never evicted.
         answer_from: position at which the latest answer begins.
-        status: generating; idle with its keys in memory; or stored only.
-        ttl_s: idle seconds until it is deleted.
-        snapshot_position: of the newest stored snapshot.
-        owner_epoch: how many replicas have opened it.
+        status: `generating`, `idle` (with its keys and values in memory) or `stored` (only).
+        ttl_s: idle seconds until it is deleted; None keeps it.
+        snapshot_position: position of the newest stored snapshot.
+        owner_epoch: how often a replica has opened it.
     """
 
     id: str
@@ -141,12 +141,12 @@ class SessionState:
 
 @dataclass(frozen=True, kw_only=True)
 class Started:
-    """An answer that is being made.
+    """Reply to `Start`: the answer is being generated.
 
     Attributes:
         prompt_tokens: tokens that are fed now.
-        cached_tokens: tokens the session had in its cache before.
-        session: as it will be once they are in; None for temporary ones.
+        cached_tokens: tokens that the session had in its cache before.
+        session: the session as it will be after the prompt; None for temporary ones.
         position: stream position at which the answer begins (or goes on).
     """
 
@@ -158,7 +158,7 @@ class Started:
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """What one choice of an answer has made since the last call."""
+    """The new tokens of one choice since the last call, and its end if it has ended."""
 
     index: int
     tokens: tuple[Token, ...]
@@ -166,13 +166,13 @@ class Piece:
 
     @property
     def made(self) -> int:
-        """Tokens that were generated."""
+        """Number of tokens that were generated, without the prompt's."""
         return sum(not token.in_prompt for token in self.tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Taken:
-    """What an answer has made since the last call; no pieces where nothing is new."""
+    """What is new in a request's choices since the last call; no pieces if nothing is."""
 
     pieces: tuple[Piece, ...] = ()
     session: SessionState | None = None

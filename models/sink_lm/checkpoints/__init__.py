@@ -1,1 +1,1 @@
-"""Language models on disk: Hugging Face folders, hub ids, GGUF files, tokenizers. Imports network."""
+"""Language models on disk: folders, hub ids, GGUF files, tokenizers. Imports network."""

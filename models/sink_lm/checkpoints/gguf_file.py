@@ -19,8 +19,7 @@ import torch
 from gguf import GGUFReader, ReaderTensor, dequantize
 from torch import Tensor
 
-from models.sink_lm.checkpoints.checkpoint import Checkpoint
-from models.sink_lm.checkpoints.location import errors_name
+from models.sink_lm.checkpoints.checkpoint import Checkpoint, errors_name
 from models.sink_lm.network.config import LMConfig, RopeConfig, UnsupportedModel, config_from_hf
 from models.sink_lm.network.rope import frequencies
 

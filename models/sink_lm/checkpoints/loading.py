@@ -13,9 +13,8 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from models.sink_lm.checkpoints.checkpoint import Checkpoint, Shape, open_folder
+from models.sink_lm.checkpoints.checkpoint import Checkpoint, Shape, locate, open_folder
 from models.sink_lm.checkpoints.gguf_file import open_gguf
-from models.sink_lm.checkpoints.location import locate
 from models.sink_lm.network.config import LMConfig
 from models.sink_lm.network.int8 import ACTIVATIONS, quantised, without_weights
 from models.sink_lm.network.llama import Llama

@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.integrations.gguf.reader import read_gguf_metadata
 
-from models.sink_lm.checkpoints.location import errors_name, locate, read_config
+from models.sink_lm.checkpoints.checkpoint import errors_name, locate, read_config
 from models.sink_lm.network.config import UnsupportedModel
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")

@@ -1,1 +1,1 @@
-"""Many endless sessions in one decode batch: continuous batching, sampling, stops. Imports network and checkpoints."""
+"""Many endless sessions in one decode batch. Imports network and checkpoints."""

@@ -1,10 +1,10 @@
 """Many endless sessions in one decode batch: continuous batching over static slabs.
 
-A session's stream is the list of all its tokens, prompt and sampled ones; its cache is a function of
-a beginning of it. What was accepted but not yet read by the model waits in `pending`: the prompt,
-or the token sampled last, so that nothing is ever missing from the cache. One tick reads at most
-one chunk of one prompt and then one token of every session that generates. Nothing here grows
-with a stream: its tokens are in the journal.
+A session's stream is the list of all its tokens, both of prompts and sampled. A slab is the cache
+memory of one session; its content follows from the stream's tokens that the model has read. Tokens
+that were accepted but not read yet (a prompt, or the token sampled last) wait in `pending`. One
+tick reads at most one chunk of one prompt, then one token of every session that generates. Nothing
+here grows with a stream: its tokens are kept by the journal.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from models.sink_lm.checkpoints.tokenizer import Tokenizer
 from models.sink_lm.engine.generation import Generation
+from models.sink_lm.engine.model_runner import ModelRunner
 from models.sink_lm.engine.output_processor import OutputProcessor
-from models.sink_lm.engine.sampling import Choice, choose, scored
+from models.sink_lm.engine.sampling import Choice, choose
 from models.sink_lm.engine.sampling_params import SamplingParams
 from models.sink_lm.engine.session import (
     Session,
@@ -31,30 +31,29 @@ from models.sink_lm.engine.session import (
     SessionInfo,
     UnknownSession,
 )
-from models.sink_lm.network.buckets import BucketDecoder
+from models.sink_lm.engine.tick_lock import TickLock
 from models.sink_lm.network.llama import Llama
 
 Journal = Callable[[str, Sequence[int]], None]
-SCORED_ROWS = 32
-"""Tokens of a prompt whose logits are in memory at the same time."""
 
 log = logging.getLogger(__name__)
 
 
 class Engine:
-    """Owns the cache. One thread calls `tick`, any thread calls the rest.
+    """Owns the cache. One thread calls `tick`; any thread may call the other methods.
 
     Args:
         model: the decoder.
         tokenizer: its tokenizer.
-        sessions: slabs.
+        sessions: number of slabs.
         capacity: tokens a session sees at most, see `Slabs`.
         prefill_chunk: prompt tokens read between two decode steps.
         max_buffered: unread events of an answer at which its session pauses.
         by_bucket: decode with static shapes, on CUDA as graphs (models/sink_lm/network/buckets.py).
-        journal: called with a session's name and new tokens before anyone sees them. If it raises,
-            they are not in the stream: `submit` and `extend` raise too, an answer ends as `error`.
-            Like an answer's `notify` it may be called within a tick and must not call the engine.
+        journal: called with a session's name and its new tokens before anyone sees them. If it
+            raises, the tokens do not enter the stream: `submit` and `extend` raise too, and an
+            answer ends as `error`. Like an answer's `notify` it may be called within a tick, and
+            must not call the engine.
 
     Raises:
         ValueError: a size below 1.
@@ -76,23 +75,14 @@ class Engine:
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
         self.model, self.tokenizer = model, tokenizer
-        self.slabs = model.slabs(sessions=sessions, capacity=capacity)
-        self._bucket_decoder = BucketDecoder(model, self.slabs) if by_bucket else None
+        self._runner = ModelRunner(model, sessions=sessions, capacity=capacity, by_bucket=by_bucket)
+        self.slabs = self._runner.slabs
         self._prefill_chunk, self._max_buffered = prefill_chunk, max_buffered
         self._journal = journal
         self._sessions: dict[str, Session] = {}
         self._turn: deque[str] = deque()  # sessions whose prompt is being read, in turn
-        self._door, self._lock = threading.RLock(), threading.RLock()
+        self._lock = TickLock()
         self._work = threading.Event()
-
-    @contextmanager
-    def _between_ticks(self) -> Iterator[None]:
-        """The engine to oneself, after the tick in progress: the next one waits at the door.
-
-        With the lock alone, a loop of ticks takes it again before any other thread wakes up.
-        """
-        with self._door, self._lock:
-            yield
 
     def open(self, session_id: str, *, sinks: int = 4) -> None:
         """Starts an empty stream.
@@ -102,18 +92,18 @@ class Engine:
             NoFreeSlab: every slab is in use.
             ValueError: more sinks than leave a window.
         """
-        with self._between_ticks():
+        with self._lock.between_ticks():
             if session_id in self._sessions:
                 raise SessionExists(session_id)
             self._sessions[session_id] = Session(self.slabs.allocate(sinks))
 
     def close(self, session_id: str) -> None:
-        """Ends a session; what it generates ends as cancelled.
+        """Ends a session; an answer that it generates ends as cancelled.
 
         Raises:
             UnknownSession: there is none.
         """
-        with self._between_ticks():
+        with self._lock.between_ticks():
             session = self._get(session_id)
             if session.generation is not None:
                 session.generation.end("cancelled")
@@ -121,8 +111,8 @@ class Engine:
             del self._sessions[session_id]
 
     def sessions(self) -> list[str]:
-        """Names, longest unused first."""
-        with self._between_ticks():
+        """Returns the names of all sessions, the one unused for longest first."""
+        with self._lock.between_ticks():
             return sorted(self._sessions, key=lambda name: self._sessions[name].used_at)
 
     def info(self, session_id: str) -> SessionInfo:
@@ -131,7 +121,7 @@ class Engine:
         Raises:
             UnknownSession: there is none.
         """
-        with self._between_ticks():
+        with self._lock.between_ticks():
             session = self._get(session_id)
             sinks, capacity = self.slabs.sinks(session.slot), self.slabs.capacity
             position = self._position(session)
@@ -158,16 +148,17 @@ class Engine:
 
         Args:
             session_id: an open session.
-            tokens: may be empty where the stream is not: then it goes on.
+            tokens: the prompt. It may be empty if the stream is not: the stream then goes on.
             params: how to generate.
-            output: of an answer that goes on; None begins a new one.
+            output: state of an answer that began earlier; None begins a new answer.
 
         Raises:
             UnknownSession: there is none.
             SessionBusy: it is generating.
-            ValueError: a token there is not, nothing to go on from, or rules that name such.
+            ValueError: the prompt or the parameters name a token that does not exist, or both the
+                prompt and the stream are empty.
         """
-        with self._between_ticks():
+        with self._lock.between_ticks():
             session = self._get(session_id)
             if session.busy:
                 raise SessionBusy(session_id)
@@ -195,14 +186,14 @@ class Engine:
         Raises:
             UnknownSession: there is none, or it was closed meanwhile.
             SessionBusy: it is generating.
-            ValueError: a token there is not.
+            ValueError: a token does not exist.
         """
-        with self._between_ticks():
+        with self._lock.between_ticks():
             session = self._idle(session_id)
             self._check_tokens(tokens)
             self._append(session_id, session, tokens)
         while len(session.pending) > 1:
-            with self._between_ticks():
+            with self._lock.between_ticks():
                 self._read_chunk(self._idle(session_id))
 
     def fork(self, session_id: str, new_id: str) -> None:
@@ -214,7 +205,7 @@ class Engine:
             SessionExists: the new name is taken.
             NoFreeSlab: every slab is in use.
         """
-        with self._between_ticks():
+        with self._lock.between_ticks():
             source = self._idle(session_id)
             self.open(new_id, sinks=self.slabs.sinks(source.slot))
             target = self._sessions[new_id]
@@ -222,15 +213,15 @@ class Engine:
             target.pending = source.pending.copy()
 
     def export(self, session_id: str) -> dict[str, Tensor]:
-        """A copy of a session's state, busy or not, as of the last tick.
+        """Copies a session's state as of the last tick, whether it generates or not.
 
         Returns:
-            What `Slabs.export` returns, and `pending` int64: accepted tokens not yet read.
+            What `Slabs.export` returns, and `pending`, int64: accepted tokens not yet read.
 
         Raises:
             UnknownSession: there is none.
         """
-        with self._between_ticks():
+        with self._lock.between_ticks():
             session = self._get(session_id)
             pending = torch.tensor(list(session.pending), dtype=torch.long)
             return self.slabs.export(session.slot) | {"pending": pending}
@@ -241,14 +232,14 @@ class Engine:
         Args:
             session_id: a new name.
             state: from `export`.
-            tail: tokens after the state's position (its pending ones included in that position).
+            tail: tokens after the state's position, which counts its pending tokens too.
 
         Raises:
             SessionExists: the name is taken.
             NoFreeSlab: every slab is in use.
-            ValueError: the state is damaged, or of another model or cache.
+            ValueError: the state is damaged, or belongs to another model or cache size.
         """
-        with self._between_ticks():
+        with self._lock.between_ticks():
             missing = {"keys", "values", "length", "sinks", "pending"} - state.keys()
             if missing:
                 raise ValueError(f"state has no {', '.join(sorted(missing))}")
@@ -265,7 +256,7 @@ class Engine:
         self._work.set()
 
     def wait_for_work(self, timeout: float | None = None) -> bool:
-        """Blocks until a tick has something to do, or may have."""
+        """Blocks until a tick may have something to do; False after `timeout` seconds."""
         return self._work.wait(timeout)
 
     def tick(self) -> bool:
@@ -274,20 +265,16 @@ class Engine:
         Returns:
             Whether there was anything to do.
         """
-        with self._door:
-            self._lock.acquire()
-        try:
+        with self._lock.tick():
             self._work.clear()
             self._end_cancelled()
             worked = self._prefill() | self._decode()
             if worked:
                 self._work.set()
             return worked
-        finally:
-            self._lock.release()
 
     def _prefill(self) -> bool:
-        """Reads one chunk of the prompt whose turn it is; restored streams have one to read too."""
+        """Reads one chunk of the prompt whose turn it is; a restored stream may have one too."""
         waiting = {name for name, session in self._sessions.items() if session.has_prompt}
         self._turn = deque(name for name in self._turn if name in waiting)
         self._turn.extend(sorted(waiting.difference(self._turn)))
@@ -303,19 +290,13 @@ class Engine:
         if count < 1:
             return
         ids = [session.pending[i] for i in range(count + 1)]
-        x_TE = self.model.read(self._put(torch.tensor(ids[:-1])), self.slabs, session.slot)
+        x_TE = self._runner.read(ids[:-1], session.slot)
         for _ in range(count):
             session.pending.popleft()
-        if session.generation is not None:
-            self._score(x_TE, ids[1:], session.generation)
-
-    @torch.inference_mode()
-    def _score(self, x_TE: Tensor, after: Sequence[int], generation: Generation) -> None:
-        """Reports what follows each token, if asked to; the logits of all would be too large."""
-        count = generation.params.prompt_logprobs
-        for row in range(0, len(after) if count is not None else 0, SCORED_ROWS):
-            rows = slice(row, row + SCORED_ROWS)
-            generation.accept_prompt(scored(self.model.logits(x_TE[rows]), after[rows], count))
+        generation = session.generation
+        if generation is not None and generation.params.prompt_logprobs is not None:
+            for choices in self._runner.score(x_TE, ids[1:], generation.params.prompt_logprobs):
+                generation.accept_prompt(choices)
 
     def _decode(self) -> bool:
         """Feeds the last pending token of each session, and samples the next."""
@@ -324,9 +305,8 @@ class Engine:
         if not ready:
             return False
         ready.sort(key=lambda item: item[1].slot)
-        tokens_B = torch.tensor([session.pending[0] for _, session in ready])
-        slots = [session.slot for _, session in ready]
-        logits_BV = self._logits(self._put(tokens_B), slots)
+        tokens = [session.pending[0] for _, session in ready]
+        logits_BV = self._runner.decode(tokens, [session.slot for _, session in ready])
         generations = [s.generation for _, s in ready if s.generation is not None]
         choices = choose(logits_BV, [generation.sampler for generation in generations])
         for _, session in ready:
@@ -335,13 +315,8 @@ class Engine:
             self._deliver(name, session, generation, choice)
         return True
 
-    def _logits(self, tokens_B: Tensor, slots: list[int]) -> Tensor:
-        if self._bucket_decoder is not None:
-            return self._bucket_decoder(tokens_B, slots)
-        return self.model.decode(tokens_B, self.slabs, slots)
-
     def _deliver(self, name: str, session: Session, generation: Generation, choice: Choice) -> None:
-        """Hands an answer its token; what fails here ends this answer and no other."""
+        """Hands an answer its token; a failure here ends this answer and no other."""
         session.used_at = time.monotonic()
         try:
             self._append(name, session, [choice.token])
@@ -372,9 +347,6 @@ class Engine:
 
     def _position(self, session: Session) -> int:
         return self.slabs.length(session.slot) + len(session.pending)
-
-    def _put(self, tokens: Tensor) -> Tensor:
-        return tokens.to(self.slabs.device)
 
     def _get(self, session_id: str) -> Session:
         if session_id not in self._sessions:

@@ -54,17 +54,17 @@ class Generation:
 
     @property
     def ended(self) -> bool:
-        """Whether the last event was made (it may still wait to be taken)."""
+        """Whether the answer has ended; its last events may still wait to be taken."""
         return self._ended
 
     @property
     def done(self) -> bool:
-        """Whether everything was made and taken."""
+        """Whether the answer has ended and every event was taken."""
         return self._ended and not self._events
 
     @property
     def is_paused(self) -> bool:
-        """Whether the reader is so far behind that nothing more may be made."""
+        """Whether so many events wait for the reader that the session must pause."""
         return len(self._events) >= self._max_buffered
 
     def take(self, max_events: int = 64, timeout: float | None = 0.0) -> list[Event]:
@@ -72,7 +72,7 @@ class Generation:
 
         Args:
             max_events: no more than this.
-            timeout: seconds to wait; None for ever, 0 not at all.
+            timeout: seconds to wait; None waits for ever, 0 not at all.
         """
         with self._ready:
             self._ready.wait_for(lambda: bool(self._events) or self._ended, timeout)
@@ -84,7 +84,7 @@ class Generation:
         return taken
 
     def cancel(self) -> None:
-        """Ends the answer at the next token; the session stays."""
+        """Ends the answer at the next token boundary; the session stays."""
         self.cancelled = True
         self._on_room()
 
@@ -115,6 +115,6 @@ class Generation:
             if self.notify is not None:
                 self.notify()
         except Exception:
-            log.exception("nobody can be told of the answer: it is cancelled")
+            log.exception("the answer's reader is gone: the answer is cancelled")
             self.notify = None
             self.cancel()

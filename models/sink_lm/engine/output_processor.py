@@ -76,7 +76,7 @@ class OutputProcessor:
 
         Args:
             choice: the token.
-            position: of the stream after it.
+            position: tokens in the stream, this one included.
         """
         may_end, offset = not self.min_left, self._chars
         self.tokens += 1
@@ -106,16 +106,16 @@ class OutputProcessor:
 
 
 class StopMatcher:
-    """Lets text pass up to the first stop string, across the borders of the pieces it comes in.
+    """Finds the first stop string in a text that comes in pieces.
 
-    Holds back the longest end of the text that may still become a stop string: at most one
-    character less than the longest of them.
+    It holds back the longest end of the text that may still become a stop string, which is at most
+    one character less than the longest stop string.
 
     Args:
-        stops: strings that end a text; empty ones are refused.
+        stops: strings that end the text.
 
     Raises:
-        ValueError: an empty stop string, which would end every text at once.
+        ValueError: a stop string is empty, which would end every text at once.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -128,8 +128,8 @@ class StopMatcher:
         """Takes the next piece.
 
         Returns:
-            The text that may be shown, and the stop string that ended it, if any. Of several that
-            match, the one that begins first counts, then the longest.
+            The text that may be shown, and the stop string that ended it, if any. If several match,
+            the one that begins first counts, then the longest.
         """
         text = self._held + text
         found = [(text.index(stop), -len(stop), stop) for stop in self._stops if stop in text]
@@ -143,16 +143,16 @@ class StopMatcher:
 
     @property
     def held_back(self) -> int:
-        """Characters that are held back."""
+        """Number of characters that are held back."""
         return len(self._held)
 
     def flush(self) -> str:
-        """What was held back, once it is clear that nothing follows."""
+        """Returns the text that was held back, once nothing follows."""
         held, self._held = self._held, ""
         return held
 
 
 def overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`, `stop` itself left out."""
+    """Returns the length of the longest end of `text` that begins `stop` without completing it."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,8 +1,8 @@
-"""From logits to the next token, each row of a batch by its own rules.
+"""From logits to the next token, each row of a batch by its own parameters.
 
-Order, as the OpenAI-compatible servers have it: logit bias and penalties, temperature, min_p, top_k,
-top_p. A draw takes one random number, from a generator of each answer, so what a session draws does
-not depend on who shares its batch.
+The order is that of the OpenAI-compatible servers: logit bias and penalties, temperature, min_p,
+top_k, top_p. A draw takes one random number from the answer's own generator, so that what a session
+draws does not depend on the sessions that share its batch.
 
 Legend: B rows, V vocabulary, K rows that draw, C likeliest tokens.
 """
@@ -19,12 +19,12 @@ from torch import Tensor
 from models.sink_lm.engine.sampling_params import SamplingParams
 
 HEAD = 1024
-"""Likeliest tokens that are sorted for top_k and top_p; the rest only where these are too few."""
+"""Likeliest tokens sorted for top_k and top_p; all tokens are sorted only if these are too few."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A chosen token, with log probabilities in nats where they were asked for."""
+    """A token, with log probabilities in nats if they were asked for."""
 
     token: int
     logprob: float | None = None
@@ -32,16 +32,18 @@ class Choice:
 
 
 class Sampler:
-    """One answer's rules with what they remember; memory is bounded by the vocabulary.
+    """One answer's parameters, random numbers and token counts.
+
+    Its memory is bounded by the vocabulary.
 
     Args:
-        params: the rules.
+        params: how to sample.
         vocab_size: token ids are below it.
-        banned: token ids that are not drawn at first; those there are not do not matter.
-        banned_for: for so many tokens.
+        banned: token ids that are not drawn at first; ids outside the vocabulary are ignored.
+        banned_for: number of tokens for which they are banned.
 
     Raises:
-        ValueError: `logit_bias` names a token there is not.
+        ValueError: `logit_bias` names a token that does not exist.
     """
 
     def __init__(
@@ -69,12 +71,12 @@ class Sampler:
             self._generator.manual_seed(params.seed % 2**63)
 
     def uniform(self) -> float:
-        """The answer's next random number, in [0, 1)."""
+        """Draws the answer's next random number, in [0, 1)."""
         return torch.rand((), dtype=torch.float64, generator=self._generator).item()
 
     @property
     def is_plain(self) -> bool:
-        """Whether the likeliest token of the untouched logits is the choice."""
+        """Whether the choice is the likeliest token of the untouched logits."""
         ruled = self._penalised or len(self._biased) or self._banned_for
         return self.params.temperature == 0 and not ruled
 
@@ -91,18 +93,18 @@ class Sampler:
             logits_V[self._banned] = -math.inf
 
     def count(self, token: int) -> None:
-        """Remembers a token of the answer."""
+        """Counts a token of the answer."""
         self._banned_for = max(0, self._banned_for - 1)
         if self._penalised:
             self._counts[token] = self._counts.get(token, 0) + 1
 
 
 def choose(logits_BV: Tensor, samplers: Sequence[Sampler]) -> list[Choice]:
-    """Chooses one token a row.
+    """Chooses one token per row.
 
     Args:
-        logits_BV: float [B, V]; left as they are.
-        samplers: B; they count the choice.
+        logits_BV: float [B, V]; not changed.
+        samplers: B samplers, which count the chosen tokens.
     """
     if all(sampler.is_plain for sampler in samplers):
         tokens = logits_BV.argmax(-1).tolist()
@@ -131,7 +133,12 @@ def _choose_by_rules(logits_BV: Tensor, samplers: Sequence[Sampler]) -> list[int
 
 
 def draw(weights_KV: Tensor, uniform_K: Sequence[float]) -> list[int]:
-    """Draws a token a row in proportion to its weights, from a random number in [0, 1) each."""
+    """Draws one token per row in proportion to the weights.
+
+    Args:
+        weights_KV: float [K, V], not negative.
+        uniform_K: K random numbers in [0, 1).
+    """
     sums_KV = weights_KV.double().cumsum(-1)
     aim_K1 = torch.tensor(uniform_K, dtype=torch.float64)[:, None] * sums_KV[:, -1:]
     # The first sum above the aim: never a token of weight 0, which adds nothing to the one before.
@@ -140,11 +147,13 @@ def draw(weights_KV: Tensor, uniform_K: Sequence[float]) -> list[int]:
 
 
 def allowed(logits_KV: Tensor, rules: Sequence[SamplingParams]) -> Tensor:
-    """Probabilities after temperature, min_p, top_k and top_p, zero where cut, not renormalised.
+    """Returns the probabilities after temperature, min_p, top_k and top_p.
+
+    Tokens that are cut get 0; the rest is not renormalised.
 
     Args:
         logits_KV: float [K, V].
-        rules: K, of temperature above 0.
+        rules: K parameters, with temperatures above 0.
 
     Returns:
         float [K, V].
@@ -167,7 +176,7 @@ def allowed(logits_KV: Tensor, rules: Sequence[SamplingParams]) -> Tensor:
 
 
 def _cut(probabilities_V: Tensor, rule: SamplingParams) -> Tensor:
-    """Zeroes what top_k and then top_p cut; the likeliest always stays."""
+    """Sets to 0 what top_k and then top_p cut; the likeliest token always stays."""
     vocab = len(probabilities_V)
     top_k = min(rule.top_k or vocab, vocab)
     kept_C, ids_C = probabilities_V.topk(min(HEAD, top_k))
@@ -183,11 +192,11 @@ def _cut(probabilities_V: Tensor, rule: SamplingParams) -> Tensor:
 
 
 def scored(logits_RV: Tensor, tokens: Sequence[int], count: int | None) -> list[Choice]:
-    """Tokens that are given, not chosen, with their log probabilities.
+    """Returns given tokens with their log probabilities.
 
     Args:
-        logits_RV: float [R, V], one row a token: what came before it.
-        tokens: R.
+        logits_RV: float [R, V]; row r holds the logits after the tokens before token r.
+        tokens: R token ids.
         count: likeliest tokens to report.
     """
     rows = zip(logits_RV, tokens, strict=True)

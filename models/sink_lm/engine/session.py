@@ -1,4 +1,4 @@
-"""A session as the engine knows it, and as others see it."""
+"""A session inside the engine, and its description for others."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from models.sink_lm.engine.generation import Generation
 
 
 class UnknownSession(KeyError):
-    """No such session here."""
+    """There is no session of that name."""
 
 
 class SessionExists(ValueError):
-    """A session of that name is here already."""
+    """There is a session of that name already."""
 
 
 class SessionBusy(RuntimeError):
@@ -23,15 +23,15 @@ class SessionBusy(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class SessionInfo:
-    """A session, seen from outside.
+    """Description of a session.
 
     Attributes:
         position: tokens in the stream.
-        cached_tokens: of those, the ones in the cache or about to be.
-        evicted_tokens: the others.
-        sinks: tokens at the start that stay.
-        window: recent tokens a new one sees besides itself.
-        bytes: of its slab.
+        cached_tokens: how many of them are in the cache or about to be.
+        evicted_tokens: how many are not.
+        sinks: tokens at the start of the stream that are never evicted.
+        window: recent tokens that a new one sees besides itself and the sinks.
+        bytes: size of its slab.
         busy: whether it generates.
         idle_s: seconds since it last did anything.
     """
@@ -48,12 +48,12 @@ class SessionInfo:
 
 @dataclass
 class Session:
-    """What the engine remembers of a session, besides its slab.
+    """The engine's record of a session, besides its slab.
 
     Attributes:
         slot: number of its slab.
-        pending: accepted tokens that the model has not read.
-        generation: the answer being made, if any.
+        pending: accepted tokens that the model has not read yet.
+        generation: the answer that it generates, if any.
         used_at: `time.monotonic` of the last token or request.
     """
 
@@ -74,7 +74,7 @@ class Session:
         return len(self.pending) > 1 and not is_paused
 
     def end_if_read(self) -> bool:
-        """Ends an answer of no tokens, whose prompt is read but for the last one."""
+        """Ends an answer that asks for no tokens, once its prompt is read but for the last one."""
         if self.generation is None or not self.generation.output.wants_nothing:
             return False
         self.generation.end("length")

@@ -249,7 +249,7 @@ def test_a_restored_tail_is_read_before_anyone_asks() -> None:
 
 
 def test_a_busy_loop_of_ticks_lets_others_in() -> None:
-    """Without the door a caller waits for dozens of ticks, now and then for hundreds."""
+    """Without the second lock a caller waits for dozens of ticks, now and then for hundreds."""
     engine, seen, stop = make(), [0], threading.Event()
     decode = engine.model.decode
 

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from helpers.lm.serving import MODEL, SPECIAL, Cluster, cluster, events, load_ids, run, web
-from models.sink_lm.engine import engine
+from models.sink_lm.engine import model_runner
 
 GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0, "ignore_eos": True}
 TEXT = "Which number comes after seven? It is eight."
@@ -228,7 +228,7 @@ def test_a_long_prompt_s_logits_are_never_all_there(
     tiny_lm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor do its tokens pile up: a reader who lags behind stops the reading of the prompt."""
-    monkeypatch.setattr(engine, "SCORED_ROWS", 8)
+    monkeypatch.setattr(model_runner, "SCORED_ROWS", 8)
 
     async def test() -> None:
         settings = {"prefill_chunk": 20, "max_buffered": 10, "cache": 32}
