@@ -1,1 +1,1 @@
-"""The language model's application: settings, and what passes between ingress and replicas. Imports ingress."""
+"""The language model's application: what its ingress and its replicas share. Imports ingress."""

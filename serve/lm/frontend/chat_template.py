@@ -1,4 +1,4 @@
-"""A chat's messages as tokens, after whatever the stream already holds."""
+"""Renders chat messages with the model's template, at the start of a stream or after a turn."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _CANNOT = "this model's template cannot put these messages after earlier ones"
 
 
 def chat_feed(tokenizer: Tokenizer, messages: Messages, start: tuple[int, ...]) -> Feed:
-    """What begins a stream with some messages, and what goes on with them.
+    """Returns the tokens of messages that begin a stream, and of the same after an earlier turn.
 
-    What follows an earlier turn is the template's text after that turn's last words. It is found by
-    rendering the messages behind a made-up exchange whose answer is a word that occurs nowhere
-    else, and cutting after it: so neither the template's default system prompt nor its start tokens
-    are sent again, whatever it puts around an answer (Qwen3's leaves the reasoning out of all but
-    the last one). Where an answer ends is seen by rendering the exchange alone.
+    For the second, the messages are rendered after an invented exchange, whose answer is a word
+    that occurs nowhere else, and everything up to that word is cut off. So neither the template's
+    default system prompt nor its start tokens are sent again, whatever the template puts around an
+    answer (Qwen3's drops the reasoning from all answers but the last). How an answer ends is found
+    by rendering the exchange alone.
 
     Args:
-        tokenizer: the model's.
-        messages: `role` and `content` each.
-        start: them at the start of a stream.
+        tokenizer: the model's tokenizer.
+        messages: `role` and `content` of each message.
+        start: tokens of the messages at the start of a stream.
     """
     word = _unused_word(messages)
     exchange = [{"role": "user", "content": "a"}, {"role": "assistant", "content": word}]
@@ -38,7 +38,7 @@ def chat_feed(tokenizer: Tokenizer, messages: Messages, start: tuple[int, ...]) 
         return Feed(start=start, problem=_CANNOT)
     pairs = zip(alone, follow, strict=False)
     ending = [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
-    # The end token is what a model says itself; a space that a template puts before it is not.
+    # A model generates the end token itself, but not a space that a template puts before it.
     cut = next((at for at, token in enumerate(ending) if token in tokenizer.eos_ids), 0)
     return Feed(start=start, follow=tuple(follow[cut:]), ending=tuple(ending[cut:]))
 
@@ -50,7 +50,7 @@ def _unused_word(messages: Messages) -> str:
 
 
 def _after(word: str, tokenizer: Tokenizer, ids: Sequence[int]) -> list[int] | None:
-    """The tokens after a word; None where the template has left it out."""
+    """Returns the tokens after a word; None if the template has left the word out."""
     parts = [tokenizer.token_bytes(token) for token in ids]
     ends, data = list(itertools.accumulate(map(len, parts))), b"".join(parts)
     at = data.find(word.encode())

@@ -1,7 +1,7 @@
-"""The ingress's side of a generation: starts it, pulls what it makes, survives its replica.
+"""Generations as seen by an ingress replica: start, pull tokens, continue on another replica.
 
-Batches are pulled by unary calls. A streaming call would be eager: the replica would run ahead of a
-slow reader without bound, while a generation that nobody pulls pauses by itself.
+Tokens are pulled by unary calls. With a streaming call the replica would run ahead of a slow reader
+without limit, whereas a generation that nobody pulls from pauses by itself.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from serve.lm.contract import LMCard, Piece, SessionState, Start, Started, Taken
 TAKE_WAIT_S = 1.0
 TAKE_TOKENS = 64
 ATTEMPTS = 60
-"""Calls made for one step when replicas die under it; about as many seconds."""
+"""Attempts of one call when replicas die during it; they take about as many seconds."""
 Result = TypeVar("Result")
 
 
 class LMClient:
-    """Calls the deployment and turns its refusals and failures into API errors.
+    """Calls `LanguageModel` and turns its refusals and failures into API errors.
 
     Args:
         handle: Serve handle of `LanguageModel`.
@@ -41,18 +41,18 @@ class LMClient:
         self._cancels: set[asyncio.Task[None]] = set()
 
     async def describe(self) -> LMCard:
-        """What is served."""
+        """Returns what ingress replicas know about the model."""
         card: LMCard = await self._handle.describe.remote()
         return card
 
     async def call(self, session_id: str, method: str, *args: Any) -> Any:
-        """Calls a method on the replica that a session belongs to.
+        """Calls a method of the replica that a session belongs to.
 
-        A replica that dies meanwhile is replaced, and the call repeated on the next: every method
-        is safe to repeat, those that make something by a request id among their arguments.
+        If the replica dies meanwhile, the call is repeated on the next one. Every method is safe to
+        repeat; those that create something have a request id among their arguments for that.
 
         Raises:
-            ApiError: a refusal, or no replica.
+            ApiError: the replica refuses, or there is none.
         """
         result, _ = await self._repeat(session_id, method, *args)
         if isinstance(result, ApiError):
@@ -60,13 +60,13 @@ class LMClient:
         return result
 
     async def delete(self, session_id: str) -> None:
-        """Removes a session; of a repeated call that finds none, the first one removed it."""
+        """Deletes a session. If a repeated call finds none, the first call has deleted it."""
         result, attempts = await self._repeat(session_id, "delete", session_id)
         if isinstance(result, ApiError) and not (attempts > 1 and result.status == 404):
             raise result
 
     async def _repeat(self, session_id: str, method: str, *args: Any) -> tuple[Any, int]:
-        """What a call returns, and how many it took."""
+        """Returns the result of a call, and the number of attempts."""
         for attempt in range(ATTEMPTS):
             try:
                 return await self._call_once(session_id, method, *args), attempt + 1
@@ -84,7 +84,7 @@ class LMClient:
         return Answer(self, start.session_id or uuid.uuid4().hex, start)
 
     async def answer(self, start: Start) -> Answer:
-        """Starts a generation; raises `ApiError` before anything is generated."""
+        """Starts a generation and waits until it begins; raises `ApiError` if it is refused."""
         answer = self.open(start)
         try:
             await answer.begin()
@@ -94,7 +94,7 @@ class LMClient:
         return answer
 
     async def start(self, key: str, start: Start) -> Started:
-        """Has a replica begin; whoever stops waiting (a time limit) wants no answer any more."""
+        """Lets a replica begin; if the caller stops waiting, the generation is cancelled."""
         try:
             started: Started = await self.call(key, "start", start)
         except asyncio.CancelledError:
@@ -103,7 +103,7 @@ class LMClient:
         return started
 
     async def take(self, key: str, request_id: str) -> Taken | None:
-        """Pulls once; None when the replica that made the answer is gone."""
+        """Pulls once; returns None if the replica of the answer has ended."""
         try:
             taken: Taken | None = await self._call_once(
                 key, "take", request_id, TAKE_TOKENS, TAKE_WAIT_S
@@ -113,16 +113,16 @@ class LMClient:
         return taken
 
     def cancel(self, key: str, request_id: str) -> None:
-        """Ends a generation without waiting for it.
+        """Cancels a generation without waiting for it.
 
-        In a context of its own: what is called from a cancelled request would be cancelled too.
+        The call has a context of its own, or Serve would cancel it with the request it comes from.
         """
 
         async def send() -> None:
             try:
                 await self._call_once(key, "cancel", request_id)
             except (RayActorError, DeploymentUnavailableError, BackPressureError):
-                return  # gone with its replica, or reaped there for want of a reader
+                return  # it ended with its replica, or will end there without a reader
 
         task = asyncio.get_running_loop().create_task(send(), context=contextvars.Context())
         self._cancels.add(task)
@@ -134,15 +134,15 @@ class LMClient:
 
 
 class Answer:
-    """A generation that is about to begin or in progress, whichever replica it runs on.
+    """A generation that is starting or in progress, on whichever replica.
 
     Args:
-        client: calls the deployment.
-        key: what routes to the replica.
-        start: what to generate; asked for at once.
+        client: calls the model's replicas.
+        key: routes calls to the replica.
+        start: what to generate; the call is made at once.
 
     Attributes:
-        session: the session, as of the latest piece.
+        session: state of the session after the latest piece; None without a session.
     """
 
     def __init__(self, client: LMClient, key: str, start: Start) -> None:
@@ -155,10 +155,10 @@ class Answer:
         self._closed = False
 
     async def begin(self, within_s: float | None = None) -> None:
-        """Waits until the replica has begun, or for so many seconds.
+        """Waits until the replica has begun, at most for so many seconds.
 
         Raises:
-            ApiError: it refuses.
+            ApiError: the replica refuses.
         """
         begun, _ = await asyncio.wait({self._starting}, timeout=within_s)
         if begun:
@@ -166,13 +166,14 @@ class Answer:
 
     @property
     def started(self) -> Started:
-        """What the first replica said, once it has; raises what it refused with."""
+        """The first replica's answer to the start; raises the error if it refused."""
         return self._starting.result()
 
     async def pieces(self) -> AsyncGenerator[tuple[Piece, ...], None]:
-        """Yields what is new, nothing where nothing is, until every choice has ended.
+        """Yields new pieces, or an empty tuple if there are none yet, until every choice has ended.
 
-        Leaving early cancels the generation, at a token boundary; the session stays.
+        Closing the generator early cancels the generation after the current token; the session
+        stays.
         """
         try:
             await self.begin()
@@ -191,7 +192,7 @@ class Answer:
             self.close()
 
     def close(self) -> None:
-        """Cancels what has not ended or not begun; for a reader who may leave before any piece."""
+        """Cancels the generation if it has not ended, even if it has not begun."""
         if not self._starting.done():
             self._starting.cancel()
         elif _failed(self._starting):
@@ -210,7 +211,7 @@ class Answer:
                 self._ended.add(piece.index)
 
     async def _go_on(self) -> None:
-        """Starts again where the client stands, on the replica that has the session now."""
+        """Continues after the last piece, on the replica that has the session now."""
         session_id = self._start.session_id
         if session_id is None or self.session is None:
             raise _replica_lost()

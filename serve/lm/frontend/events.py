@@ -1,7 +1,11 @@
-"""The events of one streamed reply, and their form on the wire: server-sent events.
+"""The server-sent events of a streamed reply.
 
-`data: {json}`, `id:` the stream position after the event, a comment in long silences, `[DONE]` at
-the end. What fails after the first byte travels as an event too: the status is long sent.
+An event is `data: {json}`, in a session with the stream position after it as `id:`. A comment is
+sent in long silences, `[DONE]` at the end. An error after the first byte is an event too, because
+the status has been sent.
+
+`fastapi.sse` does not write them: its pings end with an empty line, which OpenAI's client reads as
+an event without data, their interval is fixed, and it sends the status before the first event.
 """
 
 from __future__ import annotations
@@ -26,21 +30,21 @@ MAX_STREAM_BYTES = "max_stream_bytes"
 
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n"
-"""A comment is a line. No empty line after it, which would end an event: clients that keep the last
-`id`, as OpenAI's for Python does, then make an event without data of it, and fail on that."""
+"""A comment. No empty line follows, because that would end an event: clients that remember the last
+`id`, such as OpenAI's for Python, would read an event without data and fail."""
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 log = logging.getLogger(__name__)
 
 
 class Events:
-    """The events of one streamed reply.
+    """Makes the events of one streamed reply.
 
-    Only those of a session have an `id`: nobody can resume anything else.
+    Only events of a session have an `id`, because nothing else can be resumed.
 
     Args:
         job: the request.
-        answer: what the replicas make of it; it may still have to begin.
+        answer: its generation, which may not have begun.
         settings: the limits.
     """
 
@@ -53,7 +57,7 @@ class Events:
         self._made = self._sent = 0
 
     async def all(self) -> AsyncGenerator[bytes, None]:
-        """Yields them; ends early where the reply grows too long, or with the event of an error."""
+        """Yields the events; ends early if the reply gets too long, or with the event of an error."""
         try:
             async with contextlib.aclosing(self._whole_answer()) as events:
                 async for data in events:
@@ -82,7 +86,7 @@ class Events:
         yield DONE
 
     async def _texts(self) -> AsyncGenerator[bytes, None]:
-        """What the choices say."""
+        """Yields the events with the text of the choices."""
         async with contextlib.aclosing(self._answer.pieces()) as pieces:
             async for batch in pieces:
                 for piece in batch:
@@ -90,10 +94,10 @@ class Events:
                         yield data
 
     def _piece(self, piece: Piece) -> Iterator[bytes]:
-        """The events of a piece.
+        """Yields the events of a piece.
 
-        A token whose text waits for more (half a character) has no event, and its position is not
-        sent as an `id`: who resumes there gets it again, whole.
+        A token that ends within a character has no event yet, and its position is not sent as an
+        `id`, so that a client that resumes gets the whole character.
         """
         self._made += piece.made
         text, shown = "".join(token.text for token in piece.tokens), self._shown[piece.index]
@@ -108,7 +112,7 @@ class Events:
             yield self._last(piece.index, piece.end, session.stream_position if session else None)
 
     def _last(self, index: int, end: End, position: int | None) -> bytes:
-        """The event that closes a choice, with the tokens that waited for the end."""
+        """Returns the event that ends a choice, with the tokens that waited for the end."""
         self._open.remove(index)
         tokens = self._shown[index].push((), end)
         return self._event(
@@ -131,12 +135,12 @@ class Events:
 
 
 def session_entry(answer: Answer) -> dict[str, Any]:
-    """What a reply says of its session: nothing where there is none."""
+    """Returns the reply's field about the session; nothing without a session."""
     return {} if answer.session is None else {"session": session_fields(answer.session)}
 
 
 def raise_failure(end: End | None) -> None:
-    """Raises the `ApiError` of an answer that did not end by itself."""
+    """Raises an `ApiError` if an answer ended by cancellation or failure."""
     if end is None or end.reason in ("stop", "length"):
         return
     if end.reason == "cancelled":
@@ -146,23 +150,23 @@ def raise_failure(end: End | None) -> None:
 
 
 def event(value: dict[str, Any], position: int | None = None) -> bytes:
-    """One event; `position` becomes its `id`."""
+    """Returns the bytes of one event; `position` becomes its `id`."""
     head = b"" if position is None else b"id: %d\n" % position
     return b"%sdata: %s\n\n" % (head, to_json(value))
 
 
 def failure(error: ApiError) -> bytes:
-    """An error after the first byte."""
+    """Returns the event of an error."""
     return b"data: %s\n\n" % error.body()
 
 
 async def with_pings(
     events: AsyncGenerator[bytes, None], ping_s: float
 ) -> AsyncGenerator[bytes, None]:
-    """Yields events, and a comment after every `ping_s` without one, whatever they wait for.
+    """Yields events, and a comment after every `ping_s` seconds without an event.
 
     Args:
-        events: closed when this is.
+        events: the events; closed when this generator is closed.
         ping_s: seconds of silence.
     """
     following: asyncio.Task[bytes] | None = None
@@ -183,5 +187,5 @@ async def with_pings(
 
 
 async def _next(events: AsyncGenerator[bytes, None]) -> bytes:
-    """The next event; none at the end."""
+    """Returns the next event; empty at the end."""
     return await anext(events, b"")

@@ -1,8 +1,8 @@
-"""Fields of other servers and clients that are accepted where they ask for nothing.
+"""Fields of other servers' APIs that are accepted at the value that changes nothing.
 
-Clients send what they know, at the value that means "as always", or hand back a message with all
-that a reply had. Such a field is left out before a request is checked; at any other value it would
-change the answer, and is refused by name like every field that this server does not have.
+Clients send such fields at their default, or send back a message with all fields of a reply. At
+that value, a field is dropped before the request is checked. At any other value it would change the
+answer, so it is refused by name, like every unknown field.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pydantic import model_validator
 from serve.ingress.bodies import RequestModel
 
 Neutral = Callable[[Any, Mapping[str, Any]], bool]
-"""Whether a value asks for nothing, given all fields of its object."""
+"""Returns whether a value changes nothing, given the value and all fields of its object."""
 
 
 def only(*values: Any) -> Neutral:
-    """Just these values; a number is none that stands for true or false."""
+    """Returns a test for these values; numbers do not count as true or false."""
 
     def is_neutral(value: Any, _: Mapping[str, Any]) -> bool:
         is_bool = isinstance(value, bool)
@@ -29,7 +29,7 @@ def only(*values: Any) -> Neutral:
 
 
 def of_type(*kinds: type) -> Neutral:
-    """Any value of a type: labels, and hints that only save work."""
+    """Returns a test for any value of these types, for labels and for hints that only save work."""
 
     def is_neutral(value: Any, _: Mapping[str, Any]) -> bool:
         return isinstance(value, kinds)
@@ -38,17 +38,17 @@ def of_type(*kinds: type) -> Neutral:
 
 
 def _as_many_as_asked(value: Any, fields: Mapping[str, Any]) -> bool:
-    """Of `best_of` answers `n` are returned."""
+    """Tests `best_of`, the number of answers from which the `n` best are returned."""
     return only(1, fields.get("n", 1))(value, fields)
 
 
 REQUEST: Mapping[str, Neutral] = {
-    # OpenAI's: labels and hints
+    # OpenAI's labels and hints
     "metadata": of_type(dict),
     "safety_identifier": of_type(str),
     "prompt_cache_key": of_type(str),
     "prompt_cache_retention": of_type(str),
-    # OpenAI's: what may be off
+    # OpenAI's options, switched off
     "best_of": _as_many_as_asked,
     "suffix": only(""),
     "echo": only(False),
@@ -63,7 +63,7 @@ REQUEST: Mapping[str, Neutral] = {
     "verbosity": only("medium"),
     "store": only(False),
     "service_tier": only("auto", "default"),
-    # vLLM's, SGLang's and llama.cpp's
+    # options of vLLM, SGLang and llama.cpp, switched off
     "repetition_penalty": only(1),
     "repeat_penalty": only(1),
     "length_penalty": only(1),
@@ -94,29 +94,29 @@ REQUEST: Mapping[str, Neutral] = {
     "thinking": only({"type": "disabled"}),
     "extra_body": only({}),
 }
-"""Of requests to generate. A name that a request has as a field of its own does not count here."""
+"""Fields of requests to generate; names that a request has as its own field are ignored here."""
 
 MESSAGE: Mapping[str, Neutral] = {
-    # what a reply says of itself, and nothing that is said
+    # properties of a reply that are no part of its text
     "annotations": of_type(list),
     "cache_control": of_type(dict),
     "provider_specific_fields": of_type(dict),
-    # how an earlier answer was thought out: only answers belong to a history
+    # reasoning behind an earlier answer, which is not part of the history
     "reasoning": of_type(str),
     "reasoning_content": of_type(str),
     "reasoning_details": of_type(list),
     "thinking_blocks": of_type(list),
-    # what may be empty
+    # fields that may be empty
     "refusal": only(""),
     "tool_calls": only([]),
     "tool_call_id": only(""),
     "images": only([]),
 }
-"""Of messages and of the parts of their contents."""
+"""Fields of messages and of the parts of their content."""
 
 
 class Tolerant(RequestModel):
-    """A body that leaves out fields at their neutral value."""
+    """Base of bodies that drop fields at their neutral value."""
 
     neutral: ClassVar[Mapping[str, Neutral]] = {}
 

@@ -1,4 +1,4 @@
-"""From a checked request to its HTTP reply: whole, or as a stream of events."""
+"""Turns a checked request into its HTTP reply, whole or as a stream of events."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from serve.lm.frontend.service import Job
 from serve.lm.settings import LMSettings
 
 OPEN_AFTER_S = 1.0
-"""A stream whose answer has not begun by then is opened; what is refused later is an event of it."""
+"""Seconds after which a stream is opened although its answer has not begun; a later refusal is sent
+as an event."""
 
 log = logging.getLogger(__name__)
 
 
 class Replies:
-    """Answers requests; how many at once is the gate's to say.
+    """Answers requests; `RequestLimits` says how many at the same time.
 
     Args:
-        client: reaches the replicas.
+        client: calls the model's replicas.
         settings: the limits.
     """
 
@@ -37,7 +38,7 @@ class Replies:
         self._client, self._settings = client, settings
 
     async def reply(self, job: Job) -> Response:
-        """Runs a job; what is refused at once is refused before the first byte."""
+        """Runs a job; if it is refused at once, that is raised before the first byte."""
         with _said_once(job):
             if not job.stream:
                 return await self._whole(job)
@@ -75,11 +76,11 @@ class Replies:
 
 
 class AnswerResponse(EventSourceResponse):
-    """A stream that cancels its answer however it ends, even before its first event was asked for.
+    """A streamed reply that cancels its answer when it ends, even before the first event.
 
     Args:
-        answer: what the replicas make.
-        events: of it.
+        answer: the generation.
+        events: the events to send.
     """
 
     def __init__(self, answer: Answer, events: AsyncGenerator[bytes, None]) -> None:
@@ -87,7 +88,7 @@ class AnswerResponse(EventSourceResponse):
         self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends it."""
+        """Sends the reply."""
         try:
             await super().__call__(scope, receive, send)
         finally:
@@ -96,9 +97,9 @@ class AnswerResponse(EventSourceResponse):
 
 @contextlib.contextmanager
 def _said_once(job: Job) -> Iterator[None]:
-    """Keeps clients from sending a session's prompt again after an error: it may be in the stream.
+    """Tells clients of a session not to repeat a request after an error.
 
-    OpenAI's clients repeat what ends in a 5xx by themselves.
+    OpenAI's clients repeat requests that end in a 5xx, but the prompt may be in the stream already.
     """
     try:
         yield

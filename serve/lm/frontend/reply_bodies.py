@@ -1,4 +1,4 @@
-"""OpenAI's shapes of what a model says: whole replies and the chunks of a stream."""
+"""Writes replies in OpenAI's form: whole replies and the chunks of a stream."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ TokenBytes = Callable[[int], bytes]
 
 
 class ShownTokens:
-    """The tokens of one answer whose text is shown, as it is: a stop string's never are.
+    """Finds the tokens whose text is in the reply; those of a stop string never are.
 
-    A token waits while its text does: within a character, or where a stop string may have begun.
+    A token waits while its text waits: within a character, or while a stop string may have begun.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class ShownTokens:
         self._chars = 0
 
     def push(self, tokens: Sequence[Token], end: End | None) -> list[Token]:
-        """Takes a piece and returns the tokens that belong to what is shown with it."""
+        """Adds a piece and returns the tokens whose text is in the reply from now on."""
         self._waiting.extend(tokens)
         self._chars += sum(len(token.text) for token in tokens) + len(end.text if end else "")
         ended_by_itself = end is not None and not isinstance(end.stop, str)
@@ -42,10 +42,10 @@ class ShownTokens:
 
 
 class Choice:
-    """One answer, put together from its pieces.
+    """One answer, assembled from its pieces.
 
     Args:
-        keep_tokens: whether the reply tells of tokens.
+        keep_tokens: whether the reply has log probabilities of its tokens.
     """
 
     def __init__(self, *, keep_tokens: bool) -> None:
@@ -55,7 +55,7 @@ class Choice:
         self._shown = ShownTokens() if keep_tokens else None
 
     def add(self, tokens: Sequence[Token], end: End | None) -> None:
-        """Takes a piece in."""
+        """Adds a piece."""
         self.text.extend(token.text for token in tokens)
         if self._shown is not None:
             self.tokens.extend(self._shown.push(tokens, end))
@@ -69,8 +69,8 @@ class Echo:
     """A prompt that is sent back.
 
     Attributes:
-        text: all of it.
-        offsets: where in it each of its tokens begins; empty where nobody asks.
+        text: the whole prompt.
+        offsets: where in the text each token begins; empty without log probabilities.
     """
 
     text: str
@@ -78,7 +78,7 @@ class Echo:
 
 
 def usage(started: Started, completion_tokens: int) -> dict[str, Any]:
-    """OpenAI's usage; cached are the tokens of a session that were not sent again."""
+    """Returns OpenAI's usage; cached tokens are those that the session had already."""
     return {
         "prompt_tokens": started.prompt_tokens,
         "completion_tokens": completion_tokens,
@@ -88,7 +88,7 @@ def usage(started: Started, completion_tokens: int) -> dict[str, Any]:
 
 
 def session_fields(session: SessionState) -> dict[str, Any]:
-    """What every reply says of its session."""
+    """Returns the fields that every reply has about its session."""
     names = ("id", "stream_position", "cached_tokens", "evicted_tokens")
     return {name: value for name, value in asdict(session).items() if name in names}
 
@@ -97,10 +97,10 @@ class Shape(ABC):
     """Makes the JSON of one reply.
 
     Args:
-        model: the name it was asked for by.
-        fingerprint: of the model, OpenAI's `system_fingerprint`.
-        token_bytes: what a token stands for.
-        logprobs: whether they were asked for.
+        model: the model's name.
+        fingerprint: the model's fingerprint, OpenAI's `system_fingerprint`.
+        token_bytes: returns the bytes of a token.
+        logprobs: whether the reply has log probabilities.
     """
 
     prefix = ""
@@ -119,24 +119,24 @@ class Shape(ABC):
         }
 
     def first(self, index: int) -> list[dict[str, Any]]:
-        """Chunks that open a choice."""
+        """Returns the chunks that begin a choice."""
         return []
 
     def chunk(self, index: int, text: str, tokens: Sequence[Token]) -> dict[str, Any]:
-        """A chunk of text."""
+        """Returns a chunk of text."""
         return self._chunk([self._delta(index, text, self._logprobs(index, tokens), None)])
 
     def last(self, index: int, end: End, tokens: Sequence[Token] = ()) -> dict[str, Any]:
-        """The chunk that closes a choice."""
+        """Returns the chunk that ends a choice."""
         entry = self._delta(index, end.text, self._logprobs(index, tokens), finish_reason(end))
         return self._chunk([entry | {"stop_reason": end.stop}])
 
     def only_usage(self, counts: Any) -> dict[str, Any]:
-        """The extra chunk of `include_usage`."""
+        """Returns the additional chunk of `include_usage`."""
         return self._chunk([]) | {"usage": counts}
 
     def whole(self, choices: Sequence[Choice], counts: Any) -> dict[str, Any]:
-        """A reply that is not streamed."""
+        """Returns a reply that is not streamed."""
         entries = [self._whole_choice(index, choice) for index, choice in enumerate(choices)]
         return {**self._common, "object": self.kind, "choices": entries, "usage": counts}
 
@@ -169,10 +169,10 @@ class Shape(ABC):
 
 
 class CompletionShape(Shape):
-    """`text_completion`.
+    """Replies of `/v1/completions`.
 
     Args:
-        echoes: what each choice begins with; empty where nothing is sent back.
+        echoes: the prompt with which each choice begins; empty without `echo`.
     """
 
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
@@ -183,13 +183,13 @@ class CompletionShape(Shape):
         self._prompt_sent = [0] * len(echoes)  # tokens
 
     def first(self, index: int) -> list[dict[str, Any]]:
-        """The prompt, where it is sent back; with log probabilities it comes as it is read."""
+        """Returns the prompt with `echo`; with log probabilities it comes later, as it is read."""
         if not self._echoes or self.logprobs:
             return []
         return [self._chunk([self._delta(index, self._echoes[index].text, None, None)])]
 
     def chunk(self, index: int, text: str, tokens: Sequence[Token]) -> dict[str, Any]:
-        """A chunk of text, of the prompt's too."""
+        """Returns a chunk of text, which may be part of the prompt."""
         given = sum(token.in_prompt for token in tokens)
         if given:
             echo, start = self._echoes[index], self._prompt_sent[index]
@@ -212,7 +212,7 @@ class CompletionShape(Shape):
         }
 
     def _offset(self, index: int, token: Token) -> int:
-        """Where in the text of the reply a token begins; those of a prompt come in order."""
+        """Returns where in the reply's text a token begins; tokens of a prompt come in order."""
         if not self._echoes:
             return token.offset
         echo = self._echoes[index]
@@ -222,7 +222,7 @@ class CompletionShape(Shape):
         return echo.offsets[self._prompt_sent[index] - 1]
 
     def _top(self, token: Token) -> dict[str, float] | None:
-        """The likeliest tokens and the one that is there, each by a name of its own."""
+        """Returns the likeliest tokens and the chosen one, each under a different name."""
         if token.logprob is None:
             return None
         found: dict[str, float] = {}
@@ -237,9 +237,9 @@ class CompletionShape(Shape):
         return next(self._names(token))
 
     def _names(self, token: int) -> Iterator[str]:
-        """What a token is called: its text; its bytes where these are no text; its number.
+        """Yields names of a token: its text unless it is no UTF-8, its bytes, its id.
 
-        The first as OpenAI has it, the others where two tokens would have the same name.
+        The first is OpenAI's name; the others are for tokens that would have the same name.
         """
         data = self._bytes(token)
         with contextlib.suppress(UnicodeDecodeError):
@@ -249,12 +249,12 @@ class CompletionShape(Shape):
 
 
 class ChatShape(Shape):
-    """`chat.completion`."""
+    """Replies of `/v1/chat/completions`."""
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def first(self, index: int) -> list[dict[str, Any]]:
-        """The role."""
+        """Returns the chunk with the role."""
         delta = {"role": "assistant", "content": ""}
         entry = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
         return [self._chunk([entry])]
@@ -284,5 +284,5 @@ class ChatShape(Shape):
 
 
 def finish_reason(end: End) -> str:
-    """OpenAI's word for why an answer ended."""
+    """Returns OpenAI's word for why an answer ended."""
     return "stop" if end.reason == "stop" else "length"

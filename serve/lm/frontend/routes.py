@@ -26,16 +26,16 @@ from serve.lm.frontend.schemas import (
 from serve.lm.frontend.service import LanguageService
 
 SessionHeader = Annotated[str | None, Header()]
-"""`X-Session-ID`, for clients that cannot add a field to the body."""
+"""The header `X-Session-ID`, for clients that cannot add `session_id` to the body."""
 
 
 def create_lm_app(parts: IngressParts, service: LanguageService, client: LMClient) -> FastAPI:
-    """Builds the application; everything in it belongs to one replica.
+    """Returns the application of one replica.
 
     Args:
-        parts: what every application has.
+        parts: what every application needs.
         service: checks requests.
-        client: reaches the model's replicas.
+        client: calls the model's replicas.
     """
 
     def add_routes(app: FastAPI) -> None:
@@ -67,7 +67,7 @@ def _add_generation_routes(app: FastAPI, service: LanguageService, client: LMCli
     async def create_chat_completion(
         body: ChatRequest, x_session_id: SessionHeader = None
     ) -> Response:
-        """Answers in a chat."""
+        """Answers the messages of a chat."""
         plan = partial(service.chat, body, x_session_id)
         return await replies.reply(await asyncio.to_thread(plan))
 
@@ -75,7 +75,7 @@ def _add_generation_routes(app: FastAPI, service: LanguageService, client: LMCli
 def _add_session_routes(app: FastAPI, service: LanguageService, client: LMClient) -> None:
     @app.post("/v1/sessions", status_code=201)
     async def create_session(body: CreateSession) -> Any:
-        """Makes a session."""
+        """Creates a session."""
         service.check_model(body.model)
         session_id = body.session_id or f"session-{uuid.uuid4().hex}"
         limit = service.card.capacity - 2
@@ -91,7 +91,7 @@ def _add_session_routes(app: FastAPI, service: LanguageService, client: LMClient
 
     @app.get("/v1/sessions")
     async def list_sessions() -> Any:
-        """Lists the sessions that are stored; without a store, those of one replica."""
+        """Lists the stored sessions; without a store, the sessions of one replica."""
         states = await client.call("list", "list_sessions")
         return {"object": "list", "data": [_described(state) for state in states]}
 
@@ -102,7 +102,7 @@ def _add_session_routes(app: FastAPI, service: LanguageService, client: LMClient
 
     @app.delete("/v1/sessions/{session_id}")
     async def delete_session(session_id: str) -> Any:
-        """Ends what it generates and removes it."""
+        """Deletes a session, and ends what it generates."""
         await client.delete(_checked(session_id))
         return {"id": session_id, "object": "session.deleted", "deleted": True}
 
@@ -110,7 +110,7 @@ def _add_session_routes(app: FastAPI, service: LanguageService, client: LMClient
     async def fork_session(
         session_id: str, body: Annotated[ForkSession, Body(default_factory=ForkSession)]
     ) -> Any:
-        """Makes a second session with the same stream so far."""
+        """Creates a second session with the same stream so far."""
         new_id = body.session_id or f"session-{uuid.uuid4().hex}"
         made_by = uuid.uuid4().hex
         return _described(
@@ -119,19 +119,19 @@ def _add_session_routes(app: FastAPI, service: LanguageService, client: LMClient
 
     @app.post("/v1/sessions/{session_id}/snapshot")
     async def snapshot_session(session_id: str) -> Any:
-        """Stores its keys and values now."""
+        """Stores a session's keys and values now."""
         return _described(await client.call(_checked(session_id), "snapshot", session_id))
 
     @app.post("/v1/sessions/{session_id}/restore")
     async def restore_session(session_id: str) -> Any:
-        """Drops its keys and values and loads them from the store again."""
+        """Drops a session's keys and values and loads them from the store again."""
         return _described(await client.call(_checked(session_id), "restore", session_id))
 
 
 def _add_token_routes(app: FastAPI, service: LanguageService) -> None:
     @app.post("/v1/tokenize")
     async def tokenize(body: TokenizeRequest) -> Any:
-        """Token ids of a text or of messages."""
+        """Returns the token ids of a text or of messages."""
         service.check_model(body.model)
         ids = await asyncio.to_thread(service.tokenize, body)
         reply: dict[str, Any] = {"count": len(ids), "max_model_len": None, "tokens": list(ids)}
@@ -142,7 +142,7 @@ def _add_token_routes(app: FastAPI, service: LanguageService) -> None:
 
     @app.post("/v1/detokenize")
     async def detokenize(body: DetokenizeRequest) -> Any:
-        """The text of token ids."""
+        """Returns the text of token ids."""
         service.check_model(body.model)
         service.check_tokens(body.tokens, "tokens")
         return {"prompt": await asyncio.to_thread(service.tokenizer.decode, body.tokens)}
@@ -168,7 +168,7 @@ def _add_model_routes(app: FastAPI, service: LanguageService) -> None:
 
     @app.get("/v1/models")
     async def list_models() -> Any:
-        """Lists what this server has."""
+        """Lists the models of this server."""
         return {"object": "list", "data": [model()]}
 
     @app.get("/v1/models/{name:path}")

@@ -1,7 +1,7 @@
-"""Request bodies of the language model's routes, in the OpenAI shape.
+"""Request bodies of the language model's routes, in OpenAI's form.
 
-A field that is not named here is refused. `null` means "not given", as OpenAI's clients send it,
-except for the `max_tokens` of a streamed completion, where it means "until cancelled".
+Unknown fields are refused. `null` means "not given", because OpenAI's clients send it for that;
+only for `max_tokens` of a streamed completion it means "until cancelled".
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from serve.lm.frontend.neutral_fields import MESSAGE, REQUEST, Tolerant
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20
 MAX_ID_DIGITS = 18
-"""Of a token id written as a key: enough for 64 bits."""
+"""Digits of a token id that is a key of `logit_bias` at most; 64 bits need no more."""
 
 TokenIds = list[Annotated[int, Field(ge=0)]]
 Stop = Annotated[str, Field(max_length=256)]
 
 
 def _stop_list(value: Any) -> Any:
-    """One string stands for a list of it; an empty one stops nothing."""
+    """Turns one string into a list of it, and drops empty strings, which stop nothing."""
     stops = [value] if isinstance(value, str) else value
     return [stop for stop in stops if stop != ""] if isinstance(stops, list) else stops
 
 
 def _drawn_afresh(seed: int | None) -> int | None:
-    """-1 is no seed, as vLLM and llama.cpp have it."""
+    """Turns -1 into no seed, as vLLM and llama.cpp do."""
     return None if seed == -1 else seed
 
 
@@ -40,15 +40,15 @@ class StreamOptions(RequestModel):
     """Options of a streamed reply."""
 
     include_usage: bool = False
-    """Send one more chunk, with the usage and no choices."""
+    """Send one more chunk at the end, with the usage and without choices."""
     continuous_usage_stats: bool = False
-    """With `include_usage`: the usage so far in every chunk, as vLLM sends it."""
+    """With `include_usage`, send the usage so far in every chunk, as vLLM does."""
     include_obfuscation: bool = False
-    """OpenAI's field; ignored: no chunk is padded."""
+    """OpenAI's field; ignored, because no chunk is padded."""
 
 
 class Generate(Tolerant):
-    """What completions and chat have in common."""
+    """Fields of both completions and chat."""
 
     neutral = REQUEST
 
@@ -57,45 +57,46 @@ class Generate(Tolerant):
     stream: bool = False
     """Reply with server-sent events."""
     stream_options: StreamOptions = StreamOptions()
-    """Only with `stream`."""
+    """Options of a streamed reply."""
     max_tokens: int | None = Field(None, ge=1)
-    """Tokens to generate at most; `null` with `stream` goes on until cancelled."""
+    """Tokens to generate at most; without it, a streamed chat has no limit."""
     n: int = Field(1, ge=1)
-    """Answers to the same prompt; more than one only without a session."""
+    """Number of answers to the prompt; more than one only without a session."""
     stop: Annotated[
         list[Stop],
         Field(max_length=MAX_STOPS),
         BeforeValidator(_stop_list, json_schema_input_type=str | list[str]),
     ] = Field([])
-    """One string or up to 16 that end the answer; not part of it."""
+    """One string, or up to 16, that end the answer and are not part of it."""
     temperature: float = Field(1.0, ge=0, le=2)
-    """0 takes the likeliest token."""
+    """Divides the logits before sampling; 0 always takes the likeliest token."""
     top_p: float = Field(1.0, ge=0, le=1)
-    """Keep the likeliest tokens that have this much probability together; 0 keeps the likeliest."""
+    """Sample from the likeliest tokens that together have this probability; 0 keeps only one."""
     top_k: Annotated[int, Field(ge=-1), AfterValidator(lambda top_k: max(top_k, 0))] = 0
-    """Keep this many of the likeliest tokens; 0 and -1 keep all."""
+    """Sample from this many of the likeliest tokens; 0 and -1 mean all."""
     min_p: float = Field(0.0, ge=0, le=1)
-    """Keep tokens at least this likely, relative to the likeliest."""
+    """Sample from tokens that have at least this share of the likeliest token's probability."""
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63), AfterValidator(_drawn_afresh)] = None
-    """Makes sampling repeatable; -1 draws afresh, as if there were none."""
+    """Makes sampling repeatable; -1 means no seed."""
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field({})
-    """Added to the logits of these token ids."""
+    """Numbers to add to the logits, by token id."""
     presence_penalty: float = Field(0.0, ge=-2, le=2)
-    """Subtracted from the logits of tokens that were generated."""
+    """Subtracted from the logit of every token that has been generated."""
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    """Subtracted once for each time a token was generated."""
+    """Subtracted from a token's logit for each time it has been generated."""
     stop_token_ids: TokenIds = Field([])
-    """Tokens that end the answer, beside the model's own end token."""
+    """Tokens that end the answer, besides the model's own end token."""
     ignore_eos: bool = False
-    """Go on after the model's end token."""
+    """Continue after the model's end token."""
     min_tokens: int = Field(0, ge=0)
-    """Tokens before an end token may come."""
+    """Tokens to generate before an end token is allowed."""
     user: str | None = None
     """OpenAI's field; ignored."""
     session_id: str | None = None
-    """The session to go on with; also as the header `X-Session-ID`."""
+    """The session to continue; the header `X-Session-ID` does the same."""
     resume_at: int | None = Field(None, ge=0)
-    """Session only: send what the stream has after this position, then go on; no prompt."""
+    """For a session and without a prompt: send what the stream has after this position, then
+    continue."""
 
     def sampling_params(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """Returns the sampler's parameters, each of them a field of the body of the same name.
@@ -140,18 +141,19 @@ class CompletionRequest(Generate):
     null_means_something: ClassVar[frozenset[str]] = frozenset({"max_tokens"})
 
     prompt: str | TokenIds | list[str] | list[TokenIds] = ""
-    """Text or token ids; without a session also a list of those. Empty with a session goes on."""
+    """Text or token ids; without a session also a list of these. Empty continues a session."""
     max_tokens: int | None = Field(None, ge=0)
-    """See `Generate`; 0, with `echo`, generates nothing."""
+    """Tokens to generate at most; `null` with `stream` generates until cancelled, 0 with `echo`
+    generates nothing."""
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    """Log probabilities of the tokens, and of so many of the likeliest."""
+    """Return log probabilities of the tokens, and of this many of the likeliest ones."""
     echo: bool = False
-    """Begin the reply with the prompt, with `logprobs` with those of its tokens too; not in a
-    session."""
+    """Begin the reply with the prompt, and with its log probabilities if `logprobs` asks for them;
+    not in a session."""
     add_special_tokens: bool = True
-    """Begin a text as the model's streams begin: with its start token, if it is trained with one."""
+    """Begin a text with the start token, if the model was trained with one."""
     parse_special: bool = False
-    """Read control tokens written out in a text (`<|im_start|>`) as such; llama.cpp's field."""
+    """Read the text of a control token (`<|im_start|>`) as that token; llama.cpp's field."""
 
     @property
     def reports_prompt(self) -> bool:
@@ -166,7 +168,7 @@ class CompletionRequest(Generate):
 
 
 class TextPart(Tolerant):
-    """A piece of a message in OpenAI's list form."""
+    """A text of a message whose content is a list, as OpenAI's may be."""
 
     neutral = MESSAGE
 
@@ -185,7 +187,7 @@ class Message(Tolerant):
     """OpenAI's field; ignored."""
 
     def plain(self) -> dict[str, str]:
-        """As chat templates read it."""
+        """Returns the message as chat templates read it."""
         role = "system" if self.role == "developer" else self.role
         if isinstance(self.content, str):
             return {"role": role, "content": self.content}
@@ -196,13 +198,13 @@ class ChatRequest(Generate):
     """Body of `POST /v1/chat/completions`."""
 
     messages: list[Message] = Field([])
-    """With a session only the new ones; none goes on with the answer."""
+    """The messages; with a session only the new ones, and none continues its last answer."""
     max_completion_tokens: int | None = Field(None, ge=1)
-    """OpenAI's newer name of `max_tokens`."""
+    """OpenAI's newer name for `max_tokens`."""
     logprobs: bool = False
-    """Log probabilities of the tokens."""
+    """Return log probabilities of the tokens."""
     top_logprobs: int = Field(0, ge=0, le=MAX_TOP_LOGPROBS)
-    """And of so many of the likeliest; needs `logprobs`."""
+    """With `logprobs`, return those of this many of the likeliest tokens too."""
 
     @model_validator(mode="after")
     def _one_limit(self) -> Self:
@@ -221,13 +223,13 @@ class TokenizeRequest(RequestModel):
     prompt: str | None = None
     messages: list[Message] | None = None
     add_special_tokens: bool = True
-    """Begin as a stream begins (prompt only; a template has its own)."""
+    """Begin a prompt with the start token; chat templates add their own."""
     parse_special: bool = False
-    """Read control tokens written out in the prompt as such."""
+    """Read the text of a control token in a prompt as that token."""
     add_generation_prompt: bool = True
-    """End messages where the assistant begins."""
+    """End messages with the beginning of the assistant's turn."""
     return_token_strs: bool = False
-    """Also each token as text."""
+    """Return each token as text, too."""
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
@@ -248,13 +250,13 @@ class CreateSession(RequestModel):
 
     model: str | None = None
     session_id: str | None = None
-    """Its name; made up by default."""
+    """The session's name; generated by default."""
     sink_tokens: int | None = Field(None, ge=0)
     """Tokens at the start of the stream that are never evicted."""
     pin_prefix: str | list[Message] | None = None
-    """Text or messages that begin the stream and are its sinks."""
+    """Text or messages at the start of the stream, whose tokens are its sinks."""
     ttl_s: float | None = Field(None, gt=0)
-    """Idle seconds until it is deleted."""
+    """Idle seconds after which the session is deleted."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -269,7 +271,7 @@ class ForkSession(RequestModel):
     """Body of `POST /v1/sessions/{id}/fork`."""
 
     session_id: str | None = None
-    """The new session's name; made up by default."""
+    """The new session's name; generated by default."""
 
     @model_validator(mode="after")
     def _name(self) -> Self:

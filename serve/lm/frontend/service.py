@@ -1,4 +1,4 @@
-"""From a request's body to what the replicas are asked; knows nothing of HTTP or Ray."""
+"""Turns the body of a request into a `Start` for the replicas, without HTTP or Ray."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Job:
     """A checked request.
 
     Attributes:
-        start: what to ask the replica.
-        shape: how to write the reply.
-        stream: whether it is streamed.
-        include_usage: whether a stream ends with its usage.
-        usage_so_far: whether every chunk of it has the usage up to there.
+        start: the call of the replica.
+        shape: writes the reply.
+        stream: whether the reply is streamed.
+        include_usage: whether a stream ends with a chunk of its usage.
+        usage_so_far: whether every chunk has the usage so far.
     """
 
     start: Start
@@ -47,17 +47,17 @@ class Job:
 
     @property
     def choices(self) -> int:
-        """Answers."""
+        """Number of answers."""
         return max(1, len(self.start.feeds) * self.start.n)
 
 
 class LanguageService:
-    """Checks requests against the model and makes token ids of prompts.
+    """Checks requests and tokenizes their prompts.
 
     Args:
         settings: the limits.
         card: the model.
-        tokenizer: the model's.
+        tokenizer: the model's tokenizer.
     """
 
     def __init__(self, settings: LMSettings, card: LMCard, tokenizer: Tokenizer) -> None:
@@ -65,7 +65,7 @@ class LanguageService:
         self.settings = settings
 
     def completion(self, request: CompletionRequest, header: str | None) -> Job:
-        """Plans a completion; raises `ApiError` for what is wrong with it."""
+        """Returns the job of a completion; raises `ApiError` if the request is wrong."""
         session_id = self._session(request, header)
         prompts = self._prompts(request, session_id)
         feeds = tuple(self._text_feed(prompt, request) for prompt in prompts)
@@ -83,7 +83,7 @@ class LanguageService:
         )
 
     def chat(self, request: ChatRequest, header: str | None) -> Job:
-        """Plans a chat turn; raises `ApiError` for what is wrong with it."""
+        """Returns the job of a chat turn; raises `ApiError` if the request is wrong."""
         session_id = self._session(request, header)
         if not request.messages and session_id is None:
             raise ApiError(400, "empty_input", "messages: none, and no session", param="messages")
@@ -99,7 +99,7 @@ class LanguageService:
         return self._job(request, start, ChatShape, logprobs=request.logprobs)
 
     def pinned(self, request: CreateSession) -> tuple[int, ...]:
-        """Token ids of a session's pinned prefix."""
+        """Returns the token ids of a session's pinned prefix."""
         prefix = request.pin_prefix
         if prefix is None:
             return ()
@@ -120,14 +120,14 @@ class LanguageService:
             raise ApiError(404, "model_not_found", message, param="model")
 
     def check_tokens(self, ids: Sequence[int], param: str) -> None:
-        """Raises a 400 for a token id the model does not have."""
+        """Raises a 400 for a token id that the model does not have."""
         for index, token in enumerate(ids):
             if token >= self.card.vocab_size:
                 where = f"{param}[{index}]"
                 raise _invalid(where, f"{token} is not below {self.card.vocab_size}")
 
     def tokenize(self, request: TokenizeRequest) -> Sequence[int]:
-        """Token ids of a text or of messages."""
+        """Returns the token ids of a text or of messages."""
         if request.messages is not None:
             opens = request.add_generation_prompt
             return self._template(request.messages, add_generation_prompt=opens)
@@ -149,7 +149,7 @@ class LanguageService:
         return session_id
 
     def _prompts(self, request: CompletionRequest, session_id: str | None) -> list[Any]:
-        """The prompts, as text or ids; empty to go on with a session."""
+        """Returns the prompts as text or ids; none to continue a session."""
         prompt = request.prompt
         several = isinstance(prompt, list) and any(isinstance(part, str | list) for part in prompt)
         prompts: list[Any] = list(prompt) if several else [prompt]
@@ -189,7 +189,7 @@ class LanguageService:
         prompts: Sequence[Any],
         feeds: Sequence[Feed],
     ) -> tuple[Echo, ...]:
-        """The prompt of every choice, for replies that begin with it."""
+        """Returns the prompt of every choice, for replies that begin with it."""
         if session_id is not None:
             raise _invalid("echo", "a session's reply has what is new only")
         tokens = request.n * sum(len(feed.start) for feed in feeds)
@@ -201,7 +201,7 @@ class LanguageService:
         return tuple(one for one in each for _ in range(request.n))
 
     def _chat_feed(self, messages: Sequence[Message], *, kept: bool) -> Feed:
-        """The messages as a stream's beginning and, for a session, as a later turn."""
+        """Returns the messages as the start of a stream and, for a session, as a later turn."""
         start = self._template(messages)
         self._check_length(start, "messages")
         if not kept:
@@ -271,7 +271,7 @@ class LanguageService:
 
 
 def echo(tokenizer: Tokenizer, prompt: str | Sequence[int], ids: Sequence[int]) -> Echo:
-    """A prompt as text, and where in it its tokens begin; of ids the text without control tokens."""
+    """Returns a prompt's text, and where in it each token begins; ids are decoded."""
     decoder, pieces, starts, chars = codecs.getincrementaldecoder("utf-8")("replace"), [], [], 0
     for token in ids:
         starts.append(chars)
