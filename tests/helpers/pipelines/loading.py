@@ -1,4 +1,4 @@
-"""What the tests of the loader share: pictures of every kind as shards, batches of all workers."""
+"""Helpers for tests of the loader: shards with pictures of every kind, batches of all workers."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def encode(image: Image.Image, kind: str, **options) -> bytes:
 
 
 def picture(seed: int, width: int, height: int) -> Image.Image:
-    """Smooth colours with structure at several scales, unlike any other seed's."""
+    """A smooth picture with structure at several scales, different for every seed."""
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
     return small.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def variants() -> list[bytes]:
-    """Every kind that ingest may store, and some that it would have re-encoded."""
+    """One picture of every kind that ingest may store, and some that it would have re-encoded."""
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees when shown
     return [
@@ -79,7 +79,7 @@ def write_rows(folder: Path, rows: list[dict]) -> str:
 def write_shards(
     folder: Path, table: pa.Table, shard_rows: int, group_rows: int, **manifest_fields
 ) -> str:
-    """Shards of images or segments with a manifest, as ingest would leave them."""
+    """Writes shards of images or segments with a manifest, as ingest does; returns their folder."""
     fs, root = open_uri(folder)
     parts = [table.slice(first, shard_rows) for first in range(0, len(table), shard_rows)]
     (payload,) = {"image", "video"} & set(table.column_names)
@@ -100,7 +100,7 @@ def write_shards(
 
 
 def write_samples(folder: Path) -> str:
-    """Shards of `ROWS` images: every kind, and plain ones with a label."""
+    """Writes shards of `ROWS` images: one of every kind, and plain ones with labels."""
     rows = [row_of(data, f"kind-{i}") for i, data in enumerate(variants())]
     for i in range(len(rows), ROWS):
         rows.append(row_of(encode(picture(100 + i, 20, 24), "PNG"), f"plain-{i}", i % 10))

@@ -1,4 +1,4 @@
-"""The artifact against timm and transformers on random weights, and other people's formats.
+"""Artifacts compared with timm and transformers on random weights, and reading their formats.
 
 B images, N patches, D width.
 """
@@ -31,7 +31,7 @@ TOLERANCE = 1e-4
 
 
 def _randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Every weight random, LayerNorms and biases too: no wrong mapping can hide behind 0 or 1."""
+    """Makes every weight random, so that no wrong mapping can hide behind zeros or ones."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for value in module.parameters():
@@ -117,7 +117,7 @@ def test_transformers_processor_equals_our_transform(artifact: Path) -> None:
     ],
 )
 def test_our_encoder_equals_timms_gap_models(tmp_path: Path, name: str, shape: dict) -> None:
-    """As published: a timm folder, weights of timm's making, loaded and compared."""
+    """A folder and weights made by timm itself give the same features here."""
     args = {"img_size": 64, **shape}
     theirs = _randomise(timm.create_model(name, pretrained=False, num_classes=0, **args))
     save_file(theirs.state_dict(), tmp_path / "model.safetensors")
@@ -176,7 +176,7 @@ def test_layer_norm_eps_of_a_transformers_folder_is_kept(
 
 
 def test_in_memory_names_of_transformers_five_map_too() -> None:
-    """Both spellings, hand-written here, come back to the same weights."""
+    """Both spellings, written out here, map to the same weights."""
     state = _encoder(depth=1).state_dict()
     split = to_ijepa(state)
     newer = {
@@ -269,7 +269,7 @@ def test_a_size_mismatch_of_preprocessing_is_refused(tmp_path: Path) -> None:
         save_artifact(tmp_path / "a", _encoder(image_size=64), PREP, {})
 
 
-def test_what_is_no_artifact_says_so(artifact: Path, tmp_path: Path) -> None:
+def test_something_else_than_an_artifact_is_refused(artifact: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nothing there"):
         load_artifact(tmp_path / "absent")
     (tmp_path / "empty").mkdir()

@@ -1,4 +1,4 @@
-"""V-JEPA 2's weights in `transformers.VJEPA2Model` form, both ways, on random weights.
+"""Reading and writing `transformers.VJEPA2Model` folders, on random weights.
 
 B clips, T frames, N tokens, K context tokens, D width.
 """
@@ -45,7 +45,7 @@ SHAPE = {
 
 
 def _randomise(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Every weight random, LayerNorms, biases and mask tokens too: no wrong mapping can hide."""
+    """Makes every weight random, so that no wrong mapping can hide behind zeros or ones."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for value in module.parameters():
@@ -128,7 +128,7 @@ def test_predictor_equals_transformers(tmp_path: Path, clips_BCTHW: Tensor) -> N
 
 
 def test_the_correct_rotary_layout_is_another_function(clips_BCTHW: Tensor) -> None:
-    """Negative control: the parity above is not blind to positions."""
+    """Negative control: the comparison above does depend on positions."""
     theirs = _theirs()
     state, _ = from_vjepa2(theirs.state_dict())
     expected = theirs(clips_BCTHW.transpose(1, 2), skip_predictor=True).last_hidden_state

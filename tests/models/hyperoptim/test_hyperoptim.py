@@ -1,4 +1,4 @@
-"""Hyperoptimizers against autograd through the update, torch's optimizers and untuned runs."""
+"""Hyperoptimizers compared with autograd through the update and with torch's optimizers."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def compare(case, height, monkeypatch, *, steps=STEPS, shared=False, capturable=
         if capturable:  # every level is called, the gate says whether it counts
             got = got[: len(expected)]
         assert len(got) == len(expected)
-        # At k = 1 the betas' derivatives are exactly 0 and both sides round: hence the absolute part.
+        # At k = 1 the betas' derivatives are exactly 0 and both sides round: hence the absolute
+        # part.
         for mine, reference in zip(got, expected, strict=True):
             torch.testing.assert_close(mine, reference, rtol=1e-6, atol=1e-13)
     moved = optimizer.hyper.theta_RH.abs()
@@ -64,7 +65,7 @@ def test_hypergradients_of_every_hyperparameter_equal_autograd(case, height, mon
 
 
 @pytest.mark.parametrize("case", ["sgd", "rmsprop", "rmsprop without momentum", "adam", "adamw"])
-def test_without_asking_the_device_too(case, monkeypatch):
+def test_the_same_without_waiting_for_the_device(case, monkeypatch):
     compare(case, 3, monkeypatch, capturable=True)
 
 
@@ -87,7 +88,7 @@ def test_a_hypergradient_of_the_wrong_sign_is_noticed(monkeypatch):
 
 
 def test_after_one_step_the_betas_of_adam_do_not_matter_yet(monkeypatch):
-    """k = 1: mh = g and v / c2 = g^2 whatever the betas, so their derivatives are 0."""
+    """At k = 1, m / c1 = g and v / c2 = g^2 for any betas, so their derivatives are 0."""
     seen = recorded(monkeypatch)
     params, optimizer = made("adamw", stack_of(1, NAMES["adamw"]))
     take(params, optimizer, 0)
@@ -142,7 +143,7 @@ def test_at_a_bound_the_levels_above_still_equal_autograd(monkeypatch):
 
 
 def test_a_schedule_keeps_its_shape_and_its_last_rate_is_what_is_differentiated(monkeypatch):
-    """The rate of the next step is set before it; the derivative is by the rate that was used."""
+    """A schedule sets the next rate before the step; the derivative is by the rate last used."""
     seen = recorded(monkeypatch)
     params, optimizer = made("adamw", stack_of(1, ("lr",)))
     base = CASES["adamw"][1]
@@ -161,7 +162,7 @@ def test_a_schedule_keeps_its_shape_and_its_last_rate_is_what_is_differentiated(
             assert values["lr"] == pytest.approx(rate * factor, rel=1e-12)
 
 
-def test_a_rate_far_too_low_is_found_out():
+def test_a_rate_that_is_far_too_low_is_raised():
     losses = {}
     for tuned in (True, False):
         tuner = Tuner(lr=0.1, bounds=(1.0, 1e6)) if tuned else None

@@ -1,4 +1,4 @@
-"""Two processes of gloo, replicated and sharded, tune as one process with the whole batch does."""
+"""Two gloo processes, replicated or sharded, tune like one process with the whole batch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _network():
 
 
 def _train(model, rank, world, **options):
-    """Ten steps on this process's share of every batch; the hyperparameters of every step."""
+    """Takes ten steps on this process's share of the batches; returns hyperparameters by step."""
     tuner = stack_of(2, NAMES["adamw"])
     optimizer = HyperAdamW(
         model.parameters(), lr=0.02, weight_decay=0.05, eps=1e-3, tuner=tuner, **options

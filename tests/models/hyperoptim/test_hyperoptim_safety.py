@@ -1,4 +1,4 @@
-"""Hyperoptimizers where they must hold: at bounds, on bad gradients, over a resume, on refusals."""
+"""Safety of hyperoptimizers: bounds, gradients that are not finite, resuming, and refusals."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_nothing_moves_while_tuning_is_off():
     assert bool((optimizer.hyper.theta_RH != 0).all())
 
 
-def test_what_cannot_work_is_refused():
+def test_impossible_settings_are_refused():
     weight = nn.Parameter(torch.ones(2))
     for message, build in {
         "not among": lambda: HyperSGD([weight], tuner=Tuner(tune=("beta1",))),

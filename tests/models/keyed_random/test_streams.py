@@ -1,4 +1,4 @@
-"""Streams: no two share a number under one key, and every draw of the loader uses a registered one."""
+"""No two streams share a number under one key, and the loader uses registered numbers only."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_every_draw_of_the_loader_has_a_registered_number(monkeypatch: pytest.Mo
 
 
 def test_numpy_and_torch_hash_alike() -> None:
-    """One hash: the tensors' numbers are the arrays' words, whatever the library."""
+    """Tensors and arrays have the same hash, bit for bit."""
     import torch
 
     keys = arrays.sample_keys([bytes([i] * 16) for i in range(32)], 1, 2)

@@ -1,4 +1,4 @@
-"""Pictures of other colour spaces against the profiles' own equations."""
+"""Conversion of other colour spaces to sRGB, compared with the equations of their profiles."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3),
 
 
 def srgb_levels(linear: np.ndarray) -> np.ndarray:
-    """IEC 61966-2-1."""
+    """The curve of IEC 61966-2-1."""
     linear = linear.clip(0, 1)
     return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
 
@@ -58,7 +58,7 @@ def test_rgb_follows_its_matrix_and_curve() -> None:
 
 
 def jp2_with_profile(data: bytes, profile: bytes) -> bytes:
-    """Puts a profile in place of the enumerated colour space, which Pillow writes."""
+    """Replaces the enumerated colour space, which Pillow writes, by a profile."""
     at = data.index(b"colr") - 4
     old = int.from_bytes(data[at : at + 4], "big")
     box = b"colr\2\0\0" + profile
@@ -100,7 +100,7 @@ def test_grey_follows_its_curve(gamma: float) -> None:
 
 
 def test_cmyk_follows_its_table() -> None:
-    """Inks and overprints are nodes of the table, so that nothing is interpolated."""
+    """Single inks and overprints are nodes of the table, so nothing is interpolated."""
     levels = np.array(list(np.ndindex(2, 2, 2, 2)))  # C, M, Y, K; K the fastest
     lab = np.stack(
         [100 - levels @ [20, 20, 10, 50], levels @ [-40, 60, 0, 0], levels @ [-30, 0, 80, 0]], 1
@@ -142,7 +142,7 @@ def test_profiles_that_mean_srgb_change_no_bit_and_keep_the_file() -> None:
     ],
     ids=["nonsense", "cut", "damaged", "empty", "of grey", "of CMYK"],
 )
-def test_profiles_that_cannot_be_of_the_picture_are_passed_over(profile: bytes) -> None:
+def test_profiles_that_do_not_fit_the_picture_are_ignored(profile: bytes) -> None:
     for kind in ("PNG", "JPEG", "WEBP", "TIFF"):
         with_it, without = (encode(PICTURE, kind, **o) for o in ({"icc_profile": profile}, {}))
         seen, expected = (np.asarray(decode_image(data)) for data in (with_it, without))
@@ -150,7 +150,7 @@ def test_profiles_that_cannot_be_of_the_picture_are_passed_over(profile: bytes) 
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-def test_what_is_stored_of_other_colours_is_srgb_and_says_nothing_else(kind: str) -> None:
+def test_pictures_of_other_colours_are_stored_as_srgb_without_a_profile(kind: str) -> None:
     smooth = PICTURE.resize((64, 64), box=(4, 4, 7, 7))
     data = encode(smooth, kind, icc_profile=WIDE)
     prepared = prepare_image(data, CFG)
@@ -172,7 +172,7 @@ def test_older_shards_of_other_colours_load_as_they_are_decoded(kind: str) -> No
         np.testing.assert_array_equal(loaded.permute(1, 2, 0).numpy(), expected)
 
 
-def test_a_profile_too_long_for_pillow_counts_still() -> None:
+def test_a_profile_too_long_for_pillow_still_counts() -> None:
     noise = np.random.default_rng(1).bytes(1_200_000)
     data = encode(PICTURE, "PNG", icc_profile=WIDE + noise)
     expected = adobe_to_srgb(np.asarray(PICTURE))

@@ -1,4 +1,4 @@
-"""Pictures of more than 8 bits: their range, what says it, and what is noticed when nothing does."""
+"""Pictures of more than 8 bits: where their range comes from, and the note when it is unknown."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def rgb_tiff(values: np.ndarray) -> bytes:
 
 
 def of_bits(values: np.ndarray, bits: int) -> np.ndarray:
-    """0 to 255 as 0 to white of so many bits."""
+    """Scales 0 to 255 to the range of so many bits."""
     return (values / 255 * (2**bits - 1)).round().astype(int)
 
 
@@ -63,7 +63,7 @@ def test_opacity_has_no_such_range() -> None:
         assert (seen[0] == 0).all()
 
 
-def test_what_a_file_says_of_its_range_counts_more_than_the_flag() -> None:
+def test_the_range_in_a_file_overrides_the_flag() -> None:
     top = 4095
     pgm = b"P5 16 16 4095 " + of_bits(RAMP, 12).astype(">u2").tobytes()
     packed = "".join(format(v, "012b") for v in of_bits(RAMP, 12).ravel())

@@ -1,4 +1,4 @@
-"""One decoder for every kind of picture, and a named reason for every kind of refusal."""
+"""Decoding of every kind of picture, and the reason given for every kind of refusal."""
 
 import io
 import pickle
@@ -23,7 +23,7 @@ def encode(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def two_tone(mode: str = "RGB") -> Image.Image:
-    """Left half red, right half green."""
+    """A picture whose left half is red and right half green."""
     image = Image.new("RGB", (40, 20), RED)
     image.paste(GREEN, (20, 0, 40, 20))
     return image.convert(mode)
@@ -99,7 +99,7 @@ def test_transparency_is_laid_over_black() -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_rotation(orientation: int) -> None:
-    """A camera stores the sensor's picture and a flag; all eight flags must give the same scene."""
+    """A camera stores the sensor's picture and a flag. All eight flags must give the same scene."""
     undo = {
         2: [Image.Transpose.FLIP_LEFT_RIGHT],
         3: [Image.Transpose.ROTATE_180],

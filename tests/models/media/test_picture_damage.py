@@ -1,4 +1,4 @@
-"""Damaged metadata cost no picture, damaged pixels do; and every refusal says what it is about."""
+"""Damaged metadata is ignored, damaged pixels are refused, and every refusal says why."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def test_much_text_in_many_chunks_costs_nothing(monkeypatch: pytest.MonkeyPatch)
     np.testing.assert_array_equal(np.asarray(decode_image(data)), VALUES)
 
 
-def test_what_pillow_had_to_be_spared_is_not_stored() -> None:
-    """Other decoders may fall over it too; what is left is the same file otherwise."""
+def test_metadata_that_pillow_cannot_read_is_not_stored() -> None:
+    """Other decoders may fail on it too. The rest of the file is unchanged."""
     data = with_chunks(PNG, CHUNKS["long zTXt"])
     stored = prepare_image(data, CFG).data
     assert stored == PNG
@@ -189,7 +189,7 @@ def bilevel(width: int, height: int) -> bytes:
 
 @pytest.fixture
 def pillows_limit(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Small, so that a picture of more than Pillow allows takes no second to make."""
+    """A small limit, so that a picture beyond it is quick to make."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
     return 100  # from here on an error
 
@@ -208,7 +208,7 @@ def test_the_flag_alone_decides_how_many_pixels(kind: str, pillows_limit: int) -
 
 
 def test_others_in_the_process_keep_pillows_protection(pillows_limit: int) -> None:
-    """While one thread decodes by our limit, another one opens a bomb by Pillow's."""
+    """One thread decodes under our limit while another opens a bomb under Pillow's."""
     from models.media.pictures.pixel_limit import pixel_limit
 
     caught: list[BaseException] = []

@@ -1,4 +1,4 @@
-"""The evaluation transform against resampling written out from its definition."""
+"""The evaluation transform, compared with resampling written out from its definition."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def triangle(x: np.ndarray) -> np.ndarray:
 
 
 def cubic(x: np.ndarray) -> np.ndarray:
-    """Keys 1981, a = -1/2."""
+    """The cubic kernel of Keys (1981) with a = -1/2."""
     x = np.abs(x)
     near = 1.5 * x**3 - 2.5 * x**2 + 1
     far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
@@ -27,7 +27,7 @@ KERNELS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"bilinear": triangle, 
 
 
 def weights(size: int, start: float, stop: float, out: int, kernel: Callable) -> np.ndarray:  # type: ignore[type-arg]
-    """[out, size]: what every pixel gives to every pixel of [start, stop) resampled to `out`."""
+    """Weights [out, size] of every pixel in every pixel of [start, stop) resampled to `out`."""
     scale = (stop - start) / out
     centres = start + (np.arange(out) + 0.5) * scale
     values = kernel((np.arange(size) + 0.5 - centres[:, None]) / max(scale, 1))
@@ -51,8 +51,8 @@ def expected(pixels: np.ndarray, side: int, crop: float, kernel: Callable) -> np
 def test_pixels_are_the_kernel_s_weighted_means(
     size: tuple[int, int], crop: float, kind: str
 ) -> None:
-    """Odd margins: the crop begins between pixels. Medium levels: no pass cuts overshoots off, so that
-    the order of the two passes does not matter."""
+    """Odd margins make the crop begin between pixels. With medium levels no pass clips overshoots,
+    so the order of the two passes does not matter."""
     pixels = np.random.default_rng(0).integers(64, 192, (*size, 3), np.uint8)
     prep = Preprocessing(
         image_size=24, mean=(0,) * 3, std=(1,) * 3, interpolation=kind, crop_fraction=crop

@@ -1,4 +1,4 @@
-"""Transparent pictures over a background, whatever says that they are; and what ingest stores of them."""
+"""Transparent pictures of every kind over a background, and what ingest stores of them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def trns(*values: int) -> bytes:
 
 
 def one_transparent() -> dict[str, tuple[bytes, list[object]]]:
-    """Name: a PNG of one row, and its pixels; None is transparent."""
+    """PNGs of one row by name, with their pixels; None is transparent."""
     cases: dict[str, tuple[bytes, list[object]]] = {}
     for bits in (2, 4, 8):
         top = 2**bits - 1
@@ -109,6 +109,6 @@ def test_opaque_pictures_are_kept_whatever_the_background() -> None:
 
 
 @pytest.mark.parametrize("text", ["pink", "1,2", "1,2,256", "-1,0,0", "#12345", ""])
-def test_backgrounds_that_are_none_are_refused(text: str) -> None:
+def test_invalid_backgrounds_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="--background"):
         dataclasses.replace(CFG, background=text)

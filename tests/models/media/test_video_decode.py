@@ -1,4 +1,4 @@
-"""Frames by their number: exact, cheap, and typed errors for what is no video."""
+"""Frames by number: exact, decoded at little cost, with typed errors for anything but video."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def clip(frames: int = 40, **options: object) -> bytes:
 
 @pytest.fixture(scope="module")
 def video() -> bytes:
-    """40 frames, B-frames, a key frame every 10."""
+    """A video of 40 frames with B-frames and a key frame every 10."""
     return clip()
 
 
@@ -56,7 +56,7 @@ def test_no_index_no_frame(video: bytes) -> None:
 
 @pytest.fixture
 def fed(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """Packets that a decoder was given."""
+    """Records the packets that a decoder gets."""
     packets: list[object] = []
     decode = FrameDecoder.decode
 
@@ -102,7 +102,7 @@ def test_number_out_of_range(video: bytes, indices: list[int]) -> None:
         decode_frames(video, indices)
 
 
-def test_what_is_no_video_has_a_reason(video: bytes) -> None:
+def test_anything_but_a_video_is_refused_with_a_reason(video: bytes) -> None:
     cases = {
         "empty": b"",
         "not_a_video": b"GIF" + bytes(50),
@@ -119,7 +119,7 @@ def test_what_is_no_video_has_a_reason(video: bytes) -> None:
 
 
 def test_damage_is_an_error_or_the_right_frame(video: bytes) -> None:
-    """Bytes flipped anywhere: never another exception, never a hang."""
+    """Flipped bytes never cause another exception or a hang."""
     rng = np.random.default_rng(0)
     outcomes = set()
     for _ in range(60):

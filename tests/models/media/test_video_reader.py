@@ -1,4 +1,4 @@
-"""Times that go back, in files and in live sources, and streams of which one must be chosen."""
+"""Times that go back in files and live sources, and the choice among several streams."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def read(data: bytes) -> tuple[list[TimedFrame], list[int], list[tuple[str, str]
 
 
 @pytest.mark.parametrize("size", [(48, 64), (96, 128)])
-def test_a_source_that_begins_anew_within_the_gap_loses_nothing(size: tuple[int, int]) -> None:
+def test_a_source_that_restarts_within_the_gap_loses_nothing(size: tuple[int, int]) -> None:
     frames, shown, losses = read(film() + film(20, size=size))
     assert losses == []
     assert shown == [*range(30), *range(20)]
@@ -48,8 +48,8 @@ def test_a_source_that_begins_anew_within_the_gap_loses_nothing(size: tuple[int,
     assert times[30:] == pytest.approx(times[:20])
 
 
-def test_a_clock_that_shakes_loses_no_frame_either() -> None:
-    """One time is wrong: its frame is shown with the one before it, and counted."""
+def test_clock_jitter_loses_no_frame() -> None:
+    """One time is wrong. Its frame gets the time of the frame before, and is counted."""
     data = film(6, "matroska", "mjpeg")
     block = b"\x81" + (100).to_bytes(2) + b"\x80"  # of track 1, at 100 ms, a key frame
     assert data.count(block) == 1
@@ -67,22 +67,22 @@ def transport(frames: int, start: float) -> bytes:
 
 
 def live(data: bytes) -> list[float]:
-    """Seconds of the frames of MPEG-TS, which is no format for files here."""
+    """Returns the times of frames of MPEG-TS, in seconds; ingest does not take such files."""
     with av.open(io.BytesIO(data)) as container:
         stream = choose_stream(container, 10**6)
         reader = FrameReader(container, stream, max_seconds=None, max_pixels=10**6, max_gap=5)
         return [float(frame.time) for frame in reader]
 
 
-def test_a_clock_of_transport_that_is_set_back_is_not_wrapped_around() -> None:
-    """The last frame of the first is incomplete: its packet ends where the other one begins."""
+def test_an_mpeg_ts_clock_that_is_set_back_is_not_taken_for_a_wrap() -> None:
+    """The last frame of the first part is incomplete: its packet ends where the second begins."""
     times = live(transport(30, 7200) + transport(30, 3600))
     assert len(times) >= 55
     assert times[:20] == pytest.approx([n / 30 for n in range(20)], abs=1e-3)
     assert times[-1] == pytest.approx(-3600 + 29 / 30, abs=1e-3)
 
 
-def test_a_clock_of_transport_that_wraps_around_goes_on() -> None:
+def test_an_mpeg_ts_clock_that_wraps_around_goes_on() -> None:
     start = 2**33 / 90_000 - 1
     data = transport(60, start)
     with av.open(io.BytesIO(data), options={"correct_ts_overflow": "0"}) as container:
@@ -124,7 +124,7 @@ def test_a_position_is_found_in_the_right_one_of_several_films(jumps: int) -> No
     assert first is films[20 + 40 * jumps]
 
 
-def test_a_live_source_that_begins_anew_is_published_whole(tmp_path: Path) -> None:
+def test_a_live_source_that_restarts_is_published_completely(tmp_path: Path) -> None:
     source, out = tmp_path / "a.webm", tmp_path / "out"
     source.write_bytes(film(30) + film(24, size=(96, 128)))
     with Following(config(source, out)):
@@ -132,8 +132,8 @@ def test_a_live_source_that_begins_anew_is_published_whole(tmp_path: Path) -> No
     assert numbers(out) == [*range(0, 30, 3), *range(0, 24, 3)]
 
 
-def test_the_stream_that_is_meant() -> None:
-    """No cover picture, no still beside the film; then the default, then the larger one."""
+def test_choice_among_streams() -> None:
+    """Covers and stills do not count; then the default stream is taken, then the larger one."""
 
     @dataclasses.dataclass
     class Context:

@@ -1,4 +1,4 @@
-"""Batches: the same pixels, masks and order for any number of workers and either decoder place."""
+"""Batches are equal for any number of workers and either place of decoding."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def alone(data: str, ray_local: None) -> list[dict]:
-    """Ten steps, over two epoch borders (4 batches each), from one worker."""
+    """Ten steps of one worker, over two epoch boundaries (4 batches an epoch)."""
     return global_batches(config(data), 1, 0, 10)
 
 
-# --- what a batch is
+# --- contents of a batch
 
 
 @pytest.mark.ray
@@ -97,7 +97,7 @@ def test_labels_and_pixels_belong_to_the_sample(alone: list[dict], data: str) ->
 
 
 def assert_near_reference(row: dict, batch: dict, i: int) -> None:
-    """Pillow's decoder and resize; other implementations of both, so not equal to the last bit."""
+    """Pillow's decoder and resize, independent of ours and so not equal to the last bit."""
     box = batch["crop_boxes"][i]
     image = decode_image(row["image"]).resize((32, 32), Image.Resampling.BICUBIC, box=tuple(box))
     expected = np.asarray(image).transpose(2, 0, 1).astype(np.int64)
@@ -115,7 +115,7 @@ def test_all_kinds_were_seen(alone: list[dict]) -> None:
     assert not missing
 
 
-# --- what it depends on
+# --- what batches depend on
 
 
 @pytest.mark.ray
@@ -146,7 +146,7 @@ def test_threads_prefetch_and_segments_change_nothing(
 
 
 @pytest.mark.ray
-def test_bytes_of_a_piece_bound_it_and_change_nothing(
+def test_limit_of_bytes_cuts_pieces_and_changes_nothing(
     alone: list[dict], data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg = config(data)
@@ -163,7 +163,7 @@ def test_bytes_of_a_piece_bound_it_and_change_nothing(
 def test_row_groups_of_more_than_2_gib_together_are_read(
     data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Arrow's offsets in `binary` columns end at 2 GiB; these zeros are never touched, so are free."""
+    """Arrow's `binary` offsets end at 2 GiB. The zeros are never touched, so they are free."""
     row_bytes = 64 * 2**20
     held = []
 
@@ -217,12 +217,12 @@ def test_legacy_masks_follow_the_global_batch(data: str, ray_local: None) -> Non
     assert_equal(global_batches(cfg, 1, 4, 7), one[2:])
 
 
-# --- where it runs
+# --- the cluster
 
 
 @pytest.mark.ray
 def test_workers_that_leave_a_quarter_cpu(alone: list[dict], data: str) -> None:
-    """Actors in place of Ray Train's workers, in lockstep: what deadlocks when shares overlap."""
+    """Actors in lockstep, in place of Ray Train's workers; they deadlock if shares overlap."""
     import ray
 
     @ray.remote(num_cpus=1.75)
@@ -284,7 +284,7 @@ def test_prefetch_stops_its_source_when_closed() -> None:
 
 @pytest.mark.parametrize("count", [130])
 def test_benchmark_pictures_and_plain_loader_still_work(tmp_path: Path, count: int) -> None:
-    """The parts of benchmarks/data/loader.py that need no measurement: it must not rot unseen."""
+    """The parts of benchmarks/data/loader.py that need no measurement still run."""
     import importlib.util
 
     path = ROOT / "benchmarks" / "data" / "loader.py"

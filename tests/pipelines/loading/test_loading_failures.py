@@ -1,4 +1,4 @@
-"""The loader where it cannot go on: no CPU left, damaged shards, impossible settings; its end."""
+"""The loader when it must fail (no CPU, damaged shards, impossible settings) or is closed early."""
 
 from __future__ import annotations
 

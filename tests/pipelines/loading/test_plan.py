@@ -1,4 +1,4 @@
-"""The order of samples: exactly once, the same for any number of workers, resumable anywhere."""
+"""The read order: every row once, the same for any number of workers, and resumable at any step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def plan_of(seed: int = 0, data: DataConfig = DATA, groups: list = GROUPS) -> Pl
 
 
 def steps(plan: Plan, start: int, end: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
-    """Rows of every step, [steps, local batch, 3], as a loader would walk through them."""
+    """Rows of every step, [steps, local batch, 3], in the order in which a loader reads them."""
     lanes = rank_lanes(plan, rank, world_size)
     parts = [lane_windows(plan, piece, lanes) for piece in pieces(plan, start, end)]
     local = plan.batch_size // world_size
@@ -114,7 +114,7 @@ def test_pieces_cut_at_windows_and_epochs() -> None:
 
 
 def test_no_read_amplification() -> None:
-    """Row groups read by all tasks of an epoch: each once, but for cuts at lane and window ends."""
+    """All tasks of an epoch read each row group once, except where a lane or window ends in it."""
     groups = [(0, i, 64) for i in range(256)]
     plan = plan_of(data=DataConfig(batch_size=256, lanes=8, shuffle_window=1024), groups=groups)
     reads = 0
@@ -127,7 +127,7 @@ def test_no_read_amplification() -> None:
 
 
 def test_shuffle_reaches_across_the_data() -> None:
-    """Neighbours in the data set do not stay together: a batch mixes many row groups."""
+    """A batch mixes rows of many row groups."""
     groups = [(0, i, 64) for i in range(256)]
     plan = plan_of(data=DataConfig(batch_size=256, lanes=8, shuffle_window=1024), groups=groups)
     batch = steps(plan, 0, 1)[0]

@@ -1,4 +1,4 @@
-"""Batches of clips: right frames, one crop a clip, the same for any number of workers and decoders.
+"""Batches of clips: their frames, one crop for each, and equality for all workers and decoders.
 
 Every frame of the made-up videos tells its number (`video_files.number_of`).
 """
@@ -47,11 +47,11 @@ def config(shards: str, **sections) -> PretrainConfig:
 
 @pytest.fixture(scope="module")
 def alone(clips: str, ray_local: None) -> list[dict]:
-    """Five steps, over two epoch borders, from one worker."""
+    """Five steps of one worker, over two epoch boundaries."""
     return global_batches(config(clips), 1, 0, 5)
 
 
-# --- which frames
+# --- choice of frames
 
 
 def sampler(frames: int = 4, **settings) -> ClipSampler:
@@ -84,7 +84,7 @@ def test_a_rate_means_the_same_seconds_whatever_the_segment_was_stored_at() -> N
     assert np.diff(frames[0]).tolist() == [7, 8, 7]
 
 
-def test_too_short_a_segment_repeats_its_last_frame_and_no_jitter_is_the_middle() -> None:
+def test_a_short_segment_repeats_its_last_frame_and_without_jitter_the_clip_is_central() -> None:
     found = sampler(stride=3).random(np.array([5, 1]), np.full(2, FPS), keys(2))
     assert found.tolist() == [[0, 3, 4, 4], [0, 0, 0, 0]]
     still = sampler(stride=3, jitter=False)

@@ -30,7 +30,7 @@ def config(name: str, **mask: object) -> PretrainConfig:
     )
 
 
-def test_random_masks_share_out_the_image() -> None:
+def test_random_masks_divide_the_image() -> None:
     context_BK, target_BT = random_masks(keys(), 16, 4)
     assert (np.sort(np.concatenate([context_BK, target_BT], 1), 1) == np.arange(16)).all()
     assert (np.diff(context_BK) > 0).all()
@@ -95,7 +95,7 @@ def test_every_objective_gets_its_masks_in_its_shape(name: str, shapes: dict) ->
         ("dmjd", {"context_keep": 13}, "mask.context-keep"),
     ],
 )
-def test_masks_that_cannot_be_name_the_flag(name: str, mask: dict, flag: str) -> None:
+def test_impossible_mask_settings_name_the_flag(name: str, mask: dict, flag: str) -> None:
     with pytest.raises(ValueError, match=f"--{flag}"):
         make_masker(config(name, **mask)).check()
 

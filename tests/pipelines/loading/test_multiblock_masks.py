@@ -1,4 +1,4 @@
-"""Masks: the contract, the original's statistics, and the original's faults as negative controls."""
+"""Multi-block masks: our contract, and the statistics and faults of the original in legacy mode."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def assert_contract(context: np.ndarray, target: np.ndarray, grid: int, cfg: Mas
     assert not hits.any(), "context and targets overlap"
 
 
-# --- the hash behind it
+# --- keys and draws
 
 
 def test_keys_and_uniforms_are_frozen() -> None:
@@ -98,7 +98,7 @@ def test_default_lengths() -> None:
     assert mask_lengths(14, DEFAULT)[1] == 30
 
 
-def test_same_key_same_mask_whatever_the_batch() -> None:
+def test_a_mask_does_not_depend_on_the_batch() -> None:
     context, target = multiblock_masks(keys(500), 14, DEFAULT)
     some = np.random.default_rng(0).permutation(500)[:100]
     context_some, target_some = multiblock_masks(keys(500)[some], 14, DEFAULT)
@@ -182,7 +182,7 @@ def test_context_sees_top_and_bottom_alike() -> None:
 
 
 def test_a_batch_costs_far_less_than_its_samples_one_by_one() -> None:
-    """Measured on the same machine in the same moment: a loop over samples would cost 1, this 1/18."""
+    """A batch costs about 1/18 of a loop over its samples, timed side by side."""
 
     def seconds(batch: np.ndarray, repeats: int) -> float:
         times = []
@@ -197,7 +197,7 @@ def test_a_batch_costs_far_less_than_its_samples_one_by_one() -> None:
     assert seconds(batch, 5) < len(batch) * seconds(batch[:1], 50) / 4
 
 
-# --- settings that are hard or impossible to meet
+# --- extreme and impossible settings
 
 
 @pytest.mark.parametrize("grid", [4, 8, 14])
@@ -209,7 +209,7 @@ def test_context_keep_at_the_limit_is_still_exact(grid: int) -> None:
         assert_contract(context, target, grid, cfg)
 
 
-def test_many_large_targets_end() -> None:
+def test_many_large_targets_terminate() -> None:
     cfg = MaskConfig(num_targets=12, target_scale=(0.3, 0.4))
     context, target = multiblock_masks(keys(64), 14, cfg)
     assert_contract(context, target, 14, cfg)
@@ -289,7 +289,7 @@ def test_legacy_control_truncation_starves_the_bottom() -> None:
 
 
 @pytest.mark.parametrize("grid", [2, 3, 4, 5, 7, 8])
-def test_legacy_ends_on_small_grids(grid: int) -> None:
+def test_legacy_terminates_on_small_grids(grid: int) -> None:
     for i in range(20):
         context, target = legacy_masks(key_of(5, i), 64, grid, LEGACY)
         assert context.shape[1] >= 1

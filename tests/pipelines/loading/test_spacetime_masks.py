@@ -1,4 +1,4 @@
-"""Masks of clips: what must hold of every mask, and the original's statistics in `legacy` mode.
+"""Masks of clips: our contract, and the original's statistics in `legacy` mode.
 
 B clips, K context tokens, T target tokens.
 """
@@ -64,7 +64,7 @@ def test_every_row_column_and_time_step_is_seen_and_predicted(cfg: VideoMaskConf
 
 
 def test_the_end_of_the_clip_counts_as_much_as_its_beginning_but_not_in_legacy_mode() -> None:
-    """Blocks last the whole clip, so nothing but truncation can tell one time from another."""
+    """Blocks last the whole clip, so only truncation can treat times differently."""
     for context, target in counts(video_masks(keys(1000), 8, 14, DEFAULT), 8, 14):
         for times in (context.sum((1, 2)), target.sum((1, 2))):
             assert times.max() / times.min() < 1.05
@@ -116,7 +116,7 @@ def test_the_generators_of_a_clip_are_independent() -> None:
 
 
 def test_frozen_values() -> None:
-    """If these change, a resumed run would see other masks."""
+    """These values must not change, or a resumed run would see other masks."""
     (context, target), (context_1, _) = video_masks(keys(3), 4, 8, DEFAULT)
     assert (context.shape, target.shape, context_1.shape) == FROZEN_SHAPES
     assert context[2, :6].tolist() == FROZEN_CONTEXT
@@ -129,8 +129,9 @@ FROZEN_TARGET = [228, 232, 233, 234]
 
 
 def test_legacy_reproduces_the_published_statistics() -> None:
-    """At 8x14x14 and 24 a batch (shared facts on the original's collator, simulated there): of the
-    context 582 tokens on average, 359 left after truncation (short range), 290 and 93 (long)."""
+    """A simulation of the original collator with 8x14x14 tokens and 24 clips a batch gave mean
+    contexts of 582 tokens, 359 after truncation, at short range, and of 290 and 93 at long
+    range."""
     drawn = [legacy_video_masks(key_of(1, i), 24, 8, 14, LEGACY) for i in range(100)]
     for g, (context, target, tolerance) in enumerate(((359, 752, 20), (93, 1101, 20))):
         kept = [(masks[g][0].shape[1], masks[g][1].shape[1]) for masks in drawn]
