@@ -28,10 +28,10 @@ class LMSettings(ApplicationSettings):
     """Type of weights, keys and values; `int8` rounds the linear layers to 8 bits and keeps the
     rest in bf16 (docs/language_model.md has the numbers)."""
     sessions: int = Field(16, ge=1)
-    """Slabs of a replica, which are the sessions that can generate at the same time."""
+    """Sessions of a replica that can generate at the same time, each in a slab of memory."""
     cache: int = Field(1024, ge=2)
     """Tokens that a session sees at most: sinks, window and the token that is read. It is the
-    `capacity` of     docs/language_model.md, one more than the paper's cache."""
+    `capacity` of docs/language_model.md, one more than the paper's cache."""
     sinks: int = Field(4, ge=0)
     """Sink tokens of a session whose request does not set them."""
     prefill_chunk: int = Field(256, ge=1)

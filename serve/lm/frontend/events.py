@@ -57,7 +57,7 @@ class Events:
         self._made = self._sent = 0
 
     async def all(self) -> AsyncGenerator[bytes, None]:
-        """Yields the events; ends early if the reply gets too long, or with the event of an error."""
+        """Yields the events; ends early if the reply gets too long, and at an error."""
         try:
             async with contextlib.aclosing(self._whole_answer()) as events:
                 async for data in events:

@@ -1,4 +1,4 @@
-"""What the serving tests share: a tiny artifact, encoded images, an image server on loopback."""
+"""For tests of serving: a tiny artifact, encoded images, an image server on loopback."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def miss_killed_replicas_soon(patch: pytest.MonkeyPatch, app: ModuleType) -> None:
-    """Lets Serve look after the replicas of an app's module every half second, not every 5 or 10."""
+    """Makes Serve check the replicas of an app's module twice a second, not every 5 or 10 s."""
     from serve.ingress import deployment
 
     for module, name in ((app, "model_deployment"), (deployment, "ingress_deployment")):

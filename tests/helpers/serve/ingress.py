@@ -1,4 +1,4 @@
-"""Both applications without Ray and without a model, and bare ASGI requests to them."""
+"""Both applications without Ray and without a model, and ASGI requests to them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a decoder process talks to, without the process and without the replica."""
+"""A channel to a decoder, without a process and without a replica."""
 
 from __future__ import annotations
 

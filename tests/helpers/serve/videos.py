@@ -1,4 +1,4 @@
-"""A served clip encoder without Ray: real encoder, real decoder processes, real HTTP on loopback."""
+"""Serves a clip encoder over HTTP without Ray, with real decoder processes."""
 
 from __future__ import annotations
 

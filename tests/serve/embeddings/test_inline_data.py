@@ -1,4 +1,4 @@
-"""Images inline in a request, as clients write base64, and what they are told where it is not."""
+"""Images in a request as base64 or data URIs, and the errors for malformed ones."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def refused(text: str) -> ApiError:
         f"\ufeff{TEXT}",
     ],
 )
-def test_what_does_no_harm_is_read(text: str) -> None:
+def test_harmless_deviations_from_base64_are_accepted(text: str) -> None:
     assert "+" in TEXT  # or nothing would be escaped
     assert decoded(text) == PNG
 
@@ -74,7 +74,7 @@ def test_what_does_no_harm_is_read(text: str) -> None:
         ("aG\u00e9k", "holds 'é' (character 3)"),
     ],
 )
-def test_what_is_wrong_with_base64_is_told(data: str, told: str) -> None:
+def test_errors_say_what_is_wrong_with_base64(data: str, told: str) -> None:
     inline, bare = refused(f"data:image/png;base64,{data}"), refused(data)
     assert inline.code == bare.code == "invalid_base64"
     assert inline.message.startswith("the base64 of the data URI ")
@@ -88,7 +88,7 @@ def test_percent_escapes_belong_to_uris() -> None:
     assert "percent escapes" in refused(TEXT.replace("+", "%2B")).message
 
 
-def test_text_is_told_apart() -> None:
+def test_a_text_to_embed_is_refused_as_text() -> None:
     error = refused("a photo of a cat")
     assert error.code == "invalid_base64"
     assert "text is not embedded" in error.message
@@ -106,7 +106,7 @@ def test_text_is_told_apart() -> None:
         (f"data:{'x' * 9999};base64,{TEXT}", "unsupported_media_type", "xxx"),
     ],
 )
-def test_what_is_wrong_with_a_data_uri_is_told(text: str, code: str, told: str) -> None:
+def test_errors_say_what_is_wrong_with_a_data_uri(text: str, code: str, told: str) -> None:
     error = refused(text)
     assert error.code == code
     assert told in error.message
@@ -114,12 +114,12 @@ def test_what_is_wrong_with_a_data_uri_is_told(text: str, code: str, told: str) 
 
 
 @pytest.mark.parametrize("text", ["", "data:image/png;base64,", " \n", "data:image/png;base64, \n"])
-def test_nothing_decodes_to_nothing(text: str) -> None:
-    """The decoder of images then says that it is empty."""
+def test_empty_base64_is_empty(text: str) -> None:
+    """The image decoder then refuses it as empty."""
     assert decoded(text) == b""
 
 
-def test_the_limit_is_on_what_is_encoded() -> None:
+def test_the_limit_counts_decoded_bytes() -> None:
     assert len(WRAPPED) > len(TEXT)
     assert decoded(WRAPPED) == PNG  # exactly the limit
     (reference,) = parse_input(WRAPPED, max_items=1)

@@ -1,4 +1,4 @@
-"""The FastAPI application around a fake model: what needs no Ray to be true."""
+"""The embeddings application with a fake model, without Ray."""
 
 from __future__ import annotations
 

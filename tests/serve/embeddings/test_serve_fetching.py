@@ -1,4 +1,4 @@
-"""What fetching by URL promises beside its host rules: one look-up, one way, one connection."""
+"""Fetching by URL: addresses, proxies, connections, limits and redirects."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def test_patches(served: Served, http: httpx.Client, client: openai.OpenAI) -> N
     np.testing.assert_allclose(np.reshape(flat.embedding, (PATCHES, WIDTH)), expected, atol=1e-5)
 
 
-def test_every_client_s_shape_gives_the_same(served: Served, http: httpx.Client) -> None:
+def test_every_client_s_form_of_input_gives_the_same(served: Served, http: httpx.Client) -> None:
     url = f"http://127.0.0.1:{served.images_port}/redirect?/ok.png"
     part = {"type": "image_url", "image_url": {"url": png_uri(1)}}
     shapes: list[Any] = [

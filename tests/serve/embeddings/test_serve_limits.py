@@ -1,4 +1,4 @@
-"""Settings, metrics and error codes of the embeddings server, each where it takes effect."""
+"""Settings, metrics and error codes of the embeddings server take effect."""
 
 from __future__ import annotations
 

@@ -365,7 +365,7 @@ def test_a_container_in_pieces(server: LocalServer) -> None:
     wait_until(lambda: (hub.decoders, hub.media.decoders.busy) == (0, 0))
 
 
-def test_a_container_that_is_none(server: LocalServer) -> None:
+def test_bytes_that_are_no_container(server: LocalServer) -> None:
     with stream(server, source="container") as socket:
         socket.send(b"#EXTM3U\n#EXTINF:9,\nfile:///etc/passwd\n" + bytes(100_000))
         end(socket)

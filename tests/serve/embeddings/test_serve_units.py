@@ -314,7 +314,7 @@ def test_dropping_the_newest_and_skipping_to_a_rate() -> None:
     ]
 
 
-def test_bytes_that_wait_are_limited() -> None:
+def test_bytes_that_wait_for_a_decoder_are_limited() -> None:
     buffer = ByteBuffer()
     buffer.put(bytes(BUFFER_BYTES))
     with pytest.raises(ApiError, match="wait for decoding") as caught:
@@ -344,7 +344,7 @@ def test_metrics_are_summed_over_replicas() -> None:
 
 
 def test_shipped_config_is_valid() -> None:
-    """Serve's schema, our own settings, and names that exist: a typo must not wait for a cluster."""
+    """The shipped file fits Serve's schema and our settings, and its names exist."""
     from ray.serve.schema import ServeDeploySchema
 
     values = yaml.safe_load((ROOT / "serve" / "config.yaml").read_text())

@@ -1,4 +1,4 @@
-"""Videos through `/v1/embeddings`: sampling, pooling, limits, and files made to do harm."""
+"""Videos through `/v1/embeddings`: sampling, pooling, limits and hostile files."""
 
 from __future__ import annotations
 
@@ -370,7 +370,7 @@ def test_videos_off_and_too_many(artifact: Path) -> None:
         assert post(server, input=png_uri(1)).status_code == 200
 
 
-def test_sound_is_no_video(server: LocalServer, tmp_path: Path) -> None:
+def test_a_file_with_sound_only_is_refused(server: LocalServer, tmp_path: Path) -> None:
     sound = write_sound(tmp_path / "sound.mp4").read_bytes()
     reply = post(server, input={"video": data_uri(sound, "video/mp4")})
     assert (reply.status_code, reply.json()["error"]["code"]) == (400, "no_video")

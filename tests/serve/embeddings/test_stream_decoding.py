@@ -1,4 +1,4 @@
-"""Live containers: every frame with its time, and an end that says whether all could be read."""
+"""Live containers: every frame has its time, and an unreadable end is an error."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_a_file_that_cannot_be_read_front_to_back_is_an_error() -> None:
     assert "front to back" in error.detail
 
 
-def test_nothing_at_all_is_an_error() -> None:
+def test_an_empty_stream_is_an_error() -> None:
     for data in (b"", NOISE, b"\x47" * 1_000):
         assert complaint(data).reason in ("not_a_video", "no_video", "decode_error")
 
@@ -143,7 +143,7 @@ def test_times_are_those_of_the_source() -> None:
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf"), np.float32("nan")])
-def test_what_json_cannot_say_is_never_sent(number: float) -> None:
+def test_nan_and_infinity_are_never_sent(number: float) -> None:
     with pytest.raises(ValueError, match="JSON compliant"):
         to_json({"a": [1.0, {"b": float(number)}]})
     with pytest.raises(ValueError, match="JSON compliant"):
@@ -154,7 +154,7 @@ def test_what_json_cannot_say_is_never_sent(number: float) -> None:
         assert (caught.value.status, caught.value.code) == (500, "not_finite")
 
 
-def test_words_that_look_like_such_numbers_may_be_said() -> None:
+def test_strings_that_hold_the_word_nan_are_sent() -> None:
     value = {"NaN": ["Infinity", "-Infinity", 1.5, None, "é"]}
     assert json.loads(to_json(value)) == value
 

@@ -1,4 +1,4 @@
-"""Settings that both applications have, and what they become."""
+"""Settings of both applications: validation, the API key, and Serve's options."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_key_that_no_client_can_send_stops_the_server(
     ],
 )
 @pytest.mark.parametrize("kind", [ServeSettings, LMSettings])
-def test_settings_that_make_no_sense(kind: Any, name: str, value: Any, message: str) -> None:
+def test_invalid_settings_are_refused(kind: Any, name: str, value: Any, message: str) -> None:
     names = {"artifact": "a"} if kind is ServeSettings else {"model": "m"}
     with pytest.raises(ValidationError, match=message):
         kind.model_validate(names | {name: value})

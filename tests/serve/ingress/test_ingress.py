@@ -1,4 +1,4 @@
-"""What both applications answer before and beside their own routes."""
+"""What both applications do besides their own routes: health, API key, CORS, limits of bodies."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def routes(made: Made) -> dict[str, set[str]]:
 
 
 @BOTH
-def test_head_wherever_get_is(name: str) -> None:
+def test_head_works_wherever_get_does(name: str) -> None:
     made = make(name)
     paths = [path for path, methods in routes(made).items() if "GET" in methods]
     assert {"/healthz", "/health", "/metrics", "/v1/models", "/v1/models/tiny"} <= set(paths)
@@ -76,7 +76,7 @@ def test_a_405_names_the_methods_of_all_routes_of_a_path() -> None:
 
 
 @BOTH
-def test_two_names_of_the_probe_and_slashes_at_the_end(name: str) -> None:
+def test_both_paths_of_the_health_check_and_slashes_at_the_end(name: str) -> None:
     made = make(name, api_key="k")
     for path in ("/healthz", "/health", "/healthz/", "/health/"):
         reply = get(made, "GET", path)
@@ -104,13 +104,13 @@ def test_two_names_of_the_probe_and_slashes_at_the_end(name: str) -> None:
         ("Bearer \xe9", 401),
     ],
 )
-def test_keys_as_clients_send_them(header: str, status: int) -> None:
+def test_forms_of_the_authorization_header(header: str, status: int) -> None:
     made = make("language", api_key="k-1")
     assert get(made, "GET", "/v1/models", headers={"authorization": header}).status == status
 
 
 @BOTH
-def test_pages_of_an_allowed_origin_may_ask(name: str) -> None:
+def test_pages_of_an_allowed_origin_get_cors_headers(name: str) -> None:
     made = make(name, api_key="k", cors_origins=(PAGE,))
     preflight = {
         "origin": PAGE,
@@ -250,7 +250,7 @@ def test_bodies_that_arrive_have_a_common_limit(name: str) -> None:
     assert whole.error["code"] == "invalid_json"
 
 
-def test_whole_bodies_hold_places_until_they_are_answered() -> None:
+def test_requests_with_a_whole_body_count_until_they_are_answered() -> None:
     made = make("language", max_requests=2)
     release = asyncio.Event()
 
@@ -291,7 +291,7 @@ def test_white_space_around_a_key_is_not_part_of_it(
     assert read_api_key(ServeSettings(artifact="a")) is None
 
 
-def test_a_steady_sender_has_time_a_dripping_one_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_steady_body_has_time_and_a_dripping_one_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same moments on a clock of our own."""
     from serve.ingress import request_limits
 
@@ -310,7 +310,7 @@ def test_a_steady_sender_has_time_a_dripping_one_has_not(monkeypatch: pytest.Mon
 
 
 @BOTH
-def test_the_description_of_the_api_is_whole(name: str) -> None:
+def test_openapi_has_every_schema_that_it_refers_to(name: str) -> None:
     """Generators of clients and testers follow every reference."""
     described = json.loads(get(make(name), "GET", "/openapi.json").body)
     bodies = {

@@ -1,4 +1,4 @@
-"""How bodies may be written that both applications take: marks, codings, and what errors repeat."""
+"""Byte-order marks and encodings of bodies, and how much of a body errors repeat."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from helpers.serve.ingress import NAMES, POSTS, ask, make
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_marks_and_codings_of_bodies(name: str) -> None:
+def test_byte_order_marks_and_encodings_of_bodies(name: str) -> None:
     made = make(name)
 
     def post(body: bytes, **headers: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Request bodies and stream messages: `null` is absent, errors say what was expected."""
+"""Request bodies and stream messages: `null` means absent, errors say what was expected."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def refused(model: type[RequestModel], values: Any) -> ApiError:
     return caught.value
 
 
-def test_every_body_and_message_is_among_them() -> None:
+def test_all_request_models_are_found() -> None:
     names = {model.__name__ for model in models()}
     assert {
         "EmbeddingRequest",
@@ -72,7 +72,7 @@ def test_every_body_and_message_is_among_them() -> None:
 
 
 @pytest.mark.parametrize(("model", "name"), fields(required=False))
-def test_null_is_as_good_as_absent(model: type[RequestModel], name: str) -> None:
+def test_null_means_absent(model: type[RequestModel], name: str) -> None:
     least = {key: value for key, value in LEAST.get(model, {}).items() if key != name}
     if model is TokenizeRequest and name == "prompt":
         least["messages"] = [SAID]  # one of the two
@@ -82,7 +82,7 @@ def test_null_is_as_good_as_absent(model: type[RequestModel], name: str) -> None
 
 
 @pytest.mark.parametrize(("model", "name"), fields(required=True))
-def test_null_for_what_must_be_given_is_refused(model: type[RequestModel], name: str) -> None:
+def test_null_for_a_required_field_is_refused(model: type[RequestModel], name: str) -> None:
     if model is EmbeddingRequest:  # its shapes are read by hand
         with pytest.raises(ApiError) as caught:
             parse_input(None, max_items=1)
@@ -92,7 +92,7 @@ def test_null_for_what_must_be_given_is_refused(model: type[RequestModel], name:
     assert (error.code, error.param) == ("invalid_value", name)
 
 
-def test_only_a_completions_limit_means_something_as_null() -> None:
+def test_null_differs_from_absence_only_for_max_tokens_of_completions() -> None:
     told = {model.__name__: model.null_means_something for model in models()}
     assert {name for name, fields in told.items() if fields} == {"CompletionRequest"}
 
@@ -144,14 +144,16 @@ def test_a_byte_order_mark_before_a_stream_message() -> None:
         ([7, 8], "unsupported_modality", "token ids"),
     ],
 )
-def test_items_of_no_use_are_named_as_json_has_them(item: Any, code: str, name: str) -> None:
+def test_errors_name_a_wrong_item_by_its_json_type(item: Any, code: str, name: str) -> None:
     with pytest.raises(ApiError, match=f"{name}$") as caught:
         parse_input([item], max_items=1)
     assert caught.value.code == code
 
 
 @pytest.mark.parametrize(("one", "other"), [(4, None), (None, 4), (4, 4)])
-def test_two_names_of_one_limit(one: int | None, other: int | None) -> None:
+def test_max_tokens_and_max_completion_tokens_are_one_limit(
+    one: int | None, other: int | None
+) -> None:
     body = {"messages": [SAID], "max_tokens": one, "max_completion_tokens": other}
     request = parse_body(json.dumps(body).encode(), ChatRequest)
     assert (request.max_completion_tokens or request.max_tokens) == 4
@@ -201,7 +203,7 @@ def test_two_names_of_one_limit(one: int | None, other: int | None) -> None:
         (ChatRequest, {"messages": ["hi"]}, "messages.0", "Input should be an object"),
     ],
 )
-def test_errors_tell_what_the_nearest_form_lacks(
+def test_errors_explain_the_closest_form_of_a_union(
     model: type[RequestModel], values: Any, param: str, message: str
 ) -> None:
     error = refused(model, values)

@@ -1,4 +1,4 @@
-"""Chat turns that follow others, through the forms of template that models have."""
+"""Chat turns that follow earlier ones, with the templates of different models."""
 
 from __future__ import annotations
 
@@ -127,8 +127,8 @@ def test_a_second_turn_continues_the_stream_as_the_template_has_it(
     assert [*stream, *follow] == whole
 
 
-def test_what_cannot_follow_is_said_by_whoever_needs_it() -> None:
-    """A first turn takes it all the same."""
+def test_a_template_that_cannot_follow_is_refused_only_after_a_turn() -> None:
+    """The same messages are accepted as a first turn."""
     tokenizer = llama2()
     talk = [{"role": "system", "content": "Be kind."}, user("hi")]
     start = tuple(tokenizer.chat(talk))
@@ -159,7 +159,7 @@ def test_what_the_template_refuses_is_a_400() -> None:
     assert (caught.value.status, caught.value.code) == (400, "invalid_messages")
 
 
-def test_the_made_up_answer_is_a_word_that_nobody_uses() -> None:
+def test_the_invented_answer_occurs_in_no_message() -> None:
     tokenizer = chatml(CHATML)
     for text in ("answer0x", "answer0x answer1x", "<|im_end|>answer0x"):
         feed = chat_feed(tokenizer, [user(text)], (1,))

@@ -1,4 +1,4 @@
-"""Prompts sent back with their log probabilities, against transformers on the same weights."""
+"""`echo` with log probabilities, compared with transformers on the same weights."""
 
 from __future__ import annotations
 

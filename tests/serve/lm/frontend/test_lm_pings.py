@@ -1,4 +1,4 @@
-"""Comments in the silences of a stream, and the real `openai` client that reads over them."""
+"""Comments in the silences of a stream, which the real `openai` client must skip."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def quick(seconds: float) -> Any:
 
 
 @pytest.mark.parametrize(("seconds", "pings"), [(0.0, 0), (0.25, 2)])
-def test_a_comment_comes_after_every_silence_and_only_then(seconds: float, pings: int) -> None:
+def test_a_comment_is_sent_after_every_silence_and_only_then(seconds: float, pings: int) -> None:
     async def test() -> None:
         got = [data async for data in with_pings(quick(seconds), 0.1)]
         assert got == [b"a", *[PING] * pings, b"b"]

@@ -1,4 +1,4 @@
-"""Bodies of requests to generate: what asks for nothing is accepted, what would change it is not."""
+"""Bodies of requests to generate: fields of other servers, numbers at their limits, stop strings."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ NEUTRAL: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("make", [completion, chat])
 @pytest.mark.parametrize("fields", NEUTRAL, ids=json.dumps)
-def test_what_asks_for_nothing_changes_nothing(make: Any, fields: dict[str, Any]) -> None:
+def test_neutral_fields_change_nothing(make: Any, fields: dict[str, Any]) -> None:
     plain = {name: value for name, value in fields.items() if name in ("n", "stream", "user")}
     drop = {"stream_options"}
     assert make(**fields).model_dump(exclude=drop) == make(**plain).model_dump(exclude=drop)
@@ -111,7 +111,7 @@ ECHOED: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("fields", ECHOED, ids=json.dumps)
 @pytest.mark.parametrize("role", ["assistant", "user"])
-def test_a_history_is_taken_as_a_reply_was_given(role: str, fields: dict[str, Any]) -> None:
+def test_messages_of_earlier_replies_are_accepted(role: str, fields: dict[str, Any]) -> None:
     sent = {"role": role, "content": "hi"} | fields
     (message,) = chat(messages=[sent]).messages
     assert message.plain() == {"role": role, "content": "hi"}
@@ -128,7 +128,7 @@ def test_a_history_is_taken_as_a_reply_was_given(role: str, fields: dict[str, An
     ],
     ids=json.dumps,
 )
-def test_what_a_message_says_otherwise_is_refused_by_name(fields: dict[str, Any]) -> None:
+def test_other_fields_of_messages_are_refused_by_name(fields: dict[str, Any]) -> None:
     with pytest.raises(ApiError) as caught:
         chat(messages=[{"role": "assistant", "content": "hi"} | fields])
     assert caught.value.code == "unknown_field"
@@ -166,14 +166,14 @@ def test_stops_are_one_string_or_up_to_16() -> None:
 
 
 @pytest.mark.parametrize("key", ["1" * 5_000, "-1", "1.5", "", "٣", "a"])
-def test_a_bias_is_on_a_token_id(key: str) -> None:
+def test_keys_of_logit_bias_are_token_ids(key: str) -> None:
     with pytest.raises(ApiError) as caught:
         completion(logit_bias={key: 1})
     assert (caught.value.status, caught.value.param) == (400, "logit_bias")
     assert len(caught.value.message) < 100
 
 
-def test_usage_belongs_to_streams() -> None:
+def test_include_usage_needs_stream() -> None:
     with pytest.raises(ApiError) as caught:
         completion(stream_options={"include_usage": True})
     assert caught.value.param == "stream_options"
