@@ -109,7 +109,7 @@ def _watched(make: Callable[..., Deployment], *args: Any) -> Deployment:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """/ok.png, /redirect?[TARGET], /loop, /big, /sized?BYTES, /endless, /gzip, /text; else a 404."""
+    """Serves /ok.png, /redirect?[TARGET], /loop, /big, /sized?BYTES, /endless, /gzip and /text."""
 
     def do_GET(self) -> None:
         route, _, query = self.path.partition("?")

@@ -74,10 +74,10 @@ async def ask(
     then: str = "end",
     into: list[Reply] | None = None,
 ) -> Reply:
-    """One request; after its pieces the body ends, never ends (`stall`), or the client leaves (`leave`),
-    which Serve may tell by an error of its own (`cancel`).
+    """Sends one request and returns its reply.
 
-    What came before an exception is in `into`.
+    After its pieces the body ends, never ends (`stall`), or the client leaves (`leave`), which Serve
+    may report by an error of its own (`cancel`). What came before an exception is in `into`.
     """
     given = {"content-type": "application/json"} | (headers or {})
     scope = {

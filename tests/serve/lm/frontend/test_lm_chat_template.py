@@ -35,7 +35,7 @@ QWEN3 = (
     "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# Turns alternate, the system prompt is part of the first question, every exchange has a start token.
+# Turns alternate, the system prompt is part of the first question, each exchange has a start token.
 LLAMA2 = (
     "{% if messages[0].role == 'system' %}{% set turns = messages[1:] %}"
     "{% set system = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' %}"

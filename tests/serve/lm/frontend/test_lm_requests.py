@@ -1,4 +1,4 @@
-"""Bodies of requests to generate: fields of other servers, numbers at their limits, stop strings."""
+"""Bodies of requests to generate: fields of other servers, limits of numbers, stop strings."""
 
 from __future__ import annotations
 
