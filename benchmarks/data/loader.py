@@ -12,6 +12,8 @@ DataLoader's workers included); quote them first, wall time needs a quiet machin
 
     ray-trainer  `pipelines.loading.loader.train_batches`, decode_in="trainer": crops, masks, labels, ids
     ray-data     the same with decode_in="data"
+    torch-trainer, torch-data  the same batches by Ray's `iter_torch_batches`, whose threads decode and
+                 prefetch; only with --variant, and compared in loader.md
     dataloader   torch DataLoader, 2 workers, torchvision decode_jpeg and RandomResizedCrop(224), files
                  on disk; no masks, so it does a little less work
 """
@@ -19,6 +21,7 @@ DataLoader's workers included); quote them first, wall time needs a quiet machin
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -28,6 +31,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +40,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 VARIANTS = ("ray-trainer", "ray-data", "dataloader")
+BY_NAME = (*VARIANTS, "torch-trainer", "torch-data")
 BATCH, WORKERS, SIDE = 128, 2, 224
 SCALE, RATIO = (0.3, 1.0), (3 / 4, 4 / 3)
 
@@ -140,13 +145,44 @@ def _ray(variant: str, work: Path, per_epoch: int) -> Iterator[tuple[int, ...]]:
         batch_size=BATCH,
         crop_scale=SCALE,
         crop_ratio=RATIO,
-        decode_in=variant.removeprefix("ray-"),
+        decode_in=variant.partition("-")[2],
         decode_threads=WORKERS,
     )
     cfg = PretrainConfig(data=data, model=ModelConfig(image_size=SIDE, patch_size=16))
-    for batch in train_batches(cfg, rank=0, world_size=1, start_step=0, end_step=3 * per_epoch):
+    make = train_batches if variant.startswith("ray-") else torch_batches
+    for batch in make(cfg, rank=0, world_size=1, start_step=0, end_step=3 * per_epoch):
         yield tuple(batch["images"].shape)
     ray.shutdown()
+
+
+def torch_batches(cfg, *, rank: int, world_size: int, start_step: int, end_step: int) -> Iterator:
+    """The batches of `train_batches`, by `iter_torch_batches` instead of our thread."""
+    from ray.data.collate_fn import ArrowBatchCollateFn
+
+    from pipelines.loading import loader
+
+    class Collate(ArrowBatchCollateFn):
+        def __call__(self, batch):
+            return loader._to_batch(cfg, reader, batch, batch.column("step")[0].as_py(), pool)
+
+    reader = loader.make_reader(cfg, rank, world_size)
+    todo = loader.pieces(reader.plan, start_step, end_step, reader.most_batches)
+    share = loader.cluster_share(cfg, world_size)
+    with ThreadPoolExecutor(cfg.data.decode_threads) as pool:
+        for first in range(0, len(todo), loader.SEGMENT_PIECES):
+            segment = todo[first : first + loader.SEGMENT_PIECES]
+            batches = (
+                loader._dataset(cfg, reader, segment, share)
+                .iterator()
+                .iter_torch_batches(
+                    batch_size=reader.local_batch,
+                    prefetch_batches=cfg.data.prefetch_batches,
+                    collate_fn=Collate(),
+                    device="cpu",
+                )
+            )
+            with contextlib.closing(iter(batches)) as batches, loader._plain_errors():
+                yield from batches
 
 
 class Photos:
@@ -226,7 +262,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=3000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--work", type=Path, help="kept; default: a temporary folder, removed")
-    parser.add_argument("--variant", choices=VARIANTS, help="measure one, on a prepared --work")
+    parser.add_argument("--variant", choices=BY_NAME, help="measure one, on a prepared --work")
     options = parser.parse_args()
     if options.images < BATCH:
         parser.error(f"--images: at least one batch of {BATCH}")
