@@ -21,7 +21,8 @@ import tyro
 
 from pipelines.config.jobs import EvaluateConfig
 from pipelines.evaluate import evaluate
-from pipelines.evaluation.report.page import NAMES, main_score
+from pipelines.evaluation.probes.registry import main_score
+from pipelines.evaluation.report.tables import ROW_NAMES
 
 TASKS = {
     ("pong", "ram_51"): "Pong: height of the player's paddle",
@@ -48,7 +49,7 @@ def score(results: dict[str, Any], row: str) -> tuple[float, float]:
 
 def tables(found: Results) -> str:
     """Attentive probe with HUD and change without, and kNN, by task, as Markdown."""
-    names = [NAMES[row] for row in SHOWN]
+    names = [ROW_NAMES[row] for row in SHOWN]
     lines = [f"| task | chance | {' | '.join(names)} |", "|---" * (len(SHOWN) + 2) + "|"]
     for task, results in found.items():
         cells = [score(results, row) for row in SHOWN]
@@ -62,7 +63,10 @@ def tables(found: Results) -> str:
         means.append(f"{a:.1f} ({b - a:+.1f})")
     lines += [f"| mean | | {' | '.join(means)} |", ""]
     probed = [row for row in SHOWN if row != "supervised"]
-    lines += [f"| kNN | {' | '.join(NAMES[row] for row in probed)} |", "|---" * (len(SHOWN)) + "|"]
+    lines += [
+        f"| kNN | {' | '.join(ROW_NAMES[row] for row in probed)} |",
+        "|---" * (len(SHOWN)) + "|",
+    ]
     for task, results in found.items():
         pairs = [(results["rows"][row]["knn"], results["rows"][row]["knn_shift"]) for row in probed]
         shown = [f"{100 * a:.1f} ({100 * (b - a):+.1f})" for a, b in pairs]
@@ -79,7 +83,7 @@ def draw(found: Results, path: pathlib.Path) -> None:
     for i, row in enumerate(rows):
         pairs = [score(results, row) for results in found.values()]
         places = [n + 0.2 * (i - 1.5) for n in range(len(pairs))]
-        bars = axis.bar(places, [b for _, b in pairs], 0.17, label=NAMES[row])
+        bars = axis.bar(places, [b for _, b in pairs], 0.17, label=ROW_NAMES[row])
         colour = bars.patches[0].get_facecolor()
         axis.bar(places, [a for a, _ in pairs], 0.17, color=colour, alpha=0.3)
     labels = [TASKS[task].replace(": ", ":\n") for task in found]

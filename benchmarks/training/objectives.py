@@ -39,7 +39,8 @@ from models.keyed_random.streams import SampleStream
 from models.media.preprocessing import normalize
 from pipelines.config.train import PretrainConfig
 from pipelines.evaluation.features import preprocessing_of
-from pipelines.evaluation.probes import knn_accuracy, linear_probe
+from pipelines.evaluation.probes.knn import knn_accuracy
+from pipelines.evaluation.probes.linear import linear_probe
 from pipelines.evaluation.ranks import rankme
 from pipelines.fetchers.shipped import sample_folder
 from pipelines.loading.crops import random_crops

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import Preprocessing, normalize
-from pipelines.evaluation.probes import Array, as_labels
+from pipelines.evaluation.arrays import Array, as_labels
 
 LR, WEIGHT_DECAY, WARMUP, CLIP_NORM = 1e-3, 0.05, 0.1, 1.0
 

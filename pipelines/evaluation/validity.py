@@ -11,10 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipelines.dataset.shards import Manifest
+from pipelines.evaluation.arrays import Array, as_labels
 from pipelines.evaluation.probe_sets import SETS, ProbeSet
 
 SHOWN = 6
 """Classes that a sentence names."""
+MOTION_WITHIN = 0.05
+"""A task is one of motion if a single frame scores at most this much above guessing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,3 +131,16 @@ def _unlabelled(flag: str, part: SetFacts) -> list[str]:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+
+
+def task_of(single_frame: float, test_labels: Array) -> dict[str, str | float]:
+    """Whether a clip's label is told by motion or by appearance.
+
+    Args:
+        single_frame: best accuracy of the probes that saw one frame of every clip.
+        test_labels: [Q] class indices from 0; the commonest one's share is what guessing gets.
+    """
+    labels_Q = as_labels(test_labels)
+    chance = float(labels_Q.bincount().max()) / len(labels_Q)
+    kind = "motion" if single_frame <= chance + MOTION_WITHIN else "appearance"
+    return {"kind": kind, "chance": chance, "single_frame": single_frame}

@@ -226,7 +226,8 @@ def _score(cfg: PretrainConfig) -> Reading:
 def _probe(cfg: PretrainConfig, encoder: Any) -> Reading:
     from pipelines.dataset.rows import load_labelled, table_labels
     from pipelines.evaluation.features import extract_features, preprocessing_of
-    from pipelines.evaluation.probes import knn_accuracy, linear_probe
+    from pipelines.evaluation.probes.knn import knn_accuracy
+    from pipelines.evaluation.probes.linear import linear_probe
     from pipelines.loading.clips import training_sampler
 
     prep = preprocessing_of(cfg.model)

@@ -42,7 +42,7 @@ class OnlineProbe:
     def __call__(self, objective: Objective) -> float:
         """Returns the share of queries classified right."""
         from pipelines.evaluation.features import extract_features
-        from pipelines.evaluation.probes import knn_accuracy
+        from pipelines.evaluation.probes.knn import knn_accuracy
 
         bank, query = (
             extract_features(objective.feature_encoder, self._prep, x, autocast=self._autocast)

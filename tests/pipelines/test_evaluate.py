@@ -16,19 +16,24 @@ from rich.console import Console
 from helpers.pipelines.evaluation import PREP, Shards, small_encoder
 from models.artifacts.artifact import save_artifact
 from models.encoders.vit import VisionTransformer
-from pipelines import evaluate as job
 from pipelines.config.jobs import EvaluateConfig
 from pipelines.dataset.rows import load_labelled, table_labels
 from pipelines.dataset.shards import read_manifest
 from pipelines.evaluate import evaluate
+from pipelines.evaluation import input_sets
 from pipelines.evaluation.features import (
     compute_features,
     decode_batches,
     encoder_features,
     pixel_features,
 )
-from pipelines.evaluation.probes import knn_accuracy
-from pipelines.evaluation.report.comparison import comparison_table, read_compared
+from pipelines.evaluation.probe_sets import probe_set
+from pipelines.evaluation.probes.knn import knn_accuracy
+from pipelines.evaluation.probes.probe import ProbeTask
+from pipelines.evaluation.probes.registry import run_probes
+from pipelines.evaluation.report.comparison import read_compared
+from pipelines.evaluation.report.page import write_report
+from pipelines.evaluation.report.tables import comparison_table
 from pipelines.evaluation.subject import load_subject, random_init
 
 
@@ -58,9 +63,9 @@ def test_a_collapsed_encoder_scores_chance_and_shows_in_rankme(
     sets = []
     for uri in cifar_shards:
         features = {"encoder": encoder_features(encoder, PREP)}
-        sets.append(job.probe_set(uri, features, PREP, batch_size=64))
+        sets.append(probe_set(uri, features, PREP, batch_size=64))
     cfg = EvaluateConfig(checkpoint="", data="", test="", probe_epochs=2)
-    row = job.probe(sets[0], sets[1], "encoder", cfg)
+    row = run_probes(ProbeTask(row="encoder", train=sets[0], test=sets[1], cfg=cfg, heads=3))
     assert row["knn"] < 0.2
     assert row["linear"]["accuracy"] < 0.2
     assert row["rankme"] < 1.01
@@ -212,9 +217,9 @@ def test_class_names_cannot_inject_markup(
     baseline = random_init(subject.encoder, 0)
     features = {"encoder": encoder_features(subject.encoder, subject.preprocessing)}
     train, test = (
-        job.probe_set(uri, features, subject.preprocessing, batch_size=64) for uri in cifar_shards
+        probe_set(uri, features, subject.preprocessing, batch_size=64) for uri in cifar_shards
     )
-    html = job.write_report(nasty, subject, train, test, baseline)
+    html = write_report(nasty, subject, train, test, baseline)
     assert "<script" not in html
     assert "&lt;script&gt;" in html
 
@@ -245,9 +250,9 @@ def test_what_cannot_be_evaluated_says_why(
     cfg = EvaluateConfig(checkpoint=small_checkpoint, data=cifar_shards[0], test=str(tmp_path))
     with pytest.raises(ValueError, match="not ingested"):
         evaluate(cfg)
-    manifests = [job.read_manifest(uri) for uri in cifar_shards]
+    manifests = [read_manifest(uri) for uri in cifar_shards]
     object.__setattr__(manifests[1], "classes", ("cat", *manifests[1].classes[1:]))
-    monkeypatch.setattr(job, "read_manifest", lambda uri: manifests[uri == cifar_shards[1]])
+    monkeypatch.setattr(input_sets, "read_manifest", lambda uri: manifests[uri == cifar_shards[1]])
     cfg = EvaluateConfig(checkpoint=small_checkpoint, data=cifar_shards[0], test=cifar_shards[1])
     with pytest.raises(ValueError, match="different classes: airplane"):
         evaluate(cfg)

@@ -46,6 +46,7 @@ ORDER = [
     "pipelines/loading",
     "pipelines/runs",
     "pipelines/evaluation",
+    "pipelines/evaluation/probes",
     "pipelines/evaluation/report",
     "pipelines/training",
     "pipelines/sweeps",

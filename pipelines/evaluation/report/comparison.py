@@ -6,8 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.table import Table
-
 from pipelines.config.jobs import EvaluateConfig
 from pipelines.dataset.shards import Manifest
 from pipelines.evaluation.probe_sets import SETS
@@ -70,22 +68,3 @@ def compared_rows(results: Results, others: Sequence[Results]) -> dict[str, Mapp
         rows[f"{name} ({taken + 1})" if taken else name] = one["rows"]["encoder"]
     baselines = {key: row for key, row in results["rows"].items() if key != "encoder"}
     return {**rows, **{key.replace("_", " "): row for key, row in baselines.items()}}
-
-
-def comparison_table(results: Results, others: Sequence[Results]) -> Table:
-    """For a terminal: kNN, linear probe and RankMe of every encoder, and kNN over its own random init."""
-    table = Table(title="comparison; accuracies in %", title_justify="left")
-    for name in ("", "kNN", "over random init", "linear", "RankMe"):
-        table.add_column(name, justify="right" if name else "left")
-    gains = [
-        r["rows"]["encoder"]["knn"] - r["rows"]["random_init"]["knn"] for r in (results, *others)
-    ]
-    for index, (name, row) in enumerate(compared_rows(results, others).items()):
-        table.add_row(
-            name,
-            f"{100 * row['knn']:.1f}",
-            f"{100 * gains[index]:+.1f}" if index < len(gains) else "-",
-            f"{100 * row['linear']['accuracy']:.1f}",
-            f"{row['rankme']:.1f} of {row['width']}" if "rankme" in row else "-",
-        )
-    return table

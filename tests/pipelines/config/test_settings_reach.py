@@ -14,9 +14,10 @@ from helpers.pipelines.loading import config, write_samples
 from models.keyed_random.arrays import sample_keys
 from pipelines.config.data import MaskConfig
 from pipelines.config.jobs import EmbedConfig, EvaluateConfig
-from pipelines.evaluate import _attentive, probe
-from pipelines.evaluation.attentive_probe import attentive_probe
 from pipelines.evaluation.probe_sets import ProbeSet
+from pipelines.evaluation.probes.attentive import ATTENTIVE, attentive_probe
+from pipelines.evaluation.probes.knn import KNN
+from pipelines.evaluation.probes.probe import ProbeTask
 from pipelines.loading.loader import make_reader
 from pipelines.loading.masks.multiblock import multiblock_masks
 from pipelines.loading.plan import pieces
@@ -88,6 +89,10 @@ def _set(seed: int, tokens: int = 0) -> ProbeSet:
     )
 
 
+def _task(train: ProbeSet, test: ProbeSet, cfg: EvaluateConfig) -> ProbeTask:
+    return ProbeTask(row="encoder", train=train, test=test, cfg=cfg, heads=2)
+
+
 def _evaluation(**settings) -> EvaluateConfig:
     return EvaluateConfig(checkpoint="x", data="y", test="z", probe_epochs=1, **settings)
 
@@ -108,18 +113,18 @@ def test_knn_k_and_temperature(k: int, temperature: float) -> None:
         votes = [weights[train.labels_N[nearest] == c].sum() for c in (0, 1)]
         right += int(np.argmax(votes) == label)
     cfg = _evaluation(knn_k=k, knn_temperature=temperature)
-    assert probe(train, test, "encoder", cfg)["knn"] == pytest.approx(right / 80)
+    assert KNN.run(_task(train, test, cfg))["knn"] == pytest.approx(right / 80)
 
 
 def test_knn_settings_change_the_vote() -> None:
     found = [
-        probe(_set(0), _set(1), "encoder", _evaluation(knn_k=k, knn_temperature=t))["knn"]
+        KNN.run(_task(_set(0), _set(1), _evaluation(knn_k=k, knn_temperature=t)))["knn"]
         for k, t in ((20, 0.07), (20, 5.0), (3, 0.07))
     ]
     assert len(set(found)) == 3
 
 
-ATTENTIVE = {
+SETTINGS = {
     "lrs": (3e-2, 1e-3),
     "decays": (0.4,),
     "epochs": 25,
@@ -133,10 +138,10 @@ def test_attentive_settings() -> None:
     arrays = [part for s in sets for part in (s.tokens["encoder"], s.labels_N)]
     base = {"lrs": (1e-2,), "decays": (0.1,), "epochs": 2, "standardise": False}
     found = {}
-    for name, value in {"none": None, **ATTENTIVE}.items():
+    for name, value in {"none": None, **SETTINGS}.items():
         settings = base if name == "none" else base | {name: value}
         cfg = _evaluation(**{f"attentive_{key}": value for key, value in settings.items()})
-        found[name] = _attentive(sets, "encoder", 2, cfg)
+        found[name] = ATTENTIVE.run(_task(*sets, cfg))["attentive"]
         passed = {"weight_decays" if k == "decays" else k: v for k, v in settings.items()}
         expected = attentive_probe(*arrays, heads=2, seed=0, **passed)
         assert found[name] == dataclasses.asdict(expected)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipelines.evaluation.attentive_probe import AttentiveProbes, _AdamW, attentive_probe
+from pipelines.evaluation.probes.attentive import AttentiveProbes, _AdamW, attentive_probe
 
 D, HEADS, CLASSES, TOKENS = 24, 3, 4, 10
 

@@ -16,7 +16,7 @@ from helpers.pipelines.fake_training import change, memory_batches, tiny_config
 from pipelines.config.data import MaskConfig
 from pipelines.dataset.rows import load_labelled
 from pipelines.evaluation.features import decode_all
-from pipelines.evaluation.report import page as report
+from pipelines.evaluation.report import samples as report
 from pipelines.evaluation.report.curves import SECTIONS, training_curves
 from pipelines.evaluation.report.figures import line_chart, pca_pictures
 from pipelines.evaluation.subject import load_subject
@@ -72,7 +72,7 @@ def test_legacy_masks_shown_are_those_of_the_first_batch(
             return image
 
         monkeypatch.setattr(report, name, picture)
-    assert len(report._masks(subject, rows, decode_all(rows, PREP))) == 8
+    assert len(report.masks(subject, rows, decode_all(rows, PREP))) == 8
 
     data = dataclasses.replace(config.data, train=cifar_shards[0])
     reader = make_reader(dataclasses.replace(config, data=data), 0, 1)
@@ -80,7 +80,7 @@ def test_legacy_masks_shown_are_those_of_the_first_batch(
     for seen, name in enumerate(("context_ids", "target_ids")):
         shown = np.stack([ids for which, ids in drawn if which == seen])
         np.testing.assert_array_equal(shown, trained[name][0][:8])
-    assert "first" in report._mask_note(config)
+    assert "first" in report.mask_note(config)
 
 
 def test_a_chart_spans_its_values_and_skips_what_is_not_a_number() -> None:

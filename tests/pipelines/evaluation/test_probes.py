@@ -10,14 +10,10 @@ import pytest
 import torch
 
 from pipelines.evaluation import probes
-from pipelines.evaluation.probes import (
-    few_shot,
-    knn_accuracy,
-    knn_predict,
-    linear_probe,
-    nearest,
-    task_of,
-)
+from pipelines.evaluation.probes.few_shot import few_shot
+from pipelines.evaluation.probes.knn import knn_accuracy, knn_predict, nearest
+from pipelines.evaluation.probes.linear import linear_probe
+from pipelines.evaluation.validity import task_of
 
 
 def _blobs(

@@ -21,8 +21,9 @@ from pipelines.config.data import ClipConfig
 from pipelines.config.jobs import EvaluateConfig
 from pipelines.dataset.rows import Wanted, iter_labelled
 from pipelines.evaluate import evaluate
-from pipelines.evaluation.attentive_probe import AttentiveProbes, attentive_probe
-from pipelines.evaluation.probes import knn_accuracy, linear_probe
+from pipelines.evaluation.probes.attentive import AttentiveProbes, attentive_probe
+from pipelines.evaluation.probes.knn import knn_accuracy
+from pipelines.evaluation.probes.linear import linear_probe
 from pipelines.evaluation.state_labels import Bins, find_column, state_reader
 from pipelines.evaluation.supervised import Supervised, supervised_baseline
 from pipelines.loading.clips import ClipSampler

@@ -16,7 +16,7 @@ from pipelines.config.train import PretrainConfig
 from pipelines.dataset.rows import load_labelled, table_labels
 from pipelines.dataset.shards import read_manifest
 from pipelines.evaluation.features import extract_features, preprocessing_of
-from pipelines.evaluation.probes import knn_accuracy
+from pipelines.evaluation.probes.knn import knn_accuracy
 from pipelines.evaluation.subject import random_init
 from pipelines.ingest import ingest
 from pipelines.loading.loader import train_batches

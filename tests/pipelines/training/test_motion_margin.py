@@ -27,7 +27,7 @@ from pipelines.evaluation.features import (
     encoder_features,
     single_frame,
 )
-from pipelines.evaluation.probes import few_shot
+from pipelines.evaluation.probes.few_shot import few_shot
 from pipelines.evaluation.subject import random_init
 from pipelines.fetchers.moving_mnist import write_moving
 from pipelines.ingest import ingest

@@ -13,13 +13,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipelines.evaluation.probes import Array, as_labels
+from pipelines.evaluation.arrays import Array, as_labels
+from pipelines.evaluation.probes.probe import Column, Probe, ProbeTask
 
 # V-JEPA 2's sweep (arXiv 2506.09985, appendix): 20 probes on one pass over the frozen features.
 LRS = (5e-3, 3e-3, 1e-3, 3e-4, 1e-4)
@@ -248,3 +250,38 @@ def _accuracy(probes: AttentiveProbes, tokens: Array, labels_N: Tensor, rows: np
         predicted_PB = probes(_rows(tokens, chunk, probes.query.device)).argmax(-1).cpu()
         hits += (predicted_PB == labels_N[chunk].cpu()).sum(1)
     return hits / len(rows)
+
+
+def _run(task: ProbeTask) -> dict[str, Any]:
+    """Reads the tokens of clips; images have none here."""
+    if task.row not in task.train.tokens:
+        return {}
+    cfg = task.cfg
+    sets = [task.train, task.test, *([] if task.shifted is None else [task.shifted])]
+    train, test, *shifted = [(part.tokens[task.row], part.labels_N) for part in sets]
+    probe = attentive_probe(
+        *train,
+        *test,
+        shifted=shifted[0] if shifted else None,
+        heads=task.heads if train[0].shape[-1] % task.heads == 0 else 1,
+        epochs=cfg.attentive_epochs,
+        lrs=cfg.attentive_lrs,
+        weight_decays=cfg.attentive_decays,
+        standardise=cfg.attentive_standardise,
+        seed=cfg.seed,
+        device=task.device,
+    )
+    return {"attentive": dataclasses.asdict(probe)}
+
+
+ATTENTIVE = Probe(
+    run=_run,
+    columns=(
+        Column(
+            key="attentive.accuracy",
+            name="Attentive probe",
+            meaning="Accuracy of a classifier with one learned query that attends to all frozen "
+            "tokens of a clip.",
+        ),
+    ),
+)

@@ -1,0 +1,100 @@
+"""The sets that an evaluation is given: their manifests checked, their features computed, their labels
+read or made of game states."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+from rich.console import Console
+from rich.progress import Progress
+
+from models.encoders.vit import VisionTransformer
+from pipelines.config.jobs import EvaluateConfig
+from pipelines.dataset.rows import Wanted, check_classes
+from pipelines.dataset.shards import Manifest, read_manifest
+from pipelines.evaluation.probe_sets import (
+    Labels,
+    ProbeSet,
+    check_token_bytes,
+    probe_featurizers,
+    probe_set,
+)
+from pipelines.evaluation.state_labels import Bins, find_column, state_reader
+from pipelines.evaluation.subject import Subject
+
+
+def read_manifests(cfg: EvaluateConfig) -> list[Manifest]:
+    """Reads the manifests of --data, --test and, where given, --shift-test.
+
+    Raises:
+        ValueError: a set that is no data set, that has no classes or others than --data, or a flag
+            that does not go with these sets.
+    """
+    uris = {"--data": cfg.data, "--test": cfg.test, "--shift-test": cfg.shift_test}
+    sets = {flag: read_manifest(uri) for flag, uri in uris.items() if uri is not None}
+    data = sets["--data"]
+    for flag, manifest in sets.items():
+        if manifest.modality != data.modality:
+            raise ValueError(f"--data holds {data.modality}s, {flag} {manifest.modality}s")
+        if flag != "--data" and (cfg.state is None or cfg.only is not None):
+            check_classes({"--data": data, flag: manifest})
+    if cfg.state is not None and data.modality != "video":
+        raise ValueError("--state: images have no states; it goes with video")
+    if cfg.only is not None and cfg.only not in data.classes:
+        raise ValueError(f"--only: no class {cfg.only!r}; there are {', '.join(data.classes)}")
+    return list(sets.values())
+
+
+def read_sets(
+    cfg: EvaluateConfig,
+    subject: Subject,
+    baseline: VisionTransformer,
+    manifests: list[Manifest],
+    console: Console,
+) -> tuple[list[ProbeSet], list[str]]:
+    """Computes the features of every set; returns the sets and the names of their classes."""
+    clips = subject.sampler is not None
+    attentive = clips and cfg.attentive_epochs > 0
+    featurizers = probe_featurizers(
+        *(subject.encoder, baseline, subject.preprocessing),
+        clips=clips,
+        attentive=attentive,
+        pixels=cfg.supervised_epochs > 0,
+    )
+    totals = [min(manifest.num_samples, cfg.limit or sys.maxsize) for manifest in manifests]
+    if attentive:
+        check_token_bytes(subject.encoder, sum(totals))
+    labels = _labels(cfg, subject, manifests[0].classes)
+    with Progress(console=console, transient=True) as progress:
+
+        def read(uri: str, total: int) -> ProbeSet:
+            task = progress.add_task(f"features of {uri}", total=total)
+            return probe_set(
+                uri,
+                featurizers,
+                subject.preprocessing,
+                batch_size=cfg.batch_size,
+                sampler=subject.sampler,
+                limit=cfg.limit,
+                labels=labels,
+                advance=lambda rows: progress.advance(task, rows),
+            )
+
+        uris = [uri for uri in (cfg.data, cfg.test, cfg.shift_test) if uri is not None]
+        sets = [read(uri, total) for uri, total in zip(uris, totals, strict=True)]
+    if cfg.state is None:
+        return sets, list(manifests[0].classes)
+    bins = Bins.of(sets[0].labels_N, cfg.bins)
+    binned = [dataclasses.replace(p, labels_N=bins.classes(p.labels_N)) for p in sets]
+    return binned, bins.names
+
+
+def _labels(cfg: EvaluateConfig, subject: Subject, classes: tuple[str, ...]) -> Labels:
+    only = None if cfg.only is None else classes.index(cfg.only)
+    if cfg.state is None:
+        return Labels(Wanted(only=only))
+    assert subject.sampler is not None
+    return Labels(
+        Wanted(column="states", only=only), state_reader(find_column(cfg), subject.sampler)
+    )

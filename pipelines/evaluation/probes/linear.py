@@ -1,0 +1,147 @@
+"""The linear probe: softmax heads on frozen features, a whole sweep of them in one pass.
+
+Shape suffixes: N rows to learn from, Q rows to be scored on, D feature width, C classes, H heads of
+the sweep, B rows of one step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipelines.evaluation.arrays import Array, as_features, as_labels, standardise
+from pipelines.evaluation.probes.probe import Column, Probe, ProbeTask
+
+PROBE_LRS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+PROBE_WEIGHT_DECAYS = (0.0, 0.1)
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearProbe:
+    """The head that did best on the held-out part, and its score on the test set."""
+
+    accuracy: float
+    held_out_accuracy: float
+    lr: float
+    weight_decay: float
+    shift_accuracy: float | None = None
+
+
+def linear_probe(
+    train: Array,
+    train_labels: Array,
+    test: Array,
+    test_labels: Array,
+    *,
+    shifted: tuple[Array, Array] | None = None,
+    epochs: int = 50,
+    batch_size: int = 256,
+    lrs: tuple[float, ...] = PROBE_LRS,
+    weight_decays: tuple[float, ...] = PROBE_WEIGHT_DECAYS,
+    held_out: float = 0.1,
+    seed: int = 0,
+) -> LinearProbe:
+    """Trains a softmax head for every (lr, weight decay) at once and scores the best of them.
+
+    Features are standardised by training statistics (a BatchNorm without affine); SGD with
+    momentum 0.9, cosine to zero. A held-out share of the training rows picks the head, so the test
+    labels are read once.
+
+    Args:
+        train: [N, D] features; `train_labels`: [N] class indices from 0.
+        test: [Q, D] features; `test_labels`: [Q].
+        shifted: a second test set, scored by the same head.
+        held_out: share of the training rows that picks the head instead of training it.
+    """
+    grid = [(lr, decay) for lr in lrs for decay in weight_decays]
+    train_ND, test_QD = standardise(as_features(train), as_features(test))
+    labels_N = as_labels(train_labels).to(train_ND.device)
+    order_N = torch.from_numpy(np.random.default_rng(seed).permutation(len(train_ND)))
+    order_N, count = order_N.to(train_ND.device), max(1, round(held_out * len(order_N)))
+    picks_N, fits_N = order_N[:count], order_N[count:]
+    heads = _Heads(train_ND.shape[1], int(labels_N.max()) + 1, grid, train_ND.device)
+    _fit(heads, train_ND[fits_N], labels_N[fits_N], epochs, batch_size, seed)
+    held_out_H = heads.accuracy(train_ND[picks_N], labels_N[picks_N])
+    best = int(held_out_H.argmax())
+    test_H = heads.accuracy(test_QD, as_labels(test_labels).to(train_ND.device))
+    found = LinearProbe(float(test_H[best]), float(held_out_H[best]), *grid[best])
+    if shifted is None:
+        return found
+    shifted_QD = standardise(as_features(train), as_features(shifted[0]))[1]
+    shifted_H = heads.accuracy(shifted_QD, as_labels(shifted[1]).to(train_ND.device))
+    return dataclasses.replace(found, shift_accuracy=float(shifted_H[best]))
+
+
+class _Heads:
+    """H independent softmax heads in one [D, H*C] matrix, each with its own lr and decay."""
+
+    def __init__(
+        self, width: int, classes: int, grid: list[tuple[float, float]], device: torch.device
+    ) -> None:
+        self.shape = (len(grid), classes)
+        self.weight = torch.zeros(width, len(grid) * classes, device=device)
+        self.bias = torch.zeros(len(grid) * classes, device=device)
+        self.velocity = (torch.zeros_like(self.weight), torch.zeros_like(self.bias))
+        columns = torch.tensor(grid, device=device).repeat_interleave(classes, dim=0)
+        self.lr, self.decay = columns[:, 0], columns[:, 1]
+
+    def logits(self, x_BD: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x_BD, self.weight).view(len(x_BD), *self.shape)
+
+    def step(self, x_BD: Tensor, labels_B: Tensor, lr_scale: float) -> None:
+        # Softmax regression's gradient in closed form: x^T (p - onehot) / B, for all heads at once.
+        error_BHC = self.logits(x_BD).softmax(dim=-1)
+        error_BHC -= F.one_hot(labels_B, self.shape[1])[:, None]
+        error = error_BHC.flatten(1) / len(x_BD)
+        self.velocity[0].mul_(0.9).addmm_(x_BD.T, error).addcmul_(self.weight, self.decay)
+        self.velocity[1].mul_(0.9).add_(error.sum(dim=0))
+        self.weight.addcmul_(self.velocity[0], self.lr, value=-lr_scale)
+        self.bias.addcmul_(self.velocity[1], self.lr, value=-lr_scale)
+
+    def accuracy(self, x_QD: Tensor, labels_Q: Tensor) -> Tensor:
+        hits = [
+            (self.logits(x_BD).argmax(dim=-1) == labels_B[:, None]).sum(dim=0)
+            for x_BD, labels_B in zip(
+                torch.split(x_QD, 4096), torch.split(labels_Q, 4096), strict=True
+            )
+        ]
+        return torch.stack(hits).sum(dim=0) / len(x_QD)
+
+
+def _fit(
+    heads: _Heads, x_ND: Tensor, labels_N: Tensor, epochs: int, batch_size: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    steps = math.ceil(len(x_ND) / batch_size)
+    for epoch in range(epochs):
+        order_N = torch.randperm(len(x_ND), generator=generator).to(x_ND.device)
+        for index, rows_B in enumerate(torch.split(order_N, batch_size)):
+            progress = (epoch + index / steps) / epochs
+            heads.step(x_ND[rows_B], labels_N[rows_B], 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def _run(task: ProbeTask) -> dict[str, Any]:
+    cfg = task.cfg
+    found = linear_probe(
+        *task.features, shifted=task.shifted_features, epochs=cfg.probe_epochs, seed=cfg.seed
+    )
+    return {"linear": dataclasses.asdict(found)}
+
+
+LINEAR = Probe(
+    run=_run,
+    columns=(
+        Column(
+            key="linear.accuracy",
+            name="Linear probe",
+            meaning="Accuracy of a linear classifier trained on the frozen features of all "
+            "training samples.",
+        ),
+    ),
+)

@@ -1,0 +1,172 @@
+"""The sections of the report that show samples: nearest neighbours, patch colours, and masks.
+
+Shape suffixes: N images or clips, T tokens, D width, Q queries, K neighbours, H and W pixels,
+C channels, F frames.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from torch import Tensor
+
+from models.encoders.vit import VisionTransformer
+from models.keyed_random.arrays import key_of, sample_keys
+from models.keyed_random.streams import PlanStream
+from pipelines.config.train import ModelConfig, ObjectiveConfig, PretrainConfig
+from pipelines.dataset.rows import read_places
+from pipelines.evaluation.features import decode_all, extract_features
+from pipelines.evaluation.probe_sets import ProbeSet
+from pipelines.evaluation.probes.knn import knn_predict, nearest
+from pipelines.evaluation.report.figures import (
+    context_picture,
+    masked_clip,
+    pca_pictures,
+    picture_uri,
+    target_picture,
+)
+from pipelines.evaluation.subject import Subject
+from pipelines.loading.masks.maskers import make_masker
+
+QUERIES, NEIGHBOURS, MASKED = 10, 6, 8
+PCA_SHOWN, PCA_FITTED, PCA_BATCH = 8, 256, 32
+
+
+def shown_rows(test: ProbeSet) -> pa.Table:
+    """Reads the test samples whose patch colours and masks are drawn, class by class in turn."""
+    return read_places(test.uri, test.places_N3[_spread(test.labels_N, PCA_FITTED)])
+
+
+def _spread(labels_N: np.ndarray, count: int) -> np.ndarray:
+    """Picks rows class by class in turn: the first of every class, then the second of every class.
+
+    They are the first as stored, not the best looking.
+    """
+    rank_N = np.zeros(len(labels_N), dtype=np.int64)
+    for label in np.unique(labels_N):
+        rows = np.flatnonzero(labels_N == label)
+        rank_N[rows] = np.arange(len(rows))
+    return np.lexsort((labels_N, rank_N))[:count]
+
+
+def neighbours(
+    results: dict[str, Any], subject: Subject, train: ProbeSet, test: ProbeSet
+) -> list[dict[str, Any]]:
+    """Finds the nearest training samples of some test samples by the encoder's features."""
+    settings, classes = results["settings"], results["classes"]
+    rows_Q = _spread(test.labels_N, QUERIES)
+    bank_ND, query_QD = train.features["encoder"], test.features["encoder"][rows_Q]
+    similarity_QK, index_QK = nearest(bank_ND, query_QD, NEIGHBOURS)
+    votes = {"k": settings["knn_k"], "temperature": settings["knn_temperature"]}
+    predicted_Q = knn_predict(bank_ND, train.labels_N, query_QD, **votes)
+    queries = _pictures(subject, test, rows_Q)
+    found = _pictures(subject, train, index_QK.flatten().numpy())
+    groups = []
+    for q, row in enumerate(rows_Q):
+        truth, guess = int(test.labels_N[row]), int(predicted_Q[q])
+        found_K = [
+            {
+                "image": found[q * index_QK.shape[1] + k],
+                "label": classes[label],
+                "right": label == truth,
+                "similarity": f"{float(similarity_QK[q, k]):.3f}",
+            }
+            for k, label in enumerate(train.labels_N[index_QK[q].numpy()])
+        ]
+        query = {"image": queries[q], "label": classes[truth], "right": guess == truth}
+        groups.append({**query, "guess": classes[guess], "neighbours": found_K})
+    return groups
+
+
+def _pictures(subject: Subject, part: ProbeSet, rows: np.ndarray) -> list[str]:
+    table = read_places(part.uri, part.places_N3[rows])
+    pixels = decode_all(table, subject.preprocessing, subject.sampler)
+    return [picture_uri(sample) for sample in _channels_last(pixels)]
+
+
+def _channels_last(pixels: Tensor) -> np.ndarray:
+    """Returns images as [N, H, W, C] and clips as [N, F, H, W, C]."""
+    return pixels.movedim(1, -1).numpy()
+
+
+def patch_colours(subject: Subject, baseline: VisionTransformer, pixels: Tensor) -> list[list[str]]:
+    """Draws every sample beside its patch features by the encoder and by the baseline."""
+    steps = subject.encoder.tubes if subject.sampler else 1
+    maps = []
+    for encoder in (subject.encoder, baseline):
+        tokens_NTD = extract_features(
+            encoder,
+            subject.preprocessing,
+            pixels,
+            batch_size=PCA_BATCH * (subject.sampler.frames if subject.sampler else 1),
+            pooling="patches",
+        )
+        maps.append(pca_pictures(tokens_NTD, PCA_SHOWN, steps))
+    if subject.sampler:  # as long as the clip they stand beside
+        maps = [pictures.repeat(subject.encoder.tubelet, axis=1) for pictures in maps]
+    return [
+        [picture_uri(picture) for picture in row]
+        for row in zip(_channels_last(pixels), *maps, strict=False)
+    ]
+
+
+def masks(subject: Subject, rows: pa.Table, pixels: Tensor) -> list[list[str]]:
+    """Draws every sample beside what the encoder saw of it in epoch 0."""
+    encoder, config = subject.encoder, subject.config or _default_config(subject)
+    ids = rows["sample_id"].to_pylist()[:MASKED]
+    masker = make_masker(config)
+    if encoder.grid < 2 or config.masks == "none":
+        return []
+    if masker.legacy:
+        # Drawn for the whole batch, whose shortest lists decide how much of every mask is left.
+        key = key_of(config.run.seed, PlanStream.LEGACY_MASKS, 0, 0)
+        drawn = masker.for_batch(key, config.data.batch_size)
+    else:
+        drawn = masker.for_samples(sample_keys(ids, config.run.seed, 0))
+    shown = []
+    for row, sample in enumerate(_channels_last(pixels)[: len(ids)]):
+        mine = {name: ids[row] for name, ids in drawn.items()}
+        shown.append([picture_uri(p) for p in (sample, *_masked(sample, mine, encoder))])
+    return shown
+
+
+def _masked(
+    sample: np.ndarray, masks: dict[str, np.ndarray], encoder: VisionTransformer
+) -> list[np.ndarray]:
+    """Draws an image's (first) context and its targets, or a clip's mask by each generator."""
+    if sample.ndim == 3:
+        return [
+            context_picture(sample, np.atleast_2d(masks["context_ids"])[0], encoder.grid),
+            target_picture(sample, masks["target_ids"], encoder.grid),
+        ]
+    return [
+        masked_clip(
+            *(sample, masks[f"context_ids_{g}"], masks[f"target_ids_{g}"]),
+            *(encoder.grid, encoder.tubelet),
+        )
+        for g in range(len(masks) // 2)
+    ]
+
+
+def _default_config(subject: Subject) -> PretrainConfig:
+    """Builds default mask settings on this encoder's grid, as an artifact does not store its own."""
+    encoder = subject.encoder
+    model = ModelConfig(
+        image_size=encoder.image_size,
+        patch_size=encoder.patch_size,
+        frames=encoder.frames if subject.sampler else 1,
+        tubelet=encoder.tubelet if subject.sampler else 1,
+    )
+    name = "vjepa" if subject.sampler else "ijepa"
+    return PretrainConfig(model=model, objective=ObjectiveConfig(name=name))
+
+
+def mask_note(config: PretrainConfig | None) -> str:
+    """Says whose mask settings the report shows."""
+    if config is None:
+        return "with the default settings, because an artifact does not store its own"
+    if make_masker(config).legacy:
+        return "with the run's own settings; legacy masks belong to positions in a batch, and the first ones are shown"
+    return "with the run's own settings"

@@ -1,0 +1,134 @@
+"""Results as tables: the same columns and cells for the terminal, the report and a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich import table as rich_table
+
+from pipelines.evaluation.probes.probe import Column, Row
+from pipelines.evaluation.probes.registry import columns, main_column, main_score
+from pipelines.evaluation.report.comparison import compared_rows
+
+ROW_NAMES = {
+    "encoder": "encoder",
+    "random_init": "random init",
+    "single_frame": "single frame",
+    "raw_pixels": "raw pixels",
+    "supervised": "supervised",
+}
+"""Names of the rows of results.json, and of the supervised baseline."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number as text, and how it stands among the numbers of its column."""
+
+    text: str | None
+    """None where the row has no such number."""
+    share: int | None
+    """Per cent of the column's largest number; None where no number is better than another."""
+    best: bool
+    """Whether it is the column's best number."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """The columns that have a number, and the cells of every row by the row's name."""
+
+    columns: list[Column]
+    rows: dict[str, list[Cell]]
+
+
+def table_of(rows: Mapping[str, Row]) -> Table:
+    """Builds the table of some rows of results.json.
+
+    Args:
+        rows: numbers by the name to show.
+    """
+    filled = [c for c in columns() if any(c.number(row) is not None for row in rows.values())]
+    by_column = [_cells(column, list(rows.values())) for column in filled]
+    by_row = zip(*by_column, strict=True)
+    return Table(filled, {name: list(cells) for name, cells in zip(rows, by_row, strict=True)})
+
+
+def _cells(column: Column, rows: Sequence[Row]) -> list[Cell]:
+    numbers = [column.number(row) for row in rows]
+    known = [number for number in numbers if number is not None]
+    most, best = max(known), min(known) if column.better == "lower" else max(known)
+    return [
+        Cell(
+            text=column.cell(row),
+            share=None
+            if number is None or not column.better
+            else round(100 * number / (most or 1)),
+            best=number is not None and column.better is not None and number == best,
+        )
+        for row, number in zip(rows, numbers, strict=True)
+    ]
+
+
+def results_rows(results: Mapping[str, Any]) -> dict[str, Row]:
+    """Returns the rows of results.json; the supervised baseline joins them in the main column."""
+    rows: dict[str, Row] = dict(results["rows"])
+    if found := results.get("supervised"):
+        knn = {"knn": found["accuracy"], "knn_shift": found["shift_accuracy"]}
+        rows["supervised"] = {"attentive": found} if "attentive" in rows["encoder"] else knn
+    return rows
+
+
+def named_rows(results: Mapping[str, Any]) -> dict[str, Row]:
+    """Returns the rows of results.json by the names to show."""
+    return {ROW_NAMES[key]: row for key, row in results_rows(results).items()}
+
+
+def results_table(results: Mapping[str, Any]) -> rich_table.Table:
+    """Draws the results for a terminal."""
+    title = " ".join(str(results["provenance"].get(k, "")) for k in ("run", "checkpoint")).strip()
+    drawn = _draw(table_of(named_rows(results)), title or "evaluation")
+    ours, random = results["rows"]["encoder"], results["rows"]["random_init"]
+    gain = 100 * (main_score(ours)[0] - main_score(random)[0])
+    name = main_column(ours).name
+    drawn.caption = f"accuracy in %; {name} is {gain:+.1f} points over random init"
+    if task := results.get("task"):
+        shares = f"{100 * task['single_frame']:.1f}, guessing {100 * task['chance']:.1f}"
+        drawn.caption += f"; a task of {task['kind']} (best of one frame {shares})"
+    return drawn
+
+
+def comparison_table(
+    results: Mapping[str, Any], others: Sequence[Mapping[str, Any]]
+) -> rich_table.Table:
+    """Draws several encoders for a terminal, each with its lead over its own random weights."""
+    rows = compared_rows(results, others)
+    gains = [
+        main_score(one["rows"]["encoder"])[0] - main_score(one["rows"]["random_init"])[0]
+        for one in (results, *others)
+    ]
+    extra = [f"{100 * gain:+.1f}" for gain in gains] + ["-"] * (len(rows) - len(gains))
+    title = "comparison; accuracies in %"
+    return _draw(table_of(rows), title, second=("over random init", extra))
+
+
+def _draw(
+    table: Table, title: str, *, second: tuple[str, Sequence[str]] | None = None
+) -> rich_table.Table:
+    """Draws a table in characters that every terminal has.
+
+    Args:
+        table: what to draw.
+        title: stands above it.
+        second: heading and cells of one more column, to stand after the first.
+    """
+    drawn = rich_table.Table(title=title, title_justify="left")
+    drawn.add_column("")
+    names = [column.name for column in table.columns]
+    for name in [*names[:1], *([second[0]] if second else []), *names[1:]]:
+        drawn.add_column(name, justify="right")
+    for index, (name, cells) in enumerate(table.rows.items()):
+        texts = ["-" if c.text is None else c.text.replace("\u00b1", "+-") for c in cells]
+        more = [second[1][index]] if second else []
+        drawn.add_row(name, *texts[:1], *more, *texts[1:])
+    return drawn
