@@ -116,11 +116,19 @@ def measure(
     assert train is not None
     assert test is not None
     found: dict[str, Any] = {"rows": {}}
-    settings = {"test": test, "shifted": shifted, "cfg": cfg, "heads": subject.encoder.heads}
+    # Every row is the same task on other features.
+    first = ProbeTask(
+        row="encoder",
+        train=train,
+        test=test,
+        shifted=shifted,
+        cfg=cfg,
+        heads=subject.encoder.heads,
+    )
     with console.status("probing") as status:
         for row in train.features:
             status.update(f"probing {ROW_NAMES[row]}")
-            found["rows"][row] = run_probes(ProbeTask(row=row, train=train, **settings))
+            found["rows"][row] = run_probes(dataclasses.replace(first, row=row))
         if cfg.supervised_epochs > 0:
             status.update("training the supervised baseline")
             found["supervised"] = _supervised(subject, sets, cfg)
@@ -130,7 +138,7 @@ def measure(
 def best_accuracy(row: dict[str, Any]) -> float:
     """Returns the best accuracy of the probes that learn from all training samples."""
     swept = [row[key]["accuracy"] for key in ("linear", "attentive") if key in row]
-    return max(row["knn"], *swept)
+    return float(max(row["knn"], *swept))
 
 
 def data_used(manifests: Sequence[Manifest], sets: Sequence[ProbeSet]) -> dict[str, Any]:

@@ -69,11 +69,11 @@ def knn_accuracy(
 
 
 def _run(task: ProbeTask) -> dict[str, Any]:
-    bank, labels, *test = task.features
+    bank, labels, query, truth = task.features
     votes = (task.cfg.knn_k, task.cfg.knn_temperature)
     shifted = task.shifted_features
     return {
-        "knn": knn_accuracy(bank, labels, *test, *votes),
+        "knn": knn_accuracy(bank, labels, query, truth, *votes),
         "knn_shift": None if shifted is None else knn_accuracy(bank, labels, *shifted, *votes),
     }
 

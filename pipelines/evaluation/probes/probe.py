@@ -84,7 +84,7 @@ class Column:
         value: Any = row
         for part in self.key.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
-        return value
+        return None if value is None else float(value)
 
     def cell(self, row: Row) -> str | None:
         """Returns the number as text; None where the row has none."""

@@ -98,9 +98,7 @@ def results_table(results: Mapping[str, Any]) -> rich_table.Table:
     return drawn
 
 
-def comparison_table(
-    results: Mapping[str, Any], others: Sequence[Mapping[str, Any]]
-) -> rich_table.Table:
+def comparison_table(results: dict[str, Any], others: Sequence[dict[str, Any]]) -> rich_table.Table:
     """Draws several encoders for a terminal, each with its lead over its own random weights."""
     rows = compared_rows(results, others)
     gains = [
