@@ -1,7 +1,8 @@
-"""Other evaluations beside this one: their results.json files, read and checked to be comparable."""
+"""Reads the results.json files of other evaluations and checks that their numbers compare."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,19 +14,20 @@ from pipelines.runtime.uris import open_uri
 
 Results = dict[str, Any]
 
-COMPARED = (
-    *("knn_k", "knn_temperature", "probe_epochs", "limit", "fps", "stride"),
-    *("attentive_epochs", "attentive_lrs", "attentive_decays", "attentive_standardise"),
-    *("only", "state", "bins"),
-)
-"""Settings that must be equal for two evaluations to compare."""
+NOT_COMPARED = {
+    *("checkpoint", "data", "test", "shift_test", "out", "columns", "compare"),
+    *("supervised_epochs", "batch_size", "seed"),
+}
+"""Settings that may differ between two evaluations. All others must be equal for their numbers to
+compare; the sets are compared by what they hold."""
 
 
 def read_compared(cfg: EvaluateConfig, manifests: Sequence[Manifest]) -> list[Results]:
     """Reads `--compare`: results.json files, or folders that have one.
 
     Raises:
-        ValueError: none there, or an evaluation on other data or by other settings.
+        ValueError: there is no such file, or it is of an evaluation on other data or with other
+            settings.
     """
     return [_read(uri, cfg, manifests) for uri in cfg.compare]
 
@@ -44,23 +46,32 @@ def _read(uri: str, cfg: EvaluateConfig, manifests: Sequence[Manifest]) -> Resul
         if results["data"].get(name, {}).get("manifest_hash") != manifest.manifest_hash:
             flag = name.replace("_", "-")
             raise ValueError(f"--compare {uri}: was evaluated on other data than --{flag}")
-    for key in COMPARED:
-        theirs, ours = results["settings"].get(key), getattr(cfg, key)
-        if theirs != (list(ours) if isinstance(ours, tuple) else ours):
+    for field in dataclasses.fields(cfg):
+        key = field.name
+        if key in NOT_COMPARED:
+            continue
+        # An evaluation from before a setting existed was made with what is now its default.
+        theirs, ours = results["settings"].get(key, _as_json(field.default)), getattr(cfg, key)
+        if theirs != _as_json(ours):
             flag = key.replace("_", "-")
             raise ValueError(f"--compare {uri}: was evaluated with --{flag} {theirs}, not {ours}")
     return results
 
 
+def _as_json(value: Any) -> Any:
+    """Returns a setting as results.json holds it."""
+    return list(value) if isinstance(value, tuple) else value
+
+
 def name_of(results: Results) -> str:
-    """Whose evaluation it is: the run and its step, or what was evaluated."""
+    """Names an evaluation by its run and step, or else by what was evaluated."""
     provenance = results["provenance"]
     run = provenance.get("run") or results["settings"]["checkpoint"]
     return f"{run}, step {provenance['step']}" if "step" in provenance else str(run)
 
 
 def compared_rows(results: Results, others: Sequence[Results]) -> dict[str, Mapping[str, Any]]:
-    """Encoders by name, this one first, then the baselines of this one; equal names are numbered."""
+    """Returns rows by name: this encoder, the others, then the baselines; equal names are numbered."""
     rows: dict[str, Mapping[str, Any]] = {}
     for one in (results, *others):
         name = name_of(one)
