@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.evaluation import probes
-from pipelines.evaluation.probes.few_shot import few_shot
+from pipelines.evaluation.probes import knn
+from pipelines.evaluation.probes.few_shot import _ridge_predict, few_shot
 from pipelines.evaluation.probes.knn import knn_accuracy, knn_predict, nearest
-from pipelines.evaluation.probes.linear import linear_probe
+from pipelines.evaluation.probes.linear import _Heads, linear_probe
 from pipelines.evaluation.validity import task_of
 
 
@@ -62,7 +62,7 @@ def test_knn_ignores_the_length_of_features_and_the_chunking(monkeypatch) -> Non
     expected = knn_predict(bank, labels, query)
     scaled = bank * rng.uniform(0.1, 10, size=(100, 1)).astype(np.float32)
     assert torch.equal(knn_predict(scaled, labels, query), expected)
-    monkeypatch.setattr(probes, "SIMILARITIES_PER_CHUNK", 100)  # one query at a time
+    monkeypatch.setattr(knn, "SIMILARITIES_PER_CHUNK", 100)  # one query at a time
     assert torch.equal(knn_predict(bank, labels, query), expected)
 
 
@@ -111,7 +111,7 @@ def test_heads_of_the_sweep_equal_heads_trained_alone_by_torch_sgd() -> None:
     rng = np.random.default_rng(5)
     x, labels = map(torch.from_numpy, _blobs(rng, 64, 1.0))
     grid = [(0.1, 0.0), (0.01, 0.1)]
-    heads = probes._Heads(12, 5, grid, torch.device("cpu"))
+    heads = _Heads(12, 5, grid, torch.device("cpu"))
     alone = [torch.nn.Linear(12, 5) for _ in grid]
     optimizers = []
     for layer, (lr, decay) in zip(alone, grid, strict=True):
@@ -198,7 +198,7 @@ def test_few_shot_leave_one_out_equals_leaving_each_out(rows: int) -> None:
         mean = x.double().mean(dim=0)
         x, query = x.double() - mean, query - mean
         assert torch.equal(
-            probes._ridge_predict(x, labels, query), _by_leaving_each_out(x, labels, query)
+            _ridge_predict(x, labels, query), _by_leaving_each_out(x, labels, query)
         ), seed
 
 
