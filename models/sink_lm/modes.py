@@ -1,7 +1,8 @@
-"""The four ways to read a stream longer than the cache, on one decoder (Xiao et al. 2023, figure 1).
+"""Four ways to read a stream that is longer than the cache (Xiao et al. 2023, figure 1).
 
-dense keeps every token; window the last C; sink the first S and the last C - S; recompute reads the
-last C again, from nothing, for every token. The first three are one cache with other numbers.
+`dense` keeps every token, `window` the last C, `sink` the first S and the last C - S. `recompute`
+reads the last C again, into an empty cache, for every token. The first three are the same cache
+with different sizes.
 
 Legend: T tokens of a stream, V vocabulary, N sampled places.
 """
@@ -25,17 +26,17 @@ ModeName = Literal["dense", "window", "sink", "recompute"]
 
 @dataclass(frozen=True, kw_only=True)
 class Mode:
-    """One way to read."""
+    """One way to read a stream."""
 
     name: ModeName
     """Which of the four."""
     cache: int
-    """Tokens kept besides the current one (the paper's S + W); for `dense` the stream's length."""
+    """Tokens kept besides the current one (S + W in the paper); for `dense` the stream's length."""
     sinks: int = 0
     """How many of them are the stream's first."""
 
     def slabs(self, model: Llama) -> Slabs:
-        """Memory for one stream."""
+        """Returns the memory for one stream."""
         capacity, dense = self.cache + 1, self.name == "dense"
         return model.slabs(sessions=1, capacity=capacity, beyond_training=dense)
 
@@ -43,9 +44,9 @@ class Mode:
 def stream_losses(
     model: Llama, tokens_T: Tensor, mode: Mode, *, chunk: int = 256
 ) -> Iterator[Tensor]:
-    """Negative log-likelihood of every token after the first, as one uninterrupted stream.
+    """Yields the negative log-likelihood of every token after the first, as one stream.
 
-    Chunks change nothing but speed: they equal one token at a time (`Llama.prefill`).
+    The chunk size changes the speed only: results equal one token at a time (`Llama.prefill`).
 
     Args:
         model: the decoder.
@@ -70,9 +71,9 @@ def stream_losses(
 def recomputed_losses(
     model: Llama, tokens_T: Tensor, places_N: Tensor, *, cache: int
 ) -> Iterator[Tensor]:
-    """Losses of sliding window with re-computation, the paper's oracle, at some places only.
+    """Yields losses of the sliding window with re-computation, at N places.
 
-    Each costs a forward pass over `cache` + 1 tokens, which is why it is sampled.
+    This is the paper's oracle. Each place costs a forward pass over `cache` + 1 tokens.
 
     Args:
         model: the decoder.
@@ -81,7 +82,7 @@ def recomputed_losses(
         cache: tokens read besides the one before the place.
 
     Yields:
-        float64 nats, one scalar a place, on the CPU.
+        float64 nats, one scalar per place, on the CPU.
     """
     slabs = model.slabs(sessions=1, capacity=cache + 1)
     tokens_T = tokens_T.to(slabs.device)
@@ -94,19 +95,21 @@ def recomputed_losses(
 
 
 def seconds_per_token(model: Llama, tokens_T: Tensor, mode: Mode, *, steps: int = 32) -> float:
-    """Median time of one decoded token once the cache is full.
+    """Returns the median seconds of one decoded token once the cache is full.
 
     Args:
         model: the decoder.
-        tokens_T: int64 [T], more than the cache holds or the cache is as full as T makes it.
+        tokens_T: int64 [T]. If T is below the cache size, the cache is only filled to T.
         mode: any of the four.
-        steps: tokens timed (recompute: an eighth of them).
+        steps: tokens timed; an eighth of them for `recompute`.
     """
     slabs = mode.slabs(model)
     slot = slabs.allocate(mode.sinks)
     tokens_T = tokens_T.to(slabs.device)
-    held_T = tokens_T[: mode.cache + 1][:-steps] if mode.name == "dense" else tokens_T[: mode.cache]
-    for part_T in torch.split(held_T, 256):
+    cached_T = (
+        tokens_T[: mode.cache + 1][:-steps] if mode.name == "dense" else tokens_T[: mode.cache]
+    )
+    for part_T in torch.split(cached_T, 256):
         model.prefill(part_T, slabs, slot, logits="none")
     times: list[float] = []
     for step in range(max(steps // 8, 3) if mode.name == "recompute" else steps):
@@ -122,7 +125,7 @@ def seconds_per_token(model: Llama, tokens_T: Tensor, mode: Mode, *, steps: int 
 
 
 def now(device: torch.device) -> float:
-    """A clock in seconds that waits for what the device was asked to do."""
+    """Returns a clock's seconds after the device has done its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -42,8 +42,8 @@ def locate(path: str) -> Path:
     """Returns the folder with `config.json`, or the `.gguf` file, that `path` names.
 
     Args:
-        path: a folder, a `.gguf` file, a folder that holds exactly one, or, where no such path
-            exists, a hub id `org/name`, which is downloaded once and then read from the hub's cache.
+        path: a folder, a `.gguf` file or a folder that holds exactly one. If there is no such path,
+            a hub id `org/name`, which is downloaded once and then read from the hub's cache.
 
     Raises:
         FileNotFoundError: there is no such path, or no model in it.
@@ -74,7 +74,7 @@ def _download(hub_id: str) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Reads `config.json`, with the end tokens of `generation_config.json`, which names them all."""
+    """Reads `config.json`, and the end tokens from `generation_config.json`, which names all."""
     config = read_json(folder / "config.json")
     generation = folder / "generation_config.json"
     if generation.is_file():
@@ -88,7 +88,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Returns the object in a JSON file.
 
     Raises:
-        ValueError: names the file when it holds no JSON object.
+        ValueError: the file holds no JSON object; names the file.
     """
     with errors_name(path):
         found = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -99,11 +99,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def errors_name(path: Path) -> Iterator[None]:
-    """Makes whatever a damaged or unknown file at `path` raises an error that names the file.
+    """Turns errors from a damaged or unknown file at `path` into errors that name the file.
 
     Raises:
-        UnsupportedModel: as it came, the file named.
-        ValueError: everything else that `DAMAGE` lists.
+        UnsupportedModel: what was raised was one.
+        ValueError: for every other error that `DAMAGE` lists.
     """
     try:
         yield
@@ -125,7 +125,7 @@ def _explained(error: BaseException, path: Path) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """Tensors that are read one by one."""
+    """An open checkpoint, under Hugging Face's tensor names; tensors are read one by one."""
 
     cfg: LMConfig
     """The decoder they belong to."""
@@ -136,7 +136,7 @@ class Checkpoint:
 
 
 def open_folder(folder: Path, stack: ExitStack) -> Checkpoint:
-    """Opens the safetensors of a folder, sharded or not, for as long as `stack` is open.
+    """Opens the safetensors of a folder, sharded or not, until `stack` is closed.
 
     Raises:
         FileNotFoundError: names the file that is missing.

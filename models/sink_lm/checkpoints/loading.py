@@ -1,7 +1,8 @@
 """Loads a decoder from a Hugging Face folder, a hub id or a GGUF file.
 
-Every tensor of the checkpoint is used or refused by name. They are read one by one into a model
-without memory, so a load needs the weights once, and the largest fused tensor twice.
+Every tensor of the checkpoint is used, or refused by name. Tensors are read one by one into a model
+on the meta device, so that a load needs memory for the weights once and for the largest fused
+tensor twice.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ def load_model(
     Args:
         path: a Hugging Face folder (`config.json` and safetensors, sharded or not), a hub id, a
             `.gguf` file or a folder that holds one.
-        dtype: of the weights; quantised ones are dequantised. `torch.int8` rounds the linear
+        dtype: type of the weights; quantised ones are dequantised. `torch.int8` rounds the linear
             layers to 8 bits (models/sink_lm/network/int8.py) and computes in bfloat16.
-        device: where they go.
+        device: where the weights go.
 
     Raises:
-        FileNotFoundError: nothing there, or a shard is missing.
+        FileNotFoundError: there is no model, or a shard is missing.
         UnsupportedModel: names what cannot stream.
         ValueError: names the file, and every missing, unexpected or mis-shaped tensor.
     """
@@ -63,7 +64,7 @@ def load_model(
 
 
 def _make_int8(model: Llama) -> None:
-    """Replaces every linear layer; the head, which is read whole every step, is always one."""
+    """Makes every linear layer int8, and the head, which every step reads whole, one of them."""
     for layer in model.layers:
         for name, child in list(layer.named_children()):
             if isinstance(child, nn.Linear):
@@ -73,7 +74,7 @@ def _make_int8(model: Llama) -> None:
 
 
 def _stored(name: str, whole: Tensor, dtype: torch.dtype, cfg: LMConfig) -> dict[str, Tensor]:
-    """A tensor as the model keeps it: one entry, or levels and scales."""
+    """Returns a tensor as the model stores it: one entry, or levels and scales."""
     if dtype != torch.int8:
         return {name: whole.to(dtype)}
     if name == "embed.weight":
@@ -86,7 +87,7 @@ def _stored(name: str, whole: Tensor, dtype: torch.dtype, cfg: LMConfig) -> dict
 
 
 def _parts(cfg: LMConfig) -> dict[str, dict[str, Shape]]:
-    """What each of our tensors is made of, from the top rows down: their names and shapes."""
+    """Returns the checkpoint's tensors, stacked from the top row down, of each of our tensors."""
     parts: dict[str, dict[str, Shape]] = {}
     parts["embed.weight"] = {EMBED: (cfg.vocab_size, cfg.hidden_size)}
     for i in range(cfg.num_layers):
@@ -120,7 +121,7 @@ def _layer_parts(cfg: LMConfig) -> dict[str, dict[str, Shape]]:
 
 
 def _faults(checkpoint: Checkpoint, expected: Mapping[str, Shape]) -> list[str]:
-    """What keeps the checkpoint from being the decoder's."""
+    """Returns every difference between the checkpoint's tensors and the decoder's."""
     shapes = checkpoint.shapes
     extra = {name for name in shapes.keys() - expected.keys() if not ROTARY_BUFFER.fullmatch(name)}
     if checkpoint.cfg.tie_embeddings and HEAD in extra and EMBED in shapes:

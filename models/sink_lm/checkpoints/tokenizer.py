@@ -1,12 +1,12 @@
 """Text to token ids and back, with the model's own tokenizer and chat template.
 
-transformers finds the tokenizer; text is encoded by its `tokenizers` backend, in two copies that are
-never changed afterwards (transformers sets options on its own at every call, which threads must not).
+transformers finds the tokenizer. Text is encoded by its `tokenizers` backend, in two copies that
+never change: transformers sets options on its own copy at every call, which is not thread-safe.
 Users' text never becomes control tokens: `<|im_end|>` in a prompt is ten ordinary characters.
 
-Streams are decoded from the bytes of each token by the standard library's incremental UTF-8 decoder,
-which holds at most three bytes. `tokenizers.decoders.DecodeStream` holds every token since its last
-character: endless special tokens or stray bytes make it slower and larger with each token.
+The standard library's incremental UTF-8 decoder decodes streams from the bytes of each token and
+holds at most three bytes. `tokenizers.decoders.DecodeStream` holds every token since its last
+character: endless special tokens or stray bytes would make it slower and larger with each token.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ PRIVATE_RUN = re.compile(r"([\ue000-\uf8ff])\1*")
 
 
 class Tokenizer:
-    """Encodes and decodes for one model. Methods may be called from any thread.
+    """Encodes and decodes for one model. Any thread may call the methods.
 
     Args:
         hf: transformers' tokenizer.
-        eos_ids: tokens that end a text, besides its own.
+        eos_ids: tokens that end a text, besides the tokenizer's own.
 
     Raises:
-        UnsupportedModel: tokens that are neither byte-level BPE nor SentencePiece.
+        UnsupportedModel: the tokens are neither byte-level BPE nor SentencePiece.
     """
 
     def __init__(self, hf: Any, eos_ids: Iterable[int] = ()) -> None:
@@ -66,11 +66,11 @@ class Tokenizer:
         """Returns the ids of a text.
 
         Args:
-            text: any.
-            bos: put the model's start token first, if it has one; `adds_bos` says whether the model
-                was trained so.
-            parse_special: read control tokens written out in the text, such as `<|im_start|>`; only
-                for text that no user wrote.
+            text: any text.
+            bos: put the model's start token first, if it has one. `adds_bos` says whether the model
+                was trained with it.
+            parse_special: read control tokens that are written out in the text, such as
+                `<|im_start|>`. Only for text that no user wrote.
         """
         backend = self._control if parse_special else self._plain
         start = [self.bos_id] if bos and self.bos_id is not None else []
@@ -84,10 +84,10 @@ class Tokenizer:
         return str(self._control.decode(list(ids), skip_special_tokens=True))
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Returns what a token stands for; b"" for ids beyond the vocabulary (padded embeddings).
+        """Returns the bytes of a token; b"" for ids beyond the vocabulary (padded embeddings).
 
         Raises:
-            ValueError: a negative id.
+            ValueError: the id is negative.
         """
         if token_id < 0:
             raise ValueError(f"token id {token_id} is negative")
@@ -103,11 +103,11 @@ class Tokenizer:
         return bytes.fromhex(match[1]) if match else token.replace("▁", " ").encode()
 
     def is_special(self, token_id: int) -> bool:
-        """Whether a token controls the model and is no text."""
+        """Whether a token is a control token, which has no text."""
         return token_id in self._special_ids
 
     def stream(self) -> Detokenizer:
-        """Returns a decoder for tokens that come one by one, for as long as they come."""
+        """Returns a decoder for one stream of tokens."""
         return Detokenizer(self)
 
     def chat(
@@ -115,10 +115,10 @@ class Tokenizer:
     ) -> list[int]:
         """Returns the ids of a conversation, laid out by the model's chat template.
 
-        Control tokens come from the template alone: those written in messages stay text.
+        Control tokens come from the template alone; those written in messages stay text.
 
         Args:
-            messages: `role` and `content` each.
+            messages: with `role` and `content` each.
             add_generation_prompt: end with the opening of the assistant's answer.
 
         Raises:
@@ -161,10 +161,10 @@ class Tokenizer:
 
 
 class Detokenizer:
-    """Turns one stream of tokens into text, whole characters only, in constant memory.
+    """Turns one stream of tokens into text, in whole characters and constant memory.
 
     Args:
-        tokenizer: whose tokens they are.
+        tokenizer: the tokens' tokenizer.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -174,7 +174,7 @@ class Detokenizer:
     def push(self, token_id: int) -> str:
         """Returns the characters that a token completes; "" for special tokens.
 
-        Bytes that can never become a character are U+FFFD, once that is certain.
+        Bytes that can no longer become a character are U+FFFD.
         """
         if self._tokenizer.is_special(token_id):
             return ""
@@ -186,9 +186,9 @@ class Detokenizer:
 
 
 def _mark(text: str) -> str:
-    """A string that stays findable wherever it is put into `text`: longer than any run of its kind.
+    """Returns a run of one private-use character that is longer than any such run in `text`.
 
-    Control tokens hold no private-use characters, so that a mark inside one touches none of them.
+    So it can be found wherever it is put into the text. Control tokens have no such characters.
     """
     longest = dict.fromkeys(map(chr, PRIVATE_USE), 0)
     for run in PRIVATE_RUN.finditer(text):
@@ -201,8 +201,8 @@ def load_tokenizer(path: str) -> Tokenizer:
     """Returns the tokenizer of the model at `path`: a folder, a hub id or a GGUF file.
 
     Raises:
-        FileNotFoundError: no model there, or one without a tokenizer.
-        UnsupportedModel: a kind of tokenizer that is not known here.
+        FileNotFoundError: there is no model, or it has no tokenizer.
+        UnsupportedModel: the kind of tokenizer is not supported.
         ValueError: names the file that is damaged.
     """
     source = locate(path)
@@ -246,7 +246,7 @@ def _from_gguf(path: Path) -> Any:
 
 
 def _frozen(backend: tokenizers.Tokenizer, *, encode_special_tokens: bool) -> tokenizers.Tokenizer:
-    """A copy that no call of transformers can change."""
+    """Returns a copy that no call of transformers can change."""
     own = copy.deepcopy(backend)
     own.no_truncation()
     own.no_padding()
@@ -255,7 +255,7 @@ def _frozen(backend: tokenizers.Tokenizer, *, encode_special_tokens: bool) -> to
 
 
 def _byte_alphabet(backend: tokenizers.Tokenizer) -> dict[str, int]:
-    """The byte that each character of a byte-level token means; empty for SentencePiece."""
+    """Returns the byte that each character of a byte-level token means; {} for SentencePiece."""
     kinds = _kinds(json.loads(backend.decoder.__getstate__())) if backend.decoder else set()
     if "ByteLevel" in kinds:
         alphabet = bytes_to_unicode()  # type: ignore[no-untyped-call]

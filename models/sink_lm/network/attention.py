@@ -1,9 +1,10 @@
 """Attention over sink tokens and a ring of recent ones, for one token of many sessions or a chunk.
 
-Token t sees the S sinks and the W = R - 1 tokens before it (Xiao et al. 2023, section 3.2), with
-positions counted inside the cache. For the window that equals true distances, so keys and queries
-rotated at their stream index give the right score. A sink stands closer than it is: its query is
-rotated at the position inside the cache, min(t, S + W), instead. Nothing is ever rotated again.
+Token t sees the S sinks and the W = R - 1 tokens before it, with positions counted inside the cache
+(Xiao et al. 2023, section 3.2). Inside the window these give true distances, so that keys and
+queries rotated at their stream index give the right score. A sink is nearer inside the cache than
+in the stream: for it the query is rotated at its position inside the cache, min(t, S + W). No key
+is ever rotated again.
 
 Legend: B sessions, T tokens of a chunk, H key/value heads, G query heads of a group, D head width,
 C slots of a slab, S sinks, P ring slots in use, K = S + P + T keys of a chunk.
@@ -22,7 +23,7 @@ from models.sink_lm.network.rope import Rotation, rotation
 
 
 class SinkAttention:
-    """What a decode batch and a chunk share: rotations, known before the first layer.
+    """The rotations of a decode batch or a chunk, which are known before the first layer.
 
     Args:
         slabs: the memory.
@@ -38,14 +39,14 @@ class SinkAttention:
         self.slabs = slabs
         self.dtype = slabs.keys_LNHCD.dtype
         self.rotate = rotation(positions_B, frequencies_F, scale, self.dtype)
-        # Only once tokens were evicted do sinks stand elsewhere than where they were read.
+        # Before tokens are evicted, the sinks' positions inside the cache are those in the stream.
         self.rotate_for_sinks: Rotation | None = None
         if last >= slabs.capacity:
             inside_B = positions_B.clamp(max=slabs.capacity - 1)
             self.rotate_for_sinks = rotation(inside_B, frequencies_F, scale, self.dtype)
 
     def softmax(self, scores: Tensor) -> Tensor:
-        """In float32 at least, returned in the model's type."""
+        """Computes in float32 at least and returns the model's type."""
         wide = torch.promote_types(self.dtype, torch.float32)
         return torch.softmax(scores, dim=-1, dtype=wide).to(self.dtype)
 
@@ -76,7 +77,7 @@ class DecodeAttention(SinkAttention):
         """Writes the new keys and values, then attends.
 
         Args:
-            layer: which layer's memory.
+            layer: number of the layer.
             q_BHD: queries [B, H * G, D], not yet rotated.
             k_BHD: keys [B, H, D], not yet rotated.
             v_BHD: values [B, H, D].
@@ -110,10 +111,10 @@ class DecodeAttention(SinkAttention):
 
 
 class _Run:
-    """Sessions in neighbouring slabs: their memory is one view, so nothing is copied to read it.
+    """Sessions in neighbouring slabs: one view reads their memory without a copy.
 
     Attributes:
-        rows: rows of the batch, a range.
+        rows: their rows of the batch, a range.
         sinks: the largest number of sinks among them.
         is_sink_bS: bool [b * H, 1, sinks], None when all have as many.
         is_empty_bC: bool [b * H, 1, C in use], None when all slots in use are full.
@@ -136,7 +137,7 @@ class _Run:
         self.is_empty_bC = None if len(set(valid)) == 1 else ~below(valid, self._used)
 
     def view(self, memory_NHCD: Tensor) -> Tensor:
-        """The used part of their slabs as [b * H, C in use, D]."""
+        """Returns the used part of their slabs as [b * H, C in use, D]."""
         mine = memory_NHCD[self._first : self._first + len(self.rows)]
         return mine.flatten(0, 1)[:, : self._used]
 

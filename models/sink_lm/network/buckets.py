@@ -1,9 +1,9 @@
 """A decode step of static shapes, which a CUDA graph can hold: `Llama.decode` by bucket.
 
-A step covers slabs 0 to b - 1, whether they generate or not, with b from a short list, and the
-whole capacity of each; which of them count is data, not shape. A slab that does not generate reads
-a token of no meaning into the slot of its next token. No query sees that slot before that token
-overwrites it, so nothing has to be undone.
+A step covers slabs 0 to b - 1, whether they generate or not, and the whole capacity of each; b is
+one of a short list of sizes. A slab that does not generate reads a meaningless token into the slot
+of its next token. No query sees that slot before the next token overwrites it, so that nothing has
+to be undone.
 
 Legend: B sessions of a batch, N slabs, b slabs of a bucket, V vocabulary, H key/value heads,
 G query heads of a group, D head width, C slots of a slab, S slots that may be sinks.
@@ -22,7 +22,7 @@ from models.sink_lm.network.rope import rotation
 
 
 class BucketAttention:
-    """`DecodeAttention` without a shape that depends on the sessions.
+    """`DecodeAttention` with shapes that do not depend on the sessions.
 
     Args:
         slabs: the memory.

@@ -1,9 +1,12 @@
-"""Static memory of many sessions: a slab each, S sink tokens followed by a ring of recent ones.
+"""Static cache memory of many sessions.
+
+Each session has a slab: the keys and values of S sink tokens, then a ring of recent tokens.
 
 Legend: L layers, N slabs, H key/value heads, C slots of a slab, D head width.
 
-Slot of stream index t: t itself for a sink, else S + (t - S) mod R with R = C - S. A key is rotated
-once, at its stream index, and never moved: attention does not mind the order of its keys.
+The token of stream index t lies in slot t if it is a sink, else in slot S + (t - S) mod R, with
+R = C - S. A key is rotated once, at its stream index, and never moved, for attention does not
+depend on the order of its keys.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from models.sink_lm.network.config import LMConfig
 
 
 class NoFreeSlab(RuntimeError):
-    """Every slab holds a session."""
+    """Every slab has a session."""
 
 
 class Slabs:
@@ -23,16 +26,16 @@ class Slabs:
 
     Args:
         cfg: the decoder.
-        sessions: slabs.
+        sessions: number of slabs.
         capacity: tokens a session sees at most, the one being processed included: the paper's
             cache size plus one (its cache of 4 + 1020 attends to 1,025 keys).
-        dtype: of keys and values; the model's own.
-        device: where they lie.
+        dtype: type of keys and values; the model's own.
+        device: where keys and values lie.
         beyond_training: let `capacity` exceed the trained context, to see what dense attention
             does there.
 
     Raises:
-        ValueError: a capacity the model was not trained for.
+        ValueError: the model was not trained for this capacity.
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class Slabs:
 
     @property
     def count(self) -> int:
-        """Slabs in all."""
+        """Number of slabs."""
         return len(self._lengths)
 
     @property
@@ -71,7 +74,7 @@ class Slabs:
 
     @property
     def free(self) -> int:
-        """Slabs without a session."""
+        """Number of slabs without a session."""
         return len(self._free)
 
     @property
@@ -83,35 +86,35 @@ class Slabs:
         """Takes the lowest free slab, clears it for an empty stream and returns its number.
 
         Raises:
-            NoFreeSlab: all are taken.
-            ValueError: more sinks than leave a window.
+            NoFreeSlab: every slab has a session.
+            ValueError: so many sinks leave no window.
         """
         if not 0 <= sinks <= self.capacity - 2:
             raise ValueError(f"sinks {sinks} must lie between 0 and {self.capacity - 2}")
         if not self._free:
             raise NoFreeSlab(f"all {len(self._lengths)} slabs are in use")
-        # The lowest: neighbouring slabs are read without a copy (attention.py).
+        # The lowest, because neighbouring slabs are read without a copy (attention.py).
         slot = min(self._free)
         self._free.remove(slot)
-        # Attention gives empty rows the weight 0, and 0 times a NaN of the last tenant is NaN.
+        # Attention gives empty rows the weight 0, but 0 times a NaN of an earlier session is NaN.
         self.keys_LNHCD[:, slot] = 0
         self.values_LNHCD[:, slot] = 0
         self._lengths[slot], self._sinks[slot] = 0, sinks
         return slot
 
     def release(self, slot: int) -> None:
-        """Gives a slab back."""
+        """Frees a slab."""
         if slot in self._free:
             raise ValueError(f"slab {slot} is free already")
         self._lengths[slot], self._sinks[slot] = 0, 0
         self._free.append(slot)
 
     def length(self, slot: int) -> int:
-        """Tokens fed so far."""
+        """Returns the tokens fed so far."""
         return self._lengths[slot]
 
     def sinks(self, slot: int) -> int:
-        """Sink tokens: the first of the stream, never evicted."""
+        """Returns the number of sink tokens, the first of the stream, which are never evicted."""
         return self._sinks[slot]
 
     def advance(self, slot: int, tokens: int) -> None:
@@ -119,12 +122,12 @@ class Slabs:
         self._lengths[slot] += tokens
 
     def slot_of(self, slot: int, index: int) -> int:
-        """Where the token of stream index `index` lies in its slab."""
+        """Returns the place in its slab of the token of stream index `index`."""
         sinks = self._sinks[slot]
         return index if index < sinks else sinks + (index - sinks) % (self.capacity - sinks)
 
     def export(self, slot: int) -> dict[str, Tensor]:
-        """A copy of a session's state, rows that hold nothing left out.
+        """Copies a session's state, without rows that are still empty.
 
         Returns:
             `keys` and `values` [L, H, min(length, C), D], `length` and `sinks` int64 scalars.
@@ -141,7 +144,7 @@ class Slabs:
         """Writes an exported state into an allocated slab of the same capacity.
 
         Raises:
-            ValueError: the state is of another shape or type.
+            ValueError: the state has another shape or type.
         """
         length, sinks = int(state["length"]), int(state["sinks"])
         used = min(length, self.capacity)
@@ -158,7 +161,7 @@ class Slabs:
         self._lengths[slot], self._sinks[slot] = length, sinks
 
     def copy(self, source: int, target: int) -> None:
-        """Makes `target` (allocated) the same stream as `source`."""
+        """Copies the state of slab `source` into `target`, which must be allocated."""
         used = min(self._lengths[source], self.capacity)
         for memory in (self.keys_LNHCD, self.values_LNHCD):
             memory[:, target, :, :used] = memory[:, source, :, :used]

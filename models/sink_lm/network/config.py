@@ -21,8 +21,9 @@ ROPE_KEYS = frozenset(
         *("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
     )
 )
-# Settings of other decoders that change the function carry one of these words in their names. The
-# values behind it leave the function as it is; any other is refused, known by us or not.
+# Settings with which other decoders change the function have one of these words in their names. The
+# values listed for a word leave the function as it is. Any other value is refused, even of a setting
+# that this code does not know.
 OFF = (None, False, 0)
 NEUTRAL = {
     "alibi": OFF,
@@ -44,7 +45,7 @@ NEUTRAL = {
     "softcap": OFF,
     "window": OFF,
 }
-# Read below, or without a meaning where no window is used.
+# Settings that are read below, or have no meaning without a window.
 READ = frozenset(
     (
         *("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"),
@@ -56,7 +57,7 @@ RopeKind = Literal["default", "linear", "llama3", "yarn"]
 
 
 class UnsupportedModel(ValueError):
-    """A model whose function a sink cache cannot keep, or that this decoder does not know."""
+    """The model cannot stream with a sink cache, or this decoder does not support it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,11 +107,11 @@ class LMConfig:
     norm_eps: float = 1e-6
     """Epsilon of every RMSNorm."""
     tie_embeddings: bool = False
-    """The head is the embedding, transposed."""
+    """Whether the head is the embedding, transposed."""
     qkv_bias: bool = False
-    """Queries, keys and values have a bias (Qwen2)."""
+    """Whether queries, keys and values have a bias (Qwen2)."""
     qk_norm: bool = False
-    """RMSNorm on every query and key head before rotation (Qwen3)."""
+    """Whether an RMSNorm acts on every query and key head before rotation (Qwen3)."""
     rope: RopeConfig = RopeConfig()
     """Rotary embedding."""
     max_positions: int = 2048

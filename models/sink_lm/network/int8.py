@@ -1,7 +1,7 @@
-"""Linear layers with 8-bit weights: half the memory of bfloat16, and what a single session reads.
+"""Linear layers with 8-bit weights: half of bfloat16's memory, and of what a single session reads.
 
 A row of weights is int8 numbers times one scale; activations, keys and values stay bfloat16.
-Measured against the other types in docs/language_model.md.
+docs/language_model.md compares it with the other types.
 
 Legend: B rows (sessions of a decode batch or tokens of a chunk), I inputs, O outputs.
 """
@@ -25,8 +25,8 @@ class Int8Linear(nn.Module):
 
     Args:
         inputs: columns of the weight.
-        outputs: its rows.
-        bias: whether there is one.
+        outputs: rows of the weight.
+        bias: whether the layer has a bias.
     """
 
     weight: Tensor
@@ -40,7 +40,7 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", torch.zeros(outputs, dtype=ACTIVATIONS) if bias else None)
 
     def forward(self, x_BI: Tensor) -> Tensor:
-        """bfloat16 [B, I] to [B, O]."""
+        """Maps bfloat16 [B, I] to [B, O]."""
         if len(x_BI) <= FEW_ROWS and x_BI.device.type == "cpu":
             out_BO = torch._weight_int8pack_mm(x_BI.contiguous(), self.weight, self.scale)
         else:
@@ -58,11 +58,11 @@ def quantised(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
     """
     wide_OI = weight_OI.to(torch.float32)
     scale_O = (wide_OI.abs().amax(dim=1) / 127).clamp(min=1e-30).to(ACTIVATIONS)
-    # By the scale as it is stored: rounding it afterwards would stretch the whole row.
+    # Divided by the scale as it is stored: rounding it later would stretch the whole row.
     levels_OI = (wide_OI / scale_O[:, None].float()).round().clamp(-127, 127)
     return levels_OI.to(torch.int8), scale_O
 
 
 def without_weights(linear: nn.Linear) -> Int8Linear:
-    """An int8 layer of the same shape, to load weights into."""
+    """Returns an int8 layer of the same shape, to load weights into."""
     return Int8Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)

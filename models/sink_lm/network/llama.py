@@ -20,7 +20,7 @@ from models.sink_lm.network.rope import attention_scale, frequencies
 
 
 class Attend(Protocol):
-    """Attention of some rows in one layer: queries, keys and values in, [B, H * D] out."""
+    """Attention of B rows in one layer: takes queries, keys and values, returns [B, H * D]."""
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, /) -> Tensor:
         """Writes the keys and values, then attends."""
@@ -31,7 +31,7 @@ class Layer(nn.Module):
 
     Args:
         cfg: the decoder.
-        index: which layer of the cache is its own.
+        index: its number, which is also its layer in the cache.
     """
 
     def __init__(self, cfg: LMConfig, index: int) -> None:
@@ -50,7 +50,7 @@ class Layer(nn.Module):
         self.down = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=False)
 
     def forward(self, x_BE: Tensor, attend: Attend) -> Tensor:
-        """One step of the residual stream."""
+        """Adds the layer's output to the residual stream [B, E]."""
         heads_BHD = self.qkv(self.attention_norm(x_BE)).unflatten(1, (-1, self._head_dim))
         q_BHD, k_BHD, v_BHD = heads_BHD.split(self._heads, dim=1)
         mixed = attend(self._index, self.q_norm(q_BHD), self.k_norm(k_BHD), v_BHD)
@@ -61,7 +61,7 @@ class Layer(nn.Module):
 
 
 class Llama(nn.Module):
-    """The decoder. Weights are whatever `torch.nn` starts with until they are loaded.
+    """The decoder, with the initial weights of `torch.nn` until others are loaded.
 
     Args:
         cfg: its shape.
@@ -80,7 +80,7 @@ class Llama(nn.Module):
         self._frequencies_F: Tensor | None = None
 
     def slabs(self, *, sessions: int, capacity: int, beyond_training: bool = False) -> Slabs:
-        """Cache memory in the type and on the device of the weights; see `Slabs`."""
+        """Returns cache memory in the type and on the device of the weights; see `Slabs`."""
         weight = self.embed.weight
         return Slabs(
             self.cfg,
@@ -93,7 +93,7 @@ class Llama(nn.Module):
 
     @torch.inference_mode()
     def decode(self, tokens_B: Tensor, slabs: Slabs, slots: Sequence[int]) -> Tensor:
-        """Feeds one token to each of some sessions.
+        """Feeds one token to each of B sessions.
 
         Args:
             tokens_B: int64 [B].
@@ -101,7 +101,7 @@ class Llama(nn.Module):
             slots: B different slab numbers; neighbouring ones are fastest.
 
         Returns:
-            float32 (float64 for a float64 model) logits [B, V] of what comes next.
+            Logits of the next tokens, float32 (float64 for a float64 model) [B, V].
 
         Raises:
             ValueError: a slab is named twice.
@@ -126,7 +126,7 @@ class Llama(nn.Module):
         *,
         logits: Literal["last", "all", "none"] = "last",
     ) -> Tensor | None:
-        """Feeds the next tokens of one session; equals `decode` of one after the other.
+        """Feeds the next tokens of one session; equals `decode` of one token after the other.
 
         Work and scratch memory grow with T * (C + T): feed long prompts in chunks.
 
@@ -134,13 +134,13 @@ class Llama(nn.Module):
             tokens_T: int64 [T], at least one.
             slabs: the cache.
             slot: slab number.
-            logits: after which tokens.
+            logits: the tokens after which to return logits.
 
         Returns:
-            float32 (float64 for a float64 model) [V], [T, V] or None.
+            Logits, float32 (float64 for a float64 model) [V] or [T, V], or None.
 
         Raises:
-            ValueError: no token.
+            ValueError: there is no token.
         """
         x_TE = self.read(tokens_T, slabs, slot)
         if logits == "none":
@@ -149,7 +149,7 @@ class Llama(nn.Module):
 
     @torch.inference_mode()
     def read(self, tokens_T: Tensor, slabs: Slabs, slot: int) -> Tensor:
-        """Feeds the next tokens of one session as `prefill` does, and leaves the head to the caller.
+        """Feeds the next tokens of one session like `prefill`, but does not apply the head.
 
         Returns:
             The residual stream [T, E] after every layer, for `logits` of some rows at a time.
@@ -165,23 +165,23 @@ class Llama(nn.Module):
         return x_TE
 
     def rotary(self, device: torch.device) -> tuple[Tensor, float]:
-        """Frequencies, float64 [D / 2], and the factor on rotated heads.
+        """Returns the frequencies, float64 [D / 2], and the factor on rotated heads.
 
-        Made when first needed: as a buffer they would be cast along with the weights.
+        They are made when first needed: a buffer would be cast along with the weights.
         """
         if self._frequencies_F is None or self._frequencies_F.device != device:
             self._frequencies_F = frequencies(self.cfg.rope, self.cfg.head_dim).to(device)
         return self._frequencies_F, self._scale
 
     def run(self, tokens_B: Tensor, attend: Attend) -> Tensor:
-        """Every layer, from int64 [B] to the residual stream [B, E]."""
+        """Applies every layer: tokens int64 [B] to the residual stream [B, E]."""
         x_BE: Tensor = self.embed(tokens_B)
         for layer in self.layers:
             x_BE = layer(x_BE, attend)
         return x_BE
 
     def logits(self, x_BE: Tensor) -> Tensor:
-        """The head, from the residual stream [B, E] to float32 (or float64) [B, V]."""
+        """Applies the head: the residual stream [B, E] to logits, float32 or float64 [B, V]."""
         x_BE, head = self.norm(x_BE), self.head
         logits_BV: Tensor = F.linear(x_BE, self.embed.weight) if head is None else head(x_BE)
         return logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))

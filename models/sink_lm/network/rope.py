@@ -16,7 +16,7 @@ from models.sink_lm.network.config import RopeConfig
 
 
 def frequencies(cfg: RopeConfig, head_dim: int) -> Tensor:
-    """Radians per position of every pair of dimensions, stretched as the configuration says.
+    """Returns radians per position of every pair of dimensions, stretched as configured.
 
     Sources: Su et al. 2021 (default), Chen et al. 2023 (linear), Meta's Llama 3.1 (llama3), Peng et
     al. 2023 (YaRN, "NTK-by-parts").
@@ -44,7 +44,7 @@ def _llama3(plain_F: Tensor, cfg: RopeConfig) -> Tensor:
 
 def _yarn(plain_F: Tensor, cfg: RopeConfig, head_dim: int) -> Tensor:
     def dimension(turns: float) -> float:
-        """The dimension that makes that many turns over the original context."""
+        """Returns the dimension that makes so many turns over the original context."""
         ratio = cfg.original_max_positions / (turns * 2 * math.pi)
         return head_dim * math.log(ratio) / (2 * math.log(cfg.theta))
 
@@ -58,7 +58,7 @@ def _yarn(plain_F: Tensor, cfg: RopeConfig, head_dim: int) -> Tensor:
 
 
 def attention_scale(cfg: RopeConfig) -> float:
-    """Factor on rotated queries and on rotated keys (YaRN's temperature); 1 for the other kinds."""
+    """Returns the factor on rotated queries and keys: YaRN's temperature, 1 for other kinds."""
     if cfg.kind != "yarn":
         return 1.0
     if cfg.attention_factor is not None:
@@ -68,7 +68,7 @@ def attention_scale(cfg: RopeConfig) -> float:
 
 @dataclass(frozen=True)
 class Rotation:
-    """Cosines and signed sines of some positions, [B, 1, D] each, in the dtype of the model."""
+    """Cosines and signed sines of B positions, [B, 1, D] each, in the model's dtype."""
 
     cos_B1D: Tensor
     sin_B1D: Tensor
@@ -83,9 +83,9 @@ class Rotation:
 def rotation(
     positions_B: Tensor, frequencies_F: Tensor, scale: float, dtype: torch.dtype
 ) -> Rotation:
-    """The rotation of integer positions; phases are float64 until the last step.
+    """Returns the rotation of integer positions; phases are float64 until the last step.
 
-    float32 phases are 0.05 radians wrong after a million tokens.
+    float32 phases would be 0.05 radians wrong after a million tokens.
     """
     phases_B1F = positions_B.to(torch.float64)[:, None, None] * frequencies_F
     cos_B1F, sin_B1F = phases_B1F.cos() * scale, phases_B1F.sin() * scale

@@ -1,4 +1,4 @@
-"""The answers in progress in a replica, each by the id of the request it belongs to."""
+"""The generations in progress in a replica, by the ids of their requests."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from serve.lm.replica.tasks import Locks
 
 
 class ActiveGenerations:
-    """Where answers are handed in, asked for, and taken away again.
+    """Registry of the generations in progress.
 
     Args:
-        sessions: those they are generated in.
+        sessions: the sessions they are generated in.
     """
 
     def __init__(self, sessions: SessionTable) -> None:
@@ -25,7 +25,7 @@ class ActiveGenerations:
         self._answers: dict[str, ActiveGeneration] = {}
         self._expected: dict[str, asyncio.Event] = {}
         self.locks = Locks()
-        """Whoever starts a request's answer holds its lock: to cancel it is to wait for it."""
+        """A request's lock is held while its generation is started, so a cancel waits for that."""
 
     def __len__(self) -> int:
         return len(self._answers)
@@ -34,12 +34,12 @@ class ActiveGenerations:
         return iter(list(self._answers.items()))
 
     def get(self, request_id: str) -> ActiveGeneration | None:
-        """An answer in progress."""
+        """Returns a generation in progress."""
         return self._answers.get(request_id)
 
     @contextlib.contextmanager
     def expect(self, request_id: str) -> Iterator[asyncio.Event]:
-        """While an answer is being started: an event that is set when nobody waits for it."""
+        """Yields an event that is set when nobody waits any more for the generation to start."""
         gone = self._expected[request_id] = asyncio.Event()
         try:
             yield gone
@@ -47,21 +47,21 @@ class ActiveGenerations:
             del self._expected[request_id]
 
     def leave(self, request_id: str) -> None:
-        """Nobody waits for an answer any more that may still have to begin."""
+        """Says that nobody waits any more for a generation that may still have to start."""
         if request_id in self._expected:
             self._expected[request_id].set()
 
     def put(
         self, request_id: str, running: ActiveGeneration, session: ResidentSession | None = None
     ) -> None:
-        """Takes an answer in, for a kept session or for a temporary one."""
+        """Registers a generation, of a resident session or of temporary ones."""
         self._answers[request_id] = running
         if session is not None:
             session.active_request = request_id
             session.log.when_durable(running.tell)
 
     async def end(self, request_id: str) -> None:
-        """Ends an answer at a token boundary; its session stays."""
+        """Ends a generation at a token boundary; its session stays."""
         running = self._answers.get(request_id)
         if running is not None:
             if running.session_id is not None:
@@ -69,7 +69,7 @@ class ActiveGenerations:
             await self.forget(request_id)
 
     async def forget(self, request_id: str) -> None:
-        """Lets go of an answer that has ended; temporary streams end with it."""
+        """Removes a generation that has ended; temporary sessions end with it."""
         running = self._answers.pop(request_id, None)
         if running is None:
             return

@@ -1,4 +1,4 @@
-"""The one thread that runs the engine; everything else asks it between two ticks."""
+"""The one thread that runs the engine; other threads have it run their calls between ticks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class EngineThread:
     """Ticks an engine for as long as there is work.
 
     Args:
-        engine: touched by this thread only, but for reading what a generation has made.
+        engine: used by this thread only, except to take the events of a generation.
         threads: torch threads of a tick; None takes every core the process may use.
     """
 

@@ -27,7 +27,7 @@ REPLAY_TOKENS = 256
 class Replay:
     """The part of an answer that its session's log already has.
 
-    It is read as fast as it is shown. Then the answer is generated further.
+    The log is read as fast as it is shown. Generation goes on from its end.
 
     Attributes:
         log: of the session.
@@ -197,7 +197,7 @@ class ActiveGeneration:
             self.last_read = time.monotonic()
 
     async def stop(self) -> None:
-        """Ends the generations at a token boundary, and waits until the engine is done with them."""
+        """Ends the generations at a token boundary; returns when the engine is done with them."""
         for choice in self.choices:
             choice.cancel()
         while not all(choice.stopped for choice in self.choices):

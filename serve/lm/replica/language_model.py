@@ -42,7 +42,7 @@ _DTYPES = {
 
 
 class LanguageModel:
-    """Serve deployment around an `Engine`. What its methods begin they finish: see `in_full`.
+    """Serve deployment around an `Engine`. Its methods always run to their end: see `in_full`.
 
     Args:
         settings: see `LMSettings`.
@@ -102,18 +102,22 @@ class LanguageModel:
         self._metrics(telemetry)
 
     async def describe(self) -> LMCard:
-        """What is served here."""
+        """Describes the model."""
         return self._card
 
     def check_health(self) -> None:
-        """Called by Serve every few seconds; raises RuntimeError when something here is dead."""
+        """Called by Serve every few seconds.
+
+        Raises:
+            RuntimeError: the engine's thread or the maintenance has stopped.
+        """
         self._thread.check()
         self._maintenance.check()
 
     async def start(self, start: Start) -> Started | ApiError:
-        """Feeds a prompt and begins to answer it; see `Start`.
+        """Starts a request's generations; see `Start`.
 
-        Nobody will read the answer of a caller who went away meanwhile: it is ended.
+        If the caller goes away meanwhile, nobody will read the answer, and it is ended.
         """
         try:
             return await self._start(start)
@@ -127,7 +131,7 @@ class LanguageModel:
 
     @in_full
     async def take(self, request_id: str, max_tokens: int, wait_s: float) -> Taken:
-        """What an answer has made since the last call, after waiting for it up to `wait_s`."""
+        """Returns what is new since the last call, after waiting up to `wait_s` seconds for it."""
         running = self._active.get(request_id)
         if running is None:
             return Taken(pieces=(Piece(index=0, tokens=(), end=End(reason="lost")),))
@@ -142,7 +146,7 @@ class LanguageModel:
 
     @in_full
     async def cancel(self, request_id: str) -> None:
-        """Ends a request's answer at a token boundary, once it has begun; its session stays."""
+        """Ends a request's answer at a token boundary once it has begun; its session stays."""
         await self._end(request_id)
 
     async def _end(self, request_id: str) -> None:
@@ -159,7 +163,7 @@ class LanguageModel:
         ttl_s: float | None,
         request_id: str,
     ) -> SessionState:
-        """Makes a session; a repeated call returns the one it has made."""
+        """Creates a session; a repeated call returns the session that the first one created."""
         async with self._sessions.locked(session_id):
             session = await self._sessions.create(
                 session_id, sinks=sinks, pinned=pinned, ttl_s=ttl_s, request_id=request_id
@@ -168,11 +172,11 @@ class LanguageModel:
 
     @in_full
     async def describe_session(self, session_id: str) -> SessionState:
-        """A session seen from outside."""
+        """Describes a session."""
         return await self._sessions.describe(session_id)
 
     async def list_sessions(self) -> list[SessionState]:
-        """All sessions: those session here and those stored."""
+        """Describes all sessions, those with a slab here and those that are stored."""
         found = []
         for name in await self._sessions.names():
             try:
@@ -183,7 +187,7 @@ class LanguageModel:
 
     @in_full
     async def delete(self, session_id: str) -> None:
-        """Removes a session and ends what it generates."""
+        """Deletes a session and ends its answer, if it is generating one."""
         async with self._sessions.locked(session_id):
             await self._sessions.describe(session_id)
             session = self._sessions.get(session_id)
@@ -193,7 +197,7 @@ class LanguageModel:
 
     @in_full
     async def fork(self, session_id: str, new_id: str, request_id: str) -> SessionState:
-        """Makes a second session with the same stream so far; repeated, returns that one."""
+        """Creates a second session with the same stream; a repeated call returns that session."""
         async with self._sessions.locked(session_id, new_id):
             return await self._sessions.fork(await self._idle(session_id), new_id, request_id)
 
@@ -246,8 +250,8 @@ class LanguageModel:
         )
         answers = Gauge("rayjepa_answers", "Answers in progress", registry=registry)
         answers.set_function(lambda: len(self._active))
-        session = Gauge("rayjepa_sessions_in_memory", "Sessions with a slab", registry=registry)
-        session.set_function(lambda: len(self._sessions.resident()))
+        resident = Gauge("rayjepa_sessions_in_memory", "Sessions with a slab", registry=registry)
+        resident.set_function(lambda: len(self._sessions.resident()))
         queued = Gauge(
             "rayjepa_queued_requests", "Requests that wait for a slab", registry=registry
         )
@@ -257,10 +261,10 @@ class LanguageModel:
 
 
 def fingerprint(model: Llama, tokenizer: Tokenizer, capacity: int) -> str:
-    """Names weights, cache shape and vocabulary: 64 values of every tensor, its type and shape,
-    the capacity, what every token stands for.
+    """Returns a name for the model's weights, cache shape and vocabulary.
 
-    Not a checksum of every byte, which would take a minute for a large model.
+    It hashes the capacity, the bytes of every token, and of every tensor its type, its shape and 64
+    values. A checksum of every byte would take a minute for a large model.
     """
     digest = hashlib.sha256(f"{model.cfg} {capacity}".encode())
     for name, tensor in sorted(model.state_dict().items()):

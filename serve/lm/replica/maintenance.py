@@ -1,4 +1,4 @@
-"""What a replica does by itself: snapshots, and an end to what nobody reads or comes back to."""
+"""Periodic work of a replica: snapshots, unread generations, expired sessions."""
 
 from __future__ import annotations
 
@@ -14,30 +14,31 @@ from serve.lm.replica.session_table import SessionTable
 from serve.lm.settings import LMSettings
 
 MAINTENANCE_S = 1.0
+"""Seconds between two rounds."""
 EXPIRE_STORED_S = 300.0
-"""Between two walks through all stored sessions."""
+"""Seconds between two looks at all stored sessions."""
 
 log = logging.getLogger(__name__)
 
 
 class Maintenance:
-    """Runs from its making on, in the loop of whoever made it.
+    """Runs from its construction on, in the event loop of its caller.
 
     Args:
-        settings: when to do what.
-        sessions: those of this replica.
-        active: their answers.
+        settings: time limits and the interval between snapshots.
+        sessions: the sessions of this replica.
+        active: the generations of this replica.
     """
 
     def __init__(
         self, settings: LMSettings, sessions: SessionTable, active: ActiveGenerations
     ) -> None:
         self._settings, self._sessions, self._active = settings, sessions, active
-        self._walked = time.monotonic()
+        self._expired_at = time.monotonic()
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     def check(self) -> None:
-        """Raises RuntimeError when it has stopped."""
+        """Raises RuntimeError if it has stopped."""
         if self._task.done():
             raise RuntimeError("maintenance stopped: nothing is reaped or snapshotted")
 
@@ -47,19 +48,19 @@ class Maintenance:
             await self._try(self.round())
 
     async def round(self) -> None:
-        """Looks at everything once; what fails is logged, and no reason to leave out the rest."""
+        """Looks at everything once. A failure is logged, and the round goes on."""
         now = time.monotonic()
         for request_id, running in self._active:
             unread = now - running.last_read > self._settings.reader_timeout_s
             if unread and not running.readers:
                 await self._try(self._active.end(request_id))
         for session in self._sessions.resident():
-            await self._try(self._look_after(session))
-        if now - self._walked > EXPIRE_STORED_S:
-            self._walked = now
+            await self._try(self._maintain(session))
+        if now - self._expired_at > EXPIRE_STORED_S:
+            self._expired_at = now
             await self._try(self._expire_stored())
 
-    async def _look_after(self, session: ResidentSession) -> None:
+    async def _maintain(self, session: ResidentSession) -> None:
         sessions = self._sessions
         if session.failure is not None:
             await self._give_up(session)
@@ -72,7 +73,7 @@ class Maintenance:
             await sessions.expire_resident(session)
 
     async def _give_up(self, session: ResidentSession) -> None:
-        """A session that cannot be logged here: its reader is told, then its slab is free."""
+        """Ends the answer of a session whose log has failed; frees its slab in a later round."""
         running = (
             self._active.get(session.active_request) if session.active_request is not None else None
         )
@@ -93,7 +94,7 @@ class Maintenance:
     async def _try(self, work: Awaitable[None]) -> None:
         try:
             await work
-        except ApiError as refusal:  # a session is another replica's now
+        except ApiError as refusal:  # for example, another replica has opened the session
             log.info("left for the next round: %s", refusal)
-        except Exception:  # a disk or a network
+        except Exception:  # from a disk or a network
             log.exception("left for the next round")

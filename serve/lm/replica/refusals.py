@@ -1,27 +1,27 @@
-"""What a replica says no to: the refusals that several places share."""
+"""The refusals of a replica that several modules raise."""
 
 from __future__ import annotations
 
 from serve.ingress.errors import ApiError
 
 NO_RETRY = {"x-should-retry": "false"}
-"""OpenAI's clients repeat a 409 unless told not to."""
+"""Header of a 409 that OpenAI's clients should not repeat; they do unless told otherwise."""
 
 
 def unknown_session(session_id: str) -> ApiError:
-    """404."""
+    """Returns the 404 for a session that does not exist."""
     message = f"the session {session_id!r} does not exist"
     return ApiError(404, "session_not_found", message, param="session_id")
 
 
 def session_exists(session_id: str) -> ApiError:
-    """409: the name is taken."""
+    """Returns the 409 for a session name that is taken."""
     message = f"the session {session_id!r} exists already"
     return ApiError(409, "session_exists", message, param="session_id", headers=NO_RETRY)
 
 
 def no_slab(*, waiting: int = 0, waited_s: float = 0.0) -> ApiError:
-    """429: every slab belongs to a session that generates, or that is not stored.
+    """Returns the 429 for when every slab has a session that generates or is not stored.
 
     Args:
         waiting: requests that wait for a slab already, where these are too many.
@@ -37,40 +37,46 @@ def no_slab(*, waiting: int = 0, waited_s: float = 0.0) -> ApiError:
 
 
 def nobody_waits() -> ApiError:
-    """409: the caller went away before the answer began; nobody reads this."""
+    """Returns the 409 that ends a start whose caller went away; nobody reads it."""
     return ApiError(409, "cancelled", "nobody waits for the answer", headers=NO_RETRY)
 
 
 def session_busy(session_id: str) -> ApiError:
-    """409: one request at a time."""
+    """Returns the 409 for a second request to a session that is generating."""
     message = f"the session {session_id!r} is generating; cancel that, or resume it (resume_at)"
     return ApiError(409, "session_busy", message, param="session_id", headers=NO_RETRY)
 
 
 def log_failed(error: Exception | None) -> ApiError:
-    """503: what a session reads or says can not be logged here, so nothing of it is shown."""
+    """Returns the 503 for a session whose log cannot be written here.
+
+    Tokens that are not in the log are never shown.
+    """
     message = f"the session's log cannot be written: {error}"
     return ApiError(503, "log_failed", message, headers={"Retry-After": "1"})
 
 
 def cannot_follow(problem: str) -> ApiError:
-    """400: the template has no form for these messages after earlier ones."""
+    """Returns the 400 for messages that the chat template cannot place after earlier ones."""
     return ApiError(400, "invalid_messages", problem, param="messages")
 
 
 def replaced(session_id: str) -> ApiError:
-    """409: a reader comes back to an answer that another one has taken over."""
+    """Returns the 409 for a reader whose session another request has gone on with."""
     message = f"another request went on with the session {session_id!r}"
     return ApiError(409, "cancelled", message, param="session_id", headers=NO_RETRY)
 
 
 def check_resume(resume_at: int, position: int, answer_from: int) -> None:
-    """Refuses to go on from where there is nothing, or nothing of the model's.
+    """Refuses to resume beyond the stream's end or before its latest answer.
 
     Args:
-        resume_at: what the client has.
+        resume_at: stream position up to which the client has the tokens.
         position: tokens of the stream.
-        answer_from: where its latest answer begins.
+        answer_from: stream position at which its latest answer begins.
+
+    Raises:
+        ApiError: `resume_at` lies outside the latest answer.
     """
     if resume_at > position:
         message = f"resume_at: the stream has {position} tokens, not {resume_at}"

@@ -1,4 +1,4 @@
-"""A session with a slab in this replica, and how sessions look from outside."""
+"""A session with a slab in this replica, and the descriptions of sessions."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class ResidentSession:
         session_id: its name.
         sinks: see `SessionSpec`.
         ttl_s: see `SessionSpec`.
-        log: of its tokens.
-        stored: its files; None where sessions are not stored.
-        turn: the latest prompt.
+        log: write-ahead log of its tokens.
+        stored: its files; None if sessions are not stored.
+        turn: where the latest prompt and its answer lie.
         tail: last tokens of the stream.
         active_request: id of the request that it generates for, if any.
         snapshot_at: position of the newest snapshot.
         last_used: `time.monotonic` of the last request.
-        failure: why nothing more can be logged: what is generated from then on is not shown.
+        failure: why its log can no longer be written. Later tokens are not shown.
     """
 
     session_id: str
@@ -44,7 +44,7 @@ class ResidentSession:
     failure: Exception | None = None
 
     def state(self, capacity: int, *, extra: int = 0) -> SessionState:
-        """The session seen from outside, `extra` tokens further on."""
+        """Describes the session as it will be after `extra` more tokens."""
         position = self.log.position + extra
         cached = min(position, capacity - 1)
         return SessionState(
@@ -62,7 +62,7 @@ class ResidentSession:
 
 
 def stored_state(store: SessionStore, session_id: str, capacity: int) -> SessionState:
-    """A session seen from outside that has no slab here; reads its files."""
+    """Describes a session without a slab here, from its files."""
     spec, position = store.spec(session_id), store.position(session_id)
     cached = min(position, capacity - 1)
     return SessionState(
@@ -79,5 +79,5 @@ def stored_state(store: SessionStore, session_id: str, capacity: int) -> Session
 
 
 def state_position(state: dict[str, Tensor]) -> int:
-    """Tokens of the stream that an exported state has seen."""
+    """Returns how many tokens of the stream an exported state includes."""
     return int(state["length"]) + len(state["pending"])

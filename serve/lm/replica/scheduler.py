@@ -37,20 +37,20 @@ from serve.lm.replica.tasks import io
 from serve.lm.store.session_store import Turn
 
 RESUME_CONTEXT = 512
-"""Tokens before a resumed position that are decoded again: a stop string's length and more."""
+"""Tokens before a resumed position that are decoded again: more than a stop string has."""
 
 
 class Scheduler:
     """Starts the generations of requests, each as soon as it has its slabs.
 
     Args:
-        engine: generates.
-        thread: runs it.
-        sessions: those it generates in.
+        engine: generates the answers.
+        thread: runs the engine.
+        sessions: the sessions to generate in.
         active: where started generations are registered.
         tokenizer: the model's.
         queue: where requests wait for a slab.
-        capacity: tokens a session sees.
+        capacity: tokens that a session sees.
     """
 
     def __init__(
@@ -70,9 +70,15 @@ class Scheduler:
         self._tokenizer, self._capacity = tokenizer, capacity
 
     async def start(self, start: Start) -> Started:
-        """Feeds a prompt and begins to answer it; see `Start`."""
+        """Starts a request's generations; see `Start`.
+
+        Raises:
+            ApiError: the request is refused.
+        """
         async with self._active.locks.get(start.request_id):
-            await self._active.end(start.request_id)  # what a call made that is repeated now
+            await self._active.end(
+                start.request_id
+            )  # left by an earlier call, if this one repeats it
             with self._active.expect(start.request_id) as gone:
                 if start.session_id is None:
                     return await self._start_temporary(start, gone)
@@ -84,13 +90,13 @@ class Scheduler:
                 session = await self._sessions.take(session_id, create=bool(start.feeds))
                 return await self._start_session(session, start)
 
-        if self._sessions.get(session_id) is not None:  # it has a slab and need not wait for one
-            with contextlib.suppress(NoFreeSlab):  # it had
+        if self._sessions.get(session_id) is not None:  # it has a slab, so it need not wait for one
+            with contextlib.suppress(NoFreeSlab):  # the slab was taken meanwhile
                 return await attempt()
         return await self._queue.run(attempt, 1, gone)
 
     async def _start_temporary(self, start: Start, gone: asyncio.Event) -> Started:
-        """A stream of its own for every answer; answers to one prompt share its prefill."""
+        """Opens a stream for every answer; answers to one prompt share its prefill."""
         names = [_temporary_name() for _ in range(len(start.feeds) * start.n)]
         await self._queue.run(partial(self._open, names), len(names), gone)
         try:
@@ -110,7 +116,7 @@ class Scheduler:
         )
 
     async def _open(self, names: Sequence[str]) -> None:
-        """Takes all the slabs or none: two requests that each held some would wait for ever."""
+        """Takes all the slabs or none: requests that hold some and wait for more could deadlock."""
         opened: list[str] = []
         try:
             for name in names:
@@ -123,7 +129,7 @@ class Scheduler:
     async def _choices(
         self, feed: Feed, names: Sequence[str], params: SamplingParams, gone: asyncio.Event
     ) -> list[ChoiceStream]:
-        """The answers to one prompt, each in a stream of its own."""
+        """Starts the answers to one prompt, each in a stream of its own."""
         if len(names) == 1:
             return [ChoiceStream(names[0], await self._submit(names[0], feed.start, params))]
         prompt = await self._read(names[0], feed.start, params, gone)
@@ -138,7 +144,7 @@ class Scheduler:
     async def _read(
         self, name: str, prompt: Sequence[int], params: SamplingParams, gone: asyncio.Event
     ) -> list[Token]:
-        """Has a stream read a prompt but for its last token; returns what is told of its tokens."""
+        """Reads a prompt but for its last token; returns its tokens if they are to be reported."""
         only = SamplingParams(max_tokens=0, prompt_logprobs=params.prompt_logprobs)
         reading, tokens = await self._submit(name, prompt, only), []
         while not reading.done:
@@ -154,7 +160,7 @@ class Scheduler:
         if start.goes_on and not repeated:
             raise replaced(session.session_id)
         if session.active_request is not None:
-            # Whoever resumes is the reader whose stream broke: the old answer has none.
+            # Whoever resumes is the reader whose stream broke: nobody reads the old answer now.
             if start.resume_at is None and not repeated:
                 raise session_busy(session.session_id)
             await self._active.end(session.active_request)
@@ -177,15 +183,15 @@ class Scheduler:
         if session.failure is not None:
             generation.cancel()
             raise log_failed(session.failure)
-        source = ChoiceStream(session.session_id, generation, session=session)
-        return self._started(session, start, source, len(tokens), state)
+        choice = ChoiceStream(session.session_id, generation, session=session)
+        return self._started(session, start, choice, len(tokens), state)
 
     async def _begin_turn(
         self, session: ResidentSession, start: Start, *, repeated: bool
     ) -> tuple[int, ...]:
-        """The tokens to feed, once the store knows where they and their answer will lie."""
+        """Stores where the prompt and its answer will lie; returns the tokens to feed."""
         position = session.log.position
-        if repeated:  # the replica died inside the prompt: the rest of it is missing
+        if repeated:  # the replica died while it logged the prompt: feed the rest
             before = session.turn.prompt_from
             tail = tuple(await io(partial(session.log.read, max(0, before - TAIL), before)))
             return start.feeds[0].after(before, tail)[position - before :]
@@ -208,27 +214,27 @@ class Scheduler:
         session.turn = turn
 
     async def _resume(self, session: ResidentSession, start: Start, position: int) -> Started:
-        """Shows again what the log has after `position`, then goes on from its end."""
+        """Replays the log after `position`, then generates from its end."""
         params, stop = start.params, session.log.position
         before = await self._before(session, position)
         answered = min(len(before), position - session.turn.answer_from)
         output = self._output(params)
         end = output.resume(before, answered=answered)
         if position < stop:
-            end = None  # there are more tokens: the stream went on after what would end this one
+            end = None  # the stream has more tokens, so the answer did not end there
 
         async def begin() -> Generation:
             return await self._submit(session.session_id, (), params, output)
 
         replay = Replay(log=session.log, position=position, stop=stop, output=output, begin=begin)
-        source = ChoiceStream(
+        choice = ChoiceStream(
             session.session_id, session=session, replay=None if end else replay, end=end
         )
         state = replace(session.state(self._capacity), stream_position=position)
-        return self._started(session, start, source, 0, state)
+        return self._started(session, start, choice, 0, state)
 
     async def _before(self, session: ResidentSession, position: int) -> list[int]:
-        """Tokens of the stream before `position`, as far as their text matters."""
+        """Returns the last tokens of the stream before `position`, for the text after them."""
         if not session.log.position:
             raise ApiError(400, "empty_input", "an empty session needs a prompt", param="prompt")
         if session.stored is not None:
@@ -243,12 +249,12 @@ class Scheduler:
         self,
         session: ResidentSession,
         start: Start,
-        source: ChoiceStream,
+        choice: ChoiceStream,
         prompt_tokens: int,
         state: SessionState,
     ) -> Started:
         self._active.put(
-            start.request_id, ActiveGeneration([source], session_id=session.session_id), session
+            start.request_id, ActiveGeneration([choice], session_id=session.session_id), session
         )
         return Started(
             prompt_tokens=prompt_tokens,
@@ -274,7 +280,7 @@ class Scheduler:
 
 
 def _seeded(params: SamplingParams, number: int) -> SamplingParams:
-    """Answers to one prompt differ though they have one seed."""
+    """Gives each answer to a prompt a seed of its own, for otherwise they would be the same."""
     if params.seed is None or number == 0:
         return params
     return replace(params, seed=params.seed + number)

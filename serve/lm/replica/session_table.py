@@ -1,8 +1,7 @@
-"""The sessions whose keys and values lie in this replica, and how they come and go.
+"""The resident sessions of a replica: those whose keys and values are in its memory.
 
-A slab is taken for a session when it is asked for: from the engine's free ones, else from the least
-recently used idle session, which is snapshotted first. Where sessions are not stored, none is taken
-from anybody.
+A session gets a slab when a request needs it: a free one, else that of the least recently used idle
+session, which is snapshotted first. If sessions are not stored, no slab is taken from another one.
 """
 
 from __future__ import annotations
@@ -47,15 +46,15 @@ log = logging.getLogger(__name__)
 
 
 class SessionTable:
-    """Gives out sessions, with slabs.
+    """Creates, loads, snapshots and evicts resident sessions.
 
     Args:
-        engine: holds the slabs.
-        thread: runs it.
-        store: where sessions are kept; None keeps them nowhere.
-        sinks: of a session that does not choose.
-        ttl_s: of a session that does not choose.
-        capacity: tokens a session sees.
+        engine: has the slabs.
+        thread: runs the engine.
+        store: where sessions are stored; None stores none.
+        sinks: sink tokens of a session that does not set them.
+        ttl_s: idle seconds of a session that does not set them.
+        capacity: tokens that a session sees.
     """
 
     def __init__(
@@ -75,9 +74,9 @@ class SessionTable:
         self._locks = Locks()
 
     def journal(self, session_id: str, tokens: Sequence[int]) -> None:
-        """The engine's write-ahead log; runs in its thread, before the tokens are seen.
+        """Logs tokens before anyone sees them; the engine calls it, in its thread.
 
-        A failure ends this session, not the engine: it is kept for whoever reads the answer.
+        A failure ends this session, not the engine: it is stored for the reader of the answer.
         """
         session = self._resident.get(session_id)
         if session is None or session.failure is not None:
@@ -91,7 +90,7 @@ class SessionTable:
 
     @contextlib.asynccontextmanager
     async def locked(self, *session_ids: str) -> AsyncGenerator[None, None]:
-        """One request at a time may change a session; several are always locked in one order."""
+        """Lets one request at a time change a session; several are always locked in one order."""
         async with contextlib.AsyncExitStack() as stack:
             for session_id in sorted(set(session_ids)):
                 await stack.enter_async_context(self._locks.get(session_id))
@@ -102,18 +101,21 @@ class SessionTable:
         return self._locks.get(session_id).locked()
 
     def resident(self) -> list[ResidentSession]:
-        """All sessions with a slab here."""
+        """Returns all sessions with a slab here."""
         return list(self._resident.values())
 
     def get(self, session_id: str) -> ResidentSession | None:
-        """A session with a slab here."""
+        """Returns a session if it has a slab here."""
         return self._resident.get(session_id)
 
     async def take(self, session_id: str, *, create: bool) -> ResidentSession:
-        """A session with its slab, loaded or made if need be; call it with the session locked.
+        """Returns a session with a slab, loaded or created if need be.
+
+        Call it with the session locked.
 
         Raises:
-            ApiError: 404, 409 for another model's, 429 when there is no slab.
+            ApiError: 404 if there is no such session, 409 if it belongs to another model.
+            NoFreeSlab: no slab is free or can be freed.
         """
         session = self._resident.get(session_id)
         if session is not None and not await self.is_current(session):
@@ -139,14 +141,18 @@ class SessionTable:
         pinned: Sequence[int] = (),
         request_id: str = "",
     ) -> ResidentSession:
-        """Makes a session; call it with the session locked.
+        """Creates a session; call it with the session locked.
 
         Args:
             session_id: its name.
-            sinks: None takes the default.
-            ttl_s: None takes the default.
+            sinks: sink tokens; None takes the default.
+            ttl_s: idle seconds until it is deleted; None takes the default.
             pinned: tokens that begin the stream; durable when this returns.
-            request_id: repeated with a repeated call, which finds what the first one made.
+            request_id: the same for a repeated call, which then returns the first call's session.
+
+        Raises:
+            ApiError: 409 if the name is taken.
+            NoFreeSlab: no slab is free or can be freed.
         """
         sinks = self._sinks if sinks is None else sinks
         ttl_s = self._ttl_s if ttl_s is None else ttl_s
@@ -177,13 +183,13 @@ class SessionTable:
         return session
 
     async def drop(self, session: ResidentSession) -> None:
-        """Frees a session's slab; what is stored of it stays."""
+        """Frees a session's slab; its files stay."""
         self._resident.pop(session.session_id, None)
         await self._thread.call(lambda: self._engine.close(session.session_id))
         await self._close(session)
 
     async def delete(self, session_id: str) -> None:
-        """Removes a session, stored or not; call it with the session locked."""
+        """Deletes a session, stored or not; call it with the session locked."""
         session = self._resident.get(session_id)
         if session is not None:
             await self.drop(session)
@@ -193,8 +199,8 @@ class SessionTable:
         """Stores a session's keys and values; a tick waits for the copy, not for the writing.
 
         Raises:
-            ApiError: 409 where nothing is stored, 503 when the session's log has failed or another
-                replica has it: its own log no longer says what this slab has seen.
+            ApiError: 409 if this server stores no sessions; 503 if the session's log has failed or
+                another replica has the session, so that its log may differ from this slab.
         """
         stored = session.stored
         if stored is None:
@@ -203,23 +209,23 @@ class SessionTable:
             raise log_failed(session.failure)
         state = await self._thread.call(lambda: self._engine.export(session.session_id))
         position = state_position(state)
-        if session.failure is not None:  # since: what was generated is not in the log
+        if session.failure is not None:  # failed meanwhile: the state has tokens that the log lacks
             raise log_failed(session.failure)
         if position > session.snapshot_at:
             await io(partial(stored.save_snapshot, position, state))
             session.snapshot_at = position
 
     async def is_current(self, session: ResidentSession) -> bool:
-        """Whether a session session is still this replica's, with all its tokens logged."""
+        """Whether a resident session is still this replica's and all its tokens are logged."""
         owned = session.stored is None or await io(session.stored.is_owned)
         if session.failure is None and not owned:
             session.failure = LostSession(f"{session.session_id}: another replica has opened it")
         return session.failure is None
 
     async def fork(self, session: ResidentSession, new_id: str, request_id: str) -> SessionState:
-        """Makes a second session with the same stream so far; call it with both locked.
+        """Creates a second session with the same stream; call it with both locked.
 
-        A stored one gets no slab yet: its next request may go to another replica.
+        A stored session gets no slab yet, for its next request may go to another replica.
         """
         if self._stored.store is None:
             if new_id in self._resident:
@@ -240,7 +246,7 @@ class SessionTable:
         return await io(partial(self._stored.describe, new_id))
 
     async def describe(self, session_id: str) -> SessionState:
-        """A session seen from outside, without loading it; raises `ApiError` 404."""
+        """Describes a session without loading it; raises the `ApiError` 404 if there is none."""
         session = self._resident.get(session_id)
         if session is not None and await self.is_current(session):
             return session.state(self._capacity)
@@ -251,15 +257,15 @@ class SessionTable:
         return await io(partial(self._stored.describe, session_id))
 
     async def names(self) -> list[str]:
-        """Sessions session here and all that are stored."""
+        """Returns the names of the resident sessions and of all stored ones."""
         return sorted({*self._resident, *await io(self._stored.names)})
 
     async def open_temporary(self, session_id: str) -> None:
-        """Takes a slab for a stream that nobody comes back to."""
+        """Opens a temporary session, which ends with its answer."""
         await self._with_room(lambda: self._engine.open(session_id, sinks=self._sinks))
 
     async def refill_temporary(self, session_ids: Sequence[str], state: dict[str, Tensor]) -> None:
-        """Makes several temporary streams the same one, in the slabs that they have."""
+        """Gives several temporary sessions the same state, in the slabs that they have."""
 
         def refill() -> None:
             for session_id in session_ids:
@@ -269,7 +275,7 @@ class SessionTable:
         await self._thread.call(refill)
 
     async def close_temporary(self, session_ids: Sequence[str]) -> None:
-        """Frees the slabs of temporary streams, all after the tick in progress."""
+        """Frees the slabs of temporary sessions, all after the tick in progress."""
 
         def close() -> None:
             for session_id in session_ids:
@@ -278,7 +284,7 @@ class SessionTable:
         await self._thread.call(close)
 
     def room(self) -> int:
-        """Slabs that are free, or belong to idle sessions that can be stored."""
+        """Returns how many slabs are free or have an idle session that can be stored."""
         return self._engine.slabs.free + len(self._evictable())
 
     def _evictable(self) -> list[ResidentSession]:
@@ -288,7 +294,7 @@ class SessionTable:
         return [session for session in idle if not self.is_locked(session.session_id)]
 
     async def expire_resident(self, session: ResidentSession) -> None:
-        """Deletes an idle session with a slab here if its time is over."""
+        """Deletes a resident session that has been idle for longer than its `ttl_s`."""
 
         def is_over() -> bool:
             over = (
@@ -302,16 +308,16 @@ class SessionTable:
 
         if is_over() and not self.is_locked(session.session_id):
             async with self.locked(session.session_id):
-                if is_over():  # still: another request may have come first
+                if is_over():  # look again: another request may have come first
                     await self.delete(session.session_id)
 
     async def expire_stored(self, session_id: str) -> None:
-        """Deletes a session without a slab here if its time is over; call it with it locked."""
+        """Does the same for a session without a slab here; call it with the session locked."""
         if session_id not in self._resident and await io(partial(self._stored.is_over, session_id)):
             await io(partial(self._stored.delete, session_id))
 
     async def _load(self, session_id: str) -> ResidentSession:
-        """Takes a stored session over: newest snapshot, then the log's tail through prefill."""
+        """Opens a stored session: its newest snapshot, then a prefill of the log's tail."""
         try:
             session, state, rest = await io(partial(self._stored.load, session_id))
         except OtherModel as error:
@@ -328,7 +334,7 @@ class SessionTable:
     async def _place(
         self, session: ResidentSession, state: dict[str, Tensor], rest: Sequence[int]
     ) -> None:
-        """Gives a session a slab with `state` in it, then feeds it the tokens after that."""
+        """Gives a session a slab with `state` in it and feeds it the tokens after that."""
         session_id, tail = session.session_id, list(rest[-TAIL:])
         if session.stored is not None:
             tail = await io(partial(session.log.read, max(0, session.log.position - TAIL)))
@@ -341,7 +347,7 @@ class SessionTable:
         self._resident[session_id] = session
 
     def _empty(self, sinks: int) -> dict[str, Tensor]:
-        """The state of a stream without tokens."""
+        """Returns the state of a stream without tokens."""
         name = f"empty-{uuid.uuid4().hex}"
         self._engine.open(name, sinks=sinks)
         try:
@@ -350,7 +356,7 @@ class SessionTable:
             self._engine.close(name)
 
     async def _close(self, session: ResidentSession) -> None:
-        """Lets go of a session's files."""
+        """Closes a session's files."""
         if session.stored is not None:
             await io(session.stored.close)
 
@@ -365,7 +371,7 @@ class SessionTable:
                     raise
                 oldest = min(idle, key=lambda session: session.last_used)
                 async with self.locked(oldest.session_id):
-                    # Still: another request may have come first.
+                    # Look again: another request may have come first.
                     if (
                         self._resident.get(oldest.session_id) is oldest
                         and oldest.active_request is None
@@ -373,10 +379,10 @@ class SessionTable:
                         await self._evict(oldest)
 
     async def _evict(self, session: ResidentSession) -> None:
-        """Takes an idle session's slab; where there can be no snapshot, its log is enough."""
+        """Takes an idle session's slab; if there can be no snapshot, its log is enough."""
         try:
             await self.snapshot(session)
-        except ApiError as refusal:  # not ours any more: the log says what it is
+        except ApiError as refusal:  # it is not ours any more, and its log is valid
             log.info("session %s: no snapshot: %s", session.session_id, refusal)
         except OSError:
             log.exception("session %s: no snapshot", session.session_id)

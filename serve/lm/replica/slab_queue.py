@@ -1,4 +1,4 @@
-"""Requests that wait for a slab, first come first served."""
+"""Requests that wait for a slab, first come, first served."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from models.sink_lm.network.cache import NoFreeSlab
 from serve.lm.replica.refusals import no_slab, nobody_waits
 
 LOOK_S = 0.02
-"""How often the first in the queue looks for room."""
+"""Seconds between two looks for free slabs of the first in the queue."""
 Result = TypeVar("Result")
 
 
@@ -22,9 +22,9 @@ class SlabQueue:
 
     Args:
         limit: requests that may wait; more are refused at once.
-        wait_s: how long one waits, then it is refused.
-        room: slabs that are free or could be made free.
-        waited: told how long each one waited.
+        wait_s: seconds that a request may wait before it is refused.
+        room: returns how many slabs are free or can be freed.
+        waited: called with the seconds that each request waited.
     """
 
     def __init__(
@@ -45,18 +45,18 @@ class SlabQueue:
     async def run(
         self, attempt: Callable[[], Awaitable[Result]], slabs: int, gone: asyncio.Event
     ) -> Result:
-        """Runs what takes slabs, all of them or none, as soon as it is its turn and there are some.
+        """Runs `attempt` as soon as it is its turn and there are enough slabs.
 
         Args:
-            attempt: raises `NoFreeSlab` where there are none.
+            attempt: takes all its slabs or none; raises `NoFreeSlab` if there are too few.
             slabs: how many it takes.
-            gone: set when nobody waits for it any more.
+            gone: set when nobody waits for the result any more.
 
         Raises:
-            ApiError: 429 where too many wait or it took too long, 409 when `gone` is set.
+            ApiError: 429 if too many wait or it took too long, 409 when `gone` is set.
         """
         if not self._waiting and self._room() >= slabs:
-            with contextlib.suppress(NoFreeSlab):  # another one was quicker
+            with contextlib.suppress(NoFreeSlab):  # another request was quicker
                 return await attempt()
         if len(self._waiting) >= self._limit:
             raise no_slab(waiting=len(self._waiting))
@@ -67,14 +67,14 @@ class SlabQueue:
                 await self._turn(place, slabs, gone, since + self._wait_s)
                 try:
                     return await attempt()
-                except NoFreeSlab:  # taken meanwhile by a session that had no need to wait
+                except NoFreeSlab:  # taken meanwhile by a resident session
                     continue
         finally:
             self._waiting.remove(place)
             self._waited(time.monotonic() - since)
 
     async def _turn(self, place: object, slabs: int, gone: asyncio.Event, until: float) -> None:
-        """Waits until it is first and there is room."""
+        """Waits until it is the first in the queue and there is room."""
         while True:
             if gone.is_set():
                 raise nobody_waits()

@@ -1,6 +1,7 @@
-"""What a replica does with stored sessions. Every method waits for a disk or a network.
+"""Session files as seen by one replica: create, load, fork, delete.
 
-Where sessions are stored nowhere there are none, and these are the answers one gets.
+Every method waits for a disk or a network. On a server that stores no sessions there are none, and
+the methods answer so.
 """
 
 from __future__ import annotations
@@ -18,32 +19,33 @@ from serve.lm.store.session_store import SessionStore, StoredSession, Turn
 COPY_TOKENS = 65_536
 """Tokens of a log that a fork copies at a time."""
 ELSEWHERE_S = 300.0
-"""How much longer than its `ttl_s` a session stays that another replica opened last: that one may
-be generating, paused by a slow reader, and write nothing."""
+"""Seconds beyond its `ttl_s` that a session stays if another replica opened it last.
+
+That replica may be generating in it and write nothing because a slow reader has paused it."""
 
 
 class StoredSessions:
     """The stored sessions, as one replica sees them.
 
     Args:
-        store: where they lie, if anywhere.
-        replica: name of this one.
-        capacity: tokens a session sees.
+        store: where they lie; None stores no sessions.
+        replica: name of this replica.
+        capacity: tokens that a session sees.
     """
 
     def __init__(self, store: SessionStore | None, replica: str, capacity: int) -> None:
         self.store, self._replica, self._capacity = store, replica, capacity
 
     def names(self) -> list[str]:
-        """All stored sessions."""
+        """Returns the names of all stored sessions."""
         return [] if self.store is None else self.store.names()
 
     def has(self, session_id: str) -> bool:
-        """Whether there is such a session."""
+        """Whether a session is stored."""
         return self.store is not None and self.store.exists(session_id)
 
     def has_from(self, session_id: str, request_id: str) -> bool:
-        """Whether there is one that this request has made."""
+        """Whether a session is stored that this request has created."""
         store = self.store
         if store is None or not request_id or not store.exists(session_id):
             return False
@@ -62,12 +64,12 @@ class StoredSessions:
         return time.time() - store.last_used(session_id) > ttl_s
 
     def describe(self, session_id: str) -> SessionState:
-        """A session seen from outside."""
+        """Describes a session."""
         assert self.store is not None
         return stored_state(self.store, session_id, self._capacity)
 
     def delete(self, session_id: str) -> None:
-        """Removes a session's files, if it has any."""
+        """Deletes a session's files, if it has any."""
         if self.store is not None:
             self.store.delete(session_id)
 
@@ -80,11 +82,11 @@ class StoredSessions:
         pinned: Sequence[int],
         request_id: str,
     ) -> StoredSession | None:
-        """Makes a session that begins with `pinned`, durably.
+        """Creates a session that begins with `pinned`; it is durable when this returns.
 
         Raises:
             SessionExists: the name is taken.
-            LostSession: another replica makes one of that name.
+            LostSession: another replica is creating one of that name.
         """
         if self.store is None:
             return None
@@ -103,11 +105,11 @@ class StoredSessions:
     def fork(
         self, session: ResidentSession, new_id: str, state: dict[str, Tensor], request_id: str
     ) -> None:
-        """Makes a session with the same stream so far, of which `state` is the end.
+        """Creates a session with the same stream, up to the position of `state`.
 
         Raises:
             SessionExists: the name is taken.
-            LostSession: another replica makes one of that name.
+            LostSession: another replica is creating one of that name.
         """
         assert self.store is not None
         twin = self.store.create(
@@ -124,7 +126,10 @@ class StoredSessions:
             twin.close()
 
     def load(self, session_id: str) -> tuple[ResidentSession, dict[str, Tensor], list[int]]:
-        """Takes a session over: it, the state of its newest snapshot, and the tokens after that.
+        """Opens a session, which takes it over from any other replica.
+
+        Returns:
+            The session, the state of its newest snapshot, and the tokens after that.
 
         Raises:
             UnknownSession: there is none.

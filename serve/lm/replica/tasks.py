@@ -25,11 +25,12 @@ _running: set[asyncio.Task[Any]] = set()  # the event loop itself holds its task
 def in_full(
     method: Method[Self, Args, Result],
 ) -> Callable[Concatenate[Self, Args], Awaitable[Result | ApiError]]:
-    """Makes a method that is carried out to its end, whatever becomes of its caller.
+    """Makes a method run to its end even if its caller goes away.
 
-    Serve cancels a method where it stands when the client goes away, be it half way through moving
-    a session from one place to another. Here that ends the waiting only. A refusal is returned
-    instead of raised (see `serve.lm.contract`); this is the only place that does so.
+    When a client goes away, Serve cancels the method at its next await, perhaps half way through
+    moving a session from one place to another. With this decorator only the waiting is cancelled.
+    Refusals are returned instead of raised (see `serve.lm.contract`); this is the one place that
+    turns them.
     """
 
     @wraps(method)
@@ -41,7 +42,7 @@ def in_full(
 
 
 def in_background(work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
-    """Runs something as a task of its own; what it raises is logged even if nobody waits for it."""
+    """Runs a coroutine as a task; its exception is logged even if nobody waits for it."""
     task = asyncio.get_running_loop().create_task(work)
     _running.add(task)
     task.add_done_callback(_done)
@@ -64,12 +65,12 @@ async def _refused(work: Coroutine[Any, Any, Result]) -> Result | ApiError:
 
 
 async def io(work: Callable[[], Result]) -> Result:
-    """Runs something that waits for a disk or a network in a thread."""
+    """Runs blocking input or output in a thread."""
     return await asyncio.to_thread(work)
 
 
 class Locks:
-    """One lock a name, for as long as anybody holds it or waits for it."""
+    """Locks by name, each for as long as somebody holds it or waits for it."""
 
     def __init__(self) -> None:
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -78,7 +79,7 @@ class Locks:
         return len(self._locks)
 
     def get(self, name: str) -> asyncio.Lock:
-        """The lock of a name; everybody who asks while it lives gets the same one."""
+        """Returns the lock of a name, the same one for everybody who asks while it is in use."""
         lock = self._locks.get(name)
         if lock is None:
             lock = self._locks[name] = asyncio.Lock()

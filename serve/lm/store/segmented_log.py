@@ -1,10 +1,11 @@
-"""A token log where nothing can be appended to (S3): numbered segments, written behind by a thread.
+"""A token log for stores that cannot append (S3): numbered segments, written by a thread.
 
     FOLDER/{first position}-{owner's epoch}.i32
 
-An owner's first segment ends what earlier owners wrote: theirs count up to where it begins. Segments
-are merged as they become many, twice at most, so that a stream of a million tokens is some hundred
-objects however it came; memory holds the tokens that are not stored yet and one line an object.
+An owner's first segment ends the earlier owners' log: their tokens count only up to its start. Many
+small segments are merged into one, each token at most twice, so that a stream of a million tokens
+has a few hundred objects. Memory holds the tokens that are not stored yet and one record per
+object.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from typing import Any
 from serve.lm.store.token_log import TOKEN_BYTES, from_bytes, to_bytes
 
 GATHER_S = 0.2
-"""How long a log waits for more tokens before it puts a segment."""
+"""Seconds that a log waits for more tokens before it writes a segment."""
 MERGE_SEGMENTS = 64
-"""So many segments at the log's end, each of fewer tokens than this, become one; so do that many
-of fewer than this squared. Larger ones stay: a merge never costs more than a megabyte."""
+"""This many segments at the log's end are merged if each has fewer tokens than this, and again if
+each has fewer than this squared. Larger ones stay, so that a merge moves at most a megabyte."""
 WAIT_S = 60.0
-"""How long `wait` lets a store take for a segment."""
+"""Seconds that `wait` gives a store to write a segment."""
 
 _PUT_ATTEMPTS = 3
 
@@ -36,7 +37,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens `start` to `stop` of a stream: the first ones of an object."""
+    """The first tokens of an object: tokens `start` to `stop` of the stream."""
 
     start: int
     stop: int
@@ -44,21 +45,21 @@ class Segment:
 
     @property
     def size(self) -> int:
-        """Tokens."""
+        """Number of tokens."""
         return self.stop - self.start
 
 
 class SegmentedLog:
     """See `serve.lm.store.token_log.TokenLog`.
 
-    An append costs a round trip here, so it does not wait for it: whoever shows tokens to a client
-    holds back those at or beyond `durable`. What arrives within `GATHER_S`, or during a put, goes
-    out together.
+    A write costs a round trip to the store, so `append` does not wait for it. Tokens from `durable`
+    on must not be shown to a client yet. Tokens that arrive within `GATHER_S`, or during a write,
+    go into one segment.
 
     Args:
         fs: fsspec file system.
         folder: where the segments lie.
-        epoch: this owner's.
+        epoch: number of this owner.
     """
 
     def __init__(self, fs: Any, folder: str, epoch: int) -> None:
@@ -85,19 +86,19 @@ class SegmentedLog:
         return self._durable
 
     def append(self, tokens: Sequence[int]) -> None:
-        """See `TokenLog`; raises OSError when an earlier segment could not be stored."""
+        """See `TokenLog`; raises OSError if an earlier segment could not be stored."""
         with self._stored:
             self._raise_failure()
             self._waiting.extend(tokens)
         self._wake.put(True)
 
     def read(self, start: int, stop: int | None = None) -> list[int]:
-        """See `TokenLog`; what is stored is fetched, a segment at a time."""
+        """See `TokenLog`; stored tokens are fetched one segment at a time."""
         with self._stored:
             durable, segments, waiting = self._durable, list(self._segments), list(self._waiting)
         stop = durable + len(waiting) if stop is None else min(stop, durable + len(waiting))
         stored = _read(self._fs, segments, start, min(stop, durable))
-        if stored is None:  # merged meanwhile, by us or by an owner who does not know of us yet
+        if stored is None:  # merged meanwhile, by us or by an owner unaware of us
             segments = list_segments(self._fs, self._folder)
             stored = _read(self._fs, segments, start, min(stop, durable))
         if stored is None:
@@ -147,7 +148,7 @@ class SegmentedLog:
                 self._segments.append(segment)
                 self._durable = segment.stop
                 del self._waiting[: len(tokens)]
-        except Exception as error:  # kept: the next `append` raises it where tokens are made
+        except Exception as error:  # kept: the next `append` raises it
             self._failed = error
         with self._stored:
             self._stored.notify_all()
@@ -170,11 +171,11 @@ class SegmentedLog:
     def _tidy(self) -> None:
         try:
             self._merge()
-        except Exception:  # nothing is lost by it; the next segment tries again
+        except Exception:  # no token is lost, and the next segment tries again
             log.exception("%s: segments are not merged", self._folder)
 
     def _merge(self) -> None:
-        """Makes one object of many small ones at the end, so that a log stays quick to open."""
+        """Merges many small objects at the end into one, so that a log stays quick to open."""
         for limit in (MERGE_SEGMENTS, MERGE_SEGMENTS**2):
             large = [i for i, segment in enumerate(self._segments) if segment.size >= limit]
             first = large[-1] + 1 if large else 0
@@ -194,7 +195,7 @@ class SegmentedLog:
 
 
 def list_segments(fs: Any, folder: str) -> list[Segment]:
-    """The segments that make up a log, in order: one listing, nothing is read.
+    """Returns the segments of a log in order, from one listing and without reading any.
 
     Raises:
         OSError: tokens are missing between two of them.
@@ -213,7 +214,7 @@ def list_segments(fs: Any, folder: str) -> list[Segment]:
 
 
 def _in_order(by_epoch: dict[int, list[Segment]]) -> list[Segment]:
-    """What counts of every owner's segments, the latest owner's first."""
+    """Returns the parts of all owners' segments that count, in the order of the stream."""
     found: list[Segment] = []
     for epoch in sorted(by_epoch, reverse=True):
         border = found[0].start if found else None
@@ -225,7 +226,7 @@ def _in_order(by_epoch: dict[int, list[Segment]]) -> list[Segment]:
 
 
 def _without_pieces(mine: Iterable[Segment], border: int | None) -> list[Segment]:
-    """One owner's segments before `border`; pieces left over by a broken merge lie in the whole."""
+    """Returns one owner's segments before `border`, without those that a merged one includes."""
     kept: list[Segment] = []
     for segment in sorted(mine, key=lambda segment: segment.start):
         end = segment.stop if border is None else min(segment.stop, border)
@@ -235,7 +236,7 @@ def _without_pieces(mine: Iterable[Segment], border: int | None) -> list[Segment
 
 
 def _read(fs: Any, segments: Sequence[Segment], start: int, stop: int) -> list[int] | None:
-    """Tokens `start` to `stop`; None when a segment is not there any more."""
+    """Returns tokens `start` to `stop`; None if a segment no longer exists."""
     tokens: list[int] = []
     for segment in segments:
         first, last = max(start, segment.start), min(stop, segment.stop)

@@ -1,15 +1,15 @@
-"""Sessions that outlive their replica: for each a token log, KV snapshots and who owns it.
+"""Sessions that outlive their replica: each has a token log, KV snapshots and an owner.
 
-    URI/SESSION/session.json              what the session is; written last, never changes
+    URI/SESSION/session.json              the session's settings; written last, never changed
     URI/SESSION/owner.json                epoch and replica of the latest owner
     URI/SESSION/turn.json                 where in the stream the latest prompt and answer lie
-    URI/SESSION/tokens.i32                the log (a folder `tokens/` of segments where remote)
+    URI/SESSION/tokens.i32                the log (in a remote store a folder `tokens/` of segments)
     URI/SESSION/snapshots/POSITION.safetensors
 
-A session is its newest readable snapshot plus the tokens after it. The log is written before a
-token is shown, snapshots now and then; without any snapshot the log alone is enough. A snapshot
-carries the last tokens it was made of, and counts only where the log has the same ones: a replica
-that lost the session may have written it.
+A session is restored from its newest readable snapshot and the tokens after it. The log is written
+before a token is shown, snapshots from time to time; without any snapshot the log alone is enough.
+A snapshot includes the last tokens before it. It is used only if the log has the same ones, for a
+replica that lost the session may have written it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from serve.lm.store.token_log import TOKEN_BYTES, LocalLog, TokenLog
 FORMAT = 1
 KEEP_SNAPSHOTS = 2
 RECENT = 256
-"""Tokens before a snapshot that it carries."""
+"""Tokens before a snapshot that it includes."""
 
 
 class UnknownSession(KeyError):
@@ -42,25 +42,25 @@ class UnknownSession(KeyError):
 
 
 class SessionExists(ValueError):
-    """A session of that name is there already."""
+    """There is a session of that name already."""
 
 
 class OtherModel(ValueError):
-    """The session was made by another model; its tokens and keys mean nothing here."""
+    """Another model made the session, so that its tokens and keys mean nothing here."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SessionSpec:
-    """What a session is.
+    """Settings of a session.
 
     Attributes:
         session_id: its name.
         sinks: tokens at the start of the stream that are never evicted.
         ttl_s: idle seconds after which it is deleted; None keeps it.
-        created: Unix time.
-        fingerprint: of the model, its cache and its tokenizer.
-        request_id: of the call that made it, which may be repeated.
-        format: of the files.
+        created: Unix time of its creation.
+        fingerprint: names the model, its cache shape and its tokenizer.
+        request_id: id of the call that created it, which may be repeated.
+        format: format number of the files.
     """
 
     session_id: str
@@ -77,11 +77,11 @@ class Turn:
     """Where the latest prompt and its answer lie in the stream.
 
     Attributes:
-        request_id: whose the answer is: the request that sent the prompt, or that went on with the
-            answer since. So a repeated call does not feed the prompt twice, and a reader whom
-            another has replaced does not come back.
+        request_id: the request that sent the prompt, or the latest one that went on with the
+            answer. It keeps a repeated call from feeding the prompt twice, and a reader whose
+            session another request has gone on with from coming back.
         prompt_from: stream position before the prompt.
-        answer_from: and after it: what follows was generated.
+        answer_from: stream position after the prompt; the tokens from there on were generated.
     """
 
     request_id: str = ""
@@ -94,7 +94,7 @@ class StoredSession:
 
     Args:
         store: where it lies.
-        spec: what it is.
+        spec: its settings.
         owner: name of this replica.
     """
 
@@ -112,10 +112,10 @@ class StoredSession:
         return (record.get("epoch"), record.get("replica")) == (self.epoch, self._owner)
 
     def publish(self) -> None:
-        """Makes a session that was just created known, once its beginning is durable.
+        """Makes a new session visible, once its first tokens are durable.
 
         Raises:
-            SessionExists: somebody else has made one of that name meanwhile.
+            SessionExists: another replica has created one of that name meanwhile.
         """
         name = self.spec.session_id
         self.log.wait(self.log.position)
@@ -125,17 +125,18 @@ class StoredSession:
         self._store.write(f"{self._folder}/session.json", data)
 
     def begin_turn(self, turn: Turn) -> None:
-        """Says where a prompt and its answer will lie; call it before the prompt is logged."""
+        """Stores where a prompt and its answer will lie; call it before the prompt is logged."""
         self._store.write(f"{self._folder}/turn.json", json.dumps(asdict(turn)).encode())
 
     def save_snapshot(self, position: int, state: dict[str, Tensor]) -> None:
-        """Stores a state of the first `position` tokens, then forgets all but the newest ones.
+        """Stores a state after `position` tokens and deletes all but the newest snapshots.
 
-        Waits until the log has these tokens: a snapshot of others would be wrong after a crash.
+        It first waits until the log has these tokens: without them the snapshot would be wrong
+        after a crash.
 
         Raises:
-            ValueError: the log has less.
-            OSError: it could not be written.
+            ValueError: the log has fewer tokens.
+            OSError: the snapshot could not be written.
         """
         if position > self.log.position:
             raise ValueError(f"a state of {position} tokens, of which {self.log.position} logged")
@@ -146,13 +147,13 @@ class StoredSession:
         self._store.write(f"{self._folder}/snapshots/{position:015d}.safetensors", data)
         old = [p for p in self._store.snapshot_paths(self.spec.session_id) if _at(p) <= position]
         ahead = [p for p in self._store.snapshot_paths(self.spec.session_id) if _at(p) > position]
-        for path in ahead + old[KEEP_SNAPSHOTS:]:  # ahead of us: of a stream that was not gone on
+        for path in ahead + old[KEEP_SNAPSHOTS:]:  # ahead of us: of an owner that lost the session
             self._store.fs.rm_file(path)
 
     def newest_snapshot(self) -> tuple[int, dict[str, Tensor]]:
-        """The newest readable snapshot of the log's tokens: its position and state.
+        """Returns position and state of the newest readable snapshot that agrees with the log.
 
-        Position 0 and no tensors where there is none: the log then rebuilds the session.
+        If there is none, it returns position 0 and no tensors; the log then rebuilds the session.
         """
         for path in self._store.snapshot_paths(self.spec.session_id):
             position = _at(path)
@@ -168,7 +169,7 @@ class StoredSession:
         return 0, {}
 
     def close(self) -> None:
-        """Lets go of the log; the files stay."""
+        """Closes the log; the files stay."""
         self.log.close()
 
     def _recent(self, position: int) -> list[int]:
@@ -180,7 +181,7 @@ class SessionStore:
 
     Args:
         uri: a path or e.g. `s3://bucket/sessions`.
-        fingerprint: of the model served here; sessions of another are refused.
+        fingerprint: names the model served here; sessions of another are refused.
     """
 
     def __init__(self, uri: str, fingerprint: str) -> None:
@@ -199,14 +200,14 @@ class SessionStore:
         ttl_s: float | None,
         request_id: str = "",
     ) -> StoredSession:
-        """Begins an empty session, which nobody sees before it is published.
+        """Creates an empty session, which nobody sees before `publish`.
 
         Raises:
             SessionExists: the name is taken.
         """
         if self.exists(session_id):
             raise SessionExists(f"the session {session_id!r} exists already")
-        if self.fs.exists(self.folder(session_id)):  # one whose making was broken off
+        if self.fs.exists(self.folder(session_id)):  # its creation was interrupted
             self.fs.rm(self.folder(session_id), recursive=True)
         spec = SessionSpec(
             session_id=session_id,
@@ -235,7 +236,12 @@ class SessionStore:
         return StoredSession(self, spec, owner)
 
     def spec(self, session_id: str) -> SessionSpec:
-        """What a session is; raises `UnknownSession`, ValueError for another format."""
+        """Returns a session's settings.
+
+        Raises:
+            UnknownSession: there is none.
+            ValueError: its files have another format number.
+        """
         data = self.read(self._spec_path(session_id)) if is_session_id(session_id) else b""
         if not data:
             raise UnknownSession(session_id)
@@ -245,31 +251,31 @@ class SessionStore:
         return spec
 
     def exists(self, session_id: str) -> bool:
-        """Whether there is such a session."""
+        """Whether the session exists."""
         return is_session_id(session_id) and bool(self.fs.exists(self._spec_path(session_id)))
 
     def names(self) -> list[str]:
-        """All sessions."""
+        """Returns the names of all sessions."""
         found = self.fs.glob(f"{self._root}/*/session.json")
         return sorted(Path(str(path)).parent.name for path in found)
 
     def delete(self, session_id: str) -> None:
-        """Removes a session's files, first the one that makes it known."""
+        """Deletes a session's files, first the one that makes it visible."""
         if self.exists(session_id):
             self.fs.rm_file(self._spec_path(session_id))
             self.fs.rm(self.folder(session_id), recursive=True)
 
     def last_used(self, session_id: str) -> float:
-        """Unix time of the last write to a session; 0 when there is nothing."""
+        """Returns the Unix time of the last write to a session; 0 if it has no files."""
         paths = self.fs.find(self.folder(session_id), detail=True).values()
         return max((_modified(entry) for entry in paths), default=0.0)
 
     def folder(self, session_id: str) -> str:
-        """Where a session lies."""
+        """Returns the folder of a session."""
         return f"{self._root}/{session_id}"
 
     def position(self, session_id: str) -> int:
-        """Tokens in a session's log, without taking it over or reading it."""
+        """Returns how many tokens a session's log has, without opening the session."""
         if not self._local:
             segments = list_segments(self.fs, f"{self.folder(session_id)}/tokens")
             return segments[-1].stop if segments else 0
@@ -277,21 +283,21 @@ class SessionStore:
         return path.stat().st_size // TOKEN_BYTES if path.exists() else 0
 
     def owner(self, session_id: str) -> dict[str, Any]:
-        """`epoch`, `replica` and `since` of whoever opened a session last; empty for nobody."""
+        """Returns `epoch`, `replica` and `since` of a session's latest owner; empty without one."""
         data = self.read(f"{self.folder(session_id)}/owner.json")
         return dict(json.loads(data)) if data else {}
 
     def turn(self, session_id: str) -> Turn:
-        """A session's latest prompt; an empty one where there was none yet."""
+        """Returns where a session's latest turn lies; an empty `Turn` if there was none."""
         data = self.read(f"{self.folder(session_id)}/turn.json")
         return Turn(**json.loads(data)) if data else Turn()
 
     def snapshots(self, session_id: str) -> list[int]:
-        """Positions of a session's snapshots, newest first."""
+        """Returns the positions of a session's snapshots, newest first."""
         return [_at(path) for path in self.snapshot_paths(session_id)]
 
     def snapshot_paths(self, session_id: str) -> list[str]:
-        """Paths of a session's snapshots, newest first."""
+        """Returns the paths of a session's snapshots, newest first."""
         found = self.fs.glob(f"{self.folder(session_id)}/snapshots/*.safetensors")
         return sorted((str(path) for path in found), reverse=True)
 
@@ -302,7 +308,7 @@ class SessionStore:
         return SegmentedLog(self.fs, f"{self.folder(session_id)}/tokens", epoch)
 
     def read(self, path: str) -> bytes:
-        """A file's bytes; none where there is no file."""
+        """Returns a file's bytes; none if there is no such file."""
         try:
             data: bytes = self.fs.cat_file(path)
         except FileNotFoundError:
@@ -310,7 +316,7 @@ class SessionStore:
         return data
 
     def write(self, path: str, data: bytes) -> None:
-        """Writes a whole file, so that a reader sees the old one or the new one."""
+        """Writes a file atomically: readers see the old content or the new."""
         if not self._local:
             self.fs.pipe_file(path, data)
             return
@@ -321,7 +327,7 @@ class SessionStore:
         part.replace(target)
 
     def _remove_parts(self, session_id: str) -> None:
-        """Removes what a replica that was killed in the middle of `write` has left."""
+        """Deletes the temporary files of a replica that was killed during `write`."""
         if self._local:
             for part in Path(self.folder(session_id)).rglob(".*"):
                 part.unlink(missing_ok=True)
@@ -339,5 +345,5 @@ def _modified(entry: dict[str, Any]) -> float:
 
 
 def _at(snapshot_path: str) -> int:
-    """Position of a snapshot."""
+    """Returns the stream position of a snapshot."""
     return int(Path(snapshot_path).stem)

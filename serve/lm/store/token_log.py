@@ -1,8 +1,8 @@
 """A session's write-ahead log: the token ids of its stream, in order, four bytes each.
 
-Token n lies at byte 4 n, so the log's length is the stream's position and a torn write at its end
-is cut off by dividing. Locally that is one file that is appended to; where nothing can be appended
-to (S3), the segments of `serve.lm.store.segmented_log`.
+Token n lies at byte 4 n, so that the log's length gives the stream's position, and an incomplete
+write at its end is ignored. A local log is one file, written by appending. A store that cannot
+append (S3) has the segments of `serve.lm.store.segmented_log`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _TOKENS = "<i4"
 
 
 class LostSession(RuntimeError):
-    """Another replica has written to this session: what is held here is stale."""
+    """Another replica has written to this session, so that its state here is stale."""
 
 
 class TokenLog(Protocol):
-    """What a session needs of its log.
+    """Interface of a session's log.
 
-    `position` counts the tokens appended, `durable` those that survive the death of this process.
+    `position` counts the tokens appended, `durable` those that survive the end of this process.
     """
 
     @property
@@ -39,31 +39,31 @@ class TokenLog(Protocol):
         ...
 
     def append(self, tokens: Sequence[int]) -> None:
-        """Adds tokens at the end; raises `LostSession` when somebody else has."""
+        """Appends tokens; raises `LostSession` if another replica has appended some."""
         ...
 
     def read(self, start: int, stop: int | None = None) -> list[int]:
-        """Tokens `start` to `stop` of the stream (to its end by default)."""
+        """Returns tokens `start` to `stop` of the stream, by default to its end."""
         ...
 
     def when_durable(self, tell: Callable[[], None] | None) -> None:
-        """Calls `tell`, from any thread, whenever `durable` has grown later than `append`."""
+        """Has `tell` called, from any thread, whenever `durable` has grown after an `append`."""
         ...
 
     def wait(self, position: int) -> None:
-        """Blocks until `position` tokens are durable; raises OSError when they cannot be."""
+        """Blocks until `position` tokens are durable; raises OSError if they cannot be stored."""
         ...
 
     def close(self) -> None:
-        """Writes what is still waiting and lets go of the files."""
+        """Writes the tokens that still wait and closes the files."""
         ...
 
 
 class LocalLog:
-    """One file, appended to and flushed at every call: it survives `kill -9`, not a power cut.
+    """A log in one local file. It survives `kill -9`, but not a power cut.
 
     Args:
-        path: the file; made if it is not there, cut to whole tokens if it is.
+        path: the file; created if it does not exist, else cut to whole tokens.
     """
 
     def __init__(self, path: Path) -> None:
@@ -96,10 +96,10 @@ class LocalLog:
         return from_bytes(data)
 
     def when_durable(self, tell: Callable[[], None] | None) -> None:
-        """Never calls: what is appended is durable."""
+        """Never calls `tell`: appended tokens are durable at once."""
 
     def wait(self, position: int) -> None:
-        """Does not wait: what is appended is durable."""
+        """Does not wait: appended tokens are durable at once."""
 
     def close(self) -> None:
         """See `TokenLog`."""
@@ -107,18 +107,18 @@ class LocalLog:
 
 
 def to_bytes(tokens: Sequence[int]) -> bytes:
-    """Tokens as they are stored."""
+    """Returns the stored form of tokens."""
     return np.asarray(tokens, _TOKENS).tobytes()
 
 
 def from_bytes(data: bytes) -> list[int]:
-    """Stored tokens."""
+    """Returns tokens from their stored form."""
     ids: list[int] = np.frombuffer(data, _TOKENS).tolist()
     return ids
 
 
 class MemoryLog:
-    """Counts tokens and keeps none: for sessions that end with their replica."""
+    """Counts tokens without keeping them, for sessions that end with their replica."""
 
     def __init__(self, position: int = 0) -> None:
         self._position = position
@@ -135,13 +135,13 @@ class MemoryLog:
         self._position += len(tokens)
 
     def read(self, start: int, stop: int | None = None) -> list[int]:
-        """Nothing is kept; raises LookupError for anything but an empty range."""
+        """Raises LookupError for any range but an empty one, for nothing is kept."""
         if start < (self._position if stop is None else stop):
             raise LookupError("this server keeps no log of its sessions")
         return []
 
     def when_durable(self, tell: Callable[[], None] | None) -> None:
-        """Never calls."""
+        """Never calls `tell`."""
 
     def wait(self, position: int) -> None:
         """Does not wait."""
