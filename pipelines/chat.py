@@ -2,8 +2,8 @@
 
     python -m pipelines.chat --url http://localhost:8000/v1 --session me
 
-Only what you type is sent; the server keeps the stream, so a session goes on tomorrow, from another
-terminal, after the server was restarted. Ctrl-C ends an answer, not the session.
+Only what you type is sent, for the server keeps the stream. You can go on with a session tomorrow,
+from another terminal, even after the server was restarted. Ctrl-C ends an answer, not the session.
 """
 
 from __future__ import annotations
@@ -33,33 +33,33 @@ RETRIES = 5
 
 @dataclass(frozen=True, kw_only=True)
 class ChatConfig:
-    """Where to talk, and how."""
+    """Settings of a chat."""
 
     url: str = "http://localhost:8000/v1"
     """The server's base URL, with `/v1`."""
     session: str | None = None
-    """Session to begin or go on with; None makes one up."""
+    """Name of the session to begin or go on with; None makes one up."""
     system: str | None = None
-    """System prompt of a new session: pinned, so that it is never forgotten."""
+    """System prompt of a new session. It is pinned, so that it is never evicted."""
     temperature: float = 0.7
-    """0 takes the likeliest token."""
+    """Sampling temperature; 0 takes the likeliest token."""
     top_p: float = 0.95
-    """Nucleus of the distribution that is sampled from."""
+    """Sample from the likeliest tokens that have this much probability together."""
     max_tokens: int | None = None
-    """Tokens of one answer at most; None ends with the model's end token."""
+    """Most tokens of one answer; None ends only with the model's end token."""
     api_key: str | None = None
-    """Sent as a bearer token."""
+    """Key for the server, sent as a bearer token."""
 
 
 class ChatError(RuntimeError):
-    """What the server said was wrong."""
+    """The server refused a request or could not be reached."""
 
 
 class ChatClient:
     """Talks to one session.
 
     Args:
-        cfg: where and how.
+        cfg: the settings.
         http: client with the server's base URL.
     """
 
@@ -69,7 +69,7 @@ class ChatClient:
         self.position = 0
 
     def begin(self) -> bool:
-        """Makes the session unless it is there; returns whether it was there."""
+        """Creates the session unless it exists; returns whether it existed."""
         found = self._http.get(f"/sessions/{self.session}")
         if found.status_code == 200:
             return True
@@ -82,7 +82,7 @@ class ChatClient:
     def say(self, text: str) -> Iterator[str]:
         """Sends a message and yields the answer as it comes.
 
-        Where the stream breaks, it is taken up again after the last token that came.
+        A stream that breaks is resumed after the last token that came.
         """
         body = self._body() | {"messages": [{"role": "user", "content": text}]}
         begun = False
@@ -99,11 +99,11 @@ class ChatClient:
                 body = self._body() | {"resume_at": self.position}
 
     def describe(self) -> dict[str, Any]:
-        """The session, as the server sees it."""
+        """Returns the server's description of the session."""
         return dict(_checked(self._http.get(f"/sessions/{self.session}")).json())
 
     def fork(self, name: str) -> None:
-        """Branches off under a new name and goes on there."""
+        """Copies the session under a new name and goes on there."""
         reply = self._http.post(f"/sessions/{self.session}/fork", json={"session_id": name})
         self.session = str(_checked(reply).json()["id"])
 
@@ -122,7 +122,7 @@ class ChatClient:
         }
 
     def _stream(self, body: dict[str, Any]) -> Iterator[tuple[int | None, str]]:
-        """(stream position, text) of each event."""
+        """Yields (stream position, text) of each event."""
         with self._http.stream("POST", "/chat/completions", json=body, timeout=60) as reply:
             if reply.status_code != 200:
                 reply.read()
@@ -152,7 +152,7 @@ def _checked(reply: httpx.Response) -> httpx.Response:
 
 
 def chat(cfg: ChatConfig, console: Console) -> None:
-    """Reads lines and prints answers until the end of input or `/quit`."""
+    """Reads lines and prints answers until the input ends or the user types `/quit`."""
     headers = {"authorization": f"Bearer {cfg.api_key}"} if cfg.api_key else {}
     with httpx.Client(base_url=cfg.url, headers=headers, timeout=30) as http:
         client = ChatClient(cfg, http)
@@ -199,7 +199,7 @@ def _turn(client: ChatClient, line: str, console: Console) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line."""
+    """Runs the command line."""
     run_command(
         lambda: tyro.cli(ChatConfig, args=argv, description=__doc__),
         lambda cfg: chat(cfg, Console()),

@@ -3,10 +3,11 @@
     python -m pipelines.perplexity --model data/smollm2 --text data/mobydick.txt \
         --sinks 0,1,2,4,8 --cache 256,1024 --max-tokens 20000 --json out.json
 
-The protocol is section 4 of Xiao et al. 2023: one uninterrupted stream, exp of the mean negative
-log-likelihood. No sinks is the window baseline; `--dense` adds full attention over the whole text,
-`--recompute-samples` sliding window with re-computation at evenly spread places (it costs a whole
-window a token), beside the other modes' perplexity at the same places.
+The protocol is that of section 4 of Xiao et al. 2023: the text is one uninterrupted stream, and
+perplexity is exp of the mean negative log-likelihood. 0 sinks are the window baseline. `--dense`
+adds full attention over the whole text. `--recompute-samples` adds the sliding window with
+re-computation at evenly spread places, because it reads a whole window per token; the other modes'
+perplexity at the same places is shown beside it.
 
 Legend: T tokens of the text, N sampled places.
 """
@@ -48,7 +49,7 @@ DTYPES = {
 
 @dataclass(frozen=True, kw_only=True)
 class PerplexityConfig:
-    """What to read, and how."""
+    """Settings of a perplexity measurement."""
 
     model: Annotated[str, PlaceField(or_name=True)]
     """Hugging Face folder or hub id, or a GGUF file."""
@@ -61,19 +62,19 @@ class PerplexityConfig:
     max_tokens: int = 20_000
     """Read no more of the text than this."""
     dense: bool = False
-    """Also read with full attention, beyond the trained context where the text is longer."""
+    """Also read with full attention, beyond the trained context if the text is longer."""
     recompute_samples: int = 0
     """Also recompute the window for this many tokens, evenly spread after the largest cache."""
     chunk: int = 256
-    """Tokens read at once: speed only, the function is that of one token at a time."""
+    """Tokens read at once. It changes the speed, but not the result."""
     dtype: Literal["fp32", "bf16", "fp16", "int8"] = "fp32"
-    """Type of weights, keys and values; int8 rounds the linear layers, the rest is bf16."""
+    """Type of weights, keys and values; int8 rounds the linear layers and leaves the rest bf16."""
     device: str = "cpu"
-    """Where to compute."""
+    """Device to compute on."""
     threads: int | None = None
     """Torch threads; None leaves torch's choice."""
     json: Annotated[Path, PlaceField(written=True, file=True)] | None = None
-    """Write the rows here, and the plot beside it as .png."""
+    """Write the rows to this file, and the plot beside it as .png."""
 
     def __post_init__(self) -> None:
         """Checks the lists.
@@ -98,9 +99,9 @@ class Row:
     sinks: int
     cache: int
     perplexity: float
-    """Over the whole text; for `recompute` over the sampled places."""
+    """Perplexity over the whole text; for `recompute` over the sampled places."""
     perplexity_sampled: float | None
-    """Over the places at which `recompute` was taken."""
+    """Perplexity over the sampled places."""
     decode_tokens_per_s: float
     cache_mib: float
 
@@ -121,7 +122,7 @@ def numbers(flag: str, text: str) -> list[int]:
 
 
 def modes(cfg: PerplexityConfig, tokens: int) -> list[Mode]:
-    """The rows asked for."""
+    """Returns the modes that the settings ask for."""
     found = [Mode(name="dense", cache=tokens)] if cfg.dense else []
     for cache in numbers("--cache", cfg.cache):
         for sinks in numbers("--sinks", cfg.sinks):
@@ -132,7 +133,7 @@ def modes(cfg: PerplexityConfig, tokens: int) -> list[Mode]:
 
 
 def sampled_places(cfg: PerplexityConfig, tokens: int) -> Tensor:
-    """Indices [N] of tokens spread evenly over the part where every cache is full."""
+    """Returns N token indices, spread evenly over the part where every cache is full."""
     first = max(numbers("--cache", cfg.cache)) + 1
     return torch.linspace(first, tokens - 1, cfg.recompute_samples).long()
 
@@ -173,10 +174,10 @@ def measure(
 
 
 def perplexity(cfg: PerplexityConfig) -> list[Row]:
-    """Runs every mode and writes what was asked for.
+    """Runs every mode, prints the table and writes the results.
 
     Raises:
-        ValueError: a text shorter than the cache.
+        ValueError: the text is shorter than the cache.
     """
     from models.sink_lm.checkpoints.loading import load_model
     from models.sink_lm.checkpoints.tokenizer import load_tokenizer
@@ -203,7 +204,7 @@ def perplexity(cfg: PerplexityConfig) -> list[Row]:
 
 
 def print_table(rows: list[Row]) -> None:
-    """Shows the rows."""
+    """Prints the rows."""
     table = Table("mode", "sinks", "cache", "perplexity", "at sampled", "tokens/s", "cache MiB")
     for row in rows:
         sampled = "-" if row.perplexity_sampled is None else f"{row.perplexity_sampled:.2f}"
@@ -216,7 +217,7 @@ def print_table(rows: list[Row]) -> None:
 def write_results(
     cfg: PerplexityConfig, rows: list[Row], curves: dict[str, Tensor], tokens: int
 ) -> None:
-    """Writes the JSON, and beside it a plot of the loss along the stream."""
+    """Writes the JSON and, beside it, a plot of the perplexity along the stream."""
     from matplotlib.figure import Figure
 
     assert cfg.json is not None
@@ -237,7 +238,7 @@ def write_results(
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     import tyro
 
     run_command(lambda: tyro.cli(PerplexityConfig), perplexity)

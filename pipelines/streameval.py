@@ -1,12 +1,12 @@
-"""StreamEval: what a streaming model still knows of a line it read some time ago.
+"""StreamEval: whether a streaming model still knows a line that it read some time ago.
 
     python -m pipelines.streameval --model data/smollm2 --cache 512 --distances 5,10,20,40
 
-Re-implemented from section 4.4 of Xiao et al. 2023, whose code was never published: an endless
-stream of lines "The REGISTER_CONTENT in line 17 is <4183>", and after every tenth line the question
-for the value some lines back. A question is asked of a copy of the stream, so that answers do
-not stand in later questions' way; greedy, right if the answer begins with the number. A line
-outside the cache is forgotten: accuracy there is 0, and says so.
+It re-implements section 4.4 of Xiao et al. 2023, whose code was never published. The model reads
+lines such as "The REGISTER_CONTENT in line 17 is <4183>". After every tenth line it is asked for
+the values some lines back. Each question goes to a copy of the stream, so that answers do not
+change later ones. The answer is greedy, and right if it begins with the number. The table says
+whether the lines asked for were still in the cache; the model cannot know a line that was evicted.
 
 Legend: T tokens.
 """
@@ -43,24 +43,24 @@ ASK_EVERY = 10
 
 @dataclass(frozen=True, kw_only=True)
 class StreamEvalConfig:
-    """What to ask, and of whom."""
+    """Settings of a StreamEval run."""
 
     model: Annotated[str, PlaceField(or_name=True)]
     """Hugging Face folder or hub id, or a GGUF file."""
     cache: int = 512
     """Cache size in tokens, sinks included."""
     sinks: int = 4
-    """Sink tokens."""
+    """Tokens at the start of the stream that are never evicted."""
     distances: str = "5,10,20,40"
-    """How many lines back to ask for, comma-separated."""
+    """Ask for the values this many lines back, comma-separated."""
     lines: int = 400
-    """Lines of the stream."""
+    """Number of lines in the stream."""
     seed: int = 0
-    """Of the values."""
+    """Seed of the values."""
     threads: int | None = None
     """Torch threads; None leaves torch's choice."""
     json: Annotated[Path, PlaceField(written=True, file=True)] | None = None
-    """Write the results here."""
+    """Write the results to this file."""
 
     def __post_init__(self) -> None:
         """Checks the numbers.
@@ -90,7 +90,7 @@ class Result:
 
 
 class Stream:
-    """The model reading lines, with a second slab to ask on.
+    """A model that reads lines, with a second slab for questions.
 
     Args:
         model: the decoder.
@@ -105,7 +105,7 @@ class Stream:
 
     @property
     def position(self) -> int:
-        """Tokens read."""
+        """Number of tokens read."""
         return self._slabs.length(self._slot)
 
     def read(self, text: str) -> None:
@@ -114,10 +114,10 @@ class Stream:
         self._model.prefill(tokens_T, self._slabs, self._slot, logits="none")
 
     def ask(self, text: str, count: int) -> tuple[str, int]:
-        """Completes `text` greedily by `count` tokens, leaving the stream as it is.
+        """Completes `text` greedily with `count` tokens, without changing the stream.
 
         Returns:
-            The completion, and the tokens of the question.
+            The completion, and the number of tokens of the question.
         """
         self._slabs.copy(self._slot, self._copy)
         ids = self._tokenizer.encode(text, bos=False)
@@ -132,12 +132,12 @@ class Stream:
 
 
 def line(number: int) -> str:
-    """A line up to its value."""
+    """Returns a line up to its value."""
     return f"The REGISTER_CONTENT in line {number} is <"
 
 
 def stream_eval(cfg: StreamEvalConfig, model: Llama, tokenizer: Tokenizer) -> list[Result]:
-    """Reads all lines, asking on the way."""
+    """Reads all lines and asks after every tenth."""
     values = random.Random(cfg.seed)
     stream = Stream(model, tokenizer, cfg)
     window = cfg.cache - cfg.sinks
@@ -170,7 +170,7 @@ def stream_eval(cfg: StreamEvalConfig, model: Llama, tokenizer: Tokenizer) -> li
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     import tyro
 
     run_command(lambda: tyro.cli(StreamEvalConfig), _evaluate_stream)

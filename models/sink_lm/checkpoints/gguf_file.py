@@ -1,7 +1,7 @@
 """Reads GGUF files of the Llama family: the configuration and the weights, dequantised.
 
-The `gguf` package does the reading, one tensor at a time. transformers' own loader takes three times
-as long, drops tensors that it has no name for and does not read the rotary scaling.
+The `gguf` package reads the file, one tensor at a time. transformers' own loader takes three times
+as long, drops tensors whose names it does not know, and does not read the rotary scaling.
 Keys and layouts: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -62,7 +62,7 @@ BLOCK_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# Divisors of the frequencies: all that GGUF keeps of Llama 3.1's scaling.
+# Divisors of the frequencies, the only trace of Llama 3.1's scaling in a GGUF file.
 FACTORS = "rope_freqs.weight"
 QUERY_OR_KEY = re.compile(r".*\.self_attn\.([qk])_proj\.(weight|bias)")
 
@@ -71,8 +71,8 @@ def open_gguf(path: Path) -> Checkpoint:
     """Opens a `.gguf` file of architecture llama (Mistral too), qwen2 or qwen3.
 
     Raises:
-        ValueError: names the file: no GGUF file, one that breaks off, or a key of the
-            configuration is missing.
+        ValueError: names the file, which is no GGUF file, is cut off, or lacks a key of the
+            configuration.
         UnsupportedModel: names the file and what cannot stream.
     """
     with errors_name(path):
@@ -95,13 +95,13 @@ def open_gguf(path: Path) -> Checkpoint:
 
 
 def _fields(reader: GGUFReader) -> dict[str, Any]:
-    """The metadata: single values, and those of the architecture that layers have one each of."""
+    """Returns the metadata; a value that every layer has must be the same in all."""
     fields = {key: field.contents() for key, field in reader.fields.items() if len(field.data) == 1}
     kind = fields["general.architecture"]
     if fields.get("split.count", 1) > 1:
         raise UnsupportedModel(
-            f"split.count is {fields['split.count']}: one of several files; join them with llama.cpp's "
-            "`llama-gguf-split --merge`"
+            f"split.count is {fields['split.count']}: one of several files; join them with "
+            "llama.cpp's `llama-gguf-split --merge`"
         )
     for key, field in reader.fields.items():
         if key.startswith(f"{kind}.") and key not in fields:
@@ -113,7 +113,7 @@ def _fields(reader: GGUFReader) -> dict[str, Any]:
 
 
 def _hf_name(name: str) -> str:
-    """Hugging Face's name of a tensor; one that it does not know keeps its own."""
+    """Returns Hugging Face's name of a tensor; an unknown one keeps its own."""
     if block := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
         stem = BLOCK_NAMES.get(block[2])
         return f"model.layers.{block[1]}.{stem}.{block[3]}" if stem else name
@@ -122,7 +122,7 @@ def _hf_name(name: str) -> str:
 
 
 def _config(fields: Mapping[str, Any], tensors: Mapping[str, ReaderTensor]) -> dict[str, Any]:
-    """The metadata as a Hugging Face `config.json`."""
+    """Returns the metadata in the form of a Hugging Face `config.json`."""
     kind = fields["general.architecture"]
     own = {key.removeprefix(f"{kind}."): value for key, value in fields.items()}
     config = {name: own[key] for key, name in CONFIG_KEYS.items() if key in own}
@@ -142,7 +142,7 @@ def _config(fields: Mapping[str, Any], tensors: Mapping[str, ReaderTensor]) -> d
 
 
 def _check_keys(fields: Mapping[str, Any], cfg: LMConfig) -> None:
-    """Refuses what the file says of its decoder and nothing here reads, known to us or not."""
+    """Refuses keys of the decoder that this module does not read, unless they are neutral."""
     prefix = f"{fields['general.architecture']}."
     for key in sorted(fields):
         own = key.removeprefix(prefix)
@@ -152,7 +152,7 @@ def _check_keys(fields: Mapping[str, Any], cfg: LMConfig) -> None:
 
 
 def _is_neutral(key: str, value: Any, head_dim: int) -> bool:
-    """Whether a key that nothing reads leaves the function as it is; 0 means "not set" in GGUF."""
+    """Whether an unread key leaves the function as it is; 0 means "not set" in GGUF."""
     if key == "attention.causal":
         return bool(value)
     if key == "attention.value_length":

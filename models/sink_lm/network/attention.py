@@ -142,7 +142,7 @@ class _Run:
         return mine.flatten(0, 1)[:, : self._used]
 
     def grouped(self, q_BHD: Tensor) -> Tensor:
-        """Their queries as [b * H, G, D]: a group's heads are the rows of one matrix product."""
+        """Returns their queries as [b * H, G, D]: a group's heads share one matrix product."""
         mine = q_BHD[self.rows.start : self.rows.stop]
         return mine.reshape(len(self.rows) * self._heads, -1, mine.shape[-1])
 
@@ -154,10 +154,10 @@ def neighbours(slots: Sequence[int]) -> list[range]:
 
 
 class ChunkAttention(SinkAttention):
-    """A chunk of one session's next tokens, of any length, as if they came one by one.
+    """Attention of a chunk of one session's next tokens, as if they came one by one.
 
-    Keys and values of a token depend on what it saw and are never revised, so a chunk is one masked
-    attention: over the sinks, over the ring as it was before the chunk, and over the chunk itself.
+    A token's keys and values are never revised, so that a chunk is one masked attention over the
+    sinks, the ring as it was before the chunk, and the chunk itself.
 
     Args:
         slot: slab number.
@@ -176,19 +176,19 @@ class ChunkAttention(SinkAttention):
         super().__init__(slabs, positions_T, start + tokens - 1, frequencies_F, scale)
         self._slot = slot
         ring = slabs.capacity - self._sinks
-        # Rows of the chunk that are sinks, and rows still in the ring when the chunk has passed.
+        # Rows of the chunk that are sinks, and rows that are still in the ring after the chunk.
         self._sink_rows = slice(0, min(max(self._sinks - start, 0), tokens))
         self._sink_slots = slice(min(start, self._sinks), min(start + tokens, self._sinks))
         self._ring_rows = slice(max(self._sink_rows.stop, tokens - ring), tokens)
         self._ring_slots = self._sinks + (positions_T[self._ring_rows] - self._sinks) % ring
-        self._held = min(max(start - self._sinks, 0), ring)
+        self._ring_used = min(max(start - self._sinks, 0), ring)
         self._is_hidden_TK = ~self._visible(positions_T, start, ring)
 
     def _visible(self, positions_T: Tensor, start: int, ring: int) -> Tensor:
-        """Bool [T, K]: which of the sinks, the ring's and the chunk's keys each token sees."""
+        """Returns bool [T, K]: the keys of sinks, ring and chunk that each token sees."""
         sinks, device = self._sinks, positions_T.device
         last = start - 1 - sinks  # ring index of the newest token held, counted from the first
-        place_P = torch.arange(self._held, device=device)
+        place_P = torch.arange(self._ring_used, device=device)
         held_P = sinks + last - (last - place_P) % ring
         now = positions_T[:, None]
         sees_sink_TS = torch.arange(sinks, device=device) <= now
@@ -221,19 +221,19 @@ class ChunkAttention(SinkAttention):
         sink_q = window_q
         if self.rotate_for_sinks:
             sink_q = self._grouped(self.rotate_for_sinks(scaled_THD), len(keys_HCD))
-        held = slice(self._sinks, self._sinks + self._held)
+        ring_used = slice(self._sinks, self._sinks + self._ring_used)
         parts = [
             sink_q @ keys_HCD[:, : self._sinks].mT,
-            window_q @ keys_HCD[:, held].mT,
+            window_q @ keys_HCD[:, ring_used].mT,
             window_q @ new_keys_HTD.mT,
         ]
         scores_HRK = torch.cat(parts, dim=-1)
         by_token_HGTK = scores_HRK.view(len(keys_HCD), -1, *self._is_hidden_TK.shape)
         by_token_HGTK.masked_fill_(self._is_hidden_TK, -torch.inf)
         sizes = [part.shape[-1] for part in parts]
-        on_sinks, on_held, on_new = torch.split(self.softmax(scores_HRK), sizes, dim=-1)
+        on_sinks, on_ring, on_new = torch.split(self.softmax(scores_HRK), sizes, dim=-1)
         out_HRD = on_sinks @ values_HCD[:, : self._sinks]
-        out_HRD += on_held @ values_HCD[:, held]
+        out_HRD += on_ring @ values_HCD[:, ring_used]
         out_HRD += on_new @ new_values_HTD
 
         keys_HCD[:, self._ring_slots] = new_keys_HTD[:, self._ring_rows]
@@ -243,6 +243,6 @@ class ChunkAttention(SinkAttention):
 
     @staticmethod
     def _grouped(q_THD: Tensor, heads: int) -> Tensor:
-        """[T, H * G, D] to [H, G * T, D]."""
+        """Reshapes [T, H * G, D] to [H, G * T, D]."""
         q_THGD = q_THD.view(len(q_THD), heads, -1, q_THD.shape[-1])
         return q_THGD.permute(1, 2, 0, 3).flatten(1, 2)

@@ -76,23 +76,25 @@ class BucketAttention:
 
 
 class BucketDecoder:
-    """Decodes by bucket: on CUDA one graph each, captured when first needed, elsewhere eagerly.
+    """Decodes by bucket: on CUDA with a graph per bucket, captured when first needed.
+
+    On other devices it runs eagerly.
 
     Args:
         model: the decoder.
-        slabs: the only cache it is called with.
+        slabs: the cache of every call.
     """
 
     def __init__(self, model: Llama, slabs: Slabs) -> None:
         self._model, self._slabs = model, slabs
         self._device = slabs.device
-        # A graph reads its tokens, lengths and sinks from where they were when it was captured.
+        # A graph always reads its tokens, lengths and sinks from the memory it was captured with.
         self._inputs_3N = torch.zeros(3, slabs.count, dtype=torch.int64, device=self._device)
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     @torch.inference_mode()
     def __call__(self, tokens_B: Tensor, slots: Sequence[int]) -> Tensor:
-        """`Llama.decode` of the same arguments: same tensors, errors and effects."""
+        """Does what `Llama.decode` does: same arguments, results, errors and effects."""
         if len(set(slots)) != len(slots):
             raise ValueError(f"slots {list(slots)} name a session twice")
         size = bucket(max(slots) + 1, self._slabs.count)
@@ -117,14 +119,14 @@ class BucketDecoder:
         return logits_bV
 
     def _step(self, size: int, sink_slots: int) -> Tensor:
-        """The step itself: nothing in it depends on the values of its inputs but values."""
+        """Computes the step; the values of its inputs change no shape and no control flow."""
         tokens_b, lengths_b, sinks_b = self._inputs_3N[:, :size]
         frequencies_F, scale = self._model.rotary(self._device)
         attend = BucketAttention(self._slabs, lengths_b, sinks_b, sink_slots, frequencies_F, scale)
         return self._model.logits(self._model.run(tokens_b, attend))
 
     def _capture(self, size: int, sink_slots: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """Records the step; running it twice before writes the same keys twice, no more."""
+        """Captures the step. Running it twice before only writes the same keys again."""
         side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
@@ -138,5 +140,5 @@ class BucketDecoder:
 
 
 def bucket(needed: int, limit: int) -> int:
-    """The next power of two, or `limit`, or 0 for 0: few shapes for many numbers."""
+    """Returns the next power of two, at most `limit`, and 0 for 0: few shapes for many numbers."""
     return min(1 << (needed - 1).bit_length(), limit) if needed else 0

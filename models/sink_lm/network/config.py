@@ -21,9 +21,9 @@ ROPE_KEYS = frozenset(
         *("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
     )
 )
-# Settings with which other decoders change the function have one of these words in their names. The
-# values listed for a word leave the function as it is. Any other value is refused, even of a setting
-# that this code does not know.
+# Settings with which other decoders change the function have one of these words in their names.
+# The values listed for a word leave the function as it is. Any other value is refused, even of a
+# setting that this code does not know.
 OFF = (None, False, 0)
 NEUTRAL = {
     "alibi": OFF,
@@ -117,17 +117,17 @@ class LMConfig:
     max_positions: int = 2048
     """Trained context: positions inside the cache must stay below it."""
     sliding_window: int | None = None
-    """Tokens a query may see by training (Mistral 7B v0.1); None sees all."""
+    """Tokens a query saw in training (Mistral 7B v0.1); None saw all."""
     bos_id: int | None = None
     """Token that starts a stream."""
     eos_ids: tuple[int, ...] = ()
     """Tokens that end a text."""
 
     def __post_init__(self) -> None:
-        """Checks what the decoder divides by.
+        """Checks that heads can be grouped and rotated.
 
         Raises:
-            UnsupportedModel: heads that cannot be grouped, or an odd head width.
+            UnsupportedModel: the heads cannot be grouped, or their width is odd.
         """
         if self.num_heads % self.num_kv_heads:
             raise UnsupportedModel(
@@ -198,7 +198,7 @@ def _check_details(config: Mapping[str, Any], kind: str) -> None:
 
 
 def _is_usual(key: str, value: Any, config: Mapping[str, Any]) -> bool:
-    """Whether a setting spells out what is done anyway: scores are divided by sqrt(head_dim)."""
+    """Whether a setting only states the default, scores divided by sqrt(head_dim)."""
     width = config.get("head_dim") or config["hidden_size"] / config["num_attention_heads"]
     usual = {"query_pre_attn_scalar": width, "attention_multiplier": width**-0.5}
     return key in usual and math.isclose(value, usual[key], rel_tol=1e-4)

@@ -1,4 +1,4 @@
-"""What the tests of the engine share: a tiny engine, a request, a run to the end, a reference."""
+"""A tiny engine, requests to it, and a reference without an engine."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def ids(events: list) -> list[int]:
 
 
 def alone(prompt: bytes | list[int], count: int, sinks: int = 4) -> list[int]:
-    """Greedy tokens by nothing but `decode`, one token at a time."""
+    """Returns greedy tokens from `decode` alone, one token at a time."""
     import torch
 
     model = tiny_llama()

@@ -1,4 +1,4 @@
-"""What the tests of the language model's server share: a tiny model, its server with and without Ray."""
+"""A tiny language model and its server, with and without Ray."""
 
 from __future__ import annotations
 
@@ -91,13 +91,15 @@ def events(lines: Iterator[str]) -> Iterator[tuple[int | None, Any]]:
 
 
 def same_text(kept: str, whole: str) -> bool:
-    """Whether a session's text is that of an answer without one, which ends with U+FFFD where it
-    breaks off in a character: in a session the rest of that may still come."""
+    """Whether a session's text equals that of an answer without a session.
+
+    Only the latter shows an incomplete character at its end, as U+FFFD.
+    """
     return whole in (kept, kept + "\ufffd")
 
 
 def replica_pids(app: str, name: str) -> list[int]:
-    """Processes of a deployment's replicas, by the name Ray gives them."""
+    """Returns the process ids of a deployment's replicas, found by Ray's name for them."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -125,10 +127,10 @@ class Remote:
 
 
 class Cluster:
-    """Replicas in this process, reached as Serve's handle reaches them.
+    """Replicas in this process, called through a handle like Serve's.
 
     Args:
-        settings: of every replica.
+        settings: settings of every replica.
     """
 
     def __init__(self, settings: LMSettings) -> None:
@@ -176,7 +178,7 @@ class Cluster:
 
 @contextlib.asynccontextmanager
 async def cluster(folder: Path, **settings: Any) -> AsyncIterator[Cluster]:
-    """One replica, without Ray."""
+    """Yields one replica, without Ray."""
     defaults = {"sessions": 2, "cache": 32, "max_choices": 2, "threads": 1, "prefill_chunk": 16}
     made = Cluster(LMSettings(model=str(folder), name=MODEL, **(defaults | settings)))
     try:
@@ -187,7 +189,7 @@ async def cluster(folder: Path, **settings: Any) -> AsyncIterator[Cluster]:
 
 @contextlib.asynccontextmanager
 async def web(made: Cluster) -> AsyncIterator[httpx.AsyncClient]:
-    """The ingress in front of it, without Ray."""
+    """Yields a client of the ingress in front of the replica, without Ray."""
     card = await made.replica.describe()
 
     async def is_ready() -> bool:
@@ -205,7 +207,7 @@ async def web(made: Cluster) -> AsyncIterator[httpx.AsyncClient]:
 
 
 def ask(request_id: str, session_id: str | None, prompt: str = "", **more: Any) -> Start:
-    """A greedy request; without a prompt it goes on."""
+    """Returns a greedy request; without a prompt it goes on with the session."""
     ids = tuple(load_ids(prompt))
     names = ("n", "resume_at", "goes_on")
     fields = {name: more.pop(name) for name in names if name in more}
@@ -221,14 +223,14 @@ def ask(request_id: str, session_id: str | None, prompt: str = "", **more: Any) 
 
 
 def load_ids(text: str) -> list[int]:
-    """Ids of the tiny model's tokenizer: one a byte, in the order of the printable alphabet."""
+    """Returns token ids of the tiny model: one per byte, in the order of the byte alphabet."""
     order = {char: len(SPECIAL) + i for i, char in enumerate(sorted(BYTES))}
     (pieces,) = [pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(text)]
     return [order[char] for piece, _ in pieces for char in piece]
 
 
 async def read(replica: LanguageModel, request_id: str) -> tuple[list[int], str]:
-    """All tokens of an answer, and why it ended."""
+    """Returns all tokens of an answer and its finish reason."""
     tokens: list[int] = []
     while True:
         taken = await replica.take(request_id, 64, 1.0)
@@ -250,7 +252,7 @@ def run(test: Coroutine[Any, Any, None]) -> None:
 
 
 async def say(replica: LanguageModel, session_id: str, prompt: str, **more: Any) -> list[int]:
-    """A whole turn."""
+    """Runs a whole turn and returns the answer's tokens."""
     start = ask(uuid.uuid4().hex, session_id, prompt, **more)
     started = await replica.start(start)
     assert not isinstance(started, ApiError), started

@@ -17,7 +17,7 @@ EOS = 256
 
 
 class ByteStream:
-    """Bytes to text, whole characters only."""
+    """Decodes bytes to text, whole characters only."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -30,7 +30,7 @@ class ByteStream:
 
 
 class ByteTokenizer:
-    """Token id = byte; 256 ends a text."""
+    """A tokenizer whose token ids are bytes; 256 ends a text."""
 
     bos_id = None
     adds_bos = False
@@ -93,9 +93,9 @@ def scripted_llama(script: str) -> Llama:
 
 
 def held_bytes(*roots: object) -> int:
-    """What `roots` keep alive, code aside.
+    """Returns the bytes of all objects that `roots` keep alive, without code.
 
-    Unlike `tracemalloc` it cannot count what Ray's threads, in this process too, allocate meanwhile.
+    Unlike `tracemalloc` it does not count what Ray's threads in this process allocate meanwhile.
     """
     seen: dict[int, object] = {}
     queue = [*roots]

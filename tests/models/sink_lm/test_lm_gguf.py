@@ -48,7 +48,7 @@ def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def write_gguf(path: Path, hf: Any, extra: dict[str, np.ndarray] | None = None) -> gguf.GGUFWriter:
-    """Writes all but the end of a GGUF file of a transformers model; add metadata, then `finish`."""
+    """Begins a GGUF file of a transformers model; add metadata, then call `finish`."""
     config = hf.config
     writer = gguf.GGUFWriter(path, config.model_type)
     writer.add_block_count(config.num_hidden_layers)

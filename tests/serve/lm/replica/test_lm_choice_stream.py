@@ -1,4 +1,4 @@
-"""What may be shown of an answer: nothing that its session's log does not have."""
+"""Tokens are shown only after their session's log has stored them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from serve.lm.store.token_log import MemoryLog
 
 
 class SlowLog(MemoryLog):
-    """Stores later than it is written to, as on S3."""
+    """A log that stores later than it is written to, as on S3."""
 
     durable = 0
 
 
 class Made:
-    """A generation that has made all it will."""
+    """A generation that has ended."""
 
     ended = True
 

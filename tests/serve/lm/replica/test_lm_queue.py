@@ -1,4 +1,4 @@
-"""The queue in front of the slabs, and how soon they are free when a client leaves."""
+"""The queue for slabs, and how soon a slab is free when its client leaves."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_a_waiting_stream_is_open_and_pinged(
 
 
 def test_requests_of_several_slabs_take_all_or_none(tiny_lm: Path) -> None:
-    """Two that each held one slab and waited for the other's would wait for ever."""
+    """Two requests that each held one slab and waited for the other's would deadlock."""
 
     async def test() -> None:
         async with cluster(tiny_lm, sessions=3, max_choices=3, queue_timeout_s=20) as made:
@@ -173,7 +173,7 @@ def test_who_has_a_slab_does_not_wait_for_one(tiny_lm: Path, tmp_path: Path) -> 
 
 
 async def reading(made: Cluster, **body: Any) -> asyncio.Task[Any]:
-    """A request whose prompt would be read for many seconds, some of it read."""
+    """Returns a running request in the middle of a prompt that takes many seconds to read."""
     real, chunks = made.replica._engine.model.read, []
 
     def slow(*args: Any) -> Any:
@@ -200,7 +200,7 @@ async def reading(made: Cluster, **body: Any) -> asyncio.Task[Any]:
 @pytest.mark.parametrize("cancels", [True, False])
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_prompt_is_not_read_for_a_client_who_left(n: int, cancels: bool, tiny_lm: Path) -> None:
-    """200 chunks of 0.05 s: the slabs are free after the one in progress."""
+    """The prompt has 200 chunks of 0.05 s; slabs are free after the one in progress."""
 
     async def test() -> None:
         async with cluster(tiny_lm) as made:

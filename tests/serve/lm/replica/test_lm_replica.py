@@ -37,7 +37,7 @@ CALLS: dict[str, Callable[[LanguageModel], Any]] = {
 def test_a_caller_who_goes_away_breaks_nothing(
     name: str, tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At whatever moment: no slab is lost, no session is stuck, nothing goes on generating."""
+    """Whenever that is, no slab is lost, no session is stuck and nothing goes on generating."""
 
     async def test() -> None:
         async with cluster(tiny_lm, store=str(tmp_path)) as made:
@@ -66,7 +66,7 @@ def test_a_caller_who_goes_away_breaks_nothing(
 def test_a_caller_who_stops_waiting_wants_no_answer(
     tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A time limit in the ingress does not cancel the replica's method; it says so instead."""
+    """A time limit in the ingress does not cancel the replica's method; it calls `cancel`."""
 
     async def test() -> None:
         async with cluster(tiny_lm, store=str(tmp_path)) as made:
@@ -245,7 +245,7 @@ def test_two_forks_to_one_name(tiny_lm: Path, tmp_path: Path) -> None:
 
 
 def test_a_fork_in_memory_remembers_its_own_end(tiny_lm: Path) -> None:
-    """The last tokens say how a chat's next turn begins."""
+    """How a chat's next turn begins depends on the last tokens of the stream."""
 
     async def test() -> None:
         async with cluster(tiny_lm, sessions=3) as made:

@@ -164,7 +164,7 @@ def test_snapshots_are_few_and_a_damaged_one_is_passed_over(tmp_path: Path) -> N
 
 
 def test_a_snapshot_of_all_tokens_is_the_newest(store: SessionStore) -> None:
-    """What every eviction writes: passed over, each load would read the whole stream again."""
+    """Every eviction writes such a snapshot; without it each load would read the whole stream."""
     session = make(store, "chat")
     session.log.append(range(10))
     for position in (4, 10):
@@ -176,7 +176,7 @@ def test_a_snapshot_of_all_tokens_is_the_newest(store: SessionStore) -> None:
 
 
 def test_a_snapshot_of_other_tokens_than_the_log_s_does_not_count(store: SessionStore) -> None:
-    """A replica that does not know yet that it lost the session goes on, and snapshots that."""
+    """A replica that lost the session without knowing it yet generates on and snapshots that."""
     old = make(store, "chat")
     old.log.append(range(10))
     old.log.wait(10)
@@ -202,7 +202,7 @@ def test_a_snapshot_of_other_tokens_than_the_log_s_does_not_count(store: Session
 
 
 def test_a_snapshot_waits_for_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed between the two, the log must not be the shorter one."""
+    """If the replica is killed between the two, the log must not be the shorter one."""
     monkeypatch.setattr(segmented_log, "GATHER_S", 0.2)
     store = SessionStore(f"memory://{uuid.uuid4().hex}", "model-a")
     session = make(store, "chat")
@@ -263,7 +263,7 @@ def test_segments_that_cannot_be_merged_stay(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_long_log_is_few_objects_and_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through many owners, each of which leaves some small segments."""
+    """This holds with many owners, each of which leaves some small segments."""
     monkeypatch.setattr(segmented_log, "GATHER_S", 0.0)
     monkeypatch.setattr(segmented_log, "MERGE_SEGMENTS", 4)
     fs = fsspec.filesystem("memory")
