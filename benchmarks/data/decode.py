@@ -1,7 +1,8 @@
 """Clips of long videos: our loader on ingested shards, against what is written without it.
 
-    python benchmarks/data/decode.py --film bigbuckbunny.mp4 --work /tmp/decode-bench --prepare   # minutes
-    python benchmarks/data/decode.py --film bigbuckbunny.mp4 --work /tmp/decode-bench             # timed
+    # minutes
+    python benchmarks/data/decode.py --film bigbuckbunny.mp4 --work /tmp/decode-bench --prepare
+    python benchmarks/data/decode.py --film bigbuckbunny.mp4 --work /tmp/decode-bench  # timed
 
 Sources: 8 MP4 files of 60 seconds, the film's own packets repeated (its encoding, a key frame each
 time it begins anew), and the same at short side 256 as ffmpeg makes them by default (H.264, a key
@@ -9,9 +10,9 @@ frame every 250 frames). A clip is 16 frames, every fourth one of 25 a second, f
 cropped at random to 224x224. Every variant runs in processes of its own on 2 workers. CPU seconds
 are those of the process tree, from one batch to a later one, with as many under way at both ends.
 
-    ours        `pipelines.loading.loader.train_batches` on shards that `pipelines.ingest` made of the files
+    ours        `pipelines.loading.loader.train_batches` on shards of those files
                 (short side 256, 25 frames/s, otherwise its defaults): crops, masks, ids
-    whole       torch DataLoader; decodes the file from the front to the back for a clip (decord style)
+    whole       torch DataLoader; decodes the whole file for every clip (as decord does)
     seek        torch DataLoader; PyAV seeks to the key frame before the clip and decodes to its end
     whole-256, seek-256   the same on the files of short side 256
 """

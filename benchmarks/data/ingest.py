@@ -4,7 +4,8 @@
 
 `data/cifar10` is what `python -m pipelines.fetch cifar10 --out data/cifar10` writes. Three runs of
 `python -m pipelines.ingest`, each in processes of its own: uninterrupted; killed (SIGKILL to it and
-to its Ray) when half of the chunks are staged; and that one again. Results: benchmarks/data/ingest.md.
+to its Ray) when half of the chunks are staged; and that one again. Results:
+benchmarks/data/ingest.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A live stream, ingested and embedded while it runs, its ingest killed in the middle and started again.
+"""A live stream is ingested and embedded while it runs, and its ingest is killed and restarted.
 
     python benchmarks/data/live.py --film bigbuckbunny.mp4                        # 10 minutes
     python benchmarks/data/live.py --film bigbuckbunny.mp4 --seconds 60           # a quick look
@@ -98,7 +98,7 @@ def number_of(pixels: np.ndarray, source_width: int) -> int:
 
 
 def stream(film: Path, seconds: float, log: Path, path: Path | None) -> None:
-    """Encodes in real time; `log` gets the time of each frame, and says how late the encoder was."""
+    """Encodes in real time; `log` gets each frame's time and how late the encoder was."""
     pictures, rate = load_film(film)
     tap = Tap(path)
     if tap.listener:
@@ -135,7 +135,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 class Watcher:
-    """Looks at the set as a reader does: whole at every moment, and each the beginning of the next."""
+    """Reads the set as a reader does: it must be whole, and the beginning of the next one."""
 
     def __init__(self, out: Path, embeddings: Path) -> None:
         self._out, self._embeddings = out, embeddings

@@ -3,18 +3,19 @@
     python benchmarks/data/loader.py                      # 3,000 images, 3 rounds, about 5 minutes
     python benchmarks/data/loader.py --images 500 --rounds 1 --work /tmp/loader-bench
 
-The images are made at the start: cuts of a real photo (matplotlib's sample picture), turned, mirrored
-and blended with enlarged CIFAR-10 pictures, JPEG quality 90; no two are alike. Every variant runs in
-processes of its own, in turns, so that what else the machine does hits all alike. It walks through
-three epochs without a pause and the second is measured: both ends of the measurement have the same
-number of batches ready. CPU seconds are those of the whole process tree (Ray's own processes and
-DataLoader's workers included); quote them first, wall time needs a quiet machine.
+The images are made at the start: cuts of a real photo (matplotlib's sample picture), turned,
+mirrored and blended with enlarged CIFAR-10 pictures, JPEG quality 90; no two are alike. Every
+variant runs in processes of its own, in turns, so that what else the machine does hits all alike.
+It walks through three epochs without a pause and the second is measured: both ends of the
+measurement have the same number of batches ready. CPU seconds are those of the whole process tree
+(Ray's own processes and DataLoader's workers included); quote them first, wall time needs a quiet
+machine.
 
-    ray-trainer  `pipelines.loading.loader.train_batches`, decode_in="trainer": crops, masks, labels, ids
+    ray-trainer  `pipelines.loading.loader.train_batches`, decode_in="trainer" (crops, masks, ids)
     ray-data     the same with decode_in="data"
-    torch-trainer, torch-data  the same batches by Ray's `iter_torch_batches`, whose threads decode and
+    torch-trainer, torch-data  the same batches through `iter_torch_batches`, which decodes and
                  prefetch; only with --variant, and compared in loader.md
-    dataloader   torch DataLoader, 2 workers, torchvision decode_jpeg and RandomResizedCrop(224), files
+    dataloader   torch DataLoader, 2 workers, torchvision decode_jpeg and RandomResizedCrop(224)
                  on disk; no masks, so it does a little less work
 """
 

@@ -1,8 +1,10 @@
 """Endless streams: does the last token cost what the first ones did, in time and memory?
 
-    PYTHONPATH=. python benchmarks/language/endless.py --tokens 1000000            # a small random model
-    PYTHONPATH=. python benchmarks/language/endless.py --tokens 50000 --model data/smollm2 --cache 256
-    PYTHONPATH=. python benchmarks/language/endless.py --tokens 4000000 --sessions 64 --model data/smollm2 \
+    PYTHONPATH=. python benchmarks/language/endless.py --tokens 1000000  # a small random model
+    PYTHONPATH=. python benchmarks/language/endless.py --tokens 50000 --model data/smollm2 \
+        --cache 256
+    PYTHONPATH=. python benchmarks/language/endless.py --tokens 4000000 --sessions 64 \
+        --model data/smollm2 \
         --cache 1024 --device cuda --dtype bfloat16 --graphs
 
 Every token is decoded on its own, greedily, from the one before. `--sessions` streams decode in one

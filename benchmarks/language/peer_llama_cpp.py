@@ -1,13 +1,14 @@
 """Decode speed of llama.cpp with context shift, on the GGUF file that `sink_lm.py` reads.
 
     pip install xllamacpp        # llama.cpp as a wheel; another environment than ours will do
-    python benchmarks/language/peer_llama_cpp.py --gguf data/smollm2/FILE.gguf --caches 256 1024 4096
+    python benchmarks/language/peer_llama_cpp.py --gguf data/smollm2/FILE.gguf \
+        --caches 256 1024 4096
 
-It needs none of our code. With `ctx_shift` and `n_keep = 4` llama.cpp keeps the first 4 tokens; when
-its context is full it drops the older half of the rest and moves the positions of what is left. So
-its context swings between half the cache and all of it, and tokens are not evicted one by one:
-another function than the paper's, with less to read on average. Timed is one such swing. Its weights
-stay quantised as they are in the file.
+It needs none of our code. With `ctx_shift` and `n_keep = 4` llama.cpp keeps the first 4 tokens;
+when its context is full it drops the older half of the rest and moves the positions of what is
+left. So its context swings between half the cache and all of it, and tokens are not evicted one by
+one: another function than the paper's, with less to read on average. Timed is one such swing. Its
+weights stay quantised as they are in the file.
 """
 
 from __future__ import annotations

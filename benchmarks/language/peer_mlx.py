@@ -3,8 +3,8 @@
     pip install 'mlx[cpu]' mlx-lm        # another environment than ours will do
     python benchmarks/language/peer_mlx.py --caches 256 1024 4096
 
-It needs none of our code. The weights are random: they do not change the speed. Its kept tokens stay
-at their true, ever-growing distance, which is another function than the paper's, and it holds
+It needs none of our code. The weights are random: they do not change the speed. Its kept tokens
+stay at their true, ever-growing distance, which is another function than the paper's, and it holds
 `cache` keys where ours holds one more.
 """
 

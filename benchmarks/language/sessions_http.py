@@ -1,6 +1,7 @@
 """Endless sessions over HTTP: errors, time between tokens, memory.
 
-    PYTHONPATH=. python benchmarks/language/sessions_http.py --model data/smollm2 --sessions 32 --seconds 300
+    PYTHONPATH=. python benchmarks/language/sessions_http.py --model data/smollm2 --sessions 32 \
+        --seconds 300
 
 Starts the language model's Serve application, opens that many sessions with a pinned prefix each,
 streams all of them at once without a token limit for the given time, then disconnects. Resident

@@ -1,6 +1,7 @@
 """Decode speed of the sink cache against the original algorithm and against re-computation.
 
-    PYTHONPATH=. python benchmarks/language/sink_lm.py --model data/smollm2 --caches 256 1024 --sessions 1 8
+    PYTHONPATH=. python benchmarks/language/sink_lm.py --model data/smollm2 --caches 256 1024 \
+        --sessions 1 8
 
 One run, one model, three ways to get the next token of B full streams:
 

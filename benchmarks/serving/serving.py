@@ -1,6 +1,6 @@
 """Throughput and latency of `/v1/embeddings` on loopback, against the bare batched loop.
 
-    python benchmarks/serving/serving.py                              # ViT-S/16 at 224, 10,000 requests
+    python benchmarks/serving/serving.py  # ViT-S/16 at 224, 10,000 requests
     python benchmarks/serving/serving.py --requests 50 200 600        # a quick look
 
 The bare loop decodes the same JPEGs with the same number of decoder threads and runs the same

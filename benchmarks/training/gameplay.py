@@ -1,14 +1,17 @@
 """What an encoder knows of game states that the scene shows, and what a HUD that is gone costs it.
 
     python -m pipelines.fetch gameplay --out DATA/train --minutes 60 --seed 0 --side 64 --games ...
-    python -m pipelines.fetch gameplay --out DATA/test --minutes 40 --seed 1000 --side 64 --games ...
-    python -m pipelines.ingest --source DATA/train/hud --out SHARDS/train/hud ...   # test/hud, test/nohud
+    python -m pipelines.fetch gameplay --out DATA/test --minutes 40 --seed 1000 --side 64 \
+        --games ...
+    # test/hud, test/nohud
+    python -m pipelines.ingest --source DATA/train/hud --out SHARDS/train/hud ...
     python -m pipelines.pretrain levjepa_gameplay --data.train SHARDS/train/hud
-    python benchmarks/training/gameplay.py --checkpoint runs/levjepa_gameplay --data DATA --shards SHARDS --out OUT
+    python benchmarks/training/gameplay.py --checkpoint runs/levjepa_gameplay --data DATA \
+        --shards SHARDS --out OUT
 
-One `pipelines.evaluate` a task, each game by itself: probes learn from footage with HUD, and are scored
-on other episodes with HUD and on the same without. Tasks whose results are in OUT are not run again.
-Prints the tables of gameplay.md and writes OUT/hud_shift.png.
+One `pipelines.evaluate` a task, each game by itself: probes learn from footage with HUD, and are
+scored on other episodes with HUD and on the same without. Tasks whose results are in OUT are not
+run again. Prints the tables of gameplay.md and writes OUT/hud_shift.png.
 """
 
 from __future__ import annotations

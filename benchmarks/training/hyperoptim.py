@@ -3,10 +3,11 @@
     python benchmarks/training/hyperoptim.py time               # ViT-S/16 at 224, batch 64
     python benchmarks/training/hyperoptim.py memory --batch 8   # peak of one process a variant
 
-Whole steps are timed in turn, round after round, and the optimizer's part alone many times over, with
-the gradients left as they are. gdtuo (`pip install gradient-descent-the-ultimate-optimizer`, 1.0), which
-differentiates through its update in the backward pass, has no such part and is timed whole only; it
-is left out where it is not installed. Weight decay is 0 throughout, for gdtuo has none.
+Whole steps are timed in turn, round after round, and the optimizer's part alone many times over,
+with the gradients left as they are. gdtuo (`pip install gradient-descent-the-ultimate-optimizer`,
+1.0), which differentiates through its update in the backward pass, has no such part and is timed
+whole only; it is left out where it is not installed. Weight decay is 0 throughout, for gdtuo has
+none.
 """
 
 import importlib.util

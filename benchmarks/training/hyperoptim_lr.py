@@ -1,13 +1,15 @@
 """How much the initial learning rate matters: final loss over 1e-6 to 1, ours and its rivals.
 
-    python -m pipelines.fetch mnist --out data/mnist && python -m pipelines.fetch cifar10 --out data/cifar10
-    python benchmarks/training/hyperoptim_lr.py run     # resumable: one line a run in hyperoptim_lr.jsonl
+    python -m pipelines.fetch mnist --out data/mnist && python -m pipelines.fetch cifar10 \
+        --out data/cifar10
+    # resumable: one line a run in hyperoptim_lr.jsonl
+    python benchmarks/training/hyperoptim_lr.py run
     python benchmarks/training/hyperoptim_lr.py show    # tables, and hyperoptim_lr.png
 
 Two tasks of supervised training from scratch: MNIST by a perceptron (784-128-10, tanh; 470 steps of
-256) and CIFAR-10 by a small ViT (patch 8, width 64, depth 2; 300 steps of 64). Every method takes the column's rate
-as its own documentation would have it: as learning rate, or (prodigy) as its first estimate d0.
-gdtuo: `pip install gradient-descent-the-ultimate-optimizer`, 1.0.
+256) and CIFAR-10 by a small ViT (patch 8, width 64, depth 2; 300 steps of 64). Every method takes
+the column's rate as its own documentation would have it: as learning rate, or (prodigy) as its
+first estimate d0. gdtuo: `pip install gradient-descent-the-ultimate-optimizer`, 1.0.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A run of objectives.py that goes on where it was killed: checkpoints, its length and the CPU time it took."""
+"""A run of objectives.py that continues after a kill, with its length and its CPU time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The optimizers of hyperoptim_lr.py, each taking one initial learning rate as its documentation has it."""
+"""The optimizers of hyperoptim_lr.py; each takes one initial rate as its documentation says."""
 
 import math
 from collections.abc import Callable
@@ -70,7 +70,7 @@ class Ours(Method):
 
 
 class OursAnnealed(Ours):
-    """Tuned for three quarters of the run, then the factor stays and a cosine takes the rate to 0."""
+    """Tunes for three quarters of the run; then a cosine takes the rate to 0."""
 
     def __init__(self, network: nn.Module, rate: float, steps: int) -> None:
         super().__init__(network, rate, steps)

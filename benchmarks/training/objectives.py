@@ -1,16 +1,17 @@
 """All objectives at equal compute: kNN, linear probe and RankMe against CPU seconds, on CIFAR-10.
 
-    python benchmarks/training/objectives.py --seconds 200 --seeds 0 1 2             # the shipped sample
-    python benchmarks/training/objectives.py --data data/cifar10 --seconds 600       # of `pipelines.fetch`
+    python benchmarks/training/objectives.py --seconds 200 --seeds 0 1 2  # the shipped sample
+    # of `pipelines.fetch`
+    python benchmarks/training/objectives.py --data data/cifar10 --seconds 600
 
-The recipes `*cifar10_demo` in the product's own training loop, with its crops, masks and schedules, on
-images held in memory (no Ray). Each gets as many steps as fit into `--seconds` of this process's CPU
-time, decoding included, as timed on its first steps; so a busy machine changes the speed, but much
-less than the clock's the number of steps. `--controls` runs each without what keeps it from collapse, as
-long, and notes what the watch says first (MAE has nothing of the kind: its control is in
-tests/models/objectives/test_objectives.py). One JSON object a run goes to `--out`; finished runs are
-skipped, with `--keep` unfinished ones go on from their last checkpoint (a twelfth of a run), and all of
-the file is printed as a table.
+The recipes `*cifar10_demo` in the product's own training loop, with its crops, masks and schedules,
+on images held in memory (no Ray). Each gets as many steps as fit into `--seconds` of this process's
+CPU time, decoding included, as timed on its first steps; so a busy machine changes the speed, but
+much less than the clock's the number of steps. `--controls` runs each without what keeps it from
+collapse, as long, and notes what the watch says first (MAE has nothing of the kind: its control is
+in tests/models/objectives/test_objectives.py). One JSON object a run goes to `--out`; finished runs
+are skipped, with `--keep` unfinished ones go on from their last checkpoint (a twelfth of a run),
+and all of the file is printed as a table.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Draws the rows of objectives.py on one data set: what each recipe reads after how many CPU minutes.
+"""Draws the rows of objectives.py on one data set: accuracies over CPU minutes.
 
-    python benchmarks/training/objectives_plot.py --rows benchmarks/training/objectives.jsonl --out benchmarks/training/objectives.png
+    python benchmarks/training/objectives_plot.py --rows benchmarks/training/objectives.jsonl \
+        --out benchmarks/training/objectives.png
 
-Two panels, kNN and linear probe; a dot a run, a line through the means of a recipe's budgets, and random
-weights as a dashed line.
+Two panels, kNN and linear probe; a dot a run, a line through the means of a recipe's budgets, and
+random weights as a dashed line.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The loop that research code ships, written plainly: what `benchmarks/training/step.py` compares with.
+"""The training loop of research code, written plainly; `step.py` compares with it.
 
 Eager attention that materialises its scores, the whole image patch-embedded before tokens are
 gathered, an int64 index repeated over the width, an EMA and an optimizer that walk the tensors one

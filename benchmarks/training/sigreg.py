@@ -1,10 +1,10 @@
 """SIGReg: ours against autograd through the formula, with all of its N x M x T numbers.
 
-    flock -x LOCK python benchmarks/training/sigreg.py            # about a minute; alone on the machine
+    flock -x LOCK python benchmarks/training/sigreg.py  # about a minute; alone on the machine
 
-Each side runs in a process of its own. Time: median of `--repeats` forward and backward passes; with
-`--clock cpu` of the process's CPU time, for a machine that is not quiet.
-Memory: the most it held beyond what it held before the first pass (Linux: VmHWM; CUDA: the allocator).
+Each side runs in a process of its own. Time: median of `--repeats` forward and backward passes;
+with `--clock cpu` of the process's CPU time, for a machine that is not quiet. Memory: the most it
+held beyond what it held before the first pass (Linux: VmHWM; CUDA: the allocator).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Training step: ours against the loop research code ships, in one process on one tape.
 
     python benchmarks/training/step.py                                   # CPU, ViT-S/16 at 224
-    python benchmarks/training/step.py --device cuda --batch 128 --models vit_s:16 vit_b:16 vit_l:16 vit_h:14
+    python benchmarks/training/step.py --device cuda --batch 128 \
+        --models vit_s:16 vit_b:16 vit_l:16 vit_h:14
 
 Both sides start from the same weights and see the same images and masks (`--tape`), so that their
 fp32 losses can be compared step by step. Variants are timed in turn, round after round, and the

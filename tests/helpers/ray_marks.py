@@ -1,4 +1,4 @@
-"""The mark `ray`: which tests get it, which process runs them, and a guard against missing marks."""
+"""The mark `ray`: which tests get it, which process runs them, and a check that none lacks it."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def source_files() -> list[Path]:
 
 
 def imported(source: str, package: str) -> Iterator[tuple[int, str]]:
-    """Yields (line, top-level package) of every import, at any depth; a relative one is `package`."""
+    """Yields (line, top-level package) of every import; a relative one counts as `package`."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name.partition(".")[0]) for alias in node.names)
@@ -79,7 +79,7 @@ def test_import_direction_sees_violations(package: str, source: str) -> None:
 
 
 def test_import_direction_allows_models_rays_serve_and_relative() -> None:
-    source = "from models.encoders.vit import build_encoder\nfrom ray import serve as s\nfrom . import config"
+    source = "from models.encoders import vit\nfrom ray import serve as s\nfrom . import config"
     assert forbidden_imports(source, "pipelines") == []
 
 
