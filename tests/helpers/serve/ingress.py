@@ -76,8 +76,8 @@ async def ask(
 ) -> Reply:
     """Sends one request and returns its reply.
 
-    After its pieces the body ends, never ends (`stall`), or the client leaves (`leave`), which Serve
-    may report by an error of its own (`cancel`). What came before an exception is in `into`.
+    After its pieces the body ends, never ends (`stall`), or the client leaves (`leave`), which
+    Serve may report by an error of its own (`cancel`). What came before an exception is in `into`.
     """
     given = {"content-type": "application/json"} | (headers or {})
     scope = {
