@@ -13,7 +13,7 @@ Messages = Sequence[Mapping[str, str]]
 _CANNOT = "this model's template cannot put these messages after earlier ones"
 
 
-def chat_feed(tokenizer: Tokenizer, messages: Messages, start: tuple[int, ...]) -> Feed:
+def render_chat(tokenizer: Tokenizer, messages: Messages, start: tuple[int, ...]) -> Feed:
     """Returns the tokens of messages that begin a stream, and of the same after an earlier turn.
 
     For the second, the messages are rendered after an invented exchange, whose answer is a word

@@ -12,7 +12,7 @@ from typing import Any
 from models.sink_lm.checkpoints.tokenizer import Tokenizer
 from serve.ingress.errors import ApiError
 from serve.lm.contract import Feed, LMCard, Start, is_session_id
-from serve.lm.frontend.chat_template import chat_feed
+from serve.lm.frontend.chat_template import render_chat
 from serve.lm.frontend.reply_bodies import ChatShape, CompletionShape, Echo, Shape
 from serve.lm.frontend.schemas import (
     ChatRequest,
@@ -206,7 +206,7 @@ class LanguageService:
         self._check_length(start, "messages")
         if not kept:
             return Feed(start=start)
-        return chat_feed(self.tokenizer, [m.plain() for m in messages], start)
+        return render_chat(self.tokenizer, [m.plain() for m in messages], start)
 
     def _template(
         self, messages: Sequence[Message], param: str = "messages", **how: bool

@@ -13,7 +13,7 @@ from tokenizers.models import BPE
 from models.sink_lm.checkpoints.tokenizer import Tokenizer
 from serve.ingress.errors import ApiError
 from serve.lm.contract import LMCard
-from serve.lm.frontend.chat_template import chat_feed
+from serve.lm.frontend.chat_template import render_chat
 from serve.lm.frontend.schemas import ChatRequest
 from serve.lm.frontend.service import LanguageService
 from serve.lm.settings import LMSettings
@@ -121,7 +121,7 @@ def test_a_second_turn_continues_the_stream_as_the_template_has_it(
         stream.append(tokenizer.eos_ids[0])
     if said == "all" and template != LLAMA2:
         stream += tokenizer.encode("\n", bos=False)
-    feed = chat_feed(tokenizer, talk[2:], start)
+    feed = render_chat(tokenizer, talk[2:], start)
     assert not feed.problem
     follow = feed.after(len(stream), tuple(stream[-8:]))
     assert [*stream, *follow] == whole
@@ -132,11 +132,11 @@ def test_a_template_that_cannot_follow_is_refused_only_after_a_turn() -> None:
     tokenizer = llama2()
     talk = [{"role": "system", "content": "Be kind."}, user("hi")]
     start = tuple(tokenizer.chat(talk))
-    feed = chat_feed(tokenizer, talk, start)
+    feed = render_chat(tokenizer, talk, start)
     assert "roles must alternate" in feed.problem
     assert feed.after(0, ()) == start
     forgetful = chatml(FORGETFUL)
-    assert "cannot put" in chat_feed(forgetful, [user("hi")], (1,)).problem
+    assert "cannot put" in render_chat(forgetful, [user("hi")], (1,)).problem
 
 
 @pytest.mark.parametrize("template", [CHATML, QWEN3, LLAMA2, FORGETFUL])
@@ -162,7 +162,7 @@ def test_what_the_template_refuses_is_a_400() -> None:
 def test_the_invented_answer_occurs_in_no_message() -> None:
     tokenizer = chatml(CHATML)
     for text in ("answer0x", "answer0x answer1x", "<|im_end|>answer0x"):
-        feed = chat_feed(tokenizer, [user(text)], (1,))
+        feed = render_chat(tokenizer, [user(text)], (1,))
         expected = tokenizer.chat([assistant("w"), user(text)])
         assert list(feed.follow) == expected[-len(feed.follow) :]
         assert feed.follow[0] == tokenizer.eos_ids[0]
