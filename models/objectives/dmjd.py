@@ -14,8 +14,10 @@ from models.encoders.vit import gather_tokens
 from models.media.preprocessing import normalize
 from models.objectives.latent import LatentPrediction
 from models.objectives.objective import Batch, Output
+from models.objectives.registry import register_objective
 
 
+@register_objective("dmjd")
 class DMJD(LatentPrediction):
     """Every context predicts its own part of the image, and no part is predicted twice."""
 

@@ -10,8 +10,10 @@ from models.encoders.vit import gather_tokens
 from models.media.preprocessing import normalize
 from models.objectives.latent import LatentPrediction
 from models.objectives.objective import Batch, Output
+from models.objectives.registry import register_objective
 
 
+@register_objective("ijepa")
 class IJEPA(LatentPrediction):
     """All blocks of an image are predicted from one context, each on its own."""
 

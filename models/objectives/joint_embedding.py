@@ -9,20 +9,21 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from models.encoders.vit import VisionTransformer
-from models.objectives.objective import Batch, Objective, Output
-from models.objectives.synced import SyncedBatchNorm
+from models.objectives.objective import Batch, EncoderObjective, Output
+from models.synced import SyncedBatchNorm
 from models.views import Views, kept_tokens
 
 WATCHED_COLUMNS = 512
 """Of an embedding: the watch keeps their square, and any of them shows a collapse."""
 
 
-class JointEmbedding(Objective):
+class JointEmbedding(EncoderObjective):
     """Embeddings of several views of a sample are to agree, and not to collapse.
 
     Args:
@@ -31,8 +32,10 @@ class JointEmbedding(Objective):
         projector: widths of the MLP from the encoder's to E.
         mean: channel means removed from the views.
         std: channel standard deviations removed from the views.
-        pixels: batch entry that is read, `images` or `clips`.
     """
+
+    pixels: ClassVar[str] = "images"
+    """Batch entry that the views are made of: `images` or `clips`."""
 
     def __init__(
         self,
@@ -42,26 +45,15 @@ class JointEmbedding(Objective):
         projector: Sequence[int],
         mean: tuple[float, ...],
         std: tuple[float, ...],
-        pixels: str = "images",
     ) -> None:
-        super().__init__()
-        self.encoder, self.views = encoder, views
-        self.pixels = pixels
+        super().__init__(encoder, mean=mean, std=std)
+        self.views = views
         self.projector = make_projector([encoder.width, *projector])
-        self.mean: torch.Tensor
-        self.std: torch.Tensor
-        self.register_buffer("mean", torch.tensor(mean), persistent=False)
-        self.register_buffer("std", torch.tensor(std), persistent=False)
 
     @property
     def inputs(self) -> tuple[str, ...]:
         """Pixels, and the keys that views are drawn by."""
         return (self.pixels, "sample_keys")
-
-    @property
-    def feature_encoder(self) -> VisionTransformer:
-        """The encoder, without the projector."""
-        return self.encoder
 
     @property
     def regularizable(self) -> tuple[str, ...]:

@@ -5,16 +5,25 @@ Shape legend: B images or clips, N tokens of the whole input, P pixel values of 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from typing import Self, TypeVar
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 from models.encoders.blocks import LN_EPS
+from models.encoders.from_settings import (
+    Settings,
+    encoder_from_settings,
+    predictor_from_settings,
+)
 from models.encoders.predictor import Predictor
 from models.encoders.vit import VisionTransformer
-from models.objectives.ema import make_target, update_target
-from models.objectives.objective import Objective
+from models.objectives.objective import EncoderObjective, pixel_statistics
+
+M = TypeVar("M", bound=nn.Module)
 
 Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -25,7 +34,7 @@ DISTANCES: dict[str, Distance] = {
 }
 
 
-class LatentPrediction(Objective):
+class LatentPrediction(EncoderObjective):
     """Predict the target encoder's features of what the context encoder does not see.
 
     Args:
@@ -50,17 +59,30 @@ class LatentPrediction(Objective):
         ema: tuple[float, float],
         target: str = "ema",
     ) -> None:
-        super().__init__()
-        self.encoder = encoder
+        super().__init__(encoder, mean=mean, std=std)
         self.predictor = predictor
         self.target_encoder: VisionTransformer | None
         self.target_encoder = make_target(encoder) if target == "ema" else None
         self.distance = DISTANCES[loss]
         self.ema = ema
-        self.mean: torch.Tensor
-        self.std: torch.Tensor
-        self.register_buffer("mean", torch.tensor(mean), persistent=False)
-        self.register_buffer("std", torch.tensor(std), persistent=False)
+
+    @classmethod
+    def from_settings(cls, model: Settings, objective: Settings) -> Self:
+        """See `EncoderObjective.from_settings`."""
+        encoder = encoder_from_settings(model)
+        return cls(
+            encoder,
+            cls.make_predictor(model, encoder),
+            loss=objective["loss"],
+            ema=tuple(objective["ema"]),
+            target=objective["target"],
+            **pixel_statistics(model),
+        )
+
+    @classmethod
+    def make_predictor(cls, model: Settings, encoder: VisionTransformer) -> Predictor:
+        """Builds the predictor, with one mask token that starts at random."""
+        return predictor_from_settings(model, encoder)
 
     @property
     def feature_encoder(self) -> VisionTransformer:
@@ -96,3 +118,17 @@ class LatentPrediction(Objective):
         """Moves the target encoder towards the context encoder."""
         if self.target_encoder is not None:
             update_target(self.target_encoder, self.encoder, self.momentum(step, total_steps))
+
+
+def make_target(encoder: M) -> M:
+    """Returns a copy of `encoder` that no gradient reaches."""
+    return copy.deepcopy(encoder).requires_grad_(False)
+
+
+@torch.no_grad()
+def update_target(target: nn.Module, encoder: nn.Module, momentum: float) -> None:
+    """target <- momentum * target + (1 - momentum) * encoder, in one multi-tensor pass.
+
+    In the weights' own fp32: 1 - momentum is at most 4e-3, which bf16 cannot resolve.
+    """
+    torch._foreach_lerp_(list(target.parameters()), list(encoder.parameters()), 1.0 - momentum)

@@ -9,15 +9,20 @@ Shape legend: B images or clips, V views, E embedding width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar, Self
 
 import torch
 
+from models.encoders.from_settings import Settings, encoder_from_settings
 from models.encoders.vit import VisionTransformer
 from models.objectives.joint_embedding import JointEmbedding
-from models.objectives.sigreg import SIGReg
+from models.objectives.objective import pixel_statistics
+from models.objectives.registry import register_objective
+from models.objectives.sigreg import SIGReg, sigreg_from_settings
 from models.views import Views
 
 
+@register_objective("lejepa")
 class LeJEPA(JointEmbedding):
     """(1 - weight) * invariance + weight * SIGReg, the latter of every view by itself, averaged.
 
@@ -29,7 +34,6 @@ class LeJEPA(JointEmbedding):
         projector: as there.
         mean: as there.
         std: as there.
-        pixels: as there.
     """
 
     def __init__(
@@ -42,7 +46,6 @@ class LeJEPA(JointEmbedding):
         projector: Sequence[int],
         mean: tuple[float, ...],
         std: tuple[float, ...],
-        pixels: str = "images",
     ) -> None:
         super().__init__(
             encoder,
@@ -50,9 +53,20 @@ class LeJEPA(JointEmbedding):
             projector=projector,
             mean=mean,
             std=std,
-            pixels=pixels,
         )
         self.sigreg, self.weight = sigreg, weight
+
+    @classmethod
+    def from_settings(cls, model: Settings, objective: Settings) -> Self:
+        """See `EncoderObjective.from_settings`."""
+        return cls(
+            encoder_from_settings(model),
+            Views.of(objective["views"], model["image_size"]),
+            sigreg_from_settings(objective),
+            weight=objective["sigreg_weight"],
+            projector=objective["projector"],
+            **pixel_statistics(model),
+        )
 
     def compare(self, embedded_VBE: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Mean squared distance to the views' mean, and SIGReg."""
@@ -64,3 +78,10 @@ class LeJEPA(JointEmbedding):
     def after_step(self, step: int, total_steps: int) -> None:
         """The next step has other slices."""
         self.sigreg.advance()
+
+
+@register_objective("levjepa")
+class LeVJEPA(LeJEPA):
+    """LeJEPA on clips."""
+
+    pixels: ClassVar[str] = "clips"

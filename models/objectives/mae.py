@@ -6,18 +6,27 @@ width.
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch.nn import functional
 
+from models.encoders.from_settings import (
+    Settings,
+    encoder_from_settings,
+    predictor_from_settings,
+)
 from models.encoders.predictor import Predictor
 from models.encoders.vit import VisionTransformer, gather_tokens
 from models.media.preprocessing import normalize
-from models.objectives.objective import Batch, Objective, Output
+from models.objectives.objective import Batch, EncoderObjective, Output, pixel_statistics
+from models.objectives.registry import register_objective
 
 PIXEL_EPS = 1e-6
 
 
-class MAE(Objective):
+@register_objective("mae")
+class MAE(EncoderObjective):
     """The encoder sees the visible patches only; a decoder, thrown away later, paints the others.
 
     Args:
@@ -40,17 +49,18 @@ class MAE(Objective):
         mean: tuple[float, ...],
         std: tuple[float, ...],
     ) -> None:
-        super().__init__()
-        self.encoder, self.decoder, self.norm_pixels = encoder, decoder, norm_pixels
-        self.mean: torch.Tensor
-        self.std: torch.Tensor
-        self.register_buffer("mean", torch.tensor(mean), persistent=False)
-        self.register_buffer("std", torch.tensor(std), persistent=False)
+        super().__init__(encoder, mean=mean, std=std)
+        self.decoder, self.norm_pixels = decoder, norm_pixels
 
-    @property
-    def feature_encoder(self) -> VisionTransformer:
-        """The encoder, without the decoder."""
-        return self.encoder
+    @classmethod
+    def from_settings(cls, model: Settings, objective: Settings) -> Self:
+        """See `EncoderObjective.from_settings`."""
+        encoder = encoder_from_settings(model)
+        pixels = 3 * encoder.tubelet * encoder.patch_size**2
+        decoder = predictor_from_settings(model, encoder, output_width=pixels)
+        return cls(
+            encoder, decoder, norm_pixels=objective["norm_pixels"], **pixel_statistics(model)
+        )
 
     def forward(self, batch: Batch) -> Output:
         """Mean squared error of the hidden patches, as one target block an image."""
@@ -76,6 +86,7 @@ class MAE(Objective):
         return (patches_BNP - mean) / (variance + PIXEL_EPS).sqrt()
 
 
+@register_objective("videomae")
 class VideoMAE(MAE):
     """The same of clips, whose tokens are tubelets (Tong et al., 2022, arXiv 2203.12602).
 

@@ -6,9 +6,15 @@ Shape legend: B images or clips, D width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
+
+from models.encoders.from_settings import Settings
+from models.encoders.vit import VisionTransformer
 
 Batch = dict[str, Tensor]
 """What `Objective.inputs` names, and perhaps more.
@@ -66,3 +72,44 @@ class Objective(nn.Module, ABC):
         width = self.feature_encoder.width
         assert isinstance(width, int)
         return {"target_pooled": width}
+
+
+class EncoderObjective(Objective):
+    """An objective around one encoder, which can be registered by name.
+
+    Args:
+        encoder: the network that is trained.
+        mean: channel means that are subtracted from the pixels, of values in [0, 1].
+        std: channel standard deviations that the pixels are divided by.
+    """
+
+    def __init__(
+        self, encoder: VisionTransformer, *, mean: Sequence[float], std: Sequence[float]
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(mean), persistent=False)
+        self.register_buffer("std", torch.tensor(std), persistent=False)
+
+    @classmethod
+    @abstractmethod
+    def from_settings(cls, model: Settings, objective: Settings) -> Self:
+        """Builds the objective with fresh weights.
+
+        Args:
+            model: fields of `pipelines.config.train.ModelConfig`.
+            objective: fields of the objective's own class in `pipelines.config.objectives`, and the
+                run's `views` and `seed`.
+        """
+
+    @property
+    def feature_encoder(self) -> VisionTransformer:
+        """The encoder."""
+        return self.encoder
+
+
+def pixel_statistics(model: Settings) -> dict[str, Any]:
+    """Returns the arguments `mean` and `std` of `EncoderObjective`."""
+    return {"mean": model["mean"], "std": model["std"]}

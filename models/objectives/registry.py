@@ -1,163 +1,67 @@
-"""The objectives: one file each, one row each in `OBJECTIVES`."""
+"""The objectives by name. Each registers itself where it is defined, by `@register_objective`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import importlib
+import pkgutil
+from collections.abc import Callable
+from functools import cache
+from typing import TypeVar
 
-from models.encoders.predictor import Predictor
-from models.encoders.shape import EncoderShape, find_preset
-from models.encoders.vit import VisionTransformer
-from models.objectives.dmjd import DMJD
-from models.objectives.ijepa import IJEPA
-from models.objectives.lejepa import LeJEPA
-from models.objectives.mae import MAE, VideoMAE
-from models.objectives.objective import Batch, Objective, Output
-from models.objectives.regularized import Regularized
-from models.objectives.sigreg import SIGReg
-from models.objectives.vicreg import VICReg
-from models.objectives.vjepa import VJEPA
-from models.views import Views
+import models.objectives
+from models.encoders.from_settings import Settings
+from models.objectives.objective import EncoderObjective, Objective
+from models.objectives.sigreg import Regularized, sigreg_from_settings
 
-__all__ = ["OBJECTIVES", "Batch", "Objective", "Output", "build_objective", "find_objective"]
+_REGISTERED: dict[str, type[EncoderObjective]] = {}
 
-Settings = Mapping[str, Any]
+C = TypeVar("C", bound=type[EncoderObjective])
 
 
-def _build_ijepa(model: Settings, objective: Settings) -> Objective:
-    encoder = _build_encoder(model)
-    predictor = _build_predictor(model, encoder)
-    return IJEPA(encoder, predictor, **_latent_settings(model, objective))
+def register_objective(name: str) -> Callable[[C], C]:
+    """Registers a class of objectives under the name that `--objective.name` takes."""
+
+    def enter(objective: C) -> C:
+        _REGISTERED[name] = objective
+        return objective
+
+    return enter
 
 
-def _build_vjepa(model: Settings, objective: Settings) -> Objective:
-    encoder = _build_encoder(model)
-    count = model.get("mask_tokens", 2)  # V-JEPA masks at short and at long range
-    predictor = _build_predictor(model, encoder, mask_tokens=count, zero_mask_tokens=True)
-    return VJEPA(encoder, predictor, **_latent_settings(model, objective))
+@cache
+def objectives() -> dict[str, type[EncoderObjective]]:
+    """Returns all objectives by name; the first call imports every module of this folder."""
+    for module in pkgutil.iter_modules(models.objectives.__path__, "models.objectives."):
+        importlib.import_module(module.name)
+    return dict(sorted(_REGISTERED.items()))
 
 
-def _build_dmjd(model: Settings, objective: Settings) -> Objective:
-    encoder = _build_encoder(model)
-    predictor = _build_predictor(model, encoder)
-    return DMJD(encoder, predictor, **_latent_settings(model, objective))
+def find_objective(name: str) -> type[EncoderObjective]:
+    """Returns the objective of a name.
 
-
-def _build_mae(model: Settings, objective: Settings, kind: type[MAE] = MAE) -> Objective:
-    encoder = _build_encoder(model)
-    pixels = 3 * encoder.tubelet * encoder.patch_size**2
-    decoder = _build_predictor(model, encoder, output_width=pixels)
-    norm_pixels = objective["norm_pixels"]
-    return kind(encoder, decoder, norm_pixels=norm_pixels, **_statistics(model))
-
-
-def _build_videomae(model: Settings, objective: Settings) -> Objective:
-    return _build_mae(model, objective, VideoMAE)
-
-
-def _build_lejepa(model: Settings, objective: Settings, pixels: str = "images") -> Objective:
-    return LeJEPA(
-        _build_encoder(model),
-        Views.of(objective["views"], model["image_size"]),
-        _build_sigreg(objective),
-        weight=objective["sigreg_weight"],
-        pixels=pixels,
-        projector=objective["projector"],
-        **_statistics(model),
-    )
-
-
-def _build_levjepa(model: Settings, objective: Settings) -> Objective:
-    return _build_lejepa(model, objective, "clips")
-
-
-def _build_vicreg(model: Settings, objective: Settings) -> Objective:
-    return VICReg(
-        _build_encoder(model),
-        Views.of(objective["views"], model["image_size"]),
-        weights=tuple(objective["vicreg_weights"]),
-        projector=objective["projector"],
-        **_statistics(model),
-    )
-
-
-def _build_sigreg(objective: Settings) -> SIGReg:
-    seed = objective.get("seed", 0)
-    return SIGReg(slices=objective["slices"], knots=objective["knots"], seed=seed)
-
-
-def _build_encoder(model: Settings) -> VisionTransformer:
-    return VisionTransformer(
-        EncoderShape.from_settings(model),
-        activation_checkpointing=model.get("activation_checkpointing", False),
-    )
-
-
-def _build_predictor(
-    model: Settings,
-    encoder: VisionTransformer,
-    *,
-    mask_tokens: int = 1,
-    zero_mask_tokens: bool = False,
-    output_width: int | None = None,
-) -> Predictor:
-    preset = find_preset(model["encoder"])
-    return Predictor(
-        grid=encoder.grid,
-        encoder_width=encoder.width,
-        width=model["predictor_width"] or preset.predictor_width,
-        depth=model["predictor_depth"] or preset.predictor_depth,
-        heads=preset.predictor_heads,
-        tubes=encoder.tubes,
-        positions=encoder.positions,
-        mask_tokens=mask_tokens,
-        zero_mask_tokens=zero_mask_tokens,
-        output_width=output_width,
-        activation_checkpointing=encoder.activation_checkpointing,
-    )
-
-
-def _latent_settings(model: Settings, objective: Settings) -> dict[str, Any]:
-    return {
-        **_statistics(model),
-        "loss": objective["loss"],
-        "ema": tuple(objective["ema"]),
-        "target": objective["target"],
-    }
-
-
-def _statistics(model: Settings) -> dict[str, tuple[float, ...]]:
-    return {"mean": tuple(model["mean"]), "std": tuple(model["std"])}
-
-
-OBJECTIVES: dict[str, Callable[[Settings, Settings], Objective]] = {
-    "ijepa": _build_ijepa,
-    "vjepa": _build_vjepa,
-    "dmjd": _build_dmjd,
-    "mae": _build_mae,
-    "videomae": _build_videomae,
-    "lejepa": _build_lejepa,
-    "levjepa": _build_levjepa,
-    "vicreg": _build_vicreg,
-}
-
-
-def find_objective(name: str) -> Callable[[Settings, Settings], Objective]:
-    """Returns a row of `OBJECTIVES`, or a ValueError that lists them."""
-    if name not in OBJECTIVES:
-        raise ValueError(f"--objective.name: no {name!r}; one of {', '.join(OBJECTIVES)}")
-    return OBJECTIVES[name]
+    Raises:
+        ValueError: there is none; the message lists the names.
+    """
+    found = objectives().get(name)
+    if found is None:
+        raise ValueError(f"--objective.name: no {name!r}; one of {', '.join(objectives())}")
+    return found
 
 
 def build_objective(name: str, *, model: Settings, objective: Settings) -> Objective:
-    """Builds a row of `OBJECTIVES` from `PretrainConfig`'s `model_settings` and `objective_settings`.
+    """Builds an objective, with SIGReg added to its loss if the settings ask for it.
+
+    Args:
+        name: registered name.
+        model: `PretrainConfig.model_settings`.
+        objective: `PretrainConfig.objective_settings`.
 
     Raises:
-        ValueError: no such objective or preset.
+        ValueError: there is no such objective or preset, or the settings do not go together.
     """
-    built = find_objective(name)(model, objective)
+    built = find_objective(name).from_settings(model, objective)
     on = objective.get("regularize")
     if on is None:
         return built
     weight = objective["regularizer_weight"]
-    return Regularized(built, _build_sigreg(objective), weight=weight, on=on)
+    return Regularized(built, sigreg_from_settings(objective), weight=weight, on=on)

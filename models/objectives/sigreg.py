@@ -21,9 +21,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from models.encoders.from_settings import Settings
 from models.keyed_random.streams import StepStream
 from models.keyed_random.tensors import mix, normals
-from models.objectives.synced import mean_over_processes, world_size
+from models.objectives.objective import Batch, Objective, Output
+from models.synced import mean_over_processes, world_size
 
 END = 3.0  # of the integral
 CHUNK_ELEMENTS = 65_536  # of N x M at a time: what it works on stays in a core's cache
@@ -70,6 +72,71 @@ class SIGReg(nn.Module):
         key_1 = mix(self.step ^ mix(torch.full_like(self.step, self.seed)))
         slices_DM = normals(key_1, StepStream.SLICES, width * self.slices).view(width, self.slices)
         return nn.functional.normalize(slices_DM, dim=0)
+
+
+def sigreg_from_settings(objective: Settings) -> SIGReg:
+    """Builds the statistic from a run's objective settings."""
+    seed = objective.get("seed", 0)
+    return SIGReg(slices=objective["slices"], knots=objective["knots"], seed=seed)
+
+
+class Regularized(Objective):
+    """An objective plus `weight` times SIGReg of one of its `Output.monitored` [N, D].
+
+    Args:
+        objective: the objective.
+        sigreg: the statistic.
+        weight: of the statistic.
+        on: name of the tensor.
+
+    Raises:
+        ValueError: the objective monitors no such tensor, or it has no gradient.
+    """
+
+    def __init__(self, objective: Objective, sigreg: SIGReg, *, weight: float, on: str) -> None:
+        super().__init__()
+        if on not in objective.regularizable:
+            raise ValueError(
+                f"--objective.regularize: {on!r} is no tensor with a gradient that "
+                f"{type(objective).__name__} monitors; one of {', '.join(objective.regularizable)}"
+            )
+        self.objective, self.sigreg = objective, sigreg
+        self.weight, self.on = weight, on
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The objective's."""
+        return self.objective.inputs
+
+    @property
+    def feature_encoder(self) -> nn.Module:
+        """The objective's."""
+        return self.objective.feature_encoder
+
+    @property
+    def regularizable(self) -> tuple[str, ...]:
+        """The objective's."""
+        return self.objective.regularizable
+
+    @property
+    def watched(self) -> dict[str, int]:
+        """The objective's."""
+        return self.objective.watched
+
+    def forward(self, batch: Batch) -> Output:
+        """The objective's output with the larger loss; the statistic is its metric `regularizer`."""
+        output: Output = self.objective(batch)
+        statistic = self.sigreg(output.monitored[self.on])
+        return Output(
+            output.loss + self.weight * statistic,
+            {**output.metrics, "regularizer": statistic.detach()},
+            output.monitored,
+        )
+
+    def after_step(self, step: int, total_steps: int) -> None:
+        """The objective's, and other slices for the next step."""
+        self.objective.after_step(step, total_steps)
+        self.sigreg.advance()
 
 
 def epps_pulley(samples_NM: torch.Tensor, knots: int = 17) -> torch.Tensor:

@@ -6,17 +6,22 @@ Shape legend: B images, V views, E embedding width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 
+from models.encoders.from_settings import Settings, encoder_from_settings
 from models.encoders.vit import VisionTransformer
 from models.objectives.joint_embedding import JointEmbedding
-from models.objectives.synced import mean_over_processes, world_size
+from models.objectives.objective import pixel_statistics
+from models.objectives.registry import register_objective
+from models.synced import mean_over_processes, world_size
 from models.views import Views
 
 STD_EPS = 1e-4  # section 4.1, equation 2
 
 
+@register_objective("vicreg")
 class VICReg(JointEmbedding):
     """Views agree, every dimension spreads to at least 1, and no two dimensions tell the same.
 
@@ -42,6 +47,17 @@ class VICReg(JointEmbedding):
     ) -> None:
         super().__init__(encoder, views, projector=projector, mean=mean, std=std)
         self.weights = weights
+
+    @classmethod
+    def from_settings(cls, model: Settings, objective: Settings) -> Self:
+        """See `EncoderObjective.from_settings`."""
+        return cls(
+            encoder_from_settings(model),
+            Views.of(objective["views"], model["image_size"]),
+            weights=tuple(objective["vicreg_weights"]),
+            projector=objective["projector"],
+            **pixel_statistics(model),
+        )
 
     def compare(self, embedded_VBE: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Equation 6; with more than two views, invariance is the mean over all pairs of them."""

@@ -8,17 +8,27 @@ from __future__ import annotations
 
 import torch
 
-from models.encoders.vit import gather_tokens
+from models.encoders.from_settings import Settings, predictor_from_settings
+from models.encoders.predictor import Predictor
+from models.encoders.vit import VisionTransformer, gather_tokens
 from models.media.preprocessing import normalize
 from models.objectives.latent import LatentPrediction
 from models.objectives.objective import Batch, Output
+from models.objectives.registry import register_objective
 
 
+@register_objective("vjepa")
 class VJEPA(LatentPrediction):
     """Several masks of a clip (V-JEPA: one of short, one of long range) share one target pass.
 
     There are as many mask generators as the predictor has mask tokens; each has lengths of its own.
     """
+
+    @classmethod
+    def make_predictor(cls, model: Settings, encoder: VisionTransformer) -> Predictor:
+        """Builds the predictor, with one mask token a generator that starts at zero."""
+        count = model.get("mask_tokens", 2)  # the paper's short and long range
+        return predictor_from_settings(model, encoder, mask_tokens=count, zero_mask_tokens=True)
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -9,23 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pipelines.config.checks import require
 from pipelines.config.data import ClipConfig, DataConfig, MaskConfig, VideoMaskConfig
+from pipelines.config.objectives import REGISTERED, Masks, Modality
+from pipelines.config.objectives import ObjectiveConfig as ObjectiveConfig
 from pipelines.config.places import PlaceField, WrittenPlace
 from pipelines.config.views import ViewsConfig
-
-Masks = Literal["blocks", "clip", "random", "disjoint", "none"]
-MASKS: dict[str, Masks] = {
-    "ijepa": "blocks",
-    "vjepa": "clip",
-    "dmjd": "disjoint",
-    "mae": "random",
-    "videomae": "clip",
-    "lejepa": "none",
-    "levjepa": "none",
-    "vicreg": "none",
-}
-"""What each objective needs a masker for."""
-VIDEO = ("vjepa", "levjepa", "videomae")
-"""Objectives that learn from clips."""
 
 NEWEST_WHOLE = "newest-whole"
 """Value of `--run.resume-from`."""
@@ -81,49 +68,6 @@ class ModelConfig:
             "model.tubelet",
             f"must divide --model.frames ({self.frames}), got {self.tubelet}",
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
-    """What is learned; names are rows of `models.objectives.OBJECTIVES`."""
-
-    name: str = "ijepa"
-    """The objective."""
-    loss: Literal["smooth_l1", "l2", "l1"] = "smooth_l1"
-    """Distance between predicted and target features (I-JEPA's code: smooth_l1; its paper: l2)."""
-    ema: tuple[float, float] = (0.996, 1.0)
-    """Momentum of the target encoder at the first and at the last step, linear between."""
-    target: Literal["ema", "self"] = "ema"
-    """`ema` is the method. `self` is the negative control: the context encoder is its own target,
-    gradient and all, and must collapse."""
-    projector: tuple[int, ...] = (2048, 2048, 128)
-    """Widths of the MLP on top of the encoder, for lejepa and vicreg; nothing keeps it after training."""
-    sigreg_weight: float = 0.02
-    """lejepa: share of SIGReg in the loss, the rest is agreement of the views; 0 must collapse."""
-    slices: int = 1024
-    """Random directions that SIGReg looks along, drawn anew in every step."""
-    knots: int = 17
-    """Points of SIGReg's integral."""
-    vicreg_weights: tuple[float, float, float] = (25.0, 25.0, 1.0)
-    """vicreg: weights of invariance, variance and covariance; without the last two it must collapse."""
-    norm_pixels: bool = True
-    """mae, videomae: paint each patch less its mean and over its deviation. Flat patches then ask for
-    their noise."""
-    regularize: str | None = None
-    """Adds SIGReg of this monitored tensor to any objective's loss: context_pooled, embedded or, where
-    it has a gradient, target_pooled."""
-    regularizer_weight: float = 0.02
-    """Weight of that."""
-
-    def __post_init__(self) -> None:
-        require(0.0 <= self.ema[0] <= self.ema[1] <= 1.0, "objective.ema", "0 <= start <= end <= 1")
-        ok = len(self.projector) > 0 and min(self.projector) > 0
-        require(ok, "objective.projector", "needs positive widths")
-        require(0 <= self.sigreg_weight <= 1, "objective.sigreg-weight", "must lie in [0, 1]")
-        require(self.slices > 0, "objective.slices", "must be positive")
-        require(self.knots >= 2, "objective.knots", "must be at least 2")
-        require(min(self.vicreg_weights) >= 0, "objective.vicreg-weights", "must be >= 0")
-        require(self.regularizer_weight >= 0, "objective.regularizer-weight", "must be >= 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,7 +255,7 @@ class PretrainConfig:
             self.modality == "video" or self.model.frames == 1,
             "model.frames",
             f"--objective.name {self.objective.name} learns from images; clips need "
-            f"{', '.join(VIDEO)}",
+            f"{', '.join(name for name, r in REGISTERED.items() if r.modality == 'video')}",
         )
         require(
             self.objective.name != "videomae" or self.video_mask.generators == 1,
@@ -331,14 +275,14 @@ class PretrainConfig:
             )
 
     @property
-    def modality(self) -> Literal["image", "video"]:
+    def modality(self) -> Modality:
         """What the objective learns from, and the shards must hold."""
-        return "video" if self.objective.name in VIDEO else "image"
+        return self.objective.registered.modality
 
     @property
     def masks(self) -> Masks:
         """Which masks the objective asks the loader for (`pipelines.loading.masks.maskers`)."""
-        return MASKS.get(self.objective.name, "blocks")
+        return self.objective.registered.masks
 
     @property
     def compares_rows(self) -> bool:
@@ -347,11 +291,11 @@ class PretrainConfig:
 
     @property
     def model_settings(self) -> dict[str, Any]:
-        """`model` as `models.objectives.build_objective` takes it."""
+        """`model` and the number of mask generators, for `models.objectives.registry.build_objective`."""
         return dataclasses.asdict(self.model) | {"mask_tokens": self.video_mask.generators}
 
     @property
     def objective_settings(self) -> dict[str, Any]:
-        """`objective` as `models.objectives.build_objective` takes it."""
-        own = {"views": dataclasses.asdict(self.views), "seed": self.run.seed}
-        return dataclasses.asdict(self.objective) | own
+        """The chosen objective's own fields, the views and the seed, for `build_objective`."""
+        views = dataclasses.asdict(self.views)
+        return self.objective.own | {"views": views, "seed": self.run.seed}

@@ -12,6 +12,7 @@ from pipelines.config.train import (
     PretrainConfig,
     RunConfig,
 )
+from pipelines.recipes.recipe import recipe
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
@@ -20,6 +21,7 @@ CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 IN1K_STEPS_PER_EPOCH = 625
 
 
+@recipe
 def debug() -> PretrainConfig:
     """Does everything once, learns nothing.
 
@@ -35,6 +37,7 @@ def debug() -> PretrainConfig:
     )
 
 
+@recipe
 def cifar10_demo() -> PretrainConfig:
     """I-JEPA on the shipped CIFAR-10 sample, small enough for two CPU cores.
 
@@ -71,6 +74,7 @@ def cifar10_demo() -> PretrainConfig:
     )
 
 
+@recipe
 def lejepa_cifar10_demo() -> PretrainConfig:
     """LeJEPA on the shipped CIFAR-10 sample, at the compute of `cifar10_demo`.
 
@@ -107,6 +111,7 @@ def lejepa_cifar10_demo() -> PretrainConfig:
     )
 
 
+@recipe
 def vicreg_cifar10_demo() -> PretrainConfig:
     """VICReg on the shipped CIFAR-10 sample, at the compute of `cifar10_demo`.
 
@@ -125,6 +130,7 @@ def vicreg_cifar10_demo() -> PretrainConfig:
     )
 
 
+@recipe
 def mae_cifar10_demo() -> PretrainConfig:
     """A masked autoencoder on the shipped CIFAR-10 sample, at the compute of `cifar10_demo`.
 
@@ -146,6 +152,7 @@ def mae_cifar10_demo() -> PretrainConfig:
     )
 
 
+@recipe
 def dmjd_cifar10_demo() -> PretrainConfig:
     """I-JEPA with four disjoint contexts an image, at the compute of `cifar10_demo`.
 
@@ -165,24 +172,7 @@ def dmjd_cifar10_demo() -> PretrainConfig:
     )
 
 
-def laptop() -> PretrainConfig:
-    """I-JEPA on any images on one machine without a GPU: a ViT-Ti/16 at 128 pixels.
-
-    python -m pipelines.pretrain laptop --data.train URI --data.test URI --run.storage URI
-
-    Expected time and result: not run.
-    """
-    base = cifar10_demo()
-    return replace(
-        base,
-        data=DataConfig(batch_size=64, lanes=8, shuffle_window=256, flip=True),
-        model=ModelConfig(encoder="vit_ti", image_size=128, patch_size=16, patch_std=0.14),
-        run=RunConfig(
-            name="laptop", steps=5000, log_every=10, probe_every=500, checkpoint_every=100
-        ),
-    )
-
-
+@recipe
 def vicreg_laptop() -> PretrainConfig:
     """VICReg on any images on one machine without a GPU: `laptop`'s encoder, `vicreg_cifar10_demo`'s rest.
 
@@ -202,6 +192,26 @@ def vicreg_laptop() -> PretrainConfig:
     )
 
 
+@recipe
+def laptop() -> PretrainConfig:
+    """I-JEPA on any images on one machine without a GPU: a ViT-Ti/16 at 128 pixels.
+
+    python -m pipelines.pretrain laptop --data.train URI --data.test URI --run.storage URI
+
+    Expected time and result: not run.
+    """
+    base = cifar10_demo()
+    return replace(
+        base,
+        data=DataConfig(batch_size=64, lanes=8, shuffle_window=256, flip=True),
+        model=ModelConfig(encoder="vit_ti", image_size=128, patch_size=16, patch_std=0.14),
+        run=RunConfig(
+            name="laptop", steps=5000, log_every=10, probe_every=500, checkpoint_every=100
+        ),
+    )
+
+
+@recipe
 def cifar10_vits() -> PretrainConfig:
     """I-JEPA on all of CIFAR-10 for about ten minutes of one data-centre GPU.
 
@@ -230,6 +240,40 @@ def cifar10_vits() -> PretrainConfig:
     )
 
 
+@recipe
+def ijepa_vits16() -> PretrainConfig:
+    """A ViT-S/16 on ImageNet-1k, 300 epochs; the paper has none.
+
+    python -m pipelines.pretrain ijepa_vits16 --data.train URI --data.test URI --run.storage URI
+
+    Expected time and result: not run.
+    """
+    return _in1k_variant("ijepa_vits16", encoder="vit_s", patch_size=16, epochs=300, workers=8)
+
+
+@recipe
+def ijepa_vitb16() -> PretrainConfig:
+    """The paper's ViT-B/16: 600 epochs of ImageNet-1k.
+
+    python -m pipelines.pretrain ijepa_vitb16 --data.train URI --data.test URI --run.storage URI
+
+    The paper: linear probe 72.9%. Here: not run.
+    """
+    return _in1k_variant("ijepa_vitb16", encoder="vit_b", patch_size=16, epochs=600, workers=8)
+
+
+@recipe
+def ijepa_vitl16() -> PretrainConfig:
+    """The paper's ViT-L/16: 600 epochs of ImageNet-1k.
+
+    python -m pipelines.pretrain ijepa_vitl16 --data.train URI --data.test URI --run.storage URI
+
+    The paper: linear probe 77.5%. Here: not run.
+    """
+    return _in1k_variant("ijepa_vitl16", encoder="vit_l", patch_size=16, epochs=600, workers=16)
+
+
+@recipe
 def ijepa_vith14_in1k() -> PretrainConfig:
     """The paper's ViT-H/14: 300 epochs of ImageNet-1k at 2,048 a batch (Assran et al. 2023, A.1).
 
@@ -266,36 +310,7 @@ def ijepa_vith14_in1k() -> PretrainConfig:
     )
 
 
-def ijepa_vitl16() -> PretrainConfig:
-    """The paper's ViT-L/16: 600 epochs of ImageNet-1k.
-
-    python -m pipelines.pretrain ijepa_vitl16 --data.train URI --data.test URI --run.storage URI
-
-    The paper: linear probe 77.5%. Here: not run.
-    """
-    return _in1k_variant("ijepa_vitl16", encoder="vit_l", patch_size=16, epochs=600, workers=16)
-
-
-def ijepa_vitb16() -> PretrainConfig:
-    """The paper's ViT-B/16: 600 epochs of ImageNet-1k.
-
-    python -m pipelines.pretrain ijepa_vitb16 --data.train URI --data.test URI --run.storage URI
-
-    The paper: linear probe 72.9%. Here: not run.
-    """
-    return _in1k_variant("ijepa_vitb16", encoder="vit_b", patch_size=16, epochs=600, workers=8)
-
-
-def ijepa_vits16() -> PretrainConfig:
-    """A ViT-S/16 on ImageNet-1k, 300 epochs; the paper has none.
-
-    python -m pipelines.pretrain ijepa_vits16 --data.train URI --data.test URI --run.storage URI
-
-    Expected time and result: not run.
-    """
-    return _in1k_variant("ijepa_vits16", encoder="vit_s", patch_size=16, epochs=300, workers=8)
-
-
+@recipe
 def ijepa_vith16_448() -> PretrainConfig:
     """The paper's ViT-H/16 at 448 pixels: 300 epochs of ImageNet-1k.
 
@@ -311,6 +326,7 @@ def ijepa_vith16_448() -> PretrainConfig:
     )
 
 
+@recipe
 def ijepa_vitg16_in22k() -> PretrainConfig:
     """The paper's ViT-g/16: 44 epochs of ImageNet-22k (14.2M images, 6,933 steps an epoch).
 

@@ -13,8 +13,10 @@ from pipelines.config.train import (
     RunConfig,
 )
 from pipelines.config.views import ViewsConfig
+from pipelines.recipes.recipe import recipe
 
 
+@recipe
 def vjepa_movingmnist() -> PretrainConfig:
     """V-JEPA on moving digits, small enough for two CPU cores.
 
@@ -54,6 +56,40 @@ def vjepa_movingmnist() -> PretrainConfig:
     )
 
 
+@recipe
+def levjepa_gameplay() -> PretrainConfig:
+    """LeVJEPA on recorded games: two random quarters of a clip's tokens agree on the clip.
+
+    python -m pipelines.pretrain levjepa_gameplay --data.train SHARDS
+
+    Footage of `pipelines.fetch gameplay --side 64`, ingested with --video.fps 15 --video.segment-seconds 2.
+    No crops and no other stretch of time: where things are must stay the same in both views. 14 minutes of
+    two shared cores; over seven tasks the mean of kNN is 55.0% against 48.6% of random weights, of the
+    attentive probe 62.1% against 60.1% (benchmarks/training/gameplay.md).
+    """
+    base, games = levjepa_movingmnist(), vjepa_gameplay()
+    return replace(
+        base,
+        data=replace(base.data, shuffle_window=games.data.shuffle_window),
+        clip=games.clip,
+        video_mask=games.video_mask,
+        model=replace(games.model, frames=4),
+        views=replace(base.views, time_window=1.0, token_drop=0.75),
+        optim=replace(
+            base.optim,
+            final_lr=3e-4,
+            warmup_steps=60,
+            weight_decay=0.04,
+            final_weight_decay=0.04,
+            clip_norm=10.0,
+        ),
+        run=replace(
+            base.run, name="levjepa_gameplay", steps=1000, checkpoint_every=200, precision="bf16"
+        ),
+    )
+
+
+@recipe
 def levjepa_movingmnist() -> PretrainConfig:
     """LeVJEPA on moving digits: two stretches of a clip agree on which way the digit moves.
 
@@ -100,6 +136,7 @@ def levjepa_movingmnist() -> PretrainConfig:
     )
 
 
+@recipe
 def vjepa_gameplay() -> PretrainConfig:
     """V-JEPA on half an hour or more of recorded games, for tens of minutes of two CPU cores.
 
@@ -126,38 +163,7 @@ def vjepa_gameplay() -> PretrainConfig:
     )
 
 
-def levjepa_gameplay() -> PretrainConfig:
-    """LeVJEPA on recorded games: two random quarters of a clip's tokens agree on the clip.
-
-    python -m pipelines.pretrain levjepa_gameplay --data.train SHARDS
-
-    Footage of `pipelines.fetch gameplay --side 64`, ingested with --video.fps 15 --video.segment-seconds 2.
-    No crops and no other stretch of time: where things are must stay the same in both views. 14 minutes of
-    two shared cores; over seven tasks the mean of kNN is 55.0% against 48.6% of random weights, of the
-    attentive probe 62.1% against 60.1% (benchmarks/training/gameplay.md).
-    """
-    base, games = levjepa_movingmnist(), vjepa_gameplay()
-    return replace(
-        base,
-        data=replace(base.data, shuffle_window=games.data.shuffle_window),
-        clip=games.clip,
-        video_mask=games.video_mask,
-        model=replace(games.model, frames=4),
-        views=replace(base.views, time_window=1.0, token_drop=0.75),
-        optim=replace(
-            base.optim,
-            final_lr=3e-4,
-            warmup_steps=60,
-            weight_decay=0.04,
-            final_weight_decay=0.04,
-            clip_norm=10.0,
-        ),
-        run=replace(
-            base.run, name="levjepa_gameplay", steps=1000, checkpoint_every=200, precision="bf16"
-        ),
-    )
-
-
+@recipe
 def vjepa_vitl16() -> PretrainConfig:
     """The paper's ViT-L/16: 90,000 steps of 3,072 clips (Bardes et al. 2024, appendix C).
 
@@ -206,6 +212,7 @@ def vjepa_vitl16() -> PretrainConfig:
     )
 
 
+@recipe
 def vjepa2_vitl16() -> PretrainConfig:
     """V-JEPA 2's ViT-L/16, first phase: 240,000 steps of 3,072 clips at constant rates.
 

@@ -27,6 +27,7 @@ from pipelines.loading.loader import train_batches
 from pipelines.loading.plan import make_plan
 from pipelines.pretrain import main
 from pipelines.recipes.images import debug
+from pipelines.recipes.recipe import REGISTERED
 from pipelines.recipes.registry import RECIPES
 from pipelines.runs.checkpoints import CheckpointError, load_encoder, load_tensors
 from pipelines.runs.run_folder import read_metrics
@@ -327,10 +328,8 @@ def test_bad_input_is_named_before_anything_starts(cifar_shards, tmp_path):
 
 
 def test_recipes_are_complete_and_headed_by_their_command():
-    import pipelines.recipes.registry
-
     for name, (line, cfg) in RECIPES.items():
-        doc = getattr(pipelines.recipes.registry, name).__doc__
+        doc = REGISTERED[name].__doc__
         assert line
         assert f"python -m pipelines.pretrain {name} --data.train" in doc
         assert cfg.run.name == name

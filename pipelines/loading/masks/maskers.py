@@ -16,7 +16,8 @@ import numpy as np
 
 from models.keyed_random.arrays import U64
 from pipelines.config.data import MaskConfig, VideoMaskConfig
-from pipelines.config.train import Masks, PretrainConfig
+from pipelines.config.objectives import Masks
+from pipelines.config.train import PretrainConfig
 from pipelines.loading.masks.multiblock import I32, legacy_masks, mask_lengths, multiblock_masks
 from pipelines.loading.masks.patches import disjoint_masks, random_masks
 from pipelines.loading.masks.spacetime import legacy_video_masks, video_mask_lengths, video_masks

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.encoders.positions import sincos_2d
-from models.objectives.ema import make_target, update_target
 from models.objectives.ijepa import IJEPA
+from models.objectives.latent import make_target, update_target
 from models.objectives.registry import build_objective
 from pipelines.config.train import ModelConfig, ObjectiveConfig
 

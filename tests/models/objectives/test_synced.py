@@ -28,8 +28,8 @@ def statistics_in_fp64() -> Any:
 
     from models.objectives.objective import Output
     from models.objectives.sigreg import SIGReg
-    from models.objectives.synced import SyncedBatchNorm
     from models.objectives.vicreg import variance_and_covariance
+    from models.synced import SyncedBatchNorm
 
     class Statistics(nn.Module):
         def __init__(self) -> None:

@@ -27,6 +27,11 @@ def field_docs() -> dict[tuple[str, str], str]:
     return docs
 
 
+def doc_of(docs: dict[tuple[str, str], str], cls: type, field: str) -> str:
+    """Returns the string under a field, in the class itself or in one that it inherits from."""
+    return next((docs[c.__name__, field] for c in cls.__mro__ if (c.__name__, field) in docs), "")
+
+
 def field_table() -> str:
     """Returns one Markdown table per section of `PretrainConfig`."""
     from pipelines.config.train import PretrainConfig
@@ -37,7 +42,7 @@ def field_table() -> str:
         rows = [f"### {section.name}", "", "| Flag | Default | Meaning |", "|---|---|---|"]
         for field in dataclasses.fields(config):
             flag = f"--{section.name}.{field.name.replace('_', '-')}"
-            meaning = docs[config.__name__, field.name].replace("|", "\\|")
+            meaning = doc_of(docs, config, field.name).replace("|", "\\|")
             rows.append(f"| `{flag}` | `{getattr(config(), field.name)!r}` | {meaning} |")
         parts.append("\n".join(rows))
     return "\n" + "\n\n".join(parts) + "\n\n"
@@ -57,7 +62,7 @@ def test_every_field_of_every_job_says_what_it_is():
             if own and cls.__name__.endswith("Config") and cls.__name__ != "PretrainConfig":
                 seen.add(cls.__name__)
                 for field in dataclasses.fields(cls):
-                    assert docs.get((cls.__name__, field.name)), f"{cls.__name__}.{field.name}"
+                    assert doc_of(docs, cls, field.name), f"{cls.__name__}.{field.name}"
     assert {"DataConfig", "IngestConfig", "EvaluateConfig", "RunConfig", "SweepConfig"} <= seen
 
 

@@ -101,9 +101,9 @@ def test_impossible_mask_settings_name_the_flag(name: str, mask: dict, flag: str
 
 
 def test_every_objective_has_masks_and_the_trainers_settings() -> None:
-    from models.objectives.registry import OBJECTIVES
-    from pipelines.config.train import MASKS
+    from models.objectives.registry import objectives
+    from pipelines.config.objectives import REGISTERED
 
-    assert MASKS.keys() == OBJECTIVES.keys()
+    assert REGISTERED.keys() == objectives().keys()
     cfg = PretrainConfig()
     assert cfg.objective_settings["views"] == dataclasses.asdict(cfg.views)

@@ -250,13 +250,10 @@ def test_own_checkpoint_then_init_from_then_scratch(tmp_path):
 def test_what_only_the_objective_can_refuse_ends_the_run_at_once(tmp_path):
     # Raised, Ray Train would start the workers again, three times.
     cfg = tiny_config(tmp_path)
-    for changes, flag in (
-        ({"regularize": "target_pooled"}, "--objective.regularize"),
-        ({"name": "none such"}, "--objective.name"),
-    ):
-        outcome, _ = run_training(change(cfg, objective=changes), tmp_path / "ck")
-        assert flag in outcome.refused
-        assert (outcome.step, outcome.metrics) == (0, {})
+    changed = change(cfg, objective={"regularize": "target_pooled"})
+    outcome, _ = run_training(changed, tmp_path / "ck")
+    assert "--objective.regularize" in outcome.refused
+    assert (outcome.step, outcome.metrics) == (0, {})
 
 
 def test_an_unusable_checkpoint_stops_the_run_instead_of_starting_over(tmp_path):

@@ -1,0 +1,197 @@
+"""Settings of the objectives: one class each, registered under the names that it serves.
+
+`ObjectiveConfig` joins all of them, because every objective has its flags under `--objective.` in
+every run; an objective reads only the fields of its own class. To add one, write its class here and
+add it to the bases of `ObjectiveConfig`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from pipelines.config.checks import require
+
+Masks = Literal["blocks", "clip", "random", "disjoint", "none"]
+Modality = Literal["image", "video"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Base of the objectives' settings; each class checks its own fields and calls the next."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Registered:
+    """What a run has to know of an objective before it loads any network."""
+
+    settings: type[Settings]
+    """Class that holds the fields which the objective reads."""
+    masks: Masks
+    """Masks that the loader draws for it (`pipelines.loading.masks.maskers.MASKERS`)."""
+    modality: Modality
+    """What it learns from, which the shards must hold."""
+
+
+REGISTERED: dict[str, Registered] = {}
+"""Objectives by name, entered by `objective`."""
+
+C = TypeVar("C", bound=type[Settings])
+
+
+def objective(name: str, *, masks: Masks, modality: Modality = "image") -> Callable[[C], C]:
+    """Registers a class of settings under the name of an objective that reads it."""
+
+    def enter(settings: C) -> C:
+        REGISTERED[name] = Registered(settings=settings, masks=masks, modality=modality)
+        return settings
+
+    return enter
+
+
+def find_registered(name: str) -> Registered:
+    """Returns what is registered under a name.
+
+    Raises:
+        ValueError: nothing is; the message lists the names.
+    """
+    if name not in REGISTERED:
+        raise ValueError(f"--objective.name: no {name!r}; one of {', '.join(REGISTERED)}")
+    return REGISTERED[name]
+
+
+@objective("ijepa", masks="blocks")
+@objective("vjepa", masks="clip", modality="video")
+@objective("dmjd", masks="disjoint")
+@dataclass(frozen=True, kw_only=True)
+class LatentPredictionConfig(Settings):
+    """Settings of the objectives that predict the features of a target encoder."""
+
+    loss: Literal["smooth_l1", "l2", "l1"] = "smooth_l1"
+    """Distance between predicted and target features (I-JEPA's code: smooth_l1; its paper: l2)."""
+    ema: tuple[float, float] = (0.996, 1.0)
+    """Momentum of the target encoder at the first and at the last step, linear between."""
+    target: Literal["ema", "self"] = "ema"
+    """`ema` is the method. `self` is the negative control: the context encoder is its own target,
+    gradients flow through both, and the features must collapse."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0.0 <= self.ema[0] <= self.ema[1] <= 1.0, "objective.ema", "0 <= start <= end <= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SIGRegConfig(Settings):
+    """Settings of the statistic SIGReg, for lejepa, levjepa and the regularizer."""
+
+    slices: int = 1024
+    """Number of random directions that SIGReg projects on, drawn anew in every step."""
+    knots: int = 17
+    """Number of points of SIGReg's integral."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.slices > 0, "objective.slices", "must be positive")
+        require(self.knots >= 2, "objective.knots", "must be at least 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointEmbeddingConfig(Settings):
+    """Settings that lejepa, levjepa and vicreg share."""
+
+    projector: tuple[int, ...] = (2048, 2048, 128)
+    """Widths of the MLP on top of the encoder, for lejepa, levjepa and vicreg; it is dropped after
+    training."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ok = len(self.projector) > 0 and min(self.projector) > 0
+        require(ok, "objective.projector", "needs positive widths")
+
+
+@objective("lejepa", masks="none")
+@objective("levjepa", masks="none", modality="video")
+@dataclass(frozen=True, kw_only=True)
+class LeJEPAConfig(JointEmbeddingConfig, SIGRegConfig):
+    """Settings of LeJEPA and LeVJEPA."""
+
+    sigreg_weight: float = 0.02
+    """lejepa, levjepa: weight of SIGReg in the loss; the agreement of the views has the rest of 1. With
+    0 the embeddings must collapse."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.sigreg_weight <= 1, "objective.sigreg-weight", "must lie in [0, 1]")
+
+
+@objective("vicreg", masks="none")
+@dataclass(frozen=True, kw_only=True)
+class VICRegConfig(JointEmbeddingConfig):
+    """Settings of VICReg."""
+
+    vicreg_weights: tuple[float, float, float] = (25.0, 25.0, 1.0)
+    """vicreg: weights of invariance, variance and covariance. Without the last two the embeddings must
+    collapse."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(min(self.vicreg_weights) >= 0, "objective.vicreg-weights", "must be >= 0")
+
+
+@objective("mae", masks="random")
+@objective("videomae", masks="clip", modality="video")
+@dataclass(frozen=True, kw_only=True)
+class MAEConfig(Settings):
+    """Settings of the masked autoencoders."""
+
+    norm_pixels: bool = True
+    """mae, videomae: reconstruct each patch after subtracting its mean and dividing by its standard
+    deviation. In flat patches this amplifies noise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegularizerConfig(SIGRegConfig):
+    """Settings of SIGReg as an addition to any objective."""
+
+    regularize: str | None = None
+    """Adds SIGReg of this monitored tensor to the loss of any objective: context_pooled, embedded or,
+    where it has a gradient, target_pooled."""
+    regularizer_weight: float = 0.02
+    """Weight of that addition."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.regularizer_weight >= 0, "objective.regularizer-weight", "must be >= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NameConfig(Settings):
+    """The choice of the objective."""
+
+    name: str = "ijepa"
+    """Name of the objective. An unknown name is refused with the list of all."""
+
+
+# Python collects the fields of bases from right to left.
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig(
+    RegularizerConfig, MAEConfig, VICRegConfig, LeJEPAConfig, LatentPredictionConfig, NameConfig
+):
+    """What is learned: the objective's name, and the settings of all objectives."""
+
+    @property
+    def registered(self) -> Registered:
+        """What is registered under `name`. Raises a ValueError if nothing is."""
+        return find_registered(self.name)
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """The fields that the chosen objective and the regularizer read."""
+        classes = (self.registered.settings, RegularizerConfig)
+        names = [field.name for cls in classes for field in dataclasses.fields(cls)]
+        return {name: getattr(self, name) for name in names}
