@@ -1,4 +1,4 @@
-"""A set as what the probes read: every featurizer's features, in one pass over the samples.
+"""The features of a labelled set by every featurizer, computed in one pass over the samples.
 
 Shape suffixes: N rows, B of one batch, C channels, F frames of a clip, H and W pixels, T tokens, D
 feature width.
@@ -30,19 +30,16 @@ from pipelines.evaluation.features import (
 from pipelines.loading.clips import ClipSampler
 
 SETS = ("data", "test", "shift_test")
-"""The sets of an evaluation, by the flags that name them."""
+"""The sets of an evaluation, named as their flags."""
 TOKEN_BYTES = 8 * 2**30
-"""Most memory for the frozen tokens that attentive probes read."""
-TUBELETS = "raw_tubelets"  # raw pixels as tokens, by which an attentive probe reads them
+"""Upper limit in bytes for the frozen tokens that attentive probes keep in memory."""
+TUBELETS = "raw_tubelets"  # raw pixels as tokens, for the attentive probe
 PIXELS = "pixels"  # as they are, for the supervised baseline
 
 
 @dataclasses.dataclass(frozen=True)
 class ProbeSet:
-    """One labelled set as features, by row of the table, and where its images are.
-
-    N rows.
-    """
+    """One labelled set of N samples: features by row of the table, and where the samples are stored."""
 
     uri: str
     features: dict[str, np.ndarray]
@@ -50,14 +47,14 @@ class ProbeSet:
     places_N3: np.ndarray
     ids_N16: np.ndarray
     tokens: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    """What attentive probes read, float16 [N, T, D] by row of the table; empty for images."""
+    """Input of the attentive probes, float16 [N, T, D] by row of the table; empty for images."""
     pixels: np.ndarray | None = None
-    """uint8 [N, C, H, W] or [N, C, F, H, W], where the supervised baseline is asked for."""
+    """uint8 [N, C, H, W] or [N, C, F, H, W] for the supervised baseline; None without one."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
-    """Which rows are used, and what is read of them as their labels."""
+    """Which rows of a set are used, and how their labels are read."""
 
     wanted: Wanted = LABELLED
     read: Callable[[pa.Table], np.ndarray] = table_labels
@@ -72,7 +69,10 @@ def probe_featurizers(
     attentive: bool,
     pixels: bool,
 ) -> dict[str, Featurizer]:
-    """By row of the table; for attentive probes of all tokens, which are averaged later."""
+    """Builds the featurizers by row of the table.
+
+    With `attentive` they return all tokens, which `probe_set` averages for the other probes.
+    """
     pooling: Pooling = "patches" if attentive else "mean"
     encoded = encoder_features(encoder, prep, pooling=pooling)
     featurizers = {
@@ -90,7 +90,7 @@ def probe_featurizers(
 
 
 def check_token_bytes(encoder: VisionTransformer, clips: int) -> None:
-    """Refuses with a ValueError to keep more tokens in memory than `TOKEN_BYTES`."""
+    """Raises a ValueError if the tokens of so many clips would exceed `TOKEN_BYTES`."""
     pixels = 3 * encoder.tubelet * encoder.patch_size**2
     need = 2 * clips * encoder.num_patches * (3 * encoder.width + pixels)
     if need > TOKEN_BYTES:
@@ -114,7 +114,7 @@ def probe_set(
     """Computes every featurizer's features of a labelled set in one pass over its samples.
 
     Raises:
-        ValueError: no row has a label.
+        ValueError: no row that is asked for has a label.
     """
     places: list[np.ndarray] = []
     read: list[np.ndarray] = []
@@ -147,7 +147,7 @@ def probe_set(
 
 
 def _halve_tokens(featurize: Featurizer) -> Featurizer:
-    """Tokens in float16, which is plenty for what a LayerNorm gives; pooled features as they are."""
+    """Rounds tokens to float16, enough for the output of a LayerNorm; keeps pooled features."""
 
     def halved(pixels: Tensor) -> Tensor:
         values = featurize(pixels)

@@ -1,4 +1,4 @@
-"""Pictures of a report: charts as SVG text, images and masks as data URIs. No external resource.
+"""Pictures of a report: charts as SVG text, images and masks as data URIs, nothing external.
 
 Shape suffixes: N images or clips, T tokens (patches), F frames, D feature width, H and W pixels,
 C channels.
@@ -25,14 +25,14 @@ BLOCK_COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (204, 121, 167)) 
 
 
 def image_uri(image_HWC: np.ndarray) -> str:
-    """A uint8 picture as a PNG data URI, at its own size (the page scales it up in hard pixels)."""
+    """Encodes a uint8 picture as a PNG data URI at its own size; the page enlarges its pixels."""
     sink = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(image_HWC)).save(sink, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(sink.getvalue()).decode()
 
 
 def picture_uri(pixels: np.ndarray) -> str:
-    """A still as `image_uri`; a clip [F, H, W, C] as a GIF that runs for ever.
+    """Encodes an image as `image_uri` does, and a clip [F, H, W, C] as a GIF that loops forever.
 
     Clips are shrunk to `CLIP_SIDE` pixels: a report holds over a hundred of them.
     """
@@ -49,7 +49,7 @@ def picture_uri(pixels: np.ndarray) -> str:
 def masked_clip(
     clip_FHWC: np.ndarray, context_K: np.ndarray, target_T: np.ndarray, grid: int, tubelet: int
 ) -> np.ndarray:
-    """A clip with the context as it is, the targets tinted and the tokens of neither faded."""
+    """Draws a clip: the context unchanged, the targets tinted, and everything else faded."""
     frames = []
     for number, frame_HWC in enumerate(clip_FHWC):
         step, patches = number // tubelet, grid * grid
@@ -62,13 +62,13 @@ def masked_clip(
 
 
 def context_picture(image_HWC: np.ndarray, context_K: np.ndarray, grid: int) -> np.ndarray:
-    """The picture with every patch but the context's faded to grey."""
+    """Draws the picture with every patch outside the context faded to grey."""
     shown = _patch_mask(image_HWC, context_K, grid)
     return np.where(shown[..., None], image_HWC, 0.12 * image_HWC + 112).astype(np.uint8)
 
 
 def target_picture(image_HWC: np.ndarray, targets_MT: np.ndarray, grid: int) -> np.ndarray:
-    """The picture with each target block tinted in a colour of its own, over a faded rest."""
+    """Draws the picture with each target block in a colour of its own and the rest faded."""
     picture = 0.3 * image_HWC + 90
     for index, block_T in enumerate(targets_MT):
         tint = 0.5 * image_HWC + 0.5 * np.array(BLOCK_COLOURS[index % len(BLOCK_COLOURS)])
@@ -77,7 +77,7 @@ def target_picture(image_HWC: np.ndarray, targets_MT: np.ndarray, grid: int) -> 
 
 
 def _patch_mask(image_HWC: np.ndarray, tokens: np.ndarray, grid: int) -> np.ndarray:
-    """Which pixels belong to these patches: bool [H, W]."""
+    """Returns which pixels belong to these patches, bool [H, W]."""
     chosen = np.zeros(grid * grid, dtype=bool)
     chosen[tokens] = True
     patch = image_HWC.shape[0] // grid
@@ -85,12 +85,13 @@ def _patch_mask(image_HWC: np.ndarray, tokens: np.ndarray, grid: int) -> np.ndar
 
 
 def pca_pictures(tokens_NTD: np.ndarray, shown: int, steps: int = 1) -> np.ndarray:
-    """The three main directions of patch features as red, green and blue.
+    """Draws the three main directions of patch features as red, green and blue.
 
-    The mean of every position is taken out first, so that colour tells what is there, not where.
+    The mean of every position is removed first, so that a colour depends on the content of a patch
+    and not on its place.
 
     Args:
-        tokens_NTD: patch features; all samples fit the directions.
+        tokens_NTD: patch features; the directions are fitted on all samples.
         shown: how many of the first samples to draw.
         steps: time steps of the token grid.
 
@@ -112,12 +113,12 @@ def pca_pictures(tokens_NTD: np.ndarray, shown: int, steps: int = 1) -> np.ndarr
 
 
 def line_chart(points: Points, label: str, *, scale: float = 1.0) -> str:
-    """One curve as an SVG that takes its colours from the page.
+    """Draws one curve as an SVG that takes its colours from the page.
 
     Args:
-        points: (step, value), at least one; not-a-number values are left out.
-        label: what a screen reader says.
-        scale: values are multiplied by this (100 for per cent).
+        points: at least one (step, value); values that are not finite are left out.
+        label: description for screen readers.
+        scale: factor for the values, such as 100 for per cent.
     """
     points = [(x, scale * y) for x, y in points if math.isfinite(y)]
     points = points[:: max(1, math.ceil(len(points) / MOST_POINTS))]
@@ -152,9 +153,9 @@ def line_chart(points: Points, label: str, *, scale: float = 1.0) -> str:
 
 
 def _ticks(low: float, high: float, count: int) -> list[float]:
-    """Round numbers from at or below `low` to at or above `high`, about `count` steps apart."""
+    """Returns round numbers that cover `low` to `high` in about `count` steps."""
     spread = high - low
-    if spread <= 1e-9 * abs(high):  # a constant, give or take its last digits
+    if spread <= 1e-9 * abs(high):  # a constant, apart from rounding
         spread = abs(high) or 1.0
     rough = spread / count
     power = 10.0 ** math.floor(math.log10(rough))
