@@ -1,10 +1,11 @@
-"""Everything once, on real images: raw folder to a served embedding.
+"""Runs the whole pipeline once on real images, from a folder of files to a served embedding.
 
     python -m pipelines.demo
 
-unpacks the shipped CIFAR-10 sample, ingests it, pretrains VICReg (or another `--recipe`), evaluates it
-beside random-init and raw pixels, exports, embeds the whole set, serves the encoder and asks it
-over HTTP about test images, whose nearest neighbours it prints.
+The demo unpacks the shipped CIFAR-10 sample, ingests it, pretrains VICReg (or another `--recipe`),
+evaluates the encoder beside random-init and raw pixels, exports it, embeds the training set and
+serves the encoder. Then it asks for embeddings of test images over HTTP and prints their nearest
+neighbours.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ NEIGHBOURS = 6
 
 
 def demo(cfg: DemoConfig) -> dict[str, Any]:
-    """Runs the whole way; returns `evaluate`'s results."""
+    """Runs every stage; returns the results of `evaluate`."""
     cfg = prepare(cfg)
     out, console, started = Path(cfg.out), Console(), time.monotonic()
     with step(console, "1/6 ingest: image folders to validated shards"):
@@ -89,14 +90,14 @@ def demo(cfg: DemoConfig) -> dict[str, Any]:
     console.print(verdict(results))
     console.print(f"report: {out / 'evaluation' / 'report.html'}", soft_wrap=True)
     command = f"serve run serve.app:build_app artifact={artifact}"
-    console.print(f"serve it yourself: {command}", soft_wrap=True)  # it is there to be copied
+    console.print(f"serve it yourself: {command}", soft_wrap=True)  # whole, to be copied
     console.print(f"the demo took {time.monotonic() - started:.0f} s")
     return results
 
 
 @contextmanager
 def step(console: Console, title: str) -> Iterator[None]:
-    """Heads a stage and tells how long it took."""
+    """Prints a stage's title before it and its duration after it."""
     console.rule(title, align="left")
     started = time.monotonic()
     yield
@@ -104,7 +105,7 @@ def step(console: Console, title: str) -> Iterator[None]:
 
 
 def run_config(cfg: DemoConfig, out: Path, train: str, test: str) -> PretrainConfig:
-    """The recipe, aimed at the demo's data."""
+    """Returns the recipe's configuration with the demo's data, seed and length."""
     recipe = RECIPES[cfg.recipe][1]
     changes: dict[str, Any] = {"storage": str(out / "runs"), "seed": cfg.seed}
     changes["name"] = f"{cfg.recipe}-seed{cfg.seed}"
@@ -121,18 +122,21 @@ def run_config(cfg: DemoConfig, out: Path, train: str, test: str) -> PretrainCon
 
 
 def embedding_folder(out: Path, artifact: str) -> Path:
-    """A folder for every encoder: `embed` refuses to mix in, and seeds make many under one `out`."""
+    """Returns the folder for this encoder's embeddings.
+
+    Each encoder has its own, because `embed` refuses to mix encoders and one `out` may hold many.
+    """
     return out / "embeddings" / weights_hash(load_artifact(artifact).encoder)[:12]
 
 
 def cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies bf16 natively (AVX512-BF16, AMX); elsewhere it is slower than fp32."""
+    """Tells whether the CPU computes in bf16 natively; on others bf16 is slower than fp32."""
     cpuinfo = Path("/proc/cpuinfo")
     return cpuinfo.exists() and "avx512_bf16" in cpuinfo.read_text()
 
 
 def query_rows(test: str) -> list[int]:
-    """The first test image of each of `QUERIES` classes."""
+    """Returns the row of the first test image of each of `QUERIES` classes."""
     labels = read_rows(test, columns=["label"]).column("label").to_numpy()
     _, first = np.unique(labels, return_index=True)
     return [int(row) for row in first[:QUERIES]]
@@ -140,7 +144,7 @@ def query_rows(test: str) -> list[int]:
 
 @contextmanager
 def endpoint(artifact: str) -> Iterator[str]:
-    """Serves the artifact on a free port of this machine; yields its base URL."""
+    """Serves the artifact on a free local port and yields the base URL."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -154,7 +158,7 @@ def endpoint(artifact: str) -> Iterator[str]:
 
 
 def ask(url: str, model: str, images: list[bytes]) -> npt.NDArray[np.float32]:
-    """Embeds encoded images through `POST /v1/embeddings`; returns [images, width]."""
+    """Embeds encoded images through `POST /v1/embeddings`; returns fp32 [images, width]."""
     inputs = ["data:image/png;base64," + b64encode(image).decode() for image in images]
     body = {"model": model, "input": inputs, "encoding_format": "float"}
     response = httpx.post(f"{url}/v1/embeddings", json=body, timeout=60)
@@ -166,7 +170,7 @@ def ask(url: str, model: str, images: list[bytes]) -> npt.NDArray[np.float32]:
 def neighbour_table(
     answers_QD: npt.NDArray[np.float32], queries: pa.Table, vectors: Path, classes: list[str]
 ) -> Table:
-    """Classes of the stored embeddings nearest (cosine) to the served ones."""
+    """Tabulates the classes of the stored embeddings most similar (cosine) to the served ones."""
     files = sorted(vectors.glob("*.parquet"))
     bank = pa.concat_tables([pq.read_table(file, columns=["embedding", "label"]) for file in files])
     bank_ND = np.stack(bank.column("embedding").to_numpy())
@@ -182,7 +186,7 @@ def neighbour_table(
 
 
 def verdict(results: dict[str, Any]) -> str:
-    """One line: trained against random-init and raw pixels."""
+    """Says in one line how the trained encoder compares with random-init and raw pixels."""
     rows = results["rows"]
     trained, random, pixels = (
         100 * rows[name]["knn"] for name in ("encoder", "random_init", "raw_pixels")
@@ -194,7 +198,7 @@ def verdict(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Command line."""
+    """Entry point of `python -m pipelines.demo`."""
     run_command(lambda: tyro.cli(DemoConfig, description=__doc__), _demo_or_advise)
 
 

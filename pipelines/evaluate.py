@@ -1,10 +1,10 @@
-"""JOB 3: what did the encoder learn? Probes beside their baselines, a table and an HTML report.
+"""Measures what an encoder learned: probes beside their baselines, a table and an HTML report.
 
     python -m pipelines.evaluate --checkpoint runs/demo --data shards/train --test shards/test
 
-Writes OUT/results.json and OUT/report.html. Every number stands beside the same probe on a randomly
-initialised encoder of the same shape and on raw pixels: an accuracy alone says nothing. Clips get an
-attentive probe too, and a third baseline: the encoder shown their middle frame only, standing still.
+The job writes OUT/results.json and OUT/report.html. An accuracy alone says little, so every number
+stands beside the same probe on a randomly initialised encoder of the same shape and on raw pixels.
+Clips also get an attentive probe and a third baseline, the encoder on their middle frame alone.
 docs/evaluation.md states the protocol of each number.
 """
 
@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-# Lets `python pipelines/evaluate.py` work from an uninstalled checkout, as `ray job submit` runs it.
+# Lets `python pipelines/evaluate.py` run from an uninstalled checkout, as `ray job submit` does.
 if __name__ == "__main__" and not __package__:
     sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
 

@@ -1,1 +1,1 @@
-"""What an encoder learned: features, probes, baselines, ranks, and what the numbers are worth. Imports loading and below."""
+"""Features, baselines and ranks that tell what an encoder learned. Imports runs and below."""

@@ -1,7 +1,7 @@
-"""Frozen features of stored images or clips: decode in threads, encode in batches, memory bounded.
+"""Frozen features of stored images or clips, decoded in threads and encoded in bounded batches.
 
-Every probe, report and training run gets its features here, through the one evaluation transform of
-`models.media.preprocessing`, so their numbers compare.
+Every probe, report and training run gets its features here, through the single evaluation transform
+of `models.media.preprocessing`, so that their numbers compare.
 
 Shape suffixes: B images or clips of one forward pass, N all of them, H and W pixels, C channels,
 T tokens (patches), F frames of a clip, D feature width.
@@ -34,22 +34,22 @@ from pipelines.loading.clips import ClipSampler
 
 Pooling: TypeAlias = Literal["mean", "patches"]
 Featurizer: TypeAlias = Callable[[Tensor], Tensor]
-"""uint8 images [B, C, H, W] or clips [B, C, F, H, W] to features with B rows."""
+"""Maps uint8 images [B, C, H, W] or clips [B, C, F, H, W] to features with B rows."""
 
 PIXEL_SIDE = 32
-"""Raw pixels are compared at no more than this many pixels a side (3,072 numbers an image)."""
-PLACE_WIDTH = 96  # of the positions beside raw tubelets
+"""Raw pixels of images are shrunk to at most this many pixels a side (3,072 numbers)."""
+PLACE_WIDTH = 96  # width of the position code beside raw tubelets
 CLIP_NUMBERS = 12_288
-"""And those of a clip shrunk to no more than this many numbers."""
+"""Raw pixels of a clip are shrunk to at most this many numbers."""
 
 
 def preprocessing_of(model: ModelConfig) -> Preprocessing:
-    """The evaluation transform of a run's encoder."""
+    """Returns the evaluation transform of a run's encoder."""
     return Preprocessing(image_size=model.image_size, mean=model.mean, std=model.std)
 
 
 def load_clip(data: bytes, frames_F: np.ndarray, prep: Preprocessing) -> np.ndarray:
-    """Some frames of an encoded video under the same transform: uint8 [F, H, W, C]."""
+    """Decodes some frames of an encoded video under the transform: uint8 [F, H, W, C]."""
     pixels_FHWC = decode_frames(data, frames_F.tolist())
     return np.stack([eval_transform(Image.fromarray(frame), prep) for frame in pixels_FHWC])
 
@@ -65,8 +65,8 @@ def decode_batches(
     Args:
         tables: shard rows.
         prep: the evaluation transform.
-        batch_size: images of one batch, or frames of clips.
-        sampler: which frames make up a clip (the middle of every segment); None for images.
+        batch_size: number of images, or of frames of clips, in a batch.
+        sampler: chooses the frames of a clip (the middle of every segment); None for images.
 
     Yields:
         uint8 images [B, C, H, W] or clips [B, C, F, H, W] in row order, B constant except in the
@@ -75,7 +75,7 @@ def decode_batches(
     count = batch_size if sampler is None else clips_per_batch(batch_size, sampler.frames)
     with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="decode") as pool:
         if sampler is None:
-            # Stored images: how large they may be was for ingest to decide.
+            # Ingest has already limited the size of stored images.
             decode = functools.partial(load_image, prep=prep, max_pixels=None)
             samples = in_order(pool, decode, _column(tables, "image"), 2 * count)
         else:
@@ -86,12 +86,12 @@ def decode_batches(
 
 
 def clips_per_batch(frames: int, clip_frames: int) -> int:
-    """Clips that fit into a batch of so many frames, at least one."""
+    """Returns how many clips fit into a batch of so many frames, at least one."""
     return max(1, frames // clip_frames)
 
 
 def decode_all(rows: pa.Table, prep: Preprocessing, sampler: ClipSampler | None = None) -> Tensor:
-    """Decodes every row into memory, as `decode_batches`, for features extracted repeatedly."""
+    """Decodes every row into memory as `decode_batches` does, for repeated extraction."""
     return torch.cat(list(decode_batches(rows, prep, 256, sampler)))
 
 
@@ -106,7 +106,7 @@ def encoder_features(
 
     Args:
         encoder: maps normalised float images [B, C, H, W] or clips [B, C, F, H, W] to tokens
-            [B, T, D]; runs where its weights are.
+            [B, T, D]; runs on the device of its weights.
         pooling: "mean" of the tokens, fp32 [B, D]; or "patches", all of them, fp32 [B, T, D].
         autocast: run the forward in bfloat16.
     """
@@ -124,9 +124,9 @@ def encoder_features(
 
 
 def single_frame(featurize: Featurizer) -> Featurizer:
-    """The same features of clips that stand still: their middle frame, repeated.
+    """Wraps a featurizer so that it sees only the middle frame of a clip, repeated as a still.
 
-    What is left is what a single picture tells; what is lost is what only motion does.
+    The features then hold what a single picture tells and nothing that only motion tells.
     """
 
     def featurize_still(clips_BCFHW: Tensor) -> Tensor:
@@ -137,8 +137,11 @@ def single_frame(featurize: Featurizer) -> Featurizer:
 
 
 def pixel_features(prep: Preprocessing) -> Featurizer:
-    """Raw normalised pixels as features, [B, 3 * side * side], side at most `PIXEL_SIDE`; of clips
-    [B, 3 * F * side * side], at most `CLIP_NUMBERS` of them."""
+    """Makes a featurizer that returns normalised pixels, shrunk where they are many.
+
+    It returns [B, 3 * side * side] for images, with side at most `PIXEL_SIDE`, and
+    [B, 3 * F * side * side] for clips, at most `CLIP_NUMBERS` numbers.
+    """
 
     def featurize(pixels: Tensor) -> Tensor:
         x = normalize(pixels, prep.mean, prep.std)
@@ -158,8 +161,11 @@ def _shrink(x_BCHW: Tensor, side: int) -> Tensor:
 
 
 def tubelet_features(encoder: VisionTransformer, prep: Preprocessing) -> Featurizer:
-    """Raw normalised pixels of every token beside its place: what an attentive probe of raw pixels
-    reads, [B, T, P + `PLACE_WIDTH`]."""
+    """Makes a featurizer of raw pixels for the attentive probe.
+
+    It returns the P normalised pixels of every token and a code of the token's position,
+    [B, T, P + `PLACE_WIDTH`].
+    """
     places_ND = sincos_3d(PLACE_WIDTH, encoder.grid, encoder.tubes)
 
     def featurize(clips_BCFHW: Tensor) -> Tensor:
@@ -176,10 +182,10 @@ def compute_features(
     """Runs every featurizer over the same decoded batches, each sample decoded once.
 
     Returns:
-        One array [N, ...] per featurizer, rows in order, of the type that the featurizer gives.
+        One array [N, ...] per featurizer, rows in order, of the dtype that the featurizer returns.
 
     Raises:
-        ValueError: there is no image.
+        ValueError: there are no samples.
     """
     parts: dict[str, list[np.ndarray]] = {name: [] for name in featurizers}
     with torch.inference_mode():
@@ -201,14 +207,14 @@ def extract_features(
     autocast: bool = False,
     sampler: ClipSampler | None = None,
 ) -> np.ndarray:
-    """Computes frozen features; the encoder is put into eval mode and back.
+    """Computes frozen features; the encoder is in eval mode meanwhile.
 
     Args:
         encoder: as for `encoder_features`.
-        prep: evaluation transform; its size must be the encoder's.
-        rows: shard rows (encoded images or videos), or what `decode_all` made of them.
-        batch_size: images, or frames of clips, of one forward pass.
-        sampler: which frames make up a clip; None for images, and for decoded rows.
+        prep: evaluation transform; its image size must be the encoder's.
+        rows: shard rows (encoded images or videos), or pixels from `decode_all`.
+        batch_size: number of images, or of frames of clips, in a forward pass.
+        sampler: chooses the frames of a clip; None for images and for decoded pixels.
 
     Returns:
         fp32 [N, D], or [N, T, D] for pooling "patches".
@@ -237,7 +243,7 @@ def _column(tables: pa.Table | Iterable[pa.Table], name: str) -> Iterator[bytes]
 def _clips(
     tables: pa.Table | Iterable[pa.Table], sampler: ClipSampler
 ) -> Iterator[tuple[bytes, np.ndarray]]:
-    """Encoded segments and the numbers of the frames wanted."""
+    """Yields encoded segments and the numbers of the frames of each clip."""
     for table in [tables] if isinstance(tables, pa.Table) else tables:
         frames_NF = sampler.middle(table["num_frames"].to_numpy(), table["fps"].to_numpy())
         yield from zip(_column(table, "video"), frames_NF, strict=True)

@@ -1,5 +1,5 @@
-"""The sets that an evaluation is given: their manifests checked, their features computed, their labels
-read or made of game states."""
+"""Reads the sets of an evaluation: checks manifests, computes features, and takes labels from the
+shards or from game states."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def read_manifests(cfg: EvaluateConfig) -> list[Manifest]:
     """Reads the manifests of --data, --test and, where given, --shift-test.
 
     Raises:
-        ValueError: a set that is no data set, that has no classes or others than --data, or a flag
-            that does not go with these sets.
+        ValueError: a set is not ingested, has no labels, or differs from --data in its classes or
+            modality; or a flag does not apply to these sets.
     """
     uris = {"--data": cfg.data, "--test": cfg.test, "--shift-test": cfg.shift_test}
     sets = {flag: read_manifest(uri) for flag, uri in uris.items() if uri is not None}

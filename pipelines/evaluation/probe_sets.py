@@ -39,7 +39,7 @@ PIXELS = "pixels"  # as they are, for the supervised baseline
 
 @dataclasses.dataclass(frozen=True)
 class ProbeSet:
-    """One labelled set of N samples: features by row of the table, and where the samples are stored."""
+    """One labelled set of N samples: features by row of the table, and where samples are stored."""
 
     uri: str
     features: dict[str, np.ndarray]
@@ -95,8 +95,8 @@ def check_token_bytes(encoder: VisionTransformer, clips: int) -> None:
     need = 2 * clips * encoder.num_patches * (3 * encoder.width + pixels)
     if need > TOKEN_BYTES:
         raise ValueError(
-            f"--limit: the attentive probes of {clips:,} clips would keep {need / 2**30:.0f} GiB of "
-            "tokens in memory; take fewer clips, or leave them out with --attentive-epochs 0"
+            f"--limit: the attentive probes of {clips:,} clips would keep {need / 2**30:.0f} GiB "
+            "of tokens in memory; take fewer clips, or leave them out with --attentive-epochs 0"
         )
 
 

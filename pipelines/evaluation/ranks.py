@@ -1,9 +1,9 @@
-"""RankMe and LiDAR: how many directions the features of an encoder use.
+"""RankMe and LiDAR: measures of how many directions an encoder's features use.
 
 RankMe (Garrido et al. 2023, arXiv 2210.02885) is the exponential of the entropy of the normalised
-singular values of a feature matrix. LiDAR (Thilak et al. 2023, arXiv 2312.04000) is the same of the
-eigenvalues of linear discriminant analysis whose classes are the samples and whose members are
-augmented views of each. Unlike RankMe it does not count directions in which the views of one sample
+singular values of a feature matrix. LiDAR (Thilak et al. 2023, arXiv 2312.04000) is the same for
+the eigenvalues of a linear discriminant analysis in which every sample is a class and its augmented
+views are the members. Unlike RankMe, it does not count directions in which the views of one sample
 differ as much as the samples do.
 
 We depart from the LiDAR paper in one point. The mean of Q views scatters by W/Q itself, which adds
@@ -25,20 +25,20 @@ DELTA = 1e-4
 def lidar(features_NQD: Tensor, *, delta: float = DELTA) -> float:
     """Exp of the entropy of the normalised positive eigenvalues of V^(-1/2) (B - W/Q) V^(-1/2).
 
-    B is the covariance of the samples' mean features (over N - 1), W the covariance of views about their
-    sample's mean (over N (Q - 1)), V is W plus `delta` on its diagonal; in fp64. So B - W/Q is an unbiased
-    estimate of the covariance that the means of endlessly many views would have.
+    B is the covariance of the samples' mean features (over N - 1), W the covariance of views about
+    their sample's mean (over N (Q - 1)), and V is W plus `delta` on its diagonal; all in fp64. So
+    B - W/Q is an unbiased estimate of the covariance of the means of infinitely many views.
 
     Args:
         features_NQD: [N, Q, D]; the value cannot exceed min(N - 1, D).
-        delta: in units of a feature's variance: one that is small beside it.
+        delta: regularises V; should be small beside the variance of a feature.
 
     Returns:
-        Between 1 (nothing, or a single direction, tells samples apart) and D; NaN of features that
-        are not finite. Of pure noise it is not small: about half of the directions come out positive.
+        Between 1 (at most one direction tells samples apart) and D; NaN for features that are not
+        finite. Pure noise does not score low: about half of the directions come out positive.
 
     Raises:
-        ValueError: fewer than two samples or views.
+        ValueError: there are fewer than two samples or views.
     """
     features_NQD = torch.as_tensor(features_NQD).double()
     N, Q, D = features_NQD.shape
@@ -49,7 +49,7 @@ def lidar(features_NQD: Tensor, *, delta: float = DELTA) -> float:
     means_ND = features_NQD.mean(dim=1)
     within_MD = (features_NQD - means_ND[:, None]).flatten(0, 1)
     between_ND = means_ND - means_ND.mean(dim=0)
-    # Below this the means are equal but for the rounding of fp32, whose rank looks high.
+    # Below this the means differ only by fp32 rounding, whose rank would look high.
     if between_ND.square().sum() <= 1e-12 * means_ND.square().sum():
         return 1.0
     identity_DD = torch.eye(D, dtype=torch.float64, device=means_ND.device)
@@ -66,12 +66,12 @@ RANKME_EPS = 1e-7
 
 
 def rankme(features_ND: Tensor, *, centred: bool = False) -> float:
-    """Effective rank of a feature matrix: exp of the entropy of its normalised singular values.
+    """Computes a feature matrix's effective rank: exp of the entropy of its singular values.
 
     Args:
         features_ND: [N, D] features; the value cannot exceed min(N, D).
-        centred: Subtract the mean row first. The paper does not; a large common mean then hides
-            (as one dominant direction) whatever the rest does.
+        centred: subtract the mean row first. The paper does not; a large common mean then counts as
+            one dominant direction and hides the others.
 
     Returns:
         Between 1 (a single direction) and D.
@@ -83,9 +83,9 @@ def rankme(features_ND: Tensor, *, centred: bool = False) -> float:
 
 
 def effective_rank(values: Tensor) -> float:
-    """Exp of the entropy of `values` (none negative) normalised to sum to 1 (arXiv 2210.02885)."""
+    """Returns exp of the entropy of non-negative values scaled to sum to 1 (arXiv 2210.02885)."""
     total = values.sum()
-    if not total > 0:  # nothing there (or NaN): no direction at all counts as one
+    if not total > 0:  # all zero, which counts as one direction, or NaN
         return float("nan") if torch.isnan(total) else 1.0
     p = values / total + RANKME_EPS
     return float(torch.exp(-(p * torch.log(p)).sum()))

@@ -1,12 +1,12 @@
-"""Game states as classes: `--state` makes a task for the probes of what each frame's sidecar says.
+"""Game states as classes: `--state` turns a recorded value of each frame into a task for probes.
 
     python -m pipelines.evaluate ... --state POSITION_X --columns data/gameplay/columns.json \
         --only my_way_home --bins 4
 
-A clip's class is the quantile bin of the state at its middle frame, the one that the single-frame
-baseline sees. Bins hold equal shares of the training set; the test sets take their edges.
+A clip's class is the quantile bin of the state at its middle frame, the frame that the single-frame
+baseline sees. The bins hold equal shares of the training set, and the test sets use the same edges.
 
-N clips, V values of a frame's state, K bins.
+Shape suffixes: N clips, V values of a frame's state, F frames. K is the number of bins.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ F64 = npt.NDArray[np.float64]
 
 
 def find_column(cfg: EvaluateConfig) -> int:
-    """Returns which of the V values of a frame `--state` means.
+    """Returns the index, among the V values of a frame, that `--state` means.
 
-    A number is a number; a name is looked up in `--columns`, by the game that `--only` names.
+    A number is taken as it is; a name is looked up in `--columns` for the game that `--only` names.
 
     Raises:
-        ValueError: a name and nothing to look it up in, or not found there.
+        ValueError: a name is given without --columns or --only, or is not found there.
     """
     name = str(cfg.state)
     if name.isdecimal():
@@ -54,9 +54,9 @@ def find_column(cfg: EvaluateConfig) -> int:
 
 
 def state_reader(column: int, sampler: ClipSampler) -> Callable[[pa.Table], F64]:
-    """Returns the function that reads the state at the middle frame of every row's clip, [N].
+    """Returns a function that reads the state at the middle frame of every row's clip, fp64 [N].
 
-    It raises ValueError where a row has no such column.
+    The function raises a ValueError where a frame's state has no such column.
     """
 
     def read(rows: pa.Table) -> F64:
@@ -66,8 +66,8 @@ def state_reader(column: int, sampler: ClipSampler) -> Callable[[pa.Table], F64]
             state = states[int(frame)]
             if column >= len(state):
                 raise ValueError(
-                    f"--state: column {column}, but a frame has only {len(state)}; other games with "
-                    "other states are left out with --only"
+                    f"--state: column {column}, but a frame has only {len(state)}; other games "
+                    "with other states are left out with --only"
                 )
             values.append(state[column].as_py())
         return np.array(values, np.float64)
@@ -77,18 +77,18 @@ def state_reader(column: int, sampler: ClipSampler) -> Callable[[pa.Table], F64]
 
 @dataclasses.dataclass(frozen=True)
 class Bins:
-    """K classes of a number, by the K - 1 edges between them."""
+    """Divides numbers into K classes by the K - 1 edges between them."""
 
     edges: tuple[float, ...]
 
     @classmethod
     def of(cls, values_N: F64, count: int) -> Bins:
-        """Bins of equal shares of `values_N`, as nearly as repeated values allow.
+        """Makes bins that hold equal shares of `values_N`, as nearly as repeated values allow.
 
         Raises:
-            ValueError: there are fewer different values than that.
+            ValueError: there are too few different values for so many bins.
         """
-        # An edge is the first value above it, so that values that are equal share a bin.
+        # An edge is one of the values and belongs to the bin above it: equal values share a bin.
         shares = np.arange(1, count) / count
         edges = np.quantile(values_N, shares, method="higher")
         if len(np.unique(edges)) < count - 1 or edges[0] <= values_N.min():
@@ -99,12 +99,12 @@ class Bins:
         return cls(tuple(float(edge) for edge in edges))
 
     def classes(self, values_N: F64) -> npt.NDArray[np.int64]:
-        """Returns the class of every value, int64 [N]: how many edges it reaches."""
+        """Returns the class of every value, int64 [N]: the number of edges that it reaches."""
         return np.searchsorted(self.edges, values_N, side="right").astype(np.int64)
 
     @property
     def names(self) -> list[str]:
-        """What the classes are called."""
+        """Names of the classes, in order."""
         edges = [f"{edge:g}" for edge in self.edges]
         between = [f"{low} to {high}" for low, high in itertools.pairwise(edges)]
         return [f"below {edges[0]}", *between, f"{edges[-1]} and more"]

@@ -1,4 +1,4 @@
-"""The encoder under evaluation: loaded from wherever it stands, and the untrained one beside it."""
+"""The encoder under evaluation, loaded from a run or an artifact, and its untrained twin."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ class Subject:
     preprocessing: Preprocessing
     provenance: dict[str, Any]
     run_uri: str | None = None
-    """Folder of the training run, where its metrics are; None for an artifact."""
+    """Folder of the training run, which holds its metrics; None for an artifact."""
     config: PretrainConfig | None = None
     """The run's configuration; None for an artifact."""
     sampler: ClipSampler | None = None
-    """Which frames make up a clip; None for images."""
+    """Chooses the frames of a clip; None for images."""
 
 
 def load_subject(uri: str) -> Subject:
     """Loads a checkpoint, a run's best checkpoint, an artifact, or a foreign model.
 
     Raises:
-        ValueError: none of these, saying what it was tried as.
+        ValueError: it is none of these; the message says what was tried.
     """
     fs, path = open_uri(uri)
     if fs.isfile(path) or _is_artifact(fs, path):
@@ -79,10 +79,10 @@ def random_init(encoder: VisionTransformer, seed: int) -> VisionTransformer:
 
 
 def with_sampler(cfg: EvaluateConfig, subject: Subject, modality: str) -> Subject:
-    """Decides which frames clips are made of: the flags', else those of training; none of images.
+    """Sets how clips are sampled: by the flags, else as in training; images need no sampler.
 
     Raises:
-        ValueError: both flags, or images for an encoder that learned from clips.
+        ValueError: both --fps and --stride are given.
     """
     if cfg.fps is not None and cfg.stride is not None:
         raise ValueError("--stride: goes without --fps")

@@ -1,8 +1,8 @@
 """The supervised baseline: an encoder of the same shape, trained from scratch on the labels alone.
 
-A linear head on the mean of the encoder's tokens, standardised over the batch, all trained end to end by
-AdamW on the pixels that the probes see, without augmentation: what these labels teach a network of this size when no
-footage without labels has been seen before.
+The network is the encoder with a linear head on the mean of its tokens, standardised over a batch.
+It is trained end to end by AdamW on the pixels that the probes see, without augmentation. It shows
+what the labels teach a network of this size without any pretraining.
 
 Shape suffixes: N clips or images, B of one step, T tokens, D width, C classes.
 """
@@ -26,7 +26,7 @@ LR, WEIGHT_DECAY, WARMUP, CLIP_NORM = 1e-3, 0.05, 0.1, 1.0
 
 @dataclasses.dataclass(frozen=True)
 class Supervised:
-    """How a network trained on the labels did."""
+    """Accuracies of the network trained on the labels."""
 
     accuracy: float
     shift_accuracy: float | None
@@ -35,19 +35,19 @@ class Supervised:
 
 
 class Classifier(nn.Module):
-    """uint8 pixels to logits.
+    """Maps uint8 pixels to logits.
 
     Args:
-        encoder: is trained.
-        prep: of the pixels.
-        classes: C.
+        encoder: the encoder to train.
+        prep: how the pixels are normalised.
+        classes: C, the number of classes.
     """
 
     def __init__(self, encoder: VisionTransformer, prep: Preprocessing, classes: int) -> None:
         super().__init__()
         self.encoder, self.prep = encoder, prep
-        # As in the linear probe, no affine. Without it what all samples share is louder than what differs,
-        # and a few hundred steps teach nothing.
+        # As in the linear probe, without affine. Unstandardised features are dominated by what all
+        # samples share, and a few hundred steps then teach nothing.
         self.standardise = nn.BatchNorm1d(encoder.width, affine=False)
         self.head = nn.Linear(encoder.width, classes)
 
@@ -71,18 +71,18 @@ def supervised_baseline(
 ) -> Supervised:
     """Trains `encoder` (its weights are overwritten) and scores it once, as the last step left it.
 
-    AdamW (rate 1e-3, decay 0.05), a tenth of the steps warm-up, then cosine to zero, gradients
-    clipped at norm 1.
+    AdamW (rate 1e-3, decay 0.05) with warm-up over a tenth of the steps, then cosine to zero;
+    gradients are clipped at norm 1.
 
     Args:
         encoder: untrained, on the device to train on.
-        prep: of the pixels.
+        prep: how the pixels are normalised.
         train: uint8 pixels [N, 3, H, W] or [N, 3, F, H, W], and their classes [N].
-        test: the same, to score on.
+        test: the same for the test set.
         shifted: a second test set.
-        epochs: over the training set.
+        epochs: passes over the training set.
         batch_size: B.
-        seed: of the head's weights and of the order.
+        seed: fixes the head's weights and the order of samples.
     """
     device, labels_N = next(encoder.parameters()).device, as_labels(train[1])
     with torch.random.fork_rng(devices=[]):

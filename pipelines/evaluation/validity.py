@@ -1,4 +1,4 @@
-"""What an evaluation's sets make of its numbers: whether there is anything that they measure.
+"""Checks what an evaluation's numbers are worth, judged by the sets that they were measured on.
 
 Shape suffixes: N samples of a set.
 """
@@ -15,20 +15,20 @@ from pipelines.evaluation.arrays import Array, as_labels
 from pipelines.evaluation.probe_sets import SETS, ProbeSet
 
 SHOWN = 6
-"""Classes that a sentence names."""
+"""Most classes that a sentence names."""
 MOTION_WITHIN = 0.05
 """A task is one of motion if a single frame scores at most this much above guessing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SetFacts:
-    """What is to be known of a set whose features were probed.
+    """Facts about a set whose features were probed.
 
     Attributes:
-        manifest_hash: what it holds.
-        labels_N: class index of every sample used.
+        manifest_hash: identifies the set's content.
+        labels_N: class index of every sample that was used.
         ids_N16: their sample ids.
-        unlabelled: samples left out because they have no label.
+        unlabelled: number of samples left out because they have no label.
     """
 
     manifest_hash: str
@@ -40,10 +40,10 @@ class SetFacts:
 def facts_of(
     manifests: Sequence[Manifest], sets: Sequence[ProbeSet], *, all_rows: bool
 ) -> dict[str, SetFacts]:
-    """The facts of sets in the order of `probe_sets.SETS`.
+    """Collects the facts of sets, which come in the order of `probe_sets.SETS`, by flag.
 
     Args:
-        all_rows: nothing but its missing label kept a sample out.
+        all_rows: whether a missing label is the only reason for leaving a sample out.
     """
     return {
         f"--{name.replace('_', '-')}": SetFacts(
@@ -57,14 +57,14 @@ def facts_of(
 
 
 def validity_warnings(sets: Mapping[str, SetFacts], classes: Sequence[str]) -> list[str]:
-    """Says in whole sentences why the accuracies of these sets may mean nothing.
+    """Lists in whole sentences the reasons why accuracies on these sets may mean nothing.
 
     Args:
-        sets: by the flag that names each; the first is the one that the probes learned from.
+        sets: by the flag that names each; the probes learned from the first one.
         classes: names by label.
 
     Returns:
-        Nothing for sets as they should be.
+        The warnings; none for sets that are as they should be.
     """
     (data_flag, data), *others = sets.items()
     found = [*_one_class(data_flag, data, classes), *_few_labels(data_flag, data, classes)]
@@ -134,11 +134,11 @@ def _some(names: Sequence[str]) -> str:
 
 
 def task_of(single_frame: float, test_labels: Array) -> dict[str, str | float]:
-    """Whether a clip's label is told by motion or by appearance.
+    """Decides whether the labels of clips depend on motion or on appearance.
 
     Args:
-        single_frame: best accuracy of the probes that saw one frame of every clip.
-        test_labels: [Q] class indices from 0; the commonest one's share is what guessing gets.
+        single_frame: best accuracy of the probes that saw a single frame of each clip.
+        test_labels: [Q] class indices from 0; guessing scores the share of the commonest class.
     """
     labels_Q = as_labels(test_labels)
     chance = float(labels_Q.bincount().max()) / len(labels_Q)

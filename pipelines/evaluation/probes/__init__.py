@@ -1,1 +1,1 @@
-"""Probes of frozen features, a file each, and the registry that lists them. Imports evaluation and below."""
+"""Probes of frozen features and the registry that lists them. Imports evaluation and below."""

@@ -1,8 +1,8 @@
-"""The attentive probe of frozen tokens: V-JEPA's evaluation, all settings of its sweep in one pass.
+"""The attentive probe of frozen tokens, V-JEPA's evaluation, with its whole sweep in one pass.
 
 A learned query attends to all tokens of a clip, a residual MLP follows, then a linear classifier
-(Bardes et al. 2024, section 3.3 and appendix D; Chen et al. 2023). Mean pooling would ask for the
-answer to be in the average of the tokens; this asks for it to be in any of them.
+(Bardes et al. 2024, section 3.3 and appendix D; Chen et al. 2023). A probe of the mean
+finds what the average of the tokens holds; this one finds what any single token holds.
 
 Shape suffixes: N clips to learn from, B of one step, T tokens, D width, C classes, P probes of the
 sweep, H attention heads, E = D / H.
@@ -32,7 +32,7 @@ LN_EPS = 1e-5
 
 @dataclasses.dataclass(frozen=True)
 class AttentiveProbe:
-    """The probe that did best on the held-out part, and its score on the test set."""
+    """The probe that did best on the held-out part, and its accuracy on the test set."""
 
     accuracy: float
     held_out_accuracy: float
@@ -94,7 +94,7 @@ class AttentiveProbes(nn.Module):
 
     @torch.no_grad()
     def standardise(self, tokens: Array) -> None:
-        """Has every dimension of tokens like these, [N, T, D], at mean 0 and deviation 1 first."""
+        """Sets the scaling that brings these tokens, [N, T, D], to mean 0 and deviation 1."""
         count, total_D, squares_D = 0, torch.zeros(1), torch.zeros(1)
         for rows in np.array_split(np.arange(len(tokens)), math.ceil(len(tokens) / 256)):
             x_MD = _rows(tokens, rows, torch.device("cpu")).double().flatten(0, 1)
@@ -102,13 +102,13 @@ class AttentiveProbes(nn.Module):
             squares_D = squares_D + x_MD.square().sum(0)
         mean_D = total_D / count
         std_D = (squares_D / count - mean_D.square()).clamp_min(0).sqrt()
-        # A dimension that never varies says nothing: it stays at zero.
+        # A dimension that never varies carries no information and stays at zero.
         scale_D = torch.where(std_D > 1e-6 * std_D.max(), 1 / std_D, torch.ones_like(std_D))
         self.mean_D.copy_(mean_D)
         self.scale_D.copy_(scale_D)
 
     def _attend(self, x_BTD: Tensor) -> Tensor:
-        """What the query reads from the tokens (normalised without affine), [P, B, D]."""
+        """Returns what each query reads from tokens normalised without affine, [P, B, D]."""
         B, _, D = x_BTD.shape
         P, H = len(self.query), self.heads
         query_PD = torch.einsum("pij,pi->pj", self.q_weight, self.query) + self.q_bias
@@ -142,8 +142,8 @@ def attentive_probe(
 ) -> AttentiveProbe:
     """Trains a probe for every (lr, weight decay) at once and scores the best of them.
 
-    AdamW, cosine to zero, gradients of each probe clipped at norm 1, as V-JEPA's. Unlike there,
-    which reports the best on the test set, the best is picked on a held-out part of the training set.
+    AdamW, cosine to zero, gradients of each probe clipped at norm 1, as in V-JEPA. V-JEPA reports
+    the best probe on the test set; here the best is picked on a held-out part of the training set.
 
     Args:
         train: [N, T, D] frozen tokens, any floating type; may be a memory map.
@@ -182,7 +182,7 @@ def attentive_probe(
 
 
 def _epochs(rows: np.ndarray, epochs: int, batch_size: int, seed: int) -> Iterator[np.ndarray]:
-    """Rows of every step."""
+    """Yields the rows of every step."""
     rng = np.random.default_rng([seed, 1])
     for _ in range(epochs):
         order = rng.permutation(rows)
@@ -190,7 +190,7 @@ def _epochs(rows: np.ndarray, epochs: int, batch_size: int, seed: int) -> Iterat
 
 
 def _rows(tokens: Array, rows: np.ndarray, device: torch.device) -> Tensor:
-    """Some clips' tokens, on the device."""
+    """Moves some clips' tokens to the device."""
     return torch.as_tensor(tokens[rows]).to(device)
 
 
@@ -213,7 +213,7 @@ def _fit(
 
 
 class _AdamW:
-    """AdamW (Loshchilov and Hutter 2019) with a rate, a decay and a clipped norm for each probe."""
+    """AdamW (Loshchilov and Hutter 2019) with rate, decay and clipping of each probe's own."""
 
     def __init__(self, parameters: list[nn.Parameter], grid: list[tuple[float, float]]) -> None:
         self.parameters = parameters
@@ -244,7 +244,7 @@ class _AdamW:
 
 @torch.no_grad()
 def _accuracy(probes: AttentiveProbes, tokens: Array, labels_N: Tensor, rows: np.ndarray) -> Tensor:
-    """Share of the rows that each probe classifies right, [P]."""
+    """Returns the share of rows that each probe classifies correctly, [P]."""
     hits = torch.zeros(len(probes.query))
     for chunk in np.array_split(rows, math.ceil(len(rows) / 256)):
         predicted_PB = probes(_rows(tokens, chunk, probes.query.device)).argmax(-1).cpu()
@@ -253,7 +253,7 @@ def _accuracy(probes: AttentiveProbes, tokens: Array, labels_N: Tensor, rows: np
 
 
 def _run(task: ProbeTask) -> dict[str, Any]:
-    """Reads the tokens of clips; images have none here."""
+    """Probes the tokens of clips; {} for images, for which no tokens are kept."""
     if task.row not in task.train.tokens:
         return {}
     cfg = task.cfg

@@ -26,7 +26,7 @@ from pipelines.evaluation.probes.probe import Column, Probe, ProbeTask, Row
 
 @dataclasses.dataclass(frozen=True)
 class FewShot:
-    """Accuracy over several draws of the labelled few."""
+    """Mean and standard deviation of the accuracy over several draws of labelled samples."""
 
     mean: float
     std: float
@@ -81,7 +81,7 @@ def _draw(
 
 
 def _ridge_predict(x_ND: Tensor, labels_N: Tensor, query_QD: Tensor) -> Tensor:
-    """Ridge with the penalty of least leave-one-out squared error, from one SVD.
+    """Predicts by ridge regression, with the penalty of least leave-one-out squared error.
 
     With hat matrix H, the leave-one-out residual is (y - Hy) / (1 - diag H) (Allen 1974).
     """

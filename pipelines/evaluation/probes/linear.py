@@ -24,7 +24,7 @@ PROBE_WEIGHT_DECAYS = (0.0, 0.1)
 
 @dataclasses.dataclass(frozen=True)
 class LinearProbe:
-    """The head that did best on the held-out part, and its score on the test set."""
+    """The head that did best on the held-out part, and its accuracy on the test set."""
 
     accuracy: float
     held_out_accuracy: float
@@ -56,7 +56,7 @@ def linear_probe(
     Args:
         train: [N, D] features; `train_labels`: [N] class indices from 0.
         test: [Q, D] features; `test_labels`: [Q].
-        shifted: a second test set, scored by the same head.
+        shifted: features and labels of a second test set, scored by the same head.
         held_out: share of the training rows that picks the head instead of training it.
     """
     grid = [(lr, decay) for lr in lrs for decay in weight_decays]

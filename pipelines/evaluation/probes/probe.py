@@ -46,7 +46,7 @@ class ProbeTask:
 
     @property
     def features(self) -> tuple[Tensor, np.ndarray, Tensor, np.ndarray]:
-        """Training features [N, D] on `device` and labels [N], test features [Q, D] and labels [Q]."""
+        """Training features [N, D] on `device`, labels [N]; test features [Q, D] and labels [Q]."""
         bank_ND = torch.from_numpy(self.train.features[self.row]).to(self.device)
         return (bank_ND, self.train.labels_N, *self._of(self.test))
 

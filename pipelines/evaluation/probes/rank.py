@@ -33,7 +33,7 @@ RANK = Probe(
             name="RankMe",
             text=_text,
             better=None,
-            meaning="Effective number of directions that the features use, of all their dimensions; "
+            meaning="Effective number of directions that the features use, out of all dimensions; "
             "1 means that the encoder has collapsed.",
         ),
     ),

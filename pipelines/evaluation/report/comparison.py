@@ -71,7 +71,7 @@ def name_of(results: Results) -> str:
 
 
 def compared_rows(results: Results, others: Sequence[Results]) -> dict[str, Mapping[str, Any]]:
-    """Returns rows by name: this encoder, the others, then the baselines; equal names are numbered."""
+    """Returns rows by name: this encoder, the others, the baselines; equal names are numbered."""
     rows: dict[str, Mapping[str, Any]] = {}
     for one in (results, *others):
         name = name_of(one)

@@ -13,7 +13,7 @@ from pipelines.runs.run_folder import METRICS, read_metrics
 from pipelines.runtime.uris import local_copy, open_uri
 
 Curve = tuple[str, str, float, str]
-"""Key in metrics.jsonl, title, factor that the value is multiplied by, and a note for the reader."""
+"""Key in metrics.jsonl, title, factor for the value, and a note for the reader."""
 
 COMMON: tuple[Curve, ...] = (
     ("loss", "Loss", 1.0, "Falls when the encoder learns, but also when it collapses."),

@@ -151,7 +151,7 @@ def _masked(
 
 
 def _default_config(subject: Subject) -> PretrainConfig:
-    """Builds default mask settings on this encoder's grid, as an artifact does not store its own."""
+    """Builds default mask settings for an artifact's encoder, which does not store its own."""
     encoder = subject.encoder
     model = ModelConfig(
         image_size=encoder.image_size,
@@ -168,5 +168,8 @@ def mask_note(config: PretrainConfig | None) -> str:
     if config is None:
         return "with the default settings, because an artifact does not store its own"
     if make_masker(config).legacy:
-        return "with the run's own settings; legacy masks belong to positions in a batch, and the first ones are shown"
+        return (
+            "with the run's own settings; legacy masks belong to positions in a batch, and the "
+            "first ones are shown"
+        )
     return "with the run's own settings"

@@ -44,7 +44,7 @@ def test_curves_are_grouped_and_only_those_that_were_logged(tmp_path: Path) -> N
 
 
 def test_every_term_that_an_objective_logs_has_a_curve() -> None:
-    """Of a tiny batch of each objective; without this a new objective's terms would be forgotten."""
+    """Runs a tiny batch of each objective, so that a new objective's terms are not forgotten."""
     known = {curve[0] for curves in SECTIONS.values() for curve in curves}
     for name in ("lejepa", "vicreg", "mae", "ijepa"):
         cfg = tiny_config(Path(), steps=4)

@@ -1,4 +1,4 @@
-"""LiDAR against its definition written with numpy, its controls, and the probe that reads it online.
+"""LiDAR against its definition in numpy, its controls, and the probe that reads it online.
 
 N samples, Q views, D features.
 """
@@ -70,7 +70,7 @@ def test_lidar_counts_the_directions_that_tell_samples_apart_and_rankme_all():
 
 
 def test_few_views_do_not_drown_what_tells_samples_apart():
-    # Five of 64 directions differ between samples, as much as views of one sample do in all of them.
+    # In 5 of 64 directions samples differ, as much as views of one sample do in all of them.
     few = np.repeat([1.0, 0.0], [5, 59])
     features = _features(512, 8, 64, spread=few, scatter=np.ones(64))
     many = _features(512, 200, 64, spread=few, scatter=np.ones(64))

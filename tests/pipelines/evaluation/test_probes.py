@@ -162,7 +162,7 @@ def test_few_shot_of_rare_classes_takes_all_there_is() -> None:
 def _by_leaving_each_out(
     x: torch.Tensor, labels: torch.Tensor, query: torch.Tensor
 ) -> torch.Tensor:
-    """Ridge with an intercept; the penalty of least error, every row predicted by a fit without it."""
+    """Ridge with an intercept: every row is predicted by a fit without it, for each penalty."""
     y = torch.nn.functional.one_hot(labels).double()
 
     def fit(rows: list[int], penalty: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
