@@ -1,4 +1,4 @@
-"""JOB 4: a whole data set through an exported encoder into Parquet, by a Ray Data actor pool.
+"""JOB 4: embeds a whole data set with an exported encoder into Parquet, by a Ray Data actor pool.
 
     python -m pipelines.embed --artifact artifact --data shards/train --out embeddings
 
@@ -7,12 +7,13 @@
     OUT/part-<key>-00000.parquet ...   rows in the order of the data set
     OUT/embed.json                     written last: a folder without it is not finished
 
-Columns: sample_id, embedding (fixed-size list of float32), label, source_uri; of video, whose rows are
-segments, start_s, and of live streams recorded_at. Run again it does only what is missing; killed
-anywhere, it leaves no file half-written. The files do not depend on the number of workers.
+Columns: sample_id, embedding (fixed-size list of float32), label and source_uri. Video, whose rows
+are segments, also has start_s, and live streams have recorded_at. Run again, the job does only what
+is missing. If it is killed, no file is left half-written. The files do not depend on the number of
+workers.
 
-Of a set that grows, a file belongs to one shard (`part-<key>-<shard>-<row group>.parquet`), and a later
-run adds those of the new shards.
+Each file of a growing set belongs to one shard (`part-<key>-<shard>-<row group>.parquet`); a later
+run adds the files of the new shards.
 
 Shape suffixes: N rows, T patches, D feature width.
 """
@@ -70,13 +71,13 @@ SCHEMA_VERSION = 1
 LATER_FIELDS = ("background", "deep_range")
 """Fields of the preprocessing that version 1 of the artifact did not have; it implied the defaults."""
 FILE_ROWS = (1024, 8192)
-"""Rows of a file: a 32nd of the data set within these bounds, and no more than `FILE_BYTES`."""
+"""A file has a 32nd of the rows of the data set, within these bounds and `FILE_BYTES`."""
 FILE_BYTES = 268_435_456
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
-    """One output file: a run of row groups."""
+class Part:
+    """One output file, made from a run of row groups."""
 
     file: str
     groups: tuple[tuple[str, int], ...]
@@ -85,37 +86,37 @@ class Piece:
 
 
 def embed(cfg: EmbedConfig) -> dict[str, Any]:
-    """Embeds every image or segment of `cfg.data`, or finds that it is done already.
+    """Embeds every image or segment of `cfg.data`, or finds that this is already done.
 
     Returns:
-        What embed.json holds: counts, shape, files, and where encoder and data come from.
+        The content of embed.json: counts, shape, files, and the origin of encoder and data.
 
     Raises:
-        ValueError: no artifact or no shards there, or `cfg.out` holds anything else than an
-            unfinished or finished run of this very job.
+        ValueError: There is no artifact or there are no shards, or `cfg.out` holds anything but a
+            finished or unfinished run of the same job.
     """
     cfg = prepare(cfg)
     console = Console()
     _refuse_a_run(cfg.artifact)
     artifact, manifest = load_artifact(cfg.artifact), read_manifest(cfg.data)
     record = _describe(cfg, artifact, manifest)
-    pieces = plan_pieces(manifest, record)
-    missing = _missing(cfg.out, record, pieces)
+    parts = plan_parts(manifest, record)
+    missing = _missing(cfg.out, record, parts)
     if missing:
-        if len(missing) < len(pieces):
-            console.print(f"going on: {len(pieces) - len(missing)} of {len(pieces)} files are done")
+        if len(missing) < len(parts):
+            console.print(f"continuing: {len(parts) - len(missing)} of {len(parts)} files are done")
         _run(missing, cfg, manifest, console)
-    return _finish(cfg, record, pieces, manifest, console)
+    return _finish(cfg, record, parts, manifest, console)
 
 
 def follow(cfg: EmbedConfig, stop: threading.Event) -> dict[str, Any] | None:
-    """Embeds what is published of a live stream as it comes, until its ingest ends or `stop` is set.
+    """Embeds the shards of a live stream as they are published, until its ingest ends or `stop` is set.
 
     Returns:
-        The last embed.json; None if there was nothing to embed.
+        The content of the last embed.json; None if there was nothing to embed.
 
     Raises:
-        ValueError: as `embed`; or `cfg.data` is a set that does not grow.
+        ValueError: As for `embed`, or `cfg.data` is not a recorded live stream.
     """
     cfg = prepare(cfg)
     console, embedder, record = Console(), Embedder(cfg), None
@@ -127,15 +128,15 @@ def follow(cfg: EmbedConfig, stop: threading.Event) -> dict[str, Any] | None:
             if manifest.live is None:
                 raise ValueError(f"--follow: {cfg.data} is not a recorded live stream")
             now = _describe(cfg, artifact, manifest)
-            pieces = plan_pieces(manifest, now)
-            missing = _missing(cfg.out, now, pieces)
-            for piece in missing:
+            parts = plan_parts(manifest, now)
+            missing = _missing(cfg.out, now, parts)
+            for part in missing:
                 if not stop.is_set():
-                    embedder({"piece": json.dumps(dataclasses.asdict(piece))})
+                    embedder({"part": json.dumps(dataclasses.asdict(part))})
             if stop.is_set():
                 return record
             if missing or record is None:
-                record = _finish(cfg, now, pieces, manifest, console)
+                record = _finish(cfg, now, parts, manifest, console)
             if not manifest.live["open"]:
                 return record
         if stop.wait(cfg.poll_seconds):
@@ -143,7 +144,7 @@ def follow(cfg: EmbedConfig, stop: threading.Event) -> dict[str, Any] | None:
 
 
 def _refuse_a_run(uri: str) -> None:
-    """Tells a folder of pretrain's from an artifact: both have a config.json."""
+    """Refuses the folder of a training run, which has a config.json as an artifact has."""
     fs, path = open_uri(uri)
     if not fs.isfile(f"{path}/config.json"):
         return
@@ -158,12 +159,12 @@ def _refuse_a_run(uri: str) -> None:
 def _finish(
     cfg: EmbedConfig,
     record: dict[str, Any],
-    pieces: list[Piece],
+    parts: list[Part],
     manifest: Manifest,
     console: Console,
 ) -> dict[str, Any]:
     """Writes embed.json."""
-    record |= {"files": _files(cfg.out, pieces)}
+    record |= {"files": _files(cfg.out, parts)}
     record |= {"rows": sum(file["rows"] for file in record["files"])}
     if record["rows"] != manifest.num_samples:
         raise RuntimeError(f"{record['rows']} embeddings of {manifest.num_samples} samples")
@@ -174,7 +175,7 @@ def _finish(
 
 
 def _describe(cfg: EmbedConfig, artifact: Artifact, manifest: Manifest) -> dict[str, Any]:
-    """What is being made, and `key`, the hash of everything that decides the values."""
+    """Describes the embeddings; `key` is a hash of everything that determines their values."""
     encoder, prep = artifact.encoder, artifact.preprocessing
     patches = cfg.pooling == "patches"
     content: dict[str, Any] = {
@@ -189,7 +190,7 @@ def _describe(cfg: EmbedConfig, artifact: Artifact, manifest: Manifest) -> dict[
     if manifest.modality == "video":
         content["clip"] = {"frames": encoder.frames, "fps": cfg.fps, "stride": cfg.stride}
     decisive = dict(content)
-    if manifest.live is not None:  # what is embedded stays when there is more
+    if manifest.live is not None:  # embeddings stay valid when shards are added
         del decisive["manifest_hash"]
     key, former = _key(decisive), _former_key(decisive, prep)
     if any(name.startswith(f"part-{former}-") for name in list_names(cfg.out)):
@@ -210,7 +211,7 @@ def _former_key(decisive: dict[str, Any], prep: Preprocessing) -> str:
 
 
 def weights_hash(encoder: VisionTransformer) -> str:
-    """32 hex digits of an encoder's weights."""
+    """Returns 32 hex digits of a hash of an encoder's weights."""
     digest = hashlib.blake2b(digest_size=16)
     for name, value in sorted(encoder.state_dict().items()):
         digest.update(name.encode())
@@ -218,52 +219,52 @@ def weights_hash(encoder: VisionTransformer) -> str:
     return digest.hexdigest()
 
 
-def plan_pieces(manifest: Manifest, record: dict[str, Any]) -> list[Piece]:
-    """Divides the row groups of a data set into output files, whoever will write them."""
+def plan_parts(manifest: Manifest, record: dict[str, Any]) -> list[Part]:
+    """Divides the row groups of a data set into output files, independently of the workers."""
     growing = manifest.live is not None
     share = FILE_ROWS[1] if growing else -(-manifest.num_samples // 32)
     most = min(max(share, FILE_ROWS[0]), FILE_ROWS[1])
     most = min(most, FILE_BYTES // (4 * int(np.prod(record["shape"]))))
-    pieces: list[Piece] = []
+    parts: list[Part] = []
     groups: list[tuple[str, int]] = []
     rows, shard = 0, ""
     row_groups = [*manifest.row_groups(), None]
     for entry in row_groups:
         other = growing and entry is not None and manifest.shards[entry[0]].file != shard
         if groups and (entry is None or other or rows + entry[2] > most):
-            place = f"{len(pieces):05d}"
+            place = f"{len(parts):05d}"
             if growing:
                 place = f"{shard.removeprefix('part-').removesuffix('.parquet')}-{groups[0][1]:05d}"
             file = f"part-{record['key']}-{place}.parquet"
-            pieces.append(Piece(file, tuple(groups), rows))
+            parts.append(Part(file, tuple(groups), rows))
             groups, rows = [], 0
         if entry is not None:
             shard = manifest.shards[entry[0]].file
             groups.append((shard, entry[1]))
             rows += entry[2]
-    return pieces
+    return parts
 
 
-def _missing(out: str, record: dict[str, Any], pieces: list[Piece]) -> list[Piece]:
-    """The pieces still to be made; refuses a folder that holds anything else."""
+def _missing(out: str, record: dict[str, Any], parts: list[Part]) -> list[Part]:
+    """Returns the files that are missing; refuses a folder that holds anything else."""
     fs, root = open_uri(out)
     there = {n.rpartition("/")[2] for n in fs.ls(root, detail=False)} if fs.exists(root) else set()
     there = {name for name in there if not name.startswith(".")}
-    foreign = sorted(there - {piece.file for piece in pieces} - {RECORD})
+    foreign = sorted(there - {part.file for part in parts} - {RECORD})
     if RECORD in there and json.loads(fs.cat_file(f"{root}/{RECORD}"))["key"] != record["key"]:
         foreign.append(f"{RECORD} of another encoder, data set or pooling")
     if foreign:
         shown = ", ".join(foreign[:3])
         raise ValueError(f"--out: {out} holds something else ({shown}); give an empty folder")
-    return [piece for piece in pieces if piece.file not in there]
+    return [part for part in parts if part.file not in there]
 
 
-def _run(pieces: list[Piece], cfg: EmbedConfig, manifest: Manifest, console: Console) -> None:
+def _run(parts: list[Part], cfg: EmbedConfig, manifest: Manifest, console: Console) -> None:
     start_ray()
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False  # ours counts images and bytes
     context.print_on_execution_start = False
-    items = [{"piece": json.dumps(dataclasses.asdict(piece))} for piece in pieces]
+    items = [{"part": json.dumps(dataclasses.asdict(part))} for part in parts]
     with DataContext.current(context):
         dataset = ray.data.from_items(items, override_num_blocks=len(items))
         results = dataset.map(
@@ -272,7 +273,7 @@ def _run(pieces: list[Piece], cfg: EmbedConfig, manifest: Manifest, console: Con
             compute=ActorPoolStrategy(size=min(cfg.workers, len(items))),
             num_gpus=1 if cfg.gpu else 0,
         )
-    share = sum(piece.rows for piece in pieces) / max(manifest.num_samples, 1)
+    share = sum(part.rows for part in parts) / max(manifest.num_samples, 1)
     noun = "images" if manifest.modality == "image" else "segments"
     with Meter(console, "embedding", int(manifest.num_bytes * share), noun) as meter:
         for result in results.iter_rows():
@@ -280,7 +281,7 @@ def _run(pieces: list[Piece], cfg: EmbedConfig, manifest: Manifest, console: Con
 
 
 class Embedder:
-    """An actor of the pool: holds the encoder, makes one file at a time."""
+    """An actor of the pool, which has the encoder and writes one file at a time."""
 
     def __init__(self, cfg: EmbedConfig) -> None:
         if not cfg.gpu:  # Ray gives an actor one thread; the machine's cores are for the pool
@@ -293,8 +294,8 @@ class Embedder:
         self._featurize = encoder_features(encoder, self._prep, pooling=cfg.pooling)
 
     def __call__(self, item: dict[str, str]) -> dict[str, int]:
-        """Writes the file of a piece; returns its rows and the bytes of its images or segments."""
-        piece = json.loads(item["piece"])
+        """Writes one output file; returns its rows and the bytes of its images or segments."""
+        part = json.loads(item["part"])
         fs, root = open_uri(self._cfg.data)
         manifest = read_manifest(self._cfg.data)
         modality, columns, times = manifest.modality, COLUMNS[manifest.modality], list[str]()
@@ -305,7 +306,7 @@ class Embedder:
 
         def tables() -> Iterator[pa.Table]:
             nonlocal num_bytes
-            for file, group in piece["groups"]:
+            for file, group in part["groups"]:
                 table = read_row_group(fs, root, file, group, [*columns, *times])
                 num_bytes += table[modality].nbytes
                 kept.append(table.select(["sample_id", "label", "source_uri", *times]))
@@ -315,7 +316,7 @@ class Embedder:
         batches = decode_batches(tables(), self._prep, self._cfg.batch_size, sampler)
         features = compute_features({"embedding": self._featurize}, batches)["embedding"]
         fs, root = open_uri(self._cfg.out)
-        write_atomic(fs, f"{root}/{piece['file']}", to_parquet(pa.concat_tables(kept), features))
+        write_atomic(fs, f"{root}/{part['file']}", to_parquet(pa.concat_tables(kept), features))
         return {"rows": len(features), "bytes": num_bytes}
 
 
@@ -334,13 +335,13 @@ def to_parquet(rows: pa.Table, features: np.ndarray) -> bytes:
     return bytes(sink.getvalue())
 
 
-def _files(out: str, pieces: list[Piece]) -> list[dict[str, Any]]:
+def _files(out: str, parts: list[Part]) -> list[dict[str, Any]]:
     fs, root = open_uri(out)
     files = []
-    for piece in pieces:
-        with fs.open(f"{root}/{piece.file}", "rb") as handle:
+    for part in parts:
+        with fs.open(f"{root}/{part.file}", "rb") as handle:
             rows = pq.ParquetFile(handle).metadata.num_rows
-        files.append({"file": piece.file, "rows": rows})
+        files.append({"file": part.file, "rows": rows})
     return files
 
 

@@ -43,32 +43,33 @@ Dataset = ImageSet | Literal["smollm2", "gameplay", "movingmnist", "samples", "v
 
 @dataclass(frozen=True, kw_only=True)
 class FetchConfig:
-    """Gets a real set of images or video as ordinary folders, or a small language model."""
+    """Fetches a set of images or video as folders of files, or a small language model."""
 
     dataset: tyro.conf.Positional[Dataset]
-    """Which set; `sample` and `video-sample` are shipped and need no network; `smollm2` is the model."""
+    """What to fetch; `sample` and `video-sample` are shipped and need no network; `smollm2` is a
+    language model."""
     out: Annotated[Path, PlaceField(written=True)]
     """Folder for the files."""
     minutes: float = 2.0
-    """Gameplay: of footage, with HUD and as much without."""
+    """Gameplay: minutes of footage with the HUD, and as many without it."""
     games: tuple[str, ...] = GAMES
     """Gameplay: which games."""
     clips: int = 800
-    """Movingmnist: training clips; a quarter as many for testing."""
+    """Movingmnist: number of training clips; there are a quarter as many test clips."""
     edges: Edges = "wrap"
-    """Movingmnist: what digits do at the edge. Bouncing gives the direction away."""
+    """Movingmnist: what digits do at the edge. When they bounce, single frames hint at the direction."""
     seed: int = 0
-    """Gameplay and movingmnist: of all that is random."""
+    """Gameplay and movingmnist: seed of everything random."""
     side: int | None = None
-    """Gameplay: squeeze the whole screen into a square of so many pixels, HUD and all."""
+    """Gameplay: resize the whole screen, with the HUD, to a square with sides of this many pixels."""
 
 
 def fetch(cfg: FetchConfig) -> None:
-    """Gets what `cfg.dataset` names.
+    """Fetches what `cfg.dataset` names.
 
     Raises:
-        FetchError: a tool that fetches is missing or failed.
-        ValueError: what came is not what it should be.
+        FetchError: npm, pip or a game engine is missing or failed.
+        ValueError: A package does not hold what it should.
     """
     cfg = prepare(cfg)
     out = cfg.out

@@ -1,14 +1,15 @@
-"""JOB 1: raw images or videos of any source to validated, deduplicated Parquet shards, on Ray Data.
+"""JOB 1: turns raw images or videos into validated, deduplicated Parquet shards, on Ray Data.
 
     python -m pipelines.ingest --source data/cifar10/train --out shards/train
     python -m pipelines.ingest --source s3://bucket/raw --out s3://bucket/shards --short-side 256
     python -m pipelines.ingest --source footage --out shards/video --short-side 128 --video.fps 10
-    python -m pipelines.ingest --source rtsp://camera/1 --out shards/live --follow   # following.py
+    python -m pipelines.ingest --source rtsp://camera/1 --out shards/live --follow
 
-Two stages. Tasks first turn chunks of the source into staging parts (staging.py); the driver then
-finds duplicates among all sample ids (about 100 bytes of memory a row; no image passes through
-it), and a second set of tasks copies the surviving rows, in order, into shards. The manifest comes
-last. Killed anywhere and run again, ingest does only what is missing and ends with the same bytes.
+Ingest has two stages. First, tasks turn chunks of the source into staging parts
+(ingestion/staging.py). Then the driver finds duplicates among all sample ids, which takes about 100
+bytes of memory a row and no image, and a second set of tasks copies the remaining rows, in order,
+into shards. The manifest is written last. If ingest is killed at any point and run again, it does
+only what is missing and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -88,14 +89,15 @@ NOT_IN_CLASSES = "label_not_in_classes"
 
 
 def ingest(cfg: IngestConfig) -> Manifest:
-    """Turns `cfg.source` into shards at `cfg.out`, or finds that it is done already.
+    """Turns `cfg.source` into shards at `cfg.out`, or finds that this is already done.
 
-    Every source item ends in exactly one of: the shards, the count of duplicates, the quarantine.
+    Every source item ends in exactly one of these: the shards, the number of duplicates, or the
+    quarantine.
 
     Raises:
-        ValueError: nothing to read at the source, not one good item in it, or `cfg.out` holds
-            something else than a data set of ours.
-        ray.exceptions.RayTaskError: the storage failed; run again to go on.
+        ValueError: The source has nothing to read or no valid item, or `cfg.out` holds anything but
+            a data set of this program.
+        ray.exceptions.RayTaskError: The storage failed; run again to continue.
     """
     started = time.monotonic()
     console = Console()
@@ -132,7 +134,7 @@ def _fingerprint(
 
 
 def _finished(cfg: IngestConfig, fingerprint: str) -> Manifest | None:
-    """Returns the manifest at `cfg.out` if it is of this very source and configuration."""
+    """Returns the manifest at `cfg.out` if it was made from this source and configuration."""
     try:
         manifest = read_manifest(cfg.out)
     except ValueError:
@@ -143,7 +145,7 @@ def _finished(cfg: IngestConfig, fingerprint: str) -> Manifest | None:
 
 
 def _check_out(out: str) -> None:
-    """Refuses a folder that somebody else filled: what is ours in it could not be told apart."""
+    """Refuses a folder with files of other programs, as ours could not be told apart from them."""
     # Consoles make an object named "" to show an empty folder on S3.
     visible = sorted(name for name in list_names(out) if name and not name.startswith("."))
     if not visible or STAGING in visible:
@@ -154,7 +156,7 @@ def _check_out(out: str) -> None:
         shown = ", ".join(visible[:3])
         message = f"--out: {out} holds something else ({shown}); give an empty folder ({error})"
         raise ValueError(message) from error
-    if manifest.live is not None:  # what it holds cannot be had again
+    if manifest.live is not None:  # a stream cannot be recorded again
         raise ValueError(f"--out: {out} holds a recorded live stream; give an empty folder")
 
 
@@ -164,7 +166,7 @@ def _run(
     cfg: IngestConfig,
     meter: Meter,
 ) -> None:
-    """Maps `function` over `rows` with Ray Data, one task a row, and shows what comes back."""
+    """Maps `function` over `rows` with Ray Data, one task a row, and shows the progress."""
     if not rows:
         return
     context = DataContext.get_current().copy()
@@ -180,7 +182,7 @@ def _run(
 def _stage(
     chunks: list[str], keys: list[str], listing: Listing, cfg: IngestConfig, console: Console
 ) -> list[pa.Table]:
-    """Does the chunks that are not done and returns the items of all, in source order."""
+    """Stages the chunks that are not done, and returns the items of all chunks in source order."""
     fs, root = open_uri(cfg.out)
     there = list_names(cfg.out, STAGING)
     missing = [
@@ -189,7 +191,7 @@ def _stage(
         if items_path(key) not in there
     ]
     if len(missing) < len(chunks):
-        console.print(f"going on: {len(chunks) - len(missing)} of {len(chunks)} chunks are done")
+        console.print(f"continuing: {len(chunks) - len(missing)} of {len(chunks)} chunks are done")
     share = len(missing) / len(chunks)
     with Meter(console, "reading", int(listing.num_bytes * share), f"{cfg.modality}s") as meter:
         _run(stage_chunk, missing, cfg, meter)
@@ -266,14 +268,14 @@ def _merge(
 
 
 def _total(tables: Sequence[pa.Table]) -> Tally:
-    """What was found besides the items, in all chunks."""
+    """Adds up what was found besides the items in all chunks."""
     tallies = [read_tally(table) for table in tables]
     ignored = sum((tally.ignored for tally in tallies), Counter[str]())
     return Tally({}, ignored, sum((tally.notes for tally in tallies), Counter[str]()))
 
 
 def _write_quarantine(refused: pa.Table, file: str, cfg: IngestConfig) -> dict[str, int]:
-    """Writes what is not in the shards and returns how often which reason occurs."""
+    """Writes the items that are not in the shards, and returns their number by reason."""
     table = refused.select(QUARANTINE_SCHEMA.names).cast(QUARANTINE_SCHEMA)
     fs, root = open_uri(cfg.out)
     if file == QUARANTINE or table.num_rows:
@@ -301,7 +303,7 @@ Rgb = tuple[float, float, float]
 
 
 def _mean_std(moments: list[list[float]], count: int) -> tuple[Rgb, Rgb]:
-    """Returns channel means and standard deviations to 6 decimals, every sample weighing the same."""
+    """Returns channel means and standard deviations to 6 decimals; all samples weigh the same."""
     sums = [math.fsum(column) / count for column in zip(*moments, strict=True)]
     stds = [math.sqrt(max(sums[c + 3] - sums[c] ** 2, 0.0)) for c in range(3)]
     mean = (round(sums[0], 6), round(sums[1], 6), round(sums[2], 6))
@@ -309,7 +311,7 @@ def _mean_std(moments: list[list[float]], count: int) -> tuple[Rgb, Rgb]:
 
 
 def _clean_up(cfg: IngestConfig, manifest: Manifest) -> None:
-    """Removes staging, files a killed ingest was writing, and shards the manifest does not name."""
+    """Removes staging, partly written files, and shards that the manifest does not name."""
     fs, root = open_uri(cfg.out)
     if fs.exists(f"{root}/{STAGING}"):
         fs.rm(f"{root}/{STAGING}", recursive=True)

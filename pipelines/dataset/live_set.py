@@ -1,8 +1,8 @@
 """A data set that grows while it is read: shard by shard, each made visible by one atomic manifest.
 
-First the shard is written, then the manifest that names it. Killed between the two, there is a shard
-that no manifest names; the next start removes it. So a reader sees whole data sets only, each the
-beginning of the next, and a segment is in a set once or not at all.
+The shard is written first, then the manifest that names it. A kill between the two leaves a shard
+that no manifest names, which the next start removes. So readers only see complete data sets, each
+the beginning of the next, and a segment is in a set once or not at all.
 
 Shards are `part-<run><number>.parquet`, 8 hex digits each: the run (seconds since 1970 of its start)
 and the shard's number in the set. Their order is that of their names.
@@ -42,12 +42,12 @@ from pipelines.dataset.shards import (
 from pipelines.runtime.uris import is_local, open_uri, public_name, write_atomic
 
 MARK = ".live"
-"""A file in a set's folder from before its first shard on; locally also the lock of who publishes."""
+"""A file that marks the folder of a live set; locally it is also the lock of the publisher."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timeline:
-    """How far a source has been taken, by its own clock; matters where it can be read again.
+    """How much of a source has been recorded, by its own clock, for sources that can be read again.
 
     Attributes:
         identity: what can be read again: a file, or a playlist's address; "" if nothing can.
@@ -63,13 +63,13 @@ class Timeline:
 
     @property
     def begun(self) -> bool:
-        """Whether there are segments of it."""
+        """Whether any segment of the source has been recorded."""
         return self.end > self.origin or self.jumps > 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """What a manifest says of the stream, in `live`.
+    """The state of the recording, stored as `live` in the manifest.
 
     Attributes:
         open: somebody is publishing; also true after a kill.
@@ -142,7 +142,7 @@ class LiveSet:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Says that nobody publishes any more, unless an error ends it, and gives the lock back."""
+        """Marks the set as closed, unless an error ends the block, and releases the lock."""
         with self._stack:
             if kind is None and self.manifest is not None:
                 self.progress = dataclasses.replace(self.progress, open=False)
@@ -151,7 +151,7 @@ class LiveSet:
     def publish(
         self, rows: Sequence[dict[str, Any]], timeline: Timeline, losses: Mapping[str, int]
     ) -> Manifest:
-        """Adds one shard: written, then named.
+        """Adds one shard, then the manifest that names it.
 
         Args:
             rows: at least one, of `LIVE_SCHEMA`, with `moments`.
@@ -203,7 +203,11 @@ class LiveSet:
         )
 
     def _write(self, manifest: Manifest) -> Manifest:
-        """Replaces the manifest, if it is still ours."""
+        """Replaces the manifest.
+
+        Raises:
+            ValueError: Another process has replaced it since.
+        """
         if _read(self._cfg.out) != self.manifest:
             raise ValueError(f"--out: somebody else publishes to {self._cfg.out}")
         write_manifest(self._cfg.out, manifest)
@@ -212,7 +216,7 @@ class LiveSet:
 
 
 def _settings(cfg: IngestConfig) -> dict[str, Any]:
-    """The configuration as a manifest has it, lists for tuples: nothing that may be secret."""
+    """Returns the configuration as JSON values for the manifest, without secrets in addresses."""
     values = json.loads(json.dumps(dataclasses.asdict(cfg)))
     settings = {k: v for k, v in values.items() if k not in ("out", "live")}
     return settings | {"source": public_name(cfg.source), "modality": "video"}
@@ -248,7 +252,7 @@ def _read_set(cfg: IngestConfig, settings: dict[str, Any]) -> Manifest | None:
 
 
 def _lock(stack: contextlib.ExitStack, path: Path, out: str) -> None:
-    """Holds a lock that ends with the process, however it ends."""
+    """Takes a lock that the operating system releases when the process ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = stack.enter_context(path.open("ab"))
     try:

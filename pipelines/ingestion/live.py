@@ -1,10 +1,11 @@
-"""Ingest of a live stream: segments are cut, encoded and published while it runs.
+"""Ingests a live stream: segments are cut, encoded and published while it runs.
 
     python -m pipelines.ingest --source rtsp://camera/1 --out shards/live --follow
 
-One process: a thread reads packets (live_source.py), this one decodes, encodes and publishes
-(publishing.py). A broken connection is made anew; a kill loses what is not yet published, and nothing
-else. Memory holds one segment, the packets that wait, and the rows of the next shard.
+One process does everything: a thread reads packets (live_connection.py), and the main thread
+decodes, encodes (live_rows.py) and publishes (dataset/live_set.py). A broken connection is opened
+again. A kill loses only what is not yet published. Memory holds one segment, the packets that wait,
+and the rows of the next shard.
 """
 
 from __future__ import annotations
@@ -40,15 +41,15 @@ from pipelines.runtime.progress import SECONDS_BETWEEN_LINES
 from pipelines.runtime.uris import public_name
 
 FOREVER_S = 1e12
-REPLAY_S = 120  # a playlist that goes back further is a new one under the same address
+REPLAY_S = 120  # a playlist that goes back further is a new stream at the same address
 
 
 def follow(cfg: IngestConfig, stop: threading.Event | None = None) -> Manifest:
     """Publishes a live stream to `cfg.out` until it ends or `stop` is set.
 
     Raises:
-        ValueError: the source cannot be opened or brings no video, or `cfg.out` is not ours.
-        OSError: the storage failed; run again to go on.
+        ValueError: The source cannot be opened or has no video, or `cfg.out` holds something else.
+        OSError: The storage failed; run again to continue.
     """
     cfg = prepare(cfg)
     with LiveSet(cfg) as live_set:
@@ -56,12 +57,12 @@ def follow(cfg: IngestConfig, stop: threading.Event | None = None) -> Manifest:
 
 
 class Follower:
-    """Takes one stream, connection after connection.
+    """Records one stream over any number of connections.
 
     Args:
-        cfg: the ingest configuration.
-        live_set: where segments go.
-        stop: ends it.
+        cfg: The ingest configuration.
+        live_set: The data set to which segments are published.
+        stop: Ends the recording when set.
     """
 
     def __init__(self, cfg: IngestConfig, live_set: LiveSet, stop: threading.Event) -> None:
@@ -72,13 +73,13 @@ class Follower:
         self._losses: Counter[str] = Counter()
         self._connections = self._segments = self._bytes = 0
         self._lag = 0.0
-        # The start, the first opening, or the last frame, whichever is the latest.
+        # Time of the start, the first opening or the last frame, whichever is latest.
         self._alive = self._published = self._shown = time.monotonic()
         self._frames = 0
         self._last_error = ""
 
     def run(self) -> Manifest:
-        """See `follow`."""
+        """Records until the stream ends or `stop` is set; returns and raises as `follow` does."""
         failures = 0
         while not self._over():
             before = self._frames
@@ -93,7 +94,7 @@ class Follower:
         return self._set.manifest
 
     def _attempt(self) -> bool:
-        """Takes one connection to its end; True if there can be no other."""
+        """Records one connection until it ends; returns True if no other can be opened."""
         kind = ""
         try:
             kind = kind_of(self._cfg.source, self._cfg.live.format)
@@ -105,15 +106,15 @@ class Follower:
                 return kind == "pipe"
         except (SourceError, VideoError) as error:
             self._last_error = describe_error(error)
-            if kind == "pipe":  # what was read of it cannot be read again
+            if kind == "pipe":  # a pipe cannot be read twice
                 raise ValueError(f"--source: {self._last_error}") from error
             return False
 
     def _over(self) -> bool:
-        """Whether to end.
+        """Whether to stop recording.
 
         Raises:
-            ValueError: there was nothing to begin with.
+            ValueError: The source could not be opened in time.
         """
         if self._stop.is_set():
             return True
@@ -123,20 +124,20 @@ class Follower:
         return self._late()
 
     def _late(self) -> bool:
-        """Whether video has not come for longer than may be."""
+        """Whether no video has come for longer than the configuration allows."""
         live = self._cfg.live
         seconds = live.end_seconds if self._connections else live.open_seconds
         return time.monotonic() - self._alive > seconds
 
     def _tick(self) -> bool:
-        """Does what is due by the clock; True ends the connection."""
+        """Publishes and reports when it is time to; returns True if the connection should end."""
         if self._rows and time.monotonic() - self._published >= self._cfg.live.publish_seconds:
             self._publish()
         self._show()
         return self._stop.is_set() or self._late()
 
     def _wait(self, failures: int) -> None:
-        """Waits before the next connection, longer after every failure, and says so."""
+        """Prints why, then waits before the next connection, twice as long after every failure."""
         if self._over():
             return
         live = self._cfg.live
@@ -150,7 +151,7 @@ class Follower:
             self._stop.wait(min(left, TICK_S))
 
     def _take(self, connection: Connection, stream: av.VideoStream) -> None:
-        """Segments all frames of a connection."""
+        """Cuts all frames of a connection into segments."""
         if not self._connections:
             self._alive = time.monotonic()
         self._connections += 1
@@ -183,7 +184,7 @@ class Follower:
             self._losses.update(["connection_lost"] if connection.error else [])
 
     def _continued(self, connection: Connection, stream: av.VideoStream) -> Timeline:
-        """The last timeline, if this source shows the same once more; else a new one."""
+        """Returns the last timeline if this source repeats what was recorded; else a new one."""
         last = self._timeline
         identity = ""
         if connection.kind == "file":
@@ -208,7 +209,7 @@ class Follower:
             self._publish()
 
     def _publish(self) -> None:
-        """Publishes the rows that are complete, if there are any."""
+        """Publishes the complete rows, if there are any."""
         self._published = time.monotonic()
         if self._rows:
             assert self._timeline is not None

@@ -1,7 +1,7 @@
-"""A live source's packets, read by a thread: neither a slow disk of ours nor a stop waits for it.
+"""Reads the packets of a live source in a thread, so that slow reads and slow writes do not block.
 
-A `Connection` stands in for PyAV's container where frames are read (`video_reading.FrameReader`). What
-waits in it is bounded in bytes; then the thread waits, and the source with it.
+A `Connection` takes the place of PyAV's container in `models.media.video.video_reader.FrameReader`.
+Its queue is limited in bytes; when it is full, the thread waits, and the source with it.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ QUEUE_BYTES = 32 * 2**20
 DRAIN_S = 2.0
 TICK_S = 0.2  # the longest wait without a look at the clock
 POLL_S = 0.05  # for more of a file that grows
-HEAD_BYTES = 4096  # tell one file that grows from the next under its name
-PLAYLISTS = ("hls", "dash")  # a new connection begins with what the last one has had
+HEAD_BYTES = 4096  # distinguish a growing file from the next one of that name
+PLAYLISTS = ("hls", "dash")  # a new connection repeats packets of the last one
 
 Kind = Literal["url", "file", "pipe"]
 
@@ -43,10 +43,10 @@ class SourceError(ValueError):
 
 
 def kind_of(source: str, container_format: str = "") -> Kind:
-    """Returns how a source is read: by FFmpeg, as a file that grows, or as a pipe.
+    """Returns how a source is read: by FFmpeg, as a growing file, or as a pipe.
 
     Raises:
-        SourceError: there is no such file, or it is a folder.
+        SourceError: There is no such file, or it is a folder.
     """
     if source == "-":
         return "pipe"
@@ -66,11 +66,11 @@ def kind_of(source: str, container_format: str = "") -> Kind:
 
 
 def file_identity(path: str, known: str = "") -> str:
-    """Returns what stays the same while a file grows, and differs for another under its name.
+    """Returns a text that stays the same while a file grows, and differs for a new file of that name.
 
     Args:
-        path: of the file.
-        known: what was returned before; returned again if the file is the same.
+        path: Path of the file.
+        known: An earlier result; returned again if the file is the same.
     """
     length = int(known.split("-")[2]) if known.startswith("file-") else HEAD_BYTES
     with Path(path).open("rb") as file:
@@ -85,13 +85,13 @@ def describe_error(error: Exception) -> str:
 
 
 class GrowingFile:
-    """Read front to back; at its end `read` waits for more, until `ended` says that none will come."""
+    """A file that is still written: at its end `read` waits for more until `ended` returns True."""
 
     def __init__(self, file: io.FileIO, ended: Callable[[], bool]) -> None:
         self._file, self._ended = file, ended
 
     def read(self, size: int) -> bytes:
-        """Returns at least one byte, or none at the end."""
+        """Returns at least one byte, or no byte at the end."""
         while not (data := self._file.read(size)):
             if self._ended():
                 return b""
@@ -104,7 +104,7 @@ class Connection:
 
     Args:
         cfg: the ingest configuration.
-        tick: called at every packet and at least every `TICK_S` of waiting; True ends it.
+        tick: Called at every packet and at least every `TICK_S`; returning True ends the connection.
 
     Attributes:
         kind: how the source is read.
@@ -119,7 +119,7 @@ class Connection:
         self.arrived, self.lag = time.time(), 0.0
         self.error: Exception | None = None
         self.format: Any = None
-        self.duration = None  # a container's; of a stream that runs nobody knows it
+        self.duration = None  # a live stream has no known duration
         self._cfg, self._tick = cfg, tick
         self._changed = threading.Condition()
         self._packets: deque[tuple[float, Packet]] = deque()
@@ -132,10 +132,10 @@ class Connection:
         self._thread.start()
 
     def open(self) -> av.VideoStream | None:
-        """Waits for the video stream; None if `tick` ended the wait.
+        """Waits for the video stream; returns None if `tick` ended the wait.
 
         Raises:
-            SourceError: it cannot be opened.
+            SourceError: The source cannot be opened.
         """
         while self._stream is None and not self._ended:
             if self._tick():
@@ -151,7 +151,7 @@ class Connection:
     def demux(self, stream: av.VideoStream) -> Iterator[Packet]:
         """Yields the packets as they come, and an empty one at the end.
 
-        After `tick` said so, what has arrived is still handed out, for `DRAIN_S` at most.
+        After `tick` returned True, packets that have arrived are still yielded, for at most `DRAIN_S`.
         """
         until = math.inf
         while time.monotonic() < until:
@@ -175,7 +175,7 @@ class Connection:
         yield flush
 
     def close(self) -> None:
-        """Lets the thread end, and the container be closed, now or when a read of it comes back."""
+        """Ends the thread and closes the container, now or when a pending read returns."""
         with self._changed:
             self._closed = True
             self._packets.clear()

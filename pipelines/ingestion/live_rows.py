@@ -19,7 +19,7 @@ from pipelines.ingestion.preparing.videos import segment_id, segment_row
 
 
 class ContinuedConnection:
-    """A connection without the packets that are in segments already, for a `FrameReader`."""
+    """A connection without the packets that are already in segments, for a `FrameReader`."""
 
     def __init__(self, connection: Connection, timeline: Timeline, max_gap: float) -> None:
         self.format, self.duration = connection.format, connection.duration
@@ -30,13 +30,15 @@ class ContinuedConnection:
         line, packets = self._timeline, self._connection.demux(stream)
         if not line.begun:
             return from_position(packets, None)
-        jumps = line.jumps if self._connection.kind == "file" else 0  # of a playlist long past
+        jumps = (
+            line.jumps if self._connection.kind == "file" else 0
+        )  # a playlist has forgotten them
         restarts = Restarts(frame_period(stream), self._max_gap)
         return from_position(packets, line.end, jumps, restarts)
 
 
 class RowCutter:
-    """Frames of one connection to rows, with the time at which each arrived."""
+    """Cuts the frames of one connection into rows, each with the time at which it arrived."""
 
     def __init__(
         self, cfg: IngestConfig, uri: str, timeline: Timeline, connection: Connection
@@ -47,13 +49,13 @@ class RowCutter:
         self._key = hash_bytes(uri.encode())
         self._origin, self._jumps = timeline.origin, timeline.jumps
         self._last = Fraction(0)
-        # Where the first frame is that no segment has.
+        # Time of the first frame that is in no segment yet.
         self._from = timeline.end - timeline.origin if timeline.begun else None
-        self._arrived: dict[int, float] = {}  # of the frames that a segment may still begin with
+        self._arrived: dict[int, float] = {}  # for frames with which a segment may still begin
         self._number = 0
 
     def push(self, frame: TimedFrame, origin: Fraction) -> Iterator[dict[str, Any]]:
-        """Takes the next frame; yields the rows that are complete by it."""
+        """Takes the next frame; yields the rows that it completes."""
         half = min(frame.duration, 1 / rate_of(self._cfg.video)) / 2
         if self._from is not None and frame.time < self._from - half:
             return

@@ -1,13 +1,13 @@
-"""Stage 1 of ingest, one Ray task a chunk: read, validate, hash, re-encode, write staging parts.
+"""Stage 1 of ingest, one Ray task a chunk: reads, validates, hashes and re-encodes its items.
 
     OUT/_staging/<key>-<n>.parquet      rows ready for a shard, about 64 MiB a part
-    OUT/_staging/<key>.items.parquet    one row per row, refused item or loss; written last, so it
-                                        means "done"
+    OUT/_staging/<key>.items.parquet    one row for each row, refused item or loss; it is
+                                        written last, so its presence means "done"
 
-Labels are in the list of items alone: those of a tar may only be known at its end.
+Labels are stored only in the list of items, because those of a tar may not be known before its end.
 
-`<key>` hashes the chunk and every setting that shapes its rows. A killed ingest finds its finished
-chunks by these names, and nothing but the settings and the source decides what is in them.
+`<key>` is a hash of the chunk and of every setting that affects its rows. A killed ingest finds its
+finished chunks by these names. Their content depends only on the settings and the source.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ ITEMS_SCHEMA = pa.schema(
 NO_ROW = -1
 _TALLY = b"rayjepa.tally"  # in the schema's metadata
 
-# Settings that say where things are or how rows are packed, not what is in a row.
+# Settings that affect where files are or how rows are packed, but not the rows themselves.
 _NOT_CONTENT = (
     *("source", "out", "format", "shard_bytes", "row_group_rows", "follow", "live"),
-    *("class_level", "classes"),  # the listing has the labels by the first; indices come last
+    *("class_level", "classes"),  # labels are part of the chunk; indices are assigned at the end
 )
-# Settings that say nothing about this modality.
+# Settings that do not affect items of this modality.
 _NOT_OF = {
     "image": ("video",),
     "video": (
@@ -72,7 +72,7 @@ _NOT_OF = {
         *("background", "deep_range"),
     ),
 }
-# Settings that came later: as long as they are not used, old results stay what they are.
+# Settings that were added later: while they are not used, the keys of older results stay valid.
 _ADDED = ("image_member",)
 
 
@@ -131,7 +131,7 @@ def items_path(prefix: str) -> str:
 
 
 def stage_chunk(row: dict[str, Any], cfg: IngestConfig) -> dict[str, Any]:
-    """Does one chunk (a Ray Data `map` function).
+    """Stages one chunk (a Ray Data `map` function).
 
     Args:
         row: `chunk` (JSON) and `key`.
@@ -161,9 +161,9 @@ def stage_chunk(row: dict[str, Any], cfg: IngestConfig) -> dict[str, Any]:
 
 
 def _set_label(row: dict[str, Any], label: Label, problem: Problem | None) -> list[dict[str, Any]]:
-    """Gives an item's row its label; returns what is to be told of one that is not understood."""
+    """Sets the label of an item's row; returns a loss if the label was not understood."""
     if row.get("reason") is not None:
-        return []  # without its image no label is missing
+        return []  # a refused item needs no label
     row["label_index"] = label if isinstance(label, int) else None
     row["label_name"] = escaped(label) if isinstance(label, str) else None
     return [_refusal(row["uri"], NO_ROW, problem)] if problem else []
@@ -177,7 +177,7 @@ def _refusal(uri: str, number: int, problem: Problem) -> dict[str, Any]:
 
 
 def _stage_item(item: Item, cfg: IngestConfig, parts: _Parts) -> list[dict[str, Any]]:
-    """Does one item; returns its rows for the list of items."""
+    """Stages one item; returns its rows for the list of items."""
     rows: list[dict[str, Any]] = []
     losses: list[Loss] = []
     problem = item.problem
@@ -187,7 +187,7 @@ def _stage_item(item: Item, cfg: IngestConfig, parts: _Parts) -> list[dict[str, 
                 rows.append(_stage_row(row, len(rows), item, cfg, parts))
         except (ImageError, VideoError) as error:
             problem = (error.reason, error.detail)
-    if problem is not None:  # what came before it is kept
+    if problem is not None:  # rows before the problem are kept
         losses = [problem]
     numbers = [NO_ROW] * len(losses) if rows else [0] * len(losses)
     refusals = [_refusal(item.uri, *loss) for loss in zip(numbers, losses, strict=True)]
@@ -196,7 +196,7 @@ def _stage_item(item: Item, cfg: IngestConfig, parts: _Parts) -> list[dict[str, 
 
 
 def _prepare(item: Item, cfg: IngestConfig, losses: list[Loss]) -> Iterator[dict[str, Any]]:
-    """Yields the rows an item becomes: one of an image, any number of a video."""
+    """Yields the rows of an item: one for an image, any number for a video."""
     if cfg.modality == "video":
         yield from prepare_video(item, cfg, losses)
         return
@@ -220,8 +220,8 @@ def _stage_row(
         "size": len(row[cfg.modality]),
         "num_frames": row.get("num_frames"),
         "part": parts.add({**row, "source_uri": escaped(item.uri)}),
-        "uri": item.uri,  # for what is yet to be told of the row; not stored
-        "notes": row.get("notes", ()),  # nor are these
+        "uri": item.uri,  # for losses found later; not stored
+        "notes": row.get("notes", ()),  # not stored either
     }
 
 

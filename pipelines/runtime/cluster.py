@@ -1,4 +1,4 @@
-"""The Ray that a job runs on: one door for every command, whoever started Ray, and from any folder."""
+"""Connects a command to Ray, or starts Ray, so that workers find our packages from any folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipelines.config.train import PretrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DATA_CPUS = 0.5
-"""CPUs that must be left for Ray Data's tasks; with none the loader would wait for ever."""
+"""CPUs that must be left for Ray Data's tasks; without them the loader would wait for ever."""
 JOB_ENV = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 ANSWER_S = 10.0
 LOG_ENV = "RAY_LOG_TO_DRIVER"
@@ -81,7 +81,7 @@ def _join(address: str, settings: dict[str, Any]) -> None:
 
 
 def _require_listener(address: str) -> None:
-    """Ray itself would try a dead address for minutes.
+    """Checks that a port is open, because Ray would try a dead address for minutes.
 
     Raises:
         OSError: nobody listens there.
@@ -95,7 +95,7 @@ def _require_listener(address: str) -> None:
 
 
 def _join_or_start(settings: dict[str, Any], own: dict[str, Any]) -> None:
-    """Ray itself finds what `ray start` left here, and then refuses to be told of CPUs."""
+    """Joins a Ray started here by `ray start`, which refuses `num_cpus`, or starts one."""
     import ray
 
     try:
@@ -110,7 +110,7 @@ def _join_or_start(settings: dict[str, Any], own: dict[str, Any]) -> None:
 
 
 def _quiet_loggers() -> None:
-    """Leaves of Ray's console lines the warnings that say something about this machine or data."""
+    """Silences console lines of Ray except warnings about this machine or the data."""
     for name in (
         "ray._private.authentication.authentication_token_setup",  # that its default is its default
         "ray.data._internal.progress",  # that our meters stand in place of its bars
@@ -126,9 +126,10 @@ def _is_warning(record: logging.LogRecord) -> bool:
 
 
 def runtime_env() -> dict[str, Any] | None:
-    """Brings our packages to workers: they run in other folders, and we may not be installed.
+    """Returns the runtime environment with which workers find our packages.
 
-    Inside a Ray job that came with a working directory that one does it, on every node.
+    Workers run in other folders, and the packages may not be installed. The working directory of a
+    Ray job already contains them, on every node; then this is None.
     """
     job = json.loads(os.environ.get(JOB_ENV, "{}")).get("runtime_env") or {}
     if {"working_dir", "py_modules"} & job.keys() or "PYTHONPATH" in job.get("env_vars", {}):
@@ -138,18 +139,18 @@ def runtime_env() -> dict[str, Any] | None:
 
 
 def cpus_needed(cfg: PretrainConfig) -> float:
-    """CPUs that a run's workers and its data tasks reserve."""
+    """Returns the CPUs that a run's workers and its data tasks reserve."""
     return cfg.run.workers * cfg.run.cpus_per_worker + DATA_CPUS
 
 
 def check_fits(cfg: PretrainConfig, *, runs: int = 1) -> None:
     """Refuses a run whose workers and Ray Data tasks cannot both get CPUs (or GPUs).
 
-    On an autoscaling cluster what counts is the size it may grow to.
+    On an autoscaling cluster, the size that it may grow to counts.
 
     Args:
         cfg: The run.
-        runs: So many of them at a time.
+        runs: How many runs train at the same time.
 
     Raises:
         ValueError: naming what there is, what is needed and the flags.

@@ -1,10 +1,10 @@
-"""The door that every command line goes through: what a person can mend is told in three lines at most.
+"""Runs a command; an error that the user can fix is printed in at most three lines.
 
     def main() -> None:
         run_command(lambda: tyro.cli(IngestConfig), ingest)
 
-What is told: the flag, the value, the way out. Whatever else goes wrong is a fault of ours and shows its
-traceback; RAYJEPA_TRACEBACK=1 shows it always. Exit codes: 1, and 2 from tyro for the usage.
+The lines name the flag, the value and what to do. Any other error is a bug of ours and shows its
+traceback; RAYJEPA_TRACEBACK=1 always shows it. The exit code is 1, or tyro's 2 for wrong usage.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ C = TypeVar("C")
 TRACEBACK = "RAYJEPA_TRACEBACK"
 MOST_LINES = 3
 OURS = ("pipelines", "models", "serve", "__main__")
-"""Where classes of errors are defined whose words are for people; a command that runs is `__main__`."""
+"""Packages whose error classes have messages for users; a running command is `__main__`."""
 
 
 class FetchError(RuntimeError):
-    """A program or service that brings data is missing or failed."""
+    """A program or service that data is fetched with is missing or failed."""
 
 
 def run_command(parse: Callable[[], C], job: Callable[[C], Any], *, configs: Any = None) -> None:
@@ -37,12 +37,12 @@ def run_command(parse: Callable[[], C], job: Callable[[C], Any], *, configs: Any
     Args:
         parse: Makes the configuration; tyro itself tells what is wrong with the usage.
         job: Takes it.
-        configs: Makes of what `parse` returned the dataclasses whose fields name places, for one that
-            is none itself.
+        configs: Returns the dataclasses whose fields name places, given what `parse` returned; None
+            if that is such a dataclass itself.
 
     Raises:
-        SystemExit: with 1, when what went wrong has been told.
-        Exception: a fault of ours.
+        SystemExit: With 1, after an error that the user can fix.
+        Exception: A bug of ours.
     """
     found: list[Place] = []
     try:
@@ -62,19 +62,19 @@ def run_command(parse: Callable[[], C], job: Callable[[C], Any], *, configs: Any
 
 
 def _places(configs: tuple[Any, ...]) -> list[Place]:
-    """As they were given and, since messages have them so, absolute."""
+    """Returns places as given and in absolute form, because messages may contain either."""
     given = places(*configs)
     try:
         return given + places(*(absolute(config) for config in configs))
-    except ValueError:  # one of them is no address; that is being told
+    except ValueError:  # an invalid address, which is already being reported
         return given
 
 
 def explain(error: BaseException, found: list[Place]) -> str | None:
-    """What to say of an error.
+    """Returns the message for an error.
 
     Args:
-        error: As it was raised here; Ray's wrappers of what a task or worker met are taken off.
+        error: The error as raised here; Ray's wrappers around errors of tasks are removed.
         found: The places of the configuration.
 
     Returns:
@@ -103,13 +103,13 @@ def _explain_other(fault: Fault, found: list[Place]) -> str | None:
 
 
 def _with_flag(fault: Fault, found: list[Place]) -> str:
-    """Its own words, after the flag of the place they are about unless they name one."""
+    """Returns the error's text, after the flag of the place it is about unless it names one."""
     place = None if "--" in fault.text else holding(found, fault.text)
     return f"{place.flag}: {fault.text}" if place else fault.text
 
 
 def _whence(fault: Fault) -> str:
-    """Where words that are not ours come from: they may be about nothing the user knows."""
+    """Names the origin of a message that is not ours, which the user may not understand."""
     if fault.raised_in is None or ROOT in fault.raised_in.parents:
         return ""
     return f"\n({fault.name} in {fault.raised_in.name}; {TRACEBACK}=1 shows where)"

@@ -1,4 +1,4 @@
-"""What an error says at bottom, whatever Ray wrapped it in."""
+"""Takes Ray's wrappers off an error: what was raised, where, and about what."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fault:
-    """An error, as itself or as a worker's traceback has it."""
+    """An error, read from the exception or from a worker's traceback."""
 
     name: str
-    """Of its class."""
+    """Name of its class."""
     module: str
     """First part of the class's module."""
     bases: frozenset[str]
@@ -29,13 +29,13 @@ class Fault:
     """`errno`."""
     path: str | None = None
     code: str | None = None
-    """S3's own, such as NoSuchBucket."""
+    """Error code of S3, such as NoSuchBucket."""
     bucket: str | None = None
     endpoint: str | None = None
     about: str | None = None
     """Flag and value of the place that was being tried (`places.about`)."""
     package: str | None = None
-    """Of an import that failed."""
+    """Package whose import failed."""
     raised_in: Path | None = None
     """The file it was raised in; None where that is not known."""
 
@@ -45,7 +45,7 @@ class Fault:
 
     @property
     def first_line(self) -> str:
-        """Of its text."""
+        """First line of its text."""
         return self.text.strip().partition("\n")[0]
 
 
@@ -68,7 +68,7 @@ def faults_of(error: BaseException) -> Iterator[Fault]:
 
 
 def _wrapped(error: BaseException) -> list[BaseException | None] | None:
-    """What a wrapper of Ray's holds; None if it is none."""
+    """Returns the errors inside one of Ray's wrappers; None for any other error."""
     names = {cls.__name__ for cls in type(error).__mro__}
     if "WorkerGroupError" in names:
         failures: dict[int, BaseException] = getattr(error, "worker_failures", {})

@@ -1,7 +1,7 @@
-"""Names as other systems wrote them: bytes that need not be UTF-8.
+"""File and class names as other systems wrote them: their bytes may not be UTF-8.
 
-Python carries such a byte through as a lone surrogate (PEP 383), with which the file can be opened;
-Arrow, hashes and terminals refuse it. So names stay as they are until they are stored or shown.
+Python represents such a byte by a lone surrogate (PEP 383). With it the file can be opened, but
+Arrow, hashes and terminals refuse it. So names are kept as they are until they are stored or shown.
 """
 
 from __future__ import annotations
@@ -24,5 +24,5 @@ def escaped(name: str) -> str:
 
 
 def composed(name: str) -> str:
-    """Returns a class name as it is compared: a Mac's folders have accents apart from their letters."""
+    """Returns a class name in NFC for comparison; macOS stores accents apart from their letters."""
     return unicodedata.normalize("NFC", name)

@@ -1,6 +1,6 @@
-"""The places a configuration names, made ready before work begins: absolute, there, and writable.
+"""Checks the places that a configuration names before work begins: they must exist or be writable.
 
-What is wrong with one is said at once and by its flag, before Ray starts or an image is read.
+An error names the flag, before Ray is started or an image is read.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ C = TypeVar("C")
 
 
 def prepare(config: C, *, write: bool = True) -> C:
-    """Makes every place of a configuration absolute, and tries each.
+    """Makes every place of a configuration absolute and checks each.
 
     Args:
         config: Any configuration, or a part of one.
         write: Also tries to write where the job will.
 
     Returns:
-        `config` as tasks and workers need it, which run in other folders and on other machines.
+        `config` for tasks and workers, which run in other folders and on other machines.
 
     Raises:
         ValueError: a protocol that nothing here reads; a place to read that is not there. Names flag
@@ -48,7 +48,7 @@ def prepare(config: C, *, write: bool = True) -> C:
 
 @contextlib.contextmanager
 def about(place: Place) -> Iterator[None]:
-    """Notes on what is raised inside which flag and value it is about."""
+    """Adds the flag and value of a place as a note to whatever is raised inside."""
     try:
         yield
     except Exception as error:
@@ -83,7 +83,9 @@ MAKE = "Make it, or name another."
 def _require_there(place: Place) -> None:
     fs, path = open_uri(place.uri)
     pattern = re.search(r"[*?[]", path)
-    if pattern or "http" in fs.protocol or fs.exists(path):  # of those the reader knows more
+    if (
+        pattern or "http" in fs.protocol or fs.exists(path)
+    ):  # whoever reads these checks them better
         return
     bucket = missing_bucket(fs, path)
     if bucket:
@@ -92,7 +94,7 @@ def _require_there(place: Place) -> None:
 
 
 def missing_bucket(fs: Any, path: str) -> str | None:
-    """The bucket of a path on S3, if it is not there."""
+    """Returns the bucket of a path on S3 if it does not exist; else None."""
     if "s3" not in fs.protocol:
         return None
     bucket: str = fs.split_path(path)[0]
@@ -102,10 +104,10 @@ def missing_bucket(fs: Any, path: str) -> str | None:
 def try_writing(place: Place) -> None:
     """Writes a small file where a job will write, and removes it.
 
-    Of a local folder that is not there yet, in the nearest one above it that is.
+    For a local folder that does not exist yet, the nearest existing folder above it is tried.
 
     Raises:
-        OSError: it cannot be written there.
+        OSError: The place cannot be written.
     """
     fs, path = open_uri(place.uri)
     name = f".rayjepa-{uuid.uuid4().hex[:12]}"
@@ -130,12 +132,12 @@ def try_writing(place: Place) -> None:
 
 
 def holding(found: Sequence[Place], text: str) -> Place | None:
-    """The place that a path, an address or a sentence is about: the longest that is in it."""
+    """Returns the place that a path, an address or a message mentions; the longest if several."""
     inside = [place for place in found if _names(text, place.uri.rstrip("/"))]
     return max(inside, key=lambda place: len(place.uri), default=None)
 
 
 def _names(text: str, uri: str) -> bool:
-    if "/" not in uri:  # a word, that text may have for other reasons
+    if "/" not in uri:  # a bare word may be in the text by chance
         return text == uri or text.startswith(f"{uri}:")
     return re.search(rf"(?<![\w./-]){re.escape(uri)}(?![\w-])", text) is not None

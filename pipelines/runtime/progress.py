@@ -1,4 +1,4 @@
-"""A progress bar that counts items and bytes, and lines instead of it where nobody watches."""
+"""A progress bar that counts items and bytes; without a terminal it prints lines instead."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Meter:
         self._task = self._bar.add_task(title, total=self._total, rates="")
 
     def advance(self, items: int, num_bytes: int) -> None:
-        """Adds what one task has done."""
+        """Adds the items and bytes of one finished task."""
         self._items += items
         self._bytes += num_bytes
         self._bar.update(self._task, completed=self._bytes, rates=self._rates())

@@ -1,4 +1,4 @@
-"""What disks and S3 refuse, in words that name the flag, the place and the way out."""
+"""Messages for errors of disks and S3, which name the flag, the place and what to do."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SET_KEYS = "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
 
 
 def explain_storage(fault: Fault, found: list[Place]) -> str | None:
-    """What to say of an error of a disk, of S3 or of the way there; None if it is none.
+    """Returns the message for an error of a disk, of S3 or of the network; None for other errors.
 
     Args:
         fault: The error.
@@ -50,7 +50,7 @@ def _of_s3(fault: Fault, found: list[Place]) -> str:
 
 
 def _in_s3_words(fault: Fault, found: list[Place]) -> str:
-    """An OSError without a number: of ours, or of S3 from a worker, which lost all but its text."""
+    """An OSError without a number: one of ours, or one of S3 of which a worker sent only the text."""
     if "bucket does not exist" in fault.text:
         where = _where(fault, found, remote=True)
         return f"{where}there is no such bucket\n{MAKE}"
@@ -83,7 +83,7 @@ def _at(fault: Fault) -> str:
 
 
 def _where(fault: Fault, found: list[Place], *, remote: bool = False, written: bool = False) -> str:
-    """Flag and value of the place it is about, where that is known; else of all it may be about."""
+    """Returns flag and value of the place that an error is about, or of all places it may be about."""
     if fault.about:
         return f"{fault.about}: "
     place = holding(found, fault.path or "") or holding(found, fault.text)

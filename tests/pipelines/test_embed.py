@@ -22,7 +22,7 @@ from models.media.preprocessing import Preprocessing
 from pipelines import embed as job
 from pipelines.config.jobs import EmbedConfig
 from pipelines.dataset.shards import Manifest, Shard, read_manifest, read_rows
-from pipelines.embed import embed, plan_pieces
+from pipelines.embed import embed, plan_parts
 from pipelines.evaluation.features import extract_features
 
 pytestmark = pytest.mark.ray
@@ -46,13 +46,13 @@ def artifact(encoder: VisionTransformer, tmp_path_factory: pytest.TempPathFactor
     return str(folder)
 
 
-def _run_here(pieces, cfg, manifest, console) -> None:
+def _run_here(parts, cfg, manifest, console) -> None:
     """In place of the actor pool: the same actor, in this process."""
     threads = torch.get_num_threads()
     actor = job.Embedder(cfg)
     torch.set_num_threads(threads)
-    for piece in pieces:
-        assert actor({"piece": json.dumps(dataclasses.asdict(piece))})["rows"] == piece.rows
+    for part in parts:
+        assert actor({"part": json.dumps(dataclasses.asdict(part))})["rows"] == part.rows
 
 
 def _read(out: Path, record: dict) -> pa.Table:
@@ -128,7 +128,7 @@ def test_a_run_on_s3_that_goes_on_finds_what_the_actors_wrote(
             other.pipe_file(f"embed/out/{file}", (tmp_path / file).read_bytes())
 
     upload([record["files"][0]["file"]])
-    monkeypatch.setattr(job, "_run", lambda pieces, *_: upload([piece.file for piece in pieces]))
+    monkeypatch.setattr(job, "_run", lambda parts, *_: upload([part.file for part in parts]))
     assert embed(dataclasses.replace(cfg, out="s3://embed/out")) == record
     s3fs.S3FileSystem.clear_instance_cache()
 
@@ -181,20 +181,20 @@ def _manifest(groups: list[tuple[int, ...]]) -> Manifest:
 
 
 @pytest.mark.parametrize("shape", [[48], [256, 1280]])
-def test_pieces_cover_every_row_group_once(shape: list[int]) -> None:
+def test_parts_cover_every_row_group_once(shape: list[int]) -> None:
     manifest = _manifest([(1000, 1000, 7), (1000,), (3000, 12)])
-    pieces = plan_pieces(manifest, {"key": "k", "shape": shape})
-    groups = [group for piece in pieces for group in piece.groups]
+    parts = plan_parts(manifest, {"key": "k", "shape": shape})
+    groups = [group for part in parts for group in part.groups]
     expected = [(manifest.shards[s].file, g) for s, g, _ in manifest.row_groups()]
     assert groups == expected
-    assert sum(piece.rows for piece in pieces) == manifest.num_samples
-    assert len({piece.file for piece in pieces}) == len(pieces)
+    assert sum(part.rows for part in parts) == manifest.num_samples
+    assert len({part.file for part in parts}) == len(parts)
 
 
 def test_files_stay_small_when_an_embedding_is_large() -> None:
     manifest = _manifest([(64,) * 40])
-    small = plan_pieces(manifest, {"key": "k", "shape": [48]})
-    large = plan_pieces(manifest, {"key": "k", "shape": [256, 1280]})
-    assert max(piece.rows for piece in small) == 1024
+    small = plan_parts(manifest, {"key": "k", "shape": [48]})
+    large = plan_parts(manifest, {"key": "k", "shape": [256, 1280]})
+    assert max(part.rows for part in small) == 1024
     # A row group is the least a file can hold; two would be within 256 MiB, four would not.
-    assert max(piece.rows for piece in large) == 192
+    assert max(part.rows for part in large) == 192

@@ -57,11 +57,11 @@ def cfg(
     torch.set_num_threads(threads)  # the actor takes the machine's
 
 
-def _run_here(pieces: list, cfg: EmbedConfig, manifest: Manifest, console: Any) -> None:
+def _run_here(parts: list, cfg: EmbedConfig, manifest: Manifest, console: Any) -> None:
     """In place of the actor pool: the same actor, in this process."""
     actor = job.Embedder(cfg)
-    for piece in pieces:
-        actor({"piece": json.dumps(dataclasses.asdict(piece))})
+    for part in parts:
+        actor({"part": json.dumps(dataclasses.asdict(part))})
 
 
 def live_set(cfg: EmbedConfig) -> LiveSet:

@@ -1,4 +1,4 @@
-"""What goes wrong while a source is read: one object's failure, or the storage's."""
+"""Tells failures of one file from failures of the storage as a whole."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import zlib
 
 import pyarrow as pa
 
-# What a damaged archive, or one object that the storage refuses, may raise.
+# What a damaged archive, or an object that the storage refuses, may raise.
 DAMAGE = (
     *(OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError, pa.ArrowException),
     UnicodeDecodeError,  # of a Parquet file's column names
@@ -18,7 +18,7 @@ _PASSING = (errno.EBUSY, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENETUNR
 
 
 def raise_if_unreachable(error: BaseException) -> None:
-    """Raises errors that say nothing about one object: quarantining them would lose good data."""
+    """Raises an error that is not about one object, as quarantining that object would lose data."""
     if not isinstance(error, DAMAGE) or isinstance(error, ConnectionError | TimeoutError):
         raise error
     if getattr(error, "errno", None) in _PASSING:

@@ -1,4 +1,4 @@
-"""Which of a source's files are its items, and what counts as passed over."""
+"""Decides which files of a source are items, and counts those that are not."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Counts = tuple[tuple[str, int], ...]
 
 
 def says_what_it_is(path: str) -> bool:
-    """True for names with a suffix of images or videos."""
+    """Whether a name has a suffix of images or videos."""
     return any(suffix_of(path) in suffixes(modality) for modality in MODALITIES)
 
 
 def is_item(entry: Entry, modality: Modality, looked: dict[str, Content]) -> bool:
-    """True for a file of a folder that is of this modality by suffix or content.
+    """Whether a file of a folder is of this modality by its suffix or content.
 
-    Likewise for one without a suffix that may be: objects named by a hash have none, and what is
-    damaged among them is to be reported.
+    A file without a suffix whose content does not tell is an item too: objects named by a hash have
+    no suffix, and damaged ones should be reported.
     """
     suffix = suffix_of(entry.path)
     if suffix in suffixes(modality) or entry.size == UNLISTED:
@@ -38,7 +38,7 @@ def is_item(entry: Entry, modality: Modality, looked: dict[str, Content]) -> boo
 
 
 def is_named_item(entry: Entry, modality: Modality) -> bool:
-    """True for a file that a list names, unless its suffix is of the other modality alone."""
+    """Whether a listed file is an item: all are, unless the suffix says that it is something else."""
     if suffix_of(entry.path) in suffixes(modality):
         return True
     return not (entry.path.endswith(SIDECAR_SUFFIXES) or says_what_it_is(entry.path))
@@ -51,7 +51,7 @@ def count_suffixes(entries: Iterable[Entry]) -> Counts:
 
 
 def told(counts: Counts) -> str:
-    """Returns counts of files by suffix as words."""
+    """Returns counts of files by suffix as text."""
     total = sum(count for _, count in counts)
     shown = ", ".join(f"{count} {suffix}" for suffix, count in shortened(counts))
     return f"{total} files there" + (f": {shown}" if shown else "")

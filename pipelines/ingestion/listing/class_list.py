@@ -1,4 +1,4 @@
-"""A list of classes that is given, so that several sets have the same indices."""
+"""Reads a given list of classes, so that several sets have the same label indices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every visible file of a source, local or remote."""
+"""Finds every visible file of a source, local or remote."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which folder above a file is its class."""
+"""Decides which folder above a file is its class."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a list of files to the files: where each lies, and whether it is there."""
+"""Finds the files that a list names, under each spelling that the name may have."""
 
 from __future__ import annotations
 

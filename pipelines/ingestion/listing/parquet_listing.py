@@ -1,4 +1,4 @@
-"""Parquet files of a source: which parts of them one task reads, and the classes they declare."""
+"""Lists Parquet files: the row groups that one task reads, and the classes that files declare."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class RowGroups:
 
 @dataclass(frozen=True)
 class ParquetListing:
-    """What lies in the Parquet files of a source.
+    """What the footers of a source's Parquet files say.
 
     Attributes:
         runs: in the order of files and rows.

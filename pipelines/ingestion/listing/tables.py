@@ -1,4 +1,4 @@
-"""Lists of files as people write them: CSV and its kin, lines of JSON, two words a line."""
+"""Parses lists of files: CSV and similar tables, JSON lines, or two words a line."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Row = tuple[str, str | None]  # path and label
 
 @dataclass(frozen=True)
 class FileList:
-    """What a list says.
+    """The content of a list of files.
 
     Attributes:
         rows: path, as it stands there, and label of each file.

@@ -1,4 +1,4 @@
-"""What reading a chunk of a source yields, and what it finds besides."""
+"""The items that reading a chunk yields, and the tally of everything else it finds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Problem = tuple[str, str]  # reason (short and stable, for counting), detail (fo
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One image or video of a source as it came, or why there is none.
+    """One image or video of a source, undecoded, or the reason why it cannot be read.
 
     Attributes:
         uri: address of the file, or `file#member` of a tar, or `file#row=N` of a Parquet file.

@@ -1,4 +1,4 @@
-"""Labels as people store them. One that is not understood never costs its image."""
+"""Reads labels in the forms people store them; an image is kept even if its label is not understood."""
 
 from __future__ import annotations
 

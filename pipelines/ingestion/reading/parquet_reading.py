@@ -76,7 +76,7 @@ def _bytes_in(values: list[Any]) -> bytes:
 
 
 class _Missing(Exception):
-    """There is no image to be had.
+    """A row has no image that can be read.
 
     Attributes:
         problem: reason and detail.
@@ -88,7 +88,7 @@ class _Missing(Exception):
 
 
 class _Rows:
-    """Makes items of the rows of one file."""
+    """Turns the rows of one file into items."""
 
     def __init__(self, fs: Any, chunk: Chunk, schema: pa.Schema, cfg: IngestConfig) -> None:
         entry = chunk.entries[0]
@@ -126,7 +126,7 @@ class _Rows:
             column = pc.struct_field(column, name)
         try:
             return column[0].as_py()
-        except (ValueError, OverflowError) as error:  # text that is no UTF-8, nanoseconds
+        except (ValueError, OverflowError) as error:  # text that is not UTF-8, or nanoseconds
             raise _Missing(f"{column.type}: {error}") from error
 
     def _read_label(self, batch: pa.RecordBatch, number: int) -> tuple[Label, Problem | None]:

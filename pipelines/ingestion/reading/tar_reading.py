@@ -1,4 +1,4 @@
-"""Reads a tar front to back: its images as items, its labels, and what else lies in it by kind.
+"""Reads a tar front to back: images become items, labels are matched, the rest is counted by kind.
 
 Archives may be compressed, appended to, or joined end to end. Nothing is unpacked to a disk.
 """
