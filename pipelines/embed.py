@@ -110,7 +110,9 @@ def embed(cfg: EmbedConfig) -> dict[str, Any]:
 
 
 def follow(cfg: EmbedConfig, stop: threading.Event) -> dict[str, Any] | None:
-    """Embeds the shards of a live stream as they are published, until its ingest ends or `stop` is set.
+    """Embeds the shards of a live stream as they are published.
+
+    Ends when the ingest of the stream ends or `stop` is set.
 
     Returns:
         The content of the last embed.json; None if there was nothing to embed.

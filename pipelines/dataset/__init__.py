@@ -1,1 +1,1 @@
-"""Data sets on disk: Parquet shards with their manifest, sets that grow, rows by their place. Imports config and runtime."""
+"""Data sets on disk: Parquet shards, growing sets, and their rows. Imports config and runtime."""

@@ -4,8 +4,8 @@ The shard is written first, then the manifest that names it. A kill between the 
 that no manifest names, which the next start removes. So readers only see complete data sets, each
 the beginning of the next, and a segment is in a set once or not at all.
 
-Shards are `part-<run><number>.parquet`, 8 hex digits each: the run (seconds since 1970 of its start)
-and the shard's number in the set. Their order is that of their names.
+Shards are `part-<run><number>.parquet`, 8 hex digits each: the run (seconds since 1970 of its
+start) and the shard's number in the set. Their order is that of their names.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class Timeline:
         identity: what can be read again: a file, or a playlist's address; "" if nothing can.
         origin: its first frame's time, seconds.
         end: up to where it is in segments, seconds.
-        jumps: how often the clock went back before that (a file to which two recordings were written).
+        jumps: how often the clock went back before that (a file to which two recordings were
+            written).
     """
 
     identity: str

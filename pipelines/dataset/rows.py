@@ -80,8 +80,8 @@ def load_labelled(uri: str, limit: int | None = None, *, seed: int = 0) -> pa.Ta
     """Reads labelled rows of ingested shards into memory: all, or `limit` of them (all if fewer).
 
     Those of random row groups, because files are often in class order and a row group is the least
-    that can be read; the same ones every time, in file order. Ingest mixes the classes of a folder's
-    row groups, not those of tars and Parquet files.
+    that can be read; the same ones every time, in file order. Ingest mixes the classes of a
+    folder's row groups, not those of tars and Parquet files.
 
     Returns:
         Table with `COLUMNS`, and `PLACE`: where in the shards each row stands.

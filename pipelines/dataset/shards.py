@@ -109,8 +109,8 @@ class Manifest:
         std: RGB channel standard deviations, likewise.
         quarantined: number of refused source items by reason.
         duplicates: source items dropped because an earlier one had the same bytes.
-        losses: number of losses by reason, in items that were kept in part: videos, and images whose
-            label was not understood.
+        losses: number of losses by reason, in items that were kept in part: videos, and images
+            whose label was not understood.
         ignored: number of members of archives that are not images, by kind.
         notes: number of further observations on the ingested items, by kind.
         ingest: the ingest configuration, without its `out`.
@@ -254,7 +254,7 @@ def write_shard(
 
 
 def list_names(uri: str | Path, folder: str = "") -> set[str]:
-    """Returns the names in a data set's folder, or in a folder inside that; none if it is not there."""
+    """Returns the names in a data set's folder or in one inside it; none if it does not exist."""
     fs, root = open_uri(uri)
     path = f"{root}/{folder}".rstrip("/")
     try:
@@ -321,7 +321,7 @@ def iter_samples(
 def read_rows(
     uri: str | Path, limit: int | None = None, columns: Sequence[str] | None = None
 ) -> pa.Table:
-    """Returns the first `limit` rows (all by default) as one table, in the order of the data set."""
+    """Returns the first `limit` rows (all by default) as one table, in data set order."""
     tables = list(iter_samples(uri, columns, limit))
     if tables:
         return pa.concat_tables(tables)

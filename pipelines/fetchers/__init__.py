@@ -1,1 +1,1 @@
-"""Real data sets and models by package clients, and games recorded as video. Imports ingestion and below."""
+"""One module for each set that `pipelines.fetch` gets. Imports runtime and ingestion."""

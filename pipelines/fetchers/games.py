@@ -1,4 +1,4 @@
-"""Records real games as labelled video: Atari 2600 (ale-py) and Doom (vizdoom, with Freedoom's art).
+"""Records games as labelled video: Atari 2600 (ale-py) and Doom (vizdoom, with Freedoom's art).
 
     pip install -e ".[games]" -c constraints.txt
     python -m pipelines.fetch gameplay --out data/gameplay --minutes 30
@@ -9,10 +9,10 @@
     OUT/columns.json                                                what the columns are, by game
 
 Row t holds the state that frame t shows and the action taken in it. Without HUD, Doom is drawn anew
-and Atari's score and lives are painted black. `--side 84` squeezes the whole screen into a square of
-84 pixels, as agents that play these games see it (Mnih et al. 2015): the square that training and
-evaluation cut out of a wide or high screen would leave its edges out, and the HUD with them. The same seed gives the same files; an episode that is
-there already is not played again.
+and Atari's score and lives are painted black. `--side 84` squeezes the whole screen into a square
+of 84 pixels, as agents that play these games see it (Mnih et al. 2015): the square that training
+and evaluation cut out of a wide or high screen would leave its edges out, and the HUD with them.
+The same seed gives the same files; an episode that is there already is not played again.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     OUT/{train,test}/<direction>/<index>-speed<pixels a frame>.mp4
     OUT/{train,test}/<direction>/<index>-speed<...>.states.npy    float32 [frames, 5]
 
-Columns of the states: left and top of the digit in pixels, its velocity in pixels a frame (right and
-down), and which digit it is. After Srivastava et al. 2015, "Unsupervised Learning of Video
+Columns of the states: left and top of the digit in pixels, its velocity in pixels a frame (right
+and down), and which digit it is. After Srivastava et al. 2015, "Unsupervised Learning of Video
 Representations using LSTMs"; one digit instead of two, and by default it leaves the picture at one
 edge and comes back at the other. Bouncing, as theirs do, gives the direction away: what moved right
 a while ago is now on the right, in any one frame.
@@ -94,8 +94,8 @@ def write_moving(
 ) -> None:
     """Writes `clips` training clips and a quarter as many test clips; those there stay.
 
-    Directions, speeds and digits are balanced by turns and drawn from one seed; clip number n is the
-    same however many are asked for.
+    Directions, speeds and digits are balanced by turns and drawn from one seed; clip number n is
+    the same however many are asked for.
 
     Args:
         splits: name, images [N, 28, 28] and labels of MNIST's splits.

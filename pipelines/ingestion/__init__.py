@@ -1,1 +1,1 @@
-"""Raw images and videos to staged and merged shards, file by file or from a live stream. Imports its subfolders and dataset."""
+"""Turns files and live streams into staged and merged shards. Imports its folders and dataset."""

@@ -66,7 +66,7 @@ def kind_of(source: str, container_format: str = "") -> Kind:
 
 
 def file_identity(path: str, known: str = "") -> str:
-    """Returns a text that stays the same while a file grows, and differs for a new file of that name.
+    """Returns a text that stays the same while a file grows but differs for a new file.
 
     Args:
         path: Path of the file.
@@ -104,7 +104,8 @@ class Connection:
 
     Args:
         cfg: the ingest configuration.
-        tick: Called at every packet and at least every `TICK_S`; returning True ends the connection.
+        tick: Called at every packet and at least every `TICK_S`; returning True ends the
+            connection.
 
     Attributes:
         kind: how the source is read.
@@ -151,7 +152,8 @@ class Connection:
     def demux(self, stream: av.VideoStream) -> Iterator[Packet]:
         """Yields the packets as they come, and an empty one at the end.
 
-        After `tick` returned True, packets that have arrived are still yielded, for at most `DRAIN_S`.
+        After `tick` returned True, packets that have arrived are still yielded, for at most
+        `DRAIN_S`.
         """
         until = math.inf
         while time.monotonic() < until:

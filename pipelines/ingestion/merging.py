@@ -54,16 +54,17 @@ def choose_classes(
 ) -> Classes:
     """Decides the class list from every label seen.
 
-    Integers are indices, named by `declared` where the source declares names; indices and names that it
-    does not declare follow these. Where nothing is declared, all labels are names as soon as one of
-    them is, in sorted order. So they are where integers are far larger than there are of them. Names
-    that differ in how their accents are composed alone are one.
+    Integers are indices, named by `declared` where the source declares names; indices and names
+    that it does not declare follow these. Where nothing is declared, all labels are names as soon
+    as one of them is, in sorted order. So they are where integers are far larger than there are of
+    them. Names that differ in how their accents are composed alone are one.
 
     Args:
         tables: items of all chunks, `label_index` and `label_name`.
         declared: class names the source declares, or nothing.
-        fixed: the class names the user wants; other labels are left out. Integers are what `declared`
-            calls them, else one of these names, or where none is an integer the index of one.
+        fixed: the class names the user wants; other labels are left out. Integers are what
+            `declared` calls them, else one of these names, or where none is an integer the index of
+            one.
     """
     if fixed:
         digits = any(name.isdecimal() for name in fixed)
@@ -88,7 +89,7 @@ def choose_classes(
 
 
 def _one_spelling(names: Iterable[str], known: Iterable[str] = ()) -> list[str]:
-    """Returns names without those that are `known`; of several spellings of one the composed one."""
+    """Returns names that are not `known`, in NFC where there are several spellings."""
     spellings: dict[str, list[str]] = {}
     for name in names:
         spellings.setdefault(composed(name), []).append(name)
@@ -211,7 +212,7 @@ def _label_names(labels: pa.Table, classes: Classes) -> pa.ChunkedArray:
 
 
 def labels_left_out(index: Index, keep_N: np.ndarray, classes: Classes) -> Counter[str]:
-    """Returns the labels of kept rows that are none of the classes, with how many rows have them."""
+    """Returns the labels of kept rows that are not classes, with their number of rows."""
     labels = index.labels_N.filter(pa.array(keep_N & index.firsts_N))
     names = _label_names(labels, classes)
     outside = _places(names, classes).is_null()

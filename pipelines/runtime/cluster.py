@@ -44,7 +44,8 @@ def start_ray(cpus: float = 0.0, *, training: bool = False) -> None:
         "runtime_env": runtime_env(),
         "include_dashboard": None if training else False,
         "logging_level": logging.WARNING,
-        # What a worker raises is raised here too, once, and told in words; Ray would print it before.
+        # What a worker raises is raised here too, once, and told in words; Ray would print it
+        # before.
         "log_to_driver": None if LOG_ENV in os.environ else False,
     }
     _quiet_loggers()

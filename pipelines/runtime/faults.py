@@ -50,7 +50,7 @@ class Fault:
 
 
 def faults_of(error: BaseException) -> Iterator[Fault]:
-    """Yields an error and the errors it was raised from, without Ray's wrappers, outermost first."""
+    """Yields an error and its causes, outermost first, without Ray's wrappers."""
     seen: set[int] = set()
     todo: list[BaseException] = [error]
     while todo:

@@ -31,8 +31,8 @@ def prepare(config: C, *, write: bool = True) -> C:
         `config` for tasks and workers, which run in other folders and on other machines.
 
     Raises:
-        ValueError: a protocol that nothing here reads; a place to read that is not there. Names flag
-            and value.
+        ValueError: a protocol that nothing here reads; a place to read that is not there. Names
+            flag and value.
         OSError: a place cannot be read or written.
     """
     config = absolute(config)

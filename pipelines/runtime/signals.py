@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[threading.Event]:
-    """Yields an event that the first SIGTERM or SIGINT sets; a second signal has its usual effect."""
+    """Yields an event that the first SIGTERM or SIGINT sets; a second one acts as usual."""
     stop = threading.Event()
     kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 

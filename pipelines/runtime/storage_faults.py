@@ -50,7 +50,7 @@ def _of_s3(fault: Fault, found: list[Place]) -> str:
 
 
 def _in_s3_words(fault: Fault, found: list[Place]) -> str:
-    """An OSError without a number: one of ours, or one of S3 of which a worker sent only the text."""
+    """An OSError without a number: ours, or one of S3 as a worker sent it, reduced to text."""
     if "bucket does not exist" in fault.text:
         where = _where(fault, found, remote=True)
         return f"{where}there is no such bucket\n{MAKE}"
@@ -83,7 +83,7 @@ def _at(fault: Fault) -> str:
 
 
 def _where(fault: Fault, found: list[Place], *, remote: bool = False, written: bool = False) -> str:
-    """Returns flag and value of the place that an error is about, or of all places it may be about."""
+    """Returns flag and value of the place an error is about, or of all candidates."""
     if fault.about:
         return f"{fault.about}: "
     place = holding(found, fault.path or "") or holding(found, fault.text)

@@ -92,8 +92,9 @@ def is_local(fs: Any) -> bool:
 def absolute_uri(uri: str) -> str:
     """Makes a local path absolute, because tasks and workers run in other directories.
 
-    `~` and `file://` are resolved. Symbolic links are kept, because they may lead elsewhere on other
-    machines; only a path with `..` in it is resolved, as the folder above a link's target is meant.
+    `~` and `file://` are resolved. Symbolic links are kept, because they may lead elsewhere on
+    other machines; only a path with `..` in it is resolved, as the folder above a link's target is
+    meant.
     """
     if not uri:
         return uri

@@ -1,1 +1,1 @@
-"""A source's files by name and address, and how reading one of them fails. Imports config and runtime."""
+"""Files of a source, chunks of them, and failures to read them. Imports config and runtime."""

@@ -1,1 +1,1 @@
-"""What lies at a source: its files, which of them are items, and their classes. Imports entries and dataset."""
+"""Finds the files of a source, and what they and their labels are. Imports entries and below."""

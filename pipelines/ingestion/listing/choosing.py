@@ -38,7 +38,7 @@ def is_item(entry: Entry, modality: Modality, looked: dict[str, Content]) -> boo
 
 
 def is_named_item(entry: Entry, modality: Modality) -> bool:
-    """Whether a listed file is an item: all are, unless the suffix says that it is something else."""
+    """Whether a listed file is an item, which all are whose suffix does not say otherwise."""
     if suffix_of(entry.path) in suffixes(modality):
         return True
     return not (entry.path.endswith(SIDECAR_SUFFIXES) or says_what_it_is(entry.path))

@@ -15,8 +15,8 @@ def read_classes(uri: str) -> tuple[str, ...]:
     """Returns class names, in the order of their indices.
 
     Args:
-        uri: a text file with a name a line, a JSON list of names, a `manifest.json`, or the folder of
-            an ingested set.
+        uri: a text file with a name a line, a JSON list of names, a `manifest.json`, or the folder
+            of an ingested set.
 
     Raises:
         ValueError: it is not there, is none of these, or names no class or one twice.

@@ -24,8 +24,8 @@ def folder_labels(
 ) -> tuple[list[str | None], tuple[str, ...]]:
     """Returns the class of each file by its folders, and what the user should know of it.
 
-    By default that is the file's own folder. Where all of these are called `images`, `train` and the
-    like (`train/CLASS/images/x.jpg`, `CLASS/test/x.jpg`), it is the one above.
+    By default that is the file's own folder. Where all of these are called `images`, `train` and
+    the like (`train/CLASS/images/x.jpg`, `CLASS/test/x.jpg`), it is the one above.
 
     Args:
         names: paths below the source.

@@ -26,7 +26,8 @@ class Found:
         files: sorted by path.
         again: folders met once more through a link, and not walked again.
         stored: files without a suffix that are left out, because links in the source lead to them:
-            what stores contents by their hash (Hugging Face's `blobs`) has names in the links alone.
+            what stores contents by their hash (Hugging Face's `blobs`) has names in the links
+            alone.
     """
 
     files: list[Entry] = field(default_factory=list)

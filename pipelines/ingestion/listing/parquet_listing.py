@@ -28,7 +28,8 @@ class RowGroups:
         file: place of the file among those listed.
         row_groups: [start, stop); empty when the file could not be opened.
         rows: [first, last + 1) in the file; a file that could not be opened counts as one row.
-        label_map: place in the list of all classes by the file's own index; None where it is the same.
+        label_map: place in the list of all classes by the file's own index; None where it is the
+            same.
     """
 
     file: int
@@ -92,7 +93,7 @@ def list_parquet(
 
 
 def _footer(fs: Any, path: str) -> tuple[Any, pa.Schema | None]:
-    """Returns a file's footer and schema; nothing of a damaged one: reading its only chunk reports it."""
+    """Returns a file's footer and schema; None for a damaged file, which is reported when read."""
     try:
         with fs.open(path, "rb") as file:
             parquet = pq.ParquetFile(file)
@@ -117,7 +118,7 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def column_path(schema: pa.Schema, column: str) -> list[str] | None:
-    """Returns the names that lead to `column`, `image.bytes` inside a struct too; None if absent."""
+    """Returns the path to a column, also inside a struct (`image.bytes`); None if absent."""
     if column in schema.names:
         return [column]
     top, *inner = column.split(".")

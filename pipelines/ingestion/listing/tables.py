@@ -58,7 +58,8 @@ def read_file_list(
     """Reads a list of files.
 
     Columns are known by the names in the first row, if it has names; else the one with names of
-    images or videos is the path, and of the others the first that does not number the rows the label.
+    images or videos is the path, and of the others the first that does not number the rows the
+    label.
 
     Args:
         data: the file's bytes: UTF-8, UTF-16 or UTF-32 by its mark, or another encoding of 8 bits.
@@ -153,7 +154,7 @@ def _is_json(text: str) -> bool:
 
 
 def _json_table(text: str, name: str) -> list[list[str]]:
-    """Returns JSON objects, a line each or in one list, as rows under a header of all their keys."""
+    """Returns JSON objects, one a line or in a list, as rows below a header of all their keys."""
     objects = _json_objects(text, name)
     keys = list(dict.fromkeys(key for values in objects for key in values))
     return [keys, *([_json_cell(values.get(key)) for key in keys] for values in objects)]

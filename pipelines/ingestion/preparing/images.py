@@ -68,7 +68,7 @@ def prepare_image(data: bytes, cfg: IngestConfig) -> Prepared:
 
 
 def _draft(data: bytes, cfg: IngestConfig) -> tuple[int, int] | None:
-    """The size to decode at least: twice what will be stored; None for an image that stays as large."""
+    """Returns the least size to decode, twice the stored one; None if the size does not change."""
     if cfg.short_side is None:
         return None
     size = open_image(data, max_pixels=cfg.max_pixels).size

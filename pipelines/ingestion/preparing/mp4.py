@@ -12,9 +12,9 @@ from av.video.reformatter import VideoReformatter
 
 from models.media.videos import SCALING
 
-# x264's code for newer processors than these gives other bytes than its plain C, and with widths that
-# are no multiple of 16 now and then other bytes in the same run. This much equals plain C, and costs
-# 8% more time.
+# x264's code for newer processors than these gives other bytes than its plain C, and with widths
+# that are no multiple of 16 now and then other bytes in the same run. This much equals plain C, and
+# costs 8% more time.
 REPRODUCIBLE = "asm=MMX2,SSE2,SSE2Fast"
 
 

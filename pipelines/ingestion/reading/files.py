@@ -1,4 +1,4 @@
-"""Reads files that are images or videos themselves; a broken one is an item too, with its reason."""
+"""Reads files that are images or videos; a file that cannot be read is an item with a problem."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads labels in the forms people store them; an image is kept even if its label is not understood."""
+"""Reads labels in the forms people store them; a label that is not understood costs no image."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class LabelError(ValueError):
 def as_label(value: Any) -> Label:
     """Returns a class index for small whole numbers (or their text), else text.
 
-    Truth values are 0 and 1. None, NaN (and its text), empty text and negative numbers mean unlabelled.
-    White space around text does not count.
+    Truth values are 0 and 1. None, NaN (and its text), empty text and negative numbers mean
+    unlabelled. White space around text does not count.
 
     Raises:
         LabelError: neither a whole number nor text.

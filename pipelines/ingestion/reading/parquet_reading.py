@@ -28,7 +28,7 @@ LONGEST_PATH = 4096
 
 
 def read_parquet(fs: Any, chunk: Chunk, cfg: IngestConfig, _: Tally) -> Iterator[Item]:
-    """Yields the images of the chunk's rows; a row that is lost to damage is an item with a problem."""
+    """Yields the images of the chunk's rows; a damaged row is an item with a problem."""
     entry, row = chunk.entries[0], chunk.rows[0]
     uri = chunk.uri(entry)
     try:
@@ -169,7 +169,7 @@ class _Rows:
         return image
 
     def _read_file(self, name: str) -> bytes:
-        """Returns a file named in a row: by a path from the Parquet file's folder, or an address."""
+        """Reads a file that a row names by an address or a path from the Parquet file's folder."""
         shown = repr(name if len(name) <= 80 else f"{name[:77]}...")
         if not name.strip() or len(name) > LONGEST_PATH or not name.isprintable():
             raise _Missing(f"text that is no path: {shown}")

@@ -74,7 +74,7 @@ def read_tar(fs: Any, chunk: Chunk, cfg: IngestConfig, tally: Tally) -> Iterator
 
 @contextlib.contextmanager
 def _decompressed(file: IO[bytes]) -> Iterator[Any]:
-    """Yields the tar in `file`, by its first bytes; compressed files may be joined end to end too."""
+    """Yields the uncompressed tar in `file`; several compressed files may be joined end to end."""
     head = file.read(6)
     file.seek(0)
     for magic, opener in _OPENERS:
@@ -127,7 +127,7 @@ class _StrictTarInfo(tarfile.TarInfo):
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, int]]:
-    """Yields every member, and the number of its archive in the file: zero blocks end an archive."""
+    """Yields every member with the number of its archive in the file; zero blocks end one."""
     archive = end = 0
     while (member := tar.next()) is not None:
         tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps them all
@@ -273,7 +273,7 @@ class _Contents:
             yield item
 
     def _link(self, member: tarfile.TarInfo, path: str, archive: int) -> Iterator[Item]:
-        """A link to a member is that member once more; one to elsewhere is an image that is missing."""
+        """Ignores a link to a member of the archive; an image linked from elsewhere is missing."""
         folder = "" if member.islnk() else posixpath.dirname(path)
         target = _path_of(posixpath.join(folder, member.linkname))
         label = self._labels.get(target)

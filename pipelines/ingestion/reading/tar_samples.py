@@ -1,7 +1,7 @@
 """Which label file of a tar belongs to which image, by their names alone.
 
-Names and labels are all that is kept of an archive (about 650 bytes a member), and they are matched at
-its end: so a label counts wherever it lies, and no image is read twice or waits in memory.
+Names and labels are all that is kept of an archive (about 650 bytes a member), and they are matched
+at its end: so a label counts wherever it lies, and no image is read twice or waits in memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Labelled = tuple[Label, Problem | None]
 
 
 def stems(path: str) -> Iterator[str]:
-    """Yields `path` and what is left of it without its last suffix, the last two, ..., the longest first.
+    """Yields `path`, then `path` without its last suffix, without its last two, and so on.
 
     The last one is the key by which WebDataset groups: the path up to the first dot of the name.
     """
@@ -161,7 +161,7 @@ def _base(path: str) -> str:
 def _fit(
     pictures: Iterable[Picture], labels: Iterable[LabelFile], found: dict[int, Labelled]
 ) -> None:
-    """Finds for every picture the label file with the longest stem that its own name begins with."""
+    """Finds for every picture the label file with the longest stem that begins its name."""
     by_stem: dict[str, list[LabelFile]] = defaultdict(list)
     for label in labels:
         by_stem[posixpath.splitext(label.path)[0]].append(label)

@@ -25,7 +25,8 @@ SOURCE_TYPES: tuple[SourceType, ...] = (
     FOLDER,
     WEBDATASET,
     PARQUET,
-    # Last, because tars and Parquet files have files of any name beside them, like Spark's _SUCCESS.
+    # Last, because tars and Parquet files have files of any name beside them, like Spark's
+    # _SUCCESS.
     FOLDER_BY_CONTENT,
 )
 """The first that matches a source reads it; `--format` leaves one name to choose from."""
@@ -46,9 +47,9 @@ def list_source(cfg: IngestConfig) -> Listing:
     """Lists `cfg.source` and cuts it into chunks.
 
     Raises:
-        ValueError: There is nothing to read; there are images and videos and `cfg.modality` does not
-            say which; a flag does not go with this type of source; or a Parquet file lacks the image
-            column or the label column that was named.
+        ValueError: There is nothing to read; there are images and videos and `cfg.modality` does
+            not say which; a flag does not go with this type of source; or a Parquet file lacks the
+            image column or the label column that was named.
     """
     source = open_source(cfg)
     kind = choose_type(source, cfg)
@@ -73,10 +74,11 @@ def read_chunk(chunk: Chunk, cfg: IngestConfig, tally: Tally | None = None) -> I
 
 
 def open_source(cfg: IngestConfig) -> Source:
-    """Finds the files at `cfg.source`, and looks into those whose suffix does not say what they are.
+    """Finds the files at `cfg.source`, and looks into those whose suffix says nothing.
 
     Raises:
-        ValueError: The source does not exist, may not be listed, or has an address that is not read.
+        ValueError: The source does not exist, may not be listed, or has an address that is not
+            read.
     """
     fs, root = open_address(cfg.source)
     found, base = find(fs, root, fs._strip_protocol(cfg.out))
