@@ -124,7 +124,7 @@ def _draw(
     drawn.add_column("")
     names = [column.name for column in table.columns]
     for name in [*names[:1], *([second[0]] if second else []), *names[1:]]:
-        drawn.add_column(name, justify="right")
+        drawn.add_column(name, justify="right", overflow="fold")
     for index, (name, cells) in enumerate(table.rows.items()):
         texts = ["-" if c.text is None else c.text.replace("\u00b1", "+-") for c in cells]
         more = [second[1][index]] if second else []
