@@ -85,7 +85,8 @@ def use_plain_attention(module: nn.Module) -> None:
     """Makes every attention two matrix products and a softmax instead of the fused kernel.
 
     The same function. On CPUs the fused kernel's backward pass takes ten times as long in bfloat16
-    (a whole step of ViT-S/16: 1.93 s against 1.45 s; benchmarks/training/step.md); elsewhere it is the faster.
+    (a whole step of ViT-S/16: 1.93 s against 1.45 s; benchmarks/training/step.md); elsewhere it is
+    the faster.
     """
     for part in module.modules():
         if isinstance(part, Attention):

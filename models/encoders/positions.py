@@ -141,15 +141,16 @@ class Grid(NamedTuple):
 
 
 def sincos_table(width: int, grid: Grid) -> torch.Tensor:
-    """The fixed table of a grid, float32 [N, width]: the 2-D one where there is a single time step."""
+    """The fixed table of a grid, float32 [N, width]: the 2-D one where there is a single time
+    step."""
     return sincos_2d(width, grid.side) if grid.tubes == 1 else sincos_3d(width, *grid)
 
 
 def fit_table(table_1ND: torch.Tensor, old: Grid, new: Grid) -> torch.Tensor:
     """A position table of one grid made to suit another.
 
-    The fixed table is computed anew. Any other was learned: its rows and columns are interpolated as
-    timm does (bicubic, antialiased), its time steps linearly.
+    The fixed table is computed anew. Any other was learned: its rows and columns are interpolated
+    as timm does (bicubic, antialiased), its time steps linearly.
 
     Args:
         table_1ND: [1, N, D] of the grid `old`.

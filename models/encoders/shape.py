@@ -118,7 +118,7 @@ PRESETS = {
     "video_l": Preset(width=1024, depth=24, heads=16, predictor_width=384, predictor_depth=12, predictor_heads=12),
     "video_h": Preset(width=1280, depth=32, heads=16, predictor_width=384, predictor_depth=12, predictor_heads=12),
     "video_g": Preset(width=1408, depth=40, heads=22, mlp_ratio=48 / 11, predictor_width=384, predictor_depth=12, predictor_heads=12),
-    # For clips of 32 or 64 pixels on a few CPU cores; heads of 24 or 32 suit the three axes of RoPE.
+    # For clips of 32 or 64 pixels on a few CPU cores. Heads of 24 or 32 suit RoPE's three axes.
     "video_micro": Preset(width=96, depth=4, heads=3, predictor_width=48, predictor_depth=2, predictor_heads=2),
     "video_tiny": Preset(width=128, depth=4, heads=4, predictor_width=64, predictor_depth=2, predictor_heads=2),
     "video_small": Preset(width=192, depth=6, heads=6, predictor_width=96, predictor_depth=4, predictor_heads=4),

@@ -1,1 +1,2 @@
-"""Training objectives, one file each, and the registry of their names. Imports encoders and views."""
+"""Training objectives, one file each, and the registry of their names. Imports encoders and
+views."""

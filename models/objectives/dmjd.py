@@ -19,7 +19,7 @@ from models.objectives.registry import register_objective
 
 @register_objective("dmjd")
 class DMJD(LatentPrediction):
-    """Every context predicts its own part of the image, and no part is predicted twice."""
+    """Each context predicts its own part of the image; the parts do not overlap."""
 
     inputs = ("images", "context_ids", "target_ids")
 

@@ -15,7 +15,7 @@ from models.objectives.registry import register_objective
 
 @register_objective("ijepa")
 class IJEPA(LatentPrediction):
-    """All blocks of an image are predicted from one context, each on its own."""
+    """Predicts every target block of an image separately, all from one context."""
 
     inputs = ("images", "context_ids", "target_ids")
 

@@ -1,4 +1,4 @@
-"""What LeJEPA and VICReg share: views of a sample, one encoder, a projector; no teacher, no mask.
+"""Common part of LeJEPA and VICReg: several views of a sample, one encoder and a projector.
 
 Shape legend: B images or clips, V views, K tokens that the encoder computes of a view, D encoder
 width, E embedding width.
@@ -20,11 +20,12 @@ from models.synced import SyncedBatchNorm
 from models.views import Views, kept_tokens
 
 WATCHED_COLUMNS = 512
-"""Of an embedding: the watch keeps their square, and any of them shows a collapse."""
+"""Columns of the embeddings that the collapse watch reads. It keeps a matrix of their square, and
+any columns show a collapse."""
 
 
 class JointEmbedding(EncoderObjective):
-    """Embeddings of several views of a sample are to agree, and not to collapse.
+    """Makes the embeddings of several views of a sample agree without collapsing.
 
     Args:
         encoder: embeds every view; what is evaluated is the mean of its tokens.
@@ -62,7 +63,8 @@ class JointEmbedding(EncoderObjective):
 
     @property
     def watched(self) -> dict[str, int]:
-        """The embeddings too: where they collapse, the encoder may stay as it began and learn nothing."""
+        """The features and the embeddings, because embeddings can collapse while the encoder's
+        features stay as they were at the start."""
         last = self.projector[-1]
         assert isinstance(last, nn.Linear)
         return {**super().watched, "embedded": min(last.out_features, WATCHED_COLUMNS)}
@@ -79,7 +81,8 @@ class JointEmbedding(EncoderObjective):
 
     @abstractmethod
     def compare(self, embedded_VBE: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss of the views' embeddings (fp32, no autocast), and its parts as detached scalars."""
+        """Returns the loss of the views' embeddings (fp32, no autocast) and its parts as detached
+        scalars."""
 
     def embed(self, pixels: torch.Tensor, keys_B: torch.Tensor) -> torch.Tensor:
         """Mean token of every view, fp32 [V, B, D]; views of one size in one pass."""

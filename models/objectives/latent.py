@@ -1,4 +1,4 @@
-"""What I-JEPA and V-JEPA share: a context encoder, a slowly following target encoder, a predictor.
+"""Common part of I-JEPA, V-JEPA and DMJD: context encoder, EMA target encoder and predictor.
 
 Shape legend: B images or clips, N tokens of the whole input, P pixel values of a token, D width.
 """
@@ -35,7 +35,7 @@ DISTANCES: dict[str, Distance] = {
 
 
 class LatentPrediction(EncoderObjective):
-    """Predict the target encoder's features of what the context encoder does not see.
+    """Predicts the target encoder's features of the regions that the context encoder does not see.
 
     Args:
         encoder: the context encoder; the target encoder starts as its copy.

@@ -1,7 +1,8 @@
 """LeJEPA (Balestriero and LeCun, 2025, arXiv 2511.08544): views of a sample agree, and all samples
 together look like a standard normal distribution. No teacher, predictor or stopped gradient.
 
-On clips it is LeVJEPA (2026, arXiv 2608.27395) in its essentials: every view keeps a few random tokens.
+On clips it is LeVJEPA (2026, arXiv 2608.27395) in its essentials: every view keeps a few random
+tokens.
 
 Shape legend: B images or clips, V views, E embedding width.
 """

@@ -1,7 +1,8 @@
-"""Masked autoencoding (He et al., 2022, arXiv 2111.06377): paint the hidden patches' pixels.
+"""Masked autoencoding (He et al., 2022, arXiv 2111.06377): reconstruct the pixels of hidden
+patches.
 
-Shape legend: B images or clips, N patches, K visible tokens, T hidden tokens, P pixel values of a patch, D
-width.
+Shape legend: B images or clips, N patches, K visible tokens, T hidden tokens, P pixel values of a
+patch, D width.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ PIXEL_EPS = 1e-6
 
 @register_objective("mae")
 class MAE(EncoderObjective):
-    """The encoder sees the visible patches only; a decoder, thrown away later, paints the others.
+    """The encoder sees the visible patches; a decoder, dropped after training, reconstructs the
+    others.
 
     Args:
         encoder: what is evaluated: on whole images, the mean of its tokens.
         decoder: a predictor whose outputs are P wide.
-        norm_pixels: paint every patch less its mean and over its deviation (section 4, the paper's
-            better variant).
+        norm_pixels: normalise every target patch by its own mean and standard deviation (the
+            better variant in section 4 of the paper).
         mean: channel means removed from the input.
         std: channel standard deviations removed from the input.
     """
@@ -79,7 +81,7 @@ class MAE(EncoderObjective):
         return Output(loss, monitored={"target_pooled": context_BKD.mean(1).float()})
 
     def targets(self, patches_BNP: torch.Tensor) -> torch.Tensor:
-        """What every patch should be painted as, [B, N, P]."""
+        """The pixel values to reconstruct for every patch, [B, N, P]."""
         if not self.norm_pixels:
             return patches_BNP
         variance, mean = torch.var_mean(patches_BNP, dim=-1, keepdim=True)
@@ -88,10 +90,11 @@ class MAE(EncoderObjective):
 
 @register_objective("videomae")
 class VideoMAE(MAE):
-    """The same of clips, whose tokens are tubelets (Tong et al., 2022, arXiv 2203.12602).
+    """MAE on clips, whose tokens are tubelets (Tong et al., 2022, arXiv 2203.12602).
 
     Best with tubes, the same hidden patches at all times: what is hidden cannot be copied from the
-    next frame. Unlike there, context and targets are the masker's: V-JEPA's blocks are possible too.
+    next frame. Unlike there, context and targets are the masker's: V-JEPA's blocks are possible
+    too.
     """
 
     inputs = ("clips", "context_ids_0", "target_ids_0")

@@ -1,4 +1,4 @@
-"""What the trainer asks of an objective, whatever it learns.
+"""The interface of an objective: all that the trainer knows of it.
 
 Shape legend: B images or clips, D width.
 """
@@ -17,15 +17,15 @@ from models.encoders.from_settings import Settings
 from models.encoders.vit import VisionTransformer
 
 Batch = dict[str, Tensor]
-"""What `Objective.inputs` names, and perhaps more.
+"""Tensors by name: at least those in `Objective.inputs`.
 
-Images: `images` uint8 [B, C, H, W]. Clips: `clips` uint8 [B, C, T, H, W]. Of both `sample_keys` int64
-[B], 64 random bits fixed by (seed, epoch, sample id), by which anything random about a sample is
-drawn. Masks, by what the run's masker draws (`pipelines.loading.masks.maskers`): of images `context_ids` int64 [B, K]
-and `target_ids` int64 [B, M, T] of M target blocks, or both with an axis of C contexts, [B, C, K] and
-[B, C, T]; of clips, for every mask generator g = 0, 1, ... `context_ids_g` int64 [B, K_g] and
-`target_ids_g` int64 [B, T_g]. Lengths are the same in all batches of a run.
-"""
+Images: `images` uint8 [B, C, H, W]. Clips: `clips` uint8 [B, C, T, H, W]. Of both `sample_keys`
+int64 [B], 64 random bits fixed by (seed, epoch, sample id), by which anything random about a sample
+is drawn. Masks, by what the run's masker draws (`pipelines.loading.masks.maskers`): of images
+`context_ids` int64 [B, K] and `target_ids` int64 [B, M, T] of M target blocks, or both with an axis
+of C contexts, [B, C, K] and [B, C, T]; of clips, for every mask generator g = 0, 1, ...
+`context_ids_g` int64 [B, K_g] and `target_ids_g` int64 [B, T_g]. Lengths are the same in all
+batches of a run. """
 
 
 @dataclass

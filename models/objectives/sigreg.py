@@ -3,7 +3,8 @@
 
     A            D x M, columns of unit length, drawn anew in every step
     t_k          3 k / (T - 1), phi_k = exp(-t_k^2 / 2), w_k = 2 dt phi_k (half of it at both ends)
-    EP(m)        N sum_k w_k [ (mean_n cos(t_k z_n . a_m) - phi_k)^2 + (mean_n sin(t_k z_n . a_m))^2 ]
+    EP(m)        N sum_k w_k [ (mean_n cos(t_k z_n . a_m) - phi_k)^2
+                               + (mean_n sin(t_k z_n . a_m))^2 ]
     SIGReg       mean over m of EP(m)
 
 The integral over [-3, 3] is folded at 0 by symmetry. Sine and cosine of all knots follow from those
@@ -49,7 +50,7 @@ class SIGReg(nn.Module):
         self.register_buffer("step", torch.zeros(1, dtype=torch.int64))
 
     def advance(self) -> None:
-        """To be called after every optimizer step: the next one has other slices."""
+        """Draws other slices from now on; call it after every optimizer step."""
         self.step += 1
 
     def forward(self, rows_ND: torch.Tensor) -> torch.Tensor:
@@ -124,7 +125,8 @@ class Regularized(Objective):
         return self.objective.watched
 
     def forward(self, batch: Batch) -> Output:
-        """The objective's output with the larger loss; the statistic is its metric `regularizer`."""
+        """The objective's output with the larger loss; the statistic is its metric
+        `regularizer`."""
         output: Output = self.objective(batch)
         statistic = self.sigreg(output.monitored[self.on])
         return Output(

@@ -23,13 +23,14 @@ STD_EPS = 1e-4  # section 4.1, equation 2
 
 @register_objective("vicreg")
 class VICReg(JointEmbedding):
-    """Views agree, every dimension spreads to at least 1, and no two dimensions tell the same.
+    """Views agree, every dimension has a standard deviation of at least 1, and dimensions do not
+    correlate.
 
     Args:
         encoder: see `JointEmbedding`, as all that is not named here.
         views: as there; the paper has two.
-        weights: of invariance, variance and covariance (the paper: 25, 25, 1). Without the last two,
-            the negative control, everything collapses.
+        weights: of invariance, variance and covariance (the paper: 25, 25, 1). With 0 for the last
+            two, the negative control, everything collapses.
         projector: as there.
         mean: as there.
         std: as there.

@@ -1,1 +1,2 @@
-"""Every job's configuration: frozen keyword-only dataclasses and their JSON. Imports nothing but the standard library."""
+"""Every job's configuration: frozen keyword-only dataclasses and their JSON. Imports nothing but
+the standard library."""

@@ -20,7 +20,7 @@ def from_json(cls: type[T], text: str) -> T:
     """Rebuilds a `cls` from `to_json`'s text.
 
     Raises:
-        ValueError: an unknown or missing key, named with its path, or a value that fails validation.
+        ValueError: a key is unknown or missing (its path is named), or a value fails validation.
     """
     return _from_dict(cls, json.loads(text), cls.__name__)
 

@@ -1,4 +1,4 @@
-"""What training data is, and how it is cut and masked."""
+"""Settings of the training data: shards, crops, clips and masks."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ class DataConfig:
     train: ReadPlace = ""
     """Folder or `s3://` prefix of ingested shards to pretrain on."""
     test: ReadPlace = ""
-    """Labelled shards held out for the online probe; empty splits nothing off and skips the probe."""
+    """Labelled shards held out for the online probe; empty skips the
+    probe."""
     batch_size: int = 256
     """Images or clips in one optimizer step, over all workers and accumulation steps."""
     lanes: int = 8
-    """Independent streams a global batch is made of: worker r of W reads lanes [r*L/W, (r+1)*L/W).
-    The data a run sees depends on this, never on the number of workers, which must divide it."""
+    """Independent streams that make up a global batch: worker r of W reads lanes [r*L/W,
+    (r+1)*L/W). The data that a run sees depends on this, never on the number of workers, which must
+    divide it."""
     shuffle_window: int = 1024
     """Rows of one lane shuffled together, on top of the permutation of row groups."""
     crop_scale: tuple[float, float] = (0.3, 1.0)
@@ -36,7 +38,7 @@ class DataConfig:
     decode_threads: int = 2
     """Decoder threads per worker when `decode_in` is `trainer`."""
     prefetch_batches: int = 4
-    """Batches kept ready ahead of the step."""
+    """Number of batches that are prepared ahead of the training step."""
 
     def __post_init__(self) -> None:
         require(self.batch_size > 0, "data.batch-size", "must be positive")
@@ -66,13 +68,13 @@ class MaskConfig:
     context_scale: tuple[float, float] = (0.85, 1.0)
     """Area range of the square context block, before the targets are cut out of it."""
     context_keep: int | None = None
-    """Context tokens kept per image, constant through the run; None takes a share of the grid that
-    2 to 8% of the draws miss (those are drawn again)."""
+    """Context tokens kept per image, constant through the run. None takes a share of the grid that
+    92 to 98% of the draws reach; the others are drawn again."""
     hidden: float = 0.75
     """mae: share of the patches that is hidden, drawn at random patch by patch."""
     contexts: int = 4
-    """dmjd: contexts of an image; each predicts its own share of the patches, all of them together the
-    whole image, and sees `context_keep` of the others (None: all)."""
+    """dmjd: number of contexts of an image. Each predicts its own share of the patches, together
+    they predict the whole image, and each sees `context_keep` of the other patches (None: all)."""
     truncate: Literal["random", "legacy"] = "random"
     """`random` keeps a random subset of fixed size; `legacy` reproduces the original: one block
     size a batch, scale and ratio from one draw, last row and column never reached, every list cut
@@ -91,15 +93,16 @@ class MaskConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ClipConfig:
-    """Which frames of a stored segment make up a clip; how many is `model.frames`."""
+    """Which frames of a stored segment make up a clip. `model.frames` says how many there are."""
 
     fps: float | None = None
-    """Frames a second of the clip, whatever the segment's rate; None counts frames by `stride`."""
+    """Frames per second of the clip, whatever the rate of the segment; None uses `stride`
+    instead."""
     stride: int = 1
-    """Frames of the segment from one frame of the clip to the next."""
+    """Distance between two frames of the clip, in frames of the segment."""
     jitter: bool = True
-    """Start anywhere in the segment, drawn anew in every epoch; otherwise take its middle, as
-    evaluation always does."""
+    """Start at a random frame of the segment, drawn anew in every epoch. Otherwise take the middle
+    of the segment, as evaluation always does."""
 
     def __post_init__(self) -> None:
         require(self.fps is None or self.fps > 0, "clip.fps", "must be positive")
@@ -116,15 +119,17 @@ class VideoMaskConfig:
     """
 
     kind: Literal["blocks", "tube"] = "blocks"
-    """`blocks` hides the union of some blocks; `tube` hides the same random patches at all times."""
+    """`blocks` hides the union of several blocks; `tube` hides the same random patches in all
+    frames."""
     blocks: tuple[int, ...] = (8, 2)
-    """Blocks of each generator. V-JEPA: 8 small ones (short range) and 2 large ones (long range)."""
+    """Number of blocks of each generator. V-JEPA has 8 small ones (short range) and 2 large ones
+    (long range)."""
     scale: tuple[float, ...] = (0.15, 0.7)
     """Area of each generator's blocks, as a fraction of the patch grid."""
     ratio: tuple[float, float] = (0.75, 1.5)
     """Aspect-ratio range of all blocks."""
     temporal_scale: tuple[float, ...] = (1.0, 1.0)
-    """Share of the clip that each generator's blocks last; 1 is all of it, as in V-JEPA."""
+    """Duration of each generator's blocks, as a fraction of the clip; 1 as in V-JEPA."""
     tube_ratio: float = 0.9
     """Share of the patches that `tube` hides."""
     truncate: Literal["random", "legacy"] = "random"

@@ -1,4 +1,4 @@
-"""What `pipelines.ingest` is told."""
+"""Settings of `pipelines.ingest`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class VideoConfig:
     fps: float = 15.0
     """Constant frame rate of every segment; sources are resampled by their timestamps."""
     segment_seconds: float = 10.0
-    """Length of a segment, the last of a file may be shorter. A clip is drawn from one segment."""
+    """Length of a segment; the last one of a file may be shorter. A clip is drawn from one
+    segment."""
     key_frame_every: int = 15
     """Frames between key frames: the most a loader decodes before the first frame it wants."""
     crf: int = 20
@@ -27,13 +28,15 @@ class VideoConfig:
     preset: Literal["ultrafast", "veryfast", "medium", "slow"] = "veryfast"
     """H.264 encoder effort: slower is smaller at the same quality."""
     max_gap: float = 5.0
-    """Seconds a frame is shown on when none follows; a longer gap starts a new segment after it."""
+    """A frame is repeated for at most this many seconds when none follows. After a longer gap a new
+    segment starts."""
     max_pixels: int = 16_777_216
     """Files with larger frames than this are quarantined, undecoded."""
     max_bytes: int = 17_179_869_184
     """Files larger than this many bytes are quarantined, unread."""
     max_seconds: float = 86_400.0
-    """Files longer than this are quarantined; one that only turns out longer is cut there."""
+    """Files longer than this are quarantined. A file whose header says less is cut at this
+    length."""
 
     def __post_init__(self) -> None:
         require(0 < self.fps <= 1000, "video.fps", "must be positive, at most 1000")
@@ -50,24 +53,25 @@ class VideoConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LiveConfig:
-    """How a live stream is opened, and how often what came of it is published."""
+    """How a live stream is opened, and how often new shards are published."""
 
     publish_seconds: float = 30.0
-    """A shard with what is complete is published this often, or sooner by --shard-bytes."""
+    """Seconds between published shards; a shard that reaches --shard-bytes is published sooner."""
     format: str = ""
-    """FFmpeg's name of the input format, where the source does not say: `v4l2` of a camera."""
+    """FFmpeg's name of the input format, where the source does not say: `v4l2` for a
+    camera."""
     options: tuple[str, ...] = ()
     """NAME=VALUE for FFmpeg: `rtsp_transport=tcp`, `framerate=30`."""
     open_seconds: float = 30.0
-    """A source that could not be opened within this time at the start is an error."""
+    """The job fails if the source cannot be opened within this many seconds at the start."""
     read_seconds: float = 10.0
-    """A connection that brings no video for so long is given up, and made anew."""
+    """Reconnect after this many seconds without video."""
     backoff_seconds: float = 1.0
-    """Wait before connecting again; doubled after every failure."""
+    """Seconds to wait before reconnecting; doubled after every failure."""
     most_backoff_seconds: float = 30.0
-    """The longest of these waits."""
+    """Longest wait before reconnecting, in seconds."""
     end_seconds: float = 600.0
-    """The stream counts as ended when no video has come for this long, whatever was tried."""
+    """The stream counts as ended after this many seconds without video, reconnects included."""
 
     def __post_init__(self) -> None:
         for flag in ("publish", "open", "read", "backoff", "most_backoff", "end"):
@@ -85,36 +89,38 @@ class IngestConfig:
     """Raw images or videos of any source to validated Parquet shards."""
 
     source: Annotated[str, PlaceField(unless="follow")]
-    """Folder, `s3://` prefix or list (CSV, TSV, text, JSON lines) of images or videos; for images also a
-    WebDataset tar (or a folder or glob of them), or a Parquet file or folder. With --follow one live
-    stream: a URL or device that FFmpeg opens, a file that grows, a named pipe, or `-`."""
+    """Folder, `s3://` prefix or list (CSV, TSV, text, JSON lines) of images or videos; for images
+    also a WebDataset tar (or a folder or glob of them), or a Parquet file or folder. With --follow
+    one live stream: a URL or device that FFmpeg opens, a file that grows, a named pipe, or `-`."""
     out: WrittenPlace
     """Where shards, manifest and quarantine go: a local folder or an `s3://` prefix."""
     format: Literal["auto", "folder", "list", "webdataset", "parquet"] = "auto"
     """How to read `source`; `auto` decides by the file names found there."""
     modality: Literal["auto", "image", "video"] = "auto"
-    """What to make of the files; `auto` decides by their names (GIFs alone are images)."""
+    """How to treat the files; `auto` decides by their names (a source of GIFs only is images)."""
     video: VideoConfig = field(default_factory=VideoConfig)
     """How video is cut and stored."""
     image_column: str = "image"
-    """Parquet sources: the column of encoded bytes, of Hugging Face's `{bytes, path}` structs, of paths,
-    or of lists of these. `image.bytes` is a field of a struct. Of lists, the column of paths, where
-    it has none of the usual names."""
+    """Parquet sources: the column of encoded bytes, of Hugging Face's `{bytes, path}` structs, of
+    paths, or of lists of these. `image.bytes` is a field of a struct. Lists: the column of paths,
+    if it has none of the usual names."""
     label_column: str | None = None
-    """Parquet sources and lists: the column of labels, or the key of folders named KEY=VALUE. By default it is
-    `label` (in lists one of the usual names), and files without it are unlabelled."""
+    """Parquet sources and lists: the column of labels, or the key of folders named KEY=VALUE. The
+    default is `label` (in lists one of the usual names). Files without the column are
+    unlabelled."""
     image_member: tuple[str, ...] = ()
-    """Tars with several pictures a sample: take those whose names end in `.` and one of these, as in
-    `jpg` or `seg.png`."""
+    """Tars with several pictures per sample: take those whose names end in `.` and one of these,
+    such as `jpg` or `seg.png`."""
     class_level: int | None = None
-    """Folders: which folder above a file is its class: 1 is the first below the source, -1 the file's
-    own, 0 none. By default the file's own, or where all of these are called `images`, `train` and
-    the like, the one above."""
+    """Folders: which folder above a file is its class: 1 is the first below the source, -1 the
+    file's own, 0 none. The default is the file's own folder, or the one above if all of these have
+    names such as `images` or `train`."""
     classes: ReadPlace = ""
     """Fixes the classes and their order, as a test set needs those of its training set: a text file
-    with a name a line, or an ingested set (its folder or manifest.json). Other labels are left out."""
+    with one name per line, or an ingested set (its folder or manifest.json). Items with other
+    labels are left out."""
     follow: bool = False
-    """`source` is a live stream: publish shards while it runs, until it ends or SIGTERM comes."""
+    """`source` is a live stream: publish shards until it ends or the job receives SIGTERM."""
     live: LiveConfig = field(default_factory=LiveConfig)
     """How a live stream is opened and published."""
     short_side: int | None = None
@@ -126,12 +132,12 @@ class IngestConfig:
     quality: int = 95
     """JPEG and WebP quality when re-encoding."""
     background: str = "black"
-    """What is seen through transparent places of images: `black`, `white`, `R,G,B` (0 to 255 each) or
-    `#rrggbb`. Encoders trained on the set serve with the same."""
+    """Colour that fills the transparent parts of images: `black`, `white`, `R,G,B` (0 to 255 each)
+    or `#rrggbb`. Encoders trained on the set use the same colour when they serve."""
     deep_range: int | Literal["auto"] = 65535
-    """The value that is white in 16-bit images whose file does not say it: 4095 for 12-bit data of
-    X-rays and microscopes. `auto` takes, for each image by itself, white of the fewest bits (8, 10, 12,
-    14, 16) that hold its brightest value."""
+    """Value of white in 16-bit images whose file does not state it, such as 4095 for 12-bit data
+    from X-rays and microscopes. `auto` takes, for each image, the smallest bit depth (8, 10, 12, 14
+    or 16) that holds its brightest value."""
     max_pixels: int = 100_000_000
     """Images with more pixels than this are quarantined as decompression bombs, undecoded."""
     max_bytes: int = 67_108_864

@@ -1,4 +1,4 @@
-"""What comes after training: evaluation, export, embedding; and the demo that does it all."""
+"""Settings of the jobs after training (evaluate, export, embed) and of the demo."""
 
 from __future__ import annotations
 
@@ -12,58 +12,64 @@ from pipelines.config.places import PlaceField, ReadPlace, WrittenPlace
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """What an encoder learned: kNN, linear probe, few-shot, RankMe, beside two baselines; of clips
-    also an attentive probe, and the encoder on single frames as a third baseline."""
+    """Evaluates an encoder by kNN, linear probe, few-shot and RankMe, beside two baselines. Clips
+    also get an attentive probe, and the encoder on single frames as a third baseline."""
 
     checkpoint: ReadPlace
-    """Checkpoint or exported artifact (folder or `s3://` prefix); a run folder means its best checkpoint."""
+    """Checkpoint or exported artifact (folder or `s3://` prefix). A run folder stands for its best
+    checkpoint."""
     data: ReadPlace
-    """Labelled shards the probes learn from."""
+    """Labelled shards that the probes are trained on."""
     test: ReadPlace
-    """Labelled shards the probes are scored on."""
+    """Labelled shards that the probes are tested on."""
     shift_test: ReadPlace | None = None
-    """A second test set, scored by the same probes as --test: what a change of the footage costs."""
+    """A second test set for the same probes, which shows how accuracy changes on other footage."""
     out: WrittenPlace = "evaluation"
     """Folder for results.json and report.html."""
     only: str | None = None
-    """Use only rows of this class of the shards (of games, one game)."""
+    """Use only rows of this class of the shards, for example one game."""
     state: str | None = None
-    """Of video: instead of the shards' classes, this column of a frame's `states` (a number, or a name
-    in --columns), in bins, at the clip's middle frame."""
+    """Video: instead of the shards' classes, predict this column of a frame's `states` (a number,
+    or a name in --columns), in bins, at the middle frame of the clip."""
     columns: ReadPlace | None = None
-    """columns.json of `pipelines.fetch gameplay`: what --state's names are, by the game in --only."""
+    """columns.json of `pipelines.fetch gameplay`: the names for --state, for the game in
+    --only."""
     bins: int = 4
-    """Classes made of --state, each with an equal share of the training set."""
+    """Number of classes that --state is divided into, each with an equal share of the training
+    set."""
     supervised_epochs: int = 0
     """Epochs of the supervised baseline, the same encoder trained from scratch on the labels; its
     pixels are kept in memory. 0 leaves it out."""
     knn_k: int = 20
-    """Neighbours that vote."""
+    """Number of neighbours that vote in kNN."""
     knn_temperature: float = 0.07
-    """Softmax temperature of the votes."""
+    """Softmax temperature of the kNN votes."""
     probe_epochs: int = 50
     """Epochs of the linear probe."""
     attentive_epochs: int = 20
-    """Epochs of the attentive probe of clips; 0 leaves it out, and is what images get."""
+    """Epochs of the attentive probe on clips; 0 leaves it out. Images have none."""
     attentive_lrs: tuple[float, ...] = (5e-3, 3e-3, 1e-3, 3e-4, 1e-4)
-    """Its learning rates, each tried with each decay in one pass; fewer take less time."""
+    """Learning rates of the attentive probe. Each is tried with each decay in one pass; fewer take
+    less time."""
     attentive_decays: tuple[float, ...] = (0.01, 0.1, 0.4, 0.8)
-    """Its weight decays."""
+    """Weight decays of the attentive probe."""
     attentive_standardise: bool = False
-    """Standardise tokens by training statistics first, as the linear probe does. Not V-JEPA's protocol; a
-    few hundred clips are often too few steps for the probe to leave its start without."""
+    """Standardise tokens by training statistics first, as the linear probe does. This is not
+    V-JEPA's protocol, but with only a few hundred clips the attentive probe often learns nothing
+    without it."""
     fps: float | None = None
-    """Frames a second of clips; None, unless --stride is given, is what the encoder was trained on."""
+    """Frames per second of clips. None, without --stride, takes the rate of training."""
     stride: int | None = None
-    """Frames of a segment from one frame of a clip to the next; None as above."""
+    """Distance between two frames of a clip, in frames of the segment; None as for --fps."""
     batch_size: int = 256
     """Images, or frames of clips, per forward pass."""
     limit: int | None = None
     """Use at most this many images or clips of each set."""
     compare: tuple[ReadPlace, ...] = ()
-    """results.json files (or their folders) of other evaluations on the same data, to stand beside."""
+    """results.json files (or their folders) of other evaluations on the same data, shown
+    beside this one."""
     seed: int = 0
-    """Seed of random-init, few-shot draws and probe order."""
+    """Seed of the random encoder, the few-shot draws and the order of probe training."""
 
     def __post_init__(self) -> None:
         require(self.bins >= 2, "bins", "must be at least 2")
@@ -76,17 +82,18 @@ class EvaluateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """A checkpoint's target encoder as an artifact that timm and transformers load."""
+    """Exports the target encoder of a checkpoint as an artifact that timm and transformers load."""
 
     checkpoint: ReadPlace
     """Checkpoint, or a run folder (its best checkpoint)."""
     out: WrittenPlace
     """Folder of the artifact."""
     background: str | None = None
-    """What the served encoder sees through transparent places: `black`, `white`, `R,G,B` or `#rrggbb`;
-    None takes what the training shards were ingested with, black if they are gone."""
+    """Colour that fills the transparent parts of images when serving: `black`, `white`, `R,G,B` or
+    `#rrggbb`. None takes the colour of the training shards, or black if they are gone."""
     deep_range: int | Literal["auto"] | None = None
-    """White of 16-bit images that are served, as --deep-range of ingest; None as above, or 65535."""
+    """Value of white in 16-bit images when serving, like --deep-range of ingest. None takes the
+    value of the training shards, or 65535 if they are gone."""
 
     def __post_init__(self) -> None:
         if self.background is not None:
@@ -97,7 +104,7 @@ class ExportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedConfig:
-    """A whole data set through an exported encoder into Parquet."""
+    """Embeds a whole data set with an exported encoder and writes Parquet files."""
 
     artifact: ReadPlace
     """Folder or `s3://` prefix of the exported artifact."""
@@ -106,21 +113,22 @@ class EmbedConfig:
     out: WrittenPlace
     """Folder or `s3://` prefix for the embedding Parquet files."""
     pooling: Literal["mean", "patches"] = "mean"
-    """One vector an image or video segment, or one a patch."""
+    """One vector per image or video segment (`mean`), or one per patch (`patches`)."""
     fps: float | None = None
-    """Frames a second of the clip that stands for a segment, its middle; None takes them by --stride."""
+    """Frames per second of the clip, which is the middle of a segment. None uses --stride."""
     stride: int = 1
-    """Frames of a segment from one frame of its clip to the next."""
+    """Distance between two frames of the clip, in frames of the segment."""
     batch_size: int = 256
     """Images, or frames of clips, per forward pass."""
     workers: int = 1
-    """Actors in the pool."""
+    """Number of Ray actors that embed."""
     gpu: bool = False
-    """One GPU an actor."""
+    """Give every actor one GPU."""
     follow: bool = False
-    """The data set grows (a live stream): embed every new shard, in this process, until ingest ends."""
+    """The data set still grows (live stream): embed every new shard, in this process, until ingest
+    ends."""
     poll_seconds: float = 2.0
-    """With --follow: how often to look for new shards."""
+    """With --follow: seconds between looks for new shards."""
 
     def __post_init__(self) -> None:
         require(self.fps is None or self.fps > 0, "fps", "must be positive")
@@ -131,10 +139,10 @@ class EmbedConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """The whole way on the shipped CIFAR-10 sample, ending in an HTTP request."""
+    """Runs everything on the shipped CIFAR-10 sample, from ingest to an HTTP request."""
 
     out: WrittenPlace = "demo-out"
-    """Folder of everything the demo makes; run again, it goes on from what is there."""
+    """Folder of all results. If it holds some already, the demo continues from there."""
     recipe: Literal[
         "vicreg_cifar10_demo",
         "lejepa_cifar10_demo",
@@ -142,7 +150,8 @@ class DemoConfig:
         "mae_cifar10_demo",
         "dmjd_cifar10_demo",
     ] = "vicreg_cifar10_demo"
-    """What is pretrained; `cifar10_demo` is I-JEPA. benchmarks/training/objectives.md compares them."""
+    """Pretraining recipe; `cifar10_demo` is I-JEPA. benchmarks/training/objectives.md compares
+    them."""
     seed: int = 0
     """Seed of weights, order, crops and masks."""
     steps: int | None = None

@@ -121,8 +121,8 @@ class LeJEPAConfig(JointEmbeddingConfig, SIGRegConfig):
     """Settings of LeJEPA and LeVJEPA."""
 
     sigreg_weight: float = 0.02
-    """lejepa, levjepa: weight of SIGReg in the loss; the agreement of the views has the rest of 1. With
-    0 the embeddings must collapse."""
+    """lejepa, levjepa: weight of SIGReg in the loss; the agreement of the views has the rest of 1.
+    With 0 the embeddings must collapse."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -135,8 +135,8 @@ class VICRegConfig(JointEmbeddingConfig):
     """Settings of VICReg."""
 
     vicreg_weights: tuple[float, float, float] = (25.0, 25.0, 1.0)
-    """vicreg: weights of invariance, variance and covariance. Without the last two the embeddings must
-    collapse."""
+    """vicreg: weights of invariance, variance and covariance. Without the last two the embeddings
+    must collapse."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -159,8 +159,8 @@ class RegularizerConfig(SIGRegConfig):
     """Settings of SIGReg as an addition to any objective."""
 
     regularize: str | None = None
-    """Adds SIGReg of this monitored tensor to the loss of any objective: context_pooled, embedded or,
-    where it has a gradient, target_pooled."""
+    """Adds SIGReg of this monitored tensor to the loss of any objective: context_pooled, embedded
+    or, where it has a gradient, target_pooled."""
     regularizer_weight: float = 0.02
     """Weight of that addition."""
 

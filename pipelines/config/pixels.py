@@ -1,4 +1,4 @@
-"""Settings of how images become 8-bit RGB, as flags give them."""
+"""Parsing and checking of the flags that say how images become 8-bit RGB."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ _NAMED = {"black": (0, 0, 0), "white": (255, 255, 255)}
 
 
 def parse_colour(flag: str, text: str) -> tuple[int, int, int]:
-    """Returns R, G, B of `black`, `white`, `R,G,B` or `#rrggbb`; raises ValueError naming the flag."""
+    """Returns R, G, B of `black`, `white`, `R,G,B` or `#rrggbb`.
+
+    Raises:
+        ValueError: the text is none of these; the flag is named.
+    """
     if text in _NAMED:
         return _NAMED[text]
     if re.fullmatch(r"#[0-9a-fA-F]{6}", text):
@@ -27,6 +31,6 @@ def parse_colour(flag: str, text: str) -> tuple[int, int, int]:
 
 
 def check_deep_range(flag: str, value: int | Literal["auto"]) -> None:
-    """Raises ValueError, naming the flag, for a white that 16 bits do not hold."""
+    """Raises a ValueError that names the flag if white does not fit into 16 bits."""
     ok = value == "auto" or 1 <= int(value) <= 65535
     require(ok, flag, f"must be auto or between 1 and 65535, got {value}")

@@ -1,7 +1,7 @@
 """Which fields of a configuration name a place: a file, a folder or a URI's prefix.
 
-A field says so in its type, `ReadPlace` or `WrittenPlace`; with that it is made absolute, tried before
-work begins and named by its flag in what goes wrong (`pipelines.runtime`).
+The type of such a field is `ReadPlace` or `WrittenPlace`. `pipelines.runtime` then makes it
+absolute, tries it before work begins, and names its flag in errors.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ C = TypeVar("C")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlaceField:
-    """What a field's type says of the place it names."""
+    """Properties of a place, as the type of its field states them."""
 
     written: bool = False
     """The job writes there."""
     required: bool = True
-    """What is read must be there when the job begins."""
+    """The place must exist when the job begins, if it is read."""
     unless: str = ""
-    """A field beside it; where that is set, this one names something else (a device, a stream)."""
+    """Name of another field. If that is set, this one names something else (a device, a stream)."""
     file: bool = False
     """What is written there is a file."""
     or_name: bool = False
-    """It may be another kind of name (a hub id): it stays as it is given, and is not looked for."""
+    """The value may be another kind of name (a hub id), so it is neither changed nor checked."""
 
 
 ReadPlace = Annotated[str, PlaceField()]

@@ -37,8 +37,8 @@ class ModelConfig:
     tubelet: int = 1
     """Frames in one token; divides `frames`."""
     positions: Literal["sincos", "rope", "rope_released"] = "sincos"
-    """Fixed sine-cosine embeddings (I-JEPA, V-JEPA), or rotary ones (V-JEPA 2; `rope_released` is the
-    layout of its published weights)."""
+    """Fixed sine-cosine embeddings (I-JEPA, V-JEPA), or rotary ones (V-JEPA 2; `rope_released` is
+    the layout of its published weights)."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass rather than keep them: less memory, a third
     more time."""
@@ -76,19 +76,20 @@ class OptimConfig:
 
     name: Literal["adamw", "hyper-adamw", "schedulefree", "muon", "prodigy"] = "adamw"
     """`hyper-adamw` is AdamW that tunes factors on its own hyperparameters (docs/optimizers.md);
-    `muon` is Muon for matrices and AdamW for the rest; `schedulefree` and `prodigy` come from their own
-    packages (extra `optimizers`)."""
+    `muon` is Muon for matrices and AdamW for the rest; `schedulefree` and `prodigy` come from their
+    own packages (extra `optimizers`)."""
     tune: tuple[Literal["lr", "beta1", "beta2", "eps", "weight_decay"], ...] = ("lr",)
-    """What hyper-adamw tunes. More than lr has not paid so far."""
+    """hyper-adamw: the hyperparameters it tunes. Tuning more than lr has not paid off so far."""
     hyper_lr: float = 0.01
-    """hyper-adamw: about the largest relative change of a hyperparameter in one step."""
+    """hyper-adamw: approximate upper limit of a hyperparameter's relative change in one step."""
     tune_bounds: tuple[float, float] = (0.1, 10.0)
     """hyper-adamw: smallest and largest factor on a hyperparameter (a beta: on its odds)."""
     tune_until: float = 0.75
-    """hyper-adamw: share of the run after which the factors stay, so that they do not undo the anneal.
-    They stay at 1 through the warm-up."""
+    """hyper-adamw: fraction of the run after which the factors are frozen, so that they do not undo
+    the annealing. During warm-up they are 1."""
     lr: float = 1e-3
-    """Peak learning rate. prodigy estimates it, and takes this as a factor: 1."""
+    """Peak learning rate. prodigy estimates the rate itself and multiplies it by this; give it
+    1."""
     start_lr: float = 2e-4
     """Learning rate at step 0, raised linearly to `lr` over `warmup_steps`."""
     final_lr: float = 1e-6
@@ -104,8 +105,8 @@ class OptimConfig:
     eps: float = 1e-8
     """Adam's denominator floor."""
     clip_norm: float | None = None
-    """Clip the gradient's norm, encoder and predictor together, to this; None, as in I-JEPA, does not
-    clip."""
+    """Largest norm of the gradient of encoder and predictor together; larger gradients are scaled
+    down. None, as in I-JEPA, does not clip."""
 
     def __post_init__(self) -> None:
         require(
@@ -127,23 +128,24 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class WatchConfig:
-    """When a run counts as collapsed, judged on the pooled features of the encoder that is kept and, of
-    joint embeddings, on the embeddings too."""
+    """When a run counts as collapsed. Judged on the pooled features of the encoder that is kept
+    and, for joint embeddings, on the embeddings too."""
 
     action: Literal["stop", "warn", "off"] = "stop"
-    """What to do about a collapse."""
+    """What to do when features collapse."""
     min_rankme: float = 2.0
     """Collapsed when RankMe (effective rank, 1 = a single direction) of the centred features falls
     below this."""
     min_std: float = 1e-3
     """Collapsed when the mean per-dimension standard deviation falls below this."""
     min_embedded_std: float = 0.1
-    """The same of embeddings, for which SIGReg and VICReg ask for 1: 0.5 to 0.95 in healthy runs, below
-    0.06 after 30 steps without them."""
+    """As min_std, for the embeddings, whose target under SIGReg and VICReg is 1. Healthy runs have
+    0.5 to 0.95; without these losses it is below 0.06 after 30 steps."""
     max_cosine: float = 0.9999
     """Collapsed when the mean pairwise cosine rises above this."""
     patience: int = 2
-    """Readings in a row (one every `run.log_every` steps) that must agree."""
+    """Number of consecutive readings (one every `run.log_every` steps) that must show a
+    collapse."""
     grace_steps: int = 20
     """Steps before the first judgement."""
 
@@ -154,7 +156,7 @@ class WatchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """How long, where, with how many workers, and what is kept."""
+    """The run itself: its length, place, workers and checkpoints."""
 
     name: str = "run"
     """Folder of this run under `storage`; the same name again resumes it."""
@@ -165,29 +167,31 @@ class RunConfig:
     stop_after: int | None = None
     """Stop, checkpointed, after this step as if interrupted; the schedules still aim at `steps`."""
     seed: int = 0
-    """Weights, order, crops and masks follow from it."""
+    """Seed of the weights, the order of samples, the crops and the masks."""
     workers: int = 1
     """Training processes; must divide --data.lanes."""
     gpu: bool = False
-    """One GPU a worker (NCCL); otherwise CPU (gloo)."""
+    """Give every worker one GPU (NCCL). Otherwise workers train on CPUs (gloo)."""
     cpus_per_worker: float = 0.5
-    """CPUs reserved a worker; leave room for Ray Data tasks on the same machine."""
+    """CPUs reserved for each worker; leave room for Ray Data tasks on the same machine."""
     threads: int | None = None
     """Torch threads per worker on CPU; None divides the machine's cores among its workers."""
     accumulate: int = 1
-    """Micro-batches per optimizer step on every worker. Where rows of a batch are compared with each other
-    (lejepa, levjepa, vicreg, --objective.regularize) it changes the loss: each is a batch of its own."""
+    """Micro-batches per optimizer step on every worker. It changes the loss of objectives that
+    compare the rows of a batch (lejepa, levjepa, vicreg, --objective.regularize), because each
+    micro-batch is compared by itself."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Autocast type; weights, EMA and optimizer state stay fp32."""
     compile: bool = False
     """torch.compile the objective (static shapes)."""
     log_every: int = 10
-    """Steps between readings of metrics: the only host syncs."""
+    """Steps between readings of metrics, which are the only times when the host waits for the
+    device."""
     probe_every: int = 0
     """Steps between online kNN probes; 0 for never."""
     rank_every: int = 0
-    """Steps between readings of RankMe and LiDAR on fixed training samples, which compare over runs of
-    one encoder shape; 0 for never. A sweep sets it."""
+    """Steps between readings of RankMe and LiDAR on fixed training samples, which are comparable
+    between runs of one encoder shape; 0 for never. A sweep sets it."""
     checkpoint_every: int = 100
     """Steps between checkpoints; the last step always makes one."""
     keep_checkpoints: int = 2
@@ -195,11 +199,12 @@ class RunConfig:
     max_failures: int = 3
     """Restarts from the newest checkpoint after a worker or node is lost; -1 for no limit."""
     resume_from: str | None = None
-    """Goes back to a whole checkpoint of this run: `newest-whole`, or its name, `checkpoint_<step>`. Newer
-    ones are moved to `set-aside-<n>` in the run's folder. Without it the run goes on from its newest."""
+    """Goes back to an intact checkpoint of this run: `newest-whole`, or a name,
+    `checkpoint_<step>`. Newer checkpoints are moved to `set-aside-<n>` in the run's folder. By
+    default the run continues from its newest checkpoint."""
     init_from: Annotated[str, PlaceField(required=False)] | None = None
-    """Checkpoint whose weights start the run when the run has none of its own; of any image size and
-    clip length."""
+    """Checkpoint whose weights the run starts with, if it has no checkpoint of its own. Its image
+    size and clip length may differ."""
     log_samples: bool = False
     """Write the sample ids of every step to `samples-rank*.jsonl` (audits and tests)."""
 
@@ -286,12 +291,14 @@ class PretrainConfig:
 
     @property
     def compares_rows(self) -> bool:
-        """Whether the loss is of all rows of a micro-batch together, not their mean."""
+        """Whether the loss compares the rows of a micro-batch, instead of being a mean over
+        rows."""
         return self.masks == "none" or self.objective.regularize is not None
 
     @property
     def model_settings(self) -> dict[str, Any]:
-        """`model` and the number of mask generators, for `models.objectives.registry.build_objective`."""
+        """`model` and the number of mask generators, for
+        `models.objectives.registry.build_objective`."""
         return dataclasses.asdict(self.model) | {"mask_tokens": self.video_mask.generators}
 
     @property

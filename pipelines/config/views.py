@@ -16,12 +16,12 @@ class ViewsConfig:
     """
 
     globals: int = 2
-    """Views of the encoder's own size."""
+    """Number of views of the encoder's own size."""
     locals: int = 0
-    """Smaller views of smaller parts."""
+    """Number of views of smaller parts of the picture."""
     local_size: int | None = None
-    """Pixels on a side of a local view, a multiple of the patch; None makes them as large as global
-    ones."""
+    """Pixels on a side of a local view, a multiple of the patch size. None makes local views as
+    large as global ones."""
     global_scale: tuple[float, float] = (0.3, 1.0)
     """Area range of a global view, as a fraction of the picture; 1 1 does not crop."""
     local_scale: tuple[float, float] = (0.05, 0.3)
@@ -29,30 +29,30 @@ class ViewsConfig:
     ratio: tuple[float, float] = (0.75, 4 / 3)
     """Aspect-ratio range of the crops."""
     flip: float = 0.5
-    """Share of the views that are flipped left-right."""
+    """Probability that a view is flipped left-right."""
     colour: float = 0.8
-    """Share whose brightness, contrast, saturation and hue are changed."""
+    """Probability that brightness, contrast, saturation and hue of a view are changed."""
     brightness: float = 0.4
-    """Largest change of the brightness, as a fraction of it."""
+    """Largest relative change of the brightness."""
     contrast: float = 0.4
-    """Largest change of the contrast."""
+    """Largest relative change of the contrast."""
     saturation: float = 0.2
-    """Largest change of the saturation."""
+    """Largest relative change of the saturation."""
     hue: float = 0.1
     """Largest turn of the hue, as a fraction of the colour circle."""
     grey: float = 0.2
-    """Share that loses its colour."""
+    """Probability that a view becomes greyscale."""
     blur: float = 0.0
-    """Share that is blurred."""
+    """Probability that a view is blurred."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Range of the blur's standard deviation, in pixels of the view."""
     solarise: float = 0.0
-    """Share whose bright half of values is inverted."""
+    """Probability that a view is solarised: values in the upper half are inverted."""
     token_drop: float = 0.0
-    """Share of a view's tokens that the encoder does not compute, drawn at random (LeVJEPA: 0.95)."""
+    """Fraction of a view's tokens, drawn at random, that the encoder skips (LeVJEPA: 0.95)."""
     time_window: float = 1.0
-    """Share of a clip's time that a view sees, a stretch drawn at random for every view. Below 1, views
-    of one clip agree on what lasts, such as who moves and which way, not on where it is."""
+    """Fraction of a clip's duration that a view covers, starting at random. Below 1, views of a
+    clip share what lasts, such as what moves and in which direction, but not where it is."""
 
     def __post_init__(self) -> None:
         require(self.globals >= 1, "views.globals", "must be at least 1")

@@ -43,8 +43,9 @@ def cifar10_demo() -> PretrainConfig:
 
     python -m pipelines.pretrain cifar10_demo --data.train SHARDS --data.test TEST_SHARDS
 
-    About 3 to 4 minutes on two cores of an AMD EPYC with bf16. kNN on the 800 test images: 33.5, 34.2,
-    34.0 for seeds 0 to 2, from random weights' 24.8, 23.5, 25.9 (benchmarks/training/pretraining.md).
+    About 3 to 4 minutes on two cores of an AMD EPYC with bf16. kNN on the 800 test images: 33.5,
+    34.2, 34.0 for seeds 0 to 2, from random weights' 24.8, 23.5, 25.9
+    (benchmarks/training/pretraining.md).
     """
     return PretrainConfig(
         data=DataConfig(batch_size=64, lanes=8, flip=True),
@@ -80,10 +81,10 @@ def lejepa_cifar10_demo() -> PretrainConfig:
 
     python -m pipelines.pretrain lejepa_cifar10_demo --data.train SHARDS --data.test TEST_SHARDS
 
-    Two views of the whole picture, cut and recoloured by the device. 275 s on two cores of an Intel Xeon
-    with bf16. kNN on the 800 test images: 38.2, 37.1, 37.4 for seeds 0 to 2, from 24.8, 23.5, 25.9; on all of CIFAR-10
-    after 600 CPU seconds 51.1, 49.6, 50.4 for seeds 0 to 2, after an hour 61.7, 61.8, 61.1, from 28.8, 28.3, 28.6
-    (benchmarks/training/objectives.md).
+    Two views of the whole picture, cut and recoloured by the device. 275 s on two cores of an Intel
+    Xeon with bf16. kNN on the 800 test images: 38.2, 37.1, 37.4 for seeds 0 to 2, from 24.8, 23.5,
+    25.9; on all of CIFAR-10 after 600 CPU seconds 51.1, 49.6, 50.4 for seeds 0 to 2, after an hour
+    61.7, 61.8, 61.1, from 28.8, 28.3, 28.6 (benchmarks/training/objectives.md).
     """
     base = cifar10_demo()
     return replace(
@@ -117,10 +118,10 @@ def vicreg_cifar10_demo() -> PretrainConfig:
 
     python -m pipelines.pretrain vicreg_cifar10_demo --data.train SHARDS --data.test TEST_SHARDS
 
-    Views, optimizer and length of `lejepa_cifar10_demo`. 210 s on two cores of an Intel Xeon with bf16. kNN
-    on the 800 test images: 40.8, 39.4, 39.8 for seeds 0 to 2, from random weights' 24.8, 23.5, 25.9; on all of CIFAR-10
-    after 600 CPU seconds 52.7, 53.1, 53.0 for seeds 0 to 2, after an hour 63.9, 63.7, 63.5, from 28.8, 28.3, 28.6
-    (benchmarks/training/objectives.md).
+    Views, optimizer and length of `lejepa_cifar10_demo`. 210 s on two cores of an Intel Xeon with
+    bf16. kNN on the 800 test images: 40.8, 39.4, 39.8 for seeds 0 to 2, from random weights' 24.8,
+    23.5, 25.9; on all of CIFAR-10 after 600 CPU seconds 52.7, 53.1, 53.0 for seeds 0 to 2, after an
+    hour 63.9, 63.7, 63.5, from 28.8, 28.3, 28.6 (benchmarks/training/objectives.md).
     """
     base = lejepa_cifar10_demo()
     return replace(
@@ -136,9 +137,9 @@ def mae_cifar10_demo() -> PretrainConfig:
 
     python -m pipelines.pretrain mae_cifar10_demo --data.train SHARDS --data.test TEST_SHARDS
 
-    Half of 16 patches hidden: of three quarters, as in the paper, 4 would be left. kNN on all of CIFAR-10
-    after 600 CPU seconds 42.6, 43.7, 42.9 for seeds 0 to 2, after an hour 49.3, 49.7, 49.1, from 28.8, 28.3, 28.6
-    (benchmarks/training/objectives.md); at its own length: not run.
+    Half of 16 patches hidden: of three quarters, as in the paper, 4 would be left. kNN on all of
+    CIFAR-10 after 600 CPU seconds 42.6, 43.7, 42.9 for seeds 0 to 2, after an hour 49.3, 49.7,
+    49.1, from 28.8, 28.3, 28.6 (benchmarks/training/objectives.md); at its own length: not run.
     """
     base = cifar10_demo()
     return replace(
@@ -159,7 +160,8 @@ def dmjd_cifar10_demo() -> PretrainConfig:
     python -m pipelines.pretrain dmjd_cifar10_demo --data.train SHARDS --data.test TEST_SHARDS
 
     Each context sees 6 patches and predicts 4 others. kNN on all of CIFAR-10 after 600 CPU seconds
-    48.4, 46.8, 46.2 for seeds 0 to 2, from 28.8, 28.3, 28.6 (benchmarks/training/objectives.md); at its own length: not run.
+    48.4, 46.8, 46.2 for seeds 0 to 2, from 28.8, 28.3, 28.6 (benchmarks/training/objectives.md); at
+    its own length: not run.
     """
     base = cifar10_demo()
     return replace(
@@ -174,12 +176,12 @@ def dmjd_cifar10_demo() -> PretrainConfig:
 
 @recipe
 def vicreg_laptop() -> PretrainConfig:
-    """VICReg on any images on one machine without a GPU: `laptop`'s encoder, `vicreg_cifar10_demo`'s rest.
+    """VICReg on any images on one machine without a GPU: the encoder of `laptop`.
 
     python -m pipelines.pretrain vicreg_laptop --data.train URI --data.test URI --run.storage URI
 
-    35 images/s on two cores of an Intel Xeon in fp32 (40 steps, 2026-11-28), at which its 5,000 steps are
-    two and a half hours. Result: not run.
+    35 images/s on two cores of an Intel Xeon in fp32 (40 steps, 2026-11-28), at which its 5,000
+    steps are two and a half hours. Result: not run.
     """
     base, demo = laptop(), vicreg_cifar10_demo()
     return replace(

@@ -22,8 +22,8 @@ def vjepa_movingmnist() -> PretrainConfig:
 
     python -m pipelines.pretrain vjepa_movingmnist --data.train SHARDS --data.test TEST_SHARDS
 
-    Ingest `pipelines.fetch movingmnist` with --video.fps 10. Expected time and result: not run as it
-    stands. No V-JEPA run around it learned directions (docs/log.md, 2026-11-24); what does is
+    Ingest `pipelines.fetch movingmnist` with --video.fps 10. Expected time and result: not run as
+    it stands. No V-JEPA run around it learned directions (docs/log.md, 2026-11-24); what does is
     `levjepa_movingmnist`.
     """
     return PretrainConfig(
@@ -62,10 +62,11 @@ def levjepa_gameplay() -> PretrainConfig:
 
     python -m pipelines.pretrain levjepa_gameplay --data.train SHARDS
 
-    Footage of `pipelines.fetch gameplay --side 64`, ingested with --video.fps 15 --video.segment-seconds 2.
-    No crops and no other stretch of time: where things are must stay the same in both views. 14 minutes of
-    two shared cores; over seven tasks the mean of kNN is 55.0% against 48.6% of random weights, of the
-    attentive probe 62.1% against 60.1% (benchmarks/training/gameplay.md).
+    Footage of `pipelines.fetch gameplay --side 64`, ingested with --video.fps 15
+    --video.segment-seconds 2. No crops and no other stretch of time: where things are must stay the
+    same in both views. 14 minutes of two shared cores; over seven tasks the mean of kNN is 55.0%
+    against 48.6% of random weights, of the attentive probe 62.1% against 60.1%
+    (benchmarks/training/gameplay.md).
     """
     base, games = levjepa_movingmnist(), vjepa_gameplay()
     return replace(
@@ -96,8 +97,8 @@ def levjepa_movingmnist() -> PretrainConfig:
     python -m pipelines.pretrain levjepa_movingmnist --data.train SHARDS --data.test TEST_SHARDS
 
     Ingest `pipelines.fetch movingmnist` with --video.fps 10. Where the digit is differs between the
-    stretches, what it is and its velocity do not. No flips, which would turn directions round. About
-    5 minutes on two cores; linear probe of the direction 99%, random weights 64%
+    stretches, what it is and its velocity do not. No flips, which would turn directions round.
+    About 5 minutes on two cores; linear probe of the direction 99%, random weights 64%
     (benchmarks/training/video_pretraining.md).
     """
     base = vjepa_movingmnist()
@@ -142,8 +143,8 @@ def vjepa_gameplay() -> PretrainConfig:
 
     python -m pipelines.pretrain vjepa_gameplay --data.train SHARDS
 
-    Ingest with --video.fps 15 and a short side of 64 or more. Expected time and result: not run as it
-    stands; `levjepa_gameplay` is what was run.
+    Ingest with --video.fps 15 and a short side of 64 or more. Expected time and result: not run as
+    it stands; `levjepa_gameplay` is what was run.
     """
     base = vjepa_movingmnist()
     return replace(
