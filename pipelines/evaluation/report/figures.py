@@ -18,7 +18,7 @@ from PIL import Image
 Points = Sequence[tuple[float, float]]
 
 WIDTH, HEIGHT = 340, 190
-LEFT, RIGHT, TOP, BOTTOM = 48, 12, 10, 24
+LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 24
 MOST_POINTS = 400
 CLIP_SIDE, FRAME_MS = 96, 125
 BLOCK_COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (204, 121, 167))  # Okabe and Ito
