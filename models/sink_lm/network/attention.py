@@ -187,7 +187,9 @@ class ChunkAttention(SinkAttention):
     def _visible(self, positions_T: Tensor, start: int, ring: int) -> Tensor:
         """Returns bool [T, K]: the keys of sinks, ring and chunk that each token sees."""
         sinks, device = self._sinks, positions_T.device
-        last = start - 1 - sinks  # ring index of the newest token held, counted from the first
+        last = (
+            start - 1 - sinks
+        )  # ring index of the newest token in the ring, counted from the first
         place_P = torch.arange(self._ring_used, device=device)
         held_P = sinks + last - (last - place_P) % ring
         now = positions_T[:, None]

@@ -82,9 +82,11 @@ class Scheduler:
             with self._active.expect(start.request_id) as gone:
                 if start.session_id is None:
                     return await self._start_temporary(start, gone)
-                return await self._start_kept(start.session_id, start, gone)
+                return await self._start_in_session(start.session_id, start, gone)
 
-    async def _start_kept(self, session_id: str, start: Start, gone: asyncio.Event) -> Started:
+    async def _start_in_session(
+        self, session_id: str, start: Start, gone: asyncio.Event
+    ) -> Started:
         async def attempt() -> Started:
             async with self._sessions.locked(session_id):
                 session = await self._sessions.take(session_id, create=bool(start.feeds))

@@ -18,6 +18,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from models.sink_lm.engine.engine import Engine
+from models.sink_lm.engine.session import SessionExists, UnknownSession
 from models.sink_lm.network.cache import NoFreeSlab
 from serve.ingress.errors import ApiError
 from serve.lm.contract import TAIL, SessionState
@@ -33,10 +34,8 @@ from serve.lm.replica.stored_sessions import StoredSessions
 from serve.lm.replica.tasks import Locks, io
 from serve.lm.store.session_store import (
     OtherModel,
-    SessionExists,
     SessionStore,
     Turn,
-    UnknownSession,
 )
 from serve.lm.store.token_log import LostSession, MemoryLog
 

@@ -27,6 +27,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from models.sink_lm.engine.session import SessionExists, UnknownSession
 from serve.lm.contract import is_session_id
 from serve.lm.store.segmented_log import SegmentedLog, list_segments
 from serve.lm.store.token_log import TOKEN_BYTES, LocalLog, TokenLog
@@ -35,14 +36,6 @@ FORMAT = 1
 KEEP_SNAPSHOTS = 2
 RECENT = 256
 """Tokens before a snapshot that it includes."""
-
-
-class UnknownSession(KeyError):
-    """There is no such session."""
-
-
-class SessionExists(ValueError):
-    """There is a session of that name already."""
 
 
 class OtherModel(ValueError):

@@ -179,8 +179,8 @@ def test_resuming_far_back_reads_the_log_as_it_is_shown(tiny_lm: Path, tmp_path:
         async with cluster(tiny_lm, store=str(tmp_path), prefill_chunk=256) as made:
             replica = made.replica
             await say(replica, "s", "ab", max_tokens=1)
-            held = replica._sessions.get("s")
-            assert held is not None
+            session = replica._sessions.get("s")
+            assert session is not None
             logged = [3 + number % 200 for number in range(5_000)]
             await replica._thread.call(lambda: replica._engine.extend("s", logged))
             await replica.start(ask("r", "s", "", resume_at=3, max_tokens=5_020))

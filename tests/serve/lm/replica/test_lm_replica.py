@@ -55,7 +55,9 @@ def test_a_caller_who_goes_away_breaks_nothing(
                 if not call.cancelled():  # it had been quicker
                     await replica.cancel("gone")
                 await eventually(lambda: not tasks._running and not len(replica._active))
-                assert slabs(replica) == {held.session_id for held in replica._sessions.resident()}
+                assert slabs(replica) == {
+                    session.session_id for session in replica._sessions.resident()
+                }
                 for other in ("a", "b", "old", "new"):
                     await say(replica, other, "y", max_tokens=1)
                 await replica.delete("new")
@@ -139,7 +141,7 @@ def test_one_failure_does_not_stop_maintenance(
     run(test())
 
 
-@pytest.mark.parametrize("how", ["evicted", "snapshot", "housekeeper"])
+@pytest.mark.parametrize("how", ["evicted", "snapshot", "maintenance"])
 def test_a_replica_that_lost_a_session_writes_no_snapshot_of_it(
     how: str, tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,24 +151,24 @@ def test_a_replica_that_lost_a_session_writes_no_snapshot_of_it(
         async with cluster(tiny_lm, store=str(tmp_path), snapshot_every=8) as made:
             old = made.replica
             first = await say(old, "s", "ab", max_tokens=3)
-            held = old._sessions.get("s")
-            assert held is not None
+            session = old._sessions.get("s")
+            assert session is not None
             # The old replica generates, paused by its reader; another one takes the session over.
             await old.start(ask("slow", "s", "", max_tokens=None))
-            await eventually(lambda: held.log.position == 5 + made.settings.max_buffered)
+            await eventually(lambda: session.log.position == 5 + made.settings.max_buffered)
             new = made.add()
             await new.start(ask("resume", "s", "", resume_at=5, max_tokens=90))
             second, reason = await read(new, "resume")
             assert reason == "length"
             await old.take("slow", 64, 0.2)  # makes room: it goes on, and cannot log that
-            await eventually(lambda: held.failure is not None)
+            await eventually(lambda: session.failure is not None)
             if how == "evicted":
                 await old.cancel("slow")
                 for other in ("x", "y"):
                     await say(old, other, "x", max_tokens=1)
             elif how == "snapshot":
                 with pytest.raises(Exception, match="cannot be written"):
-                    await old._sessions.snapshot(held)
+                    await old._sessions.snapshot(session)
             else:
                 await asyncio.sleep(0.2)
             await new.snapshot("s")
@@ -252,7 +254,10 @@ def test_a_fork_in_memory_remembers_its_own_end(tiny_lm: Path) -> None:
             first = await say(made.replica, "a", "ab", max_tokens=9)
             await made.replica.fork("a", "twin", "r")
             later = await say(made.replica, "a", "", max_tokens=9)
-            tails = {held.session_id: list(held.tail) for held in made.replica._sessions.resident()}
+            tails = {
+                session.session_id: list(session.tail)
+                for session in made.replica._sessions.resident()
+            }
             assert tails == {"a": later[-8:], "twin": first[-8:]}
             assert later[-8:] != first[-8:]
 

@@ -114,9 +114,9 @@ def test_another_model_s_session_is_refused(tiny_lm: Path, tmp_path: Path) -> No
             assert (await http.post("/v1/completions", json=body)).status_code == 200
             spec = tmp_path / "s" / "session.json"
             spec.write_text(json.dumps(json.loads(spec.read_text()) | {"fingerprint": "other"}))
-            held = made.replica._sessions.get("s")
-            assert held is not None
-            await made.replica._sessions.drop(held)
+            session = made.replica._sessions.get("s")
+            assert session is not None
+            await made.replica._sessions.drop(session)
             reply = await http.post("/v1/completions", json=body)
             assert (reply.status_code, reply.json()["error"]["code"]) == (409, "other_model")
             assert "other" in reply.json()["error"]["message"]

@@ -14,15 +14,14 @@ import fsspec
 import pytest
 import torch
 
+from models.sink_lm.engine.session import SessionExists, UnknownSession
 from serve.lm.store import segmented_log
 from serve.lm.store.segmented_log import SegmentedLog, list_segments
 from serve.lm.store.session_store import (
     OtherModel,
-    SessionExists,
     SessionStore,
     StoredSession,
     Turn,
-    UnknownSession,
 )
 from serve.lm.store.token_log import LocalLog, LostSession, MemoryLog
 
