@@ -13,8 +13,9 @@ machine.
 
     ray-trainer  `pipelines.loading.loader.train_batches`, decode_in="trainer" (crops, masks, ids)
     ray-data     the same with decode_in="data"
-    torch-trainer, torch-data  the same batches through `iter_torch_batches`, which decodes and
-                 prefetch; only with --variant, and compared in loader.md
+    torch-trainer, torch-data
+                 the same batches through Ray's `iter_torch_batches`, whose threads decode and
+                 prefetch; only with --variant, compared in loader.md
     dataloader   torch DataLoader, 2 workers, torchvision decode_jpeg and RandomResizedCrop(224)
                  on disk; no masks, so it does a little less work
 """

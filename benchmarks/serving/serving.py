@@ -302,14 +302,18 @@ def serve_and_measure(config: Config, folder: str, jpegs: list[bytes]) -> list[d
 def table(bare: list[dict[str, float]], levels: list[dict[str, Any]]) -> str:
     """The results as Markdown; the ratio is to the mean of the two bare loops."""
     reference = float(np.mean([run["images_per_s"] for run in bare]))
-    rows = ["| | images/s | of bare loop | p50 ms | p99 ms | errors / requests |", "|---|---|---|---|---|---|"]  # fmt: skip
+    rows = [
+        "| | images/s | of bare loop | p50 ms | p99 ms | errors / requests |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, run in zip(("before", "after"), bare, strict=True):
         rows.append(f"| bare loop, {name} | {run['images_per_s']:.1f} | | | | |")
     for level in levels:
         rate = level["images_per_s"]
         rows.append(
             f"| endpoint, {level['concurrency']} clients | {rate:.1f} | {rate / reference:.2f} | "
-            f"{level['p50_ms']:.0f} | {level['p99_ms']:.0f} | {level['errors']} / {level['requests']} |"
+            f"{level['p50_ms']:.0f} | {level['p99_ms']:.0f} | "
+            f"{level['errors']} / {level['requests']} |"
         )
     shares = levels[-1]["cpu_ms_per_request"]
     parts = ", ".join(f"{role} {ms:.1f}" for role, ms in shares.items())

@@ -80,7 +80,7 @@ class Args:
     seconds: float = 200.0
     """CPU seconds of training."""
     steps: int | None = None
-    """Of every run, instead of as many as fit into `seconds`: what fits there on another machine."""
+    """Steps of every run, instead of as many as fit into `seconds`."""
     data: str | None = None
     """Folder `{train,test}/<class>/*.png`; None takes the shipped sample (2,500 and 800 images)."""
     out: Path = Path("objectives.jsonl")
@@ -88,8 +88,8 @@ class Args:
     precision: str = "bf16"
     """Of the recipe: bf16 or fp32."""
     compile: bool = False
-    """`--run.compile`: as many steps in less time, after minutes of compiling. With `--steps` only: the
-    compiler would be timed too."""
+    """Compile, which takes minutes and makes steps faster. Only with `--steps`, because the compiler
+    would be timed too."""
     controls: bool = False
     """Run the negative controls of `recipes` instead."""
     keep: Path | None = None
