@@ -128,7 +128,8 @@ def _ours(work: Path, batch: int, total: int) -> Iterator[tuple[int, ...]]:
     import ray
 
     from pipelines.config.data import ClipConfig, DataConfig
-    from pipelines.config.train import ModelConfig, ObjectiveConfig, PretrainConfig
+    from pipelines.config.objectives import ObjectiveConfig
+    from pipelines.config.train import ModelConfig, PretrainConfig
     from pipelines.loading.loader import train_batches
 
     os.environ.pop("RAY_ADDRESS", None)

@@ -31,7 +31,8 @@ from models.media.preprocessing import normalize
 from models.objectives.ijepa import IJEPA
 from models.objectives.registry import build_objective
 from pipelines.config.data import MaskConfig
-from pipelines.config.train import IMAGENET_MEAN, IMAGENET_STD, ModelConfig, ObjectiveConfig
+from pipelines.config.objectives import ObjectiveConfig
+from pipelines.config.train import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
 from pipelines.loading.masks.multiblock import multiblock_masks
 
 LR, DECAY, MOMENTUM = 1e-4, 0.04, 0.996

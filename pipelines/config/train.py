@@ -9,8 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pipelines.config.checks import require
 from pipelines.config.data import ClipConfig, DataConfig, MaskConfig, VideoMaskConfig
-from pipelines.config.objectives import REGISTERED, Masks, Modality
-from pipelines.config.objectives import ObjectiveConfig as ObjectiveConfig
+from pipelines.config.objectives import REGISTERED, Masks, Modality, ObjectiveConfig
 from pipelines.config.places import PlaceField, WrittenPlace
 from pipelines.config.views import ViewsConfig
 

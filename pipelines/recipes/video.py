@@ -5,13 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pipelines.config.data import ClipConfig, DataConfig, VideoMaskConfig
-from pipelines.config.train import (
-    ModelConfig,
-    ObjectiveConfig,
-    OptimConfig,
-    PretrainConfig,
-    RunConfig,
-)
+from pipelines.config.objectives import ObjectiveConfig
+from pipelines.config.train import ModelConfig, OptimConfig, PretrainConfig, RunConfig
 from pipelines.config.views import ViewsConfig
 from pipelines.recipes.recipe import recipe
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from models.encoders.vit import VisionTransformer
 from models.keyed_random.arrays import key_of, sample_keys
 from models.keyed_random.streams import PlanStream
-from pipelines.config.train import ModelConfig, ObjectiveConfig, PretrainConfig
+from pipelines.config.objectives import ObjectiveConfig
+from pipelines.config.train import ModelConfig, PretrainConfig
 from pipelines.dataset.rows import read_places
 from pipelines.evaluation.features import decode_all, extract_features
 from pipelines.evaluation.probe_sets import ProbeSet

@@ -15,7 +15,8 @@ from models.encoders.positions import sincos_2d
 from models.objectives.ijepa import IJEPA
 from models.objectives.latent import make_target, update_target
 from models.objectives.registry import build_objective
-from pipelines.config.train import ModelConfig, ObjectiveConfig
+from pipelines.config.objectives import ObjectiveConfig
+from pipelines.config.train import ModelConfig
 
 
 def make_objective(seed: int = 0, **objective: object) -> IJEPA:

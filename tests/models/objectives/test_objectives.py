@@ -22,7 +22,8 @@ from models.objectives.registry import build_objective
 from models.objectives.vicreg import VICReg, variance_and_covariance
 from models.views import kept_tokens
 from pipelines.config.data import MaskConfig, VideoMaskConfig
-from pipelines.config.train import ModelConfig, ObjectiveConfig, PretrainConfig
+from pipelines.config.objectives import ObjectiveConfig
+from pipelines.config.train import ModelConfig, PretrainConfig
 from pipelines.config.views import ViewsConfig
 from pipelines.evaluation.ranks import rankme
 from pipelines.loading.masks.maskers import make_masker

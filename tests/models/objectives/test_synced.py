@@ -52,7 +52,8 @@ def objective_of(name: str) -> Any:
     import torch
 
     from models.objectives.registry import build_objective
-    from pipelines.config.train import ModelConfig, ObjectiveConfig, PretrainConfig
+    from pipelines.config.objectives import ObjectiveConfig
+    from pipelines.config.train import ModelConfig, PretrainConfig
     from pipelines.config.views import ViewsConfig
 
     if name == "fp64":

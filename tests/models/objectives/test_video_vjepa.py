@@ -18,7 +18,8 @@ from models.encoders.positions import POSITIONS
 from models.objectives.ijepa import IJEPA
 from models.objectives.registry import build_objective
 from models.objectives.vjepa import VJEPA
-from pipelines.config.train import ModelConfig, ObjectiveConfig
+from pipelines.config.objectives import ObjectiveConfig
+from pipelines.config.train import ModelConfig
 
 FRAMES, SIDE, TUBES = 4, 4, 2  # 4 frames of 32 pixels in tubelets of 2 x 8 x 8: 32 tokens
 LENGTHS = ((12, 16), (6, 24))  # context and target tokens of each mask generator

@@ -11,7 +11,8 @@ from helpers.pipelines.clips import segment, write_rows
 from helpers.pipelines.evaluation import CLIP_SHAPE as SHAPE
 from models.objectives.registry import build_objective
 from pipelines.config.data import ClipConfig
-from pipelines.config.train import ModelConfig, ObjectiveConfig, PretrainConfig, RunConfig
+from pipelines.config.objectives import ObjectiveConfig
+from pipelines.config.train import ModelConfig, PretrainConfig, RunConfig
 from pipelines.runs.checkpoints import CheckpointState, save_checkpoint
 
 

@@ -12,7 +12,8 @@ import torch
 
 from models.keyed_random.arrays import sample_keys
 from pipelines.config.data import MaskConfig
-from pipelines.config.train import ModelConfig, ObjectiveConfig, PretrainConfig
+from pipelines.config.objectives import ObjectiveConfig
+from pipelines.config.train import ModelConfig, PretrainConfig
 from pipelines.loading.loader import _ids
 from pipelines.loading.masks.maskers import make_masker
 from pipelines.loading.masks.patches import disjoint_masks, random_masks

@@ -18,7 +18,8 @@ from helpers.pipelines.loading import assert_equal, global_batches
 from models.keyed_random.arrays import sample_keys
 from models.media.videos import decode_frames
 from pipelines.config.data import ClipConfig, DataConfig, MaskConfig, VideoMaskConfig
-from pipelines.config.train import ModelConfig, ObjectiveConfig, PretrainConfig
+from pipelines.config.objectives import ObjectiveConfig
+from pipelines.config.train import ModelConfig, PretrainConfig
 from pipelines.dataset.shards import (
     VIDEO_SCHEMA,
 )
