@@ -20,7 +20,7 @@ OWN = {
 }
 
 
-@pytest.mark.parametrize("name", list(REGISTERED))
+@pytest.mark.parametrize("name", list(OWN))
 def test_an_objective_is_given_its_own_settings_only(name: str) -> None:
     objective = ObjectiveConfig(name=name, projector=(8, 4))
     assert set(objective.own) == OWN[name] | ALWAYS
