@@ -1,11 +1,11 @@
-"""JOB 5: a checkpoint's target encoder as an artifact that timm and transformers load.
+"""JOB 5: export a checkpoint's target encoder as an artifact that timm and transformers load.
 
     python -m pipelines.export --checkpoint runs/demo --out artifact
 
     timm.create_model("local-dir:artifact", pretrained=True)
     transformers.IJepaModel.from_pretrained("artifact/transformers")
 
-The artifact is read back and its features compared before it is published.
+Before it is published, the artifact is read back and its features are compared.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ def export(cfg: ExportConfig) -> str:
         `cfg.out`.
 
     Raises:
-        CheckpointError: no such checkpoint, or it does not load.
-        ValueError: `cfg.out` holds something that is no artifact.
-        RuntimeError: the artifact read back gives other features (nothing is published).
+        CheckpointError: There is no such checkpoint, or it does not load.
+        ValueError: `cfg.out` holds something that is not an artifact.
+        RuntimeError: The artifact gives other features when read back; nothing is published.
     """
     cfg = prepare(cfg)
     encoder, config, info = load_encoder(cfg.checkpoint)
@@ -81,12 +81,10 @@ def export(cfg: ExportConfig) -> str:
 
 
 def ingest_settings(shards: str, manifest_hash: str) -> dict[str, Any]:
-    """What the training shards were ingested with; nothing if they are no longer there."""
+    """The settings with which the training shards were ingested; {} if they no longer exist."""
     try:
         manifest = read_manifest(shards)
-    except (
-        Exception
-    ):  # a storage that is gone may raise anything; the run does not need it any more
+    except Exception:  # storage that is gone may raise anything, and the export can do without
         return {}
     return manifest.ingest if manifest.manifest_hash == manifest_hash else {}
 
@@ -94,9 +92,9 @@ def ingest_settings(shards: str, manifest_hash: str) -> dict[str, Any]:
 def with_pixel_settings(
     prep: Preprocessing, cfg: ExportConfig, ingested: Mapping[str, Any]
 ) -> Preprocessing:
-    """Adds how encoded images become RGB: by the flags, else as the training shards were made.
+    """Adds how encoded images become RGB: as the flags say, else as at ingestion.
 
-    Shards hold plain RGB, so only those who use the encoder later need to know.
+    Shards hold plain RGB, so training needs none of this; users of the artifact do.
     """
     background = cfg.background or ingested.get("background", "black")
     return dataclasses.replace(
@@ -107,7 +105,10 @@ def with_pixel_settings(
 
 
 def _upload(built: pathlib.Path, fs: Any, path: str, uri: str) -> None:
-    """Replaces the prefix by the artifact; config.json, without which it is none, goes last."""
+    """Replaces what is under `uri` by the artifact.
+
+    config.json goes last: a folder without it is not an artifact.
+    """
     if fs.exists(path) and fs.ls(path):
         config = f"{path}/config.json"
         if not fs.exists(config) or "rayjepa" not in json.loads(fs.cat_file(config)):

@@ -2,7 +2,8 @@
 
     python -m pipelines.pretrain RECIPE --data.train URI [overrides]
 
-The same name and storage again resumes the run, exactly; see docs/checkpoints.md.
+Running the command again with the same name and storage resumes the run exactly where it stopped;
+see docs/checkpoints.md.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pipelines.training.launch import PretrainResult, pretrain
 
 
 def main() -> None:
-    """Parses a recipe and overrides, trains, prints where the result is."""
+    """Parses a recipe and its overrides, trains, and prints where the result is."""
     import tyro
 
     from pipelines.recipes.registry import RECIPES

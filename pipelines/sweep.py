@@ -1,12 +1,13 @@
-"""Choosing hyperparameters without labels: many short runs of a recipe, ranked by RankMe.
+"""Choose hyperparameters without labels: many short runs of a recipe, ranked by RankMe.
 
     python -m pipelines.sweep lejepa_cifar10_demo --data.train SHARDS --samples 12 \\
         --space optim.lr=log:3e-4:3e-2 objective.sigreg_weight=0.005,0.02,0.08
 
-Every run is a `pretrain` under OUT/runs, on Ray Tune; the worse ones by RankMe (or LiDAR) of fixed
-training samples are stopped early. With labelled shards in --data.test, which nothing is chosen by,
-the sweep says how well RankMe ranked the runs. Writes OUT/results.jsonl and OUT/sweep.png. The same
-command again goes on with what is missing. docs/sweep.md says what the numbers can and cannot tell.
+Every run is a `pretrain` under OUT/runs, started by Ray Tune. Runs whose RankMe (or LiDAR) on fixed
+training samples is low are stopped early. If --data.test names labelled shards, the sweep reports
+how well RankMe ranked the runs; labels never decide which run is chosen. Writes OUT/results.jsonl
+and OUT/sweep.png. Running the same command again continues with the runs that are missing.
+docs/sweep.md explains what the numbers can and cannot tell.
 """
 
 from __future__ import annotations
@@ -48,21 +49,21 @@ def sweep(
     score: Score = score_run,
     console: Console | None = None,
 ) -> list[Row]:
-    """Runs what is missing of a sweep, scores every run, writes and prints the results.
+    """Runs the missing runs of a sweep, scores every run, and writes and prints the results.
 
     Args:
         cfg: The sweep.
-        base: The recipe; every run is this with some fields replaced.
-        train: What a trial does.
-        score: Reads a run's newest checkpoint.
-        console: Where lines and the table go; None for stdout.
+        base: The recipe; every run is a copy of it with some fields replaced.
+        train: Trains the run of one trial.
+        score: Computes the metrics of a run's newest checkpoint.
+        console: Where the lines and the table are printed; None means stdout.
 
     Returns:
-        A row for every run, in the order of the draw.
+        One row per run, in the order in which their settings were drawn.
 
     Raises:
-        ValueError: a flag that cannot be, or a folder that holds another sweep.
-        CheckpointError: a run of the sweep exists and cannot be continued.
+        ValueError: A flag is invalid, or the folder holds another sweep.
+        CheckpointError: A run of the sweep exists and cannot be continued.
     """
     console = console or Console()
     cfg = prepare(cfg)
@@ -92,15 +93,15 @@ def _score_missing(book: Book, plan: list[PretrainConfig], score: Score, console
         try:
             found = score(plan[trial])
         except (CheckpointError, RayError) as error:
-            # Unscored, it is read again when the sweep is run again.
+            # It stays unscored, so the next call of the sweep tries it again.
             console.print(f"WARNING: trial {trial}: its checkpoint was not read: {_short(error)}")
         else:
             book.score(trial, found)
 
 
 def _short(error: Exception) -> str:
-    """What is wrong with a checkpoint, or the end of a task's report."""
-    cause = getattr(error, "cause", error)  # Ray raises its report and the error in one
+    """One line: the first of a checkpoint error, or the last of a Ray task's traceback."""
+    cause = getattr(error, "cause", error)  # Ray raises the traceback and the error as one
     lines = str(cause).strip().splitlines()
     return lines[0] if isinstance(cause, CheckpointError) else lines[-1]
 
@@ -108,10 +109,13 @@ def _short(error: Exception) -> str:
 def make_plan(
     cfg: SweepConfig, base: PretrainConfig
 ) -> tuple[list[Settings], list[PretrainConfig]]:
-    """What every run sets, and its whole configuration.
+    """Draws the settings of every run and builds the configurations they make.
+
+    Returns:
+        For each run the settings it varies, and its whole configuration.
 
     Raises:
-        ValueError: naming the flag.
+        ValueError: A flag is invalid; the message names it.
     """
     if not base.data.train:
         raise ValueError("--data.train: name the folder or s3:// prefix of ingested shards")
@@ -131,14 +135,14 @@ def _run(cfg: SweepConfig, run: PretrainConfig, trial: int) -> PretrainConfig:
         run.run,
         name=f"trial_{trial:03d}",
         storage=join_uri(cfg.out, "runs"),
-        rank_every=run.run.checkpoint_every,  # readings travel with checkpoints
+        rank_every=run.run.checkpoint_every,  # metrics are reported with checkpoints
         threads=run.run.threads or _threads(cfg, run),
     )
     return dataclasses.replace(run, run=own)
 
 
 def _threads(cfg: SweepConfig, run: PretrainConfig) -> int | None:
-    """Of a worker: as many as the CPUs it reserves where runs share a machine's cores."""
+    """Threads of a worker: the CPUs it reserves if runs share the cores, else None (all cores)."""
     shared = cfg.concurrent > 1 and not run.run.gpu
     return max(1, round(run.run.cpus_per_worker)) if shared else None
 
@@ -153,14 +157,14 @@ def _check_labels(run: PretrainConfig) -> None:
 
 
 class Book:
-    """The rows of results.jsonl, written anew with every change; sweep.json says of which sweep."""
+    """The rows of results.jsonl, rewritten at every change; sweep.json identifies the sweep."""
 
     def __init__(self, cfg: SweepConfig, plan: list[PretrainConfig], drawn: list[Settings]) -> None:
         self._out, self._plan, self._drawn = cfg.out, plan, drawn
         self._sweep = self._identity()
         self._refuse_another()
         rows = [Row(**json.loads(line)) for line in _read(cfg.out, RESULTS).splitlines()]
-        # What failed is tried again; a run that collapsed would again.
+        # Failed runs are tried again. A collapsed run would only collapse again.
         self._rows = {row.trial: row for row in rows if row.outcome != "failed"}
 
     def begin(self) -> None:
@@ -189,12 +193,12 @@ class Book:
 
     @property
     def ended(self) -> list[int]:
-        """Trials that have, in the order in which they did."""
+        """Trials that have ended, in the order in which they ended."""
         return list(self._rows)
 
     @property
     def unscored(self) -> list[int]:
-        """Those of them whose checkpoint has not been read, or not against the labels there are now."""
+        """Ended trials whose checkpoint has not been scored, or not yet against labels."""
         labels = bool(self._plan[0].data.test)
         return [
             row.trial
@@ -204,18 +208,18 @@ class Book:
 
     @property
     def rows(self) -> list[Row]:
-        """In the order of the draw."""
+        """The rows in the order in which their settings were drawn."""
         return [self._rows[trial] for trial in sorted(self._rows)]
 
     def record(self, trial: int, how: Reading) -> None:
-        """A trial has ended."""
+        """Adds the row of a trial that has ended."""
         run = self._plan[trial].run
         place = join_uri(run.storage, run.name)
         self._rows[trial] = Row(trial=trial, settings=self._drawn[trial], run=place, **how)
         self._save()
 
     def score(self, trial: int, found: Reading) -> None:
-        """Its checkpoint has been read."""
+        """Adds the metrics of a trial's newest checkpoint to its row."""
         self._rows[trial] = dataclasses.replace(self._rows[trial], scored=True, **found)
         self._save()
 
@@ -237,14 +241,14 @@ def _write(out: str, name: str, data: bytes) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Command:
-    """Flags of the sweep as they are, those of the recipe with their section's name before them."""
+    """The command's flags: the sweep's without a prefix, the recipe's prefixed by their section."""
 
     sweep: Annotated[SweepConfig, tyro.conf.arg(name="")]
     recipe: Annotated[PretrainConfig, tyro.conf.arg(name="")]
 
 
 def main() -> None:
-    """Parses a recipe, the sweep's flags and overrides; sweeps."""
+    """Parses a recipe, the sweep's flags and the overrides, and runs the sweep."""
     commands = {
         name: (line, _Command(sweep=SweepConfig(), recipe=recipe))
         for name, (line, recipe) in RECIPES.items()

@@ -1,1 +1,1 @@
-"""A run on disk: its checkpoints, whether they are whole, and going back to one. Imports dataset and below."""
+"""A run on disk: its folder, its checkpoints, resuming. Imports dataset and the folders below."""

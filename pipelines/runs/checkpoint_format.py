@@ -1,13 +1,13 @@
-"""What a checkpoint folder holds, how it is written by many processes and read by one.
+"""The files of one checkpoint folder: written by several processes, read by one.
 
-    config.json                              the run's configuration
-    state.json                               step, position in the data, metrics so far, manifest hash
-    model-00000-of-00002.safetensors         objective's weights, target encoder included
-    optimizer-00000-of-00002.safetensors     optimizer state by parameter name
-    loop-00000-of-00002.safetensors          random number generators, meters
+    config.json                            the run's configuration
+    state.json                             step, position in the data, metrics, manifest hash
+    model-00000-of-00002.safetensors       weights of the objective, target encoder included
+    optimizer-00000-of-00002.safetensors   optimizer state by parameter name
+    loop-00000-of-00002.safetensors        random number generators and meters
 
-Each of W processes writes its share of the tensors to files of its own, without talking to the
-others; Ray Train merges the folders. No pickle: reading a stranger's checkpoint runs no code.
+Each of W processes writes its share of the tensors to its own files, without communicating with the
+others; Ray Train merges the folders. There is no pickle, so reading a checkpoint runs no code.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ from pipelines.config.train import PretrainConfig
 FORMAT = 2
 GROUPS = ("model", "optimizer", "loop")
 REPORTED = ("knn", "loss", "fixed_rankme", "lidar")
-"""Metrics that Ray Train is told of with a checkpoint."""
+"""Metrics that are reported to Ray Train with a checkpoint."""
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be used; the run stops rather than start over silently."""
+    """A checkpoint cannot be used; the run stops rather than silently start over."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointState:
-    """state.json: where a run stood."""
+    """Contents of state.json: the step of the run and the metrics at that step."""
 
     step: int
     """Optimizer steps taken."""
     position: int
-    """Samples consumed: step x batch size, the run's whole position in the data."""
+    """Samples consumed (step x batch size), which alone gives the position in the data."""
     epoch: float
     """Position in epochs."""
     manifest_hash: str
     """Identity of the training shards."""
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
-    """The newest reading of every metric."""
+    """The newest value of every metric."""
     strikes: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Suspicious readings in a row, of each feature that the collapse watch looks at."""
+    """Consecutive readings that looked collapsed, by watched feature."""
     world_size: int = 1
-    """Processes that wrote it."""
+    """Number of processes that wrote the checkpoint."""
     format: int = FORMAT
     """Version of this layout."""
 
@@ -70,11 +70,11 @@ def save_checkpoint(
 
     Args:
         folder: Existing folder; the processes' folders are merged afterwards.
-        tensors: Per group of `GROUPS`, named tensors. `model` and `optimizer` are the same on every
-            process and are divided among them; `loop` is this process's own.
-        state: Goes to state.json (rank 0 writes it).
-        config: Goes to config.json (rank 0 writes it).
-        rank: This process, of `state.world_size`.
+        tensors: Named tensors by group of `GROUPS`. `model` and `optimizer` are the same on every
+            process and are divided among them; `loop` belongs to this process.
+        state: Contents of state.json, which rank 0 writes.
+        config: Contents of config.json, which rank 0 writes.
+        rank: Rank of this process among `state.world_size`.
     """
     for group in GROUPS:
         share = dict(tensors[group])
@@ -87,7 +87,7 @@ def save_checkpoint(
 
 
 def _shares(tensors: Mapping[str, Tensor], parts: int) -> list[list[str]]:
-    """Divides tensors into `parts` of about equal bytes, the same way on every process."""
+    """Divides names into `parts` of about equal bytes, in the same way on every process."""
     names: list[list[str]] = [[] for _ in range(parts)]
     loads = [0] * parts
     for name in sorted(tensors, key=lambda n: (-tensors[n].nbytes, n)):
@@ -98,15 +98,15 @@ def _shares(tensors: Mapping[str, Tensor], parts: int) -> list[list[str]]:
 
 
 def file_name(group: str, rank: int, world_size: int) -> str:
-    """The file of one process's share of a group."""
+    """Name of the file with one process's share of a group."""
     return f"{group}-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
 def parse_state(text: str) -> CheckpointState:
-    """Reads the text of state.json.
+    """Parses the text of state.json.
 
     Raises:
-        ValueError: it is damaged, or of another format.
+        ValueError: It is damaged, or has another format version.
     """
     try:
         state = CheckpointState(**json.loads(text))
@@ -125,7 +125,7 @@ def read_state(folder: Path) -> CheckpointState:
     """Reads state.json of a checkpoint folder.
 
     Raises:
-        CheckpointError: absent, unreadable, or of another format.
+        CheckpointError: It is absent, unreadable, or has another format version.
     """
     try:
         return parse_state((folder / "state.json").read_text())
@@ -137,7 +137,7 @@ def read_config(folder: Path) -> PretrainConfig:
     """Reads config.json of a checkpoint folder.
 
     Raises:
-        CheckpointError: absent, unreadable, or with keys this version does not know.
+        CheckpointError: It is absent, unreadable, or has keys that this version does not know.
     """
     try:
         return from_json(PretrainConfig, (folder / "config.json").read_text())
@@ -146,10 +146,10 @@ def read_config(folder: Path) -> PretrainConfig:
 
 
 def load_tensors(folder: Path, group: str, world_size: int) -> dict[str, Tensor]:
-    """Reads one group's tensors, all shares put together, onto the CPU.
+    """Reads the tensors of one group onto the CPU, from the shares of all processes.
 
     Raises:
-        CheckpointError: a share is missing, cut short or not a safetensors file.
+        CheckpointError: A share is missing, cut short or not a safetensors file.
     """
     tensors: dict[str, Tensor] = {}
     for rank in range(world_size):
@@ -158,7 +158,11 @@ def load_tensors(folder: Path, group: str, world_size: int) -> dict[str, Tensor]
 
 
 def load_share(folder: Path, group: str, rank: int, world_size: int) -> dict[str, Tensor]:
-    """Reads the share of one group that process `rank` of `world_size` wrote; raises as above."""
+    """Reads the share of one group that process `rank` of `world_size` wrote.
+
+    Raises:
+        CheckpointError: The file is missing, cut short or not a safetensors file.
+    """
     path = folder / file_name(group, rank, world_size)
     try:
         return load_file(path)
@@ -167,18 +171,18 @@ def load_share(folder: Path, group: str, rank: int, world_size: int) -> dict[str
 
 
 def report_of(step: int, values: Mapping[str, Any]) -> dict[str, Any]:
-    """What Ray Train is told with the checkpoint of a step, and ranks it by.
+    """Returns the metrics reported to Ray Train with a checkpoint, by which it ranks checkpoints.
 
     Args:
-        step: of the checkpoint.
-        values: read at this very step: only a probe of these weights may rank them.
+        step: Step of the checkpoint.
+        values: Metrics read at exactly this step; only a probe of these weights may rank them.
     """
     reported = {k: v for k, v in values.items() if k in REPORTED}
     return {"step": step, "score": values.get("knn", -1.0), **reported}
 
 
 def recover_report(state: CheckpointState, config: PretrainConfig) -> dict[str, Any]:
-    """`report_of` a checkpoint, from what it holds itself."""
+    """Rebuilds from a checkpoint's own files what `report_of` returned when it was saved."""
     run = config.run
     every = {"loss": run.log_every, "knn": run.probe_every}
     every |= dict.fromkeys(("fixed_rankme", "lidar"), run.rank_every)

@@ -1,8 +1,8 @@
-"""A run's checkpoints: those that Ray Train has committed to its list, and what is whole on disk.
+"""The list of a run's checkpoints: those that Ray Train has committed, and those whole on disk.
 
-A checkpoint counts once Ray Train has put it on its list, `checkpoint_manager_snapshot.json`, which it
-rewrites in place. A list that is lost or damaged, or that names what is gone, is an error that says
-what is whole; `pipelines.runs.resuming` mends it when asked to.
+A checkpoint counts once Ray Train has added it to `checkpoint_manager_snapshot.json`, which Ray
+Train rewrites in place. If this list is lost or damaged, or names checkpoints that are gone, an
+error says which checkpoints are whole; `pipelines.runs.resuming` repairs the list on request.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from pipelines.runtime.uris import join_uri, open_uri
 LIST = "checkpoint_manager_snapshot.json"
 NAME = re.compile(r"checkpoint_(\d+)")
 SHOWN = 4
-"""Checkpoints that a message names, of the whole ones and of the others."""
+"""Most checkpoints that a message names, among the whole ones and among the damaged ones."""
 
 Listed = list[tuple[str, dict[str, Any]]]
-"""Names of checkpoints and the metrics that were reported with them, oldest first."""
+"""Names of checkpoints with the metrics reported for them, oldest first."""
 
 
 def read_list(run_uri: str) -> Listed | None:
-    """What Ray Train's list of a run holds; None where there is no list.
+    """Reads Ray Train's list of a run's checkpoints; None if there is no list.
 
     Raises:
-        ValueError: it cannot be read, saying why.
+        ValueError: The list cannot be read; the message says why.
     """
     fs, path = open_uri(run_uri)
     try:
@@ -47,10 +47,10 @@ def read_list(run_uri: str) -> Listed | None:
 
 
 def committed_checkpoints(run_uri: str) -> list[tuple[str, dict[str, Any]]]:
-    """Returns (URI, metrics as reported) of a run's checkpoints, oldest first; [] if none.
+    """Returns (URI, reported metrics) of each of a run's checkpoints, oldest first.
 
     Raises:
-        CheckpointError: the list of them cannot be read.
+        CheckpointError: The list of checkpoints cannot be read.
     """
     try:
         listed = read_list(run_uri)
@@ -60,21 +60,21 @@ def committed_checkpoints(run_uri: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def best_checkpoint(run_uri: str) -> str | None:
-    """The best of `committed_checkpoints` by online kNN, else the newest; None if there are none."""
+    """URI of a run's best checkpoint by online kNN, else of its newest; None if it has none."""
     found = committed_checkpoints(run_uri)
     best = max(found, key=lambda c: (c[1].get("knn", -1.0), c[1]["step"]), default=None)
     return best[0] if best else None
 
 
 def resolve_checkpoint(uri: str) -> str:
-    """Returns the checkpoint a URI means: itself, or a run folder's best by online kNN.
+    """Returns the URI of the checkpoint that `uri` names, directly or by its run folder.
 
-    A run without kNN scores means its newest checkpoint. Half-uploaded ones do not count: Ray
-    Train's own list of a run's committed checkpoints decides.
+    A run folder stands for its best checkpoint by online kNN, or its newest if there are no kNN
+    scores. Only checkpoints on Ray Train's list count, so half-uploaded ones do not.
 
     Raises:
-        CheckpointError: neither a checkpoint nor a run with one, or the one that is meant is not
-            whole: what of the run is, and what to do.
+        CheckpointError: `uri` is neither a checkpoint nor a run with one, or the checkpoint is
+            damaged; then the message names the run's whole checkpoints and what to do.
     """
     uri = uri.rstrip("/")
     fs, path = open_uri(uri)
@@ -96,7 +96,7 @@ def _usable(checkpoint: str, uri: str) -> str:
     if fault is None:
         return checkpoint
     name, run_uri = _name(checkpoint), _run_of(checkpoint)
-    if not NAME.fullmatch(name):  # a copy of its own: no run around it
+    if not NAME.fullmatch(name):  # a copy of a checkpoint, outside of any run
         raise CheckpointError(f"{uri}: the checkpoint is not whole: {fault}")
     raise unusable(run_uri, f"{name} is not whole: {fault}", _name_one(run_uri))
 
@@ -110,7 +110,7 @@ def _run_of(checkpoint: str) -> str:
 
 
 def folders(run_uri: str) -> list[str]:
-    """Names of the checkpoint folders that lie in a run, by step; [] where there is no run."""
+    """Names of the checkpoint folders in a run's folder, by step; [] if there is no run."""
     fs, path = open_uri(run_uri)
     try:
         there = fs.ls(path, detail=False)
@@ -121,14 +121,18 @@ def folders(run_uri: str) -> list[str]:
 
 
 def step_of(name: str) -> int:
-    """The step in a checkpoint folder's name."""
+    """The step that a checkpoint folder's name contains."""
     found = NAME.fullmatch(name)
     assert found
     return int(found[1])
 
 
 def survey(run_uri: str) -> dict[str, str | None]:
-    """Every checkpoint that a run has or lists, by step: its name, and why it is not whole, or None."""
+    """Checks every checkpoint that is in a run's folder or on its list.
+
+    Returns:
+        Its name to why it is not whole (None if it is), by step.
+    """
     try:
         listed = [name for name, _ in read_list(run_uri) or [] if NAME.fullmatch(name)]
     except ValueError:
@@ -138,7 +142,7 @@ def survey(run_uri: str) -> dict[str, str | None]:
 
 
 def unusable(run_uri: str, problem: str, way_out: str) -> CheckpointError:
-    """An error of three lines: the run with what is wrong, what is whole, what to do."""
+    """Builds an error of three lines: what is wrong, which checkpoints are whole, what to do."""
     found = survey(run_uri)
     whole = _some([name for name, fault in found.items() if fault is None])
     broken = _some([f"{name} ({fault})" for name, fault in found.items() if fault is not None])

@@ -1,7 +1,7 @@
-"""A checkpoint's weights and configuration back in memory, and whether a run may go on from it.
+"""Loads a checkpoint's weights and configuration, and checks whether a run may resume from it.
 
-What a checkpoint folder holds is `pipelines.runs.checkpoint_format`; which of a run's checkpoints is meant,
-`pipelines.runs.checkpoint_list`.
+`pipelines.runs.checkpoint_format` defines the files of a checkpoint, and
+`pipelines.runs.checkpoint_list` finds the checkpoints of a run.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ __all__ = [
 
 
 def decides_the_run(key: str, cfg: PretrainConfig) -> bool:
-    """Whether changing this setting would make another run of `cfg` (facts: docs/checkpoints.md)."""
+    """Whether changing the setting `key` would make `cfg` a different run (docs/checkpoints.md)."""
     free = {"data.train", "data.test", "data.decode_in", "data.decode_threads"}
     free |= {"data.prefetch_batches"}
     section = key.partition(".")[0]
@@ -66,13 +66,13 @@ def decides_the_run(key: str, cfg: PretrainConfig) -> bool:
 def check_resumable(
     saved: PretrainConfig, state: CheckpointState, cfg: PretrainConfig, manifest_hash: str
 ) -> None:
-    """Refuses to continue a run under settings that would make it a different run.
+    """Refuses to resume a run under settings that would make it a different run.
 
-    Workers, storage, precision, intervals and places of the data may change; what decides the
-    order of samples, the shapes or the mathematics may not.
+    Workers, storage, precision, intervals and the location of the data may change. Settings that
+    decide the order of samples, the shapes or the mathematics may not.
 
     Raises:
-        CheckpointError: naming every flag that differs.
+        CheckpointError: Such settings differ; the message names their flags.
     """
     before, after = flatten(dataclasses.asdict(saved)), flatten(dataclasses.asdict(cfg))
     differing = [
@@ -94,7 +94,7 @@ def check_resumable(
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name."""
+    """Flattens nested settings to dotted names."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -105,10 +105,10 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def new_objective(cfg: PretrainConfig) -> Objective:
-    """The objective that a run's configuration describes, with fresh weights.
+    """Builds the objective that a run's configuration describes, with fresh weights.
 
     Raises:
-        ValueError: settings that do not go together.
+        ValueError: Settings contradict each other.
     """
     return build_objective(
         cfg.objective.name, model=cfg.model_settings, objective=cfg.objective_settings
@@ -116,14 +116,17 @@ def new_objective(cfg: PretrainConfig) -> Objective:
 
 
 def load_objective(uri: str) -> tuple[Objective, PretrainConfig, dict[str, Any]]:
-    """Rebuilds the objective of a checkpoint (or of a run folder's best), weights on the CPU.
+    """Rebuilds the objective of a checkpoint on the CPU.
+
+    Args:
+        uri: A checkpoint, or a run folder, which stands for its best checkpoint.
 
     Returns:
-        The objective, the run's configuration, and state.json as a dict plus `uri`, the checkpoint
-        that was read.
+        The objective; the run's configuration; and the contents of state.json as a dict, plus
+        `uri`, the checkpoint that was read.
 
     Raises:
-        CheckpointError: no such checkpoint, or it does not load.
+        CheckpointError: There is no such checkpoint, or it does not load.
     """
     resolved = resolve_checkpoint(uri)
     with local_copy(resolved, "*.json") as folder:
@@ -135,10 +138,10 @@ def load_objective(uri: str) -> tuple[Objective, PretrainConfig, dict[str, Any]]
 
 
 def load_weights(objective: Objective, tensors: Mapping[str, Tensor], origin: str) -> None:
-    """Puts weights into an objective, every one or none.
+    """Loads weights into an objective: all of them or, if any does not fit, none.
 
     Raises:
-        CheckpointError: names or shapes differ.
+        CheckpointError: Names or shapes differ.
     """
     expected = {name: tuple(t.shape) for name, t in objective.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in tensors.items()}
@@ -154,7 +157,11 @@ def load_weights(objective: Objective, tensors: Mapping[str, Tensor], origin: st
 
 
 def load_encoder(uri: str) -> tuple[VisionTransformer, PretrainConfig, dict[str, Any]]:
-    """Returns the encoder to evaluate, export or serve: the target encoder of `load_objective`."""
+    """Loads the encoder to evaluate, export or serve.
+
+    This is the target encoder of the objective; arguments, other results and errors are those of
+    `load_objective`.
+    """
     objective, config, info = load_objective(uri)
     encoder = objective.feature_encoder
     assert isinstance(encoder, VisionTransformer)

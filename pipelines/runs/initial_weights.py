@@ -1,7 +1,8 @@
-"""`--run.init-from`: a run that starts from another's weights, if need be on another grid of tokens.
+"""`--run.init-from`: starts a run from another run's weights.
 
-Image size and clip length may differ: nothing but position tables depends on them. Whatever else
-differs in shape is refused before workers start, from the headers of the files alone.
+Image size and clip length may differ between the runs, because only position tables depend on them;
+these are interpolated. Any other difference in shapes is refused before workers start, from the
+headers of the files alone.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from pipelines.runs.integrity import Shapes, read_shapes
 from pipelines.runtime.uris import local_copy
 
 TABLE = "pos_embed"
-"""Last part of a position table's name, in encoder, target encoder, predictor and decoder."""
+"""Last part of the names of position tables, in encoders, predictor and decoder."""
 SHAPING = (
     *("model.encoder", "model.patch_size", "model.tubelet", "model.positions"),
     *("model.predictor_width", "model.predictor_depth"),
     *("objective.name", "objective.target", "objective.projector", "objective.regularize"),
     *("video_mask.kind", "video_mask.blocks"),
 )
-"""Settings that decide which weights there are, and their shapes."""
+"""Settings that decide which weights an objective has, and their shapes."""
 
 
 @dataclass(frozen=True)
@@ -46,20 +47,20 @@ class _Source:
 
 
 def grid_of(cfg: PretrainConfig) -> Grid:
-    """The tokens of a run's images or clips."""
+    """The grid of tokens of a run's images or clips."""
     model = cfg.model
     return Grid(model.image_size // model.patch_size, model.frames // model.tubelet)
 
 
 def check_initial(cfg: PretrainConfig) -> str | None:
-    """Whether the weights of `run.init_from` fit the run, by their shapes alone.
+    """Checks by shapes alone that the weights of `run.init_from` fit the run.
 
     Returns:
-        A line for a person where positions are going to be fitted to another grid.
+        A line for the user if positions will be fitted to another grid, else None.
 
     Raises:
-        CheckpointError: no such checkpoint, not whole, or weights of other shapes.
-        ValueError: the run's own objective cannot be built.
+        CheckpointError: There is no such checkpoint, it is damaged, or its weights do not fit.
+        ValueError: The run's own objective cannot be built.
     """
     source = _find(cfg)
     with torch.device("meta"):
@@ -80,7 +81,11 @@ def check_initial(cfg: PretrainConfig) -> str | None:
 
 
 def load_initial(cfg: PretrainConfig, objective: Objective) -> str:
-    """Puts the weights of `run.init_from` into an objective; says which, and raises as above."""
+    """Loads the weights of `run.init_from` into an objective; raises like `check_initial`.
+
+    Returns:
+        A line for the user that names the checkpoint.
+    """
     source = _find(cfg)
     with local_copy(source.uri, "model-*.safetensors") as folder:
         tensors = load_tensors(folder, "model", source.world_size)
@@ -110,7 +115,7 @@ def _tables(names: Iterable[str]) -> list[str]:
 
 
 def _refuse_misfits(source: _Source, cfg: PretrainConfig, found: Shapes, expected: Shapes) -> None:
-    tables = set(_tables(expected)) & set(found)  # fitted to the grid
+    tables = set(_tables(expected)) & set(found)  # these are fitted to the grid
     wrong = [n for n in sorted(expected.keys() | found.keys()) if expected.get(n) != found.get(n)]
     wrong = [name for name in wrong if name not in tables]
     if not wrong:
@@ -119,8 +124,8 @@ def _refuse_misfits(source: _Source, cfg: PretrainConfig, found: Shapes, expecte
     raise CheckpointError(
         f"--run.init-from {source.uri}: {len(wrong)} weights do not fit: {'; '.join(shown)}.\n"
         f"{_differing(source.config, cfg)}\n"
-        "Take over these settings, or leave --run.init-from out; only the image size and the clip's "
-        "length may differ."
+        "Take over these settings, or leave --run.init-from out; only the image size and the "
+        "clip's length may differ."
     )
 
 

@@ -1,7 +1,7 @@
-"""Whether a checkpoint is whole: all its files, readable, of the size that their headers say.
+"""Checks that a checkpoint is whole: every file exists, parses, and has the size its header says.
 
-Only headers are read, so that a checkpoint on S3 is judged in a few requests. Flipped bits within a
-tensor are not seen: that takes digests of the files, which checkpoints do not hold.
+Only headers are read, so a checkpoint on S3 takes a few requests. Flipped bits inside a tensor go
+unnoticed, because checkpoints hold no digests of their files.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ Shapes = dict[str, tuple[int, ...]]
 BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 BYTES |= {"U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4}
 BYTES |= {"U64": 8, "I64": 8, "F64": 8, "C64": 8}
-"""Of one element, by safetensors' name of the type."""
+"""Bytes of one element, by safetensors' name of the dtype."""
 
 
 def find_fault(uri: str, groups: Sequence[str] = GROUPS) -> str | None:
-    """Why a checkpoint is not whole, or None.
+    """Returns why a checkpoint is not whole, or None if it is.
 
     Args:
-        uri: Of the checkpoint's folder.
-        groups: Whose tensors are looked at; evaluation needs only the model's.
+        uri: The checkpoint's folder.
+        groups: Groups of tensors to check; evaluation needs only `model`.
     """
     fs, path = open_uri(uri)
     if not fs.exists(path):
@@ -45,10 +45,10 @@ def find_fault(uri: str, groups: Sequence[str] = GROUPS) -> str | None:
 
 
 def read_shapes(uri: str, group: str = "model") -> Shapes:
-    """Shapes of a group's tensors by name, without their values.
+    """Reads the shapes of a group's tensors by name, without their values.
 
     Raises:
-        ValueError: naming the file that is missing or damaged.
+        ValueError: A file is missing or damaged; the message names it.
     """
     fs, path = open_uri(uri)
     state, _ = read_description(fs, path)
@@ -59,10 +59,10 @@ def read_shapes(uri: str, group: str = "model") -> Shapes:
 
 
 def read_description(fs: Any, path: str) -> tuple[CheckpointState, PretrainConfig]:
-    """state.json and config.json of a checkpoint.
+    """Reads state.json and config.json of a checkpoint.
 
     Raises:
-        ValueError: naming the file that is missing or damaged.
+        ValueError: One of them is missing or damaged; the message names it.
     """
     texts = {}
     for name in ("state.json", "config.json"):
@@ -92,11 +92,14 @@ def _read_named_header(fs: Any, path: str, name: str) -> Shapes:
 
 
 def read_header(fs: Any, path: str) -> Shapes:
-    """Shapes by name from the header of a safetensors file: 8 bytes of length, JSON, then the data.
+    """Reads shapes by name from the header of a safetensors file.
+
+    Such a file holds the header's length in 8 bytes, the header as JSON, and then the data.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is cut, too long, or no safetensors file; a predicate of it.
+        FileNotFoundError: There is no such file.
+        ValueError: The file is cut, too long, or not a safetensors file; the message is a predicate
+            to be put after the file's name.
     """
     size = int(fs.size(path))
     length = int.from_bytes(fs.cat_file(path, start=0, end=8), "little") if size > 8 else size
@@ -113,7 +116,7 @@ def read_header(fs: Any, path: str) -> Shapes:
 
 
 def _parse_header(entries: dict[str, Any]) -> tuple[Shapes, int]:
-    """Shapes by name and the number of bytes they fill, end to end."""
+    """Returns shapes by name, and the number of bytes of all tensors, which lie end to end."""
     shapes: Shapes = {}
     spans = []
     for name, entry in entries.items():

@@ -1,8 +1,9 @@
-"""Where a run goes on: its newest checkpoint, or with --run.resume-from the newest whole or a named one.
+"""Finds the checkpoint a run resumes from, and takes a run back to an older one on request.
 
-Going back changes the run's folder so that Ray Train and every reader see a run that has just reached
-that checkpoint: newer checkpoints are moved into `set-aside-<n>/`, with a copy of metrics.jsonl, and
-Ray's list is written anew from those that are left. Nothing is deleted.
+A run resumes from its newest checkpoint, or with --run.resume-from from the newest whole or a named
+one. Going back changes the run's folder so that Ray Train and every reader see a run that has just
+reached that checkpoint: newer checkpoints are moved to `set-aside-<n>/` with a copy of
+metrics.jsonl, and Ray Train's list is rewritten with those that are left. Nothing is deleted.
 """
 
 from __future__ import annotations
@@ -37,34 +38,35 @@ WAY_ON = (
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Where a run goes on, and what its folder needs before that."""
+    """The checkpoint a run resumes from, and the changes its folder needs before."""
 
     run_uri: str
     name: str | None
-    """The checkpoint's; None: the run has none."""
+    """Name of the checkpoint; None if the run has none yet."""
     newer: tuple[str, ...] = ()
-    """Checkpoints after it, to be set aside."""
+    """Names of the checkpoints after it, which are set aside."""
     mend: bool = False
-    """Ray's list has to be written anew."""
+    """Whether Ray Train's list has to be rewritten."""
     note: str | None = None
-    """A line for a person before workers start."""
+    """A line for the user before workers start."""
 
     @property
     def uri(self) -> str | None:
-        """Of the checkpoint."""
+        """URI of the checkpoint."""
         return join_uri(self.run_uri, self.name) if self.name else None
 
 
 def find_start(run_uri: str, resume_from: str | None, first_step: int) -> Start:
-    """Finds the checkpoint a run goes on from, and changes nothing.
+    """Finds the checkpoint a run resumes from, without changing anything.
 
     Args:
         run_uri: The run's folder.
-        resume_from: `--run.resume-from`.
-        first_step: Of the run's first checkpoint.
+        resume_from: Value of `--run.resume-from`.
+        first_step: Step of the run's first checkpoint.
 
     Raises:
-        CheckpointError: what should be there is not whole: what is, and the flag.
+        CheckpointError: The checkpoint or the list is damaged or missing; the message says which
+            checkpoints are whole, and which flag to use.
     """
     try:
         listed, problem = _read_for_ray(run_uri), None
@@ -74,7 +76,7 @@ def find_start(run_uri: str, resume_from: str | None, first_step: int) -> Start:
         return _asked_for(run_uri, resume_from, listed)
     there = folders(run_uri)
     if problem is None and not listed:
-        # A run that was killed while its very first checkpoint was uploaded has lost nothing else.
+        # A run killed while its very first checkpoint was uploaded has lost nothing else.
         unfinished = there == [f"checkpoint_{first_step:08d}"] and _fault(run_uri, there[0])
         if not there or unfinished:
             return Start(run_uri=run_uri, name=None)
@@ -98,7 +100,7 @@ def _asked_for(run_uri: str, resume_from: str, listed: Listed | None) -> Start:
     found = survey(run_uri)
     whole = [name for name, fault in found.items() if fault is None]
     if resume_from == NEWEST_WHOLE:
-        if not found:  # a run that has not begun
+        if not found:  # the run has not begun
             return Start(run_uri=run_uri, name=None)
         if not whole:
             problem = f"--run.resume-from {resume_from}: no checkpoint is whole"
@@ -117,12 +119,14 @@ def _asked_for(run_uri: str, resume_from: str, listed: Listed | None) -> Start:
 
 
 def go_back(start: Start, *, ranked: bool, say: Callable[[str], None]) -> None:
-    """Makes the run's folder that of a run which has just reached `start`; nothing is deleted.
+    """Changes the run's folder to that of a run that has just reached `start`.
+
+    Nothing is deleted: newer checkpoints are moved aside.
 
     Args:
-        start: Found by `find_start`.
-        ranked: Whether checkpoints are kept by their scores, as Ray's list then is ordered.
-        say: Takes a line on what was done.
+        start: Result of `find_start`.
+        ranked: Whether the best checkpoints are kept; Ray Train's list is then ordered by score.
+        say: Takes a line for the user about what was done.
     """
     if start.name is None or not (start.newer or start.mend):
         return
@@ -137,7 +141,10 @@ def go_back(start: Start, *, ranked: bool, say: Callable[[str], None]) -> None:
 
 
 def _set_aside(start: Start) -> str:
-    """Moves newer checkpoints away; the metrics of their steps are copied, as they will be redone."""
+    """Moves newer checkpoints to a new folder, whose name is returned.
+
+    metrics.jsonl is copied there, because the lines of those steps are going to be replaced.
+    """
     fs, path = open_uri(start.run_uri)
     names = (f"set-aside-{n}" for n in itertools.count(1))
     place = next(name for name in names if not fs.exists(f"{path}/{name}"))
@@ -153,16 +160,16 @@ def _move(fs: Any, source: str, target: str) -> None:
     if is_local(fs):
         Path(source).rename(target)
         return
-    for file in fs.find(source):  # all are there before the first is removed here
+    for file in fs.find(source):  # copy every file before removing any
         fs.cp_file(file, target + str(file).removeprefix(source))
     fs.rm(source, recursive=True)
 
 
 def _read_for_ray(run_uri: str) -> Listed | None:
-    """`read_list`, which Ray Train of this version must be able to read too.
+    """Like `read_list`, but the installed version of Ray Train must be able to read the list too.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: The list cannot be read.
     """
     from ray.train.v2._internal.execution.checkpoint import checkpoint_manager
 
@@ -175,8 +182,8 @@ def _read_for_ray(run_uri: str) -> Listed | None:
         state: Any = checkpoint_manager._CheckpointManagerState.model_validate(values)
     except ValueError as error:
         raise ValueError(
-            f"written by Ray {values.get('ray_version', 'of an unknown version')}, and not readable "
-            "by this one"
+            f"written by Ray {values.get('ray_version', 'of an unknown version')}, and not "
+            "readable by this one"
         ) from error
     newest = state.latest_checkpoint_result
     counted = len(state.checkpoint_report_indices) == len(state.checkpoint_results)
@@ -186,14 +193,14 @@ def _read_for_ray(run_uri: str) -> Listed | None:
 
 
 def write_list(run_uri: str, names: list[str], *, ranked: bool) -> None:
-    """Writes Ray Train's list of a run: these checkpoints, the last of them the newest.
+    """Writes Ray Train's list of a run's checkpoints.
 
     Args:
         run_uri: The run's folder.
-        names: Of whole checkpoints, by step.
-        ranked: Order them by score, as Ray does where it keeps the best.
+        names: Names of whole checkpoints by step; the last one is the newest.
+        ranked: Whether to order them by score, as Ray Train does if it keeps the best.
     """
-    # The one place that knows the form; Ray has no public way to write it.
+    # Only this function knows the format; Ray has no public function that writes it.
     from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import (
         _CheckpointManagerState,
         _TrainingResultState,

@@ -1,4 +1,4 @@
-"""A run's folder under its storage: the local copy that is written, and how it reaches the URI."""
+"""A run's folder: files are appended to locally and uploaded if the run's storage is remote."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pipelines.runtime.uris import is_local, open_uri
 
 
 class RunFolder:
-    """A run's folder that can be appended to: the place itself if local, else a spool beside it.
+    """A run's folder whose files can be appended to.
 
-    Object stores cannot append, so files of a remote run are written here and uploaded whole by
-    `sync`.
+    If the run is local, `local` is the run's folder itself. Object stores cannot append, so for a
+    remote run `local` is a temporary folder whose files `sync` uploads whole.
     """
 
     def __init__(self, uri: str) -> None:
@@ -30,7 +30,7 @@ class RunFolder:
             self.local.mkdir(parents=True, exist_ok=True)
 
     def fetch(self, name: str) -> Path:
-        """Returns the local path of a file, downloaded first if only the remote side has it."""
+        """Returns the local path of a file, after downloading it if it exists only remotely."""
         path = self.local / name
         if self.remote and not path.exists() and self._fs.exists(f"{self._root}/{name}"):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ class RunFolder:
         return path
 
     def sync(self) -> None:
-        """Uploads what has changed since the last time (nothing to do for a local run)."""
+        """Uploads the files that changed since the last call; does nothing for a local run."""
         if not self.remote:
             return
         for path in sorted(p for p in self.local.rglob("*") if p.is_file()):
@@ -48,7 +48,7 @@ class RunFolder:
                 self._uploaded[name] = (stat.st_size, stat.st_mtime_ns)
 
     def close(self) -> None:
-        """Removes the spool of a remote run."""
+        """Removes the temporary folder of a remote run."""
         if self.remote:
             shutil.rmtree(self.local, ignore_errors=True)
 
@@ -57,7 +57,7 @@ METRICS = "metrics.jsonl"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Reads metrics.jsonl; a last line cut short by a kill is left out."""
+    """Reads the lines of metrics.jsonl, leaving out a last line that was cut short by a kill."""
     lines = path.read_text().splitlines() if path.exists() else []
     rows = []
     for number, line in enumerate(lines):

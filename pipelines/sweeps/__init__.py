@@ -1,1 +1,1 @@
-"""Runs of a sweep as trials of Ray Tune: what varies, how trials run, what they found. Imports training and below."""
+"""Sweeps: runs of a recipe as trials of Ray Tune. Imports training and the folders below it."""

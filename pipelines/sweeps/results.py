@@ -1,4 +1,4 @@
-"""What a sweep found: its table, its plot, and how well RankMe and LiDAR picked against the probe."""
+"""Results of a sweep: table, plot, and how well RankMe and LiDAR agree with labelled probes."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ PROBES = {"knn": "kNN", "linear": "linear probe"}
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One run of a sweep; the numbers are of its newest checkpoint, None where there is none."""
+    """One run of a sweep, with the metrics of its newest checkpoint (None if it has none)."""
 
     trial: int
     settings: dict[str, Any]
     outcome: str
-    """finished, stopped (early), collapsed, failed."""
+    """`finished`, `stopped` (early), `collapsed` or `failed`."""
     reason: str | None = None
     step: int = 0
     seconds: float = 0.0
     run: str = ""
-    """Folder of the run."""
+    """URI of the run's folder."""
     rankme: float | None = None
     lidar: float | None = None
     knn: float | None = None
-    """Of the test set, a fraction."""
+    """Accuracy on the test set, a fraction."""
     linear: float | None = None
+    """Accuracy on the test set, a fraction."""
     scored: bool = field(default=False)
-    """Whether its checkpoint, if there is one, has been read."""
+    """Whether the newest checkpoint has been scored; also true if there is none to score."""
 
 
 def _both(rows: Sequence[Row], *names: str) -> list[Row]:
@@ -42,15 +43,15 @@ def _both(rows: Sequence[Row], *names: str) -> list[Row]:
 
 
 def best(rows: Sequence[Row], by: str) -> Row | None:
-    """The run with the largest `rankme`, `lidar`, `knn` or `linear`; None if no run has it."""
+    """The run with the largest `rankme`, `lidar`, `knn` or `linear`; None if no run has a value."""
     found = _both(rows, by)
     return max(found, key=lambda row: getattr(row, by)) if found else None
 
 
 def verdict(rows: Sequence[Row]) -> list[str]:
-    """What was chosen without labels, and what that costs by them, in sentences.
+    """Says which run is chosen without labels and how much accuracy this choice costs.
 
-    Runs that collapsed or failed take no part, whatever their last checkpoint reads.
+    Runs that collapsed or failed are left out, whatever the metrics of their last checkpoint.
     """
     rows, lines = [row for row in rows if row.outcome in ("finished", "stopped")], []
     for by, name in RANKS.items():
@@ -89,7 +90,8 @@ def _cost(rows: Sequence[Row], by: str, probe: str) -> str:
     cost = 100 * (getattr(ideal, probe) - getattr(chosen, probe))
     at_random = max(scores) - sum(scores) / len(scores)
     return (
-        f"{RANKS[by]} against {PROBES[probe]} over {len(rows)} runs: {_agreement(rows, by, probe)}; "
+        f"{RANKS[by]} against {PROBES[probe]} over {len(rows)} runs: "
+        f"{_agreement(rows, by, probe)}; "
         f"its choice, trial {chosen.trial}, has {100 * getattr(chosen, probe):.1f}, the best, "
         f"trial {ideal.trial}, {max(scores):.1f}: it costs {cost:.1f} points, a run picked at "
         f"random {at_random:.1f} on average"
@@ -110,7 +112,7 @@ def _agreement(rows: Sequence[Row], by: str, probe: str) -> str:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """For a terminal, best RankMe first."""
+    """Builds the table for a terminal, best RankMe first."""
     keys = list(rows[0].settings) if rows else []
     shown = Table(
         title="runs, best RankMe first; accuracies in % of the test set", show_lines=False
@@ -135,8 +137,8 @@ def _text(value: Any) -> str:
 
 
 def plot(rows: Sequence[Row]) -> bytes:
-    """A PNG: probes against RankMe and LiDAR, and both of these against every hyperparameter."""
-    # An object of its own, not pyplot: no window, no global state.
+    """Draws a PNG: probes against RankMe and LiDAR, and these against every hyperparameter."""
+    # A Figure instead of pyplot, which has global state and may open a window.
     from matplotlib.figure import Figure
 
     rows = _both(rows, *RANKS)

@@ -1,4 +1,4 @@
-"""What a sweep varies: entries of `--space`, the settings drawn from them, the runs these make."""
+"""The search space of a sweep: parses `--space`, draws settings, applies them to a recipe."""
 
 from __future__ import annotations
 
@@ -17,32 +17,34 @@ import numpy as np
 from pipelines.config.train import PretrainConfig
 
 Settings = dict[str, Any]
-"""Dotted name of a field to its value."""
+"""Values of fields by their dotted names."""
 
 FREE = {
     "model": {"patch_std", "predictor_width", "predictor_depth", "activation_checkpointing"},
     "run": {"seed"},
     "clip": {"jitter"},
 }
-"""Of these sections, what may vary; the rest would change what RankMe is measured on, or the run's
-length, place and machine."""
+"""Fields that may vary in these sections.
+
+The other fields would change what RankMe is measured on, or the run's length, location or machine.
+"""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One entry: a list of choices, or the two ends of a range."""
+    """One entry of `--space`: a list of choices, or the two ends of a range."""
 
     key: str
     kind: Literal["choice", "uniform", "log"]
     values: tuple[Any, ...]
 
     def at(self, share: float) -> Any:
-        """The value at a share in [0, 1) of the way; a whole number where the field is one."""
+        """The value at `share` in [0, 1) of the range or list; an int for int fields."""
         if self.kind == "choice":
             return self.values[int(share * len(self.values))]
         low, high = self.values
         if isinstance(low, int):
-            # Every whole number has a stretch of its own: uniform takes them equally often.
+            # Every integer gets an interval of length 1, so uniform draws them equally often.
             high += 1
         value = (
             low + share * (high - low)
@@ -53,10 +55,11 @@ class Axis:
 
 
 def parse_space(entries: Sequence[str], base: PretrainConfig) -> tuple[Axis, ...]:
-    """Reads `--space`; every value is converted to its field's type and tried on `base`.
+    """Parses `--space`, converts every value to its field's type, and tries it on `base`.
 
     Raises:
-        ValueError: naming the entry: no such field, a value that is none, a field that must stay.
+        ValueError: There is no such field, it must not vary, or a value is invalid; the message
+            names the entry.
     """
     if not entries:
         raise ValueError("--space: say what varies, such as optim.lr=log:1e-4:1e-2")
@@ -111,7 +114,7 @@ def _axis(key: str, text: str, hint: Any) -> Axis:
 
 
 def _convert(text: str, hint: Any) -> Any:
-    """The value that `text` writes for a field of type `hint`; ValueError if it is none."""
+    """Converts `text` to a field's type `hint`; raises ValueError if it is not of that type."""
     origin, of = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         return None if text.lower() == "none" else _convert(text, of[0])
@@ -136,10 +139,11 @@ def _convert(text: str, hint: Any) -> Any:
 
 
 def draw(axes: Sequence[Axis], samples: int | None, seed: int) -> list[Settings]:
-    """The settings of every run: all combinations, or `samples` at random and all different.
+    """Draws the settings of every run: all combinations, or `samples` different random ones.
 
     Raises:
-        ValueError: all combinations of a range, or more samples than there are combinations.
+        ValueError: All combinations are asked for but there is a range, or there are fewer
+            combinations than `samples`.
     """
     keys = [axis.key for axis in axes]
     ranges = [axis.key for axis in axes if axis.kind != "choice"]
@@ -163,10 +167,10 @@ def draw(axes: Sequence[Axis], samples: int | None, seed: int) -> list[Settings]
 
 
 def apply(base: PretrainConfig, settings: Mapping[str, Any]) -> PretrainConfig:
-    """`base` with fields replaced.
+    """Returns `base` with the fields of `settings` replaced.
 
     Raises:
-        ValueError: the values do not go together; the message names the flag.
+        ValueError: The values contradict each other; the message names the flag.
     """
     sections: dict[str, Settings] = {}
     for key, value in settings.items():

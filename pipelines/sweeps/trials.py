@@ -1,8 +1,9 @@
-"""The runs of a sweep as trials of Ray Tune: start them, stop the worse ones early, take down each.
+"""Runs a sweep as trials of Ray Tune: starts them, stops the worse ones early, records each end.
 
-A trial is a process that drives a whole `pretrain`, whose checkpoints' RankMe and LiDAR it passes on;
-with the process ends all it started. Ray Tune keeps no scheduler's memory over a restart
-(`Tuner.restore` starts rungs anew), so what ended runs reported is told to the scheduler again.
+A trial is a process that runs a whole `pretrain` and reports the RankMe and LiDAR of its
+checkpoints to Ray Tune. When the process ends, so does everything it started. Ray Tune does not
+keep a scheduler's state over a restart (`Tuner.restore` starts with empty rungs), so the reports of
+runs that have ended are replayed to a new scheduler.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from pipelines.config.train import PretrainConfig
 from pipelines.runtime.uris import join_uri, local_copy, ray_storage
 
 METRIC = {"rankme": "fixed_rankme", "lidar": "lidar"}
-"""`--metric` to the name in a run's metrics."""
+"""Names in a run's metrics, by `--metric`."""
 TRIAL_CPUS = 0.01
-"""A trial's own process only waits for its workers, which reserve what they need themselves."""
+"""A trial's own process only waits for its workers, which reserve their own CPUs."""
 PROBE_ROWS = 10_000
 
 Reading = dict[str, Any]
@@ -33,12 +34,12 @@ Score = Callable[[PretrainConfig], Reading]
 
 
 def train_trial(cfg: PretrainConfig) -> Reading:
-    """Trains one run inside a trial; its readings go to Ray Tune at every checkpoint.
+    """Trains one run inside a trial and reports to Ray Tune at every checkpoint.
 
     Returns:
-        `outcome` (finished, collapsed, failed), `reason`, and the newest readings.
+        `outcome` (`finished`, `collapsed` or `failed`), `reason`, and the newest RankMe and LiDAR.
     """
-    # Here and below, because the trial's process should not wait for torch before it is needed.
+    # Imported here and below, so that the trial's process does not load torch before it needs it.
     from ray.tune.integration.ray_train import TuneReportCallback
 
     from pipelines.runs.checkpoints import CheckpointError
@@ -59,19 +60,19 @@ def _ranks(metrics: Mapping[str, float]) -> Reading:
 
 
 def readings(cfg: PretrainConfig) -> list[Reading]:
-    """What a run has reported so far, from its metrics.jsonl."""
+    """Reads from metrics.jsonl the steps, RankMe and LiDAR that a run has reported so far."""
     from pipelines.runs.run_folder import METRICS, read_metrics
 
     with local_copy(join_uri(cfg.run.storage, cfg.run.name), METRICS) as folder:
         rows = read_metrics(folder / METRICS)
-    # metrics.jsonl has null for what was not finite.
+    # metrics.jsonl has null for values that were not finite.
     read = (r for r in rows if all(r.get(name) is not None for name in METRIC.values()))
     return [{"step": r["step"], **_ranks(r)} for r in read]
 
 
 def _run_trial(config: Mapping[str, int], plan: Sequence[PretrainConfig], train: Train) -> None:
     cfg = plan[config["trial"]]
-    # Ray Tune wants the scheduler's metric in every report; a run that ended badly has none.
+    # Ray Tune needs the scheduler's metric in every report, but a run that ended badly has none.
     worst = dict.fromkeys(METRIC.values(), 0.0)
     tune.report({"step": cfg.run.steps, **worst, **train(cfg)})
 
@@ -89,10 +90,10 @@ def run_trials(
     Args:
         cfg: The sweep.
         plan: The run of each trial.
-        ended: Trials that have, in the order in which they did.
-        record: Told of a trial's end: its number, and `outcome`, `reason`, `seconds`.
-        say: Takes lines for a person.
-        train: What a trial does.
+        ended: Trials that have ended, in the order in which they ended.
+        record: Called when a trial ends, with its number and `outcome`, `reason` and `seconds`.
+        say: Takes lines for the user.
+        train: Trains the run of one trial.
     """
     missing = [t for t in range(len(plan)) if t not in ended]
     if not missing:
@@ -118,7 +119,7 @@ def run_trials(
     )
     grid = tuner.fit()
     for result in (grid[i] for i in range(len(grid))):
-        if result.error is not None:  # lost, or raised what `train_trial` does not expect
+        if result.error is not None:  # the process died, or raised an unexpected error
             lines = str(result.error).strip().splitlines() or [type(result.error).__name__]
             seconds = round((result.metrics or {}).get("time_total_s", 0.0), 1)
             trial = (result.config or {})["trial"]
@@ -132,12 +133,15 @@ def _name(trial: Any) -> str:
 def scheduler(
     cfg: SweepConfig, plan: Sequence[PretrainConfig], ended: Sequence[int] = ()
 ) -> TrialScheduler:
-    """ASHA (Li et al. 2020, arXiv 1810.05934) on `cfg.metric`, rungs at checkpoints; or none.
+    """Builds the scheduler that stops the worse trials early.
+
+    It is ASHA (Li et al. 2020, arXiv 1810.05934) on `cfg.metric` with rungs at checkpoints, or one
+    that stops nothing if the metric is `none`.
 
     Args:
         cfg: The sweep.
         plan: The run of each trial.
-        ended: Trials whose readings it remembers.
+        ended: Trials that have ended, whose reports are replayed to the scheduler.
     """
     if cfg.metric == "none":
         return FIFOScheduler()  # type: ignore[no-untyped-call]
@@ -146,7 +150,7 @@ def scheduler(
         time_attr="step",
         metric=METRIC[cfg.metric],
         mode="max",
-        # A run at its last step has nothing left to stop, and its last checkpoint to save.
+        # Do not stop a run at its last step, where it only has to save its last checkpoint.
         max_t=max(steps - 1, first),
         stop_last_trials=False,
         grace_period=first,
@@ -162,26 +166,26 @@ def scheduler(
 
 
 class _Watcher(tune.Callback):
-    """Says what trials report, and records how each ends."""
+    """A callback of Ray Tune that prints what trials report and records how each one ends."""
 
     def __init__(self, record: Callable[[int, Reading], None], say: Callable[[str], None]) -> None:
         self._record, self._say = record, say
 
     def __getstate__(self) -> Reading:
-        # Ray Tune pickles its callbacks for its own way of restoring, which is not ours.
+        # Ray Tune pickles callbacks for `Tuner.restore`, which sweeps do not use.
         return {}
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: Reading, **info: Any
     ) -> None:
-        """A reading, not the report that ends a trial."""
+        """Prints a trial's RankMe and LiDAR, unless this is the report that ends the trial."""
         number = trial.config["trial"]
         if "outcome" not in result:
             ranks = f"RankMe {result['fixed_rankme']:.1f} LiDAR {result['lidar']:.1f}"
             self._say(f"trial {number} step {result['step']} {ranks}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """It came to its end, or the scheduler stopped it."""
+        """Records a trial that ended by itself or was stopped by the scheduler."""
         last = trial.last_result
         step = last.get("step", 0)
         how = {"outcome": "stopped", "reason": f"by its rank among the runs at step {step}"}
@@ -193,11 +197,11 @@ class _Watcher(tune.Callback):
 
 
 def score_run(cfg: PretrainConfig) -> Reading:
-    """RankMe, LiDAR and, with labels, kNN and linear probe of a run's newest checkpoint, in a task
-    that has a worker's CPUs (or GPU); nothing of a run that has none.
+    """Scores a run's newest checkpoint in a Ray task with the resources of a worker.
 
     Returns:
-        Of `step`, `rankme`, `lidar`, `knn`, `linear`, accuracies as fractions, those there are.
+        `step`, `rankme` and `lidar` and, if there are labels, `knn` and `linear` (accuracies as
+        fractions). Empty if the run has no checkpoint.
     """
     cpus, gpus = cfg.run.cpus_per_worker, 1 if cfg.run.gpu else 0
     task = ray.remote(num_cpus=cpus, num_gpus=gpus)(_score)

@@ -1,1 +1,1 @@
-"""The training loop and its parts: state, optimizers, schedules, metrics, collapse watch. Imports evaluation, runs, loading and below."""
+"""The training loop and its parts. Imports evaluation, runs, loading and the folders below them."""

@@ -1,9 +1,9 @@
-"""Has the encoder collapsed? RankMe, spread and cosine, gathered without a host sync.
+"""Detects a collapsed encoder by RankMe, spread and cosine, gathered without a host sync.
 
 Shape suffixes: B local batch, N rows, D feature width.
 
-JEPA losses do not say whether a run is healthy: they fall when it collapses and may rise when it
-learns. These numbers do. RankMe is Garrido et al. 2023 (arXiv 2210.02885), section 3.
+JEPA losses do not say whether a run is healthy: they fall when the encoder collapses and may rise
+while it learns. These metrics do. RankMe is from Garrido et al. 2023 (arXiv 2210.02885), section 3.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pipelines.evaluation.ranks import effective_rank
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
-    """Sums `values` in place over the training processes, if there are several."""
+    """Sums `values` in place over the training processes and returns them."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(values)
     return values
@@ -42,7 +42,7 @@ class MeanMeter:
         self._count += 1
 
     def reading(self) -> dict[str, float]:
-        """Means over steps and processes since the last reading, and starts afresh."""
+        """Returns the means over steps and processes since the last reading, and resets."""
         if not self._count:
             return {}
         names = sorted(self._sums)
@@ -70,16 +70,18 @@ class MeanMeter:
 
 
 class CollapseWatch:
-    """Moments of a [B, D] feature since the last reading, and a verdict on them.
+    """Accumulates moments of a [B, D] feature and judges whether it has collapsed.
 
-    Spread and cosine are taken within each update (one step's rows of one process): a collapsed
-    encoder maps all images to one vector, but to another one after every step, and across steps
-    that drift would pass for variety.
+    Spread and cosine are computed within each update (the rows of one step on one process). A
+    collapsed encoder maps all images to one vector, but that vector moves with every step; computed
+    across steps, this drift would look like variety.
 
-    The encoder's readings are called `rankme` and so on, those of another feature `embedded_rankme`.
+    Metrics of the encoder's features are named `rankme` and so on; those of another feature are
+    prefixed with its name, as in `embedded_rankme`.
 
-    All in fp64: close to collapse the variance is a small difference of large numbers, which fp32
-    would lose. That costs D*D*B multiply-adds a step, nothing beside an encoder.
+    Everything is computed in fp64: close to collapse the variance is a small difference of large
+    numbers, which fp32 would lose. This costs D*D*B multiply-adds per step, which is little
+    compared with the encoder.
     """
 
     def __init__(
@@ -94,7 +96,7 @@ class CollapseWatch:
         self._of_encoder = of == "target_pooled"
         self._prefix = "" if self._of_encoder else f"{of}_"
         self.strikes = 0
-        """Readings in a row that looked collapsed."""
+        """Number of consecutive readings that looked collapsed."""
         zeros = partial(torch.zeros, dtype=torch.float64, device=device)
         self._moments = {
             "counts": zeros(3),  # rows, updates, ordered pairs of different rows in one update
@@ -104,7 +106,7 @@ class CollapseWatch:
         }
 
     def update(self, pooled_BD: Tensor) -> None:
-        """Adds the rows of one step, of them the first `dim` columns; no host sync."""
+        """Adds the first `dim` columns of one step's rows; no host sync."""
         pooled_BD = pooled_BD.detach()[:, : self._dim].double()
         rows = pooled_BD.shape[0]
         sum_D = pooled_BD.sum(dim=0)
@@ -117,12 +119,13 @@ class CollapseWatch:
         moments["means"].addr_(sum_D, sum_D, alpha=1 / rows)
 
     def reading(self) -> dict[str, float]:
-        """Reads over all processes since the last reading, and starts afresh.
+        """Returns the metrics over all processes since the last reading, and resets.
 
         Returns:
-            `rankme` (the paper's: uncentred, over all rows), and of the features centred within
-            each update `rankme_centred`, `std` (mean per-dimension standard deviation) and
-            `cosine` (mean over pairs of different rows). Empty if there were no such pairs.
+            `rankme` as in the paper (uncentred, over all rows), `rankme_centred` and `std` (mean
+            per-dimension standard deviation) of the features centred within each update, and
+            `cosine` (mean over pairs of different rows within an update). Empty if there were no
+            such pairs.
         """
         packed = all_reduce_sum(torch.cat([m.flatten() for m in self._moments.values()])).cpu()
         parts = torch.split(packed, [m.numel() for m in self._moments.values()])
@@ -136,7 +139,7 @@ class CollapseWatch:
             return {}
         scatter_DD = gram_DD - means_DD
         variance_D = (scatter_DD.diagonal() / (rows - updates)).clamp(min=0)
-        # Below this the scatter is the rounding noise of equal fp32 rows, whose rank looks high.
+        # A smaller scatter is the rounding noise of equal fp32 rows, whose rank would look high.
         is_noise = scatter_DD.trace() <= 1e-12 * gram_DD.trace()
         found = {
             "rankme": _rankme_of_gram(gram_DD),
@@ -151,11 +154,11 @@ class CollapseWatch:
             moment.zero_()
 
     def judge(self, reading: dict[str, float], step: int) -> str | None:
-        """Counts a reading and says what is wrong once enough of them in a row are bad.
+        """Counts a reading as good or bad, and says what is wrong after too many bad ones in a row.
 
         Returns:
-            None, or a sentence that names the reading, the flag it crossed, the step and what to
-            try.
+            None while all is well; else sentences that name the metric, the flag whose bound it
+            crossed, the step, and what to try.
         """
         if not reading or step <= self.cfg.grace_steps:
             return None

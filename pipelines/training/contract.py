@@ -1,4 +1,4 @@
-"""What the training loop asks of its surroundings: batches, a checkpoint store, the processes."""
+"""Interfaces the training loop depends on: batches, a checkpoint store, the worker process."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ Say = Callable[[str], None]
 
 
 class Batches(Protocol):
-    """`loading.train_batches`: one local batch per optimizer step, across epochs."""
+    """Signature of `loading.train_batches`: one local batch per optimizer step, across epochs."""
 
     def __call__(
         self, cfg: PretrainConfig, *, rank: int, world_size: int, start_step: int, end_step: int
     ) -> Iterator[dict[str, Any]]:
-        """Yields the batches of steps [start_step, end_step), counted from 0."""
+        """Yields the batches of the steps [start_step, end_step), which count from 0."""
 
 
 class CheckpointStore(Protocol):
-    """Where checkpoints go and come from: Ray Train in a run, a folder in tests."""
+    """Saves and finds the checkpoints of a run: through Ray Train, or in a folder in tests."""
 
     def latest(self) -> AbstractContextManager[Path | None]:
-        """The newest committed checkpoint of this run."""
+        """Yields the folder of this run's newest committed checkpoint, or None."""
 
     def save(self, write: Callable[[Path], None], metrics: dict[str, Any]) -> None:
-        """Has `write` fill a folder and commits it; may return before the upload is done."""
+        """Lets `write` fill a folder and commits it; may return before the upload is done."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSource:
-    """Batches and what identifies them."""
+    """The batches of a run, the steps of one epoch, and the identity of the shards."""
 
     batches: Batches
     steps_per_epoch: int
@@ -46,7 +46,7 @@ class DataSource:
 
 @dataclasses.dataclass(frozen=True)
 class Worker:
-    """This process among the training processes."""
+    """This process: its rank among the training processes, and its device."""
 
     rank: int = 0
     world_size: int = 1
@@ -54,7 +54,7 @@ class Worker:
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
 
     def first(self, message: str | None) -> str | None:
-        """The first process's message that is not None, on every process."""
+        """Returns on every process the message of the lowest rank that has one, or None."""
         if self.world_size == 1:
             return message
         messages: list[str | None] = [None] * self.world_size
@@ -63,5 +63,5 @@ class Worker:
 
 
 def end_step(cfg: PretrainConfig) -> int:
-    """Steps after which this process ends: all of them, or `stop_after`."""
+    """The step after which this process ends: the run's last, or `run.stop_after`."""
     return min(cfg.run.steps, cfg.run.stop_after or cfg.run.steps)

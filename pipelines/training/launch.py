@@ -1,4 +1,4 @@
-"""One pretraining run on Ray Train: checked before Ray starts, fitted, and its outcome."""
+"""Runs one pretraining on Ray Train: checks it before Ray starts, trains, returns the result."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 
 class CollapseError(RuntimeError):
-    """The encoder collapsed or the loss diverged, and `watch.action` is `stop`."""
+    """Raised if the encoder collapsed or the loss diverged while `watch.action` is `stop`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PretrainResult:
-    """Where a finished (or stopped) run is, and its newest numbers."""
+    """Where a finished or stopped run is, and its newest metrics."""
 
     run_uri: str
     best_checkpoint: str
@@ -46,20 +46,20 @@ class PretrainResult:
 def pretrain(
     cfg: PretrainConfig, *, callbacks: Sequence[Any] = (), stream: Any = None
 ) -> PretrainResult:
-    """Trains `cfg` through Ray Train and waits for the end.
+    """Trains `cfg` on Ray Train and waits until it ends.
 
-    Uses the Ray that this process has, or RAY_ADDRESS names, or `ray start` left on this machine;
-    else (or with RAY_ADDRESS=local) one of its own.
+    Uses the Ray this process is connected to, else the one at RAY_ADDRESS, else one that `ray
+    start` left on this machine. If there is none, or with RAY_ADDRESS=local, it starts its own.
 
     Args:
         cfg: The run.
-        callbacks: Ray Train's, told of every checkpoint.
-        stream: Takes lines for a person; None is stdout.
+        callbacks: Callbacks of Ray Train, called at every checkpoint.
+        stream: Where lines for the user are printed; None means stdout.
 
     Raises:
-        ValueError: no training data named, or the cluster cannot fit the run.
-        CheckpointError: an earlier run of the name exists and cannot be continued.
-        CollapseError: the run was stopped because it collapsed.
+        ValueError: No training data is named, or the cluster cannot fit the run.
+        CheckpointError: An earlier run of this name exists and cannot be continued.
+        CollapseError: The run was stopped because the encoder collapsed or the loss diverged.
     """
     if not cfg.data.train:
         raise ValueError("--data.train: name the folder or s3:// prefix of ingested shards")
@@ -88,15 +88,17 @@ def pretrain(
 
 
 def check_early(cfg: PretrainConfig, run_uri: str) -> Start:
-    """Finds in a second what workers would find in twenty: bad data, a run of other settings, or one
-    whose checkpoints are damaged.
+    """Checks data, settings and checkpoints before Ray starts.
+
+    This takes a second; the workers would need twenty to find the same errors.
 
     Returns:
-        Where the run goes on.
+        The checkpoint from which the run continues.
 
     Raises:
-        ValueError: naming the flag.
-        CheckpointError: naming the flags that differ from the run's, or what of the run is whole.
+        ValueError: A setting is invalid; the message names its flag.
+        CheckpointError: The run exists with other settings, or its checkpoints are damaged; the
+            message names the flags that differ, or the checkpoints that are whole.
     """
     from models.encoders.shape import find_preset
     from models.objectives.registry import find_objective
@@ -127,20 +129,21 @@ def _fit(cfg: PretrainConfig, callbacks: Sequence[Any], stream: Any) -> Outcome:
     from ray.train import ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from pipelines.training.worker import train_worker
+    from pipelines.runtime.worker_failures import FailureReporter
+    from pipelines.training.worker import say_into, train_worker
 
     resources = {"CPU": cfg.run.cpus_per_worker} | ({"GPU": 1} if cfg.run.gpu else {})
     with worker_lines(stream) as queue:
         trainer = TorchTrainer(
             functools.partial(train_worker, cfg, queue),  # type: ignore[arg-type]
-            # With GPUs too, gloo for what lives on the CPU: messages and the moments of the watch.
+            # With GPUs too, gloo is needed for CPU tensors: messages between the processes.
             torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if cfg.run.gpu else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=cfg.run.workers, use_gpu=cfg.run.gpu, resources_per_worker=resources
             ),
-            run_config=_run_config(cfg, callbacks),
+            run_config=_run_config(cfg, [FailureReporter(say_into(queue)), *callbacks]),
         )
-        # Typed as Ray Train V1 when imported from its public place; it is V2.
+        # The public import path is typed as Ray Train V1, but is V2 at run time.
         result: Any = trainer.fit()
         outcome: Outcome = result.return_value
     return outcome
@@ -156,7 +159,7 @@ def _run_config(cfg: PretrainConfig, callbacks: Sequence[Any]) -> Any:
         storage_filesystem=filesystem,
         failure_config=FailureConfig(max_failures=cfg.run.max_failures),
         checkpoint_config=CheckpointConfig(
-            # The newest is always kept besides, since it is where a lost worker resumes.
+            # Ray Train always keeps the newest too, from which lost workers resume.
             num_to_keep=cfg.run.keep_checkpoints,
             checkpoint_score_attribute="score" if cfg.run.probe_every else None,
         ),

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard, the progress line, the time of a step."""
+"""Loggers of a run: metrics.jsonl, TensorBoard, sample log, step timer and progress line."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ PHASES = ("data", "forward", "backward", "optimizer")
 
 
 class MetricsLog:
-    """Appends readings to metrics.jsonl and TensorBoard, continuing after `start_step`.
+    """Appends metrics to metrics.jsonl and TensorBoard, continuing after `start_step`.
 
-    Lines after `start_step` were written by steps that are about to be redone, and are dropped; at
-    `start_step` 0 so are all, the reading before the first step included.
+    Lines after `start_step` belong to steps that are about to be repeated, so they are dropped. At
+    `start_step` 0 all lines are dropped, including the one written before the first step.
     """
 
     def __init__(self, folder: RunFolder, start_step: int) -> None:
@@ -39,7 +39,7 @@ class MetricsLog:
         self._board = _tensorboard(folder.local / "tensorboard", start_step)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Adds the reading at a step (null where not finite); numbers go to TensorBoard too."""
+        """Adds the metrics of a step (null if not finite); numbers go to TensorBoard too."""
         # NaN is not JSON.
         finite = {
             k: v if not isinstance(v, float) or math.isfinite(v) else None
@@ -52,12 +52,12 @@ class MetricsLog:
                 self._board.add_scalar(name, value, step)
 
     def flush(self) -> None:
-        """Puts everything written so far on disk."""
+        """Flushes both logs to disk."""
         self._file.flush()
         self._board.flush()
 
     def close(self) -> None:
-        """Ends both logs."""
+        """Closes both logs."""
         self._file.close()
         self._board.close()
 
@@ -70,10 +70,10 @@ def _tensorboard(folder: Path, start_step: int) -> SummaryWriter:
 
 
 class SampleLog:
-    """Writes which samples made each step, for audits: one line a step and process.
+    """Writes the samples of each step for audits: one line per step and process.
 
-    `attempt` is the same on all processes of one attempt at training and grows from attempt to
-    attempt; of several lines of one step, those with the largest made the final weights.
+    `attempt` is equal on all processes of one attempt at training and grows with every restart. If
+    a step has lines of several attempts, the largest attempt produced the final weights.
     """
 
     def __init__(self, folder: RunFolder, rank: int, attempt: int) -> None:
@@ -81,7 +81,7 @@ class SampleLog:
         self._rank, self._attempt = rank, attempt
 
     def write(self, step: int, sample_ids: Sequence[Any]) -> None:
-        """Adds the samples of optimizer step `step` (from 1), in the order of the batch."""
+        """Adds the samples of optimizer step `step` (counted from 1), in batch order."""
         ids = [bytes(i).ljust(16, b"\0").hex() for i in sample_ids]
         who = {"rank": self._rank, "attempt": self._attempt, "pid": os.getpid()}
         self._file.write(json.dumps({"step": step, **who, "time": time.time(), "ids": ids}) + "\n")
@@ -89,11 +89,11 @@ class SampleLog:
 
 
 class StepTimer:
-    """Splits the time of a step into `PHASES`, on the device's own clock, without a sync.
+    """Splits the time of a step into `PHASES` by the device's clock, without a host sync.
 
-    On CUDA the marks are events on the stream, so "data" is the time the device stood idle for want
-    of a batch; the host may wait longer without harm. `totals` needs the stream drained: call it
-    after a reading.
+    On CUDA the marks are events on the stream, so "data" is the time the device was idle because no
+    batch was ready; the host may wait longer without harm. `totals` synchronises with the device,
+    so call it where metrics are read anyway.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -102,11 +102,11 @@ class StepTimer:
         self.start()
 
     def start(self) -> None:
-        """Begins a step (what ran since the last mark is nobody's)."""
+        """Begins a step; the time since the last mark counts to no phase."""
         self.mark("")
 
     def mark(self, phase: str) -> None:
-        """Ends a phase that began at the mark before."""
+        """Ends the phase that began at the previous mark."""
         if self._cuda:
             event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             event.record()
@@ -115,7 +115,7 @@ class StepTimer:
             self._marks.append((phase, time.perf_counter()))
 
     def totals(self) -> dict[str, float]:
-        """Seconds of each phase since the last call, and starts afresh."""
+        """Returns the seconds of each phase since the last call, and resets."""
         if self._cuda:
             torch.cuda.synchronize()
         seconds = dict.fromkeys(PHASES, 0.0)
@@ -129,7 +129,7 @@ class StepTimer:
 
 
 def speed(phase_seconds: Mapping[str, float], samples: int, device: torch.device) -> dict[str, Any]:
-    """Throughput, the split of step time, and peak memory, as metrics."""
+    """Returns throughput, each phase's share of the step time, and peak memory as metrics."""
     total = sum(phase_seconds.values()) or math.nan
     values = {"samples_per_s": samples / total, "data_wait_share": phase_seconds["data"] / total}
     values |= {f"{name}_share": phase_seconds[name] / total for name in PHASES[1:]}
@@ -142,7 +142,7 @@ def speed(phase_seconds: Mapping[str, float], samples: int, device: torch.device
 
 
 def progress_line(step: int, total: int, values: Mapping[str, Any], seconds_left: float) -> str:
-    """One line for a person: `step 120/500 loss 0.312 rankme 45.1 knn 31.2% 812 img/s wait 3% ...`."""
+    """The line shown to the user: `step 120/500 loss 0.312 rankme 45.1 knn 31.2% 812 img/s ...`."""
     parts = [f"step {step}/{total}"]
     shown = [
         ("loss", "loss {:.4f}", 1),

@@ -1,4 +1,4 @@
-"""kNN on labelled images or clips while training: the number that says whether the encoder learns."""
+"""Online probe: kNN accuracy on labelled images or clips during training."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ QUERY_ROWS = 1000
 
 
 class OnlineProbe:
-    """Accuracy of kNN (k = 20, cosine, T = 0.07) from a fixed bank of training samples.
+    """kNN accuracy (k = 20, cosine, T = 0.07) of test samples against a bank of training samples.
 
-    They are decoded once, by the evaluation transform, and kept as uint8 on the host.
+    The samples are fixed. They are decoded once, with the evaluation transform, and kept as uint8
+    on the host.
     """
 
     def __init__(self, cfg: PretrainConfig) -> None:
-        # Here, because only rank 0 of a run that probes needs it.
+        # Imported here, because only rank 0 needs these, and only if the run has a probe.
         from pipelines.dataset.rows import check_classes, load_labelled, table_labels
         from pipelines.dataset.shards import read_manifest
         from pipelines.evaluation.features import decode_all, preprocessing_of
@@ -40,7 +41,7 @@ class OnlineProbe:
             self._labels.append(table_labels(table))
 
     def __call__(self, objective: Objective) -> float:
-        """Returns the share of queries classified right."""
+        """Returns the accuracy as a fraction."""
         from pipelines.evaluation.features import extract_features
         from pipelines.evaluation.probes.knn import knn_accuracy
 
@@ -52,7 +53,7 @@ class OnlineProbe:
 
 
 def build_probe(cfg: PretrainConfig, say: Callable[[str], None]) -> OnlineProbe | None:
-    """The probe `cfg` asks for, or None (with a line that says why, if it was asked for)."""
+    """Builds the probe that `cfg` asks for; None if it asks for none, or says why there is none."""
     if not cfg.run.probe_every:
         return None
     if not cfg.data.test:

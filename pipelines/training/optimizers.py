@@ -1,7 +1,7 @@
-"""Which optimizer a run takes, over which weights, and what it says of itself.
+"""Builds a run's optimizer, and reads the hyperparameters that some optimizers tune themselves.
 
-All of them are driven by the same schedules and clipped alike. What a row of `BUILDERS` needs beyond
-torch is in the extra `optimizers`.
+All optimizers follow the same schedules and the same gradient clipping. Packages they need beyond
+torch are in the extra `optimizers`.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from pipelines.config.train import OptimConfig
 Groups = list[dict[str, Any]]
 
 PACKAGES = {"schedulefree": "schedulefree", "prodigy": "prodigyopt"}
-"""What of `optim.name` another package provides."""
+"""Optimizers (by `optim.name`) that come from another package, and that package."""
 
 
 def takes_weight_decay(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter decays: not biases, not anything one-dimensional (facts: mask tokens do)."""
+    """Whether a parameter decays: all but biases and one-dimensional ones, so mask tokens do."""
     return not (name.endswith("bias") or parameter.ndim == 1)
 
 
 def check_installed(cfg: OptimConfig) -> None:
-    """Refuses an optimizer whose package is not here.
+    """Checks that the package of `cfg.name` is installed.
 
     Raises:
-        ValueError: naming the flag and the command that installs it.
+        ValueError: It is not; the message names the flag and the command that installs it.
     """
     package = PACKAGES.get(cfg.name)
     if package and importlib.util.find_spec(package) is None:
@@ -46,14 +46,14 @@ def check_installed(cfg: OptimConfig) -> None:
 
 
 def build_optimizer(model: nn.Module, cfg: OptimConfig) -> Optimizer:
-    """The optimizer `cfg.name` over the trainable parameters in two groups, decaying and not.
+    """Builds the optimizer `cfg.name` over the trainable parameters, in two groups.
 
-    Learning rate and decay are placeholders until `set_schedules`; the groups keep the parameters
-    in the module's order, which is what makes checkpoints of the optimizer independent of anything
-    but the names.
+    One group has weight decay, the other has none. Learning rate and decay are placeholders until
+    `set_schedules` is called. The groups keep the parameters in the module's order, so that
+    checkpoints of the optimizer depend on nothing but parameter names.
 
     Raises:
-        ValueError: its package is not installed.
+        ValueError: The package of the optimizer is not installed.
     """
     check_installed(cfg)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -67,7 +67,7 @@ def build_optimizer(model: nn.Module, cfg: OptimConfig) -> Optimizer:
 
 
 def _adamw(groups: Groups, cfg: OptimConfig) -> Optimizer:
-    # One pass over the memory; on a CPU too (benchmarks/training/step.md).
+    # Fused reads the memory once, which is faster on a CPU too (benchmarks/training/step.md).
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
 
 
@@ -81,7 +81,7 @@ def _schedulefree(groups: Groups, cfg: OptimConfig) -> Optimizer:
     optimizer: Optimizer = package.AdamWScheduleFree(
         groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps
     )
-    # The weights stay where gradients are taken; `averaged` is for who reads them.
+    # The weights stay those at which gradients are taken; `averaged` switches to the average.
     optimizer.train()  # type: ignore[attr-defined]
     return optimizer
 
@@ -97,7 +97,7 @@ def _prodigy(groups: Groups, cfg: OptimConfig) -> Optimizer:
 def _muon(groups: Groups, cfg: OptimConfig) -> Optimizer:
     matrices = [{**g, "params": [p for p in g["params"] if p.ndim == 2]} for g in groups]
     rest = [{**g, "params": [p for p in g["params"] if p.ndim != 2]} for g in groups]
-    # Updates as large as AdamW's, so that one learning rate serves both.
+    # Updates are scaled to the size of AdamW's, so that one learning rate serves both.
     muon = torch.optim.Muon(
         [g for g in matrices if g["params"]], lr=cfg.lr, adjust_lr_fn="match_rms_adamw"
     )
@@ -111,11 +111,14 @@ BUILDERS: Mapping[str, Callable[[Groups, OptimConfig], Optimizer]] = {
     "muon": _muon,
     "prodigy": _prodigy,
 }
-"""`optim.name`."""
+"""Optimizers by `optim.name`."""
 
 
 class Combined(Optimizer):
-    """Optimizers of different parameters as one: their groups in order, their states together."""
+    """Several optimizers, each with its own parameters, behind the interface of one.
+
+    Their groups are concatenated in order, and their states are kept in one dictionary.
+    """
 
     def __init__(self, parts: list[Optimizer]) -> None:
         super().__init__([group for part in parts for group in part.param_groups], {})
@@ -130,25 +133,28 @@ class Combined(Optimizer):
             start = end
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Lets every part step."""
+        """Takes a step with every optimizer."""
         for part in self.parts:
             part.step()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Torch's, for all parts at once."""
+        """Loads the state of all optimizers at once, as `torch.optim.Optimizer` does."""
         super().load_state_dict(state_dict)
         self._share()
 
 
 def is_schedule_free(optimizer: Optimizer) -> bool:
-    """Whether the weights that it trains are not the ones to be evaluated."""
+    """Whether this is Schedule-Free, which evaluates other weights than it trains."""
     return type(optimizer).__name__ == "AdamWScheduleFree"
 
 
 @contextlib.contextmanager
 def averaged(optimizer: Optimizer) -> Iterator[None]:
-    """Within, the weights are Schedule-Free's average, to be evaluated and kept (Defazio et al. 2024,
-    x); of other optimizers they are what they are. Afterwards they are the trained ones, bit for bit."""
+    """A context in which the weights are those to be evaluated and saved.
+
+    For Schedule-Free they are the average (x of Defazio et al. 2024, arXiv 2405.15682); for every
+    other optimizer they do not change. Afterwards the trained weights are back, bit for bit.
+    """
     if not is_schedule_free(optimizer):
         yield
         return
@@ -161,16 +167,16 @@ def averaged(optimizer: Optimizer) -> Iterator[None]:
         with torch.no_grad():
             for p, value in zip(weights, trained, strict=True):
                 p.copy_(value)
-        # Not `train()`, which would calculate them back.
+        # Not `train()`, which would recompute the weights, with rounding errors.
         for group in optimizer.param_groups:
             group["train_mode"] = True
 
 
 def read_hyperparameters(optimizer: Optimizer) -> dict[str, float]:
-    """What the optimizer chose itself, as metrics; waits for the device.
+    """Returns the hyperparameters that the optimizer tunes itself, as metrics; syncs the device.
 
-    `tuned_<name>` is the value that the last step used on decaying weights, `skipped_steps` counts
-    the steps left out because their gradient was not finite.
+    `tuned_<name>` is the value the last step used for weights that decay. `skipped_steps` counts
+    the steps that were skipped because their gradient was not finite.
     """
     if isinstance(optimizer, HyperOptimizer):
         used = optimizer.hyperparameters()[0]

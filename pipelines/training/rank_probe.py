@@ -1,7 +1,7 @@
-"""RankMe and LiDAR of fixed training samples: numbers that compare over the runs of a sweep.
+"""RankMe and LiDAR on fixed training samples, to compare the runs of a sweep.
 
-No label is read. The samples, their views and their number are the same in every run on the same
-shards, whatever its batch, crops or views; only runs of one encoder shape compare.
+No label is read. The samples and their views are the same in every run on the same shards, whatever
+the run's batch size, crops or views. Only runs with the same encoder shape can be compared.
 
 Shape suffixes: N samples, Q views of each, D feature width.
 """
@@ -23,13 +23,13 @@ from pipelines.evaluation.ranks import lidar, rankme
 from pipelines.loading.clips import training_sampler
 
 RANKME_ROWS, RANKME_CLIPS = 2048, 512
-"""Held in memory, decoded: 512 clips of 16 frames of 224 pixels are 1.2 GB."""
+"""Samples kept decoded in memory: 512 clips of 16 frames at 224 pixels take 1.2 GB."""
 LIDAR_ROWS, LIDAR_VIEWS = 512, 8
-"""The paper has 1,000 samples and 50 views; this is cheap enough to read often."""
+"""The LiDAR paper uses 1,000 samples and 50 views; fewer are cheap enough to read often."""
 
 
 class RankProbe:
-    """Reads an encoder's RankMe and LiDAR on samples decoded once, by the evaluation transform."""
+    """Computes an encoder's RankMe and LiDAR on samples that are decoded only once."""
 
     def __init__(self, cfg: PretrainConfig) -> None:
         from pipelines.dataset.rows import load_samples
@@ -40,13 +40,15 @@ class RankProbe:
         sampler = training_sampler(cfg)
         table = load_samples(cfg.data.train, RANKME_CLIPS if sampler else RANKME_ROWS)
         self._samples = decode_all(table, self._prep, sampler)
-        # Not the run's own views: a sweep may change those.
+        # Not the run's own views, because a sweep may vary those.
         settings = dataclasses.asdict(ViewsConfig(globals=LIDAR_VIEWS))
         self._views = Views.of(settings, cfg.model.image_size)
 
     def __call__(self, encoder: nn.Module) -> dict[str, float]:
-        """`fixed_rankme` (uncentred, as in its paper) and `lidar` of mean-pooled features; NaN where
-        the features are not finite."""
+        """Returns `fixed_rankme` (uncentred, as in its paper) and `lidar` of mean-pooled features.
+
+        Both are NaN if the features are not finite.
+        """
         features_ND = torch.from_numpy(self._features(encoder, self._samples))
         if not torch.isfinite(features_ND).all():
             return {"fixed_rankme": math.nan, "lidar": math.nan}
@@ -56,7 +58,7 @@ class RankProbe:
         """Features of every view of some of the samples, [N, Q, D]."""
         from pipelines.evaluation.features import clips_per_batch
 
-        # From all over, as shards of tars may be in class order.
+        # Spread over the whole set, because shards made from tars may be in class order.
         samples = self._samples[:: max(1, len(self._samples) // LIDAR_ROWS)][:LIDAR_ROWS]
         keys_N = mix(torch.arange(len(samples)))
         frames = samples.shape[2] if samples.ndim == 5 else 1

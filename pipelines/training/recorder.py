@@ -1,4 +1,4 @@
-"""What happens between optimizer steps: metrics, the collapse verdict, the probe, checkpoints."""
+"""Everything done between optimizer steps: metrics, collapse watch, probes and checkpoints."""
 
 from __future__ import annotations
 
@@ -33,7 +33,16 @@ def _not_finite(loss: float, step: int) -> str | None:
 
 
 class Recorder:
-    """What happens between steps: metrics, the collapse verdict, the probe, checkpoints."""
+    """Reads and logs metrics, watches for collapse, runs the probes and saves checkpoints.
+
+    Args:
+        cfg: The run.
+        worker: This process.
+        state: The state that is trained.
+        data: The data source, for the epoch and the identity of the shards.
+        store: Where checkpoints are saved.
+        say: Takes lines for the user.
+    """
 
     def __init__(
         self,
@@ -62,13 +71,22 @@ class Recorder:
                 self._log.write(0, self._with_knn({}))
 
     def reads_at(self, step: int) -> bool:
-        """Whether metrics are read after a step: every `log_every`, and at the run's end."""
+        """Whether metrics are read after `step`: every `log_every` steps, and after the last."""
         return step % self.cfg.run.log_every == 0 or step == self.cfg.run.steps
 
     def after_step(
         self, batch: dict[str, Any], schedule: dict[str, float], grad_norm: Tensor | None
     ) -> str | None:
-        """Records the step just taken; returns why the run must stop, if it must."""
+        """Does what is due after the step just taken.
+
+        Args:
+            batch: The batch of the step.
+            schedule: Learning rate and weight decay of the step, logged under these names.
+            grad_norm: Norm of the gradient before clipping; None if it was not computed.
+
+        Returns:
+            Why the run must stop, or None.
+        """
         run, state, step = self.cfg.run, self.state, self.state.step
         collapsed = None
         values: dict[str, Any] = {}
@@ -111,7 +129,7 @@ class Recorder:
             verdict = _not_finite(values["loss"], state.step)
             found = [w.judge(readings[name], state.step) for name, w in state.watches.items()]
             verdict = verdict or next((line for line in found if line), None)
-        # Every process has the same sums, but not surely the same eigenvalues to the last bit.
+        # All processes have the same sums, but their eigenvalues may differ in the last bit.
         verdict = self.worker.first(verdict)
         if verdict:
             values["collapsed"] = True
@@ -176,7 +194,7 @@ class Recorder:
         return SampleLog(self._folder, self.worker.rank, attempt[0])
 
     def close(self) -> None:
-        """Ends the logs and uploads the last of them."""
+        """Closes the logs and uploads what has changed since the last checkpoint."""
         if self._log is not None:
             self._log.close()
         if self.worker.rank == 0 or self._samples:

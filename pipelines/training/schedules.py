@@ -1,8 +1,8 @@
-"""Learning rate and weight decay as pure functions of the step, and how they drive an optimizer.
+"""Learning rate and weight decay as pure functions of the step.
 
-Step numbers here count from 1, as the original counts: the first optimizer step of a run is step 1
-and the last is `total_steps`. Step 0 is the start of the ramp and is never taken. The schedule is
-set before the optimizer steps.
+Steps count from 1, as in the original I-JEPA code: the first optimizer step of a run is step 1 and
+the last is `total_steps`. Step 0 is the start of the warm-up ramp and is never taken. Schedules are
+set before the optimizer takes the step.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from pipelines.config.train import OptimConfig
 
 
 def learning_rate(step: int, cfg: OptimConfig, total_steps: int) -> float:
-    """Linear from `start_lr` to `lr` over `warmup_steps`, then a half cosine to `final_lr`.
+    """The learning rate: linear from `start_lr` to `lr`, then a half cosine to `final_lr`.
 
-    Schedule-free, which averages instead of annealing, stays at `lr`.
+    The linear part lasts `warmup_steps`. Schedule-Free averages the weights instead of annealing
+    the learning rate, so there the rate stays at `lr`.
 
     Args:
         step: Number of the optimizer step, 1 to `total_steps`.
-        cfg: Peak, ends and warm-up length.
+        cfg: Start, peak and final learning rate, and the length of the warm-up.
         total_steps: Steps of the whole run; the cosine ends there.
     """
     if step < cfg.warmup_steps:
@@ -34,7 +35,7 @@ def learning_rate(step: int, cfg: OptimConfig, total_steps: int) -> float:
 
 
 def weight_decay(step: int, cfg: OptimConfig, total_steps: int) -> float:
-    """Half cosine from `weight_decay` to `final_weight_decay` over the whole run."""
+    """The weight decay: a half cosine from `weight_decay` to `final_weight_decay` over the run."""
     return _cosine(cfg.weight_decay, cfg.final_weight_decay, step / max(1, total_steps))
 
 
@@ -45,16 +46,16 @@ def _cosine(start: float, end: float, progress: float) -> float:
 
 
 def tunes_at(step: int, cfg: OptimConfig, total_steps: int) -> bool:
-    """Whether a hyperoptimizer moves its hyperparameters: after the warm-up, until `tune_until`."""
+    """Whether a hyperoptimizer tunes at this step: after the warm-up and until `tune_until`."""
     return cfg.warmup_steps < step <= cfg.tune_until * total_steps
 
 
 def set_schedules(
     optimizer: torch.optim.Optimizer, step: int, cfg: OptimConfig, total_steps: int
 ) -> tuple[float, float]:
-    """Puts step `step`'s learning rate and weight decay into the optimizer and returns them.
+    """Sets the learning rate and weight decay of `step` in the optimizer and returns both.
 
-    What a hyperoptimizer tunes is a factor on these.
+    A hyperoptimizer tunes factors by which these two are multiplied.
     """
     rate = learning_rate(step, cfg, total_steps)
     decay = weight_decay(step, cfg, total_steps)

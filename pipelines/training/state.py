@@ -1,4 +1,4 @@
-"""Everything that changes while a run trains, and its way into a checkpoint and back, bit by bit."""
+"""The state that training changes, and how it is saved to a checkpoint and restored bit for bit."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from pipelines.training.optimizers import averaged, build_optimizer, is_schedule
 
 @dataclasses.dataclass
 class TrainState:
-    """A run at a step: weights, optimizer, meters."""
+    """The state of a run at one step: weights, optimizer and meters."""
 
     objective: Objective
     optimizer: torch.optim.Optimizer
     watches: dict[str, CollapseWatch]
-    """By the name of what each looks at in `Output.monitored`."""
+    """Collapse watches by the name of the feature each one reads from `Output.monitored`."""
     meter: MeanMeter
     step: int = 0
     """Optimizer steps taken."""
@@ -43,11 +43,11 @@ class TrainState:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.objective.parameters()).device
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Returns what a checkpoint stores, by group of `checkpoints.GROUPS`."""
+        """Returns the tensors of a checkpoint, by group of `checkpoint_format.GROUPS`."""
         loop = {"rng.cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             loop["rng.cuda"] = torch.cuda.get_rng_state(self.device)
@@ -61,17 +61,17 @@ class TrainState:
         }
 
     def _model_tensors(self) -> dict[str, Tensor]:
-        """The weights to evaluate."""
+        """The weights to evaluate, which for Schedule-Free are averages."""
         if not is_schedule_free(self.optimizer):
             return dict(self.objective.state_dict())
         with averaged(self.optimizer):
             return {name: t.clone() for name, t in self.objective.state_dict().items()}
 
     def restore(self, folder: Path, *, rank: int, world_size: int) -> CheckpointState:
-        """Continues from a checkpoint written by any number of processes.
+        """Restores the state from a checkpoint written by any number of processes.
 
         Raises:
-            CheckpointError: it does not load or does not fit.
+            CheckpointError: The checkpoint does not load or does not fit the model.
         """
         saved = read_state(folder)
         load_weights(
@@ -80,7 +80,8 @@ class TrainState:
         load_optimizer(
             self.objective, self.optimizer, load_tensors(folder, "optimizer", saved.world_size)
         )
-        # With as many processes as before each gets its own back; otherwise they are folded.
+        # With as many processes as before, each restores its own meters; otherwise the saved
+        # meters are distributed and added up.
         mine = range(rank, saved.world_size, world_size)
         shares = [load_share(folder, "loop", r, saved.world_size) for r in mine]
         self._restore_loop(shares)
@@ -104,7 +105,7 @@ def _select(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def new_state(cfg: PretrainConfig, device: torch.device) -> TrainState:
-    """A run at step 0; its weights follow from `cfg.run.seed` alone."""
+    """Builds the state of a run at step 0; the weights depend on `cfg.run.seed` alone."""
     torch.manual_seed(cfg.run.seed)
     objective = new_objective(cfg).to(device)
     if device.type == "cpu" and cfg.run.precision == "bf16":
@@ -121,15 +122,22 @@ def new_state(cfg: PretrainConfig, device: torch.device) -> TrainState:
 
 
 LEVELS = ":hyper."
-"""Heads the names of a hyperoptimizer's tensors, which belong to no parameter."""
+"""Prefix of the names of a hyperoptimizer's own tensors, which belong to no parameter."""
 TRAINED = "trained"
-"""Ends the names of Schedule-Free's weights where gradients are taken; the model's are their average."""
+"""Suffix of the names of the weights at which Schedule-Free takes gradients.
+
+The weights in the model group are their average.
+"""
 COUNTS = ":group."
-"""Heads the names of the numbers that an optimizer keeps in its groups."""
+"""Prefix of the names of numbers that an optimizer keeps in its parameter groups."""
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Names an optimizer's state: `<parameter>:<state>` to tensor, and what belongs to none."""
+    """Returns an optimizer's state as named tensors.
+
+    State of a parameter is named `<parameter>:<state>`; state of no parameter has one of the
+    prefixes above.
+    """
     names = {id(p): name for name, p in model.named_parameters()}
     tensors = {
         f"{names[id(parameter)]}:{key}": torch.as_tensor(value)
@@ -148,7 +156,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def _counts(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> list[str]:
-    """What of a group the optimizer itself has changed (schedulefree and prodigy do)."""
+    """Names of the group's values that the optimizer changes itself (schedulefree, prodigy)."""
     given = optimizer.defaults
     return [
         key
@@ -161,17 +169,20 @@ def _counts(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> list[str
 def load_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
 ) -> None:
-    """Puts `optimizer_tensors` back; learning rates and decays follow from the step.
+    """Restores an optimizer from `optimizer_tensors`.
+
+    Learning rates and weight decays are not stored, because they follow from the step.
 
     Raises:
-        CheckpointError: state of a parameter that the model does not train, or of other tuners.
+        CheckpointError: There is state of a parameter that the model does not train, or state of a
+            hyperoptimizer while this optimizer is none.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     index = {names[id(p)]: i for i, p in enumerate(_parameters(optimizer))}
     state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
         name, _, field = key.rpartition(":")
-        if not name:  # of no parameter: below
+        if not name:  # belongs to no parameter and is restored below
             continue
         if name not in index:
             raise CheckpointError(f"optimizer state of {name!r}, which this model does not train")
@@ -185,7 +196,7 @@ def load_optimizer(
 
 
 def _load_trained(parameters: list[nn.Parameter], state: dict[int, dict[str, Any]]) -> None:
-    """Takes Schedule-Free's weights out of the state and trains on from them."""
+    """Moves the weights that Schedule-Free trains from the state into the parameters."""
     with torch.no_grad():
         for index, values in state.items():
             if (trained := values.pop(TRAINED, None)) is not None:

@@ -1,7 +1,7 @@
-"""The training loop every worker runs: data, forward, backward, step, EMA, log, checkpoint.
+"""The training loop that every worker runs: data, forward, backward, step, EMA, log, checkpoint.
 
-Nothing here draws random numbers during training (crops and masks come with the batch), nothing
-depends on the number of workers, and the host waits for the device only when metrics are read.
+The loop draws no random numbers (crops and masks come with the batch), does not depend on the
+number of workers, and makes the host wait for the device only when metrics are read.
 """
 
 from __future__ import annotations
@@ -34,7 +34,11 @@ from pipelines.training.state import TrainState, new_state
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How training ended; returned, not raised, where starting again could not help."""
+    """How training ended.
+
+    Collapse and refusal are returned rather than raised, because Ray Train restarts workers that
+    raise, and a restart could not help here.
+    """
 
     step: int
     metrics: dict[str, float]
@@ -49,14 +53,21 @@ def train(
     store: CheckpointStore,
     say: Say = print,
 ) -> Outcome:
-    """Trains from the newest state there is to `cfg.run.steps` (or `stop_after`).
+    """Trains from the run's newest state until `cfg.run.steps` or `cfg.run.stop_after`.
 
     Args:
         cfg: The run.
         worker: This process; every process calls this with the same `cfg`.
-        data: Batches of this run's shards.
-        store: Checkpoints of this run.
-        say: Takes lines for a person (rank 0 only).
+        data: Batches of the run's shards.
+        store: Checkpoints of the run.
+        say: Takes lines for the user; called on rank 0 only.
+
+    Returns:
+        The last step and its metrics, and why the run stopped early, if it did.
+
+    Raises:
+        RuntimeError: The loader ended before the last step.
+        ValueError: The loader gave a batch of the wrong size.
     """
     say = say if worker.rank == 0 else lambda line: None
     _set_up_process(cfg, worker)
@@ -110,7 +121,7 @@ def train(
 
 def _set_up_process(cfg: PretrainConfig, worker: Worker) -> None:
     if worker.device.type == "cpu":
-        # Ray sets OMP_NUM_THREADS to the CPUs reserved, which here are few on purpose.
+        # Ray sets OMP_NUM_THREADS to the CPUs a worker reserves, which are few on purpose.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
         cores = cores or os.cpu_count() or 1
         torch.set_num_threads(cfg.run.threads or max(1, cores // worker.local_world_size))
@@ -119,11 +130,11 @@ def _set_up_process(cfg: PretrainConfig, worker: Worker) -> None:
 def _start(
     cfg: PretrainConfig, worker: Worker, data: DataSource, store: CheckpointStore, say: Say
 ) -> tuple[TrainState | None, str | None]:
-    """The state to train from, or why there is none. In this order, and no other:
+    """Returns the state to train from, or the reason why there is none.
 
-    1. the run's own newest checkpoint, 2. the weights of `run.init_from`, 3. scratch.
-
-    A checkpoint that exists and cannot be used is a refusal on every process, never a fresh start.
+    The state is the first that exists of: the run's own newest checkpoint, the weights of
+    `run.init_from`, fresh weights. If a checkpoint exists but cannot be used, every process refuses
+    to train rather than start over.
     """
     state: TrainState | None = None
     error: str | None = None
@@ -148,14 +159,15 @@ def _check(cfg: PretrainConfig, folder: Path, data: DataSource) -> None:
 
 def _wrap(cfg: PretrainConfig, worker: Worker, state: TrainState) -> nn.Module:
     if cfg.run.compile:
-        # In place, so that names in checkpoints stay what they are.
+        # Compiled in place, so that the names in checkpoints do not change.
         state.objective.compile(dynamic=False)
     if worker.world_size == 1:
         return state.objective
     return nn.parallel.DistributedDataParallel(
         state.objective,
         device_ids=[worker.device] if worker.device.type == "cuda" else None,
-        # Buffers are constants of the configuration (mean, std) or count steps: equal on every process.
+        # Buffers are constants of the configuration (mean, std) or count steps, so every process
+        # has the same ones already.
         broadcast_buffers=False,
         gradient_as_bucket_view=True,
     )
@@ -173,7 +185,10 @@ def _micro_batches(
     worker: Worker,
     model: nn.Module,
 ) -> Iterator[tuple[dict[str, Tensor], AbstractContextManager[None]]]:
-    """Splits a local batch's inputs into equal parts on the device; the last exchanges gradients."""
+    """Yields equal parts of a local batch on the device, each with its gradient-sync context.
+
+    Gradients are exchanged between the processes only in the last part.
+    """
     count = cfg.run.accumulate
     expected = cfg.data.batch_size // worker.world_size
     found = len(batch[inputs[0]])
@@ -192,12 +207,16 @@ def _micro_batches(
 def _to_device(values: Tensor, device: torch.device) -> Tensor:
     if device.type == "cpu":
         return values
-    # From pinned memory the copy is queued behind the last step instead of waiting for it.
+    # From pinned memory, the copy is queued behind the last step and the host does not wait.
     return values.pin_memory().to(device, non_blocking=True)
 
 
 def _clip(cfg: PretrainConfig, state: TrainState, *, reading: bool) -> Tensor | None:
-    """Clips the gradient if asked to; its norm before that, if clipped or about to be logged."""
+    """Clips the gradient if `optim.clip_norm` is set.
+
+    Returns:
+        The gradient's norm before clipping; None if it is neither clipped nor about to be logged.
+    """
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
     if cfg.optim.clip_norm is not None:
         return nn.utils.clip_grad_norm_(parameters, cfg.optim.clip_norm)

@@ -1,8 +1,9 @@
-"""What each Ray Train worker runs: the training loop on its shards, with Ray Train's checkpoints."""
+"""The function that each Ray Train worker runs, and checkpoints through Ray Train."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import sys
 import tempfile
@@ -21,11 +22,11 @@ if TYPE_CHECKING:
 
 
 def train_worker(cfg: PretrainConfig, progress: Queue | None = None) -> Outcome:
-    """Trains on the shards of a run, with Ray Train's checkpoints: what each worker process calls.
+    """Trains a run inside a Ray Train worker.
 
     Args:
-        cfg: The run, paths absolute.
-        progress: Takes rank 0's lines to the driver; None prints them here.
+        cfg: The run, with absolute paths.
+        progress: Queue that takes rank 0's lines to the driver; None prints them here.
     """
     import ray.train
     import ray.train.torch
@@ -45,36 +46,40 @@ def train_worker(cfg: PretrainConfig, progress: Queue | None = None) -> Outcome:
     manifest = read_manifest(cfg.data.train)
     plan = make_plan(manifest.row_groups(), cfg.data, cfg.run.seed)
     data = DataSource(train_batches, plan.batches_per_epoch, manifest.manifest_hash)
-    say = print if progress is None else _say_into(progress)
+    say = print if progress is None else say_into(progress)
     return train(cfg, worker, data, RayCheckpoints(), say)
 
 
-def _say_into(progress: Queue) -> Say:
-    """Lines into the driver's queue; without the queue here, for progress must not end a run."""
+def say_into(progress: Queue) -> Say:
+    """Returns a function that sends lines to the driver, and prints them here if the queue is lost.
+
+    Losing the queue must not end a run.
+    """
+    return functools.partial(_put_or_print, progress)
+
+
+def _put_or_print(progress: Queue, line: str) -> None:
     from ray.exceptions import RayActorError
 
-    def say(line: str) -> None:
-        try:
-            progress.put(line)
-        except RayActorError:
-            print(line)
-
-    return say
+    try:
+        progress.put(line)
+    except RayActorError:
+        print(line)
 
 
 def _quiet() -> None:
-    """Silences Ray's line about every checkpoint; its logger escapes Ray Train's LoggingConfig."""
+    """Silences Ray's line about every checkpoint, which LoggingConfig does not reach."""
     module = sys.modules.get("ray.train.v2._internal.execution.context")
     if module is not None and module.__file__:
         logging.getLogger(module.__file__).setLevel(logging.WARNING)
 
 
 class RayCheckpoints:
-    """Checkpoints through `ray.train.report`: uploaded in the background, then committed."""
+    """A `CheckpointStore` that reports to Ray Train, which uploads in the background."""
 
     @contextlib.contextmanager
     def latest(self) -> Iterator[Path | None]:
-        """The newest committed checkpoint: after a lost worker, and of an earlier run of the name."""
+        """Yields the newest committed checkpoint of this run, from this or an earlier attempt."""
         import ray.train
 
         checkpoint = ray.train.get_checkpoint()
@@ -85,7 +90,7 @@ class RayCheckpoints:
                 yield Path(folder)
 
     def save(self, write: Callable[[Path], None], metrics: dict[str, Any]) -> None:
-        """Writes to local disk now; training goes on while Ray uploads."""
+        """Writes to local disk and returns; training continues while Ray uploads."""
         import ray.train
 
         folder = Path(tempfile.mkdtemp(prefix="rayjepa-checkpoint-"))

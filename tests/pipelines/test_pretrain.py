@@ -36,7 +36,7 @@ from pipelines.runtime.worker_lines import LinePrinter, worker_lines
 from pipelines.training.contract import DataSource, Worker
 from pipelines.training.launch import pretrain
 from pipelines.training.trainer import train
-from pipelines.training.worker import _say_into
+from pipelines.training.worker import say_into
 
 STEPS = 48  # three epochs of 512 images
 EPOCH = 16
@@ -134,9 +134,10 @@ def two_workers(cifar_shards, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         # Commit checkpoints soon: these runs last seconds.
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-        result = pretrain(cfg)
+        shown = io.StringIO()
+        result = pretrain(cfg, stream=shown)
     over.set()
-    return storage / "two", result, killed
+    return storage / "two", result, killed, shown.getvalue()
 
 
 def _samples_so_far(folder: Path) -> list[dict]:
@@ -195,7 +196,7 @@ def test_two_workers_see_the_same_samples_and_the_same_losses_as_one(one_worker,
 
 
 def test_a_killed_worker_costs_the_steps_since_the_checkpoint_and_no_sample(two_workers, capsys):
-    folder, result, killed = two_workers
+    folder, result, killed, shown = two_workers
     assert killed, "the run was over before its first checkpoint was committed"
     assert result.step == STEPS
     rows = _samples(folder)
@@ -216,16 +217,19 @@ def test_a_killed_worker_costs_the_steps_since_the_checkpoint_and_no_sample(two_
         assert set(epoch.values()) == {1}
     steps = [row["step"] for row in read_metrics(folder / "metrics.jsonl")]
     assert steps == list(range(1, STEPS + 1))
+    lines = shown.splitlines()
+    failure = next(i for i, line in enumerate(lines) if line.startswith("WARNING: worker 1 failed"))
+    assert "(ActorDiedError: The actor died" in lines[failure]
+    assert f"at step {resumed - 1}" in lines[failure + 1]
     seconds = min(row["time"] for row in again) - killed["time"]
     with capsys.disabled():
         print(f"\nkilled after step {lost}, at step {resumed} again {seconds:.1f} s later")
 
 
 def test_every_worker_wrote_its_share_and_one_process_reads_them(two_workers):
-    _, result, _ = two_workers
-    shares = sorted(Path(result.last_checkpoint).glob("model-*.safetensors"))
+    shares = sorted(Path(two_workers[1].last_checkpoint).glob("model-*.safetensors"))
     assert [path.stem for path in shares] == ["model-00000-of-00002", "model-00001-of-00002"]
-    encoder, _, info = load_encoder(result.last_checkpoint)
+    encoder, _, info = load_encoder(two_workers[1].last_checkpoint)
     assert (info["step"], info["world_size"], info["position"]) == (STEPS, 2, STEPS * 32)
     assert all(torch.isfinite(p).all() for p in encoder.parameters())
 
@@ -363,7 +367,7 @@ def test_a_lost_progress_queue_does_not_end_a_run(ray_local, capsys, monkeypatch
     monkeypatch.setattr(queues, "Queue", Watched)
     shown = io.StringIO()
     with worker_lines(shown) as queue:
-        say = _say_into(queue)
+        say = say_into(queue)
         say("step 1/3")
         deadline = time.monotonic() + 20
         while "step 1/3" not in shown.getvalue() and time.monotonic() < deadline:

@@ -1,0 +1,54 @@
+"""Tells the driver which worker failed and why; Ray Train itself restarts the workers silently."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ray.exceptions import RayActorError
+from ray.train import UserCallback
+
+from pipelines.runtime.faults import faults_of
+
+MOST_WORKERS = 2
+"""Workers named in one line: when one is lost, those that waited for it fail as well."""
+
+
+class FailureReporter(UserCallback):
+    """A Ray Train callback that says one line whenever workers fail, before they are restarted.
+
+    Args:
+        say: Takes the line. It must survive pickling: callbacks run in Ray Train's controller.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+
+    def after_exception(
+        self, run_context: Any, worker_exceptions: Mapping[int, BaseException]
+    ) -> None:
+        """Called by Ray Train with the exceptions of the failed workers by rank."""
+        self._say(failure_line(worker_exceptions))
+
+
+def failure_line(worker_exceptions: Mapping[int, BaseException]) -> str:
+    """One line naming each failed worker, the class of its error and the error's first line.
+
+    Lost processes come first, because other workers usually fail as a consequence.
+    """
+    ranks = sorted(
+        worker_exceptions,
+        key=lambda rank: (not isinstance(worker_exceptions[rank], RayActorError), rank),
+    )
+    told = [
+        f"worker {rank} failed ({_reason(worker_exceptions[rank])})"
+        for rank in ranks[:MOST_WORKERS]
+    ]
+    hidden = len(ranks) - len(told)
+    return "WARNING: " + "; ".join(told + ([f"{hidden} more failed"] if hidden else []))
+
+
+def _reason(error: BaseException) -> str:
+    fault = next(faults_of(error), None)  # none where Ray says that a process is gone
+    name, text = (fault.name, fault.text) if fault else (type(error).__name__, str(error))
+    return ": ".join([name, *text.strip().splitlines()[:1]])

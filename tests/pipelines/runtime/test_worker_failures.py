@@ -1,0 +1,33 @@
+"""The line that says which worker failed and why."""
+
+from __future__ import annotations
+
+from ray.exceptions import ActorDiedError, RayTaskError
+
+from pipelines.runtime.worker_failures import FailureReporter, failure_line
+
+
+def test_the_line_has_the_class_and_the_first_line_of_the_error():
+    error = ValueError("bad batch\nwith details")
+    assert failure_line({3: error}) == "WARNING: worker 3 failed (ValueError: bad batch)"
+
+
+def test_a_lost_process_comes_before_the_errors_that_follow_from_it():
+    lost = ActorDiedError()
+    failures = {0: RuntimeError("connection reset"), 1: lost, 2: RuntimeError("connection reset")}
+    first, second, more = failure_line(failures).split("; ")
+    assert first.startswith("WARNING: worker 1 failed (ActorDiedError: The actor died")
+    assert second == "worker 0 failed (RuntimeError: connection reset)"
+    assert more == "1 more failed"
+
+
+def test_wrappers_of_ray_are_taken_off():
+    cause = OSError(28, "No space left on device")
+    wrapped = RayTaskError("train", "Traceback ...\nOSError: No space left", cause)
+    assert "OSError" in failure_line({0: wrapped.as_instanceof_cause()})
+
+
+def test_the_callback_says_the_line():
+    lines: list[str] = []
+    FailureReporter(lines.append).after_exception(None, {0: ValueError("x")})
+    assert lines == ["WARNING: worker 0 failed (ValueError: x)"]
