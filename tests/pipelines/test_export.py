@@ -1,4 +1,4 @@
-"""From a checkpoint to an artifact that others load."""
+"""Exporting a checkpoint as an artifact that timm and transformers load."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_an_artifact_that_reads_back_differently_is_not_published(
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027])
-def test_what_is_exported_is_readable_by_whom_the_umask_lets_read(
+def test_exported_files_have_the_permissions_of_the_umask(
     small_checkpoint: str, tmp_path: Path, umask: int
 ) -> None:
     before = os.umask(umask)

@@ -1,6 +1,6 @@
-"""The pretraining job through Ray Train: CLI, S3, several workers, a killed one, the control.
+"""The pretraining job on Ray Train: command line, S3, two workers, and a killed worker.
 
-Group start-up dominates, so there are few runs and many assertions on each.
+Starting the workers takes most of the time, so there are few runs and many assertions on each.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _samples(folder: Path) -> list[dict]:
 
 
 def _chain(rows: list[dict]) -> dict[int, list[str]]:
-    """Samples of each step as made the final weights: the last attempt at it, ranks in order."""
+    """The samples of each step that produced the final weights: its last attempt, by rank."""
     last = {row["step"]: 0 for row in rows}
     for row in rows:
         last[row["step"]] = max(last[row["step"]], row["attempt"])
@@ -74,7 +74,7 @@ def _chain(rows: list[dict]) -> dict[int, list[str]]:
 
 
 def _cli(arguments: list[str], cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess:
-    """Runs the job as `python .../pipelines/pretrain.py`, with nothing installed or on a path."""
+    """Runs `python .../pipelines/pretrain.py` with the project neither installed nor on a path."""
     clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     clean |= {"RAY_ADDRESS": "local", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
     command = [sys.executable, str(ROOT / "pipelines" / "pretrain.py"), *arguments]
@@ -85,7 +85,7 @@ def _cli(arguments: list[str], cwd: Path, env: dict[str, str]) -> subprocess.Com
 
 @pytest.fixture(scope="module")
 def one_worker(cifar_shards, s3, tmp_path_factory):
-    """One worker, checkpoints on S3: stopped at step 7, and run again from the command line."""
+    """One worker with checkpoints on S3, stopped at step 7 and resumed from the command line."""
     folder = tmp_path_factory.mktemp("one_worker")
     every = {"log_every": 1, "checkpoint_every": 12, "probe_every": 24, "keep_checkpoints": 1}
     cfg = _config(cifar_shards, "s3://pretrain/runs", name="one", log_samples=True, **every)
@@ -124,7 +124,7 @@ def two_workers(cifar_shards, tmp_path_factory):
         while not killed and not over.wait(0.01):
             rows = [r for r in _samples_so_far(storage / "two") if r["rank"] == 1]
             step = rows[-1]["step"] if committed.exists() and rows else 0
-            # Well inside an epoch, and some steps after a checkpoint so that there are some to lose.
+            # Well inside an epoch and some steps after a checkpoint, so that steps are lost.
             if 4 <= step % EPOCH <= 10 and step % 5 in (2, 3):
                 os.kill(rows[-1]["pid"], signal.SIGKILL)
                 killed.update(time=time.time(), pid=rows[-1]["pid"])

@@ -1,4 +1,4 @@
-"""Sweeps: the space, the draw, what is concluded, and Ray Tune's part with a stand-in for training."""
+"""Sweeps: search space, drawing, verdict, and trials on Ray Tune with a stand-in for training."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_values_get_the_type_of_their_field():
         ("clip.stride=1,2", "not comparable"),  # frames that RankMe would be measured on
     ],
 )
-def test_what_cannot_vary_is_refused_by_its_entry(entry, message):
+def test_the_error_names_the_entry_that_cannot_vary(entry, message):
     with pytest.raises(ValueError, match=rf"--space .*{message}"):
         parse_space((entry,), BASE)
 
@@ -97,7 +97,7 @@ def test_the_draw_is_all_combinations_or_a_fixed_random_choice_of_different_ones
     assert 0.4 < np.mean(np.array(rates) < 1e-3) < 0.6  # half of them in each decade
 
 
-def test_a_plan_that_cannot_be_is_refused_before_anything_starts(tmp_path):
+def test_an_impossible_plan_is_refused_before_anything_starts(tmp_path):
     base = change(debug(), data={"train": "shards"})
     cfg = SweepConfig(space=("optim.lr=1,2",), out=str(tmp_path))
     drawn, plan = make_plan(cfg, base)
@@ -143,7 +143,7 @@ def _rows(rankme, knn):
     ]
 
 
-def test_the_verdict_is_the_textbooks_correlations_and_the_price_of_the_choice():
+def test_the_verdict_has_rank_correlations_and_the_cost_of_the_choice():
     rows = _rows([10.0, 20.0, 30.0, 40.0], [0.20, 0.30, 0.50, 0.40])
     text = "\n".join(verdict(rows))
     # One of six pairs is the wrong way round: tau = (5 - 1) / 6; sum of d^2 = 2: rho = 1 - 12 / 60.
@@ -157,7 +157,7 @@ def test_the_verdict_is_the_textbooks_correlations_and_the_price_of_the_choice()
     assert "stopped early" not in text
 
 
-def test_without_labels_the_verdict_says_that_it_cannot_say():
+def test_without_labels_the_verdict_says_that_the_choice_cannot_be_judged():
     rows = [dataclasses.replace(row, knn=None) for row in _rows([1.0, 2.0], [0.1, 0.2])]
     text = "\n".join(verdict(rows))
     assert "RankMe chooses trial 1 (RankMe 2.0): optim.lr=0.1" in text
@@ -166,11 +166,11 @@ def test_without_labels_the_verdict_says_that_it_cannot_say():
     assert best(rows, "knn") is None
 
 
-def test_runs_that_never_came_to_a_checkpoint_are_rows_and_take_no_part():
+def test_runs_without_a_checkpoint_have_rows_but_are_never_chosen():
     rows = _rows([3.0, 2.0, 1.0], [0.3, 0.2, 0.1])
     rows[1] = dataclasses.replace(rows[1], outcome="stopped", step=5)
     lost = Row(trial=3, settings={"optim.lr": 1.0}, outcome="collapsed", reason="nan")
-    # A projector that collapses leaves the encoder at its random weights, whose RankMe may be the best.
+    # If the projector collapses, the encoder stays random, and its RankMe may be the best.
     stale = dataclasses.replace(lost, trial=4, rankme=9.0, lidar=9.0, knn=0.9, scored=True)
     text = "\n".join(verdict([*rows, lost, stale]))
     assert "RankMe chooses trial 0" in text
@@ -184,7 +184,7 @@ def test_runs_that_never_came_to_a_checkpoint_are_rows_and_take_no_part():
         assert plot(some).startswith(b"\x89PNG")
 
 
-def test_how_a_run_ends_is_an_answer_not_an_exception(monkeypatch):
+def test_a_trial_returns_how_its_run_ended_instead_of_raising(monkeypatch):
     import pipelines.training.launch as job
 
     monkeypatch.setattr("ray.tune.integration.ray_train.TuneReportCallback", lambda: None)
@@ -211,7 +211,7 @@ def _readings(cfg, value):
     return rows
 
 
-def test_ended_runs_fill_the_rungs_of_a_scheduler_that_starts_anew(tmp_path):
+def test_ended_runs_fill_the_rungs_of_a_new_scheduler(tmp_path):
     base = change(debug(), data={"train": "x"}, run={"steps": 90, "checkpoint_every": 10})
     cfg = SweepConfig(space=("optim.lr=1,2,3,4",), out=str(tmp_path), reduction=3)
     plan = make_plan(cfg, base)[1]
@@ -230,9 +230,7 @@ def test_ended_runs_fill_the_rungs_of_a_scheduler_that_starts_anew(tmp_path):
 
 
 @pytest.mark.ray
-def test_a_sweep_stops_the_worse_runs_records_failures_and_goes_on_with_what_is_missing(
-    ray_local, cifar_shards, tmp_path
-):
+def test_a_sweep_stops_worse_runs_records_failures_and_resumes(ray_local, cifar_shards, tmp_path):
     base = change(
         debug(), data={"train": cifar_shards[0]}, run={"steps": 90, "checkpoint_every": 10}
     )

@@ -1,4 +1,4 @@
-"""Stand-ins for the loader and Ray Train's checkpoints: the loop in-process, and its results."""
+"""Runs the training loop in one process, without the loader and without Ray Train."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TIMED |= {"optimizer_share", "peak_memory_bytes"}
 
 
 def tiny_config(storage: Path, **run) -> PretrainConfig:
-    """A model of some 0.3M weights on 32-pixel images: a few milliseconds a step."""
+    """A model of about 0.3M weights on 32-pixel images, which takes a few milliseconds a step."""
     run = {"steps": 12, "log_every": 5, "checkpoint_every": 4, "threads": 1, **run}
     return PretrainConfig(
         data=DataConfig(train="memory", batch_size=8, lanes=2),
@@ -40,7 +40,7 @@ def tiny_config(storage: Path, **run) -> PretrainConfig:
 
 
 def change(cfg: PretrainConfig, **sections) -> PretrainConfig:
-    """Replaces fields: `change(cfg, run={"steps": 3})`."""
+    """Returns `cfg` with fields replaced, as in `change(cfg, run={"steps": 3})`."""
     replaced = {
         name: dataclasses.replace(getattr(cfg, name), **fields) for name, fields in sections.items()
     }
@@ -48,7 +48,7 @@ def change(cfg: PretrainConfig, **sections) -> PretrainConfig:
 
 
 def memory_batches(cfg, *, rank, world_size, start_step, end_step):
-    """Same signature and guarantees as `loading.train_batches`, on made-up pictures."""
+    """Synthetic batches with the signature and guarantees of `loading.train_batches`."""
     grid = (cfg.model.image_size // cfg.model.patch_size) ** 2
     per_epoch = NUM_SAMPLES // cfg.data.batch_size
     for step in range(start_step, end_step):
@@ -113,7 +113,7 @@ def run_training(cfg, folder, data=MEMORY):
 
 
 def end_of(folder, step=12):
-    """Everything the checkpoint of a step holds, times aside."""
+    """The contents of the checkpoint of a step, without timings."""
     checkpoint = folder / f"checkpoint_{step:08d}"
     tensors = {g: load_tensors(checkpoint, g, 1) for g in ("model", "optimizer", "loop")}
     state = json.loads((checkpoint / "state.json").read_text())

@@ -1,4 +1,4 @@
-"""Run folders as Ray Train leaves them, made without Ray: checkpoints, list, metrics; and damages."""
+"""Run folders like those of Ray Train (checkpoints, list, metrics), and ways to damage them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAMES = ["checkpoint_00000004", "checkpoint_00000008", "checkpoint_00000012"]
 
 
 class RunStore(FolderStore):
-    """A run's own folder, with the list in it that Ray Train of 2.60 writes."""
+    """A run's folder, including the list that Ray Train 2.60 writes."""
 
     @contextlib.contextmanager
     def latest(self):
@@ -48,7 +48,7 @@ class RunStore(FolderStore):
 
 
 def train_run(cfg: PretrainConfig) -> tuple[RunStore, list[str]]:
-    """Trains in the run's own folder, from what is there."""
+    """Trains in the run's folder, resuming from its checkpoints."""
     store = RunStore(Path(cfg.run.storage) / cfg.run.name)
     lines: list[str] = []
     outcome = pipelines.training.trainer.train(cfg, Worker(), MEMORY, store, lines.append)
@@ -57,7 +57,7 @@ def train_run(cfg: PretrainConfig) -> tuple[RunStore, list[str]]:
 
 
 def copy_run(run: Path, storage: Path) -> tuple[Path, PretrainConfig]:
-    """A copy of a run under another storage, and the configuration that goes on with it."""
+    """Copies a run to another storage; returns the folder and the configuration resuming it."""
     shutil.copytree(run, storage / run.name)
     return storage / run.name, tiny_config(storage, name=run.name)
 
@@ -82,7 +82,7 @@ def _lengthen(path: Path) -> None:
 
 
 def _other_sizes(path: Path) -> None:
-    """A header that promises other tensors in as many bytes."""
+    """Replaces a header by one that names other tensors in as many bytes."""
     path.write_bytes(path.read_bytes().replace(b'"F32"', b'"F64"', 1))
 
 
@@ -107,7 +107,7 @@ OF_CHECKPOINT = {
     "config a list": (lambda c: (c / "config.json").write_text("[]"), "config.json cannot be read"),
     "deleted": (shutil.rmtree, "is missing"),
 }
-"""Damages of a checkpoint, and what is said of it, that keep anybody from using it."""
+"""Damages that make a checkpoint unusable for every purpose, and what the error says."""
 OF_RESUMING = {
     "optimizer cut": (
         lambda c: _cut(c / "optimizer-00000-of-00001.safetensors", 2000),
@@ -115,7 +115,7 @@ OF_RESUMING = {
     ),
     "a share gone": (_miss_a_share, "loop-00001-of-00002.safetensors is missing"),
 }
-"""Those that do not touch the weights."""
+"""Damages that only prevent resuming, because the weights are whole."""
 OF_LIST = {
     "empty": (lambda p: p.write_text(""), "it is empty"),
     "cut": (lambda p: _cut(p, 100), "it is damaged"),
@@ -124,4 +124,4 @@ OF_LIST = {
     "not text": (lambda p: p.write_bytes(b"\xff\xfe\x00"), "it is damaged"),
     "gone": (lambda p: p.unlink(), "is missing"),
 }
-"""Damages of Ray's list."""
+"""Damages of Ray Train's list, and what the error says."""

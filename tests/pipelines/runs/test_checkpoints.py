@@ -1,4 +1,4 @@
-"""Checkpoint folders: many writers, one reader, and every way of being unusable."""
+"""Checkpoint folders: several writers, one reader, and what makes a checkpoint unusable."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def cfg(tmp_path):
 
 
 def _trained(cfg, seed=0):
-    """A state with optimizer moments and half-filled meters."""
+    """A state after some steps, with optimizer moments and meters that are not empty."""
     state = new_state(change(cfg, run={"seed": seed}), CPU)
     for parameter in state.objective.parameters():
         if parameter.requires_grad:
@@ -196,12 +196,12 @@ def test_config_with_a_key_of_another_version_is_an_error(cfg, tmp_path):
         ({"run": {"steps": 99}}, "--run.steps"),
     ],
 )
-def test_what_would_make_another_run_is_refused_by_its_flag(cfg, changes, flag):
+def test_changed_settings_that_make_another_run_are_refused_by_flag(cfg, changes, flag):
     with pytest.raises(CheckpointError, match=flag):
         check_resumable(cfg, _saved(), change(cfg, **changes), "memory-hash")
 
 
-def test_micro_batches_decide_a_run_whose_loss_compares_rows(cfg):
+def test_accumulation_must_not_change_if_the_loss_compares_rows(cfg):
     other = {"run": {"accumulate": 2}}
     for changes in ({"objective": {"name": "lejepa"}}, {"objective": {"regularize": "x"}}):
         compares = change(cfg, **changes)
@@ -220,7 +220,7 @@ def test_micro_batches_decide_a_run_whose_loss_compares_rows(cfg):
         {"watch": {"action": "warn"}},
     ],
 )
-def test_what_only_changes_how_it_runs_is_allowed(cfg, changes):
+def test_settings_that_do_not_change_results_may_change(cfg, changes):
     check_resumable(cfg, _saved(), change(cfg, **changes), "memory-hash")
 
 
@@ -240,7 +240,7 @@ def test_settings_added_later_are_refused_unless_freed(cfg):
                 check_resumable(saved, _saved(), cfg, "memory-hash")
 
 
-def test_a_folder_that_is_no_checkpoint_is_an_error(tmp_path):
+def test_a_folder_that_is_not_a_checkpoint_is_an_error(tmp_path):
     for uri in (tmp_path, tmp_path / "absent"):
         with pytest.raises(CheckpointError, match="neither a checkpoint nor a run"):
             resolve_checkpoint(str(uri))

@@ -1,4 +1,4 @@
-"""`--run.init-from` at another image size or clip length, for every objective."""
+"""`--run.init-from` with another image size or clip length, for every objective."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _config(folder: Path, name: str):
 
 
 def _save(folder: Path, cfg, tensors=None) -> str:
-    """A checkpoint of random weights, of two processes; the fixed tables are as the model made them."""
+    """A checkpoint by two processes: random weights, with fixed tables as the model made them."""
     torch.manual_seed(5)
     weights = tensors or new_objective(cfg).state_dict()
     folder.mkdir(parents=True)
@@ -90,7 +90,7 @@ def test_other_grids_change_the_tables_of_positions_and_nothing_else(tmp_path, n
 
 
 @pytest.mark.parametrize("name", ["ijepa", "vjepa", "vjepa rotary", "lejepa"])
-def test_on_the_same_grid_all_weights_and_features_are_the_donors(tmp_path, name):
+def test_on_the_same_grid_all_weights_and_features_are_those_of_the_other_run(tmp_path, name):
     cfg = _config(tmp_path, name)
     donor = _save(tmp_path / "donor", cfg)
     other = change(cfg, run={"init_from": donor})
@@ -106,8 +106,8 @@ def test_on_the_same_grid_all_weights_and_features_are_the_donors(tmp_path, name
         assert torch.equal(ours.feature_encoder(pixels), theirs.feature_encoder(pixels))
 
 
-def test_a_grid_of_as_many_tokens_but_another_form_is_another_grid(tmp_path):
-    """8 x 2 x 2 and 2 x 4 x 4 tokens: tables of one shape, which mean other places."""
+def test_a_grid_of_another_shape_with_as_many_tokens_is_another_grid(tmp_path):
+    """8 x 2 x 2 and 2 x 4 x 4 tokens have tables of equal shape but different meaning."""
     cfg = change(_config(tmp_path, "vjepa"), model={"image_size": 16, "frames": 16})
     other = change(cfg, model={"image_size": 32, "frames": 4})
     donor = _save(tmp_path / "donor", cfg)
@@ -140,7 +140,7 @@ def test_learned_tables_are_interpolated_everywhere(tmp_path):
         assert torch.equal(objective.state_dict()[name], expected)
 
 
-def test_tables_over_time():
+def test_tables_are_interpolated_over_time():
     old, new = Grid(4, 3), Grid(6, 6)
     assert torch.equal(fit_table(sincos_3d(24, 4, 3)[None], old, new)[0], sincos_3d(24, 6, 6))
     one = fit_table(sincos_2d(24, 4)[None], Grid(4, 1), Grid(4, 5))  # an image's for clips
@@ -211,7 +211,7 @@ def test_a_run_trains_on_at_twice_the_size(tmp_path):
     assert ours["encoder.pos_embed"].shape == (1, 64, 96)
 
 
-def test_damaged_weights_are_told_with_the_flag(tmp_path):
+def test_the_error_about_damaged_weights_names_the_flag(tmp_path):
     cfg = _config(tmp_path, "ijepa")
     donor = Path(_save(tmp_path / "run" / "checkpoint_00000007", cfg))
     share = donor / "model-00001-of-00002.safetensors"

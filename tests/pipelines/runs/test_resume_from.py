@@ -1,4 +1,4 @@
-"""A damaged run on S3, on Ray: refused before Ray starts, then on from the newest whole checkpoint."""
+"""A damaged run on S3 is refused before Ray starts, then resumed with --run.resume-from."""
 
 from __future__ import annotations
 

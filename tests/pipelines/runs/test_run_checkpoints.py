@@ -1,4 +1,4 @@
-"""A run whose checkpoints or list are damaged: what is said, and how it goes on."""
+"""Runs with damaged checkpoints or a damaged list: what errors say, and how to resume."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ KNN = {4: 0.2, 8: 0.5, 12: 0.3}
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
-    """A run of 12 steps with checkpoints at 4, 8 and 12, whose best by kNN is that of step 8."""
+    """A run of 12 steps with checkpoints at 4, 8 and 12; the one at 8 is the best by kNN."""
     folder = tmp_path_factory.mktemp("whole")
     steps = iter((0.1, *KNN.values()))
     with pytest.MonkeyPatch.context() as patch:
@@ -44,7 +44,7 @@ def whole_run(tmp_path_factory):
 
 @pytest.fixture
 def run(whole_run, tmp_path):
-    """A copy of it, and the configuration that goes on with it."""
+    """A copy of the run, and the configuration that resumes it."""
     return copy_run(whole_run[0], tmp_path)
 
 
@@ -56,7 +56,7 @@ def _lines(error: pytest.ExceptionInfo[CheckpointError], run: Path) -> list[str]
 
 
 @pytest.mark.parametrize("damage", OF_CHECKPOINT | OF_RESUMING)
-def test_a_damaged_newest_checkpoint_is_told_and_the_run_goes_on_from_the_newest_whole(run, damage):
+def test_a_run_with_a_damaged_newest_checkpoint_resumes_from_the_newest_whole(run, damage):
     folder, _ = run
     harm, reason = (OF_CHECKPOINT | OF_RESUMING)[damage]
     harm(folder / NAMES[2])
@@ -77,7 +77,7 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_run_goes_on_from_the_newest
 
 
 @pytest.mark.parametrize("damage", OF_LIST)
-def test_a_damaged_list_is_told_and_the_run_goes_on_from_the_newest_whole(run, damage):
+def test_a_run_with_a_damaged_list_resumes_from_the_newest_whole_checkpoint(run, damage):
     folder, _ = run
     harm, reason = OF_LIST[damage]
     harm(folder / LIST)
@@ -110,7 +110,7 @@ def test_a_list_of_another_ray_is_refused_before_ray_is_started(run):
 
 
 @pytest.mark.parametrize("damage", OF_CHECKPOINT)
-def test_a_damaged_best_checkpoint_is_told_to_whoever_reads_the_run(run, damage):
+def test_reading_a_run_whose_best_checkpoint_is_damaged_is_an_error(run, damage):
     folder, _ = run
     harm, reason = OF_CHECKPOINT[damage]
     assert load_encoder(str(folder))[2]["uri"] == f"{folder}/{NAMES[1]}"
@@ -126,14 +126,14 @@ def test_a_damaged_best_checkpoint_is_told_to_whoever_reads_the_run(run, damage)
 
 
 @pytest.mark.parametrize("damage", OF_RESUMING)
-def test_who_reads_weights_needs_nothing_but_weights(run, damage):
+def test_loading_weights_needs_no_whole_optimizer_state(run, damage):
     folder, _ = run
     OF_RESUMING[damage][0](folder / NAMES[1])
     assert load_encoder(str(folder))[2]["step"] == 8
 
 
-def test_going_back_makes_a_run_that_has_just_reached_the_checkpoint(run, whole_run):
-    """Ray's own reader is the judge of the list."""
+def test_going_back_restores_the_folder_as_it_was_at_the_checkpoint(run, whole_run):
+    """The list must be one that Ray Train itself can read."""
     from ray.train import Result
 
     folder, _ = run
@@ -180,7 +180,7 @@ def test_after_going_back_training_is_bitwise_the_uninterrupted_run(run, whole_r
     assert [(r["step"], r["loss"]) for r in lines_of(cfg) if "loss" in r] == losses
 
 
-def test_the_list_goes_by_score_where_the_best_are_kept_and_says_what_was_reported(run, whole_run):
+def test_the_list_is_ordered_by_score_if_the_best_are_kept_and_holds_the_reports(run, whole_run):
     folder, _ = run
     theirs = json.loads((folder / LIST).read_text())
     (folder / LIST).write_text("")
@@ -194,7 +194,7 @@ def test_the_list_goes_by_score_where_the_best_are_kept_and_says_what_was_report
         assert recover_report(read_state(checkpoint), read_config(checkpoint)) == reported
 
 
-def test_only_what_was_read_at_the_checkpoints_step_is_recovered(run):
+def test_only_metrics_read_at_the_step_of_the_checkpoint_are_recovered(run):
     folder, _ = run
     state, config = read_state(folder / NAMES[1]), read_config(folder / NAMES[1])
     assert {"loss", "knn"} <= state.metrics.keys()  # of which the loss is of step 5
@@ -207,7 +207,7 @@ def test_only_what_was_read_at_the_checkpoints_step_is_recovered(run):
     }
 
 
-def test_a_deleted_older_checkpoint_costs_nothing_but_its_line(run):
+def test_a_deleted_older_checkpoint_only_loses_its_entry_in_the_list(run):
     folder, _ = run
     OF_CHECKPOINT["deleted"][0](folder / NAMES[0])
     start = find_start(str(folder), None, 4)
@@ -219,7 +219,7 @@ def test_a_deleted_older_checkpoint_costs_nothing_but_its_line(run):
     assert names == [f"{folder}/{NAMES[1]}", f"{folder}/{NAMES[2]}"]
 
 
-def test_a_damaged_older_checkpoint_stays_where_it_is_and_off_the_list(run):
+def test_a_damaged_older_checkpoint_is_not_moved_and_not_listed(run):
     folder, _ = run
     (folder / NAMES[0] / MODEL).write_bytes(b"")
     (folder / NAMES[2] / MODEL).write_bytes(b"")
@@ -230,7 +230,7 @@ def test_a_damaged_older_checkpoint_stays_where_it_is_and_off_the_list(run):
     assert [Path(name).name for name, _ in committed_checkpoints(str(folder))] == [NAMES[1]]
 
 
-def test_nothing_whole_and_nothing_there(run, tmp_path):
+def test_a_run_without_a_whole_checkpoint_and_a_run_without_any(run, tmp_path):
     folder, _ = run
     for name in NAMES:
         (folder / name / "state.json").unlink()
@@ -255,7 +255,7 @@ def test_a_first_upload_that_was_cut_off_is_no_checkpoint_yet(run):
         find_start(str(folder), None, 2)
 
 
-def test_many_checkpoints_are_still_three_lines(run):
+def test_the_error_has_three_lines_even_with_many_checkpoints(run):
     folder, _ = run
     for step in range(20, 40):
         (folder / f"checkpoint_{step:08d}").mkdir()
@@ -267,14 +267,14 @@ def test_many_checkpoints_are_still_three_lines(run):
     assert len(survey(str(folder))) == 23
 
 
-def test_the_flag_is_checked(tmp_path):
+def test_resume_from_must_be_the_name_of_a_checkpoint(tmp_path):
     for bad in ("newest", "checkpoint", "checkpoint_5/", "../checkpoint_5", ""):
         with pytest.raises(ValueError, match=r"--run\.resume-from: newest-whole, or"):
             tiny_config(tmp_path, resume_from=bad)
     assert tiny_config(tmp_path, resume_from="checkpoint_5").run.resume_from == "checkpoint_5"
 
 
-def test_on_s3_as_on_a_disk(run, s3, monkeypatch):
+def test_going_back_works_on_s3_as_on_a_disk(run, s3, monkeypatch):
     import s3fs
 
     for key, value in s3.items():
@@ -309,7 +309,7 @@ def test_on_s3_as_on_a_disk(run, s3, monkeypatch):
         find_start(uri, None, 4)
 
 
-def test_every_file_of_a_checkpoint_is_readable_by_whom_the_umask_lets_read(whole_run):
+def test_the_files_of_a_checkpoint_have_the_permissions_of_the_umask(whole_run):
     umask = os.umask(0o022)
     os.umask(umask)
     for path in (whole_run[0] / NAMES[0]).iterdir():
@@ -320,7 +320,7 @@ def test_a_whole_checkpoint_has_no_fault(whole_run):
     assert [find_fault(str(whole_run[0] / name)) for name in NAMES] == [None] * 3
 
 
-def test_a_sweep_tells_a_damaged_run_of_its_own_before_ray(run, tmp_path, monkeypatch):
+def test_a_sweep_refuses_a_damaged_run_of_its_own_before_ray_starts(run, tmp_path, monkeypatch):
     from pipelines import sweep as job
 
     folder, _ = run

@@ -1,4 +1,4 @@
-"""What goes on between steps, by the numbers of the steps: what a run and its own resume cannot tell."""
+"""Step numbers passed to slices, momentum and checkpoints, which comparing resumes cannot check."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _objective(folder, **objective):
     [{"name": "lejepa"}, {"name": "ijepa", "regularize": "context_pooled"}],
     ids=["lejepa", "regularized"],
 )
-def test_every_step_has_slices_of_its_own(tmp_path, settings):
+def test_every_step_draws_other_slices(tmp_path, settings):
     objective = _objective(tmp_path, **settings)
     seen = [objective.sigreg.draw_slices(16)]
     for step in range(3):
@@ -46,7 +46,7 @@ def test_a_regularized_objective_still_moves_its_target(tmp_path):
 
 
 @pytest.mark.parametrize("stops", [(6,), (2, 6)], ids=["at once", "resumed"])
-def test_the_momentum_is_told_steps_from_0_whatever_was_interrupted(tmp_path, monkeypatch, stops):
+def test_the_momentum_counts_steps_from_0_also_after_a_resume(tmp_path, monkeypatch, stops):
     told = []
     moved = LatentPrediction.after_step
 
@@ -67,7 +67,7 @@ def test_a_checkpoint_says_its_position_in_samples_and_epochs(tmp_path):
         assert (state["step"], state["position"], state["epoch"]) == (step, 8 * step, step / 5)
 
 
-def test_the_generator_goes_on_where_it_was(tmp_path):
+def test_the_random_generator_continues_where_it_stopped(tmp_path):
     cfg = tiny_config(tmp_path)
     state = new_state(cfg, CPU)
     torch.rand(17)  # as an objective that draws in its steps would

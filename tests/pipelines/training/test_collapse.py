@@ -1,4 +1,4 @@
-"""RankMe, spread and cosine against direct computation, and the verdict's edges."""
+"""RankMe, spread and cosine against direct computation, and the bounds of the verdict."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _mean_cosine(features):
     return float(cosines[~torch.eye(len(features), dtype=torch.bool)].mean())
 
 
-def test_a_reading_starts_afresh_and_an_empty_one_is_no_verdict():
+def test_a_reading_resets_the_watch_and_an_empty_one_gives_no_verdict():
     watch = _watch(patience=1, grace_steps=0)
     watch.update(torch.ones(8, 24))
     watch.reading()
@@ -104,7 +104,7 @@ def test_a_reading_starts_afresh_and_an_empty_one_is_no_verdict():
     ],
     ids=["constant", "rounding noise", "one direction", "same direction", "not a number"],
 )
-def test_each_kind_of_collapse_is_called_by_its_flag(features, flag):
+def test_the_verdict_names_the_flag_of_each_kind_of_collapse(features, flag):
     watch = _watch(patience=1, grace_steps=0)
     watch.update(features)
     message = watch.judge(watch.reading(), step=7)
@@ -154,7 +154,7 @@ def test_saved_halves_read_as_the_uninterrupted_whole_bitwise():
     assert second.reading() == whole.reading()
 
 
-def test_states_of_two_processes_fold_into_one():
+def test_states_of_two_processes_are_added_up():
     features = _features()
     whole, left, right, folded = _watch(), _watch(), _watch(), _watch()
     whole.update(features[:150])

@@ -1,4 +1,4 @@
-"""The watch of the training loop, in this process: what stops a run, and when none is stopped."""
+"""When the collapse watch stops the training loop, and when it does not, in one process."""
 
 from __future__ import annotations
 

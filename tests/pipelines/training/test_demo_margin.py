@@ -1,6 +1,7 @@
-"""What the demo's recipes claim, and runs that must fail it: kNN beats its own random init.
+"""The demo's recipes beat their own random initialisation by kNN; broken runs must not.
 
-VICReg, the demo's default, and LeJEPA by 6 points; I-JEPA by 3. Slow: whole runs on the shipped sample.
+VICReg (the demo's default) and LeJEPA must win by 6 points, I-JEPA by 3. These tests are slow,
+because they are whole runs on the shipped sample:
 `pytest -m slow tests/pipelines/training/test_demo_margin.py`
 """
 
@@ -47,7 +48,7 @@ of_each = pytest.mark.parametrize("name", list(MARGINS))
 
 @pytest.fixture(scope="module")
 def sample_shards(ray_local, cifar_sample, tmp_path_factory) -> tuple[str, str]:
-    """All of the shipped sample: 2,500 training and 800 test images."""
+    """Shards of the whole shipped sample: 2,500 training and 800 test images."""
     root = tmp_path_factory.mktemp("sample-shards")
     for split in ("train", "test"):
         ingest(IngestConfig(source=str(cifar_sample / split), out=str(root / split)))
@@ -61,7 +62,7 @@ def _recipe(name: str, shards: tuple[str, str], storage: Path) -> PretrainConfig
 
 
 def _train(cfg: PretrainConfig) -> tuple[float, float]:
-    """Trains in this process; returns kNN accuracy of (trained, its random init)."""
+    """Trains in this process; returns the kNN accuracy of (trained, random) encoders."""
     manifest = read_manifest(cfg.data.train)
     plan = make_plan(manifest.row_groups(), cfg.data, cfg.run.seed)
     data = DataSource(train_batches, plan.batches_per_epoch, manifest.manifest_hash)
@@ -122,7 +123,8 @@ def test_without_what_holds_it_up_it_fails_the_same_assertion(
     trained, random = _train(cfg)
     _show(capsys, f"{name}, {CONTROLS[name]}", trained, random)
     rows = read_metrics(tmp_path / cfg.run.name / "metrics.jsonl")
-    # Embeddings have shrunk before the first reading; SIGReg holds them at 0.7 and above, VICReg at 0.46.
+    # Embeddings shrink before the first reading. SIGReg keeps them at 0.7 and above, VICReg at
+    # 0.46.
     healthy = {"embedded_std": 0.46, "std": rows[0]["std"]}
     assert rows[-1][SHRINKS[name]] < 0.1 * healthy[SHRINKS[name]]
     with pytest.raises(AssertionError, match="its random init"):

@@ -1,7 +1,9 @@
-"""The claim of `levjepa_movingmnist`, and three runs that must fail it: with ten labels a class, which
-way a digit moves is read at least 20 points better than from random weights, and than from one frame.
+"""The claim of `levjepa_movingmnist`, and three broken runs that must fail it.
 
-Digits of a font stand in for MNIST's. Slow: four short runs. `pytest -m slow tests/pipelines/training/test_motion_margin.py`
+With ten labels per class, the direction in which a digit moves is predicted at least 20 points
+better from the trained encoder than from a random one, and than from a single frame. Digits of a
+font stand in for MNIST's. These tests are slow, because they train four short runs:
+`pytest -m slow tests/pipelines/training/test_motion_margin.py`
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ STEPS = 300
 
 
 def _digits(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Digits of Pillow's font, of random size and tilt: [N, 28, 28] and their labels."""
+    """Digits drawn with Pillow's font at random size and tilt, [N, 28, 28], and their labels."""
     rng = np.random.default_rng(seed)
     labels_N = rng.integers(10, size=count)
     pictures = []
@@ -61,7 +63,7 @@ def _digits(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def moving_shards(ray_local, tmp_path_factory) -> tuple[str, str]:
-    """2,400 training and 600 test clips."""
+    """Shards of 2,400 training and 600 test clips."""
     root = tmp_path_factory.mktemp("moving")
     splits = [("train", *_digits(500, 0)), ("test", *_digits(500, 1))]
     write_moving(splits, root / "clips", clips=2400, seed=0, edges="wrap")
@@ -74,7 +76,7 @@ def moving_shards(ray_local, tmp_path_factory) -> tuple[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Readings:
-    """Ten labels a class, ridge regression of the mean token: accuracies."""
+    """Accuracies of a ridge regression on the mean token, with ten labels per class."""
 
     trained: float
     random: float
@@ -83,7 +85,7 @@ class Readings:
 
 @pytest.fixture(scope="module")
 def decoded(moving_shards) -> list[tuple[torch.Tensor, np.ndarray]]:
-    """Clips and directions of both sets."""
+    """The clips and their directions, of the training and the test set."""
     cfg = levjepa_movingmnist()
     sampler, sets = training_sampler(cfg), [load_labelled(uri) for uri in moving_shards]
     return [(decode_all(rows, _prep(cfg), sampler), table_labels(rows)) for rows in sets]
@@ -101,7 +103,7 @@ def _recipe(shards: tuple[str, str], storage: Path) -> PretrainConfig:
 
 
 def _train(cfg: PretrainConfig, decoded, batches=train_batches) -> Readings:
-    """Trains in this process and reads directions off the encoder, its random init and one frame."""
+    """Trains in this process and predicts directions by encoder, random encoder and one frame."""
     manifest = read_manifest(cfg.data.train)
     plan = make_plan(manifest.row_groups(), cfg.data, cfg.run.seed)
     data = DataSource(batches, plan.batches_per_epoch, manifest.manifest_hash)
@@ -170,7 +172,7 @@ def test_frames_in_random_order_fail_the_same_assertion(moving_shards, decoded, 
 
 
 def _shuffled_batches(cfg: PretrainConfig, **where: int) -> Iterator[dict[str, torch.Tensor]]:
-    """The loader's batches, the frames of every clip in an order of their own."""
+    """The loader's batches, with the frames of every clip shuffled."""
     generator = torch.Generator().manual_seed(cfg.run.seed)
     for batch in train_batches(cfg, **where):
         clips_BCTHW = batch["clips"]

@@ -1,4 +1,4 @@
-"""The trainer under every optimizer: resume, readings, what is tuned when, what is refused."""
+"""The trainer with every optimizer: resuming, metrics, when tuning happens, refusals."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_factors_are_1_in_the_warm_up_move_then_and_stay_for_the_last_quarter(tm
     assert [tunes_at(step, cfg.optim, 12) for step in (3, 4, 9, 10)] == [False, True, True, False]
 
 
-def test_both_groups_share_a_factor_on_schedules_of_their_own(tmp_path):
+def test_both_groups_share_a_factor_but_have_their_own_schedules(tmp_path):
     cfg = OptimConfig(name="hyper-adamw", tune=("lr", "weight_decay"), lr=0.1, start_lr=0.1)
     model = nn.Linear(3, 2)
     optimizer = build_optimizer(model, cfg)
@@ -81,7 +81,7 @@ def test_both_groups_share_a_factor_on_schedules_of_their_own(tmp_path):
     assert read_hyperparameters(optimizer)["tuned_lr"] == decaying["lr"]
 
 
-def test_a_skipped_step_is_said_once_and_counted(tmp_path, monkeypatch):
+def test_a_skipped_step_is_reported_once_and_counted(tmp_path, monkeypatch):
     clip = trainer._clip
 
     def poisoned(cfg, state, *, reading):
@@ -101,7 +101,7 @@ def test_a_skipped_step_is_said_once_and_counted(tmp_path, monkeypatch):
     assert all(bool(t.isfinite().all()) for t in tensors["model"].values())
 
 
-def test_a_checkpoint_of_another_stack_is_refused():
+def test_a_checkpoint_of_another_hyperoptimizer_is_refused():
     model = nn.Linear(3, 2)
     saved = build_optimizer(model, OptimConfig(name="hyper-adamw"))
     tensors = optimizer_tensors(model, saved)
@@ -142,7 +142,7 @@ def test_muon_takes_the_matrices_and_adamw_the_rest():
         assert torch.equal(mine, reference)
 
 
-def test_what_is_read_of_schedule_free_is_the_average_and_training_goes_on_undisturbed():
+def test_schedule_free_is_read_at_its_average_and_training_continues_undisturbed():
     cfg = OptimConfig(name="schedulefree", lr=0.1, start_lr=0.1)
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
@@ -163,7 +163,7 @@ def test_what_is_read_of_schedule_free_is_the_average_and_training_goes_on_undis
     optimizer.step()  # it refuses outside its training mode
 
 
-def test_a_checkpoint_holds_schedule_frees_average_and_what_it_goes_on_from(tmp_path):
+def test_a_checkpoint_holds_the_average_and_the_trained_weights_of_schedule_free(tmp_path):
     cfg = with_optimizer(tiny_config(tmp_path), "schedulefree")
     cfg = change(cfg, objective={"target": "self"}, watch={"action": "off"})
     run_training(cfg, tmp_path / "ck")
@@ -176,7 +176,7 @@ def test_a_checkpoint_holds_schedule_frees_average_and_what_it_goes_on_from(tmp_
     assert not torch.equal(trained, average)
 
 
-def test_prodigy_says_the_rate_it_found_and_schedule_free_has_no_anneal(tmp_path):
+def test_prodigy_logs_the_rate_it_found_and_schedule_free_does_not_anneal(tmp_path):
     cfg = with_optimizer(tiny_config(tmp_path), "prodigy")
     outcome, _ = run_training(cfg, tmp_path / "ck")
     assert 0 < outcome.metrics["tuned_lr"] < 0.1
@@ -185,7 +185,7 @@ def test_prodigy_says_the_rate_it_found_and_schedule_free_has_no_anneal(tmp_path
     assert learning_rate(10, OptimConfig(warmup_steps=4), 10) == free.final_lr
 
 
-def test_a_missing_package_is_named_with_its_command(monkeypatch):
+def test_the_error_for_a_missing_package_names_the_install_command(monkeypatch):
     monkeypatch.setattr(optimizers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"--optim.name prodigy needs prodigyopt: pip install"):
         build_optimizer(nn.Linear(2, 2), OptimConfig(name="prodigy"))

@@ -1,4 +1,4 @@
-"""Schedules against closed forms, and the optimizer's two groups."""
+"""Schedules against closed forms, and the two parameter groups of the optimizer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CFG = OptimConfig(
 TOTAL = 187_500
 
 
-def test_learning_rate_at_the_corners_of_the_papers_run():
+def test_learning_rate_at_the_start_peak_and_end_of_the_papers_run():
     assert learning_rate(0, CFG, TOTAL) == 2e-4
     assert learning_rate(12_500, CFG, TOTAL) == pytest.approx(6e-4, rel=1e-12)
     assert learning_rate(25_000, CFG, TOTAL) == 1e-3

@@ -1,4 +1,4 @@
-"""The training loop, in this process: resume, accumulation, controls, refusals. Ray: test_pretrain."""
+"""The training loop in one process: resuming, accumulation, negative controls, refusals."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ OBJECTIVES = {
 
 @pytest.mark.parametrize("name", list(OBJECTIVES))
 def test_every_objective_trains_and_resumes_bitwise(tmp_path, name):
-    """Through the loop as it is: views, slices and all counters come back with the checkpoint."""
+    """Views, slices and all counters must come back with the checkpoint."""
 
     def run(folder, *stops):
         cfg = tiny_config(tmp_path / folder, steps=4, log_every=2, checkpoint_every=4)
@@ -132,7 +132,7 @@ def test_a_crash_before_the_first_checkpoint_leaves_one_reading_of_step_0(tmp_pa
 
 
 def test_no_buffer_travels_between_processes_at_a_step(tmp_path):
-    """In a group of one; the objective has buffers, so DDP would broadcast them by default."""
+    """A group of one process; the objective has buffers, which DDP broadcasts by default."""
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
@@ -148,7 +148,7 @@ def test_no_buffer_travels_between_processes_at_a_step(tmp_path):
 
 
 def test_resuming_without_the_position_would_be_noticed(uninterrupted, tmp_path):
-    """Negative control: a loader that starts the epoch over on resume fails the comparison."""
+    """Negative control: the comparison fails if the loader restarts the epoch on resume."""
     accumulate, end, _ = uninterrupted
     cfg = tiny_config(tmp_path, accumulate=accumulate)
     run_training(change(cfg, run={"stop_after": 7}), tmp_path / "ck")
@@ -247,7 +247,7 @@ def test_own_checkpoint_then_init_from_then_scratch(tmp_path):
     assert "resuming" in said[0]
 
 
-def test_what_only_the_objective_can_refuse_ends_the_run_at_once(tmp_path):
+def test_settings_refused_by_the_objective_end_the_run_at_once(tmp_path):
     # Raised, Ray Train would start the workers again, three times.
     cfg = tiny_config(tmp_path)
     changed = change(cfg, objective={"regularize": "target_pooled"})
@@ -318,7 +318,7 @@ def test_probe_without_labels_is_skipped_with_a_line(tmp_path):
     assert "knn" not in outcome.metrics
 
 
-def test_step_time_is_split_and_what_lies_between_steps_is_nobodys():
+def test_step_time_is_split_into_phases_and_time_between_steps_is_not_counted():
     timer = StepTimer(CPU)
     for _ in range(3):
         timer.start()

@@ -1,4 +1,4 @@
-"""V-JEPA through the real loader and the training loop, in one process, on made-up videos."""
+"""V-JEPA trained with the real loader on synthetic videos, in one process."""
 
 from __future__ import annotations
 
