@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +13,8 @@ from pipelines.runtime.faults import faults_of
 
 MOST_WORKERS = 2
 """Workers named in one line: when one is lost, those that waited for it fail as well."""
+MOST_CHARACTERS = 240
+"""Length at which Ray's explanation of a lost process is cut off."""
 
 
 class FailureReporter(UserCallback):
@@ -32,23 +35,26 @@ class FailureReporter(UserCallback):
 
 
 def failure_line(worker_exceptions: Mapping[int, BaseException]) -> str:
-    """One line naming each failed worker, the class of its error and the error's first line.
+    """One line naming each failed worker, the class of its error and what the error says.
 
     Lost processes come first, because other workers usually fail as a consequence.
     """
-    ranks = sorted(
-        worker_exceptions,
-        key=lambda rank: (not isinstance(worker_exceptions[rank], RayActorError), rank),
-    )
-    told = [
-        f"worker {rank} failed ({_reason(worker_exceptions[rank])})"
-        for rank in ranks[:MOST_WORKERS]
-    ]
+    failures = {
+        # Ray Train wraps the error of a worker that no longer answers.
+        rank: getattr(error, "health_check_failure", error)
+        for rank, error in worker_exceptions.items()
+    }
+    ranks = sorted(failures, key=lambda rank: (not isinstance(failures[rank], RayActorError), rank))
+    told = [f"worker {rank} failed ({_reason(failures[rank])})" for rank in ranks[:MOST_WORKERS]]
     hidden = len(ranks) - len(told)
     return "WARNING: " + "; ".join(told + ([f"{hidden} more failed"] if hidden else []))
 
 
 def _reason(error: BaseException) -> str:
-    fault = next(faults_of(error), None)  # none where Ray says that a process is gone
+    if isinstance(error, RayActorError):
+        # Lines that begin with a tab identify the process; the others say why it is gone.
+        lines = [line for line in str(error).splitlines() if not line.startswith("\t")]
+        return textwrap.shorten(f"{type(error).__name__}: {' '.join(lines)}", MOST_CHARACTERS)
+    fault = next(faults_of(error), None)
     name, text = (fault.name, fault.text) if fault else (type(error).__name__, str(error))
     return ": ".join([name, *text.strip().splitlines()[:1]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ray.exceptions import ActorDiedError, RayTaskError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from pipelines.runtime.worker_failures import FailureReporter, failure_line
 
@@ -13,7 +14,7 @@ def test_the_line_has_the_class_and_the_first_line_of_the_error():
 
 
 def test_a_lost_process_comes_before_the_errors_that_follow_from_it():
-    lost = ActorDiedError()
+    lost = WorkerHealthCheckFailedError("A worker health check failed.", ActorDiedError())
     failures = {0: RuntimeError("connection reset"), 1: lost, 2: RuntimeError("connection reset")}
     first, second, more = failure_line(failures).split("; ")
     assert first.startswith("WARNING: worker 1 failed (ActorDiedError: The actor died")
