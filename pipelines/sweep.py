@@ -69,17 +69,17 @@ def sweep(
     cfg = prepare(cfg)
     drawn, plan = make_plan(cfg, base)
     prepare(plan[0], write=False)
-    book = Book(cfg, plan, drawn)
+    results = ResultsFile(cfg, plan, drawn)
     for run in plan:
         check_early(run, join_uri(run.run.storage, run.run.name))
     _check_labels(plan[0])
-    book.begin()
+    results.begin()
     start_ray(cfg.concurrent * cpus_needed(plan[0]) + 1, training=True)
     check_fits(plan[0], runs=cfg.concurrent)
-    console.print(f"{len(plan)} runs under {cfg.out}, {len(book.ended)} of them there already")
-    run_trials(cfg, plan, book.ended, book.record, console.print, train)
-    _score_missing(book, plan, score, console)
-    rows = book.rows
+    console.print(f"{len(plan)} runs under {cfg.out}, {len(results.ended)} of them there already")
+    run_trials(cfg, plan, results.ended, results.record, console.print, train)
+    _score_missing(results, plan, score, console)
+    rows = results.rows
     _write(cfg.out, PLOT, plot(rows))
     console.print(table(rows))
     for line in verdict(rows):
@@ -88,15 +88,17 @@ def sweep(
     return rows
 
 
-def _score_missing(book: Book, plan: list[PretrainConfig], score: Score, console: Console) -> None:
-    for trial in book.unscored:
+def _score_missing(
+    results: ResultsFile, plan: list[PretrainConfig], score: Score, console: Console
+) -> None:
+    for trial in results.unscored:
         try:
             found = score(plan[trial])
         except (CheckpointError, RayError) as error:
             # It stays unscored, so the next call of the sweep tries it again.
             console.print(f"WARNING: trial {trial}: its checkpoint was not read: {_short(error)}")
         else:
-            book.score(trial, found)
+            results.score(trial, found)
 
 
 def _short(error: Exception) -> str:
@@ -156,8 +158,17 @@ def _check_labels(run: PretrainConfig) -> None:
         check_classes({flag: read_manifest(uri) for flag, uri in sets.items()})
 
 
-class Book:
-    """The rows of results.jsonl, rewritten at every change; sweep.json identifies the sweep."""
+class ResultsFile:
+    """The rows of results.jsonl, rewritten at every change; sweep.json identifies the sweep.
+
+    Args:
+        cfg: The sweep.
+        plan: The run of each trial.
+        drawn: The settings that vary, of each trial.
+
+    Raises:
+        ValueError: The folder holds another sweep.
+    """
 
     def __init__(self, cfg: SweepConfig, plan: list[PretrainConfig], drawn: list[Settings]) -> None:
         self._out, self._plan, self._drawn = cfg.out, plan, drawn

@@ -141,13 +141,13 @@ def survey(run_uri: str) -> dict[str, str | None]:
     return {name: find_fault(join_uri(run_uri, name)) for name in names}
 
 
-def unusable(run_uri: str, problem: str, way_out: str) -> CheckpointError:
+def unusable(run_uri: str, problem: str, advice: str) -> CheckpointError:
     """Builds an error of three lines: what is wrong, which checkpoints are whole, what to do."""
     found = survey(run_uri)
     whole = _some([name for name, fault in found.items() if fault is None])
     broken = _some([f"{name} ({fault})" for name, fault in found.items() if fault is not None])
     return CheckpointError(
-        f"run {run_uri}: {_line(problem)}.\nWhole: {whole}. Not whole: {_line(broken)}.\n{way_out}"
+        f"run {run_uri}: {_line(problem)}.\nWhole: {whole}. Not whole: {_line(broken)}.\n{advice}"
     )
 
 

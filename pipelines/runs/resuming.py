@@ -30,7 +30,7 @@ from pipelines.runs.integrity import find_fault, read_description
 from pipelines.runs.run_folder import METRICS
 from pipelines.runtime.uris import is_local, join_uri, open_uri, write_atomic
 
-WAY_ON = (
+ADVICE = (
     f"Go on with --run.resume-from {NEWEST_WHOLE} (or the name of a whole one), or start a new run "
     "with another --run.name."
 )
@@ -89,7 +89,7 @@ def find_start(run_uri: str, resume_from: str | None, first_step: int) -> Start:
             return Start(run_uri=run_uri, name=newest, mend=bool(gone))
         problem = f"its newest checkpoint {newest} is not whole: {fault}"
     assert problem
-    raise unusable(run_uri, problem, WAY_ON)
+    raise unusable(run_uri, problem, ADVICE)
 
 
 def _fault(run_uri: str, name: str) -> str | None:
@@ -108,7 +108,7 @@ def _asked_for(run_uri: str, resume_from: str, listed: Listed | None) -> Start:
         name = whole[-1]
     elif resume_from not in whole:
         fault = found.get(resume_from, "the run has no such checkpoint")
-        raise unusable(run_uri, f"--run.resume-from {resume_from}: {fault}", WAY_ON)
+        raise unusable(run_uri, f"--run.resume-from {resume_from}: {fault}", ADVICE)
     else:
         name = resume_from
     there = folders(run_uri)

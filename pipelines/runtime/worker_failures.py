@@ -14,7 +14,7 @@ from pipelines.runtime.faults import faults_of
 MOST_WORKERS = 2
 """Workers named in one line: when one is lost, those that waited for it fail as well."""
 MOST_CHARACTERS = 240
-"""Length at which Ray's explanation of a lost process is cut off."""
+"""Length at which the reason of one worker is cut off."""
 
 
 class FailureReporter(UserCallback):
@@ -54,7 +54,11 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, RayActorError):
         # Lines that begin with a tab identify the process; the others say why it is gone.
         lines = [line for line in str(error).splitlines() if not line.startswith("\t")]
-        return textwrap.shorten(f"{type(error).__name__}: {' '.join(lines)}", MOST_CHARACTERS)
+        return _shorten(type(error).__name__, " ".join(lines))
     fault = next(faults_of(error), None)
     name, text = (fault.name, fault.text) if fault else (type(error).__name__, str(error))
-    return ": ".join([name, *text.strip().splitlines()[:1]])
+    return _shorten(name, *text.strip().splitlines()[:1])
+
+
+def _shorten(*parts: str) -> str:
+    return textwrap.shorten(": ".join(parts), MOST_CHARACTERS)

@@ -64,15 +64,15 @@ def verdict(rows: Sequence[Row]) -> list[str]:
     if not probed:
         return [
             *lines,
-            "without labelled test shards (--data.test) it cannot be said how well that chose",
+            "without labelled test shards (--data.test) it cannot be said how good this choice is",
         ]
     for probe in probed:
         lines += [_cost(rows, by, probe) for by in RANKS]
     steps = {row.step for row in _both(rows, "rankme")}
     if len(steps) > 1:
         lines.append(
-            f"mind that runs ended between steps {min(steps)} and {max(steps)}: both numbers of a "
-            "run that was stopped early are of fewer steps"
+            f"note that runs ended between steps {min(steps)} and {max(steps)}: both metrics of a "
+            "run that was stopped early come from fewer steps"
         )
     return lines
 

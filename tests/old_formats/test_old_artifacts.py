@@ -113,7 +113,7 @@ def test_a_finished_sweep_is_known_and_has_its_rows(old: Path) -> None:
     first = read_config(out / "runs" / "trial_000")
     unnamed = {"name": debug().run.name, "storage": RunConfig().storage, "rank_every": 0}
     drawn, plan = job.make_plan(cfg, change(first, run=unnamed))
-    book = job.Book(cfg, plan, drawn)
+    book = job.ResultsFile(cfg, plan, drawn)
     lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert [dataclasses.asdict(row) for row in book.rows] == lines
     assert book.ended == [0, 1]

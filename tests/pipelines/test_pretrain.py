@@ -218,8 +218,10 @@ def test_a_killed_worker_costs_the_steps_since_the_checkpoint_and_no_sample(two_
     steps = [row["step"] for row in read_metrics(folder / "metrics.jsonl")]
     assert steps == list(range(1, STEPS + 1))
     lines = shown.splitlines()
-    failure = next(i for i, line in enumerate(lines) if line.startswith("WARNING: worker 1 failed"))
-    assert "(ActorDiedError: The actor died" in lines[failure]
+    failure = next(i for i, line in enumerate(lines) if line.startswith("WARNING: worker "))
+    # Worker 0 may meet the broken connection before Ray notices that worker 1 is gone.
+    reasons = ("worker 1 failed (ActorDiedError: The actor", "worker 0 failed (RuntimeError: ")
+    assert any(reason in lines[failure] for reason in reasons), lines[failure]
     assert f"at step {resumed - 1}" in lines[failure + 1]
     seconds = min(row["time"] for row in again) - killed["time"]
     with capsys.disabled():
