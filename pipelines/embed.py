@@ -69,7 +69,7 @@ from pipelines.runtime.uris import open_uri, write_atomic
 RECORD = "embed.json"
 SCHEMA_VERSION = 1
 LATER_FIELDS = ("background", "deep_range")
-"""Fields of the preprocessing that version 1 of the artifact did not have; it implied the defaults."""
+"""Fields of the preprocessing that version 1 of the artifact lacked; it implied the defaults."""
 FILE_ROWS = (1024, 8192)
 """A file has a 32nd of the rows of the data set, within these bounds and `FILE_BYTES`."""
 FILE_BYTES = 268_435_456

@@ -3,10 +3,11 @@
     pip install -e ".[games]" -c constraints.txt
     python -m pipelines.fetch gameplay --out data/gameplay --minutes 30
 
-    OUT/{hud,nohud}/<game>/<policy>-<seed>-<episode>.mp4            the same episode, twice
-    OUT/{hud,nohud}/<game>/<policy>-<seed>-<episode>.actions.npy    float32 [frames, buttons], 0 or 1
-    OUT/{hud,nohud}/<game>/<policy>-<seed>-<episode>.states.npy     float32 [frames, variables]
-    OUT/columns.json                                                what the columns are, by game
+    OUT/{hud,nohud}/<game>/<policy>-<seed>-<episode>
+        .mp4            the same episode with HUD and without
+        .actions.npy    float32 [frames, buttons], 0 or 1
+        .states.npy     float32 [frames, variables]
+    OUT/columns.json    the names of the columns, by game
 
 Row t holds the state that frame t shows and the action taken in it. Without HUD, Doom is drawn anew
 and Atari's score and lives are painted black. `--side 84` squeezes the whole screen into a square
@@ -233,7 +234,7 @@ def require(module: str) -> Any:
 
 @dataclass(frozen=True)
 class Episode:
-    """Where one episode's files lie, and its seed."""
+    """The files of one episode, and its seed."""
 
     out: Path
     game: str
@@ -242,12 +243,12 @@ class Episode:
     number: int
 
     def path(self, variant: str, suffix: str) -> Path:
-        """Returns one of its files."""
+        """Returns the path of one of its files."""
         name = f"{self.policy}-{self.seed:03d}-{self.number:03d}{suffix}"
         return self.out / variant / self.game / name
 
     def frames_there(self) -> int:
-        """Returns the frames of an episode that is there already, whole; else 0."""
+        """Returns the number of frames of an episode that exists and is whole, else 0."""
         suffixes = (".mp4", ".actions.npy", ".states.npy")
         files = [self.path(variant, suffix) for variant in VARIANTS for suffix in suffixes]
         return len(np.load(files[2])) if all(file.exists() for file in files) else 0
@@ -256,18 +257,19 @@ class Episode:
 def record_games(
     out: Path, minutes: float, seed: int, games: Sequence[str], side: int | None = None
 ) -> float:
-    """Records `minutes` of footage (of each variant), the same time of every game and policy.
+    """Records `minutes` of footage of each variant, equally long for every game and policy.
 
     Args:
         out: folder for the files.
-        minutes: of video of each variant; episodes are cut off at `LONGEST_EPISODE` and where the
-            time of their game and policy is up.
-        seed: of games and policies.
-        games: of `GAMES`.
+        minutes: length of each variant. Episodes end at `LONGEST_EPISODE` and when the time of
+        their
+            game and policy is used up.
+        seed: seed of games and policies.
+        games: names from `GAMES`.
         side: squeeze the whole screen into a square of so many pixels; None keeps its size.
 
     Returns:
-        Seconds of footage there.
+        Seconds of footage in the folder.
 
     Raises:
         FetchError: the engines are not installed.
@@ -323,7 +325,7 @@ def play(game: Game, episode: Episode, longest: int, side: int | None = None) ->
 
 
 def squeeze(pixels_HW3: U8, side: int) -> U8:
-    """The whole picture in a square, [side, side, 3]: every pixel the mean of what it covers."""
+    """Squeezes a picture into [side, side, 3]; each pixel is the mean of those it covers."""
     return np.asarray(Image.fromarray(pixels_HW3).resize((side, side), Image.Resampling.BOX))
 
 

@@ -1,4 +1,4 @@
-"""Stage 2 of ingest: which rows survive, in which shard, and the task that writes one shard.
+"""Stage 2 of ingest: drops duplicates, plans the shards, and writes them, one Ray task each.
 
 Array suffixes: N good rows (images or segments) in source order, K those kept.
 """
@@ -36,7 +36,7 @@ MOST_UNUSED = 2**16  # classes without an example, before integers are taken for
 
 @dataclass(frozen=True)
 class Classes:
-    """How labels become indices.
+    """Maps labels to class indices.
 
     Attributes:
         names: class names by index.
@@ -52,12 +52,12 @@ class Classes:
 def choose_classes(
     tables: Sequence[pa.Table], declared: tuple[str, ...], fixed: tuple[str, ...] = ()
 ) -> Classes:
-    """Decides the class list from every label seen.
+    """Decides the list of classes from all labels.
 
-    Integers are indices, named by `declared` where the source declares names; indices and names
-    that it does not declare follow these. Where nothing is declared, all labels are names as soon
-    as one of them is, in sorted order. So they are where integers are far larger than there are of
-    them. Names that differ in how their accents are composed alone are one.
+    If the source declares names, integers are indices into them, and indices and names that it does
+    not declare come after them. Otherwise all labels are names, in sorted order, as soon as one of
+    them is a name, or when integers are far larger than the number of different ones. Names that
+    differ only in how their accents are composed are one class.
 
     Args:
         tables: items of all chunks, `label_index` and `label_name`.
@@ -99,7 +99,7 @@ def _one_spelling(names: Iterable[str], known: Iterable[str] = ()) -> list[str]:
 
 
 def first_occurrences(ids_N16: np.ndarray) -> np.ndarray:
-    """Returns a bool array [N]: True for the first row with its id, False for later ones.
+    """Returns a bool array [N]: True for the first row with an id, False for later ones.
 
     Args:
         ids_N16: uint8 [N, 16].
@@ -162,7 +162,7 @@ def plan_shards(index: Index, keep_N: np.ndarray, classes: Classes, cfg: IngestC
     """Cuts the kept rows into shards of whole row groups and about `cfg.shard_bytes`.
 
     Returns:
-        One plan a shard, as JSON: what travels to the task, and what its result is named after.
+        One plan for each shard, as JSON. It travels to the task, and the result is named after it.
     """
     kept_K = np.flatnonzero(keep_N)
     labels_K = _labels(index.labels_N.take(kept_K), classes)
@@ -193,7 +193,7 @@ def _labels(labels: pa.Table, classes: Classes) -> pa.Array:
 
 
 def _places(names: pa.ChunkedArray, classes: Classes) -> pa.ChunkedArray:
-    """Returns where names stand among the classes; null where they do not."""
+    """Returns the class index of each name, or null."""
     values = pa.array(classes.names, pa.string())
     exact = pc.index_in(names, value_set=values)
     if exact.null_count == names.null_count:
@@ -241,7 +241,7 @@ def _segments(index: Index, keep_N: np.ndarray, start: int, stop: int) -> list[d
 
 
 def marker_path(root: str, plan: str) -> str:
-    """Returns where the result of a shard's plan is noted."""
+    """Returns the path of the note about a finished shard."""
     return f"{root}/{STAGING}/shard-{hash_bytes(plan.encode()).hex()}.json"
 
 
@@ -253,7 +253,7 @@ def merge_shard(row: dict[str, Any], cfg: IngestConfig) -> dict[str, Any]:
         cfg: the ingest configuration.
 
     Returns:
-        `items` and `bytes` done, for the progress bar; the result itself lies at `marker_path`.
+        `items` and `bytes` done, for the progress bar. The result is written to `marker_path`.
     """
     fs, root = open_uri(cfg.out)
     plan = json.loads(row["plan"])
@@ -292,7 +292,7 @@ def _read_segment(fs: Any, root: str, segment: dict[str, Any], modality: str) ->
 
 
 def read_shard_note(fs: Any, root: str, plan: str) -> tuple[Shard, list[float]]:
-    """Returns the finished shard of `plan`, and the sums of its samples' moments.
+    """Returns the finished shard of a plan, and the sums of its samples' moments.
 
     Raises:
         FileNotFoundError: it is not finished.

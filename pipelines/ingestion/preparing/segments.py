@@ -1,4 +1,4 @@
-"""Timed frames to segments: a constant frame rate by timestamps, and an encoded file for each.
+"""Turns timed frames into segments: constant frame rate by timestamps, one encoded file each.
 
 A segment is an MP4 of its own that starts with a key frame; frame i of it is shown at i / fps, and
 it is decoded in the order shown (no B-frames), so that one seek reaches any frame. Files and live
@@ -31,8 +31,8 @@ class Segment:
 
     Attributes:
         video: MP4 file.
-        num_frames: frames in it.
-        start_s: time of its first frame in the source, seconds.
+        num_frames: number of frames.
+        start_s: time of the first frame in the source, in seconds.
         height: pixels, upright.
         width: pixels, upright.
         source_frames: number of the source frame that each frame shows.
@@ -51,8 +51,8 @@ class Segment:
 class Segmenter:
     """Resamples frames to a constant rate and cuts them into segments.
 
-    Frame k of a run of frames is shown at the time of the run's first frame + k / fps, and is the
-    source frame nearest to that time; where there is none within half a frame, the last one stays.
+    Frame k of a run is shown k / fps after the run's first frame. It is the source frame nearest
+    to that time. If there is none within half a frame, the last frame is shown again.
 
     Args:
         cfg: frame rate, length and encoding of the segments.
@@ -70,7 +70,7 @@ class Segmenter:
         self._encoder: SegmentEncoder | None = None
 
     def push(self, frame: TimedFrame) -> Iterator[Segment]:
-        """Takes the next frame and yields the segments that are complete by it.
+        """Takes the next frame and yields the segments that it completes.
 
         Raises:
             VideoError: `encode_error`.
@@ -108,7 +108,7 @@ class Segmenter:
         return frame.after_loss or not follows or size != (frame.frame.width, frame.frame.height)
 
     def _show_until(self, end: Fraction) -> Iterator[Segment]:
-        """Shows the held frame at all times of the constant rate before `end`."""
+        """Repeats the last frame at all times of the constant rate before `end`."""
         held = self._held
         assert held is not None
         while (time := self._origin + self._shown * self._tick) < end:
@@ -172,7 +172,7 @@ class SegmentEncoder:
 
     @property
     def num_frames(self) -> int:
-        """Frames taken so far."""
+        """Number of frames taken so far."""
         return len(self._sources)
 
     def add(self, pixels_HW3: U8, source_frame: int) -> None:

@@ -1,4 +1,4 @@
-"""One video file to the rows of its segments."""
+"""Turns one video file into the rows of its segments."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def prepare_video(item: Item, cfg: IngestConfig, losses: list[Loss]) -> Iterator
     Args:
         item: with the path of a local file.
         cfg: the ingest configuration.
-        losses: what is missing of the video is appended here, at the end.
+        losses: receives, at the end, what is missing of the video.
 
     Yields:
-        `shards.VIDEO_SCHEMA`'s columns but `label` and `source_uri`, and `moments`.
+        The columns of `shards.VIDEO_SCHEMA` except `label` and `source_uri`, and `moments`.
 
     Raises:
         VideoError: the video is refused; or, after the first row, the rest of it.
@@ -79,7 +79,7 @@ def _why_nothing(reader: FrameReader) -> Loss:
 
 
 def segment_id(source: bytes, number: int, cfg: IngestConfig) -> bytes:
-    """Returns the sample id of a segment: of the source's bytes, its place and the settings.
+    """Returns a segment's sample id: a hash of the source's bytes, its number and the settings.
 
     Args:
         source: hash of the source file.
@@ -95,7 +95,7 @@ def segment_id(source: bytes, number: int, cfg: IngestConfig) -> bytes:
 def segment_row(
     segment: Segment, identity: bytes, cfg: IngestConfig, sidecars: Mapping[str, F32]
 ) -> dict[str, Any]:
-    """Returns `shards.VIDEO_SCHEMA`'s columns but `label` and `source_uri`, and `moments`.
+    """Returns the columns of `shards.VIDEO_SCHEMA` except `label`, `source_uri`, and `moments`.
 
     Args:
         segment: the segment.
@@ -118,7 +118,7 @@ def segment_row(
 
 
 def _load_sidecar(name: str, data: bytes, cfg: IngestConfig) -> F32:
-    """Returns a sidecar as float32 [F, D], a row a source frame.
+    """Returns a sidecar as float32 [F, D], one row for each source frame.
 
     Raises:
         VideoError: `bad_sidecar`.
@@ -139,7 +139,7 @@ def _load_sidecar(name: str, data: bytes, cfg: IngestConfig) -> F32:
 def _check_sidecars(sidecars: dict[str, F32], path: str, cfg: IngestConfig) -> list[int]:
     """Returns the times of the source's frames, having checked that each has its sidecar row.
 
-    The header's count is right too: it is that of the file before its end was lost.
+    The header's count is accepted too: the file had that many frames before its end was lost.
     """
     with (
         Path(path).open("rb") as file,

@@ -1,7 +1,7 @@
-"""Which label file of a tar belongs to which image, by their names alone.
+"""Matches the label files of a tar to its images by their names.
 
-Names and labels are all that is kept of an archive (about 650 bytes a member), and they are matched
-at its end: so a label counts wherever it lies, and no image is read twice or waits in memory.
+Only names and labels of an archive are kept (about 650 bytes a member), and they are matched at its
+end. So a label counts wherever it stands, and no image is read twice or waits in memory.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ class Picture:
     """An image of the archive.
 
     Attributes:
-        number: of its item.
-        path: of its member.
-        archive: which of several archives, one behind the other in one file.
-        label_stem: what its name begins with and its label file is named; "" without such a file.
+        number: the item's number.
+        path: the member's path.
+        archive: which archive, if several stand one after the other in one file.
+        label_stem: the stem that its name shares with its label file; "" without one.
     """
 
     number: int
@@ -63,14 +63,14 @@ class Picture:
 
 @dataclass(slots=True)
 class LabelFile:
-    """A label file of the archive, and what is in it.
+    """A label file of the archive, with its label.
 
     Attributes:
-        path: of its member.
-        archive: as of a picture.
+        path: the member's path.
+        archive: as in `Picture`.
         label: class index or name.
-        problem: why there is none although the file is there.
-        used: it belongs to an image.
+        problem: why the file gives no label.
+        used: whether it belongs to an image.
     """
 
     path: str
@@ -85,8 +85,8 @@ class Samples:
     """The names in one archive.
 
     Attributes:
-        pictures: in the order of the archive.
-        labels: likewise.
+        pictures: all images, in the order of the archive.
+        labels: all label files, in the same order.
     """
 
     pictures: list[Picture] = field(default_factory=list)
@@ -115,7 +115,7 @@ class Samples:
         return [picture for picture in self.pictures if picture.number not in found]
 
     def _fit_samples(self, found: dict[int, Labelled]) -> None:
-        """Images that no label file fits get the only one of their sample, if there is only one."""
+        """Gives images that no label file fits the only label file of their sample, if any."""
         by_key: dict[tuple[int, str], list[LabelFile]] = defaultdict(list)
         for label in self.labels:
             by_key[label.archive, key_of(label.path)].append(label)
@@ -132,7 +132,7 @@ class Samples:
             label.used = True
 
     def _take_folders(self, found: dict[int, Labelled]) -> None:
-        """The folder is the label where label files lie neither in it nor apart, without image."""
+        """Labels images by their folder where it has no label files and none stands apart."""
         labelled = {posixpath.dirname(label.path) for label in self.labels}
         apart = {_base(label.path) for label in self.labels if not label.used}
         for picture in self._without(found):
@@ -181,8 +181,8 @@ def _choose(files: list[LabelFile], place: int, copies: int) -> Labelled:
     """Chooses among label files of one stem.
 
     Args:
-        files: of every suffix, and with equal names.
-        place: of the image among those of its name.
+        files: of any suffix, also several of one name.
+        place: the image's number among those of its name.
         copies: how many images have its name.
     """
     chosen: list[Labelled] = []
