@@ -1,9 +1,10 @@
-"""Means over all training processes that gradients pass through, so that losses of a whole batch do
-not depend on how many processes share it.
+"""Differentiable means over all training processes.
 
-Every process must hold equally many rows, which the trainer sees to.
+Losses that depend on statistics of the whole batch use them, so that the result does not depend on
+the number of processes that share the batch. Every process must hold the same number of rows; the
+trainer ensures this.
 
-Shape legend: B local rows, D width.
+Shape legend: B rows in this process, D width.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import nn
 
 
 def world_size() -> int:
-    """Training processes."""
+    """Returns the number of training processes; 1 if `torch.distributed` is not in use."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -27,9 +28,9 @@ class _MeanOverProcesses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
-        # DDP descends the mean of the processes' losses: each of them depends on this mean, and
-        # 1/W of it is this process's. DDP's own division by W then makes the gradient that of one
-        # process with the whole batch.
+        # Each of the W losses depends on this mean, and this process contributed 1/W to it. So its
+        # gradient is the sum over processes divided by W. DDP then divides by W once more, because
+        # it averages gradients, and the result is that of one process with the whole batch.
         return _reduced(grads[0])
 
 
@@ -40,7 +41,11 @@ def _reduced(values: torch.Tensor) -> torch.Tensor:
 
 
 def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
-    """The mean of every process's `values`; its gradient is right once DDP has averaged gradients."""
+    """Returns the mean of `values` over all processes, with the same shape and dtype.
+
+    After DDP has averaged the gradients of all processes, they equal those of a single process that
+    holds the whole batch.
+    """
     if world_size() == 1:
         return values
     mean: torch.Tensor = _MeanOverProcesses.apply(values)
@@ -48,14 +53,14 @@ def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
 
 
 class SyncedBatchNorm(nn.Module):
-    """Batch normalisation over the rows of all processes (Ioffe and Szegedy, 2015), on any device.
+    """Batch normalisation (Ioffe and Szegedy, 2015) over the rows of all processes, on any device.
 
-    `torch.nn.SyncBatchNorm` runs on GPUs only. No running statistics: it is for projectors, which
-    nothing uses after training.
+    `torch.nn.SyncBatchNorm` only supports GPUs. There are no running statistics, because this layer
+    is meant for projectors, which are discarded after training.
 
     Args:
         width: D.
-        eps: added to the variance.
+        eps: constant added to the variance.
     """
 
     def __init__(self, width: int, eps: float = 1e-5) -> None:
@@ -65,7 +70,7 @@ class SyncedBatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, rows_BD: torch.Tensor) -> torch.Tensor:
-        """[B, D] to [B, D], in fp32."""
+        """Normalises rows: [B, D] to [B, D] in the weights' dtype (fp32), also under autocast."""
         with torch.autocast(rows_BD.device.type, enabled=False):
             rows_BD = rows_BD.to(self.weight.dtype)
             centred_BD = rows_BD - mean_over_processes(rows_BD.mean(0))

@@ -1,4 +1,4 @@
-"""Reading and writing safetensors files, which get the mode that any other new file gets."""
+"""Reads and writes safetensors files, with the permissions that the umask gives to new files."""
 
 from __future__ import annotations
 
@@ -9,16 +9,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 METADATA = {"format": "pt"}
-"""Of a model's file; transformers refuses a file without it."""
+"""Metadata of a model's safetensors file; transformers refuses files without it."""
 
 
 def save_tensors(
     tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
-    """Writes named tensors to `path`, readable by whoever the umask lets read.
+    """Writes named tensors to `path`, with the permissions that the umask gives to new files.
 
-    safetensors alone would write a temporary file of mode 600 and rename it, so that only its owner
+    safetensors by itself writes a temporary file of mode 600 and renames it, so that only the owner
     could read an exported model.
+
+    Args:
+        tensors: tensors by name, on any device.
+        path: file to write; an existing file is replaced.
+        metadata: stored in the header of the file.
     """
     path.touch()
     mode = path.stat().st_mode
@@ -27,15 +32,19 @@ def save_tensors(
 
 
 def detached(module: nn.Module) -> dict[str, Tensor]:
-    """Returns a module's weights as contiguous fp32 tensors on the CPU."""
+    """Returns the state dict of a module as contiguous fp32 tensors on the CPU."""
     return {k: v.detach().float().cpu().contiguous() for k, v in module.state_dict().items()}
 
 
 def read_tensors(folder: Path, source: str) -> dict[str, Tensor]:
-    """Reads a model folder's safetensors, sharded or not.
+    """Reads all `model*.safetensors` files of a model folder, sharded or not.
+
+    Args:
+        folder: the model folder.
+        source: where the model came from, for the error message.
 
     Raises:
-        ValueError: there are none; `source` is named.
+        ValueError: the folder holds no such file.
     """
     files = sorted(folder.glob("model*.safetensors"))
     if not files:

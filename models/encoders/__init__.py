@@ -1,2 +1,2 @@
-"""Vision transformers for images and clips, and the predictor that shares their blocks. Imports
-torch and timm only."""
+"""Vision transformers for images and clips, and the predictor that is built from the same blocks.
+Imports only torch and timm."""

@@ -1,6 +1,6 @@
-"""The transformer that encoder and predictor share: timm's blocks, with or without rotation.
+"""Transformer blocks of the encoder and the predictor: timm's, with optional rotary positions.
 
-Shape legend: B sequences, K tokens, D width, H heads, E dimensions of a head.
+Shape legend: B sequences, K tokens, D token width, H attention heads, E dimensions per head.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ LN_EPS = 1e-6
 
 
 class RotaryBlock(Block):
-    """timm's block, under the same weight names, with queries and keys rotated."""
+    """A timm block that rotates its queries and keys (RoPE). Weight names are those of timm."""
 
     def forward(  # type: ignore[override]  # where timm's takes an attention mask
         self, tokens_BKD: torch.Tensor, rotation: Rotation
     ) -> torch.Tensor:
-        """[B, K, D] to [B, K, D]."""
+        """Applies the block: [B, K, D] to [B, K, D], in the dtype of the input."""
         tokens_BKD = tokens_BKD + self._attend(self.norm1(tokens_BKD), rotation)
         out: torch.Tensor = tokens_BKD + self.mlp(self.norm2(tokens_BKD))
         return out
@@ -48,7 +48,15 @@ class RotaryBlock(Block):
 def transformer_blocks(
     width: int, depth: int, heads: int, mlp_ratio: float, *, rotary: bool = False
 ) -> nn.ModuleList:
-    """timm's pre-norm blocks: fused SDPA attention with qkv bias, exact GELU, no dropout."""
+    """Builds timm's pre-norm blocks: fused SDPA attention with qkv bias, exact GELU, no dropout.
+
+    Args:
+        width: D, a multiple of `heads`.
+        depth: number of blocks.
+        heads: number of attention heads.
+        mlp_ratio: hidden width of the MLP as a multiple of `width`.
+        rotary: builds `RotaryBlock`s, which need a `Rotation` in `run_blocks`.
+    """
     norm: Any = partial(nn.LayerNorm, eps=LN_EPS)  # timm's annotation knows only classes
     kind = RotaryBlock if rotary else Block
     make = partial(kind, dim=width, num_heads=heads, mlp_ratio=mlp_ratio, qkv_bias=True)
@@ -65,11 +73,14 @@ def run_blocks(
     """Runs tokens through the blocks.
 
     Args:
-        blocks: of `transformer_blocks`.
-        tokens_BKD: [B, K, D].
-        rotation: of these tokens, for rotary blocks.
-        recompute: keep only the blocks' inputs and compute the rest again in the backward pass
-            (activation checkpointing); the numbers are the same.
+        blocks: result of `transformer_blocks`.
+        tokens_BKD: float [B, K, D].
+        rotation: rotation of these tokens; required by rotary blocks, None for all others.
+        recompute: keeps only the inputs of the blocks and computes everything else again in the
+            backward pass (activation checkpointing). The results do not change.
+
+    Returns:
+        Tokens after the last block, [B, K, D].
     """
     recompute = recompute and torch.is_grad_enabled()
     for block in blocks:
@@ -82,11 +93,11 @@ def run_blocks(
 
 
 def use_plain_attention(module: nn.Module) -> None:
-    """Makes every attention two matrix products and a softmax instead of the fused kernel.
+    """Replaces the fused attention kernel by two matrix products and a softmax, in place.
 
-    The same function. On CPUs the fused kernel's backward pass takes ten times as long in bfloat16
-    (a whole step of ViT-S/16: 1.93 s against 1.45 s; benchmarks/training/step.md); elsewhere it is
-    the faster.
+    The function computed is the same. On CPUs in bfloat16, the backward pass of the fused kernel
+    takes ten times as long (a whole step of ViT-S/16 takes 1.93 s instead of 1.45 s, see
+    benchmarks/training/step.md). Everywhere else the fused kernel is faster.
     """
     for part in module.modules():
         if isinstance(part, Attention):
@@ -94,10 +105,11 @@ def use_plain_attention(module: nn.Module) -> None:
 
 
 def init_weights(module: nn.Module) -> None:
-    """Normal weights of std 0.02 cut at +-2, zero biases, LayerNorm at identity.
+    """Initialises a module as the released I-JEPA code does, in place.
 
-    The released I-JEPA code divides the residual projections by sqrt(2 * layer) and then
-    overwrites them with this same rule; so the effective rule is this one.
+    Weights are normal with standard deviation 0.02, truncated at +-2. Biases are zero, and every
+    LayerNorm is the identity. The released code first divides the residual projections by
+    sqrt(2 * layer), but then overwrites them with this rule, so it is the one that takes effect.
     """
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Conv2d | nn.Conv3d):

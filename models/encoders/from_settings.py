@@ -1,7 +1,7 @@
-"""Encoder and predictor from a run's model settings.
+"""Builds an encoder and a predictor from the model settings of a run.
 
-The settings are a mapping with the fields of `pipelines.config.train.ModelConfig`, as JSON holds
-them. Fields that came later than some old runs are read with their defaults.
+The settings are a mapping with the fields of `pipelines.config.train.ModelConfig`, as stored in
+JSON. Fields that are missing because the run is older than the field get their defaults.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ Settings = Mapping[str, Any]
 
 
 def encoder_from_settings(model: Settings) -> VisionTransformer:
-    """Builds the encoder.
+    """Builds the encoder with fresh weights.
 
     Raises:
-        ValueError: there is no such preset, or the sizes do not fit.
+        ValueError: the preset does not exist, or the sizes are incompatible.
     """
     return VisionTransformer(
         EncoderShape.from_settings(model),
@@ -36,7 +36,14 @@ def predictor_from_settings(
     zero_mask_tokens: bool = False,
     output_width: int | None = None,
 ) -> Predictor:
-    """Builds the predictor that goes with an encoder; the other arguments are `Predictor`'s."""
+    """Builds the predictor for an encoder, with fresh weights.
+
+    Width and depth are taken from the settings, or from the encoder's preset where the settings
+    give none. The keyword arguments are those of `Predictor`.
+
+    Raises:
+        ValueError: the preset does not exist, or the width does not suit the positions.
+    """
     preset = find_preset(model["encoder"])
     return Predictor(
         grid=encoder.grid,

@@ -1,9 +1,10 @@
-"""Where tokens lie: fixed sine-cosine embeddings and 3-D rotary positions.
+"""Position encodings of tokens: fixed sine-cosine embeddings and 3-D rotary positions.
 
-A grid holds `tubes` time steps (1 for images) of `side` x `side` patches. Tokens are numbered time
-first, then row, then column.
+A grid holds `tubes` time steps (1 for images) of `side` x `side` patches. Tokens are numbered in
+order of time, then row, then column.
 
-Shape legend: B clips, H heads, N tokens of the grid, K tokens at hand, E dimensions of a head.
+Shape legend: B clips, H attention heads, N tokens in the grid, K tokens in the sequence,
+E dimensions per head.
 """
 
 from __future__ import annotations
@@ -17,23 +18,29 @@ from torch import nn
 from torch.nn import functional
 
 POSITIONS = ("sincos", "rope", "rope_released")
-"""sincos: added to the tokens. rope: V-JEPA 2's rotation of queries and keys, with both dimensions
-of a pair turned by one angle. rope_released: the layout that its published weights were trained
-with, where the two angles of a pair differ."""
+"""Values of `--model.positions`.
+
+sincos: a fixed table is added to the tokens. rope: queries and keys are rotated as in V-JEPA 2, and
+both dimensions of a pair turn by the same angle. rope_released: the layout with which V-JEPA 2's
+published weights were trained, where the two angles of a pair differ.
+"""
 
 
 def sincos_2d(width: int, grid: int) -> torch.Tensor:
-    """2-D sine-cosine table for a square patch grid (I-JEPA, appendix A.1).
+    """Computes the 2-D sine-cosine table of a square patch grid (I-JEPA, appendix A.1).
 
-    The first half of the dimensions encodes the column, the second the row; each half is
+    The first half of the dimensions encodes the column, the second half the row. Each half is
     [sin(w_i p) | cos(w_i p)] with w_i = 10000^(-i / (width / 4)).
 
     Args:
-        width: dimensions; a multiple of 4.
-        grid: patches on a side.
+        width: number of dimensions, a multiple of 4.
+        grid: patches per side.
 
     Returns:
         float32 [grid * grid, width], patches in raster order.
+
+    Raises:
+        ValueError: `width` is not a multiple of 4.
     """
     if width % 4:
         raise ValueError(f"a 2-D sine-cosine table needs a width divisible by 4, got {width}")
@@ -44,10 +51,15 @@ def sincos_2d(width: int, grid: int) -> torch.Tensor:
 
 
 def sincos_3d(width: int, side: int, tubes: int) -> torch.Tensor:
-    """3-D sine-cosine table as V-JEPA lays it out, with equal shares for the axes.
+    """Computes the 3-D sine-cosine table in V-JEPA's layout, with an equal share for each axis.
 
-    Time, row and column get 2 * ceil(width / 6) dimensions each, in this order and in the form of
-    `sincos_2d`'s halves; what exceeds the width is cut from the end.
+    Time, row and column get 2 * ceil(width / 6) dimensions each, in this order. Each share has the
+    form of one half of `sincos_2d`. Dimensions beyond `width` are cut off at the end.
+
+    Args:
+        width: number of dimensions.
+        side: patches per side.
+        tubes: number of time steps.
 
     Returns:
         float32 [tubes * side * side, width].
@@ -62,7 +74,7 @@ def sincos_3d(width: int, side: int, tubes: int) -> torch.Tensor:
 
 
 def _sincos_1d(width: int, length: int) -> torch.Tensor:
-    """float64 [length, width]: [sin(w_i p) | cos(w_i p)] with w_i = 10000^(-i / (width / 2))."""
+    """Returns float64 [length, width], [sin(w_i p) | cos(w_i p)]; w_i = 10000^(-2i / width)."""
     half = width // 2
     frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
     angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
@@ -70,13 +82,13 @@ def _sincos_1d(width: int, length: int) -> torch.Tensor:
 
 
 class Rotation(NamedTuple):
-    """The rotation of some tokens' queries and keys; one for all heads and layers."""
+    """The rotation of the queries and keys of some tokens; all heads and layers share it."""
 
     cos_B1KE: torch.Tensor
     sin_B1KE: torch.Tensor
 
     def __call__(self, heads_BHKE: torch.Tensor) -> torch.Tensor:
-        """Turns the pairs (0, 1), (2, 3), ... of every head; keeps dtype and shape."""
+        """Rotates dimension pairs (0, 1), (2, 3), ... of every head; keeps dtype and shape."""
         first, second = heads_BHKE[..., 0::2], heads_BHKE[..., 1::2]
         quarter_turn = torch.stack((-second, first), dim=-1).flatten(-2)
         cos, sin = self.cos_B1KE.to(heads_BHKE.dtype), self.sin_B1KE.to(heads_BHKE.dtype)
@@ -86,14 +98,17 @@ class Rotation(NamedTuple):
 class Rope(nn.Module):
     """3-D rotary positions (V-JEPA 2, arXiv 2506.09985), looked up by token number.
 
-    Time, row and column turn 2 * floor(floor(E / 3) / 2) dimensions of a head each, in this order;
-    the rest stays as it is.
+    Time, row and column each rotate 2 * floor(floor(E / 3) / 2) dimensions of every head, in this
+    order. The remaining dimensions are left unchanged.
 
     Args:
         head_dim: E, even and at least 6.
-        side: patches on a side.
-        tubes: time steps.
-        layout: `rope` or `rope_released` of `POSITIONS`.
+        side: patches per side.
+        tubes: number of time steps.
+        layout: `rope` or `rope_released`, see `POSITIONS`.
+
+    Raises:
+        ValueError: `head_dim` is odd or less than 6.
     """
 
     def __init__(self, head_dim: int, side: int, tubes: int, layout: str) -> None:
@@ -105,18 +120,18 @@ class Rope(nn.Module):
         self.register_buffer("sin_NE", angles_NE.sin().float(), persistent=False)
 
     def forward(self, ids_BK: torch.Tensor) -> Rotation:
-        """The rotation of tokens by their number in the grid, int64 [B, K] (B may be 1)."""
+        """Returns the rotation of tokens by their numbers in the grid, int64 [B, K] or [1, K]."""
         return Rotation(self.cos_NE[ids_BK][:, None], self.sin_NE[ids_BK][:, None])
 
 
 def rope_angles(head_dim: int, side: int, tubes: int, layout: str) -> torch.Tensor:
-    """The angle of every dimension at every place of the grid, in radians.
+    """Computes the angle of every dimension at every position of the grid; see `Rope`.
 
     Returns:
-        float64 [tubes * side * side, head_dim]; zero for the dimensions that do not turn.
+        Radians, float64 [tubes * side * side, head_dim]; 0 for dimensions that are not rotated.
 
     Raises:
-        ValueError: heads too narrow, or of odd size.
+        ValueError: `head_dim` is odd or less than 6.
     """
     share = 2 * (head_dim // 3 // 2)
     if share == 0 or head_dim % 2:
@@ -131,7 +146,7 @@ def rope_angles(head_dim: int, side: int, tubes: int, layout: str) -> torch.Tens
 
 
 class Grid(NamedTuple):
-    """Places of tokens: `tubes` time steps (1 for images) of `side` x `side` patches."""
+    """A grid of tokens: `tubes` time steps (1 for images) of `side` x `side` patches."""
 
     side: int
     tubes: int
@@ -141,24 +156,26 @@ class Grid(NamedTuple):
 
 
 def sincos_table(width: int, grid: Grid) -> torch.Tensor:
-    """The fixed table of a grid, float32 [N, width]: the 2-D one where there is a single time
-    step."""
+    """Computes the fixed table of a grid, float32 [N, width].
+
+    A grid of a single time step gets the 2-D table, every other grid the 3-D table.
+    """
     return sincos_2d(width, grid.side) if grid.tubes == 1 else sincos_3d(width, *grid)
 
 
 def fit_table(table_1ND: torch.Tensor, old: Grid, new: Grid) -> torch.Tensor:
-    """A position table of one grid made to suit another.
+    """Adapts a position table from one grid to another.
 
-    The fixed table is computed anew. Any other was learned: its rows and columns are interpolated
-    as timm does (bicubic, antialiased), its time steps linearly.
+    The fixed table is recomputed for the new grid. Any other table was learned and is interpolated:
+    rows and columns as timm does it (bicubic, antialiased), time steps linearly.
 
     Args:
-        table_1ND: [1, N, D] of the grid `old`.
-        old: its grid.
-        new: the grid that is wanted.
+        table_1ND: table of the grid `old`, [1, N, D].
+        old: grid of the table.
+        new: grid to adapt it to.
 
     Returns:
-        [1, N', D] of the grid `new`.
+        Table of the grid `new`, [1, N', D].
     """
     width = table_1ND.shape[-1]
     if torch.allclose(table_1ND[0].float(), sincos_table(width, old), atol=1e-5):
@@ -174,20 +191,23 @@ def fit_table(table_1ND: torch.Tensor, old: Grid, new: Grid) -> torch.Tensor:
 def make_positions(
     positions: str, *, width: int, heads: int, side: int, tubes: int
 ) -> tuple[nn.Parameter | None, Rope | None]:
-    """What a transformer needs to place its tokens: a table to add, or a rotation; not both.
+    """Makes the position encoding of a transformer: either a table to add or a rotation.
 
-    The table is the 2-D one where there is a single time step. It is a parameter without gradient,
-    so that it is saved as timm saves it.
+    The table, see `sincos_table`, is a parameter without gradient, so that it appears in the state
+    dict under the same name as timm's.
 
     Args:
-        positions: row of `POSITIONS`.
-        width: of the tokens.
-        heads: of the attention.
-        side: patches on a side.
-        tubes: time steps.
+        positions: entry of `POSITIONS`.
+        width: token width.
+        heads: number of attention heads.
+        side: patches per side.
+        tubes: number of time steps.
+
+    Returns:
+        (table [1, N, width], None) for `sincos`, (None, rotation) otherwise.
 
     Raises:
-        ValueError: no such row, or a width or head size that it cannot serve.
+        ValueError: there is no such entry, or it does not support this width or head size.
     """
     if positions not in POSITIONS:
         raise ValueError(f"--model.positions: no {positions!r}; one of {', '.join(POSITIONS)}")

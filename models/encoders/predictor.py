@@ -1,6 +1,6 @@
-"""The predictor: context tokens and target positions in, predicted target tokens out.
+"""The predictor, which maps context tokens and target positions to predicted target tokens.
 
-Shape legend: B images or clips, K context tokens, M target blocks an image, T tokens of a target
+Shape legend: B images or clips, K context tokens, M target blocks per image, T tokens per target
 block, D encoder width, P predictor width.
 """
 
@@ -16,22 +16,25 @@ from models.encoders.positions import make_positions
 class Predictor(nn.Module):
     """A narrow ViT over context tokens and mask tokens (I-JEPA, section 3 and appendix A.1).
 
-    Each target block is a sequence of its own: context tokens and that block's mask tokens attend
-    to one another, blocks do not see each other.
+    Each target block is a sequence of its own: the context tokens and the mask tokens of one block
+    attend to one another, and target blocks do not see each other.
 
     Args:
-        grid: patches on a side of the encoder's grid.
+        grid: patches per side of the encoder's grid.
         encoder_width: D.
-        width: P; a multiple of `heads`, and of 4 for 2-D sine-cosine positions.
-        depth: transformer blocks.
-        heads: attention heads.
-        mlp_ratio: hidden width of the MLP over P.
-        tubes: time steps of the encoder's grid.
-        positions: row of `models.encoders.positions.POSITIONS`.
-        mask_tokens: one for each way of masking (V-JEPA: one a mask generator).
-        zero_mask_tokens: start them at zero, as V-JEPA does, instead of at random.
-        output_width: of what is predicted; None for D.
-        activation_checkpointing: compute activations twice rather than keep them.
+        width: P, a multiple of `heads`; also a multiple of 4 for 2-D sine-cosine positions.
+        depth: number of transformer blocks.
+        heads: number of attention heads.
+        mlp_ratio: hidden width of the MLP as a multiple of P.
+        tubes: number of time steps of the encoder's grid.
+        positions: entry of `models.encoders.positions.POSITIONS`.
+        mask_tokens: number of mask tokens; V-JEPA has one per mask generator.
+        zero_mask_tokens: initialises mask tokens to zero, as V-JEPA does, instead of randomly.
+        output_width: width of the predictions; None for D.
+        activation_checkpointing: recomputes activations in the backward pass to save memory.
+
+    Raises:
+        ValueError: the width or head size does not suit the positions.
     """
 
     def __init__(
@@ -73,21 +76,21 @@ class Predictor(nn.Module):
         target_ids_BMT: torch.Tensor,
         mask: int = 0,
     ) -> torch.Tensor:
-        """Predicts the target encoder's tokens.
+        """Predicts the tokens of the target encoder.
 
         Args:
-            context_BKD: context encoder's output.
-            context_ids_BK: int64, where the context tokens lie.
-            target_ids_BMT: int64, the positions to predict.
-            mask: which mask token to ask with.
+            context_BKD: output of the context encoder, float [B, K, D].
+            context_ids_BK: positions of the context tokens in the grid, int64 [B, K].
+            target_ids_BMT: positions to predict, int64 [B, M, T].
+            mask: index of the mask token to use.
 
         Returns:
-            [B, M, T, D], or `output_width` wide.
+            Predicted tokens, [B, M, T, D], or [B, M, T, output_width] if that was given.
         """
         B, K, _ = context_BKD.shape
         M, T = target_ids_BMT.shape[1:]
-        # In the weights' dtype at once: under autocast, bf16 would narrow the residual stream and
-        # the sum of the blocks' gradients.
+        # Cast to the weights' dtype right away. Under autocast, the residual stream and the sum of
+        # the blocks' gradients would otherwise lose precision in bf16.
         context_BKP = self.embed(context_BKD).to(self.norm.weight.dtype)
         context_BMKP = context_BKP[:, None].expand(-1, M, -1, -1)
         queries_BMTP = self.mask_token[mask].expand(B, M, T, -1)

@@ -1,7 +1,8 @@
-"""The shape of an encoder, listed in one place, and the named presets.
+"""The shape of an encoder and the named presets.
 
-A new argument of the encoder is a field of `EncoderShape`, used in `vit.py`, and a flag of
-`pipelines.config.train.ModelConfig`. Checkpoints, artifacts and untrained baselines follow.
+To add an argument to the encoder, add a field to `EncoderShape`, use it in `vit.py`, and add a flag
+to `pipelines.config.train.ModelConfig`. Checkpoints, artifacts and untrained baselines then have it
+too.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderShape:
-    """Everything that fixes an encoder's weights and its input.
+    """Everything that determines the shapes of an encoder's weights and of its input.
 
     Artifacts store these fields as JSON in this order. Fields with a default may be missing there.
 
     Raises:
-        ValueError: the patch size does not divide the image size, or the tubelet not the clip.
+        ValueError: `patch_size` does not divide `image_size`, or `tubelet` does not divide
+            `frames`.
     """
 
     image_size: int
@@ -58,7 +60,7 @@ class EncoderShape:
         """Takes width, depth, heads and MLP ratio from a preset and all other fields from `sizes`.
 
         Raises:
-            ValueError: there is no such preset, or the sizes do not fit.
+            ValueError: the preset does not exist, or the sizes are incompatible.
         """
         p = find_preset(preset)
         return cls(width=p.width, depth=p.depth, heads=p.heads, mlp_ratio=p.mlp_ratio, **sizes)
@@ -67,7 +69,7 @@ class EncoderShape:
     def from_settings(cls, model: Mapping[str, Any]) -> EncoderShape:
         """Reads the shape from a run's model settings, whose key `encoder` names the preset.
 
-        Other keys are ignored. Runs from before there was video lack some fields, which then have
+        Other keys are ignored. Runs made before video was supported lack some fields, which get
         their defaults.
         """
         names = {field.name for field in dataclasses.fields(cls)}
@@ -97,32 +99,77 @@ class Preset:
     predictor_heads: int
 
 
-# Encoder shapes: I-JEPA appendix A.1 (s to g), DeiT (ti). Predictors: 384 wide, 12 deep (16 for g)
-# as in the paper for l, h and g, 6 deep for b; half the encoder's width for ti and s, where the
-# paper's 384 would cost more than the encoder itself. Heads keep the kernels' head size of 32,
-# where the original's 24 for h is slow.
+# Encoder shapes are those of I-JEPA, appendix A.1 (s to g), and of DeiT (ti). Predictors are as in
+# the paper for l, h and g: 384 wide and 12 blocks deep (16 for g). The one for b has 6 blocks. For
+# ti and s they have half the encoder's width, because the paper's 384 would cost more than the
+# encoder itself. The number of heads keeps the head size at 32, which attention kernels prefer; the
+# original's head size of 24 for h is slow.
 PRESETS = {
-    "vit_ti": Preset(width=192, depth=12, heads=3, predictor_width=96, predictor_depth=6, predictor_heads=3),
-    "vit_s": Preset(width=384, depth=12, heads=6, predictor_width=192, predictor_depth=6, predictor_heads=6),
-    "vit_b": Preset(width=768, depth=12, heads=12, predictor_width=384, predictor_depth=6, predictor_heads=12),
-    "vit_l": Preset(width=1024, depth=24, heads=16, predictor_width=384, predictor_depth=12, predictor_heads=12),
-    "vit_h": Preset(width=1280, depth=32, heads=16, predictor_width=384, predictor_depth=12, predictor_heads=12),
-    "vit_g": Preset(width=1408, depth=40, heads=16, mlp_ratio=48 / 11, predictor_width=384, predictor_depth=16, predictor_heads=12),
+    "vit_ti": Preset(
+        width=192, depth=12, heads=3, predictor_width=96, predictor_depth=6, predictor_heads=3
+    ),
+    "vit_s": Preset(
+        width=384, depth=12, heads=6, predictor_width=192, predictor_depth=6, predictor_heads=6
+    ),
+    "vit_b": Preset(
+        width=768, depth=12, heads=12, predictor_width=384, predictor_depth=6, predictor_heads=12
+    ),
+    "vit_l": Preset(
+        width=1024, depth=24, heads=16, predictor_width=384, predictor_depth=12, predictor_heads=12
+    ),
+    "vit_h": Preset(
+        width=1280, depth=32, heads=16, predictor_width=384, predictor_depth=12, predictor_heads=12
+    ),
+    "vit_g": Preset(
+        width=1408,
+        depth=40,
+        heads=16,
+        mlp_ratio=48 / 11,
+        predictor_width=384,
+        predictor_depth=16,
+        predictor_heads=12,
+    ),
     # For 32-pixel images on a few CPU cores.
-    "vit_micro32": Preset(width=96, depth=4, heads=3, predictor_width=48, predictor_depth=2, predictor_heads=3),
-    "vit_tiny32": Preset(width=128, depth=4, heads=4, predictor_width=64, predictor_depth=2, predictor_heads=2),
-    "vit_small32": Preset(width=192, depth=6, heads=6, predictor_width=96, predictor_depth=4, predictor_heads=3),
-    # For clips. V-JEPA 2's shapes (arXiv 2506.09985, section 2): its giant has 22 heads, and every
-    # predictor is 12 deep.
-    "video_b": Preset(width=768, depth=12, heads=12, predictor_width=384, predictor_depth=12, predictor_heads=12),
-    "video_l": Preset(width=1024, depth=24, heads=16, predictor_width=384, predictor_depth=12, predictor_heads=12),
-    "video_h": Preset(width=1280, depth=32, heads=16, predictor_width=384, predictor_depth=12, predictor_heads=12),
-    "video_g": Preset(width=1408, depth=40, heads=22, mlp_ratio=48 / 11, predictor_width=384, predictor_depth=12, predictor_heads=12),
-    # For clips of 32 or 64 pixels on a few CPU cores. Heads of 24 or 32 suit RoPE's three axes.
-    "video_micro": Preset(width=96, depth=4, heads=3, predictor_width=48, predictor_depth=2, predictor_heads=2),
-    "video_tiny": Preset(width=128, depth=4, heads=4, predictor_width=64, predictor_depth=2, predictor_heads=2),
-    "video_small": Preset(width=192, depth=6, heads=6, predictor_width=96, predictor_depth=4, predictor_heads=4),
-}  # fmt: skip
+    "vit_micro32": Preset(
+        width=96, depth=4, heads=3, predictor_width=48, predictor_depth=2, predictor_heads=3
+    ),
+    "vit_tiny32": Preset(
+        width=128, depth=4, heads=4, predictor_width=64, predictor_depth=2, predictor_heads=2
+    ),
+    "vit_small32": Preset(
+        width=192, depth=6, heads=6, predictor_width=96, predictor_depth=4, predictor_heads=3
+    ),
+    # For clips. The shapes are V-JEPA 2's (arXiv 2506.09985, section 2): its giant model has 22
+    # heads, and every predictor has 12 blocks.
+    "video_b": Preset(
+        width=768, depth=12, heads=12, predictor_width=384, predictor_depth=12, predictor_heads=12
+    ),
+    "video_l": Preset(
+        width=1024, depth=24, heads=16, predictor_width=384, predictor_depth=12, predictor_heads=12
+    ),
+    "video_h": Preset(
+        width=1280, depth=32, heads=16, predictor_width=384, predictor_depth=12, predictor_heads=12
+    ),
+    "video_g": Preset(
+        width=1408,
+        depth=40,
+        heads=22,
+        mlp_ratio=48 / 11,
+        predictor_width=384,
+        predictor_depth=12,
+        predictor_heads=12,
+    ),
+    # For clips of 32 or 64 pixels on a few CPU cores. Head sizes of 24 and 32 suit 3-D RoPE.
+    "video_micro": Preset(
+        width=96, depth=4, heads=3, predictor_width=48, predictor_depth=2, predictor_heads=2
+    ),
+    "video_tiny": Preset(
+        width=128, depth=4, heads=4, predictor_width=64, predictor_depth=2, predictor_heads=2
+    ),
+    "video_small": Preset(
+        width=192, depth=6, heads=6, predictor_width=96, predictor_depth=4, predictor_heads=4
+    ),
+}
 
 
 def find_preset(name: str) -> Preset:

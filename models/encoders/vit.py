@@ -1,9 +1,11 @@
-"""The encoder of images and clips: a plain ViT that computes only the tokens it is asked for.
+"""The encoder of images and clips: a plain ViT that can compute a subset of the tokens.
 
-A token is a patch of an image or a tubelet of a clip, that is, one patch of a few frames.
+A token is a patch of an image or a tubelet of a clip. A tubelet is the same patch in a few
+successive frames.
 
-Shape legend: B images or clips, C channels, T frames, H and W pixels, N tokens of the grid (time
-first, then row, then column), K kept tokens, P pixel values of one token, D width.
+Shape legend: B images or clips, C channels, T frames, H and W pixels, N tokens in the grid (ordered
+by time, then row, then column), K tokens that are computed, P pixel values per token, D token
+width.
 """
 
 from __future__ import annotations
@@ -20,19 +22,22 @@ from models.encoders.shape import EncoderShape
 
 
 class PatchEmbed(nn.Module):
-    """Patches or tubelets to tokens; the convolution's weight, applied as the matrix product it is.
+    """Embeds patches or tubelets as tokens.
+
+    The weight is stored as that of a convolution whose stride equals its kernel size, and applied
+    as a matrix product, which is the same function.
 
     Args:
-        patch_size: pixels on a side of a patch.
+        patch_size: pixels per side of a patch.
         width: D.
         channels: C.
-        tubelet: frames in a token.
+        tubelet: frames per token.
     """
 
     def __init__(self, patch_size: int, width: int, channels: int = 3, tubelet: int = 1) -> None:
         super().__init__()
         self.patch_size, self.tubelet = patch_size, tubelet
-        # Kept as a convolution so that names and shapes are timm's, and V-JEPA 2's for tubelets.
+        # A convolution, so that weight names and shapes are timm's, or V-JEPA 2's for tubelets.
         self.proj: nn.Conv2d | nn.Conv3d
         if tubelet == 1:
             self.proj = nn.Conv2d(channels, width, kernel_size=patch_size, stride=patch_size)
@@ -41,11 +46,14 @@ class PatchEmbed(nn.Module):
             self.proj = nn.Conv3d(channels, width, kernel_size=size, stride=size)
 
     def patchify(self, clips_BCTHW: torch.Tensor) -> torch.Tensor:
-        """Clips or images to patches [B, N, P], P ordered as the convolution's weight.
+        """Cuts clips or images into patches.
 
         Args:
-            clips_BCTHW: [B, C, T, H, W]; or images [B, C, H, W], which are clips of one token in
-                time, the image repeated to fill it (as `transformers.VJEPA2Model` does).
+            clips_BCTHW: clips [B, C, T, H, W] or images [B, C, H, W]. An image is repeated
+                `tubelet` times and so makes one time step, as in `transformers.VJEPA2Model`.
+
+        Returns:
+            [B, N, P] in the dtype of the input, with the P values in the order of the weight.
         """
         if clips_BCTHW.ndim == 4:
             clips_BCTHW = clips_BCTHW[:, :, None].expand(-1, -1, self.tubelet, -1, -1)
@@ -56,18 +64,21 @@ class PatchEmbed(nn.Module):
         return tokens_first.reshape(B, (T // s) * (H // p) * (W // p), C * s * p * p)
 
     def forward(self, patches_BKP: torch.Tensor) -> torch.Tensor:
-        """[B, K, P] to [B, K, D]."""
+        """Embeds patches: [B, K, P] to [B, K, D]."""
         return functional.linear(patches_BKP, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class VisionTransformer(nn.Module):
-    """Pre-norm ViT without a class token, fixed positions, final LayerNorm.
+    """A pre-norm ViT (Dosovitskiy et al., 2021) with fixed positions and no class token.
 
-    State-dict keys are those of timm's `VisionTransformer`; rotary positions have none.
+    State-dict keys are those of timm's `VisionTransformer`. Rotary positions add no keys.
 
     Args:
         shape: sizes of the input and of the network.
-        activation_checkpointing: compute activations twice rather than keep them.
+        activation_checkpointing: recomputes activations in the backward pass to save memory.
+
+    Raises:
+        ValueError: the width or head size does not suit the positions.
     """
 
     def __init__(self, shape: EncoderShape, *, activation_checkpointing: bool = False) -> None:
@@ -101,15 +112,15 @@ class VisionTransformer(nn.Module):
         """Encodes normalised float clips or images.
 
         Args:
-            clips_BCTHW: [B, 3, T, image_size, image_size] with T a multiple of `tubelet` up to
-                `frames`; or images [B, 3, image_size, image_size], clips of one token in time.
-            keep_BK: int64 numbers of the tokens to compute; None for all of them.
+            clips_BCTHW: clips [B, 3, T, image_size, image_size], where T is a multiple of `tubelet`
+                and at most `frames`; or images [B, 3, image_size, image_size].
+            keep_BK: numbers of the tokens to compute, int64 [B, K]; None computes all.
 
         Returns:
-            Tokens after the final LayerNorm, [B, K, D] (or [B, N, D]).
+            Tokens after the final LayerNorm, [B, K, D], or [B, N, D] if all are computed.
 
         Raises:
-            ValueError: another shape.
+            ValueError: the input has another shape.
         """
         self._check(clips_BCTHW)
         return self.forward_patches(self.patch_embed.patchify(clips_BCTHW), keep_BK)
@@ -117,7 +128,10 @@ class VisionTransformer(nn.Module):
     def forward_patches(
         self, patches_BNP: torch.Tensor, keep_BK: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """As `forward`, from `patch_embed.patchify`'s output, so that two encoders can share it."""
+        """Like `forward`, but takes the output [B, N, P] of `patch_embed.patchify`.
+
+        Two encoders can thus share the same patches.
+        """
         if keep_BK is None:
             ids_BK = torch.arange(patches_BNP.shape[1], device=patches_BNP.device)[None]
         else:
@@ -125,12 +139,20 @@ class VisionTransformer(nn.Module):
         return self.forward_tokens(patches_BNP, ids_BK)
 
     def forward_tokens(self, patches_BKP: torch.Tensor, ids_BK: torch.Tensor) -> torch.Tensor:
-        """Encodes patches [B, K, P] that lie at `ids_BK` (int64 [B, K] or [1, K]) of the grid."""
+        """Encodes patches at given positions of the grid.
+
+        Args:
+            patches_BKP: float [B, K, P].
+            ids_BK: token numbers of the patches, int64 [B, K] or [1, K].
+
+        Returns:
+            Tokens after the final LayerNorm, [B, K, D].
+        """
         tokens = self.patch_embed(patches_BKP)
         if self.pos_embed is not None:
             tokens = tokens + self.pos_embed[0][ids_BK]
         rotation = None if self.rope is None else self.rope(ids_BK)
-        # The residual stream has the weights' dtype; autocast would leave it in bf16 under RoPE.
+        # The residual stream keeps the weights' dtype. With RoPE, autocast would make it bf16.
         tokens = tokens.to(self.norm.weight.dtype)
         tokens = run_blocks(self.blocks, tokens, rotation, recompute=self.activation_checkpointing)
         normed: torch.Tensor = self.norm(tokens)
@@ -154,15 +176,15 @@ class VisionTransformer(nn.Module):
 def build_encoder(
     preset: str, *, activation_checkpointing: bool = False, **sizes: Any
 ) -> VisionTransformer:
-    """Builds the encoder of a preset.
+    """Builds the encoder of a preset with fresh weights.
 
     Args:
         preset: name in `models.encoders.shape.PRESETS`.
-        activation_checkpointing: as in `VisionTransformer`.
-        sizes: the other fields of `EncoderShape`; `image_size` and `patch_size` have no default.
+        activation_checkpointing: see `VisionTransformer`.
+        sizes: the other fields of `EncoderShape`; `image_size` and `patch_size` are required.
 
     Raises:
-        ValueError: there is no such preset, or the sizes do not fit.
+        ValueError: the preset does not exist, or the sizes are incompatible.
         TypeError: `EncoderShape` has no such field.
     """
     shape = EncoderShape.from_preset(preset, **sizes)
@@ -170,5 +192,8 @@ def build_encoder(
 
 
 def gather_tokens(tokens_BND: torch.Tensor, ids_BK: torch.Tensor) -> torch.Tensor:
-    """Picks tokens [B, K, D] by index; the index is expanded, not copied."""
+    """Selects tokens by number: [B, N, D] and int64 [B, K] to [B, K, D].
+
+    The index is expanded over D without being copied.
+    """
     return torch.gather(tokens_BND, 1, ids_BK[..., None].expand(-1, -1, tokens_BND.shape[-1]))
