@@ -5,7 +5,7 @@ the sample's key and the number of the view, so a sample has the same views in a
 process, and in a resumed run.
 
 Shape legend: B images or clips, C = 3 channels, T frames (1 for images), H and W pixels of the
-picture, S pixels of a side of the view, V views, K tokens.
+picture, S pixels per side of the view, V views, N tokens in a view, K tokens kept.
 """
 
 from __future__ import annotations
@@ -72,7 +72,16 @@ class Views:
         )
 
     def kept(self, steps: int, per_step: int) -> tuple[int, int]:
-        """Returns how many of `steps` time steps a view sees, and how many of their tokens."""
+        """Returns how many tokens a view keeps.
+
+        Args:
+            steps: time steps of a sample; 1 for images.
+            per_step: tokens per time step.
+
+        Returns:
+            Length of the view's window in time steps, and number of tokens kept within it; both at
+            least 1.
+        """
         lasts = max(1, round(self.time_window * steps))
         return lasts, max(1, round(lasts * per_step * (1 - self.token_drop)))
 

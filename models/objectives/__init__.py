@@ -1,2 +1,2 @@
-"""Training objectives, one file each, and the registry of their names. Imports encoders and
+"""Training objectives, one per file, and the registry of their names. Imports encoders, media and
 views."""

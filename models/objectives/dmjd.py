@@ -1,11 +1,12 @@
-"""Several contexts with disjoint targets share one target pass: DMJD's masks (Ma et al., 2023,
-*Disjoint Masking with Joint Distillation*, arXiv 2301.00230) on I-JEPA's loss.
+"""I-JEPA's loss with the disjoint masks of DMJD (Ma et al., 2023, *Disjoint Masking with Joint
+Distillation*, arXiv 2301.00230).
 
-The target encoder is about half the cost of a step. Here it runs once for C contexts, whose targets
-together are the whole image. DMJD's other part, the loss on visible tokens, is left out.
+The target encoder accounts for about half the cost of an I-JEPA step. Here it runs once for C
+contexts, whose disjoint targets together cover the whole image. The other part of DMJD, a loss on
+visible tokens, is not implemented.
 
-Shape legend: B images, N patches, C contexts an image, K context tokens, T target tokens of a
-context, P pixel values of a patch, D width.
+Shape legend: B images, N patches, C contexts per image, K context tokens, T target tokens per
+context, P pixel values per patch, D width.
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ from models.objectives.registry import register_objective
 
 @register_objective("dmjd")
 class DMJD(LatentPrediction):
-    """Each context predicts its own part of the image; the parts do not overlap."""
+    """Predicts a different part of the image from each of several contexts."""
 
     inputs = ("images", "context_ids", "target_ids")
 
     def forward(self, batch: Batch) -> Output:
-        """Mean distance between predicted and target tokens of all contexts.
+        """Computes the mean distance between predicted and target tokens over all contexts.
 
-        `context_ids` is [B, C, K] and `target_ids` [B, C, T]: row c of both belong together.
+        Args:
+            batch: `images`, `context_ids` [B, C, K] and `target_ids` [B, C, T]; context c predicts
+                the targets c. See `Batch`.
         """
         images = normalize(batch["images"], self.mean, self.std)
         context_ids_BCK, target_ids_BCT = batch["context_ids"], batch["target_ids"]

@@ -1,6 +1,6 @@
-"""I-JEPA (Assran et al., 2023, arXiv 2301.08243): predict the features of hidden blocks.
+"""I-JEPA (Assran et al., 2023, arXiv 2301.08243) predicts the features of hidden blocks.
 
-Shape legend: B images, N patches, K context tokens, M target blocks, T tokens of a block, D width,
+Shape legend: B images, N patches, K context tokens, M target blocks, T tokens per block, D width,
 L = M * T.
 """
 
@@ -15,12 +15,16 @@ from models.objectives.registry import register_objective
 
 @register_objective("ijepa")
 class IJEPA(LatentPrediction):
-    """Predicts every target block of an image separately, all from one context."""
+    """Predicts each target block of an image separately, from a context that all blocks share."""
 
     inputs = ("images", "context_ids", "target_ids")
 
     def forward(self, batch: Batch) -> Output:
-        """Mean distance between predicted and target tokens of all blocks."""
+        """Computes the mean distance between predicted and target tokens over all blocks.
+
+        Args:
+            batch: `images`, `context_ids` [B, K] and `target_ids` [B, M, T]; see `Batch`.
+        """
         images = normalize(batch["images"], self.mean, self.std)
         context_ids_BK, target_ids_BMT = batch["context_ids"], batch["target_ids"]
         patches_BNP = self.encoder.patch_embed.patchify(images)

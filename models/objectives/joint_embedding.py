@@ -1,7 +1,7 @@
-"""Common part of LeJEPA and VICReg: several views of a sample, one encoder and a projector.
+"""What LeJEPA and VICReg have in common: several views of a sample, one encoder and a projector.
 
-Shape legend: B images or clips, V views, K tokens that the encoder computes of a view, D encoder
-width, E embedding width.
+Shape legend: B images or clips, V views, N tokens in a view, K tokens that the encoder computes for
+a view, P pixel values per token, D encoder width, E embedding width.
 """
 
 from __future__ import annotations
@@ -20,23 +20,25 @@ from models.synced import SyncedBatchNorm
 from models.views import Views, kept_tokens
 
 WATCHED_COLUMNS = 512
-"""Columns of the embeddings that the collapse watch reads. It keeps a matrix of their square, and
-any columns show a collapse."""
+"""Number of embedding columns that the collapse watch reads.
+
+The watch keeps a matrix of this many rows and columns. Any subset of the columns shows a collapse.
+"""
 
 
 class JointEmbedding(EncoderObjective):
-    """Makes the embeddings of several views of a sample agree without collapsing.
+    """Trains the embeddings of several views of a sample to agree without collapsing.
 
     Args:
-        encoder: embeds every view; what is evaluated is the mean of its tokens.
-        views: which views.
-        projector: widths of the MLP from the encoder's to E.
-        mean: channel means removed from the views.
-        std: channel standard deviations removed from the views.
+        encoder: encodes every view; the mean of its tokens is what is evaluated later.
+        views: how views are made.
+        projector: widths of the layers of the MLP that maps D to E; the last one is E.
+        mean: channel means that are subtracted from the views, of values in [0, 1].
+        std: channel standard deviations that the views are divided by.
     """
 
     pixels: ClassVar[str] = "images"
-    """Batch entry that the views are made of: `images` or `clips`."""
+    """Name of the batch entry that views are made from: `images` or `clips`."""
 
     def __init__(
         self,
@@ -53,24 +55,26 @@ class JointEmbedding(EncoderObjective):
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Pixels, and the keys that views are drawn by."""
+        """The pixels and the sample keys, from which the random views follow."""
         return (self.pixels, "sample_keys")
 
     @property
     def regularizable(self) -> tuple[str, ...]:
-        """Features and embeddings of the first view."""
+        """The pooled features and the embeddings of the first view."""
         return ("target_pooled", "embedded")
 
     @property
     def watched(self) -> dict[str, int]:
-        """The features and the embeddings, because embeddings can collapse while the encoder's
-        features stay as they were at the start."""
+        """The features and the embeddings.
+
+        Embeddings can collapse while the encoder's features remain as they were at the start.
+        """
         last = self.projector[-1]
         assert isinstance(last, nn.Linear)
         return {**super().watched, "embedded": min(last.out_features, WATCHED_COLUMNS)}
 
     def forward(self, batch: Batch) -> Output:
-        """`compare` of the views' embeddings."""
+        """Embeds all views of the batch and applies `compare` to the embeddings."""
         pooled_VBD = self.embed(batch[self.pixels], batch["sample_keys"])
         V, B, _ = pooled_VBD.shape
         embedded_VBE = self.projector(pooled_VBD.flatten(0, 1)).view(V, B, -1)
@@ -81,11 +85,25 @@ class JointEmbedding(EncoderObjective):
 
     @abstractmethod
     def compare(self, embedded_VBE: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Returns the loss of the views' embeddings (fp32, no autocast) and its parts as detached
-        scalars."""
+        """Computes the loss of the embeddings; called with autocast disabled.
+
+        Args:
+            embedded_VBE: embeddings of all views, fp32 [V, B, E].
+
+        Returns:
+            The loss, a scalar, and its parts by name as detached scalars.
+        """
 
     def embed(self, pixels: torch.Tensor, keys_B: torch.Tensor) -> torch.Tensor:
-        """Mean token of every view, fp32 [V, B, D]; views of one size in one pass."""
+        """Encodes every view; views of the same size are encoded in one pass.
+
+        Args:
+            pixels: uint8 images [B, 3, H, W] or clips [B, 3, T, H, W].
+            keys_B: sample keys, int64 [B].
+
+        Returns:
+            The mean token of every view, fp32 [V, B, D].
+        """
         channels = (-1,) + (1,) * (pixels.ndim - 2)
         mean, std = self.mean.view(channels), self.std.view(channels)
         views = [(view - mean) / std for view in self.views.make(pixels, keys_B)]
@@ -119,7 +137,7 @@ class JointEmbedding(EncoderObjective):
         return tokens.float().mean(1).view(V, B, -1)
 
     def _places(self, size: int, device: torch.device | None = None) -> torch.Tensor:
-        """Where a view's tokens lie on the encoder's grid: a smaller one is spread over it."""
+        """Returns the grid positions of a view's tokens; small views are spread over the grid."""
         grid, side = self.encoder.grid, size // self.encoder.patch_size
         line = ((torch.arange(side, device=device) + 0.5) * grid / side).long()
         times = torch.arange(self.encoder.tubes, device=device) * grid * grid
@@ -127,7 +145,10 @@ class JointEmbedding(EncoderObjective):
 
 
 def make_projector(widths: Sequence[int]) -> nn.Sequential:
-    """Linear layers between these widths, batch normalisation and ReLU between the layers."""
+    """Builds an MLP with these layer widths, the input's first.
+
+    Batch normalisation over all processes and a ReLU follow every layer but the last.
+    """
     layers: list[nn.Module] = []
     for inner, outer in pairwise(widths[:-1]):
         layers += [nn.Linear(inner, outer, bias=False), SyncedBatchNorm(outer), nn.ReLU()]

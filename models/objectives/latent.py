@@ -1,6 +1,6 @@
-"""Common part of I-JEPA, V-JEPA and DMJD: context encoder, EMA target encoder and predictor.
+"""What I-JEPA, V-JEPA and DMJD have in common: context encoder, EMA target encoder and predictor.
 
-Shape legend: B images or clips, N tokens of the whole input, P pixel values of a token, D width.
+Shape legend: B images or clips, N tokens of the whole input, P pixel values per token, D width.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ DISTANCES: dict[str, Distance] = {
 
 
 class LatentPrediction(EncoderObjective):
-    """Predicts the target encoder's features of the regions that the context encoder does not see.
+    """Predicts the target encoder's features of regions that the context encoder does not see.
 
     Args:
-        encoder: the context encoder; the target encoder starts as its copy.
+        encoder: the context encoder; the target encoder starts as a copy of it.
         predictor: maps context tokens and target positions to target tokens.
-        loss: row of `DISTANCES`.
-        ema: target momentum at the first and the last step, linear between.
-        target: `ema`, or `self` for the negative control that must collapse: no target encoder, no
-            stop-gradient.
-        mean: channel means removed from the input.
-        std: channel standard deviations removed from the input.
+        loss: entry of `DISTANCES`.
+        ema: momentum of the target encoder at the first and the last step; linear in between.
+        target: `ema`, or `self` for a negative control that must collapse: it has no target encoder
+            and does not stop the gradient of the targets.
+        mean: channel means that are subtracted from the pixels, of values in [0, 1].
+        std: channel standard deviations that the pixels are divided by.
     """
 
     def __init__(
@@ -81,26 +81,29 @@ class LatentPrediction(EncoderObjective):
 
     @classmethod
     def make_predictor(cls, model: Settings, encoder: VisionTransformer) -> Predictor:
-        """Builds the predictor, with one mask token that starts at random."""
+        """Builds the predictor with a single, randomly initialised mask token."""
         return predictor_from_settings(model, encoder)
 
     @property
     def feature_encoder(self) -> VisionTransformer:
-        """The target encoder (the control has none: its own context encoder)."""
+        """The target encoder, or the context encoder if `target` is `self`."""
         return self.encoder if self.target_encoder is None else self.target_encoder
 
     @property
     def regularizable(self) -> tuple[str, ...]:
-        """What the context encoder sees; of the control also the target."""
+        """The context features; with `target` set to `self`, the target features as well."""
         both = ("context_pooled", "target_pooled")
         return both if self.target_encoder is None else both[:1]
 
     def encode_target(self, patches_BNP: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features of the whole input.
+        """Computes the target encoder's features of the whole input.
+
+        Args:
+            patches_BNP: output of `PatchEmbed.patchify`.
 
         Returns:
-            The target encoder's tokens, and the same normalised without affine: the targets to
-            gather from. Both [B, N, D].
+            The target encoder's tokens, and the same tokens layer-normalised without affine
+            parameters, from which targets are gathered. Both are [B, N, D].
         """
         if self.target_encoder is None:
             tokens_BND = self.encoder.forward_patches(patches_BNP)
@@ -110,25 +113,26 @@ class LatentPrediction(EncoderObjective):
         return tokens_BND, functional.layer_norm(tokens_BND, tokens_BND.shape[-1:], eps=LN_EPS)
 
     def momentum(self, step: int, total_steps: int) -> float:
-        """Target momentum of optimizer step `step` (0-based)."""
+        """Returns the momentum of the target encoder at optimizer step `step` (0-based)."""
         start, end = self.ema
         return start + (end - start) * step / total_steps
 
     def after_step(self, step: int, total_steps: int) -> None:
-        """Moves the target encoder towards the context encoder."""
+        """Moves the target encoder towards the context encoder; see `update_target`."""
         if self.target_encoder is not None:
             update_target(self.target_encoder, self.encoder, self.momentum(step, total_steps))
 
 
 def make_target(encoder: M) -> M:
-    """Returns a copy of `encoder` that no gradient reaches."""
+    """Returns a copy of `encoder` whose parameters do not require gradients."""
     return copy.deepcopy(encoder).requires_grad_(False)
 
 
 @torch.no_grad()
 def update_target(target: nn.Module, encoder: nn.Module, momentum: float) -> None:
-    """target <- momentum * target + (1 - momentum) * encoder, in one multi-tensor pass.
+    """Sets target <- momentum * target + (1 - momentum) * encoder, in one multi-tensor pass.
 
-    In the weights' own fp32: 1 - momentum is at most 4e-3, which bf16 cannot resolve.
+    This happens in fp32, the dtype of the weights: in the papers 1 - momentum is at most 4e-3, and
+    bf16 would round such small changes of a weight away.
     """
     torch._foreach_lerp_(list(target.parameters()), list(encoder.parameters()), 1.0 - momentum)

@@ -1,8 +1,10 @@
-"""LeJEPA (Balestriero and LeCun, 2025, arXiv 2511.08544): views of a sample agree, and all samples
-together look like a standard normal distribution. No teacher, predictor or stopped gradient.
+"""LeJEPA (Balestriero and LeCun, 2025, arXiv 2511.08544).
 
-On clips it is LeVJEPA (2026, arXiv 2608.27395) in its essentials: every view keeps a few random
-tokens.
+The views of a sample are trained to agree, and the embeddings of all samples to follow a standard
+normal distribution. There is no teacher, no predictor and no stopped gradient.
+
+On clips this is the essence of LeVJEPA (2026, arXiv 2608.27395), where every view keeps a few
+random tokens.
 
 Shape legend: B images or clips, V views, E embedding width.
 """
@@ -25,16 +27,18 @@ from models.views import Views
 
 @register_objective("lejepa")
 class LeJEPA(JointEmbedding):
-    """(1 - weight) * invariance + weight * SIGReg, the latter of every view by itself, averaged.
+    """Minimises (1 - weight) * invariance + weight * SIGReg.
+
+    SIGReg is computed for each view separately and then averaged over the views.
 
     Args:
-        encoder: see `JointEmbedding`, as all that is not named here.
-        views: as there.
-        sigreg: the statistic.
-        weight: of SIGReg, between 0 (the negative control: everything collapses) and 1.
-        projector: as there.
-        mean: as there.
-        std: as there.
+        encoder: see `JointEmbedding`.
+        views: see `JointEmbedding`.
+        sigreg: computes the statistic.
+        weight: weight of SIGReg, between 0 and 1; at 0, the negative control, everything collapses.
+        projector: see `JointEmbedding`.
+        mean: see `JointEmbedding`.
+        std: see `JointEmbedding`.
     """
 
     def __init__(
@@ -70,14 +74,17 @@ class LeJEPA(JointEmbedding):
         )
 
     def compare(self, embedded_VBE: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Mean squared distance to the views' mean, and SIGReg."""
+        """Combines the mean squared distance of views to their mean with SIGReg.
+
+        See `JointEmbedding.compare` for arguments and result.
+        """
         invariance = (embedded_VBE - embedded_VBE.mean(0)).square().mean()
         spread = torch.stack([self.sigreg(view_BE) for view_BE in embedded_VBE]).mean()
         loss = (1 - self.weight) * invariance + self.weight * spread
         return loss, {"invariance": invariance.detach(), "sigreg": spread.detach()}
 
     def after_step(self, step: int, total_steps: int) -> None:
-        """The next step has other slices."""
+        """Draws new slices for the next step."""
         self.sigreg.advance()
 
 

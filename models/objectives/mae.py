@@ -1,7 +1,6 @@
-"""Masked autoencoding (He et al., 2022, arXiv 2111.06377): reconstruct the pixels of hidden
-patches.
+"""Masked autoencoders (He et al., 2022, arXiv 2111.06377) reconstruct the pixels of hidden patches.
 
-Shape legend: B images or clips, N patches, K visible tokens, T hidden tokens, P pixel values of a
+Shape legend: B images or clips, N patches, K visible tokens, T hidden tokens, P pixel values per
 patch, D width.
 """
 
@@ -28,16 +27,17 @@ PIXEL_EPS = 1e-6
 
 @register_objective("mae")
 class MAE(EncoderObjective):
-    """The encoder sees the visible patches; a decoder, dropped after training, reconstructs the
-    others.
+    """Reconstructs hidden patches with a decoder from the encoder's tokens of visible patches.
+
+    The decoder is discarded after training.
 
     Args:
-        encoder: what is evaluated: on whole images, the mean of its tokens.
-        decoder: a predictor whose outputs are P wide.
-        norm_pixels: normalise every target patch by its own mean and standard deviation (the
-            better variant in section 4 of the paper).
-        mean: channel means removed from the input.
-        std: channel standard deviations removed from the input.
+        encoder: the network that is kept; on whole images, the mean of its tokens is evaluated.
+        decoder: a predictor whose output has width P.
+        norm_pixels: normalises every target patch by its own mean and standard deviation, the
+            better variant in section 4 of the paper.
+        mean: channel means that are subtracted from the pixels, of values in [0, 1].
+        std: channel standard deviations that the pixels are divided by.
     """
 
     inputs = ("images", "context_ids", "target_ids")
@@ -65,7 +65,11 @@ class MAE(EncoderObjective):
         )
 
     def forward(self, batch: Batch) -> Output:
-        """Mean squared error of the hidden patches, as one target block an image."""
+        """Computes the mean squared error of the hidden patches.
+
+        Args:
+            batch: `images`, `context_ids` [B, K] and `target_ids` [B, 1, T]; see `Batch`.
+        """
         return self._paint(batch["images"], batch["context_ids"], batch["target_ids"])
 
     def _paint(
@@ -77,11 +81,11 @@ class MAE(EncoderObjective):
         targets_BNP = self.targets(patches_BNP)
         targets_BTP = gather_tokens(targets_BNP, target_ids_B1T.flatten(1))
         loss = functional.mse_loss(painted_B1TP.flatten(1, 2).float(), targets_BTP)
-        # There is no whole-image pass to watch: the visible tokens stand for it.
+        # No pass covers the whole image, so the collapse watch reads the visible tokens.
         return Output(loss, monitored={"target_pooled": context_BKD.mean(1).float()})
 
     def targets(self, patches_BNP: torch.Tensor) -> torch.Tensor:
-        """The pixel values to reconstruct for every patch, [B, N, P]."""
+        """Returns the values to reconstruct for every patch: [B, N, P] to [B, N, P]."""
         if not self.norm_pixels:
             return patches_BNP
         variance, mean = torch.var_mean(patches_BNP, dim=-1, keepdim=True)
@@ -92,14 +96,18 @@ class MAE(EncoderObjective):
 class VideoMAE(MAE):
     """MAE on clips, whose tokens are tubelets (Tong et al., 2022, arXiv 2203.12602).
 
-    Best with tubes, the same hidden patches at all times: what is hidden cannot be copied from the
-    next frame. Unlike there, context and targets are the masker's: V-JEPA's blocks are possible
-    too.
+    It works best with tube masks, which hide the same patches at all times, so that hidden pixels
+    cannot be copied from the next frame. Unlike in the paper, any masker can choose what is hidden,
+    for example V-JEPA's blocks.
     """
 
     inputs = ("clips", "context_ids_0", "target_ids_0")
 
     def forward(self, batch: Batch) -> Output:
-        """Mean squared error of the hidden tubelets."""
+        """Computes the mean squared error of the hidden tubelets.
+
+        Args:
+            batch: `clips`, `context_ids_0` [B, K] and `target_ids_0` [B, T]; see `Batch`.
+        """
         target_ids_B1T = batch["target_ids_0"][:, None]
         return self._paint(batch["clips"], batch["context_ids_0"], target_ids_B1T)

@@ -1,4 +1,4 @@
-"""The interface of an objective: all that the trainer knows of it.
+"""The interface between objectives and the trainer.
 
 Shape legend: B images or clips, D width.
 """
@@ -17,65 +17,83 @@ from models.encoders.from_settings import Settings
 from models.encoders.vit import VisionTransformer
 
 Batch = dict[str, Tensor]
-"""Tensors by name: at least those in `Objective.inputs`.
+"""Tensors by name, at least those listed in `Objective.inputs`.
 
-Images: `images` uint8 [B, C, H, W]. Clips: `clips` uint8 [B, C, T, H, W]. Of both `sample_keys`
-int64 [B], 64 random bits fixed by (seed, epoch, sample id), by which anything random about a sample
-is drawn. Masks, by what the run's masker draws (`pipelines.loading.masks.maskers`): of images
-`context_ids` int64 [B, K] and `target_ids` int64 [B, M, T] of M target blocks, or both with an axis
-of C contexts, [B, C, K] and [B, C, T]; of clips, for every mask generator g = 0, 1, ...
-`context_ids_g` int64 [B, K_g] and `target_ids_g` int64 [B, T_g]. Lengths are the same in all
-batches of a run. """
+- Pixels: `images` uint8 [B, C, H, W], or `clips` uint8 [B, C, T, H, W].
+- `sample_keys` int64 [B]: 64 random bits per sample, fixed by (seed, epoch, sample id). Everything
+  random about a sample follows from them.
+- Masks of images: `context_ids` int64 [B, K] and `target_ids` int64 [B, M, T] with M target blocks;
+  or, with C contexts per image, [B, C, K] and [B, C, T].
+- Masks of clips: for every mask generator g = 0, 1, ..., `context_ids_g` int64 [B, K_g] and
+  `target_ids_g` int64 [B, T_g].
+
+Masks are drawn by the masker of the run, see `pipelines.loading.masks.maskers`. Their lengths are
+the same in all batches of a run.
+"""
 
 
 @dataclass
 class Output:
-    """One evaluation of an objective."""
+    """What an objective computes from a batch."""
 
     loss: Tensor
-    """Scalar to descend, fp32."""
+    """The scalar to minimise, fp32."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
-    """Detached scalars to log; reading them is the caller's host sync."""
+    """Detached scalars to log, on the device; reading them makes the host wait for it."""
     monitored: dict[str, Tensor] = field(default_factory=dict)
-    """fp32 features [N, D], with their gradient where they have one, for `Regularized` and, of
-    `Objective.watched`, the collapse watch."""
+    """Features by name, fp32 [N, D], still attached to the graph.
+
+    `Regularized` adds SIGReg of one of them to the loss. The collapse watch reads those in
+    `Objective.watched`.
+    """
 
 
 class Objective(nn.Module, ABC):
-    """Holds every network of a method; `forward` is the loss, so that DDP can wrap it."""
+    """Holds all networks of a method. `forward` computes the loss, so that DDP can wrap it."""
 
     @property
     @abstractmethod
     def inputs(self) -> tuple[str, ...]:
-        """The batch entries that the objective reads: what has to be on its device."""
+        """Names of the batch entries that the objective reads; they must be on its device."""
 
     @abstractmethod
     def forward(self, batch: Batch) -> Output:
-        """Returns the loss of a batch."""
+        """Computes the loss of a batch.
+
+        Args:
+            batch: at least the entries in `inputs`, on the objective's device.
+        """
 
     def after_step(self, step: int, total_steps: int) -> None:
-        """Called after optimizer step `step` (0-based) of `total_steps`; EMA goes here."""
+        """Is called after optimizer step `step` (0-based) of `total_steps`.
+
+        Objectives override it for what is not trained by gradients, such as an EMA target.
+        """
 
     @property
     @abstractmethod
     def feature_encoder(self) -> nn.Module:
-        """The network to evaluate, export and serve."""
+        """The network that is evaluated, exported and served."""
 
     @property
     def regularizable(self) -> tuple[str, ...]:
-        """Which of `Output.monitored` have a gradient, so that `Regularized` can be of them."""
+        """Names of the features in `Output.monitored` that `Regularized` can be applied to.
+
+        These are the ones that have a gradient.
+        """
         return ("target_pooled",)
 
     @property
     def watched(self) -> dict[str, int]:
-        """Which of `Output.monitored` the collapse watch judges, and how many of their columns."""
+        """The features that the collapse watch reads: names in `Output.monitored`, and how many of
+        their columns."""
         width = self.feature_encoder.width
         assert isinstance(width, int)
         return {"target_pooled": width}
 
 
 class EncoderObjective(Objective):
-    """An objective around one encoder, which can be registered by name.
+    """An objective that trains one encoder and can be registered by name.
 
     Args:
         encoder: the network that is trained.
@@ -102,6 +120,9 @@ class EncoderObjective(Objective):
             model: fields of `pipelines.config.train.ModelConfig`.
             objective: fields of the objective's own class in `pipelines.config.objectives`, and the
                 run's `views` and `seed`.
+
+        Raises:
+            ValueError: the settings are incompatible.
         """
 
     @property

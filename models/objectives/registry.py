@@ -1,4 +1,4 @@
-"""The objectives by name. Each registers itself where it is defined, by `@register_objective`."""
+"""The registry of objectives. Each is registered where it is defined, by `@register_objective`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ C = TypeVar("C", bound=type[EncoderObjective])
 
 
 def register_objective(name: str) -> Callable[[C], C]:
-    """Registers a class of objectives under the name that `--objective.name` takes."""
+    """Registers a class under a name, which `--objective.name` then accepts."""
 
     def enter(objective: C) -> C:
         _REGISTERED[name] = objective
@@ -37,10 +37,10 @@ def objectives() -> dict[str, type[EncoderObjective]]:
 
 
 def find_objective(name: str) -> type[EncoderObjective]:
-    """Returns the objective of a name.
+    """Returns the objective class registered under a name.
 
     Raises:
-        ValueError: there is none; the message lists the names.
+        ValueError: the name is not registered; the message lists all names.
     """
     found = objectives().get(name)
     if found is None:
@@ -57,7 +57,7 @@ def build_objective(name: str, *, model: Settings, objective: Settings) -> Objec
         objective: `PretrainConfig.objective_settings`.
 
     Raises:
-        ValueError: there is no such objective or preset, or the settings do not go together.
+        ValueError: the objective or the preset does not exist, or the settings are incompatible.
     """
     built = find_objective(name).from_settings(model, objective)
     on = objective.get("regularize")

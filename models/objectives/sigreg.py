@@ -1,17 +1,19 @@
-"""SIGReg: how far embeddings are from a standard normal distribution (Balestriero and LeCun, 2025,
-*LeJEPA*, arXiv 2511.08544): the Epps-Pulley statistic of random one-dimensional projections.
+"""SIGReg measures how far embeddings are from a standard normal distribution (Balestriero and
+LeCun, 2025, *LeJEPA*, arXiv 2511.08544). It is the mean Epps-Pulley statistic of random
+one-dimensional projections.
 
-    A            D x M, columns of unit length, drawn anew in every step
+    A            D x M, columns a_m of unit length, drawn anew in every step
     t_k          3 k / (T - 1), phi_k = exp(-t_k^2 / 2), w_k = 2 dt phi_k (half of it at both ends)
     EP(m)        N sum_k w_k [ (mean_n cos(t_k z_n . a_m) - phi_k)^2
                                + (mean_n sin(t_k z_n . a_m))^2 ]
     SIGReg       mean over m of EP(m)
 
-The integral over [-3, 3] is folded at 0 by symmetry. Sine and cosine of all knots follow from those
-of the first by the angle-addition formulas, and the backward pass walks the knots again, so that
-memory is N x M where autograd through the formula keeps several tensors of N x M x T.
+The integral over [-3, 3] is computed over [0, 3] and doubled, because the integrand is symmetric.
+The sines and cosines of all knots follow from those of the first knot by the angle-addition
+formulas. The backward pass computes them again, so that memory is N x M, whereas autograd through
+the formula would keep several tensors of N x M x T.
 
-Shape legend: N rows of this process, D width, M slices, T knots.
+Shape legend: N rows in this process, D width, M slices, T knots.
 """
 
 from __future__ import annotations
@@ -28,39 +30,40 @@ from models.keyed_random.tensors import mix, normals
 from models.objectives.objective import Batch, Objective, Output
 from models.synced import mean_over_processes, world_size
 
-END = 3.0  # of the integral
-CHUNK_ELEMENTS = 65_536  # of N x M at a time: what it works on stays in a core's cache
+END = 3.0  # upper limit of the integral
+CHUNK_ELEMENTS = 65_536  # elements of N x M processed at a time, few enough for a core's cache
 
 
 class SIGReg(nn.Module):
-    """The statistic, with slices that follow from a seed and the number of the step.
+    """Computes the statistic; the slices follow from a seed and the number of the step.
 
     Args:
-        slices: M.
-        knots: T, at least 2.
-        seed: of the slices.
+        slices: M, the number of random directions.
+        knots: T, the number of points of the trapezoid rule, at least 2.
+        seed: seed of the slices.
     """
 
     def __init__(self, *, slices: int, knots: int = 17, seed: int = 0) -> None:
         super().__init__()
         self.slices, self.knots, self.seed = slices, knots, seed
         self.step: torch.Tensor
-        # A buffer: saved with the weights, equal on all processes as all count the same steps, and
-        # on the device, so that drawing slices waits for nothing.
+        # As a buffer, the step is saved with the weights and lies on the device, so that drawing
+        # slices does not wait for a copy. It is equal in all processes, as all count the same
+        # steps.
         self.register_buffer("step", torch.zeros(1, dtype=torch.int64))
 
     def advance(self) -> None:
-        """Draws other slices from now on; call it after every optimizer step."""
+        """Moves on to new slices; to be called after every optimizer step."""
         self.step += 1
 
     def forward(self, rows_ND: torch.Tensor) -> torch.Tensor:
-        """The statistic of the rows of all processes together.
+        """Computes the statistic of the rows of all processes together.
 
         Args:
-            rows_ND: embeddings; computed in fp32, or in fp64 if they are.
+            rows_ND: embeddings [N, D]. The computation is in fp64 if they are, otherwise in fp32.
 
         Returns:
-            A scalar: about 1 for a standard normal sample, growing with N for anything else.
+            A scalar. It is about 1 for a standard normal sample, and grows with N for any other.
         """
         with torch.autocast(rows_ND.device.type, enabled=False):
             rows_ND = rows_ND if rows_ND.dtype == torch.float64 else rows_ND.float()
@@ -69,29 +72,31 @@ class SIGReg(nn.Module):
             return scores_M.mean()
 
     def draw_slices(self, width: int) -> torch.Tensor:
-        """This step's directions, float32 [D, M], columns of unit length."""
+        """Returns the directions of this step: float32 [D, M] with columns of unit length."""
         key_1 = mix(self.step ^ mix(torch.full_like(self.step, self.seed)))
         slices_DM = normals(key_1, StepStream.SLICES, width * self.slices).view(width, self.slices)
         return nn.functional.normalize(slices_DM, dim=0)
 
 
 def sigreg_from_settings(objective: Settings) -> SIGReg:
-    """Builds the statistic from a run's objective settings."""
+    """Builds `SIGReg` from the objective settings of a run."""
     seed = objective.get("seed", 0)
     return SIGReg(slices=objective["slices"], knots=objective["knots"], seed=seed)
 
 
 class Regularized(Objective):
-    """An objective plus `weight` times SIGReg of one of its `Output.monitored` [N, D].
+    """Adds `weight` times SIGReg of one of an objective's features to its loss.
+
+    Everything else is the objective's.
 
     Args:
-        objective: the objective.
-        sigreg: the statistic.
-        weight: of the statistic.
-        on: name of the tensor.
+        objective: the objective to regularize.
+        sigreg: computes the statistic.
+        weight: weight of the statistic.
+        on: name of the features, one of `objective.regularizable`.
 
     Raises:
-        ValueError: the objective monitors no such tensor, or it has no gradient.
+        ValueError: the objective has no features of this name that have a gradient.
     """
 
     def __init__(self, objective: Objective, sigreg: SIGReg, *, weight: float, on: str) -> None:
@@ -106,27 +111,29 @@ class Regularized(Objective):
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """The objective's."""
+        """The inputs of the objective."""
         return self.objective.inputs
 
     @property
     def feature_encoder(self) -> nn.Module:
-        """The objective's."""
+        """The feature encoder of the objective."""
         return self.objective.feature_encoder
 
     @property
     def regularizable(self) -> tuple[str, ...]:
-        """The objective's."""
+        """The features of the objective that can be regularized."""
         return self.objective.regularizable
 
     @property
     def watched(self) -> dict[str, int]:
-        """The objective's."""
+        """The features of the objective that the collapse watch reads."""
         return self.objective.watched
 
     def forward(self, batch: Batch) -> Output:
-        """The objective's output with the larger loss; the statistic is its metric
-        `regularizer`."""
+        """Returns the objective's output with the regularizer added to its loss.
+
+        The unweighted statistic is logged as the metric `regularizer`.
+        """
         output: Output = self.objective(batch)
         statistic = self.sigreg(output.monitored[self.on])
         return Output(
@@ -136,20 +143,20 @@ class Regularized(Objective):
         )
 
     def after_step(self, step: int, total_steps: int) -> None:
-        """The objective's, and other slices for the next step."""
+        """Calls the objective's `after_step` and draws new slices for the next step."""
         self.objective.after_step(step, total_steps)
         self.sigreg.advance()
 
 
 def epps_pulley(samples_NM: torch.Tensor, knots: int = 17) -> torch.Tensor:
-    """Epps and Pulley's (1983) test of every column against the standard normal.
+    """Computes Epps and Pulley's (1983) statistic of every column against the standard normal.
 
     Args:
-        samples_NM: N samples of this process of each of M variables.
-        knots: T, of the trapezoid rule over [0, 3].
+        samples_NM: N samples in this process of each of M variables, float32 or float64.
+        knots: T, the number of points of the trapezoid rule over [0, 3].
 
     Returns:
-        [M]; of the samples of all processes together.
+        [M], the statistic of the samples of all processes together.
     """
     t_T = torch.linspace(0, END, knots, dtype=samples_NM.dtype, device=samples_NM.device)
     phi_T = torch.exp(-0.5 * t_T**2)
@@ -164,7 +171,7 @@ def epps_pulley(samples_NM: torch.Tensor, knots: int = 17) -> torch.Tensor:
 
 
 class _CharacteristicFunction(torch.autograd.Function):
-    """mean_n cos(t_k x_nm) and mean_n sin(t_k x_nm), stacked: [2, T, M]."""
+    """Stacks mean_n cos(t_k x_nm) and mean_n sin(t_k x_nm) as [2, T, M]."""
 
     @staticmethod
     def forward(ctx: Any, x_NM: torch.Tensor, knots: int) -> torch.Tensor:
@@ -194,14 +201,14 @@ class _CharacteristicFunction(torch.autograd.Function):
 
 
 def _chunks(x_NM: torch.Tensor) -> Iterator[slice]:
-    # A GPU has no such cache to stay in, and wants few launches.
+    # On a GPU there is no such cache, and fewer kernel launches are better.
     size = len(x_NM) if x_NM.is_cuda else max(1, CHUNK_ELEMENTS // x_NM.shape[1])
     for first in range(0, len(x_NM), size):
         yield slice(first, first + size)
 
 
 def _waves(x_NM: torch.Tensor, knots: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """(k, cos(t_k x), sin(t_k x)) for k = 1 to T - 1; only valid until the next is asked for."""
+    """Yields (k, cos(t_k x), sin(t_k x)) for k = 1 to T - 1; the next one overwrites the tensors."""
     angle_NM = x_NM * (END / (knots - 1))
     first_cos, first_sin = angle_NM.cos(), angle_NM.sin()
     cos, sin = first_cos.clone(), first_sin.clone()

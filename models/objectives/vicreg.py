@@ -1,4 +1,5 @@
-"""VICReg (Bardes, Ponce and LeCun, 2022, arXiv 2105.04906): variance, invariance, covariance.
+"""VICReg (Bardes, Ponce and LeCun, 2022, arXiv 2105.04906): variance-invariance-covariance
+regularization.
 
 Shape legend: B images, V views, E embedding width.
 """
@@ -23,17 +24,18 @@ STD_EPS = 1e-4  # section 4.1, equation 2
 
 @register_objective("vicreg")
 class VICReg(JointEmbedding):
-    """Views agree, every dimension has a standard deviation of at least 1, and dimensions do not
-    correlate.
+    """Trains views to agree while embedding dimensions keep their variance and stay uncorrelated.
+
+    The standard deviation of every dimension is pushed up to at least 1.
 
     Args:
-        encoder: see `JointEmbedding`, as all that is not named here.
-        views: as there; the paper has two.
-        weights: of invariance, variance and covariance (the paper: 25, 25, 1). With 0 for the last
-            two, the negative control, everything collapses.
-        projector: as there.
-        mean: as there.
-        std: as there.
+        encoder: see `JointEmbedding`.
+        views: see `JointEmbedding`; the paper uses two views.
+        weights: weights of invariance, variance and covariance; 25, 25 and 1 in the paper. If the
+            last two are 0, the negative control, everything collapses.
+        projector: see `JointEmbedding`.
+        mean: see `JointEmbedding`.
+        std: see `JointEmbedding`.
     """
 
     def __init__(
@@ -61,15 +63,19 @@ class VICReg(JointEmbedding):
         )
 
     def compare(self, embedded_VBE: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Equation 6; with more than two views, invariance is the mean over all pairs of them."""
+        """Computes equation 6; see `JointEmbedding.compare` for arguments and result.
+
+        With more than two views, the invariance term is the mean over all pairs of views.
+        """
         V = embedded_VBE.shape[0]
-        # The mean over ordered pairs of |a - b|^2 is 2 V / (V - 1) times the spread about the mean.
+        # The mean of |a - b|^2 over pairs is 2 V / (V - 1) times the mean squared distance to the
+        # mean.
         spread = (embedded_VBE - embedded_VBE.mean(0)).square().mean()
         invariance = 2 * V / (V - 1) * spread
         terms = [variance_and_covariance(view_BE) for view_BE in embedded_VBE]
         variance, covariance = (torch.stack(term).mean() for term in zip(*terms, strict=True))
         parts = (invariance, variance, covariance)
-        # The paper sums the two views' terms.
+        # The paper adds up the terms of its two views, so a mean over views counts twice.
         sums = (invariance, 2 * variance, 2 * covariance)
         loss = torch.stack([w * s for w, s in zip(self.weights, sums, strict=True)]).sum()
         names = ("invariance", "variance", "covariance")
@@ -77,8 +83,15 @@ class VICReg(JointEmbedding):
 
 
 def variance_and_covariance(rows_BE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Equations 1 to 4 of the rows of all processes together: how far deviations fall short of 1,
-    and the squares of the covariances, over E."""
+    """Computes equations 1 to 4 for the rows of all processes together.
+
+    Args:
+        rows_BE: embeddings of one view, fp32 [B, E].
+
+    Returns:
+        Two scalars: by how much standard deviations fall short of 1, averaged over dimensions, and
+        the sum of all squared covariances of two different dimensions, divided by E.
+    """
     count, E = rows_BE.shape[0] * world_size(), rows_BE.shape[1]
     centred_BE = rows_BE - mean_over_processes(rows_BE.mean(0))
     second_EE = mean_over_processes(centred_BE.T @ centred_BE / rows_BE.shape[0])

@@ -1,7 +1,7 @@
-"""V-JEPA (Bardes et al., 2024, arXiv 2404.08471): predict the features of a clip's hidden regions.
+"""V-JEPA (Bardes et al., 2024, arXiv 2404.08471) predicts the features of hidden regions of clips.
 
-Shape legend: B clips, N tokens of a clip, P pixel values of a token, K context tokens, T target
-tokens, D width.
+Shape legend: B clips, N tokens per clip, P pixel values per token, K context tokens, T target
+tokens, D width, G mask generators.
 """
 
 from __future__ import annotations
@@ -19,25 +19,30 @@ from models.objectives.registry import register_objective
 
 @register_objective("vjepa")
 class VJEPA(LatentPrediction):
-    """Several masks of a clip (V-JEPA: one of short, one of long range) share one target pass.
+    """Predicts hidden regions under several masks of a clip, which share one target pass.
 
-    There are as many mask generators as the predictor has mask tokens; each has lengths of its own.
+    V-JEPA uses a short-range and a long-range mask. There is one mask generator for each mask token
+    of the predictor, and the number of context and target tokens can differ between generators.
     """
 
     @classmethod
     def make_predictor(cls, model: Settings, encoder: VisionTransformer) -> Predictor:
-        """Builds the predictor, with one mask token a generator that starts at zero."""
+        """Builds the predictor with one mask token per generator, initialised to zero."""
         count = model.get("mask_tokens", 2)  # the paper's short and long range
         return predictor_from_settings(model, encoder, mask_tokens=count, zero_mask_tokens=True)
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """`clips`, and for every generator g its `context_ids_g` and `target_ids_g`."""
+        """`clips`, and `context_ids_g` and `target_ids_g` for every generator g."""
         masks = range(len(self.predictor.mask_token))
         return ("clips", *(f"{part}_ids_{g}" for g in masks for part in ("context", "target")))
 
     def forward(self, batch: Batch) -> Output:
-        """Mean over the generators of the mean distance of their target tokens."""
+        """Computes the mean distance of target tokens per generator, averaged over generators.
+
+        Args:
+            batch: the entries in `inputs`, see `Batch`.
+        """
         clips = normalize(batch["clips"], self.mean, self.std)
         patches_BNP = self.encoder.patch_embed.patchify(clips)
         tokens_BND, targets_BND = self.encode_target(patches_BNP)
@@ -66,7 +71,7 @@ class VJEPA(LatentPrediction):
         target_ids_BT: torch.Tensor,
         mask: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss of one mask, and its mean context tokens [B, D]."""
+        """Returns the loss of one mask and the mean of its context tokens, fp32 [B, D]."""
         context_BKD = self.encoder.forward_patches(patches_BNP, context_ids_BK)
         predicted_B1TD = self.predictor(context_BKD, context_ids_BK, target_ids_BT[:, None], mask)
         targets_BTD = gather_tokens(targets_BND, target_ids_BT)
