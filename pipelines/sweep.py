@@ -179,7 +179,7 @@ class ResultsFile:
         self._rows = {row.trial: row for row in rows if row.outcome != "failed"}
 
     def begin(self) -> None:
-        """Claims the folder for this sweep."""
+        """Claims the folder for this sweep by writing sweep.json."""
         _write(self._out, SWEEP, json.dumps(self._sweep, indent=2).encode())
 
     def _identity(self) -> dict[str, Any]:

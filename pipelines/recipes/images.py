@@ -12,7 +12,7 @@ from pipelines.recipes.recipe import recipe
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 
-# ImageNet-1k's 1,281,167 images at 2,048 a batch: 625 steps an epoch.
+# ImageNet-1k has 1,281,167 images, which are 625 whole batches of 2,048.
 IN1K_STEPS_PER_EPOCH = 625
 
 
@@ -22,7 +22,7 @@ def debug() -> PretrainConfig:
 
     python -m pipelines.pretrain debug --data.train SHARDS
 
-    Seconds on one CPU core once the workers are up. Expect: it ends.
+    It takes seconds on one CPU core once the workers have started. The result is meaningless.
     """
     return PretrainConfig(
         data=DataConfig(batch_size=32, lanes=4, shuffle_window=64),
@@ -38,8 +38,8 @@ def cifar10_demo() -> PretrainConfig:
 
     python -m pipelines.pretrain cifar10_demo --data.train SHARDS --data.test TEST_SHARDS
 
-    About 3 to 4 minutes on two cores of an AMD EPYC with bf16. kNN on the 800 test images: 33.5,
-    34.2, 34.0 for seeds 0 to 2, from random weights' 24.8, 23.5, 25.9
+    It takes 3 to 4 minutes on two CPU cores in bf16. kNN accuracy on the 800 test images is 33.5,
+    34.2 and 34.0% for seeds 0 to 2, and 24.8, 23.5 and 25.9% with random weights
     (benchmarks/training/pretraining.md).
     """
     return PretrainConfig(
@@ -52,13 +52,13 @@ def cifar10_demo() -> PretrainConfig:
             std=CIFAR10_STD,
             patch_std=0.14,
         ),
-        # A run this short ends in mid-flight on purpose: with the rate annealed to nothing and the
-        # target frozen (momentum 1), accuracy stood still for its last two thirds (docs/log.md).
+        # Schedules of a run this short deliberately end early: with a rate annealed to zero and a
+        # target frozen by momentum 1, the last two thirds of it gained nothing (docs/log.md).
         objective=ObjectiveConfig(ema=(0.99, 0.992)),
         optim=OptimConfig(
             lr=5e-4, start_lr=1e-4, final_lr=4e-4, warmup_steps=100, final_weight_decay=0.05
         ),
-        # One thread: matrices this small gain little from a second, which decoding can use.
+        # Matrices this small gain little from a second thread, which is left to decoding.
         run=RunConfig(
             name="cifar10_demo",
             steps=2800,
@@ -76,15 +76,16 @@ def lejepa_cifar10_demo() -> PretrainConfig:
 
     python -m pipelines.pretrain lejepa_cifar10_demo --data.train SHARDS --data.test TEST_SHARDS
 
-    Two views of the whole picture, cut and recoloured by the device. 275 s on two cores of an Intel
-    Xeon with bf16. kNN on the 800 test images: 38.2, 37.1, 37.4 for seeds 0 to 2, from 24.8, 23.5,
-    25.9; on all of CIFAR-10 after 600 CPU seconds 51.1, 49.6, 50.4 for seeds 0 to 2, after an hour
-    61.7, 61.8, 61.1, from 28.8, 28.3, 28.6 (benchmarks/training/objectives.md).
+    Two views of every picture are cropped and recoloured on the device. It takes 275 s on two CPU
+    cores in bf16. kNN accuracy on the 800 test images is 38.2, 37.1 and 37.4% for seeds 0 to 2, and
+    24.8, 23.5 and 25.9% with random weights. On all of CIFAR-10 it is 51.1, 49.6 and 50.4% after
+    600 CPU seconds, 61.7, 61.8 and 61.1% after an hour, and 28.8, 28.3 and 28.6% with random
+    weights (benchmarks/training/objectives.md).
     """
     base = cifar10_demo()
     return replace(
         base,
-        # The picture whole: all cropping is left to the views.
+        # The loader does not crop the picture; all cropping is left to the views.
         data=replace(base.data, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=False),
         objective=ObjectiveConfig(
             name="lejepa", projector=(512, 512, 64), sigreg_weight=0.02, slices=256
@@ -113,10 +114,11 @@ def vicreg_cifar10_demo() -> PretrainConfig:
 
     python -m pipelines.pretrain vicreg_cifar10_demo --data.train SHARDS --data.test TEST_SHARDS
 
-    Views, optimizer and length of `lejepa_cifar10_demo`. 210 s on two cores of an Intel Xeon with
-    bf16. kNN on the 800 test images: 40.8, 39.4, 39.8 for seeds 0 to 2, from random weights' 24.8,
-    23.5, 25.9; on all of CIFAR-10 after 600 CPU seconds 52.7, 53.1, 53.0 for seeds 0 to 2, after an
-    hour 63.9, 63.7, 63.5, from 28.8, 28.3, 28.6 (benchmarks/training/objectives.md).
+    Views, optimizer and length are those of `lejepa_cifar10_demo`. It takes 210 s on two CPU cores
+    in bf16. kNN accuracy on the 800 test images is 40.8, 39.4 and 39.8% for seeds 0 to 2, and 24.8,
+    23.5 and 25.9% with random weights. On all of CIFAR-10 it is 52.7, 53.1 and 53.0% after 600 CPU
+    seconds, 63.9, 63.7 and 63.5% after an hour, and 28.8, 28.3 and 28.6% with random weights
+    (benchmarks/training/objectives.md).
     """
     base = lejepa_cifar10_demo()
     return replace(
@@ -132,9 +134,10 @@ def mae_cifar10_demo() -> PretrainConfig:
 
     python -m pipelines.pretrain mae_cifar10_demo --data.train SHARDS --data.test TEST_SHARDS
 
-    Half of 16 patches hidden: of three quarters, as in the paper, 4 would be left. kNN on all of
-    CIFAR-10 after 600 CPU seconds 42.6, 43.7, 42.9 for seeds 0 to 2, after an hour 49.3, 49.7,
-    49.1, from 28.8, 28.3, 28.6 (benchmarks/training/objectives.md); at its own length: not run.
+    It hides half of the 16 patches; hiding three quarters, as the paper does, would leave only 4.
+    kNN accuracy on all of CIFAR-10 is 42.6, 43.7 and 42.9% for seeds 0 to 2 after 600 CPU seconds,
+    49.3, 49.7 and 49.1% after an hour, and 28.8, 28.3 and 28.6% with random weights
+    (benchmarks/training/objectives.md). With its own number of steps: not run.
     """
     base = cifar10_demo()
     return replace(
@@ -154,9 +157,9 @@ def dmjd_cifar10_demo() -> PretrainConfig:
 
     python -m pipelines.pretrain dmjd_cifar10_demo --data.train SHARDS --data.test TEST_SHARDS
 
-    Each context sees 6 patches and predicts 4 others. kNN on all of CIFAR-10 after 600 CPU seconds
-    48.4, 46.8, 46.2 for seeds 0 to 2, from 28.8, 28.3, 28.6 (benchmarks/training/objectives.md); at
-    its own length: not run.
+    Each context has 6 patches and predicts 4 others. kNN accuracy on all of CIFAR-10 is 48.4, 46.8
+    and 46.2% for seeds 0 to 2 after 600 CPU seconds, and 28.8, 28.3 and 28.6% with random weights
+    (benchmarks/training/objectives.md). With its own number of steps: not run.
     """
     base = cifar10_demo()
     return replace(
@@ -175,13 +178,13 @@ def vicreg_laptop() -> PretrainConfig:
 
     python -m pipelines.pretrain vicreg_laptop --data.train URI --data.test URI --run.storage URI
 
-    35 images/s on two cores of an Intel Xeon in fp32 (40 steps, 2026-11-28), at which its 5,000
-    steps are two and a half hours. Result: not run.
+    In a trial of 40 steps it trained on 35 images/s on two CPU cores in fp32, at which its 5,000
+    steps take two and a half hours. Its result is unknown: not run to the end.
     """
     base, demo = laptop(), vicreg_cifar10_demo()
     return replace(
         base,
-        # Of a wide picture the middle, 4 to 3; the rest of the cropping is left to the views.
+        # The loader crops wide pictures to the middle, at 4:3; all else is left to the views.
         data=replace(base.data, crop_scale=(1.0, 1.0), flip=False),
         objective=demo.objective,
         optim=demo.optim,
@@ -254,7 +257,7 @@ def ijepa_vitb16() -> PretrainConfig:
 
     python -m pipelines.pretrain ijepa_vitb16 --data.train URI --data.test URI --run.storage URI
 
-    The paper: linear probe 72.9%. Here: not run.
+    The paper reports 72.9% by linear probe. Here: not run.
     """
     return _in1k_variant("ijepa_vitb16", encoder="vit_b", patch_size=16, epochs=600, workers=8)
 
@@ -265,19 +268,19 @@ def ijepa_vitl16() -> PretrainConfig:
 
     python -m pipelines.pretrain ijepa_vitl16 --data.train URI --data.test URI --run.storage URI
 
-    The paper: linear probe 77.5%. Here: not run.
+    The paper reports 77.5% by linear probe. Here: not run.
     """
     return _in1k_variant("ijepa_vitl16", encoder="vit_l", patch_size=16, epochs=600, workers=16)
 
 
 @recipe
 def ijepa_vith14_in1k() -> PretrainConfig:
-    """The paper's ViT-H/14: 300 epochs of ImageNet-1k at 2,048 a batch (Assran et al. 2023, A.1).
+    """The paper's ViT-H/14: 300 epochs of ImageNet-1k in batches of 2,048 (Assran et al. 2023, A.1).
 
     python -m pipelines.pretrain ijepa_vith14_in1k --data.train s3://BUCKET/in1k/train \\
         --data.test s3://BUCKET/in1k/val --run.storage s3://BUCKET/runs
 
-    The paper: less than 72 h on 16 A100, linear probe 79.3%. Here: not run.
+    The paper reports less than 72 h on 16 A100 and 79.3% by linear probe. Here: not run.
     """
     return PretrainConfig(
         data=DataConfig(batch_size=2048, lanes=64, shuffle_window=256, decode_threads=8),
@@ -313,7 +316,7 @@ def ijepa_vith16_448() -> PretrainConfig:
 
     python -m pipelines.pretrain ijepa_vith16_448 --data.train URI --data.test URI --run.storage URI
 
-    The paper: linear probe 81.1%. Here: not run.
+    The paper reports 81.1% by linear probe. Here: not run.
     """
     base = _in1k_variant("ijepa_vith16_448", encoder="vit_h", patch_size=16, epochs=300, workers=32)
     return replace(

@@ -16,7 +16,8 @@ def recipe(function: Recipe) -> Recipe:
     """Registers a function under its own name.
 
     The first line of its docstring is shown by `python -m pipelines.pretrain --help`. The rest
-    gives the command, and the time and the result to expect. `run.name` is the function's name.
+    gives the command, and the time and the result to expect. `run.name` must be the function's
+    name.
     """
     REGISTERED[function.__name__] = function
     return function

@@ -1,7 +1,7 @@
-"""All recipes by name, from every module of this folder.
+"""All recipes by name, collected from the modules of this folder.
 
-To add one, write a function with `@recipe` in a module of this folder. A variant is a function that
-replaces fields of another. Recipes without a measured result say "not run".
+To add a recipe, write a function with `@recipe` in a module of this folder. A variant of a recipe
+calls the other recipe and replaces fields. Recipes without a measured result say "not run".
 """
 
 from __future__ import annotations
@@ -25,4 +25,4 @@ def _load() -> dict[str, tuple[str, PretrainConfig]]:
 
 
 RECIPES: dict[str, tuple[str, PretrainConfig]] = _load()
-"""Name to (one line, configuration): the subcommands of `python -m pipelines.pretrain`."""
+"""The subcommands of `python -m pipelines.pretrain`: (one-line description, configuration)."""

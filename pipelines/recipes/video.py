@@ -17,14 +17,14 @@ def vjepa_movingmnist() -> PretrainConfig:
 
     python -m pipelines.pretrain vjepa_movingmnist --data.train SHARDS --data.test TEST_SHARDS
 
-    Ingest `pipelines.fetch movingmnist` with --video.fps 10. Expected time and result: not run as
-    it stands. No V-JEPA run around it learned directions (docs/log.md, 2026-11-24); what does is
-    `levjepa_movingmnist`.
+    Ingest the output of `pipelines.fetch movingmnist` with --video.fps 10. Expected time and
+    result: not run with these settings. No V-JEPA run with similar settings learned the direction
+    of motion (docs/log.md, 2026-11-24); `levjepa_movingmnist` does.
     """
     return PretrainConfig(
         data=DataConfig(batch_size=32, lanes=8, crop_scale=(0.5, 1.0), shuffle_window=256),
         clip=ClipConfig(stride=2),
-        # Smaller than V-JEPA's: on 4 x 4 patches two blocks of 70% would hide nearly everything.
+        # Smaller blocks than V-JEPA's: on 4 x 4 patches, two of 70% would hide nearly everything.
         video_mask=VideoMaskConfig(blocks=(4, 2), scale=(0.2, 0.5)),
         model=ModelConfig(
             encoder="video_tiny",
@@ -53,15 +53,15 @@ def vjepa_movingmnist() -> PretrainConfig:
 
 @recipe
 def levjepa_gameplay() -> PretrainConfig:
-    """LeVJEPA on recorded games: two random quarters of a clip's tokens agree on the clip.
+    """LeVJEPA on recorded games: each view of a clip is a random quarter of its tokens.
 
     python -m pipelines.pretrain levjepa_gameplay --data.train SHARDS
 
-    Footage of `pipelines.fetch gameplay --side 64`, ingested with --video.fps 15
-    --video.segment-seconds 2. No crops and no other stretch of time: where things are must stay the
-    same in both views. 14 minutes of two shared cores; over seven tasks the mean of kNN is 55.0%
-    against 48.6% of random weights, of the attentive probe 62.1% against 60.1%
-    (benchmarks/training/gameplay.md).
+    Ingest the output of `pipelines.fetch gameplay --side 64` with --video.fps 15
+    --video.segment-seconds 2. Views are neither cropped nor cut in time, because things must be at
+    the same place in both. It takes 14 minutes on two shared CPU cores. Averaged over seven tasks,
+    accuracy is 55.0% by kNN (48.6% with random weights) and 62.1% by attentive probe (60.1% with
+    random weights); see benchmarks/training/gameplay.md.
     """
     base, games = levjepa_movingmnist(), vjepa_gameplay()
     return replace(
@@ -87,13 +87,14 @@ def levjepa_gameplay() -> PretrainConfig:
 
 @recipe
 def levjepa_movingmnist() -> PretrainConfig:
-    """LeVJEPA on moving digits: two stretches of a clip agree on which way the digit moves.
+    """LeVJEPA on moving digits: two stretches of a clip agree on how the digit moves.
 
     python -m pipelines.pretrain levjepa_movingmnist --data.train SHARDS --data.test TEST_SHARDS
 
-    Ingest `pipelines.fetch movingmnist` with --video.fps 10. Where the digit is differs between the
-    stretches, what it is and its velocity do not. No flips, which would turn directions round.
-    About 5 minutes on two cores; linear probe of the direction 99%, random weights 64%
+    Ingest the output of `pipelines.fetch movingmnist` with --video.fps 10. The digit's position
+    differs between the two stretches, but its class and velocity are the same. Views are not
+    flipped, because that would reverse directions. It takes about 5 minutes on two CPU cores. A
+    linear probe reads the direction with 99% accuracy, 64% with random weights
     (benchmarks/training/video_pretraining.md).
     """
     base = vjepa_movingmnist()
@@ -138,8 +139,8 @@ def vjepa_gameplay() -> PretrainConfig:
 
     python -m pipelines.pretrain vjepa_gameplay --data.train SHARDS
 
-    Ingest with --video.fps 15 and a short side of 64 or more. Expected time and result: not run as
-    it stands; `levjepa_gameplay` is what was run.
+    Ingest with --video.fps 15 and a short side of at least 64 pixels. Expected time and result: not
+    run with these settings; `levjepa_gameplay` was run.
     """
     base = vjepa_movingmnist()
     return replace(
@@ -165,10 +166,11 @@ def vjepa_vitl16() -> PretrainConfig:
 
     python -m pipelines.pretrain vjepa_vitl16 --data.train URI --run.storage URI
 
-    16 frames of 224 pixels at 7.5 a second (every fourth of 30). As in the released code, schedules
-    aim at 112,500 steps and training stops at 90,000. Two departures: gradients are clipped at 10
-    for encoder and predictor together instead of each, and in the warm-up too. The paper: attentive
-    probe 80.8% on Kinetics-400, 69.5% on Something-Something v2. Here: not run.
+    Clips are 16 frames of 224 pixels at 7.5 frames/s, every fourth of 30. As in the released code,
+    schedules are laid out for 112,500 steps and training stops after 90,000. There are two
+    differences: gradients are clipped to norm 10 for encoder and predictor together rather than
+    separately, and also during the warm-up. The paper reports 80.8% on Kinetics-400 and 69.5% on
+    Something-Something v2 by attentive probe. Here: not run.
     """
     return PretrainConfig(
         data=DataConfig(
@@ -214,9 +216,9 @@ def vjepa2_vitl16() -> PretrainConfig:
 
     python -m pipelines.pretrain vjepa2_vitl16 --data.train URI --run.storage URI
 
-    16 frames of 256 pixels at 4 a second, rotary positions, no clipping (Assran et al. 2025,
-    arXiv 2506.09985, and its released configuration; the second phase, 64 frames at higher
-    resolution, starts another run with --run.init-from). Here: not run.
+    Clips are 16 frames of 256 pixels at 4 frames/s. Positions are rotary and gradients are not
+    clipped, see Assran et al. 2025 (arXiv 2506.09985) and its released configuration. The second
+    phase, 64 frames at higher resolution, is a run of its own with --run.init-from. Here: not run.
     """
     base = vjepa_vitl16()
     return replace(
