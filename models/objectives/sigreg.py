@@ -208,7 +208,7 @@ def _chunks(x_NM: torch.Tensor) -> Iterator[slice]:
 
 
 def _waves(x_NM: torch.Tensor, knots: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Yields (k, cos(t_k x), sin(t_k x)) for k = 1 to T - 1; tensors are overwritten by the next."""
+    """Yields (k, cos(t_k x), sin(t_k x)) for k = 1 to T - 1; each step reuses the tensors."""
     angle_NM = x_NM * (END / (knots - 1))
     first_cos, first_sin = angle_NM.cos(), angle_NM.sin()
     cos, sin = first_cos.clone(), first_sin.clone()

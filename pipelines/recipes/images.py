@@ -275,7 +275,7 @@ def ijepa_vitl16() -> PretrainConfig:
 
 @recipe
 def ijepa_vith14_in1k() -> PretrainConfig:
-    """The paper's ViT-H/14: 300 epochs of ImageNet-1k in batches of 2,048 (Assran et al. 2023, A.1).
+    """The paper's ViT-H/14: 300 epochs of ImageNet-1k, batch size 2,048 (Assran et al. 2023, A.1).
 
     python -m pipelines.pretrain ijepa_vith14_in1k --data.train s3://BUCKET/in1k/train \\
         --data.test s3://BUCKET/in1k/val --run.storage s3://BUCKET/runs

@@ -1,1 +1,1 @@
-"""What several tests share, by the package they test; no test stands here."""
+"""Helpers shared by several tests, in one folder per package under test; holds no tests."""

@@ -1,4 +1,4 @@
-"""Runs and checkpoints that commit ae55864 wrote: they resume with the losses it had, and evaluate."""
+"""Runs and checkpoints that commit ae55864 wrote resume with its losses and can be evaluated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sessions of the language model that a replica of commit ae55864 stored, in a folder and in segments."""
+"""Sessions that a replica of the language model of commit ae55864 stored, as folder and segments."""
 
 from __future__ import annotations
 

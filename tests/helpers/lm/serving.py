@@ -79,7 +79,7 @@ def save_tiny_lm(folder: Path) -> None:
 
 
 def events(lines: Iterator[str]) -> Iterator[tuple[int | None, Any]]:
-    """(id, data) of each event; "[DONE]" as it is."""
+    """Returns (id, data) of each event; "[DONE]" is not parsed."""
     position = None
     for line in lines:
         if line.startswith("id: "):

@@ -1,4 +1,4 @@
-"""The tiny model's greedy text by nothing but `decode`, one token at a time."""
+"""The tiny model's greedy text, computed by `decode` alone, one token at a time."""
 
 from __future__ import annotations
 

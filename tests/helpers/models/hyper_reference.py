@@ -64,7 +64,10 @@ def value(name, base, theta):
 
 
 class Stacked:
-    """One level: tensors in groups that a rule moves, with a theta for what the level above tunes."""
+    """One level of a stack: groups of tensors that a rule updates.
+
+    Each hyperparameter that the level above tunes is a theta.
+    """
 
     def __init__(self, rule, groups, bases, tuner: Tuner | None):
         self.rule, self.groups, self.bases, self.tuner = rule, groups, bases, tuner
@@ -107,7 +110,11 @@ class Stacked:
 
 
 def reference_step(stack, loss_of):
-    """Takes a step; returns the loss and its derivatives by every theta, from the lowest level up."""
+    """Takes a step.
+
+    Returns:
+        The loss and its derivatives by every theta, from the lowest level up.
+    """
     for group in stack.groups:
         for j, tensor in enumerate(group):
             group[j] = tensor if tensor.requires_grad else tensor.requires_grad_()

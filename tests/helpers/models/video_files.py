@@ -25,7 +25,7 @@ def picture(number: int, height: int = 48, width: int = 64) -> np.ndarray:
 
 
 def number_of(pixels: np.ndarray) -> int:
-    """Reads the number, modulo `CYCLE`, of an upright picture back from its bottom right quarter."""
+    """Reads the number, modulo `CYCLE`, of an upright picture from its bottom right quarter."""
     height, width = pixels.shape[:2]
     return round((float(pixels[height // 2 :, width // 2 :].mean()) - 16) / 6)
 

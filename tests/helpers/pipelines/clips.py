@@ -1,4 +1,4 @@
-"""Video shards of made-up segments whose frames tell their numbers."""
+"""Video shards of synthetic segments whose frames encode their own numbers."""
 
 from __future__ import annotations
 

@@ -14,6 +14,6 @@ CLIP_SHAPE = {"image_size": 32, "patch_size": 8, "frames": 4, "tubelet": 2}
 
 
 def small_encoder() -> VisionTransformer:
-    """Random weights, 32-pixel images, 48 wide."""
+    """Makes an encoder of width 48 with random weights for 32-pixel images."""
     torch.manual_seed(0)
     return VisionTransformer(EncoderShape(image_size=32, patch_size=8, width=48, depth=2, heads=3))

@@ -31,7 +31,7 @@ def run_backwards(function, rows, cfg, meter) -> None:  # type: ignore[no-untype
 
 
 class Crash(Exception):
-    """Stands for the kill."""
+    """Stands in for the kill of a process."""
 
 
 def crash(*_: object, **__: object) -> None:

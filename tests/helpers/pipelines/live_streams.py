@@ -64,7 +64,10 @@ def follow_until(cfg: IngestConfig, frames: int) -> None:
 
 
 def check_numbers(out: Path | str) -> None:
-    """The film from its beginning, without a gap or a repeat; its end may not have come yet."""
+    """Checks that frames start at the film's beginning, without gaps or repeats.
+
+    The film's end may be missing still.
+    """
     shown = numbers(out)
     assert len(shown) >= COMPLETE
     assert shown == WHOLE[: len(shown)]

@@ -1,4 +1,4 @@
-"""For tests of serving: a tiny artifact, encoded images, an image server on loopback."""
+"""Helpers of tests of serving: a tiny artifact, encoded images, an image server on loopback."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def bomb() -> bytes:
 
 @torch.inference_mode()
 def direct_tokens(folder: Path, image_bytes: bytes) -> np.ndarray:
-    """[N, D] tokens of one image by the shortest way: no server, no batch."""
+    """Computes the tokens [N, D] of one image directly, without a server or a batch."""
     artifact = load_artifact(folder)
     prep = artifact.preprocessing
     pixels = torch.from_numpy(eval_transform(decode_image(image_bytes), prep).copy())
@@ -141,7 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def _unannounced(self, size: int) -> None:
-        """A body whose length only its end tells."""
+        """Sends a body without a content length."""
         self.send_response(200)
         self.end_headers()
         self.wfile.write(bytes(size))
@@ -156,7 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
             return  # the client has had enough, as it should
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (the base class's name)
-        """Quiet."""
+        """Logs nothing."""
 
 
 @contextmanager

@@ -35,7 +35,7 @@ URI = png_uri(0)
 
 @dataclass(frozen=True)
 class Parts:
-    """What the application is made of."""
+    """The parts that the application is made of."""
 
     ingress: IngressParts
     service: EmbeddingService
@@ -50,7 +50,7 @@ class Parts:
 
 
 async def fake_embed(pixels: np.ndarray, pooling: str) -> np.ndarray:
-    """The image's mean colour times a ramp: enough to follow values to the reply."""
+    """Returns the image's mean colour times a ramp, so that values can be traced to the reply."""
     colour = pixels.mean(axis=(1, 2, 3)).astype(np.float32)
     ramp = np.arange(1, WIDTH + 1, dtype=np.float32)
     mean = colour[:, None] * ramp

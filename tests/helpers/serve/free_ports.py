@@ -7,7 +7,7 @@ import socket
 
 
 def free_ports(count: int) -> list[int]:
-    """Of 127.0.0.1, all different; bound at once and let go."""
+    """Returns different free ports of 127.0.0.1. All are bound at once and then released."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for s in sockets:

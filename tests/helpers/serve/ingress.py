@@ -33,7 +33,7 @@ class Made:
 
 
 def make(name: str, *, api_key: str | None = None, **settings: Any) -> Made:
-    """The application of that name; the language model's routes end before they reach one."""
+    """Returns the application of that name. Requests never reach the language model itself."""
     if name == "embeddings":
         parts = make_parts(api_key=api_key, **settings)
         return Made(parts.app(), parts.metrics.registry)

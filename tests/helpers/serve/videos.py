@@ -55,7 +55,7 @@ def save_clip_artifact(folder: Path) -> None:
 
 @torch.inference_mode()
 def direct_clip_tokens(folder: Path, pixels_THWC: np.ndarray) -> np.ndarray:
-    """[N, D] tokens of one clip by the shortest way: no server, no batch."""
+    """Computes the tokens [N, D] of one clip directly, without a server or a batch."""
     artifact = load_artifact(folder)
     prep = artifact.preprocessing
     clip_BCTHW = torch.from_numpy(pixels_THWC.copy()).permute(3, 0, 1, 2)[None]
@@ -64,13 +64,13 @@ def direct_clip_tokens(folder: Path, pixels_THWC: np.ndarray) -> np.ndarray:
 
 @dataclass
 class LocalServer:
-    """What a test needs of a running server."""
+    """A running server, as tests use it."""
 
     port: int
     parts: Parts
     loop: asyncio.AbstractEventLoop
     delay_s: float = 0.0
-    """Added to every forward pass."""
+    """Seconds added to every forward pass."""
     batches: list[int] | None = None
     """Sizes of the batches that ran."""
 

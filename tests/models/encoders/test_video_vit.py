@@ -76,8 +76,8 @@ def test_hidden_tubelets_do_not_matter_and_kept_ones_do(positions: str) -> None:
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_every_axis_of_a_place_counts(positions: str) -> None:
-    """The same tubelet elsewhere gives other tokens; without positions it could not."""
+def test_positions_matter_along_every_axis(positions: str) -> None:
+    """The same tubelet at another position gives another token."""
     encoder = small(positions)
     clips = some_clips(2).repeat(1, 1, 4, 1, 1)[..., :8, :8].repeat(1, 1, 1, 2, 2)
     clips[:, :, :2, :8, :8] *= -1  # token 0 differs, for the others to look at
@@ -107,7 +107,7 @@ def test_an_image_is_a_clip_of_one_repeated_frame(positions: str) -> None:
 
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_one_tubelet_clip_encoder_equals_image_encoder(positions: str) -> None:
-    """With the 2-D kernel spread over the frames, as a still picture cannot tell them apart."""
+    """The 2-D kernel is spread over the frames, which makes no difference for a still picture."""
     image_encoder = small(positions, frames=1, tubelet=1)
     clip_encoder = small(positions, frames=2, tubelet=2)
     state = dict(image_encoder.state_dict())
@@ -122,7 +122,7 @@ def test_one_tubelet_clip_encoder_equals_image_encoder(positions: str) -> None:
     assert not torch.allclose(clip_encoder(moving), expected, atol=1e-2)
 
 
-def test_one_time_step_has_the_images_table() -> None:
+def test_a_grid_of_one_time_step_has_the_table_of_images() -> None:
     image_encoder = small("sincos", frames=1, tubelet=1)
     assert image_encoder.pos_embed is not None
     one_tubelet = small("sincos", frames=2, tubelet=2)
@@ -148,7 +148,7 @@ def test_sincos_3d_against_loops(width: int) -> None:
 
 
 def turned(x: list[float], place: tuple[int, int, int], layout: str) -> list[float]:
-    """One head's vector at one place, from the definition, one pair at a time."""
+    """Rotates the vector of one head at one position, by the definition, one pair at a time."""
     share = 2 * (len(x) // 3 // 2)
     out = list(x)
     for axis in range(3):
@@ -188,8 +188,8 @@ def scores(rotation: Rotation, query: Tensor, key: Tensor) -> Tensor:
     return (q[0, 0, 0] * k[0, 0, 1]).sum()
 
 
-def test_only_the_correct_layout_sees_displacements_alone() -> None:
-    """Moved together, two tokens keep their score; under the released layout they do not."""
+def test_scores_depend_on_displacements_alone_only_in_the_correct_layout() -> None:
+    """Two tokens that move together keep their score, but not in the released layout."""
     side, tubes = 6, 4
     shift = side * side + side + 1  # one step along every axis
     query, key = torch.randn(2, 48, generator=torch.Generator().manual_seed(0))
@@ -230,7 +230,7 @@ def test_autocast_keeps_the_residual_stream_in_fp32(positions: str) -> None:
 
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_weights_in_bf16_run(positions: str) -> None:
-    """As the endpoint serves them."""
+    """The endpoint serves weights in bf16."""
     encoder, clips = small(positions), some_clips()
     expected = encoder(clips)
     narrow = encoder.to(torch.bfloat16)(clips.to(torch.bfloat16))

@@ -1,4 +1,4 @@
-"""The encoder computes what it is asked for and nothing else."""
+"""The image encoder: patches, kept tokens, presets, refusals and plain attention."""
 
 import copy
 
@@ -22,7 +22,7 @@ def test_patches_times_weight_is_the_convolution() -> None:
     torch.testing.assert_close(encoder.patch_embed(patches), convolved, atol=1e-5, rtol=1e-5)
 
 
-def test_kept_patches_alone_decide() -> None:
+def test_only_kept_patches_affect_the_output() -> None:
     encoder, images = small(), torch.randn(2, 3, 32, 32)
     keep = torch.tensor([[0, 5, 10], [1, 2, 15]])
     kept = encoder(images, keep)
@@ -34,7 +34,7 @@ def test_kept_patches_alone_decide() -> None:
     assert not torch.allclose(encoder(hidden, keep), kept)
 
 
-def test_all_kept_equals_none_given() -> None:
+def test_keeping_all_tokens_equals_passing_none() -> None:
     encoder, images = small(), torch.randn(2, 3, 32, 32)
     everything = torch.arange(16).expand(2, -1)
     torch.testing.assert_close(encoder(images, everything), encoder(images))
@@ -59,7 +59,7 @@ def test_presets_fit_together(name: str) -> None:
 
 
 def test_parameter_counts_match_the_paper() -> None:
-    """ViT-H/14 has 630M parameters (I-JEPA table 1's backbone), ViT-S/16 21.6M (DeiT)."""
+    """ViT-H/14 has 630M parameters (backbone of I-JEPA, table 1), and ViT-S/16 21.6M (DeiT)."""
     with torch.device("meta"):
         counts = {
             name: sum(

@@ -43,7 +43,7 @@ def make_batch(seed: int = 0, size: int = 4, keep: int = 16, block: int = 9) -> 
     }
 
 
-# --- the reference: one image and one block at a time, from a state dict, no module of ours -------
+# --- reference: one image and one block at a time, from a state dict, without our modules ---------
 
 
 def reference_norm(x: Tensor, w: dict[str, Tensor], name: str) -> Tensor:
@@ -127,7 +127,8 @@ def reference_loss(objective: IJEPA, batch: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("seed", range(4))  # by chance one batch hides an error by a factor of 100
 def test_loss_equals_reference(seed: int) -> None:
     objective, batch = make_objective(seed), make_batch(seed)
-    # A target that differs from the encoder, and biases that are not zero, or half of it is untested.
+    # The target differs from the encoder, and biases are not zero; otherwise half of the loss would
+    # go untested.
     with torch.no_grad():
         for p in objective.parameters():
             if p.requires_grad:
@@ -158,12 +159,13 @@ def test_no_gradient_reaches_the_target() -> None:
     assert all(p.grad is None for p in objective.feature_encoder.parameters())
     trained = [p for p in objective.encoder.parameters() if p.requires_grad]
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
-    # Nor does an optimizer or DDP, which would wait for gradients of whatever is trainable.
+    # Optimizers and DDP must not see the target either: DDP waits for gradients of all that is
+    # trainable.
     assert not any(p.requires_grad for p in objective.feature_encoder.parameters())
     assert any(p.requires_grad for p in objective.encoder.parameters())
 
 
-def test_self_target_lets_gradient_through() -> None:
+def test_gradients_flow_through_the_target_of_the_negative_control() -> None:
     objective = make_objective(target="self")
     assert objective.target_encoder is None
     assert objective.feature_encoder is objective.encoder
@@ -190,7 +192,7 @@ def test_momentum_is_linear_and_applied_in_fp32() -> None:
         torch.testing.assert_close(new, 0.996 * old + 0.004 * online, atol=1e-7, rtol=1e-5)
 
 
-def test_positions_against_loops() -> None:
+def test_sincos_table_equals_loops_over_positions() -> None:
     torch.testing.assert_close(sincos_2d(24, 5), reference_positions(24, 5))
     with pytest.raises(ValueError, match="divisible by 4"):
         sincos_2d(30, 4)

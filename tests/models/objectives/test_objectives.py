@@ -1,4 +1,4 @@
-"""Every further objective learns on real pictures without collapsing, and its control does not.
+"""All other objectives learn on real pictures without collapsing; their negative controls fail.
 
 Shape legend: B images, V views, E embedding width, N patches, P pixel values of a patch, D width.
 """
@@ -86,7 +86,7 @@ def features(objective: Objective, cfg: PretrainConfig, pictures: Tensor, name: 
         return objective(batch_of(cfg, pictures, torch.arange(128, 256), 99)).monitored[name]
 
 
-# --- collapse: the same assertion of the method and of its control --------------------------------
+# --- collapse: the same assertion for a method and for its negative control -----------------------
 
 JOINT = {
     "lejepa": {"sigreg_weight": 0.0},
@@ -121,7 +121,7 @@ def test_views_agree_without_collapsing_and_the_control_collapses(
 TAUGHT = {
     # name: (settings of the method, of its control)
     "dmjd": ({}, {"target": "self"}),
-    # SIGReg in the place of a teacher: what collapses without it does not with it.
+    # SIGReg instead of a teacher: without it, features collapse; with it, they do not.
     "ijepa": (
         {"target": "self", "regularize": "target_pooled", "regularizer_weight": 0.05},
         {"target": "self"},
@@ -136,7 +136,7 @@ def keeps_its_spread(objective: Objective, cfg: PretrainConfig, pictures: Tensor
 
 
 @pytest.mark.parametrize("name", list(TAUGHT))
-def test_a_teacher_or_sigreg_keeps_features_apart_and_neither_does_not(
+def test_features_collapse_only_without_both_teacher_and_sigreg(
     pictures: Tensor, name: str
 ) -> None:
     settings, without = TAUGHT[name]
@@ -153,13 +153,13 @@ def test_a_teacher_or_sigreg_keeps_features_apart_and_neither_does_not(
 
 
 class OthersPixels(MAE):
-    """MAE's control: asked for the patches of another image, of which it sees nothing."""
+    """MAE's negative control: must reconstruct patches of an image that it does not see."""
 
     def targets(self, patches_BNP: Tensor) -> Tensor:
         return super().targets(patches_BNP).roll(1, 0)
 
 
-def test_hidden_pixels_are_painted_better_than_by_chance_and_the_control_fails(
+def test_hidden_pixels_are_reconstructed_better_than_by_chance_and_the_control_fails(
     pictures: Tensor,
 ) -> None:
     def paints(kind: type[MAE]) -> None:
@@ -169,7 +169,7 @@ def test_hidden_pixels_are_painted_better_than_by_chance_and_the_control_fails(
         objective.__class__ = kind
         losses = learn(objective, cfg, pictures, 80, 2e-3)
         loss = np.mean(losses[-8:])
-        # 1 is the variance of the pixels. Of five seeds 0.80 to 0.83, of the control 0.94.
+        # The variance of the pixels is 1. Five seeds gave 0.80 to 0.83, and the control 0.94.
         assert loss < 0.9, f"the loss is {loss:.3f}"
         assert losses[0] > 0.95
 
@@ -178,7 +178,7 @@ def test_hidden_pixels_are_painted_better_than_by_chance_and_the_control_fails(
         paints(OthersPixels)
 
 
-# --- what each computes, against its formula ------------------------------------------------------
+# --- losses against their formulas ----------------------------------------------------------------
 
 
 def test_vicreg_equals_its_equations() -> None:
@@ -193,7 +193,7 @@ def test_vicreg_equals_its_equations() -> None:
     expected = 25 * functional.mse_loss(a, b) + 25 * hinge + covariance
     assert abs(loss / expected - 1) < 1e-9
     assert set(parts) == {"invariance", "variance", "covariance"}
-    # Three views: invariance is the mean over pairs.
+    # With three views, the invariance term is the mean over all pairs.
     c = torch.randn(50, 6, generator=generator, dtype=torch.float64)
     _, parts = objective.compare(torch.stack([a, b, c]))
     pairs = [functional.mse_loss(x, y) for x, y in ((a, b), (a, c), (b, c))]
@@ -203,7 +203,9 @@ def test_vicreg_equals_its_equations() -> None:
     assert none > 0
 
 
-def test_statistics_stay_out_of_autocast(pictures: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics_are_computed_without_autocast(
+    pictures: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     objective, seen = build(config("vicreg")), []
 
     def compare(embedded_VBE: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -227,7 +229,7 @@ def test_lejepa_equals_its_equation() -> None:
     assert abs(loss / (0.7 * invariance + 0.3 * spread) - 1) < 1e-6
 
 
-def test_mae_paints_normalised_patches_of_hidden_places(pictures: Tensor) -> None:
+def test_mae_reconstructs_the_normalised_pixels_of_hidden_patches(pictures: Tensor) -> None:
     cfg = config("mae")
     objective = build(cfg)
     batch = batch_of(cfg, pictures, torch.arange(8), 0)
@@ -244,7 +246,7 @@ def test_mae_paints_normalised_patches_of_hidden_places(pictures: Tensor) -> Non
         painted = objective.decoder(seen, batch["context_ids"], batch["target_ids"])[:, 0]
         loss = objective(batch).loss
     torch.testing.assert_close(loss, functional.mse_loss(painted, patches), rtol=1e-5, atol=0)
-    # What is hidden does not reach the encoder.
+    # Hidden pixels do not reach the encoder.
     unseen = batch["images"].clone()
     for image, ids in zip(unseen, hidden, strict=True):
         for n in ids.tolist():
@@ -258,7 +260,7 @@ def objective_input(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return (images - mean) / std
 
 
-def test_videomae_paints_tubelets_of_hidden_places() -> None:
+def test_videomae_reconstructs_hidden_tubelets() -> None:
     cfg = PretrainConfig(
         model=ModelConfig(
             encoder="video_micro", image_size=32, patch_size=8, frames=4, tubelet=2, **CIFAR
@@ -291,7 +293,7 @@ def test_videomae_paints_tubelets_of_hidden_places() -> None:
         dataclasses.replace(cfg, video_mask=VideoMaskConfig())
 
 
-def test_dmjd_is_the_mean_over_its_contexts_with_one_target_pass(pictures: Tensor) -> None:
+def test_dmjd_is_the_mean_over_contexts_and_runs_the_target_once(pictures: Tensor) -> None:
     cfg = config("dmjd")
     objective = build(cfg)
     assert isinstance(objective, DMJD)
@@ -336,7 +338,7 @@ def test_lejepa_learns_from_clips(pictures: Tensor) -> None:
     assert objective.embed(clips, torch.arange(8)).shape == (2, 8, 96)
 
 
-def test_a_time_window_is_all_that_a_view_sees(pictures: Tensor) -> None:
+def test_a_view_sees_only_its_time_window(pictures: Tensor) -> None:
     cfg = config("levjepa")
     views = ViewsConfig(
         time_window=0.5, global_scale=(1, 1), ratio=(1, 1), flip=0, colour=0, grey=0
@@ -354,14 +356,14 @@ def test_a_time_window_is_all_that_a_view_sees(pictures: Tensor) -> None:
         assert (objective.embed(changed, keys)[0] - first).abs().max() > 1e-3
 
 
-def test_a_regularizer_on_nothing_that_learns_is_refused() -> None:
+def test_regularizing_features_without_a_gradient_is_refused() -> None:
     for on in ("target_pooled", "logits"):
         with pytest.raises(ValueError, match=r"--objective\.regularize: .* one of context_pooled"):
             build(config("ijepa", regularize=on))
 
 
 @pytest.mark.parametrize("name", ["ijepa", "dmjd", "mae", "lejepa", "vicreg"])
-def test_what_can_be_regularized_is_what_has_a_gradient(pictures: Tensor, name: str) -> None:
+def test_regularizable_names_the_features_that_have_a_gradient(pictures: Tensor, name: str) -> None:
     for target in ("ema", "self"):
         cfg = config(name, target=target)
         objective = build(cfg)

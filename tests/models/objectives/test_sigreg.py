@@ -37,12 +37,12 @@ def test_value_and_gradient_equal_the_formula(knots: int) -> None:
     theirs.backward()
     assert abs(ours / theirs - 1) < 1e-12
     torch.testing.assert_close(z.grad, other.grad, rtol=0, atol=1e-12)
-    # And the reference notices a step of another slices.
+    # The slices of another step give another value.
     sigreg.advance()
     assert abs(sigreg(z) / theirs - 1) > 1e-6
 
 
-def test_fp32_is_near_and_autocast_changes_nothing() -> None:
+def test_fp32_is_close_to_fp64_and_autocast_changes_nothing() -> None:
     sigreg, z = SIGReg(slices=64), sample(1000)
     exact = reference(z, sigreg.draw_slices(12).double(), 17)
     plain = sigreg(z.float())
@@ -51,8 +51,8 @@ def test_fp32_is_near_and_autocast_changes_nothing() -> None:
     assert abs(plain / exact - 1) < 1e-5
 
 
-def test_a_point_gives_the_integral() -> None:
-    """All samples at 0: the integral of (1 - phi)^2 phi over [-3, 3], in closed form."""
+def test_equal_samples_give_the_closed_form() -> None:
+    """If all samples are 0, the statistic is the integral of (1 - phi)^2 phi over [-3, 3]."""
     root = math.sqrt(2 * math.pi)
     terms = [math.erf(3 * math.sqrt(k / 2)) * root / math.sqrt(k) for k in (1, 2, 3)]
     expected = terms[0] - 2 * terms[1] + terms[2]
@@ -83,7 +83,7 @@ def test_normal_scores_low_and_everything_else_high() -> None:
     assert min(scores.values()) > 10 * low, scores
 
 
-def test_descending_it_makes_a_collapsed_sample_spread() -> None:
+def test_minimising_it_spreads_a_collapsed_sample() -> None:
     torch.manual_seed(0)
     z = (0.01 * torch.randn(128, 4)).requires_grad_()
     sigreg, optimizer = SIGReg(slices=32), torch.optim.Adam([z], lr=0.05)
@@ -99,7 +99,7 @@ def test_slices_are_unit_and_follow_from_seed_and_step() -> None:
     first = SIGReg(slices=500, seed=3)
     slices = first.draw_slices(8)
     torch.testing.assert_close(slices.norm(dim=0), torch.ones(500))
-    # Uniform on the sphere: no preferred direction.
+    # Directions are uniform on the sphere, so none is preferred.
     torch.testing.assert_close(slices @ slices.T / 500, torch.eye(8) / 8, rtol=0, atol=0.03)
     first.advance()
     assert not torch.equal(first.draw_slices(8), slices)
@@ -110,7 +110,7 @@ def test_slices_are_unit_and_follow_from_seed_and_step() -> None:
     assert not torch.equal(other.draw_slices(8), slices)
 
 
-def test_the_backward_pass_keeps_one_number_a_projection() -> None:
+def test_the_backward_pass_keeps_one_number_per_projection() -> None:
     kept: list[int] = []
     z, sigreg = sample(200, 6).float().requires_grad_(), SIGReg(slices=50, knots=17)
 

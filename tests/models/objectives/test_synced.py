@@ -1,6 +1,7 @@
-"""W processes of gloo that share a batch give the loss and the gradients of one process with all of it.
+"""W gloo processes that share a batch compute the loss and the gradients of a single process.
 
-`python tests/models/objectives/test_synced.py W` is one measurement; the test runs it with W = 1, 2 and 4.
+`python tests/models/objectives/test_synced.py W` makes one measurement. The test runs it with
+W = 1, 2 and 4.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from helpers.repository import ROOT
 
 BATCH = 16
 TOLERANCES = {"fp64": 1e-12, "lejepa": 1e-4, "vicreg": 1e-4, "ijepa": 1e-4}
-"""Of loss and gradients, relative; ijepa with SIGReg of its context."""
+"""Relative tolerances of loss and gradients; `ijepa` is regularized by SIGReg of its context."""
 
 
 def statistics_in_fp64() -> Any:
-    """Everything that crosses processes, behind weights to differentiate."""
+    """Every statistic that is exchanged between processes, as a function of some weights."""
     import torch
     from torch import nn
 
@@ -116,7 +117,7 @@ def measure(rank: int, world: int, folder: str) -> None:
 
 
 def main(folder: str) -> None:
-    """Forks, after torch is imported once, and away from pytest's threads."""
+    """Imports torch once and then forks the processes, in a process without pytest's threads."""
     import torch.multiprocessing
 
     import models.objectives.registry  # noqa: F401  # before the forks, as all the rest
@@ -155,8 +156,8 @@ def test_workers_change_neither_loss_nor_gradient(measured: Any, world: int, nam
     assert worst < TOLERANCES[name] * scale
 
 
-def test_local_statistics_would_be_noticed() -> None:
-    """Halves of the batch by themselves, as without the exchange, have another loss."""
+def test_without_the_exchange_the_loss_differs() -> None:
+    """A negative control: each half of the batch by itself has another loss."""
     import torch
 
     objective, batch = objective_of("lejepa"), batch_of()

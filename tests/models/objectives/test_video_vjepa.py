@@ -54,7 +54,7 @@ def make_batch(seed: int = 0, size: int = 3) -> dict[str, Tensor]:
 
 
 def disturb(objective: VJEPA) -> None:
-    """A target unlike the encoder, and no weight at 0 or 1 for a fault to hide behind."""
+    """A target that differs from the encoder, and no weights of 0 or 1 that would hide a fault."""
     with torch.no_grad():
         for p in objective.parameters():
             if p.requires_grad:
@@ -64,10 +64,10 @@ def disturb(objective: VJEPA) -> None:
                 p.add_(0.02 * torch.randn(p.shape))
 
 
-# --- the reference: one clip and one mask at a time, from a state dict, no module of ours ---------
+# --- reference: one clip and one mask at a time, from a state dict, without our modules -----------
 
 Turn = Callable[[Tensor, Tensor], Tensor]
-"""Rotates one head's vectors [K, E] to their places [K, 3]."""
+"""Rotates the vectors [K, E] of one head by their positions [K, 3]."""
 
 
 def place(ids: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def no_turn(x: Tensor, ids: Tensor) -> Tensor:
 
 
 def turn(released: bool) -> Turn:
-    """As a matrix for every token: blocks of two by two on the diagonal."""
+    """Rotates by one matrix per token, which has 2 x 2 blocks on its diagonal."""
 
     def apply(x: Tensor, ids: Tensor) -> Tensor:
         share = 2 * (x.shape[1] // 3 // 2)
@@ -192,10 +192,10 @@ def test_reference_notices_faults(other: str) -> None:
         assert abs(loss - expected) > 3e-5
 
 
-# --- what is computed, and how often -------------------------------------------------------------
+# --- number of passes, mask tokens and inputs -----------------------------------------------------
 
 
-def test_one_target_pass_and_one_context_pass_a_generator() -> None:
+def test_the_target_runs_once_and_the_context_once_per_generator() -> None:
     objective, calls = make_objective(), {"target": [], "context": []}
     assert objective.target_encoder is not None
     for name, encoder in (("target", objective.target_encoder), ("context", objective.encoder)):
@@ -227,7 +227,7 @@ def test_number_of_generators_is_a_setting() -> None:
 
 
 def test_objectives_name_the_inputs_they_read() -> None:
-    """Neither more nor fewer: every batch entry named is needed, and they suffice."""
+    """Every batch entry that an objective names is needed, and no other is."""
     objective, batch = make_objective(), make_batch()
     assert set(objective.inputs) == batch.keys()
     loss = objective(batch).loss
@@ -269,7 +269,7 @@ def test_monitored_features_are_the_targets() -> None:
 
 
 def moving_squares(size: int, generator: torch.Generator) -> Tensor:
-    """Bright squares of random place, colour and direction on dark noise, uint8."""
+    """Clips, uint8, of bright squares on dark noise; position, colour and direction are random."""
     clips = torch.randint(0, 40, (size, 3, FRAMES, 32, 32), generator=generator, dtype=torch.uint8)
     start = torch.randint(8, 16, (size, 2), generator=generator)
     speed = torch.randint(-2, 3, (size, 2), generator=generator)
@@ -282,7 +282,7 @@ def moving_squares(size: int, generator: torch.Generator) -> Tensor:
 
 
 def train(target: str, steps: int = 40) -> tuple[float, float]:
-    """How far the pooled target features of clips lie apart, at the first and the last step."""
+    """Trains and returns the spread of pooled target features at the first and the last step."""
     objective = make_objective(target=target, ema=(0.99, 1.0))
     generator = torch.Generator().manual_seed(0)
     trained = [p for p in objective.parameters() if p.requires_grad]
@@ -299,7 +299,7 @@ def train(target: str, steps: int = 40) -> tuple[float, float]:
     return spread[0], spread[-1]
 
 
-def test_self_target_collapses_and_ema_does_not() -> None:
+def test_features_collapse_without_an_ema_target_and_not_with_one() -> None:
     start, collapsed = train("self")
     same_start, kept = train("ema")
     assert start == same_start

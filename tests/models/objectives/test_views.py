@@ -39,7 +39,7 @@ def drawn(count: int, **fixed: float) -> dict[str, Tensor]:
     return {name: torch.full((count,), fixed.get(name, 0.999)) for name in _DRAWS}
 
 
-def test_numbers_are_the_loaders() -> None:
+def test_random_numbers_equal_those_of_the_loader() -> None:
     words = np.array([0, 1, 2**63 + 5, 2**64 - 1], np.uint64)
     ours = bits(torch.from_numpy(words.view(np.int64)), 301, 9)
     assert (ours.numpy().view(np.uint64) == masking.bits(words, 301, 9)).all()
@@ -67,7 +67,7 @@ def test_without_augmentation_a_view_is_the_resized_picture(size: int) -> None:
         torch.testing.assert_close(view, expected, rtol=0, atol=1e-5)
 
 
-def test_crops_lie_where_the_box_says() -> None:
+def test_crops_show_the_pixels_in_their_box() -> None:
     line = torch.arange(20.0) + 0.5  # a ramp: linear resampling reads off the place
     matrix = resize_matrix(torch.tensor([3.25, 2.0]), torch.tensor([8.0, 15.0]), 20, 4)
     torch.testing.assert_close(matrix.sum(-1), torch.ones(2, 4))
@@ -115,7 +115,7 @@ def test_flip_and_blur() -> None:
     torch.testing.assert_close(untouched, plain, rtol=0, atol=1e-5)
 
 
-def test_colours_are_torchvisions() -> None:
+def test_colour_changes_equal_torchvision() -> None:
     pixels = (images().float() * 0.4 + 70).byte()  # away from black and white: nothing is cut off
     how = dataclasses.replace(views(**PLAIN).augmentation, colour=0.5)
     plain = pixels.float() / 255
@@ -132,7 +132,7 @@ def test_colours_are_torchvisions() -> None:
     near(view(contrast=0.0), reference.adjust_contrast(plain, 0.6))
     near(view(saturation=1.0), reference.adjust_saturation(plain, 1.2))
     near(view(brightness=0.0, colour=0.6), plain)  # the share that is left alone
-    # Hue is turned in YIQ, not HSV: the brightness stays, and a whole turn is nothing.
+    # Hue is rotated in YIQ, not in HSV: brightness is kept, and a full turn is the identity.
     luma = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
     turned = view(hue=1.0)
     near((turned * luma).sum(1), (plain * luma).sum(1))
@@ -143,7 +143,7 @@ def test_colours_are_torchvisions() -> None:
     near(view(solarise=0.4), torch.where(plain >= 0.5, 1 - plain, plain))
 
 
-def test_views_belong_to_the_sample_and_differ() -> None:
+def test_views_depend_on_the_sample_alone_and_differ_from_each_other() -> None:
     pixels, all_on = images(), views(blur=0.5, solarise=0.2, locals=2, local_size=16)
     whole = all_on.make(pixels, keys())
     assert [v.shape[-1] for v in whole] == [32, 32, 16, 16]
@@ -177,8 +177,8 @@ def test_kept_tokens_are_random_subsets() -> None:
     assert not torch.equal(ids, kept_tokens(torch.arange(4000), 1, 1, 16, 1, 4))
 
 
-def test_kept_tokens_lie_in_a_stretch_of_time() -> None:
-    # Negative keys too: the start is drawn from a signed word.
+def test_kept_tokens_lie_in_a_time_window() -> None:
+    # Keys may be negative: the start is drawn from a signed word.
     ids = kept_tokens(torch.arange(-2000, 2000), 0, steps=5, per_step=4, lasts=2, keep=8)
     starts = ids[:, 0] // 4
     assert torch.equal(ids, 4 * starts[:, None] + torch.arange(8))  # all of two time steps
@@ -189,7 +189,7 @@ def test_kept_tokens_lie_in_a_stretch_of_time() -> None:
     assert (half[:, -1] // 4 - half[:, 0] // 4 <= 1).all()
 
 
-def test_how_much_a_view_keeps() -> None:
+def test_number_of_tokens_that_a_view_keeps() -> None:
     assert views().kept(8, 16) == (8, 128)
     assert views(token_drop=0.5, time_window=0.5).kept(8, 16) == (4, 32)
     assert views(token_drop=0.95, time_window=0.1).kept(1, 4) == (1, 1)

@@ -15,7 +15,7 @@ from models.sink_lm.network.cache import NoFreeSlab
 
 
 @pytest.mark.parametrize("by_bucket", [False, True])
-def test_sessions_together_say_what_each_says_alone(by_bucket: bool) -> None:
+def test_sessions_in_a_batch_answer_as_each_does_alone(by_bucket: bool) -> None:
     """Prompts shorter and longer than the cache, in chunks, joined at different times."""
     engine = make(by_bucket=by_bucket)
     prompts = [b"a", b"hello there", b"x" * 23 + b"yz", bytes(range(100))]
@@ -43,7 +43,7 @@ def test_two_turns_equal_one_long_prompt() -> None:
     assert more == alone([*b"first", *first, *b"second", *second], 5)
 
 
-def test_the_journal_knows_first() -> None:
+def test_tokens_are_in_the_journal_before_the_reader_gets_them() -> None:
     log: list[int] = []
     engine = make(journal=lambda name, tokens: log.extend(tokens))
     engine.open("a")
@@ -73,7 +73,7 @@ def test_snapshot_and_tail_go_on_as_if_nothing_happened() -> None:
     assert ids(run(other, other.submit("b", [], ask(20)))[0]) == expected
 
 
-def test_fork_says_the_same_and_is_its_own() -> None:
+def test_a_fork_answers_like_its_source_and_is_independent() -> None:
     engine = make()
     engine.open("a")
     run(engine, engine.submit("a", list(b"shared prompt, longer than the cache is"), ask(7)))
@@ -140,7 +140,7 @@ def test_cancel_in_the_middle_of_a_prompt_loses_nothing_of_it() -> None:
     assert ids(run(engine, engine.submit("a", [], ask(5)))[0]) == alone(prompt, 5)
 
 
-def test_slabs_and_names_are_finite() -> None:
+def test_numbers_of_slabs_and_names_are_limited() -> None:
     engine = make(sessions=2)
     engine.open("a")
     engine.open("b")
@@ -179,7 +179,7 @@ def test_a_refused_request_leaves_no_trace(
 
 
 @pytest.mark.parametrize("bad", ["prefill_chunk", "max_buffered"])
-def test_sizes_that_would_stand_still_are_refused(bad: str) -> None:
+def test_sizes_that_would_make_no_progress_are_refused(bad: str) -> None:
     with pytest.raises(ValueError, match=bad):
         make(**{bad: 0})
 
@@ -207,7 +207,7 @@ def test_a_journal_that_fails_ends_one_answer_and_shows_nothing_unwritten() -> N
     assert more == alone(b"hello" + bytes(ids(two)) + b"more", 4)
 
 
-def test_a_reader_that_cannot_be_told_is_gone() -> None:
+def test_a_reader_whose_callback_fails_is_dropped() -> None:
     def notify() -> None:
         raise RuntimeError("Event loop is closed")
 
@@ -236,7 +236,7 @@ def test_a_damaged_state_takes_no_slab() -> None:
     assert (other.slabs.free, other.sessions()) == (1, [])
 
 
-def test_a_restored_tail_is_read_before_anyone_asks() -> None:
+def test_a_restored_tail_is_read_before_the_first_request() -> None:
     engine = make()
     engine.open("a")
     engine.restore("b", engine.export("a"), list(b"a tail of several chunks"))
@@ -248,7 +248,7 @@ def test_a_restored_tail_is_read_before_anyone_asks() -> None:
     assert found == alone(b"a tail of several chunks", 5)
 
 
-def test_a_busy_loop_of_ticks_lets_others_in() -> None:
+def test_callers_get_a_turn_during_a_busy_loop_of_ticks() -> None:
     """Without the second lock a caller waits for dozens of ticks, now and then for hundreds."""
     engine, seen, stop = make(), [0], threading.Event()
     decode = engine.model.decode

@@ -1,4 +1,4 @@
-"""Where an answer ends, also when it began in an earlier request."""
+"""Where an answer ends, including answers that began in an earlier request."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def push(output: OutputProcessor, text: bytes) -> str:
 
 
 @pytest.mark.parametrize(("keeps_partial", "rest"), [(True, ""), (False, "\ufffd")])
-def test_half_a_character_at_the_end_is_left_to_a_later_request(
+def test_an_incomplete_character_at_the_end_is_left_to_a_later_request(
     keeps_partial: bool, rest: str
 ) -> None:
     output = processor(keeps_partial=keeps_partial, max_tokens=2)
@@ -41,14 +41,14 @@ def test_a_stop_string_and_a_character_cross_the_border_between_requests() -> No
     assert output.end == End(reason="stop", stop="xéz")
 
 
-def test_text_before_the_answer_begins_no_stop_string() -> None:
+def test_a_stop_string_cannot_begin_before_the_answer() -> None:
     output = processor(stop=("ab",), max_tokens=2)
     assert output.resume(b"a", answered=0) is None
     assert push(output, b"bc") == "bc"
     assert output.end == End(reason="length")
 
 
-def test_a_reader_who_has_every_token_gets_the_end() -> None:
+def test_a_reader_that_has_every_token_gets_the_finish_reason() -> None:
     assert processor(stop=("bc",)).resume(b"abc", answered=3) == End(reason="stop")
     assert processor().resume([97, EOS], answered=2) == End(reason="stop")
     assert processor(ignore_eos=True).resume([97, EOS], answered=2) is None
@@ -65,7 +65,7 @@ def test_replayed_tokens_count_towards_min_and_max_tokens() -> None:
     assert output.end == End(reason="stop", stop="b")
 
 
-def test_what_is_held_back_comes_with_a_cancel() -> None:
+def test_cancelling_releases_text_that_was_held_back() -> None:
     output = processor(stop=("bcd",))
     assert push(output, b"abc") == "a"
     assert output.finish("cancelled") == End(reason="cancelled", text="bc")

@@ -49,7 +49,7 @@ def test_draws_follow_the_softmax(temperature: float) -> None:
         ({}, {0, 1, 2, 3, 4}),
     ],
 )
-def test_cuts_keep_exactly_these(rules: dict, kept: set[int]) -> None:
+def test_top_k_and_top_p_keep_exactly_these_tokens(rules: dict, kept: set[int]) -> None:
     """Probabilities are 0.549, 0.202, 0.074, 0.027, 0.122 + rest."""
     probabilities = allowed(LOGITS[None], [SamplingParams(**rules)])[0]
     assert set(probabilities.nonzero().flatten().tolist()) == kept
@@ -95,7 +95,7 @@ def test_draws_use_the_whole_range() -> None:
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-6])
-def test_next_to_no_temperature_is_greedy(temperature: float) -> None:
+def test_a_temperature_near_zero_is_greedy(temperature: float) -> None:
     assert one(SamplingParams(temperature=temperature, seed=0), LOGITS * 100) == 0
 
 

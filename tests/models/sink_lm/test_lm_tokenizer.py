@@ -185,7 +185,7 @@ def test_chat_says_what_is_wrong(tokenizer: Tokenizer, sentencepiece: Tokenizer)
         sentencepiece.chat([{"role": "user", "content": "hi"}])
 
 
-def test_no_message_has_all_marks(tokenizer: Tokenizer) -> None:
+def test_control_tokens_stay_text_between_private_use_characters(tokenizer: Tokenizer) -> None:
     """Control tokens stay text whatever private-use characters stand around them."""
     everything = "".join(map(chr, range(0xE000, 0xF900)))
     for content in (
@@ -208,7 +208,7 @@ def test_no_message_has_all_marks(tokenizer: Tokenizer) -> None:
         ("{{ messages[7]['content'] }}", "no element 7"),
     ],
 )
-def test_whatever_a_template_raises_is_said(template: str, error: str, folder: Path) -> None:
+def test_errors_of_a_chat_template_are_reported(template: str, error: str, folder: Path) -> None:
     own = load_tokenizer(str(folder))
     own._hf.chat_template = template
     with pytest.raises(ValueError, match=f"messages: .*{error}"):

@@ -62,7 +62,7 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def turned(vector: Tensor, position: int, theta: float) -> Tensor:
-    """One head at one position, as complex numbers: another form than the code's."""
+    """Rotates one head at one position by complex numbers, unlike the code under test."""
     half = len(vector) // 2
     angles = [position * theta ** (-2 * i / len(vector)) for i in range(half)]
     turn = torch.tensor([complex(math.cos(a), math.sin(a)) for a in angles], dtype=torch.complex128)
@@ -188,7 +188,7 @@ def test_eight_sessions_of_mixed_age_and_sinks_decode_together() -> None:
         torch.testing.assert_close(found, wanted, atol=1e-9, rtol=0)
 
 
-def test_sinks_at_their_true_distance_are_another_function() -> None:
+def test_keeping_sinks_at_their_true_distance_gives_other_logits() -> None:
     """Negative control: without the correction the assertion of this file fails by far."""
     model = build(small())
     stream = tokens(4 * CACHE)
@@ -227,7 +227,7 @@ def test_a_billion_tokens_down_the_stream_nothing_has_drifted() -> None:
     [(torch.float32, 1e-3), (torch.float16, 0.05), (torch.bfloat16, 0.3)],
 )
 @pytest.mark.parametrize("chunk", [1, 7, 5 * CACHE])
-def test_other_types_follow(dtype: torch.dtype, tolerance: float, chunk: int) -> None:
+def test_other_dtypes_are_close(dtype: torch.dtype, tolerance: float, chunk: int) -> None:
     model = build(small())
     stream = tokens(5 * CACHE)
     expected = reference_logits(model, stream)
