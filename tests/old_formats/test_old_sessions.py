@@ -1,4 +1,4 @@
-"""Sessions that a replica of the language model of commit ae55864 stored, as folder and segments."""
+"""Sessions that a language model of commit ae55864 stored, in a folder and in segments."""
 
 from __future__ import annotations
 

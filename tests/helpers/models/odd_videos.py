@@ -1,8 +1,8 @@
 """Small videos of every odd kind, written by the `ffmpeg` program, and the frames it shows of them.
 
-Frame n of the film is a code of 4 x 2 blocks, dark or bright by the bits of n, so that no two frames
-look alike and a wrong one is seen after any scaling. What is right is what `ffmpeg` itself decodes:
-another program than the reader under test, and another release of its libraries.
+Frame n of the film shows 4 x 2 blocks that are dark or bright by the bits of n, so that no two
+frames look alike and a wrong frame is noticed at any scale. The reference is what `ffmpeg` decodes,
+which is another program than the reader under test and another release of its libraries.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ ENCODED = {
     "mkv": "h264 h264b h264open h264refresh h264fields hevcb hevcopen vp8 vp8hidden vp9hidden "
     "av1hidden mpeg1 mpeg2b mpeg2fields mpeg4b xvid msmpeg4 mjpeg prores theora ffv1",
     "webm": "vp8 vp8hidden vp9 vp9hidden av1 av1hidden",
-    "avi": "h264 h264b h264open h264long hevcb mpeg1 mpeg2b mpeg4 mpeg4b xvid msmpeg4 mjpeg vp8 ffv1",
+    "avi": "h264 h264b h264open h264long hevcb mpeg1 mpeg2b mpeg4 mpeg4b xvid msmpeg4 mjpeg vp8 "
+    "ffv1",
     "ts": "h264 h264b h264open h264fields hevcb hevcopen mpeg1 mpeg2b mpeg2fields mpeg4b",
     "gif": "gif",
     "flv": "h264b",

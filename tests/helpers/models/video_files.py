@@ -1,7 +1,7 @@
 """Small real video files for tests, written with PyAV; frame number and time can be read back.
 
-Every frame is one flat grey, 16 + 6 times its number (modulo `CYCLE`), except for a white band along the top third of its
-left half, which tells which way up it is.
+Every frame is a flat grey of 16 + 6 times its number (modulo `CYCLE`), except for a white band
+along the top third of its left half, which shows which way up it is.
 """
 
 from __future__ import annotations

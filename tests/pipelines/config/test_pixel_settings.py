@@ -1,4 +1,4 @@
-"""How encoded images become RGB: set at ingest, told by the manifest, kept by the artifact, served."""
+"""Pixel settings are set at ingest, stored in the manifest, kept by the artifact and served."""
 
 from __future__ import annotations
 

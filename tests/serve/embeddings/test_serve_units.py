@@ -181,7 +181,11 @@ def test_fetch_delivers(port: int) -> None:
         ("/ok.png", ("example.org",), "url_not_allowed"),
         ("/ok.png", ("127.0.0.1:{port}",), "url_not_allowed"),  # allowed by name, not public
         ("/ok.png", ("*:{port}",), "url_not_allowed"),
-        ("/redirect?http://localhost:{port}/ok.png", ("private:127.0.0.1:{port}",), "url_not_allowed"),
+        (
+            "/redirect?http://localhost:{port}/ok.png",
+            ("private:127.0.0.1:{port}",),
+            "url_not_allowed",
+        ),
         (
             "/redirect?http://169.254.169.254/latest/meta-data",
             ("private:127.0.0.1:{port}", "*"),

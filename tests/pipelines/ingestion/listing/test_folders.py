@@ -223,8 +223,8 @@ def test_a_flag_that_is_not_utf8_is_refused_with_the_way_out(flag: str) -> None:
 def test_plain_folders_keep_the_keys_they_had() -> None:
     """Settings that come later must not ingest again what gives the same rows.
 
-    The video's key is that of commit ae55864. The image's is of the commit that first brought colour
-    profiles to sRGB (8e790ca): pictures with one had other rows before.
+    The video's key is that of commit ae55864. The image's is of the commit that first brought
+    colour profiles to sRGB (8e790ca): pictures with one had other rows before.
     """
     chunk = chunk_to_json(Chunk("folder", "file", (Entry("/data/cat/a.jpg", 5, "1.5", "cat"),)))
     keys = [

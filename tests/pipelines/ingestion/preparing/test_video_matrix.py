@@ -1,5 +1,5 @@
-"""Well over a hundred odd videos: every frame is the one that FFmpeg shows at its place, in ingest, in
-requests and in live streams (tests/helpers/models/odd_videos.py).
+"""Well over a hundred odd videos (tests/helpers/models/odd_videos.py): in ingest, in requests and
+in live streams, every frame is the one that FFmpeg shows at its place.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def test_likely_tokens_that_are_no_text_are_kept(temperature: float, tiny_lm: Pa
 
 
 def test_tokens_of_the_same_text_keep_names_of_their_own() -> None:
-    """SentencePiece has a byte token besides the letter; padding tokens of vocabularies are empty."""
+    """SentencePiece has a byte token and a letter token; padding tokens are empty."""
     texts = {1: b"A", 2: b"A", 3: b"", 4: b"", 5: b"\xf0", 6: b"\xf0"}
     shape = CompletionShape("m", "f", texts.__getitem__, logprobs=True)
     top = tuple((token, -float(token)) for token in texts)
