@@ -147,7 +147,7 @@ class IndexedVideo:
         return False
 
     def _begins_well(self, earliest: int) -> bool:
-        """Whether the first frame can be decoded; in a file that was cut, it may lack its key frame."""
+        """Whether the first frame can be decoded; its key frame may have been cut off."""
         first = self._packets[0]
         whole = first.is_keyframe and is_shown(first) and stamp_of(first) == earliest
         if whole and "mp4" in self._container.format.name:  # its key frames are marked reliably

@@ -359,7 +359,7 @@ class FrameReader:
 
     @property
     def unreadable(self) -> str:
-        """Why reading stopped early; empty at the end of the file, even if the last packet is cut."""
+        """Why reading stopped early; empty at the file's end, even if the last packet is cut."""
         if not self._count:
             return self._open_damage.first or "there is no frame that can be shown"
         is_cut = self._last_damage.places == 1 and not self._behind_damage

@@ -65,11 +65,11 @@ def test_hypergradients_of_every_hyperparameter_equal_autograd(case, height, mon
 
 
 @pytest.mark.parametrize("case", ["sgd", "rmsprop", "rmsprop without momentum", "adam", "adamw"])
-def test_the_same_without_waiting_for_the_device(case, monkeypatch):
+def test_capturable_hypergradients_equal_autograd(case, monkeypatch):
     compare(case, 3, monkeypatch, capturable=True)
 
 
-def test_groups_that_share_one_factor(monkeypatch):
+def test_hypergradients_of_groups_that_share_a_factor_equal_autograd(monkeypatch):
     optimizer = compare("adamw", 2, monkeypatch, shared=True)
     assert optimizer.hyper.theta_RH.shape == (1, 5)
     first, second = (values["lr"] for values in optimizer.hyperparameters())
@@ -102,7 +102,7 @@ def test_after_one_step_the_betas_of_adam_do_not_matter_yet(monkeypatch):
 
 @pytest.mark.parametrize("tuned", [True, False], ids=["hyper-lr 0", "no tuner"])
 @pytest.mark.parametrize("case", CASES)
-def test_at_hyper_lr_0_it_is_torchs_optimizer_bit_for_bit(case, tuned):
+def test_with_hyper_lr_0_updates_equal_torchs_optimizer_bitwise(case, tuned):
     tuner = Tuner(lr=0.0, tune=all_of(case)) if tuned else None
     params, optimizer = made(case, tuner, torch.float32)
     kind, base = CASES[case]
@@ -126,7 +126,7 @@ def test_lr_alone_needs_no_buffer_that_torchs_optimizer_does_not_have(case):
     assert kept <= {"exp_avg", "exp_avg_sq", "square_avg", "momentum_buffer"}
 
 
-def test_at_a_bound_the_levels_above_still_equal_autograd(monkeypatch):
+def test_hypergradients_of_upper_levels_equal_autograd_at_a_bound(monkeypatch):
     seen = recorded(monkeypatch)
     tuner = stack_of(2, ("lr",), bounds=(0.98, 1.02))
     params, optimizer = made("adamw", tuner)
@@ -142,7 +142,7 @@ def test_at_a_bound_the_levels_above_still_equal_autograd(monkeypatch):
     assert bool((optimizer.hyper.inside_RH == 0).any())
 
 
-def test_a_schedule_keeps_its_shape_and_its_last_rate_is_what_is_differentiated(monkeypatch):
+def test_tuning_scales_a_schedule_and_differentiates_by_the_last_rate(monkeypatch):
     """A schedule sets the next rate before the step; the derivative is by the rate last used."""
     seen = recorded(monkeypatch)
     params, optimizer = made("adamw", stack_of(1, ("lr",)))

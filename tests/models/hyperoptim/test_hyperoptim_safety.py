@@ -87,7 +87,7 @@ def test_a_run_resumed_from_its_state_is_the_same_run(case):
         shorter.load_state_dict(optimizer.state_dict())
 
 
-def test_nothing_moves_while_tuning_is_off():
+def test_hyperparameters_do_not_change_while_tuning_is_off():
     params, optimizer = made("adamw", Tuner())
     optimizer.tuning = False
     for step in range(4):

@@ -35,7 +35,7 @@ def test_no_two_streams_of_a_key_share_a_number(space: type[Stream]) -> None:
     assert overlapping(space) == []
 
 
-def test_an_overlap_is_seen() -> None:
+def test_overlapping_streams_are_detected() -> None:
     class Bad(Stream):
         FIRST = 5, 3
         SECOND = 7
@@ -79,7 +79,7 @@ def test_every_draw_of_the_loader_has_a_registered_number(monkeypatch: pytest.Mo
     assert {1, 3, 16, 17, 18, 19, 256, 257, 401} <= asked <= registered
 
 
-def test_numpy_and_torch_hash_alike() -> None:
+def test_numpy_and_torch_compute_the_same_hash() -> None:
     """Tensors and arrays have the same hash, bit for bit."""
     import torch
 

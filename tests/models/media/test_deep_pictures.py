@@ -52,7 +52,7 @@ def test_colour_of_fewer_bits_has_its_own_white(bits: int) -> None:
             assert np.abs(seen.astype(int) - COLOUR).max() <= (1 if bits == 16 else 0)
 
 
-def test_opacity_has_no_such_range() -> None:
+def test_the_range_does_not_apply_to_the_alpha_channel() -> None:
     opaque = np.full((16, 16, 1), 65535)
     opaque[0] = 0
     rgba = np.concatenate([of_bits(COLOUR, 12), opaque], axis=-1)

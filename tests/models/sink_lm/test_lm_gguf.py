@@ -42,13 +42,13 @@ def gguf_name(name: str) -> str:
 
 
 def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's layout of q and k: the two of a rotated pair lie side by side."""
+    """Converts q and k to llama.cpp's layout, where the two rows of a rotated pair are adjacent."""
     halves = weight.reshape(heads, 2, -1, *weight.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))
 
 
 def write_gguf(path: Path, hf: Any, extra: dict[str, np.ndarray] | None = None) -> gguf.GGUFWriter:
-    """Begins a GGUF file of a transformers model; add metadata, then call `finish`."""
+    """Begins a GGUF file of a transformers model; the caller adds metadata and calls `finish`."""
     config = hf.config
     writer = gguf.GGUFWriter(path, config.model_type)
     writer.add_block_count(config.num_hidden_layers)
@@ -217,7 +217,7 @@ def test_gguf_keys_at_their_neutral_values_are_no_obstacle(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.03, 0.3, 0.9, 0.999])
-def test_gguf_that_breaks_off_is_named(share: float, tmp_path: Path) -> None:
+def test_the_error_for_a_truncated_gguf_names_the_file(share: float, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     finish(write_gguf(path, make_hf("Llama")))
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
@@ -225,7 +225,7 @@ def test_gguf_that_breaks_off_is_named(share: float, tmp_path: Path) -> None:
         load_model(str(path))
 
 
-def test_gguf_of_the_other_byte_order_is_named(tmp_path: Path) -> None:
+def test_the_error_for_a_big_endian_gguf_names_the_file(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     writer = gguf.GGUFWriter(path, "llama", endianess=gguf.GGUFEndian.BIG)
     writer.add_block_count(2)

@@ -64,8 +64,8 @@ def from_ray_data(last: str) -> Exception:
         (
             "PermissionError: [Errno 13] Permission denied: '/disk/shards/_staging'",
             (
-                "--out: /disk/shards: this user may not read or write there (/disk/shards/_staging)\n"
-                "Name another folder."
+                "--out: /disk/shards: this user may not read or write there "
+                "(/disk/shards/_staging)\nName another folder."
             ),
         ),
         (

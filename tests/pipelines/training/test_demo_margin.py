@@ -31,7 +31,7 @@ from pipelines.training.trainer import train
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 MARGINS = {"vicreg_cifar10_demo": 0.06, "lejepa_cifar10_demo": 0.06, "cifar10_demo": 0.03}
-# What each needs not to collapse, taken away; and what then shrinks.
+# Settings that remove what keeps each recipe from collapsing, and the metric that then shrinks.
 CONTROLS = {
     "vicreg_cifar10_demo": {"vicreg_weights": (25.0, 0.0, 0.0)},
     "lejepa_cifar10_demo": {"sigreg_weight": 0.0},
@@ -113,9 +113,7 @@ def test_a_frozen_random_encoder_fails_the_same_assertion(name, sample_shards, t
 
 
 @of_each
-def test_without_what_holds_it_up_it_fails_the_same_assertion(
-    name, sample_shards, tmp_path, capsys
-):
+def test_a_recipe_that_collapses_fails_the_same_assertion(name, sample_shards, tmp_path, capsys):
     # As long as the run that passes; the watch would end it early, which is tested elsewhere.
     cfg = change(
         _recipe(name, sample_shards, tmp_path), objective=CONTROLS[name], watch={"action": "off"}
