@@ -200,9 +200,8 @@ def test_a_killed_worker_costs_the_steps_since_the_checkpoint_and_no_sample(two_
     assert killed, "the run was over before its first checkpoint was committed"
     assert result.step == STEPS
     rows = _samples(folder)
-    first, again = (
-        [r for r in rows if r["attempt"] == a] for a in sorted({r["attempt"] for r in rows})
-    )
+    attempts = sorted({r["attempt"] for r in rows})
+    first, again = ([r for r in rows if r["attempt"] == a] for a in attempts)
     lost, resumed = max(row["step"] for row in first), min(row["step"] for row in again)
     assert lost % EPOCH != 0, "the kill hit the end of an epoch"
     assert resumed <= lost
