@@ -18,6 +18,7 @@ from models.media.preprocessing import Preprocessing
 from pipelines.config.jobs import ExportConfig
 from pipelines.dataset.shards import read_manifest
 from pipelines.export import export
+from pipelines.ingestion.entries.chunks import Chunk, chunk_to_json
 from pipelines.ingestion.staging import chunk_key
 from serve.embeddings.media.inputs import to_pixels
 
@@ -47,8 +48,10 @@ def test_ingest_counts_dim_pictures_and_keeps_its_settings(
 
 
 def test_both_shape_the_rows_of_images_only(tmp_path: Path) -> None:
+    chunk = chunk_to_json(Chunk("folder", "file", ()))
+
     def key(modality: str, **changes: object) -> str:
-        return chunk_key("{}", settings(tmp_path, tmp_path, modality=modality, **changes))
+        return chunk_key(chunk, settings(tmp_path, tmp_path, modality=modality, **changes))
 
     for changes in ({"background": "white"}, {"deep_range": "auto"}):
         assert key("image", **changes) != key("image")

@@ -8,9 +8,9 @@ import json
 import pytest
 
 from helpers.pipelines.fake_training import change
-from pipelines import pretrain as job
 from pipelines.recipes.images import debug
 from pipelines.runs.checkpoints import CheckpointError, resolve_checkpoint
+from pipelines.training import launch as job
 
 RUN = "s3://went-back/runs/debug"
 LIST = f"{RUN}/checkpoint_manager_snapshot.json"

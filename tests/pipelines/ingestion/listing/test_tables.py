@@ -53,6 +53,7 @@ def separated(sign: str, header: str = "") -> str:
         ("x.jsonl", "".join(json.dumps({"file_name": p, "label": c}) + "\n" for p, c in WANTED)),
         ("x.txt", "".join(json.dumps({"label": c, "image": p}) + "\n\n" for p, c in WANTED)),
     ],
+    ids=lambda value: str(value)[:40],
 )
 def test_paths_and_labels(name: str, text: str) -> None:
     found = read_file_list(text.encode(), name)
