@@ -1,4 +1,4 @@
-"""JOB 4: embeds a whole data set with an exported encoder into Parquet, by a Ray Data actor pool.
+"""Embeds a whole data set with an exported encoder into Parquet, by a Ray Data actor pool.
 
     python -m pipelines.embed --artifact artifact --data shards/train --out embeddings
 

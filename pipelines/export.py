@@ -1,4 +1,4 @@
-"""JOB 5: export a checkpoint's target encoder as an artifact that timm and transformers load.
+"""Exports a checkpoint's target encoder as an artifact that timm and transformers load.
 
     python -m pipelines.export --checkpoint runs/demo --out artifact
 

@@ -1,4 +1,4 @@
-"""JOB 1: turns raw images or videos into validated, deduplicated Parquet shards, on Ray Data.
+"""Turns raw images or videos into validated, deduplicated Parquet shards, on Ray Data.
 
     python -m pipelines.ingest --source data/cifar10/train --out shards/train
     python -m pipelines.ingest --source s3://bucket/raw --out s3://bucket/shards --short-side 256

@@ -1,4 +1,4 @@
-"""JOB 2: pretrain an encoder on ingested shards, on one machine or a cluster.
+"""Pretrains an encoder on ingested shards, on one machine or a cluster.
 
     python -m pipelines.pretrain RECIPE --data.train URI [overrides]
 

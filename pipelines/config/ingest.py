@@ -86,7 +86,7 @@ class LiveConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class IngestConfig:
-    """Raw images or videos of any source to validated Parquet shards."""
+    """Turns raw images or videos of any source into validated Parquet shards."""
 
     source: Annotated[str, PlaceField(unless="follow")]
     """Folder, `s3://` prefix or list (CSV, TSV, text, JSON lines) of images or videos; for images
