@@ -30,7 +30,6 @@ from helpers.serve.videos import (
     LocalServer,
     direct_clip_tokens,
     local_server,
-    save_clip_artifact,
 )
 from models.artifacts.artifact import load_artifact
 from models.media.images import decode_image
@@ -38,13 +37,6 @@ from models.media.preprocessing import Preprocessing, eval_transform
 
 JPEGS = [encoded(picture(seed), "JPEG") for seed in range(12)]
 LIVE = write_video(io.BytesIO(), 24, rate=12, codec="mpeg4", container="mpegts").getvalue()
-
-
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("artifact") / "clips"
-    save_clip_artifact(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

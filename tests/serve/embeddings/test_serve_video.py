@@ -40,7 +40,6 @@ from helpers.serve.videos import (
     LocalServer,
     direct_clip_tokens,
     local_server,
-    save_clip_artifact,
 )
 from models.media.preprocessing import Preprocessing, eval_transform
 from models.media.video.containers import VideoError
@@ -162,13 +161,6 @@ def test_sampling_that_makes_no_sense(item: Any, code: str, param: str) -> None:
 
 
 # Over HTTP
-
-
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("artifact") / "clips"
-    save_clip_artifact(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
