@@ -63,19 +63,8 @@ def _as_json(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def name_of(results: Results) -> str:
+def name_of(results: Mapping[str, Any]) -> str:
     """Names an evaluation by its run and step, or else by what was evaluated."""
     provenance = results["provenance"]
     run = provenance.get("run") or results["settings"]["checkpoint"]
     return f"{run}, step {provenance['step']}" if "step" in provenance else str(run)
-
-
-def compared_rows(results: Results, others: Sequence[Results]) -> dict[str, Mapping[str, Any]]:
-    """Returns rows by name: this encoder, the others, the baselines; equal names are numbered."""
-    rows: dict[str, Mapping[str, Any]] = {}
-    for one in (results, *others):
-        name = name_of(one)
-        taken = sum(known == name or known.startswith(f"{name} (") for known in rows)
-        rows[f"{name} ({taken + 1})" if taken else name] = one["rows"]["encoder"]
-    baselines = {key: row for key, row in results["rows"].items() if key != "encoder"}
-    return {**rows, **{key.replace("_", " "): row for key, row in baselines.items()}}

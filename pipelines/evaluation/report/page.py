@@ -16,9 +16,15 @@ from pipelines.evaluation.probe_sets import ProbeSet
 from pipelines.evaluation.probes.probe import percent
 from pipelines.evaluation.probes.registry import main_column, main_score
 from pipelines.evaluation.report import samples
-from pipelines.evaluation.report.comparison import compared_rows
 from pipelines.evaluation.report.curves import training_curves
-from pipelines.evaluation.report.tables import ROW_NAMES, Table, named_rows, results_rows, table_of
+from pipelines.evaluation.report.tables import (
+    ROW_NAMES,
+    Table,
+    compared_rows,
+    named_rows,
+    results_rows,
+    table_of,
+)
 from pipelines.evaluation.subject import Subject
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")

@@ -10,7 +10,7 @@ from rich import table as rich_table
 
 from pipelines.evaluation.probes.probe import Column, Row
 from pipelines.evaluation.probes.registry import columns, main_column, main_score
-from pipelines.evaluation.report.comparison import compared_rows
+from pipelines.evaluation.report.comparison import name_of
 
 ROW_NAMES = {
     "encoder": "encoder",
@@ -82,6 +82,19 @@ def results_rows(results: Mapping[str, Any]) -> dict[str, Row]:
 def named_rows(results: Mapping[str, Any]) -> dict[str, Row]:
     """Returns the rows of results.json by the names to show."""
     return {ROW_NAMES[key]: row for key, row in results_rows(results).items()}
+
+
+def compared_rows(
+    results: Mapping[str, Any], others: Sequence[Mapping[str, Any]]
+) -> dict[str, Row]:
+    """Returns rows by name: this encoder, the others, the baselines; equal names are numbered."""
+    rows: dict[str, Row] = {}
+    for one in (results, *others):
+        name = name_of(one)
+        taken = sum(known == name or known.startswith(f"{name} (") for known in rows)
+        rows[f"{name} ({taken + 1})" if taken else name] = one["rows"]["encoder"]
+    baselines = {key: row for key, row in results["rows"].items() if key != "encoder"}
+    return {**rows, **{ROW_NAMES[key]: row for key, row in baselines.items()}}
 
 
 def results_table(results: Mapping[str, Any]) -> rich_table.Table:
