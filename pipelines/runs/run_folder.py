@@ -10,6 +10,8 @@ from typing import Any
 
 from pipelines.runtime.uris import is_local, open_uri
 
+METRICS = "metrics.jsonl"
+
 
 class RunFolder:
     """A run's folder whose files can be appended to.
@@ -51,9 +53,6 @@ class RunFolder:
         """Removes the temporary folder of a remote run."""
         if self.remote:
             shutil.rmtree(self.local, ignore_errors=True)
-
-
-METRICS = "metrics.jsonl"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

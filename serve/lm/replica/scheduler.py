@@ -76,9 +76,8 @@ class Scheduler:
             ApiError: the request is refused.
         """
         async with self._active.locks.get(start.request_id):
-            await self._active.end(
-                start.request_id
-            )  # left by an earlier call, if this one repeats it
+            # Generations of an earlier call, if this one repeats it.
+            await self._active.end(start.request_id)
             with self._active.expect(start.request_id) as gone:
                 if start.session_id is None:
                     return await self._start_temporary(start, gone)
