@@ -194,7 +194,12 @@ class ResultsFile:
 
     def _refuse_another(self) -> None:
         before, mine = json.loads(_read(self._out, SWEEP) or "null"), self._sweep
-        if before not in (None, mine):
+        if before is None:
+            return
+        # Settings that the sweep's version did not have were what their defaults are now.
+        defaults = json.loads(json.dumps(flatten(dataclasses.asdict(PretrainConfig()))))
+        before = {k: defaults[k] for k in mine if k in defaults} | before
+        if before != mine:
             keys = [k for k in {**before, **mine} if before.get(k) != mine.get(k)]
             names = ["--space, --samples or --seed" if k == "runs" else f"--{k}" for k in keys]
             raise ValueError(

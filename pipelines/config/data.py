@@ -15,6 +15,11 @@ class DataConfig:
 
     train: ReadPlace = ""
     """Folder or `s3://` prefix of ingested shards to pretrain on."""
+    mix: tuple[ReadPlace, ...] = ()
+    """Further sets of shards that every batch has rows of, beside `train`."""
+    mix_shares: tuple[float, ...] = ()
+    """Share of each set of `mix` in every batch, rounded to whole rows of a lane; `train` has the
+    rest. Every set is gone through in its own epochs."""
     test: ReadPlace = ""
     """Labelled shards held out for the online probe; empty skips the
     probe."""
@@ -48,11 +53,34 @@ class DataConfig:
             "data.batch-size",
             f"must be a multiple of --data.lanes ({self.lanes}), got {self.batch_size}",
         )
+        self._check_mix()
         require(self.shuffle_window > 0, "data.shuffle-window", "must be positive")
         require_range(self.crop_scale, "data.crop-scale", 0.0, 1.0)
         require_range(self.crop_ratio, "data.crop-ratio", 0.0, 10.0)
         require(self.decode_threads > 0, "data.decode-threads", "must be positive")
         require(self.prefetch_batches > 0, "data.prefetch-batches", "must be positive")
+
+    def _check_mix(self) -> None:
+        shares = self.mix_shares
+        require(len(shares) == len(self.mix), "data.mix-shares", "needs one for each --data.mix")
+        require(all(s > 0 for s in shares) and sum(shares) < 1, "data.mix-shares",
+                "must be positive, and leave some of the batch to --data.train")  # fmt: skip
+        uris = (self.train, *self.mix)
+        require(len(set(uris)) == len(uris), "data.mix", "names a set twice")
+        rows = self.batch_size // self.lanes
+        require(
+            self.rows_by_set[0] > 0,
+            "data.mix-shares",
+            f"a lane has {rows} rows of a batch, too few for {len(uris)} sets; raise "
+            "--data.batch-size or lower --data.lanes",
+        )
+
+    @property
+    def rows_by_set(self) -> tuple[int, ...]:
+        """Rows of a batch that come from `train` and from each set of `mix`."""
+        lane_rows = self.batch_size // self.lanes
+        mixed = [max(1, round(share * lane_rows)) for share in self.mix_shares]
+        return tuple(self.lanes * rows for rows in (lane_rows - sum(mixed), *mixed))
 
 
 @dataclass(frozen=True, kw_only=True)

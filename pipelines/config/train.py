@@ -271,6 +271,12 @@ class PretrainConfig:
             "run.accumulate",
             f"{self.objective.name} needs two rows or more in a micro-batch",
         )
+        masks = self.mask if self.modality == "image" else self.video_mask
+        require(
+            not self.data.mix or masks.truncate != "legacy",
+            "data.mix",
+            "needs masks of a fixed size: legacy ones are cut to the shortest of a set's batch",
+        )
         if self.masks == "none":
             side = self.views.local_size or self.model.image_size
             ok = side % self.model.patch_size == 0 and side <= self.model.image_size

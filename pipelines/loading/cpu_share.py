@@ -36,8 +36,10 @@ class Share:
     object_store_bytes: float
 
 
-def cluster_share(cfg: PretrainConfig, world_size: int) -> Share:
+def cluster_share(cfg: PretrainConfig, world_size: int, datasets: int = 1) -> Share:
     """Returns an equal share of the CPUs that the train workers leave, so no rank starves another.
+
+    Each rank has as many shares as it reads data sets.
 
     Without shares the ranks can deadlock: one waits for a CPU that a paused task of a second rank
     holds, while the second waits for the first in a collective. Shares that add up to what the
@@ -54,16 +56,17 @@ def cluster_share(cfg: PretrainConfig, world_size: int) -> Share:
     assigned = context.get_assigned_resources().get("CPU", 0.0) if in_worker else 0.0
     total = ray.cluster_resources()  # type: ignore[no-untyped-call]
     free = total.get("CPU", 0.0) - world_size * assigned
-    if free < LEAST_CPUS * world_size:
+    shares = world_size * datasets
+    if free < LEAST_CPUS * shares:
         raise StarvedError(_starved_message(f"{free:g} of {total.get('CPU', 0):g} CPUs are left"))
-    cpus = free / world_size
+    cpus = free / shares
     in_data = cfg.data.decode_in == "data"
     read_cpus = min(0.5, cpus / 4) if in_data else min(1.0, cpus)
     return Share(
         cpus=cpus,
         read_cpus=_floor_cpus(read_cpus),
         decode_cpus=_floor_cpus(min(1.0, cpus - read_cpus)) if in_data else 0.0,
-        object_store_bytes=0.5 * total.get("object_store_memory", 0.0) / world_size,
+        object_store_bytes=0.5 * total.get("object_store_memory", 0.0) / shares,
     )
 
 

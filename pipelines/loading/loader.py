@@ -27,11 +27,11 @@ import torch
 
 from models.keyed_random.arrays import sample_keys
 from pipelines.config.train import PretrainConfig
-from pipelines.dataset.shards import Manifest, read_manifest
 from pipelines.loading.clips import training_sampler
 from pipelines.loading.cpu_share import Share, StarvationWatch, cluster_share
 from pipelines.loading.decoding import DecodeError, decode_rows
 from pipelines.loading.masks.maskers import MASK_NAMES, Masker, make_masker
+from pipelines.loading.mixing import TrainingSet, merged, training_sets
 from pipelines.loading.plan import Piece, make_plan, pieces, rank_lanes
 from pipelines.loading.prefetch import prefetch
 from pipelines.loading.read_tasks import BLOCK_BYTES, Reader, read_pieces
@@ -75,51 +75,45 @@ def train_batches(
         StarvedError: no CPU is left for Ray Data.
         DecodeError: a stored image or video does not decode; the sample is named.
     """
-    reader = make_reader(cfg, rank, world_size)
-    todo = pieces(reader.plan, start_step, end_step, reader.most_batches)
-    if not todo:
+    readers = [make_reader(cfg, rank, world_size, part) for part in training_sets(cfg)]
+    if start_step >= end_step:
         return
-    share = cluster_share(cfg, world_size)
+    share = cluster_share(cfg, world_size, datasets=len(readers))
     threads = cfg.data.decode_threads
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-        source = _batches(cfg, reader, todo, share, pool)
+        source = _all_batches(cfg, readers, range(start_step, end_step), share, pool)
         yield from prefetch(source, cfg.data.prefetch_batches, StarvationWatch(share))
 
 
-def make_reader(cfg: PretrainConfig, rank: int, world_size: int) -> Reader:
-    """Reads the manifest and makes the settings of this rank's read tasks.
+def make_reader(
+    cfg: PretrainConfig, rank: int, world_size: int, part: TrainingSet | None = None
+) -> Reader:
+    """Makes the settings of this rank's read tasks for one set.
+
+    Args:
+        cfg: the run's configuration.
+        rank: number of this worker.
+        world_size: number of workers.
+        part: the set, from `training_sets`; None for --data.train.
 
     Raises:
         ValueError: there is no manifest, there are too few samples, or lanes or masks cannot work.
     """
-    manifest = read_manifest(cfg.data.train)
-    check_modality(cfg, manifest)
-    plan = make_plan(manifest.row_groups(), cfg.data, cfg.run.seed)
+    part = part or training_sets(cfg)[0]
+    manifest = part.manifest
+    plan = make_plan(manifest.row_groups(), part.data, cfg.run.seed)
     masker = make_masker(cfg)
     masker.check()  # here and not in the first task, so that its error is raised as it is
     return Reader(
-        uri=cfg.data.train,
+        uri=part.data.train,
         files=tuple(shard.file for shard in manifest.shards),
         plan=plan,
         lanes=rank_lanes(plan, rank, world_size),
         masker=masker,
-        data=cfg.data,
+        data=part.data,
         row_bytes=max(1.0, manifest.num_bytes / manifest.num_samples),
         sampler=training_sampler(cfg),
     )
-
-
-def check_modality(cfg: PretrainConfig, manifest: Manifest) -> None:
-    """Checks that the shards hold what the objective learns from.
-
-    Raises:
-        ValueError: they hold images where the objective needs video, or the reverse.
-    """
-    if manifest.modality != cfg.modality:
-        raise ValueError(
-            f"--data.train: shards of modality {manifest.modality!r}, but --objective.name "
-            f"{cfg.objective.name} learns from {cfg.modality!r}"
-        )
 
 
 def _pixel_shape(cfg: PretrainConfig) -> tuple[int, ...]:
@@ -128,10 +122,26 @@ def _pixel_shape(cfg: PretrainConfig) -> tuple[int, ...]:
     return (3, side, side) if cfg.modality == "image" else (3, cfg.model.frames, side, side)
 
 
-def _batches(
-    cfg: PretrainConfig, reader: Reader, todo: list[Piece], share: Share, pool: ThreadPoolExecutor
+def _all_batches(
+    cfg: PretrainConfig, readers: list[Reader], steps: range, share: Share, pool: ThreadPoolExecutor
 ) -> Generator[dict[str, Any]]:
-    """Yields the batches of all pieces, from one dataset for every `SEGMENT_PIECES`."""
+    """Yields the batches of these steps, merged where there are several sets."""
+    with contextlib.ExitStack() as stack:
+        sources = [
+            stack.enter_context(contextlib.closing(_batches(cfg, reader, steps, share, pool)))
+            for reader in readers
+        ]
+        if len(sources) == 1:
+            yield from sources[0]
+        else:
+            yield from merged(zip(*sources, strict=True), len(readers[0].lanes))
+
+
+def _batches(
+    cfg: PretrainConfig, reader: Reader, steps: range, share: Share, pool: ThreadPoolExecutor
+) -> Generator[dict[str, Any]]:
+    """Yields the batches of one set, from one dataset for every `SEGMENT_PIECES`."""
+    todo = pieces(reader.plan, steps.start, steps.stop, reader.most_batches)
     for first in range(0, len(todo), SEGMENT_PIECES):
         segment = todo[first : first + SEGMENT_PIECES]
         step = segment[0].step

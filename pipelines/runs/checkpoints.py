@@ -55,7 +55,7 @@ __all__ = [
 
 def decides_the_run(key: str, cfg: PretrainConfig) -> bool:
     """Whether changing the setting `key` would make `cfg` a different run (docs/checkpoints.md)."""
-    free = {"data.train", "data.test", "data.decode_in", "data.decode_threads"}
+    free = {"data.train", "data.mix", "data.test", "data.decode_in", "data.decode_threads"}
     free |= {"data.prefetch_batches"}
     section = key.partition(".")[0]
     if section == "run":

@@ -102,16 +102,15 @@ def check_early(cfg: PretrainConfig, run_uri: str) -> Start:
     """
     from models.encoders.shape import find_preset
     from models.objectives.registry import find_objective
-    from pipelines.dataset.shards import read_manifest
-    from pipelines.loading.loader import check_modality
     from pipelines.loading.masks.maskers import make_masker
+    from pipelines.loading.mixing import identity_of, training_sets
     from pipelines.loading.plan import make_plan
     from pipelines.training.contract import end_step
     from pipelines.training.optimizers import check_installed
 
-    manifest = read_manifest(cfg.data.train)
-    check_modality(cfg, manifest)
-    make_plan(manifest.row_groups(), cfg.data, cfg.run.seed)  # refuses too few rows for a batch
+    sets = training_sets(cfg)
+    for one in sets:
+        make_plan(one.manifest.row_groups(), one.data, cfg.run.seed)  # refuses too few rows
     find_preset(cfg.model.encoder)
     find_objective(cfg.objective.name)
     make_masker(cfg).check()
@@ -119,7 +118,8 @@ def check_early(cfg: PretrainConfig, run_uri: str) -> Start:
     start = find_start(run_uri, cfg.run.resume_from, min(cfg.run.checkpoint_every, end_step(cfg)))
     if start.uri:
         with local_copy(start.uri, "*.json") as folder:
-            check_resumable(read_config(folder), read_state(folder), cfg, manifest.manifest_hash)
+            identity = identity_of([one.manifest for one in sets])
+            check_resumable(read_config(folder), read_state(folder), cfg, identity)
     elif cfg.run.init_from:
         start = dataclasses.replace(start, note=check_initial(cfg))
     return start

@@ -31,8 +31,8 @@ def train_worker(cfg: PretrainConfig, progress: Queue | None = None) -> Outcome:
     import ray.train
     import ray.train.torch
 
-    from pipelines.dataset.shards import read_manifest
     from pipelines.loading.loader import train_batches
+    from pipelines.loading.mixing import identity_of, training_sets
     from pipelines.loading.plan import make_plan
 
     _quiet()
@@ -43,9 +43,11 @@ def train_worker(cfg: PretrainConfig, progress: Queue | None = None) -> Outcome:
         local_world_size=context.get_local_world_size(),
         device=ray.train.torch.get_device() if cfg.run.gpu else torch.device("cpu"),
     )
-    manifest = read_manifest(cfg.data.train)
-    plan = make_plan(manifest.row_groups(), cfg.data, cfg.run.seed)
-    data = DataSource(train_batches, plan.batches_per_epoch, manifest.manifest_hash)
+    sets = training_sets(cfg)
+    first = sets[0]
+    plan = make_plan(first.manifest.row_groups(), first.data, cfg.run.seed)
+    identity = identity_of([one.manifest for one in sets])
+    data = DataSource(train_batches, plan.batches_per_epoch, identity)
     say = print if progress is None else say_into(progress)
     return train(cfg, worker, data, RayCheckpoints(), say)
 
