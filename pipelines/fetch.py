@@ -28,7 +28,7 @@ if __name__ == "__main__" and not __package__:
 import tyro
 
 from pipelines.config.places import PlaceField
-from pipelines.fetchers.games import GAMES, record_games
+from pipelines.fetchers.games.recording import GAMES, record_games
 from pipelines.fetchers.image_sets import count_images, fetch_set
 from pipelines.fetchers.language_model import fetch_smollm2
 from pipelines.fetchers.moving_mnist import Edges, fetch_movingmnist

@@ -50,6 +50,7 @@ ORDER = [
     "pipelines/evaluation/report",
     "pipelines/training",
     "pipelines/sweeps",
+    "pipelines/fetchers/games",
     "pipelines/fetchers",
     "serve/telemetry",
     "serve/ingress",

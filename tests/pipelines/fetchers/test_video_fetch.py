@@ -11,9 +11,9 @@ import pytest
 from models.media.videos import count_frames, decode_frames
 from pipelines import fetch
 from pipelines.fetch import FetchConfig
-from pipelines.fetchers import games as fetch_games
 from pipelines.fetchers import moving_mnist, shipped
 from pipelines.fetchers import sample_clips as fetch_samples
+from pipelines.fetchers.games import recording as fetch_games
 from pipelines.fetchers.moving_mnist import (
     DIRECTIONS,
     FRAMES,

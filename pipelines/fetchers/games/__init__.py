@@ -1,0 +1,1 @@
+"""Records games as labelled video; may import the folders below pipelines/fetchers."""
