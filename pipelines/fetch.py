@@ -28,7 +28,14 @@ if __name__ == "__main__" and not __package__:
 import tyro
 
 from pipelines.config.places import PlaceField
-from pipelines.fetchers.games.recording import GAMES, record_games
+from pipelines.fetchers.games.frame_size import parse_size
+from pipelines.fetchers.games.recording import (
+    GAME_VARIANTS,
+    GAMES,
+    Footage,
+    Variant,
+    record_games,
+)
 from pipelines.fetchers.image_sets import count_images, fetch_set
 from pipelines.fetchers.language_model import fetch_smollm2
 from pipelines.fetchers.moving_mnist import Edges, fetch_movingmnist
@@ -51,7 +58,7 @@ class FetchConfig:
     out: Annotated[Path, PlaceField(written=True)]
     """Folder for the files."""
     minutes: float = 2.0
-    """Gameplay: minutes of footage with the HUD, and as many without it."""
+    """Gameplay: minutes of footage of each variant."""
     games: tuple[str, ...] = GAMES
     """Gameplay: which games."""
     clips: int = 800
@@ -62,6 +69,27 @@ class FetchConfig:
     """Gameplay and movingmnist: seed of everything random."""
     side: int | None = None
     """Gameplay: resize the whole screen, with the HUD, to a square of this many pixels a side."""
+    size: str | None = None
+    """Gameplay: height and width of frames, such as 144x256. Doom is drawn in that aspect; Atari's
+    screen becomes a square in the middle of the frame."""
+    variants: tuple[Variant, ...] = GAME_VARIANTS
+    """Gameplay: with the game's own HUD, without HUD, and with two others drawn over the latter."""
+
+    def __post_init__(self) -> None:
+        if self.side is not None and (self.side < 16 or self.side % 2):
+            raise ValueError(f"--side: must be even and at least 16, got {self.side}")
+        if self.side is not None and self.size is not None:
+            raise ValueError("--size: give either --size or --side")
+        if not self.variants or len(set(self.variants)) < len(self.variants):
+            raise ValueError("--variants: name at least one, and none twice")
+        self.footage()
+
+    def footage(self) -> Footage:
+        """How the frames of gameplay look."""
+        size = (self.side, self.side) if self.side is not None else None
+        if self.size is not None:
+            size = parse_size(self.size)
+        return Footage(variants=self.variants, size=size, squeeze=self.side is not None)
 
 
 def fetch(cfg: FetchConfig) -> None:
@@ -76,7 +104,7 @@ def fetch(cfg: FetchConfig) -> None:
     if cfg.dataset == "smollm2":
         fetch_smollm2(out)
     elif cfg.dataset == "gameplay":
-        seconds = record_games(out, cfg.minutes, cfg.seed, cfg.games, cfg.side)
+        seconds = record_games(out, cfg.minutes, cfg.seed, cfg.games, cfg.footage())
         print(f"{out}: {seconds / 60:.1f} minutes of each variant")
     elif cfg.dataset == "movingmnist":
         fetch_movingmnist(out, cfg.clips, cfg.seed, cfg.edges)

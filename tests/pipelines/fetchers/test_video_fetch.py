@@ -1,4 +1,4 @@
-"""Real footage: moving digits, recorded games, the samples, and what ships."""
+"""Real footage: moving digits, the samples, and what ships."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipelines import fetch
 from pipelines.fetch import FetchConfig
 from pipelines.fetchers import moving_mnist, shipped
 from pipelines.fetchers import sample_clips as fetch_samples
-from pipelines.fetchers.games import recording as fetch_games
+from pipelines.fetchers.games.recording import Footage
 from pipelines.fetchers.moving_mnist import (
     DIRECTIONS,
     FRAMES,
@@ -111,127 +111,6 @@ def test_moving_digits_go_on_where_they_stopped(tmp_path: Path) -> None:
     }
 
 
-# -------------------------------------------------------------------------------- games
-
-
-class FakeGame:
-    """A game of two frames' memory: what is seen is how often it was played."""
-
-    rate = fetch_games.ATARI_RATE
-    buttons = ("left", "right")
-    variables = ("step", "last")
-
-    def __init__(self, name: str) -> None:
-        self.actions: list[tuple[int, ...]] = [(0, 0), (1, 0), (0, 1)]
-
-    def reset(self, seed: int) -> None:
-        self._step, self._last = 0, -1
-
-    def frames(self) -> dict[str, np.ndarray]:
-        shown = np.full((32, 32, 3), min(2 * self._step, 255), np.uint8)
-        return {"hud": shown, "nohud": shown}
-
-    def state(self) -> list[float]:
-        return [float(self._step), float(self._last)]
-
-    def act(self, action: int) -> bool:
-        self._step, self._last = self._step + 1, action
-        return self._step < 100
-
-    def close(self) -> None:
-        pass
-
-
-def test_episodes_fill_the_time_and_keep_state_and_action_in_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fetch_games, "AtariGame", FakeGame)
-    seconds = fetch_games.record_games(tmp_path, 0.5, 7, ("pong",))
-    assert seconds == pytest.approx(30, abs=1)
-    paths = sorted(tmp_path.glob("*/pong/*.mp4"))
-    assert len(paths) == 2 * 2 * 3  # variants, policies, episodes of 100, 100 and 25 frames
-    for path in paths:
-        actions = np.load(path.with_name(f"{path.stem}.actions.npy"))
-        states = np.load(path.with_name(f"{path.stem}.states.npy"))
-        frames = decode_frames(path.read_bytes(), range(len(states)))
-        assert np.abs(frames[:, 16, 16, 0] / 2 - states[:, 0]).max() <= 2
-        number = actions @ [1, 2]  # the action of row t is the last one of row t + 1
-        assert number[:-1].tolist() == states[1:, 1].tolist()
-    stamps = [path.stat().st_mtime_ns for path in paths]
-    fetch_games.record_games(tmp_path, 0.5, 7, ("pong",))
-    assert [path.stat().st_mtime_ns for path in paths] == stamps
-
-
-def test_a_square_shows_the_whole_screen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    screen = np.zeros((40, 80, 3), np.uint8)
-    screen[:8] = 200  # a HUD
-    screen[:, 76:] = 100
-    small = fetch_games.squeeze(screen, 20)
-    assert small.shape == (20, 20, 3)
-    assert (small[:4, :19] == 200).all()
-    assert (small[4:, 19] == 100).all()
-    assert (small[4:, :19] == 0).all()
-    monkeypatch.setattr(fetch_games, "AtariGame", FakeGame)
-    fetch_games.record_games(tmp_path, 0.1, 7, ("pong",), 16)
-    path = next(tmp_path.glob("*/pong/*.mp4"))
-    assert decode_frames(path.read_bytes(), [0]).shape == (1, 16, 16, 3)
-    for side in (15, 8):
-        with pytest.raises(ValueError, match="--side"):
-            fetch_games.record_games(tmp_path, 0.1, 7, ("pong",), side)
-
-
-def test_policies() -> None:
-    rng, action, taken = np.random.default_rng(0), 0, []
-    for step in range(1, 37):
-        taken.append(action)
-        action = fetch_games.next_action("scripted", action, step, 3, rng)
-    assert taken == [0] * 12 + [1] * 12 + [2] * 12
-    same = [fetch_games.next_action("random", 0, 0, 4, rng) == 0 for _ in range(4000)]
-    assert np.mean(same) == pytest.approx(0.9 + 0.1 / 4, abs=0.02)
-
-
-def test_games_need_their_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
-    for module in ("ale_py", "vizdoom"):
-        monkeypatch.setitem(sys.modules, module, None)
-    for game in ("pong", "my_way_home"):
-        with pytest.raises(RuntimeError, match=r'extra `games`: pip install -e "\.\[games\]"'):
-            fetch_games.record_games(tmp_path, 1.0, 0, (game,))
-    with pytest.raises(ValueError, match="--games: unknown"):
-        fetch_games.record_games(tmp_path, 1.0, 0, ("chess",))
-
-
-@pytest.mark.parametrize(("module", "game"), [("ale_py", "seaquest"), ("vizdoom", "my_way_home")])
-def test_real_games_are_reproducible_and_differ_by_the_hud_alone(
-    module: str, game: str, tmp_path: Path
-) -> None:
-    pytest.importorskip(module)
-    for folder in ("a", "b"):
-        fetch_games.record_games(tmp_path / folder, 0.1, 5, (game,))
-    files = {p.relative_to(tmp_path / "a"): p for p in (tmp_path / "a").rglob("*.*")}
-    for name, path in files.items():
-        assert path.read_bytes() == (tmp_path / "b" / name).read_bytes(), name
-    one = next((tmp_path / "a" / "hud").rglob("random*.mp4"))
-    other = Path(str(one).replace("/hud/", "/nohud/"))
-    states = [np.load(path.with_suffix("").with_suffix(".states.npy")) for path in (one, other)]
-    assert (states[0] == states[1]).all()
-    shown = [decode_frames(path.read_bytes(), [10])[0].astype(int) for path in (one, other)]
-    height = shown[0].shape[0]
-    assert np.abs(shown[0] - shown[1])[int(0.85 * height) :].mean() > 10
-
-
-def test_other_seeds_play_other_games_under_the_policy_that_does_not_roll_dice(
-    tmp_path: Path,
-) -> None:
-    pytest.importorskip("ale_py")
-    for seed in range(6):
-        fetch_games.record_games(tmp_path, 0.1, seed, ("pong",))
-    paths = sorted((tmp_path / "hud" / "pong").glob("scripted-*.mp4"))
-    assert len(paths) == 6
-    assert len({path.read_bytes() for path in paths}) == 6
-
-
 # -------------------------------------------------------------------------------- samples
 
 
@@ -288,7 +167,7 @@ def test_fetch_sends_each_set_to_its_own(tmp_path: Path, monkeypatch: pytest.Mon
     fetch.fetch(FetchConfig(dataset="movingmnist", out=tmp_path, clips=10, edges="bounce", seed=1))
     fetch.fetch(FetchConfig(dataset="samples", out=tmp_path))
     assert calls == [
-        (tmp_path, 3.0, 2, ("pong",), 64),
+        (tmp_path, 3.0, 2, ("pong",), Footage(size=(64, 64), squeeze=True)),
         (tmp_path, 10, 1, "bounce"),
         (tmp_path,),
     ]
