@@ -1,0 +1,137 @@
+"""Finds test frames that nearly equal a training frame, so that they can be left out of a test.
+
+Games begin every episode at the same place and have few rooms, so other episodes still show some of
+the training set's pictures again, and a probe that remembers them reads more than it learned. Two
+frames are near duplicates if no cell of their grey thumbnails differs by more than a threshold. A
+mean of the differences would overlook a ball or a paddle that has moved.
+
+A HUD must not decide, because its numbers differ between frames of the same scene: give the frames
+of the recording without HUD, or leave the HUD's regions out.
+
+Shape suffixes: N frames, H height, W width, P cells of a thumbnail, V values of a frame's state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.spatial.distance import cdist
+
+THUMBNAIL = (18, 32)
+"""Height and width of a thumbnail in cells."""
+THRESHOLD = 8.0
+"""Largest difference of a cell's mean grey, of 255 levels, between near duplicates."""
+CHUNK = 2**24
+"""Entries of the matrix of distances that are in memory at a time."""
+
+Region = tuple[float, float, float, float]
+"""Left, top, right and bottom of a rectangle, in fractions of the frame."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NearDuplicates:
+    """Which test frames nearly equal a training frame.
+
+    Attributes:
+        distance_N: float32 [N], for each test frame the difference to the nearest training frame,
+            in grey levels of the cell that differs most.
+        nearest_N: int64 [N], the index of that training frame.
+        threshold: the largest difference of near duplicates.
+    """
+
+    distance_N: npt.NDArray[np.float32]
+    nearest_N: npt.NDArray[np.int64]
+    threshold: float
+
+    @property
+    def kept_N(self) -> npt.NDArray[np.bool_]:
+        """True for each test frame that is no near duplicate, bool [N]."""
+        return self.distance_N > self.threshold
+
+    def report(self) -> dict[str, float]:
+        """Returns counts for results.json: how many were tested, and how many left out."""
+        removed = int((~self.kept_N).sum())
+        return {
+            "test": len(self.distance_N),
+            "removed": removed,
+            "share": removed / len(self.distance_N),
+            "threshold": self.threshold,
+            "median_distance": float(np.median(self.distance_N)),
+        }
+
+
+def find_near_duplicates(
+    train_NHW3: npt.NDArray[np.uint8],
+    test_NHW3: npt.NDArray[np.uint8],
+    *,
+    threshold: float = THRESHOLD,
+    exclude: Sequence[Region] = (),
+) -> NearDuplicates:
+    """Compares every test frame with every training frame.
+
+    Args:
+        train_NHW3: RGB frames [N, H, W, 3] of the training set.
+        test_NHW3: RGB frames of the test set, of any size and number.
+        threshold: largest difference of near duplicates, in grey levels from 0 to 255.
+        exclude: regions that do not count, such as those of a HUD.
+
+    Raises:
+        ValueError: there are no frames, or `exclude` leaves nothing of them.
+    """
+    if not len(train_NHW3) or not len(test_NHW3):
+        raise ValueError("near duplicates: there are no frames to compare")
+    train_NP, test_NP = thumbnails(train_NHW3, exclude), thumbnails(test_NHW3, exclude)
+    step = max(1, CHUNK // len(train_NP))
+    distances, nearest = [], []
+    for start in range(0, len(test_NP), step):
+        matrix = cdist(test_NP[start : start + step], train_NP, "chebyshev")
+        distances.append(matrix.min(axis=1))
+        nearest.append(matrix.argmin(axis=1))
+    return NearDuplicates(
+        distance_N=np.concatenate(distances).astype(np.float32),
+        nearest_N=np.concatenate(nearest).astype(np.int64),
+        threshold=threshold,
+    )
+
+
+def thumbnails(
+    frames_NHW3: npt.NDArray[np.uint8], exclude: Sequence[Region] = ()
+) -> npt.NDArray[np.float32]:
+    """Returns the mean grey of each cell that no excluded region touches, float32 [N, P].
+
+    Raises:
+        ValueError: `exclude` leaves no cell.
+    """
+    grey_NHW = frames_NHW3 @ np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601 luma
+    cells_NHW = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(grey_NHW), THUMBNAIL)
+    kept_HW = kept_cells(exclude)
+    if not kept_HW.any():
+        raise ValueError("exclude: the regions leave nothing of the frame")
+    return cells_NHW.numpy()[:, kept_HW]
+
+
+def kept_cells(exclude: Sequence[Region]) -> npt.NDArray[np.bool_]:
+    """Returns which cells of a thumbnail no excluded region touches, bool [H, W]."""
+    rows, columns = (np.arange(count) for count in THUMBNAIL)
+    height, width = THUMBNAIL
+    kept_HW = np.ones(THUMBNAIL, bool)
+    for left, top, right, bottom in exclude:
+        inside_H = ((rows + 1) / height > top) & (rows / height < bottom)
+        inside_W = ((columns + 1) / width > left) & (columns / width < right)
+        kept_HW &= ~np.outer(inside_H, inside_W)
+    return kept_HW
+
+
+def repeated_states(
+    train_NV: npt.NDArray[np.float32], test_NV: npt.NDArray[np.float32]
+) -> npt.NDArray[np.bool_]:
+    """Returns for each test state whether it equals a training state in every value, bool [N].
+
+    A NaN equals a NaN.
+    """
+    seen = {row.tobytes() for row in np.ascontiguousarray(train_NV)}
+    return np.array([row.tobytes() in seen for row in np.ascontiguousarray(test_NV)], bool)
