@@ -31,8 +31,9 @@ from models.media.pictures.deep import FULL
 from models.media.preprocessing import Preprocessing
 from pipelines.config.jobs import ExportConfig
 from pipelines.config.pixels import parse_colour
-from pipelines.dataset.shards import read_manifest
+from pipelines.config.train import PretrainConfig
 from pipelines.evaluation.features import preprocessing_of
+from pipelines.loading.mixing import identity_of, training_sets
 from pipelines.runs.checkpoints import load_encoder
 from pipelines.runtime.errors import run_command
 from pipelines.runtime.places import prepare
@@ -56,7 +57,7 @@ def export(cfg: ExportConfig) -> str:
     encoder, config, info = load_encoder(cfg.checkpoint)
     encoder.eval()
     model = config.model
-    ingested = ingest_settings(config.data.train, info["manifest_hash"])
+    ingested = ingest_settings(config, info["manifest_hash"])
     prep = with_pixel_settings(preprocessing_of(model), cfg, ingested)
     provenance = {
         "run": config.run.name,
@@ -80,13 +81,13 @@ def export(cfg: ExportConfig) -> str:
     return cfg.out
 
 
-def ingest_settings(shards: str, manifest_hash: str) -> dict[str, Any]:
+def ingest_settings(config: PretrainConfig, manifest_hash: str) -> dict[str, Any]:
     """The settings with which the training shards were ingested; {} if they no longer exist."""
     try:
-        manifest = read_manifest(shards)
+        manifests = [one.manifest for one in training_sets(config)]
     except Exception:  # storage that is gone may raise anything, and the export can do without
         return {}
-    return manifest.ingest if manifest.manifest_hash == manifest_hash else {}
+    return manifests[0].ingest if identity_of(manifests) == manifest_hash else {}
 
 
 def with_pixel_settings(

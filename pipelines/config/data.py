@@ -20,6 +20,10 @@ class DataConfig:
     mix_shares: tuple[float, ...] = ()
     """Share of each set of `mix` in every batch, rounded to whole rows of a lane; `train` has the
     rest. Every set is gone through in its own epochs."""
+    published: tuple[int, ...] = ()
+    """Number of shards that are read of `train` and of each set of `mix`, 0 for all; empty reads
+    all of all sets. Of a live stream's set, which may grow, a run reads what was published when it
+    began: it fills this in by itself, and a resumed run takes it over."""
     test: ReadPlace = ""
     """Labelled shards held out for the online probe; empty skips the
     probe."""
@@ -66,6 +70,9 @@ class DataConfig:
         require(all(s > 0 for s in shares) and sum(shares) < 1, "data.mix-shares",
                 "must be positive, and leave some of the batch to --data.train")  # fmt: skip
         uris = (self.train, *self.mix)
+        counts = self.published
+        ok = len(counts) in (0, len(uris)) and all(count >= 0 for count in counts)
+        require(ok, "data.published", f"needs {len(uris)} numbers of shards, or none")
         require(len(set(uris)) == len(uris), "data.mix", "names a set twice")
         rows = self.batch_size // self.lanes
         require(

@@ -1,8 +1,8 @@
-"""Settings of the jobs after training (evaluate, export, embed) and of the demo."""
+"""Settings of the jobs after training (adapt, evaluate, export, embed) and of the demo."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from pipelines.config.checks import require
@@ -135,6 +135,67 @@ class EmbedConfig:
         require(self.stride > 0, "stride", "must be positive")
         require(self.fps is None or self.stride == 1, "stride", "goes without --fps")
         require(self.poll_seconds > 0, "poll-seconds", "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OldFootageConfig:
+    """Old footage that is trained on beside the new, so that the encoder forgets less."""
+
+    old: float = 0.5
+    """Share of old footage in every batch; 0 trains on the new footage alone."""
+    data: ReadPlace | None = None
+    """Shards of the old footage. None takes those that the old run was trained on."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.old < 1, "mix.old", f"must be at least 0 and below 1, got {self.old}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OldProbesConfig:
+    """Labelled footage on which the adapted encoder is compared with the old one. Nothing of it is
+    trained on, except the probes."""
+
+    train: ReadPlace | None = None
+    """Labelled old footage that the probes are fitted on, by the features of the old encoder."""
+    test: ReadPlace | None = None
+    """Labelled old footage that the probes are read on."""
+    new: ReadPlace | None = None
+    """Labelled new footage that the same probes are read on."""
+    only: str | None = None
+    """As --only of evaluate."""
+    state: str | None = None
+    """As --state of evaluate."""
+    columns: ReadPlace | None = None
+    """As --columns of evaluate."""
+    bins: int = 4
+    """As --bins of evaluate."""
+    limit: int | None = None
+    """Use at most this many images or clips of each set."""
+    attentive_epochs: int = 20
+    """Epochs of the attentive probe on clips; 0 leaves it out."""
+
+    def __post_init__(self) -> None:
+        pair = (self.train is None) == (self.test is None)
+        require(pair, "probe.train", "goes with --probe.test, and the reverse")
+        require(self.new is None or self.test is not None, "probe.new", "needs --probe.train")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptConfig:
+    """Continues the pretraining of a finished run on new unlabelled footage, as a new run."""
+
+    rate: float = 0.2
+    """Peak learning rate as a share of the old run's; --optim.lr sets the rate itself."""
+    length: float = 0.25
+    """Number of steps as a share of the old run's; --run.steps sets the number itself."""
+    mix: OldFootageConfig = field(default_factory=OldFootageConfig)
+    """Old footage that is trained on too."""
+    probe: OldProbesConfig = field(default_factory=OldProbesConfig)
+    """Labelled footage for the comparison."""
+
+    def __post_init__(self) -> None:
+        require(self.rate > 0, "rate", "must be positive")
+        require(self.length > 0, "length", "must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)

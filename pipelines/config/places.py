@@ -68,7 +68,7 @@ def _visit(config: Any, prefix: str, function: Callable[[Place], str]) -> Any:
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        flag = f"{prefix}{field.name.replace('_', '-')}"
+        flag = f"{prefix}{field.name.rstrip('_').replace('_', '-')}"  # `from_` is --from
         if dataclasses.is_dataclass(value):
             changes[field.name] = _visit(value, f"{flag}.", function)
             continue

@@ -155,6 +155,24 @@ class Manifest:
             for g, rows in enumerate(shard.row_groups)
         ]
 
+    def up_to(self, shards: int) -> Manifest:
+        """Returns the set as it was with only its first shards; statistics stay those of all.
+
+        Raises:
+            ValueError: there are fewer shards.
+        """
+        if shards > len(self.shards):
+            raise ValueError(f"{shards} shards are to be read, but there are {len(self.shards)}")
+        first = self.shards[:shards]
+        rows = sum(shard.rows for shard in first)
+        return dataclasses.replace(
+            self,
+            shards=first,
+            num_samples=rows,
+            num_bytes=round(self.num_bytes * rows / max(1, self.num_samples)),
+            num_frames=None,
+        )
+
     def to_json(self) -> str:
         """Returns the text of manifest.json."""
         text = json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True)

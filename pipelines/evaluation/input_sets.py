@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.progress import Progress
@@ -13,6 +14,7 @@ from models.encoders.vit import VisionTransformer
 from pipelines.config.jobs import EvaluateConfig
 from pipelines.dataset.rows import Wanted, check_classes
 from pipelines.dataset.shards import Manifest, read_manifest
+from pipelines.evaluation.features import Pooling, encoder_features
 from pipelines.evaluation.probe_sets import (
     Labels,
     ProbeSet,
@@ -52,8 +54,18 @@ def read_sets(
     baseline: VisionTransformer,
     manifests: list[Manifest],
     console: Console,
+    others: Mapping[str, VisionTransformer] | None = None,
 ) -> tuple[list[ProbeSet], list[str]]:
-    """Computes the features of every set; returns the sets and the names of their classes."""
+    """Computes the features of every set; returns the sets and the names of their classes.
+
+    Args:
+        cfg: the job.
+        subject: the encoder.
+        baseline: an untrained one of its shape.
+        manifests: of the sets, in the order of their flags.
+        console: where the progress is shown.
+        others: further encoders with the subject's transform, by the name of their features.
+    """
     clips = subject.sampler is not None
     attentive = clips and cfg.attentive_epochs > 0
     featurizers = probe_featurizers(
@@ -62,6 +74,9 @@ def read_sets(
         attentive=attentive,
         pixels=cfg.supervised_epochs > 0,
     )
+    for name, encoder in (others or {}).items():
+        pooling: Pooling = "patches" if attentive else "mean"
+        featurizers[name] = encoder_features(encoder, subject.preprocessing, pooling=pooling)
     totals = [min(manifest.num_samples, cfg.limit or sys.maxsize) for manifest in manifests]
     if attentive:
         check_token_bytes(subject.encoder, sum(totals))

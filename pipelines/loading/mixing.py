@@ -44,14 +44,33 @@ def training_sets(cfg: PretrainConfig) -> list[TrainingSet]:
         ValueError: a set is not ingested, or holds what the objective does not learn from.
     """
     data = cfg.data
-    flags = ["--data.train", *("--data.mix" for _ in data.mix)]
-    found = []
-    for flag, uri, rows in zip(flags, (data.train, *data.mix), data.rows_by_set, strict=True):
+    uris = (data.train, *data.mix)
+    counts = data.published or (0,) * len(uris)
+    found: list[TrainingSet] = []
+    for uri, shards, rows in zip(uris, counts, data.rows_by_set, strict=True):
+        flag = "--data.mix" if found else "--data.train"
         manifest = read_manifest(uri)
         check_modality(cfg, manifest, flag)
-        own = dataclasses.replace(data, train=uri, mix=(), mix_shares=(), batch_size=rows)
+        own = dataclasses.replace(
+            data, train=uri, mix=(), mix_shares=(), published=(), batch_size=rows
+        )
+        manifest = manifest.up_to(shards) if shards else manifest
         found.append(TrainingSet(flag=flag, data=own, manifest=manifest))
     return found
+
+
+def with_published(cfg: PretrainConfig) -> PretrainConfig:
+    """Fixes how many shards are read of sets that may grow: those that they have now."""
+    uris = (cfg.data.train, *cfg.data.mix)
+    counts = cfg.data.published or (0,) * len(uris)
+    manifests = [read_manifest(uri) for uri in uris]
+    if all(manifest.live is None for manifest in manifests):
+        return cfg
+    published = tuple(
+        count or (0 if manifest.live is None else len(manifest.shards))
+        for count, manifest in zip(counts, manifests, strict=True)
+    )
+    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, published=published))
 
 
 def check_modality(cfg: PretrainConfig, manifest: Manifest, flag: str = "--data.train") -> None:

@@ -56,7 +56,7 @@ __all__ = [
 def decides_the_run(key: str, cfg: PretrainConfig) -> bool:
     """Whether changing the setting `key` would make `cfg` a different run (docs/checkpoints.md)."""
     free = {"data.train", "data.mix", "data.test", "data.decode_in", "data.decode_threads"}
-    free |= {"data.prefetch_batches"}
+    free |= {"data.prefetch_batches", "data.published"}  # the manifest's hash says what is read
     section = key.partition(".")[0]
     if section == "run":
         return key in {"run.seed", "run.steps"} or (key == "run.accumulate" and cfg.compares_rows)

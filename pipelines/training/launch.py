@@ -66,6 +66,7 @@ def pretrain(
     cfg = prepare(cfg)
     run_uri = join_uri(cfg.run.storage, cfg.run.name)
     stream = stream or sys.stdout
+    cfg = _with_published(cfg, run_uri)
     start = check_early(cfg, run_uri)
     say = functools.partial(print, file=stream, flush=True)
     if start.note:
@@ -87,6 +88,27 @@ def pretrain(
     )
 
 
+def _with_published(cfg: PretrainConfig, run_uri: str) -> PretrainConfig:
+    """Fixes what the run reads of sets that may grow; a resumed run reads what it has read."""
+    from pipelines.loading.mixing import with_published
+
+    fixed = with_published(cfg)
+    if fixed is cfg:
+        return cfg
+    start = _find_start(cfg, run_uri)
+    if not start.uri:
+        return fixed
+    with local_copy(start.uri, "*.json") as folder:
+        published = read_config(folder).data.published
+    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, published=published))
+
+
+def _find_start(cfg: PretrainConfig, run_uri: str) -> Start:
+    from pipelines.training.contract import end_step
+
+    return find_start(run_uri, cfg.run.resume_from, min(cfg.run.checkpoint_every, end_step(cfg)))
+
+
 def check_early(cfg: PretrainConfig, run_uri: str) -> Start:
     """Checks data, settings and checkpoints before Ray starts.
 
@@ -105,7 +127,6 @@ def check_early(cfg: PretrainConfig, run_uri: str) -> Start:
     from pipelines.loading.masks.maskers import make_masker
     from pipelines.loading.mixing import identity_of, training_sets
     from pipelines.loading.plan import make_plan
-    from pipelines.training.contract import end_step
     from pipelines.training.optimizers import check_installed
 
     sets = training_sets(cfg)
@@ -115,7 +136,7 @@ def check_early(cfg: PretrainConfig, run_uri: str) -> Start:
     find_objective(cfg.objective.name)
     make_masker(cfg).check()
     check_installed(cfg.optim)
-    start = find_start(run_uri, cfg.run.resume_from, min(cfg.run.checkpoint_every, end_step(cfg)))
+    start = _find_start(cfg, run_uri)
     if start.uri:
         with local_copy(start.uri, "*.json") as folder:
             identity = identity_of([one.manifest for one in sets])

@@ -1,0 +1,86 @@
+"""Probes of one encoder read on another one's features: can a served encoder be replaced?
+
+A probe that stands behind an endpoint is fitted once. When the encoder is replaced, the probe reads
+features that it has never seen. Each row here names whose features a probe is fitted on, and whose
+it is then read on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from pipelines.config.jobs import EvaluateConfig
+from pipelines.evaluation.probe_sets import ProbeSet
+from pipelines.evaluation.probes.attentive import ATTENTIVE
+from pipelines.evaluation.probes.knn import KNN
+from pipelines.evaluation.probes.linear import LINEAR
+from pipelines.evaluation.probes.probe import ProbeTask
+
+OLD, ADAPTED, RANDOM = "encoder", "adapted", "random_init"
+"""Whose features, by their name in `ProbeSet.features`."""
+ROWS = {
+    "old": (OLD, OLD),
+    "adapted": (OLD, ADAPTED),
+    "refitted": (ADAPTED, ADAPTED),
+    "random": (RANDOM, RANDOM),
+}
+"""Whose features the probes are fitted on, and whose they are read on, by row."""
+KEYS = {"attentive": "accuracy", "knn": None, "linear": "accuracy"}
+"""Where the result of each probe holds its accuracy."""
+
+Accuracies = dict[str, dict[str, float]]
+"""Accuracy by row of `ROWS`, then by probe of `KEYS`."""
+
+
+def read_replaced(
+    sets: Sequence[ProbeSet], cfg: EvaluateConfig, heads: int
+) -> dict[str, Accuracies]:
+    """Fits and reads the probes of every row.
+
+    Args:
+        sets: labelled old footage to fit on, labelled old footage to read on, and labelled new
+            footage to read on where there is any; with the features of all encoders in `ROWS`.
+        cfg: settings of the probes.
+        heads: attention heads of the encoders.
+
+    Returns:
+        The accuracies on `old_footage`, and on `new_footage` where there is any.
+    """
+    train, test, *new = sets
+    found: dict[str, Accuracies] = {"old_footage": {}}
+    for row, (fitted, read) in ROWS.items():
+        task = ProbeTask(
+            row=OLD,
+            train=_features_of(train, fitted),
+            test=_features_of(test, read),
+            shifted=_features_of(new[0], read) if new else None,
+            cfg=cfg,
+            heads=heads,
+        )
+        result: dict[str, Any] = {}
+        for probe in (ATTENTIVE, KNN, LINEAR):
+            result |= probe.run(task)
+        found["old_footage"][row] = _accuracies(result, shifted=False)
+        if new:
+            found.setdefault("new_footage", {})[row] = _accuracies(result, shifted=True)
+    return found
+
+
+def _features_of(part: ProbeSet, encoder: str) -> ProbeSet:
+    """The set with one encoder's features, under the name that `ProbeTask.row` asks for."""
+    tokens = {OLD: part.tokens[encoder]} if encoder in part.tokens else {}
+    return dataclasses.replace(part, features={OLD: part.features[encoder]}, tokens=tokens)
+
+
+def _accuracies(result: dict[str, Any], *, shifted: bool) -> dict[str, float]:
+    found = {}
+    for probe, key in KEYS.items():
+        if probe not in result:
+            continue
+        if key is None:
+            found[probe] = result[f"{probe}_shift" if shifted else probe]
+        else:
+            found[probe] = result[probe][f"shift_{key}" if shifted else key]
+    return found
