@@ -5,7 +5,7 @@ the sample's key and the number of the view, so a sample has the same views in a
 process, and in a resumed run.
 
 Shape legend: B images or clips, C = 3 channels, T frames (1 for images), H and W pixels of the
-picture, S pixels per side of the view, V views, N tokens in a view, K tokens kept.
+picture, S pixels on a side of the view, V views, N tokens in a view, K tokens kept.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from models.image_size import ImageSize, as_image_size, height_width
 from models.keyed_random.streams import SampleStream
 from models.keyed_random.tensors import bits, uniforms
 
@@ -50,8 +51,8 @@ class Views:
 
     globals: int
     locals: int
-    global_size: int
-    local_size: int
+    global_size: ImageSize
+    local_size: ImageSize
     global_scale: tuple[float, float]
     local_scale: tuple[float, float]
     augmentation: Augmentation
@@ -59,15 +60,15 @@ class Views:
     time_window: float = 1.0
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any], image_size: int) -> Views:
+    def of(cls, settings: Mapping[str, Any], image_size: ImageSize | list[int]) -> Views:
         """Makes it from the fields of `ViewsConfig`; `local_size` None means the global size."""
         own = ("globals", "locals", "global_scale", "local_scale", "token_drop", "time_window")
         rest = {k: v for k, v in settings.items() if k in Augmentation.__dataclass_fields__}
         rest = {k: tuple(v) if isinstance(v, list) else v for k, v in rest.items()}
         return cls(
             **{name: settings[name] for name in own},
-            global_size=image_size,
-            local_size=settings["local_size"] or image_size,
+            global_size=as_image_size(image_size),
+            local_size=as_image_size(settings["local_size"] or image_size),
             augmentation=Augmentation(**rest),
         )
 
@@ -94,7 +95,8 @@ class Views:
             keys_B: int64 keys of the samples.
 
         Returns:
-            For every view float32 [B, 3, (T,) S, S] with values in [0, 1], also under autocast.
+            For every view float32 [B, 3, (T,) H', W'] of its size, with values in [0, 1], also
+            under autocast.
         """
         with torch.autocast(pixels.device.type, enabled=False):
             return [self._view(pixels, keys_B, v) for v in range(self.globals + self.locals)]
@@ -142,14 +144,18 @@ Draws = dict[str, torch.Tensor]
 
 
 def make_view(
-    pixels: torch.Tensor, draws: Draws, size: int, scale: tuple[float, float], how: Augmentation
+    pixels: torch.Tensor,
+    draws: Draws,
+    size: ImageSize,
+    scale: tuple[float, float],
+    how: Augmentation,
 ) -> torch.Tensor:
-    """Makes one view of every sample, float32 [B, 3, (T,) S, S] in [0, 1].
+    """Makes one view of every sample, float32 [B, 3, (T,) H', W'] in [0, 1].
 
     Args:
         pixels: uint8 [B, 3, (T,) H, W].
         draws: uniform numbers in [0, 1) by name, [B] each.
-        size: S.
+        size: pixels on a side of the view, or its height H' and width W'.
         scale: range of the crop's area, as a fraction of the picture.
         how: all other settings.
     """
@@ -170,7 +176,8 @@ def crop_boxes(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Makes boxes of random area, aspect ratio (uniform in its logarithm) and place.
 
-    Sides need not be whole pixels. A box that is larger than the picture is cut to its size, where
+    The ratio is relative to the picture's: 1 keeps its aspect. Sides need not be whole pixels. A
+    box that is larger than the picture is cut to its size, where
     `torchvision.transforms.RandomResizedCrop` would draw again.
 
     Returns:
@@ -178,6 +185,7 @@ def crop_boxes(
     """
     area_B = height * width * _between(draws["area"], scale)
     ratio_B = torch.exp(_between(draws["ratio"], (math.log(ratio[0]), math.log(ratio[1]))))
+    ratio_B = ratio_B * (width / height)
     wide_B = (area_B * ratio_B).sqrt().clamp(max=width)
     high_B = (area_B / ratio_B).sqrt().clamp(max=height)
     return draws["left"] * (width - wide_B), draws["top"] * (height - high_B), wide_B, high_B
@@ -186,22 +194,23 @@ def crop_boxes(
 def _resampling(
     draws: Draws,
     picture: tuple[int, ...],
-    size: int,
+    size: ImageSize,
     scale: tuple[float, float],
     how: Augmentation,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns crop, resize, flip and blur as matrices, [B, S, H] and [B, S, W]."""
+    """Returns crop, resize, flip and blur as matrices, [B, H', H] and [B, W', W]."""
     height, width = picture
     left_B, top_B, wide_B, high_B = crop_boxes(draws, height, width, scale, how.ratio)
-    rows_BSH = resize_matrix(top_B, high_B, height, size)
-    columns_BSW = resize_matrix(left_B, wide_B, width, size)
+    high, wide = height_width(size)
+    rows_BSH = resize_matrix(top_B, high_B, height, high)
+    columns_BSW = resize_matrix(left_B, wide_B, width, wide)
     if how.flip:
         flipped_B = draws["flip"] < how.flip
         columns_BSW = torch.where(flipped_B[:, None, None], columns_BSW.flip(1), columns_BSW)
     if how.blur:
         sigma_B = _between(draws["sigma"], how.blur_sigma) * (draws["blur"] < how.blur)
-        blur_BSS = _blur_matrix(sigma_B, size)
-        rows_BSH, columns_BSW = blur_BSS @ rows_BSH, blur_BSS @ columns_BSW
+        rows_BSH = _blur_matrix(sigma_B, high) @ rows_BSH
+        columns_BSW = _blur_matrix(sigma_B, wide) @ columns_BSW
     return rows_BSH, columns_BSW
 
 

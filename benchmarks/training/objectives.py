@@ -44,8 +44,8 @@ from pipelines.evaluation.probes.knn import knn_accuracy
 from pipelines.evaluation.probes.linear import linear_probe
 from pipelines.evaluation.ranks import rankme
 from pipelines.fetchers.shipped import sample_folder
-from pipelines.loading.crops import random_crops
 from pipelines.loading.decoding import decode_rows
+from pipelines.loading.masks.crops import random_crops
 from pipelines.loading.masks.maskers import make_masker
 from pipelines.recipes.registry import RECIPES
 from pipelines.runs.checkpoints import load_encoder

@@ -116,9 +116,9 @@ class OurLoop:
 
 def build_reference(objective: IJEPA, patch: int) -> ReferenceLoop:
     e, p = objective.encoder, objective.predictor
-    encoder = Encoder(e.grid, patch, e.width, e.depth, e.heads, e.mlp_ratio)
+    encoder = Encoder(e.grid.rows, patch, e.width, e.depth, e.heads, e.mlp_ratio)
     predictor = Predictor(
-        e.grid, e.width, p.embed.out_features, len(p.blocks), p.blocks[0].attn.num_heads
+        e.grid.rows, e.width, p.embed.out_features, len(p.blocks), p.blocks[0].attn.num_heads
     )
     encoder.load_state_dict(e.state_dict())
     predictor.load_state_dict(p.state_dict())

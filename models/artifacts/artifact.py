@@ -38,6 +38,7 @@ from models.encoders.blocks import LN_EPS
 from models.encoders.predictor import Predictor
 from models.encoders.shape import EncoderShape
 from models.encoders.vit import VisionTransformer
+from models.image_size import height_width
 from models.media.preprocessing import Preprocessing, normalize
 
 FORMATS: tuple[Format, ...] = (
@@ -201,9 +202,9 @@ def _write_files(folder: Path, export: Export) -> None:
 def _verify(folder: Path, encoder: VisionTransformer, prep: Preprocessing) -> None:
     """Checks that the artifact read back gives the same features of random pixels, bit for bit."""
     loaded = load_artifact(folder)
-    side, again = prep.image_size, loaded.preprocessing
+    size, again = height_width(prep.image_size), loaded.preprocessing
     length = min(encoder.frames, 2 * encoder.tubelet)  # longer clips would take minutes
-    shape = (2, 3, side, side) if encoder.frames == 1 else (2, 3, length, side, side)
+    shape = (2, 3, *size) if encoder.frames == 1 else (2, 3, length, *size)
     generator = torch.Generator().manual_seed(0)
     clips = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
     device = encoder.norm.weight.device

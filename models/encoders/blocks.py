@@ -24,23 +24,30 @@ class RotaryBlock(Block):
     """A timm block that rotates its queries and keys (RoPE). Weight names are those of timm."""
 
     def forward(  # type: ignore[override]  # where timm's takes an attention mask
-        self, tokens_BKD: torch.Tensor, rotation: Rotation
+        self, tokens_BKD: torch.Tensor, rotation: Rotation, seen_B11K: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Applies the block: [B, K, D] to [B, K, D], in the dtype of the input."""
-        tokens_BKD = tokens_BKD + self._attend(self.norm1(tokens_BKD), rotation)
+        tokens_BKD = tokens_BKD + self._attend(self.norm1(tokens_BKD), rotation, seen_B11K)
         out: torch.Tensor = tokens_BKD + self.mlp(self.norm2(tokens_BKD))
         return out
 
-    def _attend(self, tokens_BKD: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+    def _attend(
+        self, tokens_BKD: torch.Tensor, rotation: Rotation, seen_B11K: torch.Tensor | None
+    ) -> torch.Tensor:
         B, K, D = tokens_BKD.shape
         attention: Any = self.attn  # mypy sees a Tensor or a Module
         qkv = attention.qkv(tokens_BKD).reshape(B, K, 3, attention.num_heads, -1)
         q_BHKE, k_BHKE, v_BHKE = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         q_BHKE, k_BHKE = rotation(q_BHKE), rotation(k_BHKE)
         if attention.fused_attn:
-            mixed_BHKE = functional.scaled_dot_product_attention(q_BHKE, k_BHKE, v_BHKE)
+            mixed_BHKE = functional.scaled_dot_product_attention(
+                q_BHKE, k_BHKE, v_BHKE, attn_mask=seen_B11K
+            )
         else:
-            mixed_BHKE = (q_BHKE * attention.scale @ k_BHKE.mT).softmax(-1) @ v_BHKE
+            scores_BHKK = q_BHKE * attention.scale @ k_BHKE.mT
+            if seen_B11K is not None:
+                scores_BHKK = scores_BHKK.masked_fill(~seen_B11K, float("-inf"))
+            mixed_BHKE = scores_BHKK.softmax(-1) @ v_BHKE
         projected: torch.Tensor = attention.proj(mixed_BHKE.transpose(1, 2).reshape(B, K, D))
         return projected
 
@@ -67,6 +74,7 @@ def run_blocks(
     blocks: nn.ModuleList,
     tokens_BKD: torch.Tensor,
     rotation: Rotation | None = None,
+    valid_BK: torch.Tensor | None = None,
     *,
     recompute: bool = False,
 ) -> torch.Tensor:
@@ -76,6 +84,7 @@ def run_blocks(
         blocks: result of `transformer_blocks`.
         tokens_BKD: float [B, K, D].
         rotation: rotation of these tokens; required by rotary blocks, None for all others.
+        valid_BK: False for padding, which no token sees, bool [B, K]; None if there is none.
         recompute: keeps only the inputs of the blocks and computes everything else again in the
             backward pass (activation checkpointing). The results do not change.
 
@@ -83,12 +92,14 @@ def run_blocks(
         Tokens after the last block, [B, K, D].
     """
     recompute = recompute and torch.is_grad_enabled()
+    extras: tuple[Any, ...] = () if rotation is None else (rotation,)
+    if valid_BK is not None:
+        extras = (*extras, valid_BK[:, None, None])
     for block in blocks:
-        inputs = (tokens_BKD,) if rotation is None else (tokens_BKD, rotation)
         if recompute:
-            tokens_BKD = checkpoint(block, *inputs, use_reentrant=False)
+            tokens_BKD = checkpoint(block, tokens_BKD, *extras, use_reentrant=False)
         else:
-            tokens_BKD = block(*inputs)
+            tokens_BKD = block(tokens_BKD, *extras)
     return tokens_BKD
 
 

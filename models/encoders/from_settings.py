@@ -51,7 +51,6 @@ def predictor_from_settings(
         width=model["predictor_width"] or preset.predictor_width,
         depth=model["predictor_depth"] or preset.predictor_depth,
         heads=preset.predictor_heads,
-        tubes=encoder.tubes,
         positions=encoder.positions,
         mask_tokens=mask_tokens,
         zero_mask_tokens=zero_mask_tokens,

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from models.encoders.blocks import LN_EPS, init_weights, run_blocks, transformer_blocks
-from models.encoders.positions import make_positions
+from models.encoders.positions import embed_places, make_positions
+from models.image_size import Grid
 
 
 class Predictor(nn.Module):
@@ -20,13 +21,12 @@ class Predictor(nn.Module):
     attend to one another, and target blocks do not see each other.
 
     Args:
-        grid: patches per side of the encoder's grid.
+        grid: the encoder's grid of tokens.
         encoder_width: D.
         width: P, a multiple of `heads`; also a multiple of 4 for 2-D sine-cosine positions.
         depth: number of transformer blocks.
         heads: number of attention heads.
         mlp_ratio: hidden width of the MLP as a multiple of P.
-        tubes: number of time steps of the encoder's grid.
         positions: entry of `models.encoders.positions.POSITIONS`.
         mask_tokens: number of mask tokens; V-JEPA has one per mask generator.
         zero_mask_tokens: initialises mask tokens to zero, as V-JEPA does, instead of randomly.
@@ -40,13 +40,12 @@ class Predictor(nn.Module):
     def __init__(
         self,
         *,
-        grid: int,
+        grid: Grid,
         encoder_width: int,
         width: int,
         depth: int,
         heads: int,
         mlp_ratio: float = 4.0,
-        tubes: int = 1,
         positions: str = "sincos",
         mask_tokens: int = 1,
         zero_mask_tokens: bool = False,
@@ -58,9 +57,8 @@ class Predictor(nn.Module):
         self.activation_checkpointing = activation_checkpointing
         self.embed = nn.Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.zeros(mask_tokens, 1, width))
-        self.pos_embed, self.rope = make_positions(
-            positions, width=width, heads=heads, side=grid, tubes=tubes
-        )
+        self.grid = grid
+        self.pos_embed, self.rope = make_positions(positions, width=width, heads=heads, grid=grid)
         rotary = self.rope is not None
         self.blocks = transformer_blocks(width, depth, heads, mlp_ratio, rotary=rotary)
         self.norm = nn.LayerNorm(width, eps=LN_EPS)
@@ -75,6 +73,7 @@ class Predictor(nn.Module):
         context_ids_BK: torch.Tensor,
         target_ids_BMT: torch.Tensor,
         mask: int = 0,
+        grids_B2: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Predicts the tokens of the target encoder.
 
@@ -83,6 +82,7 @@ class Predictor(nn.Module):
             context_ids_BK: positions of the context tokens in the grid, int64 [B, K].
             target_ids_BMT: positions to predict, int64 [B, M, T].
             mask: index of the mask token to use.
+            grids_B2: rows and columns of each one's own grid, int64 [B, 2]; None for the encoder's.
 
         Returns:
             Predicted tokens, [B, M, T, D], or [B, M, T, output_width] if that was given.
@@ -97,9 +97,10 @@ class Predictor(nn.Module):
         tokens = torch.cat([context_BMKP, queries_BMTP], dim=2).flatten(0, 1)  # [B * M, K + T, P]
         ids_BMK = context_ids_BK[:, None].expand(-1, M, -1)
         ids = torch.cat([ids_BMK, target_ids_BMT], dim=2).flatten(0, 1)
+        grids = None if grids_B2 is None else grids_B2.repeat_interleave(M, dim=0)
         if self.pos_embed is not None:
-            tokens = tokens + self.pos_embed[0][ids]
-        rotation = None if self.rope is None else self.rope(ids)
+            tokens = tokens + embed_places(self.pos_embed[0], self.grid, ids, grids)
+        rotation = None if self.rope is None else self.rope(ids, grids)
         tokens = run_blocks(self.blocks, tokens, rotation, recompute=self.activation_checkpointing)
         predicted: torch.Tensor = self.proj(self.norm(tokens[:, K:]))
         return predicted.reshape(B, M, T, -1)

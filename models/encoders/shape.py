@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from models.image_size import Grid, ImageSize, as_image_size, height_width, size_text
+
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderShape:
@@ -24,10 +26,10 @@ class EncoderShape:
             `frames`.
     """
 
-    image_size: int
-    """Pixels on a side of the square input."""
+    image_size: ImageSize
+    """Pixels on a side of a square input, or (height, width)."""
     patch_size: int
-    """Pixels on a side of a patch; divides `image_size`."""
+    """Pixels on a side of a patch; divides height and width."""
     width: int
     """Token dimensions."""
     depth: int
@@ -46,10 +48,10 @@ class EncoderShape:
     """Entry of `models.encoders.positions.POSITIONS`."""
 
     def __post_init__(self) -> None:
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"patch size {self.patch_size} does not divide image size {self.image_size}"
-            )
+        object.__setattr__(self, "image_size", as_image_size(self.image_size))
+        if any(side % self.patch_size for side in height_width(self.image_size)):
+            size = size_text(self.image_size)
+            raise ValueError(f"patch size {self.patch_size} does not divide image size {size}")
         if self.frames % self.tubelet:
             raise ValueError(
                 f"--model.tubelet: {self.tubelet} frames do not divide a clip of {self.frames}"
@@ -76,9 +78,10 @@ class EncoderShape:
         return cls.from_preset(model["encoder"], **{k: v for k, v in model.items() if k in names})
 
     @property
-    def grid(self) -> int:
-        """Patches on a side of the input."""
-        return self.image_size // self.patch_size
+    def grid(self) -> Grid:
+        """The grid of tokens of the longest clip or of an image."""
+        height, width = height_width(self.image_size)
+        return Grid(height // self.patch_size, width // self.patch_size, self.tubes)
 
     @property
     def tubes(self) -> int:

@@ -17,8 +17,9 @@ from torch import nn
 from torch.nn import functional
 
 from models.encoders.blocks import LN_EPS, init_weights, run_blocks, transformer_blocks
-from models.encoders.positions import make_positions
+from models.encoders.positions import embed_places, make_positions
 from models.encoders.shape import EncoderShape
+from models.image_size import height_width
 
 
 class PatchEmbed(nn.Module):
@@ -88,15 +89,13 @@ class VisionTransformer(nn.Module):
         self.frames, self.tubelet, self.positions = shape.frames, shape.tubelet, shape.positions
         self.width, self.depth, self.heads = shape.width, shape.depth, shape.heads
         self.mlp_ratio, self.patch_std = shape.mlp_ratio, shape.patch_std
-        self.grid, self.tubes = shape.grid, shape.tubes
-        self.num_patches = self.tubes * self.grid * self.grid
+        self.grid, self.num_patches = shape.grid, shape.grid.tokens
         self.patch_embed = PatchEmbed(shape.patch_size, shape.width, tubelet=shape.tubelet)
         self.pos_embed, self.rope = make_positions(
             shape.positions,
             width=shape.width,
             heads=shape.heads,
-            side=shape.grid,
-            tubes=shape.tubes,
+            grid=shape.grid,
         )
         self.blocks = transformer_blocks(
             shape.width, shape.depth, shape.heads, shape.mlp_ratio, rotary=self.rope is not None
@@ -112,8 +111,8 @@ class VisionTransformer(nn.Module):
         """Encodes normalised float clips or images.
 
         Args:
-            clips_BCTHW: clips [B, 3, T, image_size, image_size], where T is a multiple of `tubelet`
-                and at most `frames`; or images [B, 3, image_size, image_size].
+            clips_BCTHW: clips [B, 3, T, H, W], where T is a multiple of `tubelet` and at most
+                `frames`; or images [B, 3, H, W]. H and W are those of `image_size`.
             keep_BK: numbers of the tokens to compute, int64 [B, K]; None computes all.
 
         Returns:
@@ -126,40 +125,56 @@ class VisionTransformer(nn.Module):
         return self.forward_patches(self.patch_embed.patchify(clips_BCTHW), keep_BK)
 
     def forward_patches(
-        self, patches_BNP: torch.Tensor, keep_BK: torch.Tensor | None = None
+        self,
+        patches_BNP: torch.Tensor,
+        keep_BK: torch.Tensor | None = None,
+        grids_B2: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Like `forward`, but takes the output [B, N, P] of `patch_embed.patchify`.
 
-        Two encoders can thus share the same patches.
+        Two encoders can thus share the same patches. For `grids_B2` see `forward_tokens`.
         """
         if keep_BK is None:
             ids_BK = torch.arange(patches_BNP.shape[1], device=patches_BNP.device)[None]
         else:
             ids_BK, patches_BNP = keep_BK, gather_tokens(patches_BNP, keep_BK)
-        return self.forward_tokens(patches_BNP, ids_BK)
+        return self.forward_tokens(patches_BNP, ids_BK, grids_B2)
 
-    def forward_tokens(self, patches_BKP: torch.Tensor, ids_BK: torch.Tensor) -> torch.Tensor:
+    def forward_tokens(
+        self,
+        patches_BKP: torch.Tensor,
+        ids_BK: torch.Tensor,
+        grids_B2: torch.Tensor | None = None,
+        valid_BK: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Encodes patches at given positions of the grid.
 
         Args:
             patches_BKP: float [B, K, P].
             ids_BK: token numbers of the patches, int64 [B, K] or [1, K].
+            grids_B2: rows and columns of each one's own grid, int64 [B, 2], in which its tokens are
+                numbered; positions are interpolated. None for the encoder's own grid.
+            valid_BK: False for padding, to which no token attends, bool [B, K]; None if there is
+                none.
 
         Returns:
-            Tokens after the final LayerNorm, [B, K, D].
+            Tokens after the final LayerNorm, [B, K, D]; those of padding mean nothing.
         """
         tokens = self.patch_embed(patches_BKP)
         if self.pos_embed is not None:
-            tokens = tokens + self.pos_embed[0][ids_BK]
-        rotation = None if self.rope is None else self.rope(ids_BK)
+            tokens = tokens + embed_places(self.pos_embed[0], self.grid, ids_BK, grids_B2)
+        rotation = None if self.rope is None else self.rope(ids_BK, grids_B2)
         # The residual stream keeps the weights' dtype. With RoPE, autocast would make it bf16.
         tokens = tokens.to(self.norm.weight.dtype)
-        tokens = run_blocks(self.blocks, tokens, rotation, recompute=self.activation_checkpointing)
+        tokens = run_blocks(
+            self.blocks, tokens, rotation, valid_BK, recompute=self.activation_checkpointing
+        )
         normed: torch.Tensor = self.norm(tokens)
         return normed
 
     def _check(self, clips_BCTHW: torch.Tensor) -> None:
-        shape, picture = tuple(clips_BCTHW.shape), (3, self.image_size, self.image_size)
+        height, width = height_width(self.image_size)
+        shape, picture = tuple(clips_BCTHW.shape), (3, height, width)
         if len(shape) != 5:
             if shape[1:] != picture:
                 raise ValueError(f"expected images [B, {picture}], got {shape}")
@@ -168,8 +183,8 @@ class VisionTransformer(nn.Module):
         fits = 0 < length <= self.frames and length % self.tubelet == 0
         if (shape[1], *shape[3:]) != picture or not fits:
             raise ValueError(
-                f"expected clips [B, 3, T, {self.image_size}, {self.image_size}] with T a multiple "
-                f"of {self.tubelet} up to {self.frames}, got {shape}"
+                f"expected clips [B, 3, T, {height}, {width}] with T a multiple of {self.tubelet} "
+                f"up to {self.frames}, got {shape}"
             )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from models.image_size import ImageSize, height_width
 from models.media.images import BLACK, Rgb, decode_image
 from models.media.pictures.deep import FULL, DeepRange
 
@@ -32,8 +33,8 @@ RESAMPLING = {
 class Preprocessing:
     """Settings of the transform from a decoded image to the encoder's input."""
 
-    image_size: int
-    """Side of the square input in pixels."""
+    image_size: ImageSize
+    """Pixels on a side of a square input, or (height, width)."""
     mean: tuple[float, float, float]
     """Channel means of values in [0, 1]."""
     std: tuple[float, float, float]
@@ -52,6 +53,15 @@ class Preprocessing:
             raise ValueError(f"interpolation must be one of {sorted(RESAMPLING)}")
         if not 0 < self.crop_fraction <= 1:
             raise ValueError(f"crop_fraction must be in (0, 1], got {self.crop_fraction}")
+
+
+def mean_colour(mean: tuple[float, float, float]) -> Rgb:
+    """Returns the 8-bit colour that is nearest to the channel means, of values in [0, 1].
+
+    Normalised, it is almost zero. It fills what lies outside a padded picture.
+    """
+    red, green, blue = (round(255 * value) for value in mean)
+    return red, green, blue
 
 
 def load_image(
@@ -76,12 +86,14 @@ def eval_transform(image: Image.Image, prep: Preprocessing) -> npt.NDArray[np.ui
         prep: settings of the transform.
 
     Returns:
-        uint8 [H, W, 3] with H = W = `prep.image_size`.
+        uint8 [H, W, 3] of `prep.image_size`.
     """
-    side = min(image.size) * prep.crop_fraction
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    size = (prep.image_size, prep.image_size)
-    box = (left, top, left + side, top + side)
+    height, width = height_width(prep.image_size)
+    aspect = width / height
+    high = min(image.height, image.width / aspect) * prep.crop_fraction
+    wide = high * aspect
+    left, top = (image.width - wide) / 2, (image.height - high) / 2
+    size, box = (width, height), (left, top, left + wide, top + high)
     if image.size != size or prep.crop_fraction != 1:
         image = image.resize(size, RESAMPLING[prep.interpolation], box=box)
     return np.asarray(image, dtype=np.uint8)

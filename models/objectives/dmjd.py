@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from models.encoders.vit import gather_tokens
 from models.media.preprocessing import normalize
+from models.objectives.kept_tokens import KeptTokens
 from models.objectives.latent import LatentPrediction
 from models.objectives.objective import Batch, Output
 from models.objectives.registry import register_objective
@@ -35,15 +36,18 @@ class DMJD(LatentPrediction):
         context_ids_BCK, target_ids_BCT = batch["context_ids"], batch["target_ids"]
         (B, C, K), T = context_ids_BCK.shape, target_ids_BCT.shape[2]
         patches_BNP = self.encoder.patch_embed.patchify(images)
-        tokens_BND, targets_BND = self.encode_target(patches_BNP)
+        kept = KeptTokens.of(batch)
+        pooled_BD, targets_BND = self.encode_target(patches_BNP, kept)
         targets = gather_tokens(targets_BND, target_ids_BCT.flatten(1)).view(B * C, T, -1)
         seen = gather_tokens(patches_BNP, context_ids_BCK.flatten(1)).view(B * C, K, -1)
         context_ids = context_ids_BCK.flatten(0, 1)
-        context = self.encoder.forward_tokens(seen, context_ids)  # [B * C, K, D]
-        predicted = self.predictor(context, context_ids, target_ids_BCT.flatten(0, 1)[:, None])
+        grids = None if kept is None else kept.grids_B2.repeat_interleave(C, dim=0)
+        context = self.encoder.forward_tokens(seen, context_ids, grids)  # [B * C, K, D]
+        target_ids = target_ids_BCT.flatten(0, 1)[:, None]
+        predicted = self.predictor(context, context_ids, target_ids, grids_B2=grids)
         loss = self.distance(predicted[:, 0].float(), targets.float())
         monitored = {
-            "target_pooled": tokens_BND.mean(1).float(),
+            "target_pooled": pooled_BD,
             "context_pooled": context.mean(1).float(),
         }
         return Output(loss, monitored=monitored)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from models.encoders.vit import gather_tokens
 from models.media.preprocessing import normalize
+from models.objectives.kept_tokens import KeptTokens, grids_of
 from models.objectives.latent import LatentPrediction
 from models.objectives.objective import Batch, Output
 from models.objectives.registry import register_objective
@@ -28,13 +29,15 @@ class IJEPA(LatentPrediction):
         images = normalize(batch["images"], self.mean, self.std)
         context_ids_BK, target_ids_BMT = batch["context_ids"], batch["target_ids"]
         patches_BNP = self.encoder.patch_embed.patchify(images)
-        tokens_BND, targets_BND = self.encode_target(patches_BNP)
+        kept = KeptTokens.of(batch)
+        pooled_BD, targets_BND = self.encode_target(patches_BNP, kept)
         targets_BLD = gather_tokens(targets_BND, target_ids_BMT.flatten(1))
-        context_BKD = self.encoder.forward_patches(patches_BNP, context_ids_BK)
-        predicted_BMTD = self.predictor(context_BKD, context_ids_BK, target_ids_BMT)
+        grids = grids_of(kept)
+        context_BKD = self.encoder.forward_patches(patches_BNP, context_ids_BK, grids)
+        predicted_BMTD = self.predictor(context_BKD, context_ids_BK, target_ids_BMT, grids_B2=grids)
         loss = self.distance(predicted_BMTD.flatten(1, 2).float(), targets_BLD.float())
         monitored = {
-            "target_pooled": tokens_BND.mean(1).float(),
+            "target_pooled": pooled_BD,
             "context_pooled": context_BKD.mean(1).float(),
         }
         return Output(loss, monitored=monitored)

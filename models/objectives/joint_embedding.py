@@ -121,7 +121,8 @@ class JointEmbedding(EncoderObjective):
     def _encode(self, views: torch.Tensor, keys_B: torch.Tensor, first: int) -> torch.Tensor:
         V, B = views.shape[:2]
         patches = self.encoder.patch_embed.patchify(views.flatten(0, 1))  # [V * B, N, P]
-        places_N = self._places(views.shape[-1], patches.device)
+        height, width = views.shape[-2:]
+        places_N = self._places(height, width, patches.device)
         steps = views.shape[3] // self.encoder.tubelet if views.ndim == 6 else 1
         per_step = len(places_N) // steps
         lasts, keep = self.views.kept(steps, per_step)
@@ -136,12 +137,18 @@ class JointEmbedding(EncoderObjective):
         tokens = self.encoder.forward_tokens(patches, places)
         return tokens.float().mean(1).view(V, B, -1)
 
-    def _places(self, size: int, device: torch.device | None = None) -> torch.Tensor:
+    def _places(self, height: int, width: int, device: torch.device | None = None) -> torch.Tensor:
         """Returns the grid positions of a view's tokens; small views are spread over the grid."""
-        grid, side = self.encoder.grid, size // self.encoder.patch_size
-        line = ((torch.arange(side, device=device) + 0.5) * grid / side).long()
-        times = torch.arange(self.encoder.tubes, device=device) * grid * grid
-        return (times[:, None, None] + line[:, None] * grid + line).flatten()
+        grid = self.encoder.grid
+        rows, columns = (
+            ((torch.arange(count, device=device) + 0.5) * whole / count).long()
+            for count, whole in (
+                (height // self.encoder.patch_size, grid.rows),
+                (width // self.encoder.patch_size, grid.columns),
+            )
+        )
+        times = torch.arange(grid.tubes, device=device) * grid.per_step
+        return (times[:, None, None] + rows[:, None] * grid.columns + columns).flatten()
 
 
 def make_projector(widths: Sequence[int]) -> nn.Sequential:

@@ -21,6 +21,7 @@ from models.encoders.from_settings import (
 )
 from models.encoders.predictor import Predictor
 from models.encoders.vit import VisionTransformer
+from models.objectives.kept_tokens import KeptTokens
 from models.objectives.objective import EncoderObjective, pixel_statistics
 
 M = TypeVar("M", bound=nn.Module)
@@ -95,22 +96,26 @@ class LatentPrediction(EncoderObjective):
         both = ("context_pooled", "target_pooled")
         return both if self.target_encoder is None else both[:1]
 
-    def encode_target(self, patches_BNP: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode_target(
+        self, patches_BNP: torch.Tensor, kept: KeptTokens | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Computes the target encoder's features of the whole input.
 
         Args:
             patches_BNP: output of `PatchEmbed.patchify`.
+            kept: the tokens that the samples have; None for all.
 
         Returns:
-            The target encoder's tokens, and the same tokens layer-normalised without affine
-            parameters, from which targets are gathered. Both are [B, N, D].
+            The mean of the target encoder's tokens, fp32 [B, D], and the tokens themselves,
+            layer-normalised without affine parameters, from which targets are gathered, [B, N, D].
         """
         if self.target_encoder is None:
-            tokens_BND = self.encoder.forward_patches(patches_BNP)
+            tokens_BND, pooled_BD = _encode(self.encoder, patches_BNP, kept)
         else:
             with torch.no_grad():
-                tokens_BND = self.target_encoder.forward_patches(patches_BNP)
-        return tokens_BND, functional.layer_norm(tokens_BND, tokens_BND.shape[-1:], eps=LN_EPS)
+                tokens_BND, pooled_BD = _encode(self.target_encoder, patches_BNP, kept)
+        targets_BND = functional.layer_norm(tokens_BND, tokens_BND.shape[-1:], eps=LN_EPS)
+        return pooled_BD.float(), targets_BND
 
     def momentum(self, step: int, total_steps: int) -> float:
         """Returns the momentum of the target encoder at optimizer step `step` (0-based)."""
@@ -121,6 +126,16 @@ class LatentPrediction(EncoderObjective):
         """Moves the target encoder towards the context encoder; see `update_target`."""
         if self.target_encoder is not None:
             update_target(self.target_encoder, self.encoder, self.momentum(step, total_steps))
+
+
+def _encode(
+    encoder: VisionTransformer, patches_BNP: torch.Tensor, kept: KeptTokens | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns all tokens and their mean."""
+    if kept is not None:
+        return kept.encode(encoder, patches_BNP)
+    tokens_BND = encoder.forward_patches(patches_BNP)
+    return tokens_BND, tokens_BND.mean(1)
 
 
 def make_target(encoder: M) -> M:

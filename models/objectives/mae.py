@@ -19,6 +19,7 @@ from models.encoders.from_settings import (
 from models.encoders.predictor import Predictor
 from models.encoders.vit import VisionTransformer, gather_tokens
 from models.media.preprocessing import normalize
+from models.objectives.kept_tokens import KeptTokens, grids_of
 from models.objectives.objective import Batch, EncoderObjective, Output, pixel_statistics
 from models.objectives.registry import register_objective
 
@@ -70,14 +71,19 @@ class MAE(EncoderObjective):
         Args:
             batch: `images`, `context_ids` [B, K] and `target_ids` [B, 1, T]; see `Batch`.
         """
-        return self._paint(batch["images"], batch["context_ids"], batch["target_ids"])
+        masks = (batch["context_ids"], batch["target_ids"])
+        return self._paint(batch["images"], *masks, grids_of(KeptTokens.of(batch)))
 
     def _paint(
-        self, pixels: torch.Tensor, context_ids_BK: torch.Tensor, target_ids_B1T: torch.Tensor
+        self,
+        pixels: torch.Tensor,
+        context_ids_BK: torch.Tensor,
+        target_ids_B1T: torch.Tensor,
+        grids_B2: torch.Tensor | None,
     ) -> Output:
         patches_BNP = self.encoder.patch_embed.patchify(normalize(pixels, self.mean, self.std))
-        context_BKD = self.encoder.forward_patches(patches_BNP, context_ids_BK)
-        painted_B1TP = self.decoder(context_BKD, context_ids_BK, target_ids_B1T)
+        context_BKD = self.encoder.forward_patches(patches_BNP, context_ids_BK, grids_B2)
+        painted_B1TP = self.decoder(context_BKD, context_ids_BK, target_ids_B1T, grids_B2=grids_B2)
         targets_BNP = self.targets(patches_BNP)
         targets_BTP = gather_tokens(targets_BNP, target_ids_B1T.flatten(1))
         loss = functional.mse_loss(painted_B1TP.flatten(1, 2).float(), targets_BTP)
@@ -109,5 +115,5 @@ class VideoMAE(MAE):
         Args:
             batch: `clips`, `context_ids_0` [B, K] and `target_ids_0` [B, T]; see `Batch`.
         """
-        target_ids_B1T = batch["target_ids_0"][:, None]
-        return self._paint(batch["clips"], batch["context_ids_0"], target_ids_B1T)
+        masks = (batch["context_ids_0"], batch["target_ids_0"][:, None])
+        return self._paint(batch["clips"], *masks, grids_of(KeptTokens.of(batch)))

@@ -26,9 +26,20 @@ Batch = dict[str, Tensor]
   or, with C contexts per image, [B, C, K] and [B, C, T].
 - Masks of clips: for every mask generator g = 0, 1, ..., `context_ids_g` int64 [B, K_g] and
   `target_ids_g` int64 [B, T_g].
+- The entries `OPTIONAL_INPUTS`, where the loader makes them.
 
 Masks are drawn by the masker of the run, see `pipelines.loading.masks.maskers`. Their lengths are
 the same in all batches of a run.
+"""
+
+OPTIONAL_INPUTS = ("grids", "kept_ids", "kept_valid", "regions")
+"""Entries that a batch has only if samples have grids of their own or regions are left out.
+
+- `grids` int64 [B, 2]: rows and columns of each sample's grid, in which its tokens are numbered.
+- `kept_ids` int64 [B, K'] and `kept_valid` bool [B, K']: the tokens that a sample has, and which of
+  these are not padding.
+- `regions` float32 [B, R, 4], where regions are left out: left, top, right and bottom of each, as
+  fractions of the sample's width and height. They may reach beyond it.
 """
 
 

@@ -12,6 +12,7 @@ from models.encoders.from_settings import Settings, predictor_from_settings
 from models.encoders.predictor import Predictor
 from models.encoders.vit import VisionTransformer, gather_tokens
 from models.media.preprocessing import normalize
+from models.objectives.kept_tokens import KeptTokens, grids_of
 from models.objectives.latent import LatentPrediction
 from models.objectives.objective import Batch, Output
 from models.objectives.registry import register_objective
@@ -45,11 +46,14 @@ class VJEPA(LatentPrediction):
         """
         clips = normalize(batch["clips"], self.mean, self.std)
         patches_BNP = self.encoder.patch_embed.patchify(clips)
-        tokens_BND, targets_BND = self.encode_target(patches_BNP)
+        kept = KeptTokens.of(batch)
+        pooled_BD, targets_BND = self.encode_target(patches_BNP, kept)
+        grids = grids_of(kept)
         losses, contexts = zip(
             *(
                 self._mask_loss(
-                    patches_BNP, targets_BND, batch[f"context_ids_{g}"], batch[f"target_ids_{g}"], g
+                    *(patches_BNP, targets_BND, batch[f"context_ids_{g}"]),
+                    *(batch[f"target_ids_{g}"], g, grids),
                 )
                 for g in range(len(self.predictor.mask_token))
             ),
@@ -58,7 +62,7 @@ class VJEPA(LatentPrediction):
         losses_G = torch.stack(losses)
         metrics = {f"loss_{g}": loss for g, loss in enumerate(losses_G.detach())}
         monitored = {
-            "target_pooled": tokens_BND.mean(1).float(),
+            "target_pooled": pooled_BD,
             "context_pooled": torch.cat(contexts),
         }
         return Output(losses_G.mean(), metrics, monitored)
@@ -70,10 +74,13 @@ class VJEPA(LatentPrediction):
         context_ids_BK: torch.Tensor,
         target_ids_BT: torch.Tensor,
         mask: int,
+        grids_B2: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the loss of one mask and the mean of its context tokens, fp32 [B, D]."""
-        context_BKD = self.encoder.forward_patches(patches_BNP, context_ids_BK)
-        predicted_B1TD = self.predictor(context_BKD, context_ids_BK, target_ids_BT[:, None], mask)
+        context_BKD = self.encoder.forward_patches(patches_BNP, context_ids_BK, grids_B2)
+        predicted_B1TD = self.predictor(
+            context_BKD, context_ids_BK, target_ids_BT[:, None], mask, grids_B2
+        )
         targets_BTD = gather_tokens(targets_BND, target_ids_BT)
         loss = self.distance(predicted_B1TD[:, 0].float(), targets_BTD.float())
         return loss, context_BKD.mean(1).float()

@@ -42,5 +42,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return _from_dict(hint, value, path)
     if isinstance(hint, types.UnionType):
-        return None if value is None else _convert(typing.get_args(hint)[0], value, path)
+        members = typing.get_args(hint)
+        lists = [m for m in members if typing.get_origin(m) is tuple]
+        wanted = lists[0] if lists and isinstance(value, list) else members[0]
+        return None if value is None else _convert(wanted, value, path)
     return tuple(value) if typing.get_origin(hint) is tuple else value

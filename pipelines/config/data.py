@@ -38,7 +38,8 @@ class DataConfig:
     crop_scale: tuple[float, float] = (0.3, 1.0)
     """Area range of the random resized crop, as a fraction of the image."""
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)
-    """Aspect-ratio range of the crop."""
+    """Range of the crop's aspect ratio, width by height, relative to that of what the input shows
+    of the picture."""
     flip: bool = False
     """Flip half of the images or clips left-right (V-JEPA does, I-JEPA does not)."""
     decode_in: Literal["trainer", "data"] = "trainer"

@@ -7,8 +7,12 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from models.image_size import Grid, ImageSize, as_image_size, height_width, size_text
+from models.media.fit import Fit
+from models.media.regions import Region
 from pipelines.config.checks import require
 from pipelines.config.data import ClipConfig, DataConfig, MaskConfig, VideoMaskConfig
+from pipelines.config.input_flags import SIZE_FLAG, checked_regions
 from pipelines.config.objectives import REGISTERED, Masks, Modality, ObjectiveConfig
 from pipelines.config.places import PlaceField, WrittenPlace
 from pipelines.config.views import ViewsConfig
@@ -27,8 +31,16 @@ class ModelConfig:
     encoder: str = "vit_s"
     """Preset: vit_ti, vit_s, vit_b, vit_l, vit_h, vit_g, or a small one for 32-pixel images; for
     clips video_b, video_l, video_h, video_g, or a small one."""
-    image_size: int = 224
-    """Pixels on a side of the square training crop."""
+    image_size: Annotated[ImageSize, SIZE_FLAG] = 224
+    """Pixels of the input: one number for a square, or HEIGHTxWIDTH, such as 144x256."""
+    fit: Fit | None = None
+    """How a picture is fitted to the input, in training and wherever the encoder is used. crop: its
+    centre, in the input's aspect. pad: all of it, with bars. squash: all of it, stretched. whole:
+    all of it in its own aspect, on a grid of its own with no more tokens than the input's. None:
+    squash for a new run, while a run that is resumed keeps its own."""
+    exclude: tuple[Region, ...] = ()
+    """Regions of the picture that are left out: their tokens are neither context nor target, and
+    the encoder never computes them."""
     patch_size: int = 16
     """Pixels on a side of one patch."""
     frames: int = 1
@@ -55,11 +67,14 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require(self.patch_size > 0, "model.patch-size", "must be positive")
+        object.__setattr__(self, "image_size", as_image_size(self.image_size))
         require(
-            self.image_size >= self.patch_size and self.image_size % self.patch_size == 0,
+            all(s >= self.patch_size and s % self.patch_size == 0 for s in self.height_width),
             "model.image-size",
-            f"must be a multiple of --model.patch-size ({self.patch_size}), got {self.image_size}",
+            f"must be a multiple of --model.patch-size ({self.patch_size}), got "
+            f"{size_text(self.image_size)}",
         )
+        object.__setattr__(self, "exclude", checked_regions("model.exclude", self.exclude))
         require(self.patch_std > 0, "model.patch-std", "must be positive")
         require(self.frames > 0, "model.frames", "must be positive")
         require(
@@ -67,6 +82,29 @@ class ModelConfig:
             "model.tubelet",
             f"must divide --model.frames ({self.frames}), got {self.tubelet}",
         )
+
+    @property
+    def height_width(self) -> tuple[int, int]:
+        """Height and width of the input, pixels."""
+        return height_width(self.image_size)
+
+    @property
+    def grid(self) -> Grid:
+        """The grid of tokens of an image or a clip."""
+        height, width = self.height_width
+        return Grid(
+            height // self.patch_size, width // self.patch_size, self.frames // self.tubelet
+        )
+
+    @property
+    def chosen_fit(self) -> Fit:
+        """`fit`, or `crop` for runs made before there was a choice."""
+        return self.fit or "crop"
+
+    @property
+    def partial(self) -> bool:
+        """Whether samples may have fewer tokens than `grid`, or grids of their own."""
+        return self.chosen_fit == "whole" or bool(self.exclude)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,10 +316,19 @@ class PretrainConfig:
             "needs masks of a fixed size: legacy ones are cut to the shortest of a set's batch",
         )
         if self.masks == "none":
-            side = self.views.local_size or self.model.image_size
-            ok = side % self.model.patch_size == 0 and side <= self.model.image_size
+            sides = height_width(self.views.local_size or self.model.image_size)
+            ok = all(
+                side % self.model.patch_size == 0 and side <= most
+                for side, most in zip(sides, self.model.height_width, strict=True)
+            )
             require(
                 ok, "views.local-size", "must be a multiple of --model.patch-size, no larger image"
+            )
+            require(
+                self.model.fit != "whole",
+                "model.fit",
+                f"whole needs a masked objective; {self.objective.name} compares views of one size."
+                " Use squash or pad",
             )
 
     @property

@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
+from models.image_size import ImageSize, as_image_size
 from pipelines.config.checks import require, require_range
+from pipelines.config.input_flags import SIZE_FLAG
 
 
 @dataclass(frozen=True, kw_only=True)
 class ViewsConfig:
     """Views, made on the device from one decoded picture or clip (`models/views.py`).
 
-    The picture is the loader's crop, `model.image_size` pixels on a side: `--data.crop-scale 1 1`
-    leaves all cropping to the views.
+    The picture is the loader's crop, of `model.image_size`: `--data.crop-scale 1 1` leaves all
+    cropping to the views.
     """
 
     globals: int = 2
     """Number of views of the encoder's own size."""
     locals: int = 0
     """Number of views of smaller parts of the picture."""
-    local_size: int | None = None
-    """Pixels on a side of a local view, a multiple of the patch size. None makes local views as
-    large as global ones."""
+    local_size: Annotated[ImageSize, SIZE_FLAG] | None = None
+    """Pixels of a local view: on a side of a square, or HEIGHTxWIDTH; multiples of the patch size.
+    None makes local views as large as global ones."""
     global_scale: tuple[float, float] = (0.3, 1.0)
     """Area range of a global view, as a fraction of the picture; 1 1 does not crop."""
     local_scale: tuple[float, float] = (0.05, 0.3)
     """Area range of a local view."""
     ratio: tuple[float, float] = (0.75, 4 / 3)
-    """Aspect-ratio range of the crops."""
+    """Range of the crops' aspect ratio, width by height, relative to the picture's."""
     flip: float = 0.5
     """Probability that a view is flipped left-right."""
     colour: float = 0.8
@@ -55,6 +58,8 @@ class ViewsConfig:
     clip share what lasts, such as what moves and in which direction, but not where it is."""
 
     def __post_init__(self) -> None:
+        if self.local_size is not None:
+            object.__setattr__(self, "local_size", as_image_size(self.local_size))
         require(self.globals >= 1, "views.globals", "must be at least 1")
         require(self.locals >= 0, "views.locals", "must be >= 0")
         require(self.globals + self.locals >= 2, "views.globals", "there must be two views or more")

@@ -166,7 +166,7 @@ def tubelet_features(encoder: VisionTransformer, prep: Preprocessing) -> Featuri
     It returns the P normalised pixels of every token and a code of the token's position,
     [B, T, P + `PLACE_WIDTH`].
     """
-    places_ND = sincos_3d(PLACE_WIDTH, encoder.grid, encoder.tubes)
+    places_ND = sincos_3d(PLACE_WIDTH, encoder.grid)
 
     def featurize(clips_BCFHW: Tensor) -> Tensor:
         x_BTP = encoder.patch_embed.patchify(normalize(clips_BCFHW, prep.mean, prep.std))

@@ -3,8 +3,12 @@
 Both places that decode, threads in the trainer and Ray Data tasks, call `decode_rows`, so their
 pixels are equal bit for bit.
 
-Shape suffixes: B rows, C = 3 channels, T frames of a clip, H = W = S pixels of the crop, 4 = (left,
-top, right, bottom).
+A sample whose grid is its own (fit `whole`) is stored as a strip: its patches, in raster order,
+side by side, and zeros for patches that it does not have. Cutting the strip into patches gives the
+patches of the picture in their order.
+
+Shape suffixes: B rows, C = 3 channels, T frames of a clip, H and W pixels of the crop, 4 = (left,
+top, right, bottom), 2 = (rows, columns).
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import torchvision.io  # registers torch.ops.image
 from PIL import Image
 from torch import Tensor
 
-from models.media.images import decode_image
+from models.media.images import BLACK, Rgb, decode_image
 from models.media.pictures.colour import is_of_other_colours
 from models.media.pictures.errors import ImageError
 from models.media.pictures.metadata import JPEG, PNG, has_transparent_colour
@@ -43,17 +47,27 @@ class DecodeError(ValueError):
     """A stored image or video does not decode: an error of ingest, or a damaged shard."""
 
 
-def decode_rows(table: pa.Table, out: U8, pool: Executor | None = None, jobs: int = 1) -> None:
+def decode_rows(
+    table: pa.Table,
+    out: U8,
+    pool: Executor | None = None,
+    jobs: int = 1,
+    *,
+    outside: Rgb = BLACK,
+) -> None:
     """Decodes, crops, resizes (bicubic, antialiased) and flips the rows of a table.
 
     All frames of a clip get the same crop and flip. Frames that are not needed are not decoded.
 
     Args:
         table: columns `image` or `video`, `crop`, `flipped`, `height`, `width`, `sample_id`,
-            `source_uri`, and for video `frames`.
-        out: uint8 [B, C, H, W], or [B, C, T, H, W] for clips, written in place.
+            `source_uri`, for video `frames`, and `grid` (rows and columns) if samples have grids of
+            their own.
+        out: uint8 [B, C, H, W], or [B, C, T, H, W] for clips, written in place. With `grid`, H is
+            that of a patch and W that of the longest strip.
         pool: threads that decode parts of the rows in parallel; None decodes in this thread.
         jobs: number of parts.
+        outside: the colour of what lies outside the picture.
 
     Raises:
         DecodeError: a row does not decode; the sample is named.
@@ -63,6 +77,7 @@ def decode_rows(table: pa.Table, out: U8, pool: Executor | None = None, jobs: in
     frames_BT = _flat(table, "frames").reshape(out.shape[0], -1) if is_video else None
     boxes_B4 = _flat(table, "crop").reshape(-1, 4).tolist()
     flipped_B = table.column("flipped").to_pylist()
+    grids_B2 = _flat(table, "grid").reshape(-1, 2) if "grid" in table.column_names else None
     sizes_B2 = list(
         zip(table.column("height").to_pylist(), table.column("width").to_pylist(), strict=True)
     )
@@ -71,11 +86,14 @@ def decode_rows(table: pa.Table, out: U8, pool: Executor | None = None, jobs: in
         for row in range(first, stop):
             encoded = data[offsets[row] : offsets[row + 1]]
             try:
-                where = (sizes_B2[row], boxes_B4[row], flipped_B[row], out[row])
+                pixels = out[row] if grids_B2 is None else _strip_picture(out[row], grids_B2[row])
+                where = (sizes_B2[row], boxes_B4[row], flipped_B[row], pixels, outside)
                 if frames_BT is None:
                     _decode_crop(encoded, *where)
                 else:
                     _decode_clip(encoded, frames_BT[row], *where)
+                if grids_B2 is not None:
+                    _write_strip(out[row], pixels)
             except (ImageError, VideoError) as error:
                 raise DecodeError(f"{_name(table, row)}: {error}") from error
 
@@ -114,17 +132,19 @@ def _decode_crop(
     box: Box,
     flipped: bool,
     out_CHW: U8,
+    outside: Rgb,
 ) -> None:
     """Decodes one image; `box` is in pixels of the stored (height, width) `size`."""
-    side = out_CHW.shape[-1]
+    box, out_CHW = _inside(size, box, out_CHW, outside, flipped)
+    height, width = out_CHW.shape[-2:]
     left, top, right, bottom = box
-    shrink = min(right - left, bottom - top) / side
+    shrink = min((right - left) / width, (bottom - top) / height)
     if shrink >= DRAFT_FROM and _is_jpeg(encoded):
-        crop_CHW = _reduced_crop(encoded, size, box, shrink, side)
+        crop_CHW = _reduced_crop(encoded, size, box, shrink, (height, width))
     else:
         pixels_CHW = _decode_whole(encoded)
         _check_size(tuple(pixels_CHW.shape[1:]), size)
-        crop_CHW = _resize(pixels_CHW[None, :, top:bottom, left:right], side)[0]
+        crop_CHW = _resize(pixels_CHW[None, :, top:bottom, left:right], (height, width))[0]
     # Copied by numpy, because torch would start its own threads inside every decoder thread.
     np.copyto(out_CHW, crop_CHW[:, :, ::-1] if flipped else crop_CHW)
 
@@ -136,15 +156,66 @@ def _decode_clip(
     box: Box,
     flipped: bool,
     out_CTHW: U8,
+    outside: Rgb,
 ) -> None:
     """Decodes the given frames of a clip, all with the same box."""
+    box, out_CTHW = _inside(size, box, out_CTHW, outside, flipped)
     left, top, right, bottom = box
     pixels_THWC = decode_frames(encoded.numpy().tobytes(), frames_T.tolist())
     _check_size(tuple(pixels_THWC.shape[1:3]), size)
     pixels_TCHW = torch.from_numpy(pixels_THWC[:, top:bottom, left:right]).permute(0, 3, 1, 2)
-    crop_TCHW = _resize(pixels_TCHW, out_CTHW.shape[-1])
+    crop_TCHW = _resize(pixels_TCHW, out_CTHW.shape[-2:])
     crop_CTHW = crop_TCHW.transpose(1, 0, 2, 3)
     np.copyto(out_CTHW, crop_CTHW[..., ::-1] if flipped else crop_CTHW)
+
+
+def _inside(
+    size: tuple[int, int], box: Box, out: U8, outside: Rgb, flipped: bool
+) -> tuple[Box, U8]:
+    """Paints what of a box lies outside the picture; returns the rest of the box and its place.
+
+    Args:
+        size: height and width of the picture.
+        box: may reach beyond the picture.
+        out: uint8 [C, ..., H, W], which shows the box, mirrored if `flipped`.
+        outside: the colour.
+        flipped: whether it is mirrored.
+
+    Returns:
+        The part of the box inside the picture, and the view of `out` that shows this part.
+    """
+    left, top, right, bottom = box
+    inside = (max(left, 0), max(top, 0), min(right, size[1]), min(bottom, size[0]))
+    if inside == box:
+        return box, out
+    out[...] = np.array(outside, np.uint8).reshape(-1, *(1,) * (out.ndim - 1))
+    columns = _pixels(inside[0] - left, inside[2] - left, right - left, out.shape[-1])
+    rows = _pixels(inside[1] - top, inside[3] - top, bottom - top, out.shape[-2])
+    if flipped:
+        columns = slice(out.shape[-1] - columns.stop, out.shape[-1] - columns.start)
+    return inside, out[..., rows, columns]
+
+
+def _pixels(start: int, stop: int, length: int, pixels: int) -> slice:
+    """Returns the pixels that show [start, stop) of a line of some length; at least one."""
+    first = min(round(start * pixels / length), pixels - 1)
+    return slice(first, max(first + 1, round(stop * pixels / length)))
+
+
+def _strip_picture(strip: U8, grid_2: npt.NDArray[np.int64]) -> U8:
+    """Returns an empty picture whose patches fill part of a strip."""
+    patch = strip.shape[-2]
+    return np.empty((*strip.shape[:-2], *(int(side) * patch for side in grid_2)), np.uint8)
+
+
+def _write_strip(strip: U8, picture: U8) -> None:
+    """Writes the patches of a picture side by side, in raster order, and zeros after them."""
+    *lead, height, width = picture.shape
+    patch = strip.shape[-2]
+    patches = picture.reshape(*lead, height // patch, patch, width // patch, patch)
+    side_by_side = np.moveaxis(patches, -3, -4).reshape(*lead, patch, -1)
+    strip[..., : side_by_side.shape[-1]] = side_by_side
+    strip[..., side_by_side.shape[-1] :] = 0
 
 
 def _check_size(found: tuple[int, ...], stored: tuple[int, int]) -> None:
@@ -153,25 +224,28 @@ def _check_size(found: tuple[int, ...], stored: tuple[int, int]) -> None:
         raise ImageError("decode_error", sizes)
 
 
-def _resize(crop_TCHW: Tensor, side: int) -> U8:
-    if crop_TCHW.shape[2:] == (side, side):
+def _resize(crop_TCHW: Tensor, size: tuple[int, ...]) -> U8:
+    if crop_TCHW.shape[2:] == size:
         return crop_TCHW.numpy()
     # Torch's uint8 kernel is over twice as fast as Pillow's (950 against 433 images/s from
     # 500x400).
     resized: U8 = torch.nn.functional.interpolate(
-        crop_TCHW, size=(side, side), mode="bicubic", antialias=True
+        crop_TCHW, size=size, mode="bicubic", antialias=True
     ).numpy()
     return resized
 
 
-def _reduced_crop(encoded: Tensor, size: tuple[int, int], box: Box, shrink: float, side: int) -> U8:
+def _reduced_crop(
+    encoded: Tensor, size: tuple[int, int], box: Box, shrink: float, made: tuple[int, int]
+) -> U8:
+    """Decodes at reduced scale and resizes the box to `made`, height and width."""
     draft = (int(size[1] / shrink), int(size[0] / shrink))
     image = decode_image(encoded.numpy().tobytes(), draft=draft, max_pixels=None)
     ratio_w, ratio_h = image.width / size[1], image.height / size[0]
     if abs(ratio_w - ratio_h) > 2 / min(image.size):  # each side was rounded up
         _check_size((image.height, image.width), size)
     inside = (box[0] * ratio_w, box[1] * ratio_h, box[2] * ratio_w, box[3] * ratio_h)
-    resized = image.resize((side, side), Image.Resampling.BICUBIC, box=inside)
+    resized = image.resize(made[::-1], Image.Resampling.BICUBIC, box=inside)
     return np.asarray(resized).transpose(2, 0, 1)
 
 

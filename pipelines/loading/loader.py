@@ -26,6 +26,8 @@ import pyarrow as pa
 import torch
 
 from models.keyed_random.arrays import sample_keys
+from models.media.images import Rgb
+from models.media.preprocessing import mean_colour
 from pipelines.config.train import PretrainConfig
 from pipelines.loading.clips import training_sampler
 from pipelines.loading.cpu_share import Share, StarvationWatch, cluster_share
@@ -67,6 +69,10 @@ def train_batches(
         sample_ids: list of B 16-byte ids.
         crop_boxes: float32 array [B, 4], (x0, y0, x1, y1) in pixels of the stored image.
         flipped: bool array [B].
+        grids: int64 tensor [B, 2], kept_ids: int64 tensor [B, K'], kept_valid: bool tensor [B, K'],
+            only with the fit `whole` or with regions left out: rows and columns of each sample's
+            grid, its tokens in ascending order, and which of these are not padding. With `whole`,
+            pixels are strips (`pipelines.loading.decoding`).
         frames: int32 array [B, T], for clips: frame numbers in the segment.
         step, epoch: ints.
 
@@ -111,15 +117,19 @@ def make_reader(
         lanes=rank_lanes(plan, rank, world_size),
         masker=masker,
         data=part.data,
+        model=cfg.model,
         row_bytes=max(1.0, manifest.num_bytes / manifest.num_samples),
         sampler=training_sampler(cfg),
     )
 
 
 def _pixel_shape(cfg: PretrainConfig) -> tuple[int, ...]:
-    """Returns the shape of one sample: [C, H, W], or [C, T, H, W] of a clip."""
-    side = cfg.model.image_size
-    return (3, side, side) if cfg.modality == "image" else (3, cfg.model.frames, side, side)
+    """Returns the shape of one sample: [C, H, W], or [C, T, H, W] of a clip; or of its strip."""
+    model = cfg.model
+    size = model.height_width
+    if model.chosen_fit == "whole":
+        size = (model.patch_size, model.patch_size * model.grid.per_step)
+    return (3, *size) if cfg.modality == "image" else (3, model.frames, *size)
 
 
 def _all_batches(
@@ -186,7 +196,7 @@ def _dataset(cfg: PretrainConfig, reader: Reader, segment: list[Piece], share: S
     if cfg.data.decode_in == "data":
         # With the same number of CPUs, Ray would fuse the stages and decode a window on one core.
         dataset = dataset.map_batches(
-            functools.partial(_decode, _pixel_shape(cfg)),
+            functools.partial(_decode, _pixel_shape(cfg), mean_colour(cfg.model.mean)),
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=share.decode_cpus,
@@ -202,11 +212,11 @@ def _dataset(cfg: PretrainConfig, reader: Reader, segment: list[Piece], share: S
     return dataset
 
 
-def _decode(shape: tuple[int, ...], table: pa.Table) -> pa.Table:
+def _decode(shape: tuple[int, ...], outside: Rgb, table: pa.Table) -> pa.Table:
     """Replaces the encoded images or videos by uint8 crops of this shape; a Ray Data task."""
     torch.set_num_threads(1)
     pixels = np.empty((table.num_rows, *shape), np.uint8)
-    decode_rows(table, pixels)
+    decode_rows(table, pixels, outside=outside)
     flat = pa.py_buffer(pixels)
     column = pa.FixedSizeBinaryArray.from_buffers(
         pa.binary(math.prod(shape)), table.num_rows, [None, flat]
@@ -228,7 +238,8 @@ def _to_batch(
         np.copyto(pixels.numpy().reshape(-1), flat_N[: pixels.numel()])
     else:
         jobs = min(4 * cfg.data.decode_threads, max(1, rows // 8))
-        decode_rows(table, pixels.numpy(), pool, jobs)
+        outside = mean_colour(cfg.model.mean)
+        decode_rows(table, pixels.numpy(), pool, jobs, outside=outside)
     ids, epoch = table.column("sample_id").to_pylist(), reader.plan.locate(step)[0]
     keys_B = sample_keys(ids, cfg.run.seed, epoch)
     batch = {
@@ -243,10 +254,20 @@ def _to_batch(
     }
     if reader.sampler is not None:
         batch["frames"] = _numbers(table, "frames").reshape(rows, -1)
+    if "kept_ids" in table.column_names:
+        batch |= _layout(table)
     for name in table.column_names:
         if name.startswith(MASK_NAMES):
             batch[name] = _ids(table, name, reader.masker)
     return batch
+
+
+def _layout(table: pa.Table) -> dict[str, torch.Tensor]:
+    """Returns the grid and the kept tokens of every sample, padded to the most of the batch."""
+    kept = [torch.tensor(ids) for ids in table.column("kept_ids").to_pylist()]
+    ids_BK = torch.nn.utils.rnn.pad_sequence(kept, batch_first=True, padding_value=-1)
+    grids_B2 = torch.from_numpy(_numbers(table, "grid").reshape(-1, 2).astype(np.int64))
+    return {"grids": grids_B2, "kept_ids": ids_BK.clamp(min=0), "kept_valid": ids_BK >= 0}
 
 
 def _numbers(table: pa.Table, name: str) -> Any:

@@ -20,9 +20,11 @@ import pyarrow as pa
 from models.keyed_random.arrays import I64, U64, key_of, sample_keys, uniforms
 from models.keyed_random.streams import PlanStream, SampleStream
 from pipelines.config.data import DataConfig
+from pipelines.config.train import ModelConfig
 from pipelines.dataset.shards import read_row_group, sample_ids_array
 from pipelines.loading.clips import ClipSampler
-from pipelines.loading.crops import random_crops
+from pipelines.loading.masks.crops import fitted_crops
+from pipelines.loading.masks.layouts import Layout, make_layout
 from pipelines.loading.masks.maskers import Masker
 from pipelines.loading.plan import Piece, Plan, lane_windows
 from pipelines.runtime.uris import open_uri
@@ -59,6 +61,7 @@ class Reader:
     """The lanes that this rank reads."""
     masker: Masker
     data: DataConfig
+    model: ModelConfig
     row_bytes: float
     """Mean number of encoded bytes in a sample."""
     sampler: ClipSampler | None = None
@@ -142,7 +145,7 @@ def _with_draws(reader: Reader, block: pa.Table, piece: Piece, first: int, stop:
     """Adds the random columns. All but legacy masks depend only on (seed, epoch, sample id)."""
     keys_N = sample_keys(sample_ids_array(block), reader.plan.seed, piece.epoch)
     sizes_N2 = np.stack([block.column("height").to_numpy(), block.column("width").to_numpy()], 1)
-    boxes_N4 = random_crops(keys_N, sizes_N2, reader.data.crop_scale, reader.data.crop_ratio)
+    boxes_N4 = fitted_crops(keys_N, sizes_N2, reader.model, reader.data)
     flipped_N = np.zeros(len(keys_N), np.bool_)
     if reader.data.flip:
         flipped_N = uniforms(keys_N, SampleStream.FLIP, 1)[:, 0] < 0.5
@@ -157,17 +160,24 @@ def _with_draws(reader: Reader, block: pa.Table, piece: Piece, first: int, stop:
         frames_NT = reader.sampler.random(lengths_N, fps_N, keys_N)
         flat = pa.array(frames_NT.reshape(-1))
         added["frames"] = pa.FixedSizeListArray.from_arrays(flat, frames_NT.shape[1])
-    for name, parts in _masks(reader, keys_N, piece.epoch, range(first, stop)).items():
+    layout = make_layout(reader.model, sizes_N2, boxes_N4, flipped_N)
+    if layout is not None:
+        grids = pa.array(layout.grids_B2.astype(np.int32).reshape(-1))
+        added["grid"] = pa.FixedSizeListArray.from_arrays(grids, 2)
+        added["kept_ids"] = _lists([ids[None] for ids in layout.kept_ids(reader.model.grid.tubes)])
+    for name, parts in _masks(reader, keys_N, piece.epoch, range(first, stop), layout).items():
         added[name] = _lists(parts)
     for name, column in added.items():
         block = block.append_column(name, column)
     return block
 
 
-def _masks(reader: Reader, keys_N: U64, epoch: int, batches: range) -> dict[str, list[I32]]:
+def _masks(
+    reader: Reader, keys_N: U64, epoch: int, batches: range, layout: Layout | None
+) -> dict[str, list[I32]]:
     """Draws masks: by name, one array for each batch (legacy), or one array for all of them."""
     if not reader.masker.legacy:
-        return {name: [ids] for name, ids in reader.masker.for_samples(keys_N).items()}
+        return {name: [ids] for name, ids in reader.masker.for_samples(keys_N, layout).items()}
     plan = reader.plan
     mine = slice(reader.lanes.start * plan.lane_batch, reader.lanes.stop * plan.lane_batch)
     drawn = [

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from models.encoders.positions import Grid, fit_table
+from models.encoders.positions import fit_table
+from models.image_size import Grid
 from models.objectives.objective import Objective
 from pipelines.config.train import PretrainConfig
 from pipelines.runs.checkpoint_format import (
@@ -48,8 +49,7 @@ class _Source:
 
 def grid_of(cfg: PretrainConfig) -> Grid:
     """The grid of tokens of a run's images or clips."""
-    model = cfg.model
-    return Grid(model.image_size // model.patch_size, model.frames // model.tubelet)
+    return cfg.model.grid
 
 
 def check_initial(cfg: PretrainConfig) -> str | None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.objectives.objective import Output
+from models.objectives.objective import OPTIONAL_INPUTS, Output
 from pipelines.config.train import PretrainConfig
 from pipelines.runs.checkpoints import (
     CheckpointError,
@@ -195,9 +195,10 @@ def _micro_batches(
     if found != expected:
         raise ValueError(f"loader gave {found} {inputs[0]} a worker, not {expected}")
     size = expected // count
+    names = [*inputs, *(name for name in OPTIONAL_INPUTS if name in batch)]
     for part in range(count):
         rows = slice(part * size, (part + 1) * size)
-        micro = {name: _to_device(batch[name][rows], worker.device) for name in inputs}
+        micro = {name: _to_device(batch[name][rows], worker.device) for name in names}
         exchange: AbstractContextManager[None] = contextlib.nullcontext()
         if isinstance(model, nn.parallel.DistributedDataParallel) and part < count - 1:
             exchange = model.no_sync()

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from models.image_size import height_width
 from models.media.preprocessing import RESAMPLING, Preprocessing
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -35,14 +36,15 @@ def read_processor(path: Path, image_size: int, resampling: str = "bicubic") -> 
 
 def processor_config(prep: Preprocessing) -> dict[str, Any]:
     """Returns BiT's processor, which crops the centre; ViT's would squash the picture."""
+    height, width = height_width(prep.image_size)
     return {
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": round(prep.image_size / prep.crop_fraction)},
+        "size": {"shortest_edge": round(min(height, width) / prep.crop_fraction)},
         "resample": int(RESAMPLING[prep.interpolation]),
         "do_center_crop": True,
-        "crop_size": {"height": prep.image_size, "width": prep.image_size},
+        "crop_size": {"height": height, "width": width},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

@@ -19,13 +19,14 @@ from models.artifacts.formats.format import Export, Format, Source, Stored, writ
 from models.artifacts.formats.processors import IMAGENET_MEAN, IMAGENET_STD
 from models.encoders.blocks import LN_EPS
 from models.encoders.vit import VisionTransformer
+from models.image_size import ImageSize
 from models.media.preprocessing import Preprocessing
 from models.tensor_files import read_tensors
 
 # timm's names of these shapes. Any other shape goes under the default name, with its arguments
 # spelt out, which timm applies on top.
 TIMM_DEFAULT = "vit_base_patch16_gap_224"
-TIMM_NAMES = {
+TIMM_NAMES: dict[tuple[int, int, int, ImageSize], str] = {
     (1280, 32, 14, 224): "vit_huge_patch14_gap_224",
     (1280, 32, 16, 448): "vit_huge_patch16_gap_448",
     (1408, 40, 16, 224): "vit_giant_patch16_gap_224",

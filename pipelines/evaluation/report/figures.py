@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from models.image_size import Grid
+
 Points = Sequence[tuple[float, float]]
 
 WIDTH, HEIGHT = 340, 190
@@ -47,12 +49,12 @@ def picture_uri(pixels: np.ndarray) -> str:
 
 
 def masked_clip(
-    clip_FHWC: np.ndarray, context_K: np.ndarray, target_T: np.ndarray, grid: int, tubelet: int
+    clip_FHWC: np.ndarray, context_K: np.ndarray, target_T: np.ndarray, grid: Grid, tubelet: int
 ) -> np.ndarray:
     """Draws a clip: the context unchanged, the targets tinted, and everything else faded."""
     frames = []
     for number, frame_HWC in enumerate(clip_FHWC):
-        step, patches = number // tubelet, grid * grid
+        step, patches = number // tubelet, grid.per_step
         context, target = (ids[ids // patches == step] % patches for ids in (context_K, target_T))
         picture = context_picture(frame_HWC, context, grid)
         tint = 0.4 * frame_HWC + 0.6 * np.array(BLOCK_COLOURS[0])
@@ -61,13 +63,13 @@ def masked_clip(
     return np.stack(frames)
 
 
-def context_picture(image_HWC: np.ndarray, context_K: np.ndarray, grid: int) -> np.ndarray:
+def context_picture(image_HWC: np.ndarray, context_K: np.ndarray, grid: Grid) -> np.ndarray:
     """Draws the picture with every patch outside the context faded to grey."""
     shown = _patch_mask(image_HWC, context_K, grid)
     return np.where(shown[..., None], image_HWC, 0.12 * image_HWC + 112).astype(np.uint8)
 
 
-def target_picture(image_HWC: np.ndarray, targets_MT: np.ndarray, grid: int) -> np.ndarray:
+def target_picture(image_HWC: np.ndarray, targets_MT: np.ndarray, grid: Grid) -> np.ndarray:
     """Draws the picture with each target block in a colour of its own and the rest faded."""
     picture = 0.3 * image_HWC + 90
     for index, block_T in enumerate(targets_MT):
@@ -76,15 +78,15 @@ def target_picture(image_HWC: np.ndarray, targets_MT: np.ndarray, grid: int) -> 
     return picture.astype(np.uint8)
 
 
-def _patch_mask(image_HWC: np.ndarray, tokens: np.ndarray, grid: int) -> np.ndarray:
+def _patch_mask(image_HWC: np.ndarray, tokens: np.ndarray, grid: Grid) -> np.ndarray:
     """Returns which pixels belong to these patches, bool [H, W]."""
-    chosen = np.zeros(grid * grid, dtype=bool)
+    chosen = np.zeros(grid.per_step, dtype=bool)
     chosen[tokens] = True
-    patch = image_HWC.shape[0] // grid
-    return np.kron(chosen.reshape(grid, grid), np.ones((patch, patch), dtype=bool))
+    patch = image_HWC.shape[0] // grid.rows
+    return np.kron(chosen.reshape(grid.rows, grid.columns), np.ones((patch, patch), dtype=bool))
 
 
-def pca_pictures(tokens_NTD: np.ndarray, shown: int, steps: int = 1) -> np.ndarray:
+def pca_pictures(tokens_NTD: np.ndarray, shown: int, grid: Grid) -> np.ndarray:
     """Draws the three main directions of patch features as red, green and blue.
 
     The mean of every position is removed first, so that a colour depends on the content of a patch
@@ -93,10 +95,10 @@ def pca_pictures(tokens_NTD: np.ndarray, shown: int, steps: int = 1) -> np.ndarr
     Args:
         tokens_NTD: patch features; the directions are fitted on all samples.
         shown: how many of the first samples to draw.
-        steps: time steps of the token grid.
+        grid: the grid of the T tokens.
 
     Returns:
-        uint8 [shown, G, G, 3], G = sqrt(T); of clips [shown, steps, G, G, 3], G = sqrt(T / steps).
+        uint8 [shown, rows, columns, 3], or [shown, tubes, rows, columns, 3] for clips.
     """
     centred = tokens_NTD - tokens_NTD.mean(axis=0, keepdims=True)
     flat = centred.reshape(-1, centred.shape[-1]).astype(np.float64)
@@ -106,9 +108,9 @@ def pca_pictures(tokens_NTD: np.ndarray, shown: int, steps: int = 1) -> np.ndarr
     scores *= np.sign((scores**3).sum(axis=0) + 1e-30)
     low, high = np.percentile(scores, (2, 98), axis=0)
     values = np.clip((scores - low) / np.maximum(high - low, 1e-12), 0, 1)
-    side = math.isqrt(tokens_NTD.shape[1] // steps)
-    grid = (side, side, 3) if steps == 1 else (steps, side, side, 3)
-    pictures: np.ndarray = (255 * values).reshape(len(tokens_NTD), *grid).astype(np.uint8)
+    steps = () if grid.tubes == 1 else (grid.tubes,)
+    shape = (len(tokens_NTD), *steps, grid.rows, grid.columns, 3)
+    pictures: np.ndarray = (255 * values).reshape(shape).astype(np.uint8)
     return pictures[:shown]
 
 

@@ -94,7 +94,8 @@ def _channels_last(pixels: Tensor) -> np.ndarray:
 
 def patch_colours(subject: Subject, baseline: VisionTransformer, pixels: Tensor) -> list[list[str]]:
     """Draws every sample beside its patch features by the encoder and by the baseline."""
-    steps = subject.encoder.tubes if subject.sampler else 1
+    grid = subject.encoder.grid
+    grid = grid if subject.sampler else grid._replace(tubes=1)
     maps = []
     for encoder in (subject.encoder, baseline):
         tokens_NTD = extract_features(
@@ -104,7 +105,7 @@ def patch_colours(subject: Subject, baseline: VisionTransformer, pixels: Tensor)
             batch_size=PCA_BATCH * (subject.sampler.frames if subject.sampler else 1),
             pooling="patches",
         )
-        maps.append(pca_pictures(tokens_NTD, PCA_SHOWN, steps))
+        maps.append(pca_pictures(tokens_NTD, PCA_SHOWN, grid))
     if subject.sampler:  # as long as the clip they stand beside
         maps = [pictures.repeat(subject.encoder.tubelet, axis=1) for pictures in maps]
     return [
@@ -118,7 +119,7 @@ def masks(subject: Subject, rows: pa.Table, pixels: Tensor) -> list[list[str]]:
     encoder, config = subject.encoder, subject.config or _default_config(subject)
     ids = rows["sample_id"].to_pylist()[:MASKED]
     masker = make_masker(config)
-    if encoder.grid < 2 or config.masks == "none":
+    if min(encoder.grid[:2]) < 2 or config.masks == "none":
         return []
     if masker.legacy:
         # Drawn for the whole batch, whose shortest lists decide how much of every mask is left.

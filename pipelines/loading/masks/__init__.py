@@ -1,1 +1,1 @@
-"""Masks as functions of the samples' keys; numpy only. Imports pipelines/config and models."""
+"""Crops and masks by the samples' keys; numpy only. Imports pipelines/config and models."""

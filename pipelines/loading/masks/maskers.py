@@ -18,6 +18,7 @@ from models.keyed_random.arrays import U64
 from pipelines.config.data import MaskConfig, VideoMaskConfig
 from pipelines.config.objectives import Masks
 from pipelines.config.train import PretrainConfig
+from pipelines.loading.masks.layouts import Layout
 from pipelines.loading.masks.multiblock import I32, legacy_masks, mask_lengths, multiblock_masks
 from pipelines.loading.masks.patches import disjoint_masks, random_masks
 from pipelines.loading.masks.spacetime import legacy_video_masks, video_mask_lengths, video_masks
@@ -50,7 +51,7 @@ class Masker(Protocol):
             ValueError: no mask can be drawn; the flag is named.
         """
 
-    def for_samples(self, keys_B: U64) -> MaskArrays:
+    def for_samples(self, keys_B: U64, layout: Layout | None = None) -> MaskArrays:
         """Draws masks, fixed by the samples' keys (`keyed_random.arrays.sample_keys`)."""
 
     def for_batch(self, key: np.uint64, batch: int) -> MaskArrays:
@@ -89,7 +90,7 @@ class MultiblockMasker:
         if not self.legacy:
             mask_lengths(self.grid, self.cfg)
 
-    def for_samples(self, keys_B: U64) -> MaskArrays:
+    def for_samples(self, keys_B: U64, layout: Layout | None = None) -> MaskArrays:
         """Draws masks, fixed by the samples' keys (`keyed_random.arrays.sample_keys`)."""
         context_BK, target_BMT = multiblock_masks(keys_B, self.grid, self.cfg)
         return {"context_ids": context_BK, "target_ids": target_BMT}
@@ -130,7 +131,7 @@ class ClipMasker:
         if not self.legacy:
             video_mask_lengths(self.steps, self.grid, self.cfg)
 
-    def for_samples(self, keys_B: U64) -> MaskArrays:
+    def for_samples(self, keys_B: U64, layout: Layout | None = None) -> MaskArrays:
         """Draws masks, fixed by the samples' keys (`keyed_random.arrays.sample_keys`)."""
         return _by_generator(video_masks(keys_B, self.steps, self.grid, self.cfg))
 
@@ -182,7 +183,7 @@ class RandomMasker(_BySample):
         if not 0 < self.keep < self.count:
             raise ValueError(f"--mask.hidden: leaves {self.keep} of {self.count} patches visible")
 
-    def for_samples(self, keys_B: U64) -> MaskArrays:
+    def for_samples(self, keys_B: U64, layout: Layout | None = None) -> MaskArrays:
         """Draws masks, fixed by the samples' keys (`keyed_random.arrays.sample_keys`)."""
         context_BK, target_BT = random_masks(keys_B, self.count, self.keep)
         return {"context_ids": context_BK, "target_ids": target_BT[:, None]}
@@ -224,7 +225,7 @@ class DisjointMasker(_BySample):
                 "that are not targets"
             )
 
-    def for_samples(self, keys_B: U64) -> MaskArrays:
+    def for_samples(self, keys_B: U64, layout: Layout | None = None) -> MaskArrays:
         """Draws masks, fixed by the samples' keys (`keyed_random.arrays.sample_keys`)."""
         masks = disjoint_masks(keys_B, self.count, self.contexts, self.keep)
         return dict(zip(MASK_NAMES, masks, strict=True))
@@ -243,7 +244,7 @@ class NoMasker(_BySample):
     def check(self) -> None:
         """Accepts any settings."""
 
-    def for_samples(self, keys_B: U64) -> MaskArrays:
+    def for_samples(self, keys_B: U64, layout: Layout | None = None) -> MaskArrays:
         """Returns no masks."""
         return {}
 
@@ -265,4 +266,4 @@ def make_masker(cfg: PretrainConfig) -> Masker:
 
 def _grid(cfg: PretrainConfig) -> int:
     """Patches on a side of the image."""
-    return cfg.model.image_size // cfg.model.patch_size
+    return cfg.model.grid.rows

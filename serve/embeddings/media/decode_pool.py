@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from models.image_size import height_width
 from models.media.preprocessing import Preprocessing
 from serve.embeddings.contract import Pixels
 from serve.ingress.errors import ApiError
@@ -130,12 +131,12 @@ class DecodePool:
             ApiError: 400 with the reason as its code, `timeout_s` after the decoder's start at the
                 latest.
         """
-        side, most = prep.image_size, job["max_frames"]
+        (height, width), most = height_width(prep.image_size), job["max_frames"]
         async with self._places:
             try:
                 async with self.worker("video", prep, job, video) as worker:
                     async with asyncio.timeout(self.timeout_s):
-                        head, payload = await worker.receive(most * side * side * 3)
+                        head, payload = await worker.receive(most * height * width * 3)
             except TimeoutError as error:
                 message = f"decoding took longer than {self.timeout_s:g} s"
                 raise ApiError(400, "decode_timeout", message, param=param) from error
@@ -143,7 +144,7 @@ class DecodePool:
                 raise ApiError(400, "decoder_died", DIED, param=param) from error
         if "reason" in head:
             raise video_error(head, param)
-        pixels = np.frombuffer(payload, np.uint8).reshape(-1, side, side, 3)
+        pixels = np.frombuffer(payload, np.uint8).reshape(-1, height, width, 3)
         return SampledVideo(pixels, head["times_s"], head["duration_s"])
 
     @asynccontextmanager

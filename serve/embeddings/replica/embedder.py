@@ -17,6 +17,7 @@ import torch
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from models.artifacts.artifact import load_artifact
+from models.image_size import height_width
 from models.media.preprocessing import Preprocessing, normalize
 from serve.embeddings.contract import Floats, ModelCard, Pixels, Pooling
 from serve.embeddings.replica.batching import Batcher
@@ -41,7 +42,7 @@ class Encoder:
         self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.dtype]
         self._encoder = artifact.encoder.eval().to(self._device, self._dtype)
         self.dimensions: int = artifact.encoder.width
-        self.num_patches: int = artifact.encoder.grid**2
+        self.num_patches: int = artifact.encoder.grid.per_step
         self.frames: int = artifact.encoder.frames
         self.tubelet: int = artifact.encoder.tubelet
 
@@ -158,12 +159,12 @@ class Embedder:
 
         For clips it runs only one clip, because a full batch may take minutes on CPUs.
         """
-        size, frames = self._card.preprocessing.image_size, self._card.frames
-        pixels = np.zeros((size, size, 3), np.uint8)
+        size, frames = height_width(self._card.preprocessing.image_size), self._card.frames
+        pixels = np.zeros((*size, 3), np.uint8)
         for count in (batch_size, 1):
             self._thread.submit(self._encoder.run, [(pixels, "mean")] * count).result()
         if frames > 1:
-            clip = np.zeros((frames, size, size, 3), np.uint8)
+            clip = np.zeros((frames, *size, 3), np.uint8)
             self._thread.submit(self._encoder.run, [(clip, "mean")]).result()
 
     def _metrics(self, telemetry: Any) -> None:

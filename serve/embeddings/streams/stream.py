@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from models.image_size import height_width
 from serve.embeddings.contract import EmbedFunction, Floats, ModelCard, Pixels
 from serve.embeddings.encoding import encode
 from serve.embeddings.media.decode_pool import DIED, DecodePool, DecoderGone, video_error
@@ -277,19 +278,19 @@ async def decode_container(
     """
     loop, prep = asyncio.get_running_loop(), hub.card.preprocessing
     job = {"max_pixels": hub.settings.max_video_pixels}
-    side, arrived_s = prep.image_size, loop.time()
+    (height, width), arrived_s = height_width(prep.image_size), loop.time()
     with hub.hold_decoder() as pool:
         try:
             async with aclosing(pieces), pool.worker("stream", prep, job) as worker:
                 while True:
                     async with asyncio.timeout(pool.timeout_s):
-                        head, payload = await worker.receive(side * side * 3)
+                        head, payload = await worker.receive(height * width * 3)
                     if "need" in head:
                         piece = await anext(pieces, b"")
                         arrived_s = loop.time()
                         await worker.send({}, piece)
                     elif "time_s" in head:
-                        pixels = np.frombuffer(payload, np.uint8).reshape(side, side, 3)
+                        pixels = np.frombuffer(payload, np.uint8).reshape(height, width, 3)
                         queue.put(head["time_s"], arrived_s, pixels)
                     elif "reason" in head:
                         raise video_error(head, None)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from models.encoders.positions import POSITIONS, Rope, Rotation, sincos_3d
 from models.encoders.shape import PRESETS, EncoderShape, find_preset
 from models.encoders.vit import PatchEmbed, VisionTransformer, build_encoder
+from models.image_size import Grid
 
 SIDE, FRAMES = 2, 8  # a grid of 4 x 2 x 2 tokens
 
@@ -134,17 +135,19 @@ def test_a_grid_of_one_time_step_has_the_table_of_images() -> None:
 
 @pytest.mark.parametrize("width", [24, 32, 44])  # a multiple of 6, and shares that must be cut
 def test_sincos_3d_against_loops(width: int) -> None:
-    tubes, side = 3, 5
+    tubes, rows, columns = 3, 4, 5
     half = math.ceil(width / 6)
-    table = torch.zeros(tubes * side * side, 6 * half, dtype=torch.float64)
+    table = torch.zeros(tubes * rows * columns, 6 * half, dtype=torch.float64)
     for n in range(len(table)):
-        places = (n // side**2, n // side % side, n % side)
+        places = (n // (rows * columns), n // columns % rows, n % columns)
         for axis, place in enumerate(places):
             for i in range(half):
                 angle = place / 10000 ** (i / half)
                 table[n, axis * 2 * half + i] = math.sin(angle)
                 table[n, axis * 2 * half + half + i] = math.cos(angle)
-    torch.testing.assert_close(sincos_3d(width, side, tubes), table[:, :width].float())
+    torch.testing.assert_close(
+        sincos_3d(width, Grid(rows, columns, tubes)), table[:, :width].float()
+    )
 
 
 def turned(x: list[float], place: tuple[int, int, int], layout: str) -> list[float]:
@@ -171,14 +174,16 @@ def turned(x: list[float], place: tuple[int, int, int], layout: str) -> list[flo
 @pytest.mark.parametrize("layout", POSITIONS[1:])
 @pytest.mark.parametrize("head_dim", [24, 32])  # all dimensions turn; two stay
 def test_rotation_against_loops(layout: str, head_dim: int) -> None:
-    tubes, side = 3, 4
-    rope = Rope(head_dim, side, tubes, layout)
+    tubes, rows, columns = 3, 4, 6
+    rope = Rope(head_dim, Grid(rows, columns, tubes), layout)
     x_BHKE = torch.randn(2, 3, 5, head_dim, generator=torch.Generator().manual_seed(0))
-    ids_BK = torch.randint(0, tubes * side**2, (2, 5), generator=torch.Generator().manual_seed(1))
+    ids_BK = torch.randint(
+        0, tubes * rows * columns, (2, 5), generator=torch.Generator().manual_seed(1)
+    )
     out = rope(ids_BK)(x_BHKE)
     for b, h, k in ((0, 0, 0), (0, 2, 4), (1, 1, 2), (1, 2, 3)):
         n = int(ids_BK[b, k])
-        place = (n // side**2, n // side % side, n % side)
+        place = (n // (rows * columns), n // columns % rows, n % columns)
         expected = torch.tensor(turned(x_BHKE[b, h, k].tolist(), place, layout))
         torch.testing.assert_close(out[b, h, k], expected, atol=1e-5, rtol=1e-5)
 
@@ -196,7 +201,7 @@ def test_scores_depend_on_displacements_alone_only_in_the_correct_layout() -> No
     here = torch.tensor([[0, 2 * side * side + side + 3]])
     change = {}
     for layout in POSITIONS[1:]:
-        rope = Rope(48, side, tubes, layout)
+        rope = Rope(48, Grid(side, side, tubes), layout)
         change[layout] = abs(
             scores(rope(here), query, key) - scores(rope(here + shift), query, key)
         )

@@ -11,7 +11,7 @@ from models.keyed_random import arrays, streams, tensors
 from models.keyed_random.streams import SampleStream, Stream
 from pipelines.config.data import ClipConfig, MaskConfig, VideoMaskConfig
 from pipelines.loading.clips import ClipSampler
-from pipelines.loading.crops import random_crops
+from pipelines.loading.masks.crops import random_crops
 from pipelines.loading.masks.maskers import (
     ClipMasker,
     DisjointMasker,

@@ -193,9 +193,9 @@ def test_momentum_is_linear_and_applied_in_fp32() -> None:
 
 
 def test_sincos_table_equals_loops_over_positions() -> None:
-    torch.testing.assert_close(sincos_2d(24, 5), reference_positions(24, 5))
+    torch.testing.assert_close(sincos_2d(24, 5, 5), reference_positions(24, 5))
     with pytest.raises(ValueError, match="divisible by 4"):
-        sincos_2d(30, 4)
+        sincos_2d(30, 4, 4)
 
 
 def test_unknown_names_are_refused() -> None:

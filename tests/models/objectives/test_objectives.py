@@ -320,8 +320,8 @@ def test_local_views_and_dropped_tokens_cost_fewer_tokens(pictures: Tensor) -> N
     embedded = objective.embed(pictures[:8], torch.arange(8))
     assert seen == [(16, 8, 96), (24, 2, 96)]  # half of 16 and of 4 tokens
     assert embedded.shape == (5, 8, 96)
-    assert objective._places(16).tolist() == [5, 7, 13, 15]
-    assert objective._places(32).tolist() == [*range(16)]
+    assert objective._places(16, 16).tolist() == [5, 7, 13, 15]
+    assert objective._places(32, 32).tolist() == [*range(16)]
 
 
 def test_lejepa_learns_from_clips(pictures: Tensor) -> None:

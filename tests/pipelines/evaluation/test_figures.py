@@ -13,6 +13,7 @@ import torch
 
 from helpers.pipelines.evaluation import PREP, Shards
 from helpers.pipelines.fake_training import change, memory_batches, tiny_config
+from models.image_size import Grid
 from pipelines.config.data import MaskConfig
 from pipelines.dataset.rows import load_labelled
 from pipelines.evaluation.features import decode_all
@@ -67,7 +68,7 @@ def test_legacy_masks_shown_are_those_of_the_first_batch(
     drawn: list[tuple[int, np.ndarray]] = []
     for name, seen in (("context_picture", 0), ("target_picture", 1)):
 
-        def picture(image: np.ndarray, ids: np.ndarray, grid: int, seen: int = seen) -> np.ndarray:
+        def picture(image: np.ndarray, ids: np.ndarray, grid: Grid, seen: int = seen) -> np.ndarray:
             drawn.append((seen, ids))
             return image
 
@@ -76,7 +77,7 @@ def test_legacy_masks_shown_are_those_of_the_first_batch(
 
     data = dataclasses.replace(config.data, train=cifar_shards[0])
     reader = make_reader(dataclasses.replace(config, data=data), 0, 1)
-    trained = reading._masks(reader, np.zeros(0, np.uint64), 0, range(1))
+    trained = reading._masks(reader, np.zeros(0, np.uint64), 0, range(1), None)
     for seen, name in enumerate(("context_ids", "target_ids")):
         shown = np.stack([ids for which, ids in drawn if which == seen])
         np.testing.assert_array_equal(shown, trained[name][0][:8])
@@ -100,7 +101,7 @@ def test_pca_gives_like_patches_like_colours() -> None:
     rng = np.random.default_rng(0)
     kinds = rng.integers(4, size=(400, 16))  # four kinds of patch differ in three directions
     tokens = rng.normal(size=(4, 24))[kinds] * 5 + 0.01 * rng.normal(size=(400, 16, 24))
-    pictures = pca_pictures(tokens, 5)
+    pictures = pca_pictures(tokens, 5, Grid(4, 4))
     assert pictures.shape == (5, 4, 4, 3)
     flat, kinds = pictures.reshape(80, 3).astype(int), kinds[:5].ravel()
     means = np.stack([flat[kinds == k].mean(axis=0) for k in range(4)])

@@ -19,6 +19,7 @@ from PIL import Image
 
 from helpers.pipelines.evaluation import CLIP_SHAPE
 from models.encoders.vit import build_encoder
+from models.image_size import Grid
 from models.media.preprocessing import Preprocessing, normalize
 from models.media.videos import decode_frames
 from pipelines.config.data import ClipConfig
@@ -170,7 +171,7 @@ def test_a_clip_becomes_an_animation_with_all_its_frames() -> None:
 
 def test_masked_clips_show_the_context_in_its_time() -> None:
     clip = np.full((4, 32, 32, 3), 200, np.uint8)
-    picture = masked_clip(clip, np.array([0]), np.array([16]), grid=4, tubelet=2)
+    picture = masked_clip(clip, np.array([0]), np.array([16]), grid=Grid(4, 4), tubelet=2)
     assert (picture[:2, :8, :8] == 200).all()  # context: the first two frames of the first patch
     assert (picture[2:, :8, :8] == picture[2, 0, 0]).all()
     tinted, faded = picture[2, 0, 0], picture[0, 20, 20]
@@ -181,7 +182,7 @@ def test_masked_clips_show_the_context_in_its_time() -> None:
 
 def test_pca_pictures_of_clips_have_a_time_axis() -> None:
     tokens = np.random.default_rng(0).standard_normal((6, 2 * 16, 10)).astype(np.float32)
-    pictures = pca_pictures(tokens, 3, steps=2)
+    pictures = pca_pictures(tokens, 3, Grid(4, 4, 2))
     assert pictures.shape == (3, 2, 4, 4, 3)
-    flat = pca_pictures(tokens, 3, steps=8)  # 8 steps of 2 x 2
+    flat = pca_pictures(tokens, 3, Grid(2, 2, 8))  # 8 steps of 2 x 2
     assert (flat.reshape(3, 32, 3) == pictures.reshape(3, 32, 3)).all()  # time varies slowest

@@ -9,8 +9,8 @@ import torch
 
 from helpers.pipelines.loading import row_of, variants
 from models.keyed_random.arrays import sample_keys
-from pipelines.loading.crops import random_crops
 from pipelines.loading.decoding import DecodeError, decode_rows
+from pipelines.loading.masks.crops import random_crops
 
 
 def test_size_that_contradicts_the_manifest_is_refused() -> None:

@@ -9,7 +9,8 @@ import torch
 from timm.layers import resample_abs_pos_embed
 
 from helpers.pipelines.fake_training import change, run_training, tiny_config
-from models.encoders.positions import Grid, fit_table, sincos_2d, sincos_3d
+from models.encoders.positions import fit_table, sincos_2d, sincos_3d
+from models.image_size import Grid
 from pipelines.runs import initial_weights
 from pipelines.runs.checkpoints import (
     CheckpointError,
@@ -141,19 +142,21 @@ def test_learned_tables_are_interpolated_everywhere(tmp_path):
 
 
 def test_tables_are_interpolated_over_time():
-    old, new = Grid(4, 3), Grid(6, 6)
-    assert torch.equal(fit_table(sincos_3d(24, 4, 3)[None], old, new)[0], sincos_3d(24, 6, 6))
-    one = fit_table(sincos_2d(24, 4)[None], Grid(4, 1), Grid(4, 5))  # an image's for clips
-    assert torch.equal(one[0], sincos_3d(24, 4, 5))
+    old, new = Grid(4, 4, 3), Grid(6, 6, 6)
+    assert torch.equal(
+        fit_table(sincos_3d(24, Grid(4, 4, 3))[None], old, new)[0], sincos_3d(24, Grid(6, 6, 6))
+    )
+    one = fit_table(sincos_2d(24, 4, 4)[None], Grid(4, 4), Grid(4, 4, 5))  # an image's for clips
+    assert torch.equal(one[0], sincos_3d(24, Grid(4, 4, 5)))
     # Learned, and linear in time: the steps between are the means of their neighbours.
     rows = torch.randn(1, 16, 24)
     rising = torch.cat([rows, rows + 1, rows + 2], dim=1)
-    longer = fit_table(rising, old, Grid(4, 6)).view(6, 16, 24)
+    longer = fit_table(rising, old, Grid(4, 4, 6)).view(6, 16, 24)
     steps = torch.tensor([0.0, 0.25, 0.75, 1.25, 1.75, 2.0])
     assert torch.allclose(longer, rows + steps[:, None, None], atol=1e-6)
     # Learned in space, the same at all times.
     plane = torch.randn(1, 16, 24)
-    wider = fit_table(plane.repeat(1, 3, 1), old, Grid(6, 3)).view(3, 36, 24)
+    wider = fit_table(plane.repeat(1, 3, 1), old, Grid(6, 6, 3)).view(3, 36, 24)
     expected = resample_abs_pos_embed(plane, new_size=[6, 6], old_size=[4, 4], num_prefix_tokens=0)
     assert torch.allclose(wider, expected.expand(3, -1, -1), atol=1e-6)
 

@@ -1,0 +1,104 @@
+"""The size of an encoder's input, and the grid of tokens that it is cut into.
+
+Imports neither torch nor numpy, because processes that only read data use it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+ImageSize = int | tuple[int, int]
+"""Pixels on a side of a square input, or its height and width if these differ."""
+
+
+class Grid(NamedTuple):
+    """A grid of tokens, numbered by time, then row, then column."""
+
+    rows: int
+    columns: int
+    tubes: int = 1
+    """Time steps; 1 for images."""
+
+    @property
+    def per_step(self) -> int:
+        """Tokens of one time step."""
+        return self.rows * self.columns
+
+    @property
+    def tokens(self) -> int:
+        """All tokens of the grid."""
+        return self.tubes * self.per_step
+
+    def __str__(self) -> str:
+        return f"{self.tubes} x {self.rows} x {self.columns}"
+
+
+def height_width(size: ImageSize) -> tuple[int, int]:
+    """Returns height and width in pixels."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def image_size(height: int, width: int) -> ImageSize:
+    """Returns the size as it is stored: one number if it is square."""
+    return height if height == width else (height, width)
+
+
+def as_image_size(value: int | Sequence[int]) -> ImageSize:
+    """Reads a size out of JSON, which has lists instead of tuples.
+
+    Raises:
+        ValueError: it is neither a whole number nor two of them.
+    """
+    if isinstance(value, int):
+        return value
+    if len(value) != 2 or not all(isinstance(side, int) for side in value):
+        raise ValueError(f"an image size is one number or height and width, got {value!r}")
+    return image_size(*value)
+
+
+def parse_image_size(text: str) -> ImageSize:
+    """Reads `224`, or `144x256` as height and width.
+
+    Raises:
+        ValueError: the text has another form.
+    """
+    found = re.fullmatch(r"(\d+)(?:[xX](\d+))?", text.strip())
+    if not found:
+        raise ValueError(f"{text!r} is neither a number of pixels nor HEIGHTxWIDTH")
+    height = int(found[1])
+    return image_size(height, int(found[2] or height))
+
+
+def size_text(size: ImageSize) -> str:
+    """Returns `224` or `144x256`, as `parse_image_size` reads it."""
+    return str(size) if isinstance(size, int) else f"{size[0]}x{size[1]}"
+
+
+def best_grid(height: float, width: float, tokens: int) -> tuple[int, int]:
+    """Chooses rows and columns of square patches that keep the aspect of a picture.
+
+    Among the grids of at most `tokens` patches whose aspect is the picture's, rounded to whole
+    patches, it takes the largest.
+
+    Args:
+        height: height of the picture, in any unit.
+        width: width of the picture, in the same unit.
+        tokens: most patches, at least 1.
+
+    Returns:
+        Rows and columns, at least 1 each.
+    """
+    by_rows = ((r, max(1, round(r * width / height))) for r in range(1, tokens + 1))
+    by_columns = ((max(1, round(c * height / width)), c) for c in range(1, tokens + 1))
+    fitting = [grid for grid in (*by_rows, *by_columns) if grid[0] * grid[1] <= tokens]
+    if not fitting:  # so long that one row or column would have too many
+        return (1, tokens) if width > height else (tokens, 1)
+    return max(fitting, key=lambda grid: (grid[0] * grid[1], -_stretch(grid, height / width)))
+
+
+def _stretch(grid: tuple[int, int], aspect: float) -> float:
+    """Returns by which factor, at least 1, the grid's aspect differs from the picture's."""
+    ratio = grid[0] / grid[1] / aspect
+    return max(ratio, 1 / ratio)

@@ -1,0 +1,90 @@
+"""How a picture is fitted to the encoder's input: which part of its plane the input shows.
+
+Every fit is a box in the plane of the picture, in pixels, that is stretched over the whole input.
+Where the box lies outside the picture, the input shows a plain colour.
+
+Shape suffixes: B pictures, 4 = (left, top, right, bottom), 2 = (height, width).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from models.image_size import ImageSize, best_grid, height_width
+
+F64 = npt.NDArray[np.float64]
+I64 = npt.NDArray[np.int64]
+
+Fit = Literal["crop", "pad", "squash", "whole"]
+"""How a picture is fitted to the input.
+
+- crop: the largest centred part of the input's aspect; what lies outside is not seen.
+- pad: the whole picture, in its own aspect, with plain bars at two sides.
+- squash: the whole picture, stretched to the input's aspect.
+- whole: the whole picture, in its own aspect, on a grid of its own that has no more tokens than the
+  encoder's; positions are interpolated.
+"""
+
+ASPECT_TOLERANCE = 0.05
+"""Aspects that differ by no more than this count as equal."""
+
+
+def shown_boxes(fit: Fit, sizes_B2: npt.ArrayLike, size: ImageSize) -> F64:
+    """Returns the box that the input shows of each picture, float64 [B, 4].
+
+    Args:
+        fit: how pictures are fitted.
+        sizes_B2: heights and widths of the pictures, pixels.
+        size: the encoder's image size.
+    """
+    high_B, wide_B = np.asarray(sizes_B2, np.float64).T
+    shown_high_B, shown_wide_B = high_B, wide_B
+    if fit in ("crop", "pad"):
+        height, width = height_width(size)
+        extreme = np.minimum if fit == "crop" else np.maximum
+        shown_high_B = extreme(high_B, wide_B / (width / height))
+        shown_wide_B = shown_high_B * (width / height)
+    left_B, top_B = (wide_B - shown_wide_B) / 2, (high_B - shown_high_B) / 2
+    return np.stack([left_B, top_B, left_B + shown_wide_B, top_B + shown_high_B], axis=1)
+
+
+def grids_of(fit: Fit, boxes_B4: npt.ArrayLike, size: ImageSize, patch_size: int) -> I64:
+    """Returns rows and columns of the grid that each box is cut into, int64 [B, 2].
+
+    Args:
+        fit: how pictures are fitted; with `whole`, the grid follows the aspect of the box.
+        boxes_B4: boxes that are shown.
+        size: the encoder's image size. Its tokens are the most that a grid may have.
+        patch_size: pixels on a side of a patch.
+    """
+    boxes = np.asarray(boxes_B4, np.float64)
+    rows, columns = (side // patch_size for side in height_width(size))
+    if fit != "whole":
+        return np.tile(np.array([rows, columns]), (len(boxes), 1))
+    sides_B2 = boxes[:, [3, 2]] - boxes[:, [1, 0]]
+    distinct, which_B = np.unique(sides_B2, axis=0, return_inverse=True)
+    grids = np.array([best_grid(h, w, rows * columns) for h, w in distinct.tolist()], np.int64)
+    return grids.reshape(-1, 2)[which_B.reshape(-1)]
+
+
+def lost_share(fit: Fit, height: int, width: int, size: ImageSize) -> float:
+    """Returns the share of a picture's area that its encoder does not see."""
+    if fit != "crop":
+        return 0.0
+    left, top, right, bottom = shown_boxes(fit, [(height, width)], size)[0]
+    return 1 - float((right - left) * (bottom - top)) / (height * width)
+
+
+def stretch(height: int, width: int, size: ImageSize) -> float:
+    """Returns by which factor, at least 1, the aspects of a picture and of the input differ."""
+    model_height, model_width = height_width(size)
+    ratio = (height / width) / (model_height / model_width)
+    return max(ratio, 1 / ratio)
+
+
+def aspects_differ(height: int, width: int, size: ImageSize) -> bool:
+    """Whether the aspects differ by more than `ASPECT_TOLERANCE`."""
+    return stretch(height, width, size) > 1 + ASPECT_TOLERANCE
