@@ -27,6 +27,13 @@ GREY = (0.299, 0.587, 0.114)  # weights of red, green and blue by ITU-R BT.601
 # RGB to YIQ. Rotating (I, Q) changes the hue and keeps the brightness.
 _TO_YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
 
+# The uniform numbers drawn for a view, in this order.
+_DRAWS = (
+    *("area", "ratio", "left", "top", "flip", "blur", "sigma", "colour", "brightness"),
+    *("contrast", "saturation", "hue", "grey", "solarise"),
+)
+Draws = dict[str, torch.Tensor]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
@@ -101,13 +108,20 @@ class Views:
         with torch.autocast(pixels.device.type, enabled=False):
             return [self._view(pixels, keys_B, v) for v in range(self.globals + self.locals)]
 
+    def scale_of(self, view: int) -> tuple[float, float]:
+        """Returns the range of a view's area, as a fraction of the picture."""
+        return self.global_scale if view < self.globals else self.local_scale
+
     def _view(self, pixels: torch.Tensor, keys_B: torch.Tensor, view: int) -> torch.Tensor:
-        is_global = view < self.globals
-        size = self.global_size if is_global else self.local_size
-        scale = self.global_scale if is_global else self.local_scale
-        draws = uniforms(keys_B, SampleStream.VIEWS.at(2 * view), len(_DRAWS))
-        named = dict(zip(_DRAWS, draws.unbind(1), strict=True))
-        return make_view(pixels, named, size, scale, self.augmentation)
+        size = self.global_size if view < self.globals else self.local_size
+        draws = view_draws(keys_B, view)
+        return make_view(pixels, draws, size, self.scale_of(view), self.augmentation)
+
+
+def view_draws(keys_B: torch.Tensor, view: int) -> Draws:
+    """Draws the uniform numbers of a view, by name."""
+    draws = uniforms(keys_B, SampleStream.VIEWS.at(2 * view), len(_DRAWS))
+    return dict(zip(_DRAWS, draws.unbind(1), strict=True))
 
 
 def kept_tokens(
@@ -126,21 +140,24 @@ def kept_tokens(
     Returns:
         Token numbers, ascending, int64 [B, K].
     """
+    order_BN, inside_BN = token_order(keys_B, view, steps, per_step, lasts)
+    order_BN = order_BN.masked_fill(~inside_BN, torch.iinfo(torch.int64).max)
+    return order_BN.argsort(1)[:, :keep].sort(1).values
+
+
+def token_order(
+    keys_B: torch.Tensor, view: int, steps: int, per_step: int, lasts: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws the numbers by which `kept_tokens` orders a view's tokens, and its window.
+
+    Returns:
+        Random numbers, int64 [B, N], and which tokens are in the window, bool [B, N].
+    """
     count = steps * per_step
     words = bits(keys_B, SampleStream.VIEWS.at(2 * view + 1), count + 1)
     order_BN, start_B1 = words[:, :count], words[:, count:] % (steps - lasts + 1)
     since_BN = torch.arange(count, device=keys_B.device) // per_step - start_B1
-    outside_BN = (since_BN < 0) | (since_BN >= lasts)
-    order_BN = order_BN.masked_fill(outside_BN, torch.iinfo(torch.int64).max)
-    return order_BN.argsort(1)[:, :keep].sort(1).values
-
-
-# The uniform numbers drawn for a view, in this order.
-_DRAWS = (
-    *("area", "ratio", "left", "top", "flip", "blur", "sigma", "colour", "brightness"),
-    *("contrast", "saturation", "hue", "grey", "solarise"),
-)
-Draws = dict[str, torch.Tensor]
+    return order_BN, (since_BN >= 0) & (since_BN < lasts)
 
 
 def make_view(

@@ -13,11 +13,13 @@ from typing import ClassVar
 
 import torch
 from torch import nn
+from torch.nn import functional
 
-from models.encoders.vit import VisionTransformer
+from models.encoders.vit import VisionTransformer, gather_tokens
 from models.objectives.objective import Batch, EncoderObjective, Output
 from models.synced import SyncedBatchNorm
-from models.views import Views, kept_tokens
+from models.view_regions import pick_tokens, regions_in_view, shows_none
+from models.views import Views, kept_tokens, token_order, view_draws
 
 WATCHED_COLUMNS = 512
 """Number of embedding columns that the collapse watch reads.
@@ -75,7 +77,8 @@ class JointEmbedding(EncoderObjective):
 
     def forward(self, batch: Batch) -> Output:
         """Embeds all views of the batch and applies `compare` to the embeddings."""
-        pooled_VBD = self.embed(batch[self.pixels], batch["sample_keys"])
+        regions_BR4 = batch.get("regions")
+        pooled_VBD = self.embed(batch[self.pixels], batch["sample_keys"], regions_BR4)
         V, B, _ = pooled_VBD.shape
         embedded_VBE = self.projector(pooled_VBD.flatten(0, 1)).view(V, B, -1)
         with torch.autocast(embedded_VBE.device.type, enabled=False):
@@ -94,12 +97,16 @@ class JointEmbedding(EncoderObjective):
             The loss, a scalar, and its parts by name as detached scalars.
         """
 
-    def embed(self, pixels: torch.Tensor, keys_B: torch.Tensor) -> torch.Tensor:
+    def embed(
+        self, pixels: torch.Tensor, keys_B: torch.Tensor, regions_BR4: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Encodes every view; views of the same size are encoded in one pass.
 
         Args:
             pixels: uint8 images [B, 3, H, W] or clips [B, 3, T, H, W].
             keys_B: sample keys, int64 [B].
+            regions_BR4: regions that are left out, as fractions of the picture, float [B, R, 4];
+                None for none.
 
         Returns:
             The mean token of every view, fp32 [V, B, D].
@@ -113,12 +120,18 @@ class JointEmbedding(EncoderObjective):
         parts = [part for part in (views[:count], views[count:]) if part]
         firsts = (0, count)
         pooled = [
-            self._encode(torch.stack(part), keys_B, first)
+            self._encode(torch.stack(part), keys_B, first, regions_BR4)
             for part, first in zip(parts, firsts, strict=False)
         ]
         return torch.cat(pooled)
 
-    def _encode(self, views: torch.Tensor, keys_B: torch.Tensor, first: int) -> torch.Tensor:
+    def _encode(
+        self,
+        views: torch.Tensor,
+        keys_B: torch.Tensor,
+        first: int,
+        regions_BR4: torch.Tensor | None,
+    ) -> torch.Tensor:
         V, B = views.shape[:2]
         patches = self.encoder.patch_embed.patchify(views.flatten(0, 1))  # [V * B, N, P]
         height, width = views.shape[-2:]
@@ -126,6 +139,12 @@ class JointEmbedding(EncoderObjective):
         steps = views.shape[3] // self.encoder.tubelet if views.ndim == 6 else 1
         per_step = len(places_N) // steps
         lasts, keep = self.views.kept(steps, per_step)
+        if regions_BR4 is not None:
+            chosen = [
+                self._outside(keys_B, first + v, regions_BR4, views.shape[-2:], steps)
+                for v in range(V)
+            ]
+            return self._encode_kept(patches, places_N, chosen)
         if keep < len(places_N):
             ids = torch.cat(
                 [kept_tokens(keys_B, first + v, steps, per_step, lasts, keep) for v in range(V)]
@@ -136,6 +155,41 @@ class JointEmbedding(EncoderObjective):
             places = places_N.expand(V * B, -1)
         tokens = self.encoder.forward_tokens(patches, places)
         return tokens.float().mean(1).view(V, B, -1)
+
+    def _outside(
+        self,
+        keys_B: torch.Tensor,
+        view: int,
+        regions_BR4: torch.Tensor,
+        size: torch.Size,
+        steps: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Chooses tokens of a view that show no region; returns numbers and validity, [B, K]."""
+        rows, columns = (side // self.encoder.patch_size for side in size)
+        moved_BR4 = regions_in_view(self.views, view_draws(keys_B, view), view, regions_BR4)
+        free_BN = shows_none(moved_BR4, rows, columns).repeat(1, steps)
+        lasts, keep = self.views.kept(steps, rows * columns)
+        order_BN, inside_BN = token_order(keys_B, view, steps, rows * columns, lasts)
+        return pick_tokens(order_BN, free_BN & inside_BN, keep)
+
+    def _encode_kept(
+        self,
+        patches: torch.Tensor,
+        places_N: torch.Tensor,
+        chosen: list[tuple[torch.Tensor, torch.Tensor]],
+    ) -> torch.Tensor:
+        """Encodes chosen tokens of every view, [V, B, D]; zero for a view without any token."""
+        most = max(ids.shape[1] for ids, _ in chosen)
+        ids, valid = (
+            torch.cat([functional.pad(part[i], (0, most - part[i].shape[1])) for part in chosen])
+            for i in (0, 1)
+        )
+        tokens = self.encoder.forward_tokens(
+            gather_tokens(patches, ids), places_N[ids], valid_BK=valid | ~valid.any(1, keepdim=True)
+        )
+        summed = (tokens.float() * valid[..., None]).sum(1)
+        pooled = summed / valid.sum(1, keepdim=True).clamp(min=1)
+        return pooled.view(len(chosen), -1, pooled.shape[-1])
 
     def _places(self, height: int, width: int, device: torch.device | None = None) -> torch.Tensor:
         """Returns the grid positions of a view's tokens; small views are spread over the grid."""

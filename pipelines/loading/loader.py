@@ -28,6 +28,7 @@ import torch
 from models.keyed_random.arrays import sample_keys
 from models.media.images import Rgb
 from models.media.preprocessing import mean_colour
+from models.media.regions import Region
 from pipelines.config.train import PretrainConfig
 from pipelines.loading.clips import training_sampler
 from pipelines.loading.cpu_share import Share, StarvationWatch, cluster_share
@@ -256,6 +257,7 @@ def _to_batch(
         batch["frames"] = _numbers(table, "frames").reshape(rows, -1)
     if "kept_ids" in table.column_names:
         batch |= _layout(table)
+        batch["regions"] = _regions(cfg.model.exclude, table, batch)
     for name in table.column_names:
         if name.startswith(MASK_NAMES):
             batch[name] = _ids(table, name, reader.masker)
@@ -268,6 +270,20 @@ def _layout(table: pa.Table) -> dict[str, torch.Tensor]:
     ids_BK = torch.nn.utils.rnn.pad_sequence(kept, batch_first=True, padding_value=-1)
     grids_B2 = torch.from_numpy(_numbers(table, "grid").reshape(-1, 2).astype(np.int64))
     return {"grids": grids_B2, "kept_ids": ids_BK.clamp(min=0), "kept_valid": ids_BK >= 0}
+
+
+def _regions(regions: tuple[Region, ...], table: pa.Table, batch: dict[str, Any]) -> torch.Tensor:
+    """Returns the regions as fractions of each crop, float32 [B, R, 4]."""
+    width_B, height_B = (table.column(name).to_numpy() for name in ("width", "height"))
+    sides_B14 = np.stack([width_B, height_B] * 2, axis=1)[:, None]
+    boxes_B4 = batch["crop_boxes"]
+    start_B14 = boxes_B4[:, None, [0, 1, 0, 1]]
+    length_B14 = boxes_B4[:, None, [2, 3, 2, 3]] - start_B14
+    found_BR4 = (np.array(regions).reshape(-1, 4) * sides_B14 - start_B14) / length_B14
+    left, top, right, bottom = np.moveaxis(found_BR4, -1, 0)
+    mirrored_BR4 = np.stack([1 - right, top, 1 - left, bottom], axis=-1)
+    placed = np.where(batch["flipped"][:, None, None], mirrored_BR4, found_BR4)
+    return torch.from_numpy(placed.astype(np.float32))
 
 
 def _numbers(table: pa.Table, name: str) -> Any:
