@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from pipelines.config.data import DataConfig
 from pipelines.config.train import PretrainConfig
@@ -107,10 +108,18 @@ def merged(parts: Iterable[Sequence[dict[str, Any]]], lanes: int) -> Iterator[di
         yield {name: _merge([batch[name] for batch in batches], lanes) for name in first}
 
 
+def _as_long(values: list[Tensor]) -> list[Tensor]:
+    """Pads lists of tokens, which every set pads to its own longest, with zeros to the longest."""
+    if len({value.shape[1:] for value in values}) == 1:
+        return values
+    most = max(value.shape[1] for value in values)
+    return [functional.pad(value, (0, most - value.shape[1])) for value in values]
+
+
 def _merge(values: list[Any], lanes: int) -> Any:
     first = values[0]
     if isinstance(first, Tensor):
-        by_lane = [value.reshape(lanes, -1, *value.shape[1:]) for value in values]
+        by_lane = [value.reshape(lanes, -1, *value.shape[1:]) for value in _as_long(values)]
         whole = torch.cat(by_lane, dim=1).flatten(0, 1)
         return whole.pin_memory() if first.is_pinned() else whole
     if isinstance(first, np.ndarray):

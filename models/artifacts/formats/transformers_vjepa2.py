@@ -13,6 +13,7 @@ from models.artifacts.formats.key_maps import StateDict, fuse_qkv, rename, split
 from models.artifacts.formats.processors import read_processor, video_processor_config
 from models.encoders.predictor import Predictor
 from models.encoders.vit import VisionTransformer
+from models.image_size import Grid
 from models.tensor_files import METADATA, detached, read_tensors, save_tensors
 
 # Defaults of VJEPA2Config, for files that leave them out.
@@ -86,14 +87,14 @@ def read_predictor(stored: Stored) -> Source:
     _, predictor = from_vjepa2(read_tensors(stored.path, stored.uri))
     if not predictor:
         raise ValueError(f"{stored.uri}: this VJEPA2Model has no predictor weights")
+    side = c["crop_size"] // c["patch_size"]
     shape = {
-        "grid": c["crop_size"] // c["patch_size"],
+        "grid": Grid(side, side, c["frames_per_clip"] // c["tubelet_size"]),
         "encoder_width": c["hidden_size"],
         "width": c["pred_hidden_size"],
         "depth": c["pred_num_hidden_layers"],
         "heads": c["pred_num_attention_heads"],
         "mlp_ratio": c["pred_mlp_ratio"],
-        "tubes": c["frames_per_clip"] // c["tubelet_size"],
         "positions": "rope_released",
         "mask_tokens": c["pred_num_mask_tokens"],
     }

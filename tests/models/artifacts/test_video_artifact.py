@@ -19,6 +19,7 @@ from models.artifacts.formats.transformers_vjepa2 import from_vjepa2, to_vjepa2
 from models.encoders.predictor import Predictor
 from models.encoders.shape import EncoderShape
 from models.encoders.vit import VisionTransformer
+from models.image_size import Grid
 from models.media.preprocessing import Preprocessing, normalize
 
 transformers = pytest.importorskip("transformers")
@@ -65,7 +66,7 @@ def _ours(positions: str = "rope_released", **shape: object) -> VisionTransforme
 
 
 def _our_predictor(**shape: object) -> Predictor:
-    default = {"grid": 4, "tubes": 4, "encoder_width": 48, "width": 40, "depth": 2, "heads": 2}
+    default = {"grid": Grid(4, 4, 4), "encoder_width": 48, "width": 40, "depth": 2, "heads": 2}
     released = {"positions": "rope_released", "mask_tokens": 2}
     return _randomise(Predictor(**{**default, **released, **shape}))
 
