@@ -5,6 +5,7 @@ Imports neither torch nor numpy, because processes that only read data use it.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -76,11 +77,12 @@ def size_text(size: ImageSize) -> str:
     return str(size) if isinstance(size, int) else f"{size[0]}x{size[1]}"
 
 
+@functools.lru_cache(maxsize=4096)
 def best_grid(height: float, width: float, tokens: int) -> tuple[int, int]:
-    """Chooses rows and columns of square patches that keep the aspect of a picture.
+    """Chooses rows and columns of square patches for a picture, which keep its aspect.
 
-    Among the grids of at most `tokens` patches whose aspect is the picture's, rounded to whole
-    patches, it takes the largest.
+    Few grids have exactly its aspect. The one taken has the most patches, divided by the square of
+    the factor by which its aspect differs from the picture's.
 
     Args:
         height: height of the picture, in any unit.
@@ -90,12 +92,8 @@ def best_grid(height: float, width: float, tokens: int) -> tuple[int, int]:
     Returns:
         Rows and columns, at least 1 each.
     """
-    by_rows = ((r, max(1, round(r * width / height))) for r in range(1, tokens + 1))
-    by_columns = ((max(1, round(c * height / width)), c) for c in range(1, tokens + 1))
-    fitting = [grid for grid in (*by_rows, *by_columns) if grid[0] * grid[1] <= tokens]
-    if not fitting:  # so long that one row or column would have too many
-        return (1, tokens) if width > height else (tokens, 1)
-    return max(fitting, key=lambda grid: (grid[0] * grid[1], -_stretch(grid, height / width)))
+    grids = ((r, c) for r in range(1, tokens + 1) for c in range(1, tokens // r + 1))
+    return max(grids, key=lambda grid: grid[0] * grid[1] / _stretch(grid, height / width) ** 2)
 
 
 def _stretch(grid: tuple[int, int], aspect: float) -> float:

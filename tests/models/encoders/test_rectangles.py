@@ -69,15 +69,30 @@ def test_other_texts_are_no_sizes(text: str) -> None:
         parse_image_size(text)
 
 
-@pytest.mark.parametrize("aspect", [1.0, 9 / 16, 16 / 9, 0.2, 7.0, 1e3])
-def test_the_best_grid_is_the_largest_of_that_aspect(aspect: float) -> None:
-    for budget in (1, 16, 60, 196):
-        rows, columns = best_grid(aspect, 1.0, budget)
-        assert 1 <= rows * columns <= budget
-        one_more = [(rows + 1, columns), (rows, columns + 1), (rows + 1, columns + 1)]
-        for r, c in one_more:  # a larger grid of this aspect would have too many tokens
-            rounded = c == max(1, round(r / aspect)) or r == max(1, round(c * aspect))
-            assert r * c > budget or not rounded
+@pytest.mark.parametrize(
+    ("height", "width", "tokens", "grid"),
+    [
+        (1, 1, 196, (14, 14)),
+        (1, 1, 60, (7, 7)),
+        (9, 16, 144, (9, 16)),
+        (1280, 720, 144, (16, 9)),
+        (720, 1280, 32, (4, 7)),
+        (3, 4, 196, (12, 16)),
+        (1, 1000, 196, (1, 196)),
+        (5, 4, 1, (1, 1)),
+    ],
+)
+def test_the_best_grid_keeps_the_aspect(
+    height: int, width: int, tokens: int, grid: tuple[int, int]
+) -> None:
+    assert best_grid(height, width, tokens) == grid
+
+
+def test_grids_of_usual_pictures_use_their_tokens_and_keep_their_aspect() -> None:
+    for aspect in (0.4, 9 / 16, 0.75, 1.0, 4 / 3, 16 / 9, 2.5):
+        rows, columns = best_grid(aspect, 1.0, 196)
+        assert 170 <= rows * columns <= 196
+        assert abs(math.log(rows / columns / aspect)) < 0.08
 
 
 def test_places_of_the_own_grid_are_whole_numbers() -> None:
