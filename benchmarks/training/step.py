@@ -27,6 +27,7 @@ from rich.table import Table
 
 from models.encoders.blocks import use_plain_attention
 from models.encoders.shape import find_preset
+from models.image_size import Grid
 from models.media.preprocessing import normalize
 from models.objectives.ijepa import IJEPA
 from models.objectives.registry import build_objective
@@ -73,7 +74,7 @@ def make_tape(args: Args, grid: int) -> Tape:
     shape = (args.batch, 3, args.image_size, args.image_size)
     images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     keys = np.arange(args.batch, dtype=np.uint64)
-    context, targets = multiblock_masks(keys, grid, MaskConfig())
+    context, targets = multiblock_masks(keys, Grid(grid, grid), MaskConfig())
     ids = (torch.from_numpy(x).long().to(args.device) for x in (context, targets))
     return (images.to(args.device), *ids)  # type: ignore[return-value]
 
@@ -172,8 +173,9 @@ def mask_seconds(args: Args, grid: int) -> tuple[float, float]:
     """Seconds a batch of (collator, vectorised) masks."""
     rng, keys = random.Random(0), np.arange(args.batch, dtype=np.uint64)
     theirs = min(timed(lambda: collate_masks(args.batch, grid, rng), 1, "cpu") for _ in range(3))
+    square = Grid(grid, grid)
     ours = min(
-        timed(lambda: multiblock_masks(keys, grid, MaskConfig()), 1, "cpu") for _ in range(3)
+        timed(lambda: multiblock_masks(keys, square, MaskConfig()), 1, "cpu") for _ in range(3)
     )
     return theirs, ours
 

@@ -14,6 +14,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
+from models.image_size import Grid
 from models.keyed_random.arrays import U64
 from pipelines.config.data import MaskConfig, VideoMaskConfig
 from pipelines.config.objectives import Masks
@@ -62,14 +63,14 @@ class Masker(Protocol):
 class MultiblockMasker:
     """I-JEPA's multi-block masks of images."""
 
-    grid: int
-    """Patches on a side."""
+    grid: Grid
+    """The patches of an image."""
     cfg: MaskConfig
 
     @classmethod
     def from_config(cls, cfg: PretrainConfig) -> MultiblockMasker:
         """Makes the masker of a run."""
-        return cls(_grid(cfg), cfg.mask)
+        return cls(cfg.model.grid, cfg.mask)
 
     @property
     def lists(self) -> Mapping[str, int]:
@@ -105,17 +106,15 @@ class MultiblockMasker:
 class ClipMasker:
     """V-JEPA's masks of clips."""
 
-    steps: int
-    """Time steps of the token grid."""
-    grid: int
-    """Patches on a side."""
+    grid: Grid
+    """The tokens of a clip."""
     cfg: VideoMaskConfig
     lists: ClassVar[Mapping[str, int]] = {}
 
     @classmethod
     def from_config(cls, cfg: PretrainConfig) -> ClipMasker:
         """Makes the masker of a run."""
-        return cls(cfg.model.frames // cfg.model.tubelet, _grid(cfg), cfg.video_mask)
+        return cls(cfg.model.grid, cfg.video_mask)
 
     @property
     def legacy(self) -> bool:
@@ -129,15 +128,15 @@ class ClipMasker:
             ValueError: no mask can be drawn; the flag is named.
         """
         if not self.legacy:
-            video_mask_lengths(self.steps, self.grid, self.cfg)
+            video_mask_lengths(self.grid, self.cfg)
 
     def for_samples(self, keys_B: U64, layout: Layout | None = None) -> MaskArrays:
         """Draws masks, fixed by the samples' keys (`keyed_random.arrays.sample_keys`)."""
-        return _by_generator(video_masks(keys_B, self.steps, self.grid, self.cfg))
+        return _by_generator(video_masks(keys_B, self.grid, self.cfg))
 
     def for_batch(self, key: np.uint64, batch: int) -> MaskArrays:
         """Draws masks as the original collator does, for a whole global batch."""
-        return _by_generator(legacy_video_masks(key, batch, self.steps, self.grid, self.cfg))
+        return _by_generator(legacy_video_masks(key, batch, self.grid, self.cfg))
 
 
 def _by_generator(masks: list[tuple[I32, I32]]) -> MaskArrays:
@@ -171,7 +170,7 @@ class RandomMasker(_BySample):
     @classmethod
     def from_config(cls, cfg: PretrainConfig) -> RandomMasker:
         """Makes the masker of a run."""
-        count = _grid(cfg) ** 2
+        count = cfg.model.grid.per_step
         return cls(count, round(count * (1 - cfg.mask.hidden)))
 
     def check(self) -> None:
@@ -203,7 +202,7 @@ class DisjointMasker(_BySample):
     @classmethod
     def from_config(cls, cfg: PretrainConfig) -> DisjointMasker:
         """Makes the masker of a run."""
-        return cls(_grid(cfg) ** 2, cfg.mask.contexts, cfg.mask.context_keep)
+        return cls(cfg.model.grid.per_step, cfg.mask.contexts, cfg.mask.context_keep)
 
     @property
     def lists(self) -> Mapping[str, int]:
@@ -262,8 +261,3 @@ MASKERS: Mapping[Masks, Callable[[PretrainConfig], Masker]] = {
 def make_masker(cfg: PretrainConfig) -> Masker:
     """Makes the masker that the run's objective asks for."""
     return MASKERS[cfg.masks](cfg)
-
-
-def _grid(cfg: PretrainConfig) -> int:
-    """Patches on a side of the image."""
-    return cfg.model.grid.rows

@@ -1,8 +1,8 @@
 """I-JEPA's multi-block masks as a function of (seed, epoch, sample id); numpy only.
 
 Shape suffixes: B samples, M target blocks an image, K kept context tokens, T kept tokens of one
-target block, P positions inside the largest block, G rows (= columns) of the patch grid, N = G * G,
-C draws a sample.
+target block, P positions inside the largest block, G rows and H columns of the patch grid, N = G *
+H, C draws a sample, 4 = (top, left, height, width), 2 = (height, width) or (top, left).
 
 These masks differ from the original's, which `legacy_masks` reproduces: scale and ratio are drawn
 independently, every sample and block has its own shape, positions reach the last row and column,
@@ -12,10 +12,12 @@ and lists that are too long lose a random part instead of the bottom of the imag
 from __future__ import annotations
 
 import functools
+import math
 
 import numpy as np
 import numpy.typing as npt
 
+from models.image_size import Grid
 from models.keyed_random.arrays import F64, I64, U64, bits, mix, uniforms
 from models.keyed_random.streams import LegacyBatchStream, LegacyMaskStream, SampleStream
 from pipelines.config.data import MaskConfig
@@ -33,24 +35,36 @@ MOST_MISSES = 0.1
 """Share of first draws that may have too small a context."""
 
 
-@functools.lru_cache(maxsize=64)
-def block_shapes(grid: int, scale: tuple[float, float], ratio: tuple[float, float]) -> Shapes:
+@functools.lru_cache(maxsize=1024)
+def block_shapes(grid: Grid, scale: tuple[float, float], ratio: tuple[float, float]) -> Shapes:
     """Returns the block shapes that can be drawn on this grid, and the probability of each.
 
     Scale and ratio are independent and uniform, height = round(sqrt(area * ratio)) and width =
-    round(sqrt(area / ratio)). Shapes whose area is outside `scale` by more than one token are left
-    out (rounding both sides can leave the range by far more). The probabilities are integrated
-    numerically, so that one uniform number draws a shape.
+    round(sqrt(area / ratio)), so a block of ratio 1 has as many rows as columns on every grid. No
+    side is longer than that of a square grid of as many tokens. On a grid that is not square, a
+    height beyond its rows is cut to them, and the width grows so that the area stays the same;
+    likewise a width beyond its columns. Shapes whose area is outside `scale` by more than one token
+    are left out (rounding both sides can leave the range by far more). The probabilities are
+    integrated numerically, so that one uniform number draws a shape.
+
+    Args:
+        grid: the token grid, whose time steps do not matter.
+        scale: range of the area, as a fraction of the tokens of one time step.
+        ratio: range of height by width, in tokens.
 
     Returns:
         ((height, width), ...) sorted by area, and probabilities that sum to 1.
     """
+    rows, columns = grid.rows, grid.columns
     middles = (np.arange(256) + 0.5) / 256
-    area = (scale[0] + (scale[1] - scale[0]) * middles)[:, None] * grid * grid
+    area = (scale[0] + (scale[1] - scale[0]) * middles)[:, None] * rows * columns
     aspect = ratio[0] + (ratio[1] - ratio[0]) * middles[None, :]
-    height = np.clip(np.rint(np.sqrt(area * aspect)), 1, grid).astype(np.int64)
-    width = np.clip(np.rint(np.sqrt(area / aspect)), 1, grid).astype(np.int64)
-    low, high = np.floor(scale[0] * grid * grid), np.ceil(scale[1] * grid * grid)
+    side = math.sqrt(rows * columns)
+    tall, wide = (np.minimum(np.sqrt(a), side) for a in (area * aspect, area / aspect))
+    fitted_tall = np.where(wide > columns, tall * wide / columns, np.minimum(tall, rows))
+    fitted_wide = np.where(tall > rows, tall * wide / rows, np.minimum(wide, columns))
+    height, width = (np.maximum(np.rint(x), 1).astype(np.int64) for x in (fitted_tall, fitted_wide))
+    low, high = np.floor(scale[0] * rows * columns), np.ceil(scale[1] * rows * columns)
     legal = (height * width >= low) & (height * width <= high)
     if (
         not legal.any()
@@ -66,7 +80,7 @@ def block_shapes(grid: int, scale: tuple[float, float], ratio: tuple[float, floa
 
 
 @functools.lru_cache(maxsize=64)
-def mask_lengths(grid: int, cfg: MaskConfig) -> tuple[int, int]:
+def mask_lengths(grid: Grid, cfg: MaskConfig) -> tuple[int, int]:
     """Returns (K, T): the tokens kept of every context and of every target block, fixed for a run.
 
     T is the area of the smallest block that can be drawn, so that every block has that many. K is
@@ -75,47 +89,50 @@ def mask_lengths(grid: int, cfg: MaskConfig) -> tuple[int, int]:
     rest are drawn again); if not, it is the length that 90% reach.
 
     Raises:
-        ValueError: masks are `legacy` (their lengths change with the batch), the grid is smaller
-            than 2x2, or `context_keep` cannot be met.
+        ValueError: masks are `legacy` (their lengths change with the batch), the grid has fewer
+            than 4 tokens, or `context_keep` cannot be met.
     """
     if cfg.truncate == "legacy":
         raise ValueError("--mask.truncate legacy has no fixed lengths: they differ in every batch")
-    if grid < 2:
+    tokens, size = grid.per_step, f"{grid.rows}x{grid.columns}"
+    if tokens < 4:
         raise ValueError(
-            f"--model.patch-size: a {grid}x{grid} patch grid leaves no room for context and targets"
+            f"--model.patch-size: a {size} patch grid leaves no room for context and targets"
         )
     shapes, _ = block_shapes(grid, cfg.target_scale, cfg.target_ratio)
     kept_T = shapes[0][0] * shapes[0][1]
-    most = grid * grid - kept_T
+    most = tokens - kept_T
     if most < 1:
-        raise ValueError(f"--mask.target-scale: targets cover the whole {grid}x{grid} grid")
+        raise ValueError(f"--mask.target-scale: targets cover the whole {size} grid")
     if cfg.context_keep is None:
-        usual = min(_usual_context(grid), _reachable_context(grid, cfg))
+        usual = min(usual_context(grid), _reachable_context(grid, cfg))
         return min(max(1, usual), most), kept_T
     if cfg.context_keep > most:
         raise ValueError(
-            f"--mask.context-keep: at most {most} of {grid * grid} tokens are left beside a target"
+            f"--mask.context-keep: at most {most} of {tokens} tokens are left beside a target"
             f" block of {kept_T}, got {cfg.context_keep}"
         )
     return cfg.context_keep, kept_T
 
 
-def _usual_context(grid: int) -> int:
+def usual_context(grid: Grid) -> int:
     """Returns a context length that suits the default blocks; a multiple of 8 on larger grids."""
-    if grid < 8:
-        return round(0.3 * grid * grid)
-    share = 0.25 + 0.094 * min(grid - 8, 8) / 8
-    return round(share * grid * grid / 8) * 8
+    tokens = grid.per_step
+    side = math.sqrt(tokens)
+    if side < 8:
+        return round(0.3 * tokens)
+    share = 0.25 + 0.094 * min(side - 8, 8) / 8
+    return round(share * tokens / 8) * 8
 
 
-def _reachable_context(grid: int, cfg: MaskConfig) -> int:
+def _reachable_context(grid: Grid, cfg: MaskConfig) -> int:
     """Returns the context length that all but `MOST_MISSES` of first draws reach."""
     keys_B = mix(np.arange(CALIBRATION_DRAWS, dtype=np.uint64))
     allowed_BN = _draw(keys_B, grid, cfg, attempt=0)[0]
     return int(np.sort(allowed_BN.sum(1))[int(MOST_MISSES * CALIBRATION_DRAWS)])
 
 
-def multiblock_masks(keys_B: U64, grid: int, cfg: MaskConfig) -> tuple[I32, I32]:
+def multiblock_masks(keys_B: U64, grid: Grid, cfg: MaskConfig) -> tuple[I32, I32]:
     """Draws context and target token ids of every sample: ascending, of fixed length, disjoint.
 
     The context is a square block minus the union of the target blocks. Lists longer than
@@ -127,7 +144,7 @@ def multiblock_masks(keys_B: U64, grid: int, cfg: MaskConfig) -> tuple[I32, I32]
 
     Args:
         keys_B: `sample_keys`.
-        grid: patches on a side.
+        grid: the patches of an image.
         cfg: the mask settings; `truncate` must be `random`.
 
     Returns:
@@ -155,7 +172,7 @@ def multiblock_masks(keys_B: U64, grid: int, cfg: MaskConfig) -> tuple[I32, I32]
     return context_BK, target_BMT
 
 
-def _draw(keys_B: U64, grid: int, cfg: MaskConfig, attempt: int) -> tuple[Bools, Bools, I64]:
+def _draw(keys_B: U64, grid: Grid, cfg: MaskConfig, attempt: int) -> tuple[Bools, Bools, I64]:
     """Draws all blocks.
 
     Returns:
@@ -172,28 +189,29 @@ def _draw(keys_B: U64, grid: int, cfg: MaskConfig, attempt: int) -> tuple[Bools,
     return cover_blocks(context_BM4, grid) & free_BN, free_BN, targets_BM4
 
 
-def place_blocks(draws_BM3: F64, grid: int, choices: Shapes) -> I64:
+def place_blocks(draws_BM3: F64, grid: Grid, choices: Shapes) -> I64:
     """Makes blocks (top, left, height, width) of three uniforms each; every position can occur."""
     shapes, probabilities = choices
     index_BM = np.searchsorted(np.cumsum(probabilities)[:-1], draws_BM3[..., 0], side="right")
     size_BM2 = np.array(shapes, np.int64)[index_BM]
-    corner_BM2 = (draws_BM3[..., 1:] * (grid + 1 - size_BM2)).astype(np.int64)
+    room_BM2 = np.array([grid.rows + 1, grid.columns + 1]) - size_BM2
+    corner_BM2 = (draws_BM3[..., 1:] * room_BM2).astype(np.int64)
     return np.concatenate([corner_BM2, size_BM2], -1)
 
 
-def cover_blocks(blocks_BM4: I64, grid: int) -> Bools:
+def cover_blocks(blocks_BM4: I64, grid: Grid) -> Bools:
     """Returns which tokens are inside any of the blocks, [B, N]."""
-    line_G = np.arange(grid)
+    row_G, column_H = np.arange(grid.rows), np.arange(grid.columns)
     top, left, height, width = (blocks_BM4[..., i, None] for i in range(4))
-    rows_BMG = (line_G >= top) & (line_G < top + height)
-    columns_BMG = (line_G >= left) & (line_G < left + width)
-    covered_BGG = np.zeros((len(blocks_BM4), grid, grid), np.bool_)
+    rows_BMG = (row_G >= top) & (row_G < top + height)
+    columns_BMH = (column_H >= left) & (column_H < left + width)
+    covered_BGH = np.zeros((len(blocks_BM4), grid.rows, grid.columns), np.bool_)
     for m in range(blocks_BM4.shape[1]):
-        covered_BGG |= rows_BMG[:, m, :, None] & columns_BMG[:, m, None, :]
-    return covered_BGG.reshape(-1, grid * grid)
+        covered_BGH |= rows_BMG[:, m, :, None] & columns_BMH[:, m, None, :]
+    return covered_BGH.reshape(-1, grid.per_step)
 
 
-def _target_subsets(keys_B: U64, blocks_BM4: I64, grid: int, keep_T: int, attempt: int) -> I32:
+def _target_subsets(keys_B: U64, blocks_BM4: I64, grid: Grid, keep_T: int, attempt: int) -> I32:
     """Chooses `keep_T` random tokens of every block, ascending, [B, M, T]."""
     batch, blocks = blocks_BM4.shape[:2]
     flat_4 = blocks_BM4.reshape(-1, 4)
@@ -202,7 +220,7 @@ def _target_subsets(keys_B: U64, blocks_BM4: I64, grid: int, keep_T: int, attemp
     stream = SampleStream.MASK.at(3 * attempt + 1)
     block_keys = bits(keys_B, stream, blocks).reshape(-1)
     inside = _random_subset(block_keys, np.arange(most_P) < height * width, keep_T, stream)
-    ids = (top + inside // width) * grid + left + inside % width
+    ids = (top + inside // width) * grid.columns + left + inside % width
     return ids.astype(np.int32).reshape(batch, blocks, keep_T)
 
 
@@ -231,7 +249,7 @@ def _force(allowed_BN: Bools, free_BN: Bools, targets_BMT: I32, keep_K: int) -> 
         allowed_BN[row, targets_BMT[row, 0]] = False
 
 
-def legacy_masks(key: np.uint64, batch: int, grid: int, cfg: MaskConfig) -> tuple[I32, I32]:
+def legacy_masks(key: np.uint64, batch: int, grid: Grid, cfg: MaskConfig) -> tuple[I32, I32]:
     """Draws masks with the statistics of the original I-JEPA collator, for a whole global batch.
 
     A batch has one target size and one context size, with scale and ratio from one draw. Blocks are
@@ -245,14 +263,16 @@ def legacy_masks(key: np.uint64, batch: int, grid: int, cfg: MaskConfig) -> tupl
     Args:
         key: `key_of(seed, epoch, batch index)`.
         batch: samples in the global batch.
-        grid: patches on a side, at least 2.
+        grid: the patches of an image, at least two rows and two columns. As in the original, a
+            side of a block that is too long is cut, and the other does not grow.
         cfg: the mask settings.
 
     Returns:
         context ids int32 [B, K], target ids int32 [B, M, T]; K and T are this batch's.
     """
-    if grid < 2:
-        raise ValueError(f"--model.patch-size: legacy masks need a 2x2 grid, got {grid}x{grid}")
+    if min(grid.rows, grid.columns) < 2:
+        size = f"{grid.rows}x{grid.columns}"
+        raise ValueError(f"--model.patch-size: legacy masks need a 2x2 grid, got {size}")
     size_keys = np.array([key], np.uint64)
     r_target, r_context = uniforms(size_keys, LegacyBatchStream.SIZES, 2)[0]
     target_hw = _legacy_size(r_target, grid, cfg.target_scale, cfg.target_ratio)
@@ -262,32 +282,35 @@ def legacy_masks(key: np.uint64, batch: int, grid: int, cfg: MaskConfig) -> tupl
     targets_BM4 = _legacy_place(corners, grid, target_hw)
     allowed_BN = _legacy_context(keys_B, targets_BM4, context_hw, grid)
     tokens_T = np.arange(target_hw[0] * target_hw[1])
-    offsets_T = tokens_T // target_hw[1] * grid + tokens_T % target_hw[1]
-    target_BMT = (targets_BM4[..., :1] * grid + targets_BM4[..., 1:2] + offsets_T).astype(np.int32)
-    keep_K = int(allowed_BN.sum(1).min(initial=grid * grid))
+    columns = grid.columns
+    offsets_T = tokens_T // target_hw[1] * columns + tokens_T % target_hw[1]
+    corners_BM1 = targets_BM4[..., :1] * columns + targets_BM4[..., 1:2]
+    target_BMT = (corners_BM1 + offsets_T).astype(np.int32)
+    keep_K = int(allowed_BN.sum(1).min(initial=grid.per_step))
     order_BN = np.argsort(~allowed_BN, axis=1, kind="stable")
     return order_BN[:, :keep_K].astype(np.int32), target_BMT
 
 
 def _legacy_size(
-    r: float, grid: int, scale: tuple[float, float], ratio: tuple[float, float]
+    r: float, grid: Grid, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[int, int]:
-    area = int(grid * grid * (scale[0] + (scale[1] - scale[0]) * r))
+    area = int(grid.per_step * (scale[0] + (scale[1] - scale[0]) * r))
     aspect = ratio[0] + (ratio[1] - ratio[0]) * r
     height, width = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
-    return max(1, min(height, grid - 1)), max(1, min(width, grid - 1))
+    return max(1, min(height, grid.rows - 1)), max(1, min(width, grid.columns - 1))
 
 
-def _legacy_place(draws_BM2: F64, grid: int, size_hw: tuple[int, int]) -> I64:
+def _legacy_place(draws_BM2: F64, grid: Grid, size_hw: tuple[int, int]) -> I64:
     size_2 = np.array(size_hw, np.int64)
-    corner_BM2 = (draws_BM2 * (grid - size_2)).astype(np.int64)
+    room_2 = np.array([grid.rows, grid.columns]) - size_2
+    corner_BM2 = (draws_BM2 * room_2).astype(np.int64)
     return np.concatenate([corner_BM2, np.broadcast_to(size_2, corner_BM2.shape)], -1)
 
 
-def _legacy_context(keys_B: U64, targets_BM4: I64, size_hw: tuple[int, int], grid: int) -> Bools:
+def _legacy_context(keys_B: U64, targets_BM4: I64, size_hw: tuple[int, int], grid: Grid) -> Bools:
     """Returns the context tokens before truncation, [B, N]."""
-    min_keep = min(10, grid * grid // 16)
-    allowed_BN = np.zeros((len(keys_B), grid * grid), np.bool_)
+    min_keep = min(10, grid.per_step // 16)
+    allowed_BN = np.zeros((len(keys_B), grid.per_step), np.bool_)
     rows = np.arange(len(keys_B))
     for attempt in range(20 * (targets_BM4.shape[1] + 1)):
         corner = uniforms(keys_B[rows], LegacyMaskStream.CONTEXT.at(attempt), 2)[:, None]

@@ -18,6 +18,7 @@ from typing import Protocol
 
 import numpy as np
 
+from models.image_size import Grid
 from models.keyed_random.arrays import U64, bits, key_of, mix, uniforms
 from models.keyed_random.streams import ClipMaskStream, LegacyClipMaskStream, SampleStream
 from pipelines.config.data import VideoMaskConfig
@@ -49,8 +50,7 @@ class Generator(Protocol):
 class Blocks:
     """Hides the union of `count` blocks, which may lie at any place and time of the grid."""
 
-    steps: int
-    side: int
+    grid: Grid
     count: int
     shapes: Shapes
     lasts: int
@@ -60,13 +60,13 @@ class Blocks:
         """Draws the hidden tokens of every clip, [B, N]."""
         draws_BM4 = uniforms(keys_B, ClipMaskStream.ATTEMPTS.at(2 * attempt), 4 * self.count)
         draws_BM4 = draws_BM4.reshape(-1, self.count, 4)
-        blocks_BM4 = place_blocks(draws_BM4[..., :3], self.side, self.shapes)
-        start_BM = (draws_BM4[..., 3] * (self.steps + 1 - self.lasts)).astype(np.int64)
-        since_BMS = np.arange(self.steps) - start_BM[..., None]
+        blocks_BM4 = place_blocks(draws_BM4[..., :3], self.grid, self.shapes)
+        start_BM = (draws_BM4[..., 3] * (self.grid.tubes + 1 - self.lasts)).astype(np.int64)
+        since_BMS = np.arange(self.grid.tubes) - start_BM[..., None]
         during_BMS = (since_BMS >= 0) & (since_BMS < self.lasts)
-        hidden_BSP = np.zeros((len(keys_B), self.steps, self.side**2), np.bool_)
+        hidden_BSP = np.zeros((len(keys_B), self.grid.tubes, self.grid.per_step), np.bool_)
         for m in range(self.count):
-            covered_BP = cover_blocks(blocks_BM4[:, m : m + 1], self.side)
+            covered_BP = cover_blocks(blocks_BM4[:, m : m + 1], self.grid)
             hidden_BSP |= during_BMS[:, m, :, None] & covered_BP[:, None]
         return hidden_BSP.reshape(len(keys_B), -1)
 
@@ -75,29 +75,28 @@ class Blocks:
 class Tube:
     """Hides the same random patches in all time steps."""
 
-    steps: int
-    side: int
+    grid: Grid
     patches: int
     """Number of hidden patches in a time step."""
 
     def hidden(self, keys_B: U64, attempt: int) -> Bools:
         """Draws the hidden tokens of every clip, [B, N]."""
-        draws_BP = uniforms(keys_B, ClipMaskStream.ATTEMPTS.at(2 * attempt), self.side**2)
+        draws_BP = uniforms(keys_B, ClipMaskStream.ATTEMPTS.at(2 * attempt), self.grid.per_step)
         rank_BP = draws_BP.argsort(1).argsort(1)
-        return np.tile(rank_BP < self.patches, (1, self.steps))
+        return np.tile(rank_BP < self.patches, (1, self.grid.tubes))
 
 
-def make_generators(steps: int, side: int, cfg: VideoMaskConfig) -> list[Generator]:
-    """Makes the generators that `cfg` asks for, on a grid of `steps` x `side` x `side` tokens.
+def make_generators(grid: Grid, cfg: VideoMaskConfig) -> list[Generator]:
+    """Makes the generators that `cfg` asks for.
 
     Raises:
         ValueError: the tube ratio leaves nothing to see or nothing to predict.
     """
     if cfg.kind == "tube":
-        return [Tube(steps, side, _hidden_patches(side, cfg))]
+        return [Tube(grid, _hidden_patches(grid, cfg))]
     return [
-        Blocks(steps, side, count, block_shapes(side, (scale, scale), cfg.ratio), lasts)
-        for count, scale, lasts in _block_settings(steps, cfg)
+        Blocks(grid, count, block_shapes(grid, (scale, scale), cfg.ratio), lasts)
+        for count, scale, lasts in _block_settings(grid.tubes, cfg)
     ]
 
 
@@ -107,26 +106,25 @@ def _block_settings(steps: int, cfg: VideoMaskConfig) -> list[tuple[int, float, 
     return [(count, scale, max(1, round(share * steps))) for count, scale, share in settings]
 
 
-def _hidden_patches(side: int, cfg: VideoMaskConfig) -> int:
-    hidden = round(cfg.tube_ratio * side * side)
-    if not 0 < hidden < side * side:
+def _hidden_patches(grid: Grid, cfg: VideoMaskConfig) -> int:
+    hidden = round(cfg.tube_ratio * grid.rows * grid.columns)
+    if not 0 < hidden < grid.per_step:
         raise ValueError(
-            f"--video-mask.tube-ratio: {cfg.tube_ratio} of {side * side} patches leaves none to "
+            f"--video-mask.tube-ratio: {cfg.tube_ratio} of {grid.per_step} patches leaves none to "
             "see or none to predict"
         )
     return hidden
 
 
 @functools.lru_cache(maxsize=64)
-def video_mask_lengths(steps: int, side: int, cfg: VideoMaskConfig) -> tuple[tuple[int, int], ...]:
+def video_mask_lengths(grid: Grid, cfg: VideoMaskConfig) -> tuple[tuple[int, int], ...]:
     """Returns (K, T) of every generator: the context and target tokens kept, fixed for a run.
 
     These are the lengths that all but MISSES of first draws reach; the others are drawn again.
     Draws that leave no context, which occur on small grids, do not count.
 
     Args:
-        steps: time steps of the token grid.
-        side: patches on a side.
+        grid: the tokens of a clip.
         cfg: the mask settings.
 
     Raises:
@@ -137,7 +135,7 @@ def video_mask_lengths(steps: int, side: int, cfg: VideoMaskConfig) -> tuple[tup
         raise ValueError(
             "--video-mask.truncate legacy has no fixed lengths: every batch has others"
         )
-    generators = make_generators(steps, side, cfg)
+    generators = make_generators(grid, cfg)
     return tuple(_lengths(generator, g) for g, generator in enumerate(generators))
 
 
@@ -161,7 +159,7 @@ def generator_keys(keys_B: U64, g: int) -> U64:
     return mix(keys_B ^ key_of(SampleStream.CLIP_MASK, g))
 
 
-def video_masks(keys_B: U64, steps: int, side: int, cfg: VideoMaskConfig) -> list[Masks]:
+def video_masks(keys_B: U64, grid: Grid, cfg: VideoMaskConfig) -> list[Masks]:
     """Draws context and target token ids of every clip: ascending, of fixed length, disjoint.
 
     Lists longer than `video_mask_lengths` are cut to a random subset. A clip whose blocks leave too
@@ -170,15 +168,14 @@ def video_masks(keys_B: U64, steps: int, side: int, cfg: VideoMaskConfig) -> lis
 
     Args:
         keys_B: `keyed_random.arrays.sample_keys`.
-        steps: time steps of the token grid.
-        side: patches on a side.
+        grid: the tokens of a clip.
         cfg: the mask settings; `truncate` must be `random`.
 
     Returns:
         For every generator, context ids int32 [B, K] and target ids int32 [B, T].
     """
-    lengths = video_mask_lengths(steps, side, cfg)
-    generators = make_generators(steps, side, cfg)
+    lengths = video_mask_lengths(grid, cfg)
+    generators = make_generators(grid, cfg)
     return [
         _masks(generator, generator_keys(keys_B, g), *lengths[g])
         for g, generator in enumerate(generators)
@@ -215,19 +212,16 @@ def _random_order(keys_B: U64, hidden_BN: Bools, attempt: int) -> I32:
     return (order_BN & ((np.uint64(1) << low_bits) - np.uint64(1))).astype(np.int32)
 
 
-def legacy_video_masks(
-    key: np.uint64, batch: int, steps: int, side: int, cfg: VideoMaskConfig
-) -> list[Masks]:
+def legacy_video_masks(key: np.uint64, batch: int, grid: Grid, cfg: VideoMaskConfig) -> list[Masks]:
     """Draws masks with the statistics of the original V-JEPA collator, for a whole global batch.
 
-    A generator has one block size in a batch. All lists are cut to the batch's shortest, at the end
-    of the clip. A clip without context is drawn again.
+    A generator has one block size in a batch, whose sides are cut to the grid's. All lists are cut
+    to the batch's shortest, at the end of the clip. A clip without context is drawn again.
 
     Args:
         key: `key_of(seed, epoch, batch index)`.
         batch: clips in the global batch.
-        steps: time steps of the token grid.
-        side: patches on a side.
+        grid: the tokens of a clip.
         cfg: the mask settings.
 
     Returns:
@@ -237,7 +231,7 @@ def legacy_video_masks(
         ValueError: the blocks hide everything, however often they are drawn.
     """
     masks = []
-    for g, generator in enumerate(_legacy_generators(key, steps, side, cfg)):
+    for g, generator in enumerate(_legacy_generators(key, grid, cfg)):
         batch_key = generator_keys(np.array([key], np.uint64), g)
         keys_B = bits(batch_key, LegacyClipMaskStream.CLIPS, batch)[0]
         hidden_BN = _legacy_hidden(generator, keys_B)
@@ -249,20 +243,20 @@ def legacy_video_masks(
     return masks
 
 
-def _legacy_generators(
-    key: np.uint64, steps: int, side: int, cfg: VideoMaskConfig
-) -> list[Generator]:
+def _legacy_generators(key: np.uint64, grid: Grid, cfg: VideoMaskConfig) -> list[Generator]:
     if cfg.kind == "tube":
-        return make_generators(steps, side, cfg)
+        return make_generators(grid, cfg)
     generators: list[Generator] = []
-    for g, (count, scale, lasts) in enumerate(_block_settings(steps, cfg)):
+    for g, (count, scale, lasts) in enumerate(_block_settings(grid.tubes, cfg)):
         batch_key = generator_keys(np.array([key], np.uint64), g)
         draw = uniforms(batch_key, LegacyClipMaskStream.ASPECT, 1)
-        aspect, area = cfg.ratio[0] + (cfg.ratio[1] - cfg.ratio[0]) * draw[0, 0], scale * side**2
+        aspect = cfg.ratio[0] + (cfg.ratio[1] - cfg.ratio[0]) * draw[0, 0]
+        area = int(scale * grid.per_step)
         height, width = (
-            max(1, min(side, round((int(area) * r) ** 0.5))) for r in (aspect, 1 / aspect)
+            max(1, min(side, round((area * r) ** 0.5)))
+            for side, r in ((grid.rows, aspect), (grid.columns, 1 / aspect))
         )
-        generators.append(Blocks(steps, side, count, (((height, width),), (1.0,)), lasts))
+        generators.append(Blocks(grid, count, (((height, width),), (1.0,)), lasts))
     return generators
 
 

@@ -7,6 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from models.image_size import Grid
 from models.keyed_random import arrays, streams, tensors
 from models.keyed_random.streams import SampleStream, Stream
 from pipelines.config.data import ClipConfig, MaskConfig, VideoMaskConfig
@@ -67,10 +68,11 @@ def test_every_draw_of_the_loader_has_a_registered_number(monkeypatch: pytest.Mo
         return key_of(*parts)
 
     monkeypatch.setattr(arrays, "key_of", recorded)
-    MultiblockMasker(8, MaskConfig(context_keep=30)).for_samples(keys)  # draws again and again
-    ClipMasker(4, 8, VideoMaskConfig()).for_samples(keys)
-    MultiblockMasker(8, MaskConfig(truncate="legacy")).for_batch(key_of(0, 1), 64)
-    ClipMasker(4, 8, VideoMaskConfig(truncate="legacy")).for_batch(key_of(0, 1), 64)
+    # This one draws again and again.
+    MultiblockMasker(Grid(8, 8), MaskConfig(context_keep=30)).for_samples(keys)
+    ClipMasker(Grid(8, 8, 4), VideoMaskConfig()).for_samples(keys)
+    MultiblockMasker(Grid(8, 8), MaskConfig(truncate="legacy")).for_batch(key_of(0, 1), 64)
+    ClipMasker(Grid(8, 8, 4), VideoMaskConfig(truncate="legacy")).for_batch(key_of(0, 1), 64)
     RandomMasker(64, 16).for_samples(keys)
     DisjointMasker(64, 4, None).for_samples(keys)
     random_crops(keys, np.full((64, 2), 40, np.int32), (0.3, 1.0), (0.75, 1.3))

@@ -11,6 +11,7 @@ import pytest
 
 from helpers.pipelines.fake_training import change, tiny_config
 from helpers.pipelines.loading import config, write_samples
+from models.image_size import Grid
 from models.keyed_random.arrays import sample_keys
 from pipelines.config.data import MaskConfig
 from pipelines.config.jobs import EmbedConfig, EvaluateConfig
@@ -49,7 +50,7 @@ def test_context_scale() -> None:
     def extent(scale: tuple[float, float]) -> np.ndarray:
         """Sides of the box around each context, of a grid of 14."""
         mask = MaskConfig(context_scale=scale, target_scale=(0.02, 0.03), context_keep=4)
-        context_BK = multiblock_masks(KEYS, 14, mask)[0]
+        context_BK = multiblock_masks(KEYS, Grid(14, 14), mask)[0]
         rows, columns = context_BK // 14, context_BK % 14
         return np.stack([np.ptp(rows, axis=1), np.ptp(columns, axis=1)], 1) + 1
 

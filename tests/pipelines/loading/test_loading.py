@@ -21,6 +21,7 @@ from helpers.pipelines.loading import (
     write_samples,
 )
 from helpers.repository import ROOT
+from models.image_size import Grid
 from models.keyed_random.arrays import sample_keys
 from models.media.images import decode_image
 from pipelines.config.data import MaskConfig
@@ -71,7 +72,7 @@ def test_shapes_and_types(alone: list[dict]) -> None:
 def test_masks_are_those_of_the_sample(alone: list[dict]) -> None:
     for batch in alone:
         keys = sample_keys(batch["sample_ids"], 0, batch["epoch"])
-        context, target = multiblock_masks(keys, 8, MaskConfig())
+        context, target = multiblock_masks(keys, Grid(8, 8), MaskConfig())
         assert (batch["context_ids"].numpy() == context).all()
         assert (batch["sample_keys"].numpy().view(np.uint64) == keys).all()
         assert (batch["target_ids"].numpy() == target).all()

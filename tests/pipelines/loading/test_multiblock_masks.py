@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from models.image_size import Grid
 from models.keyed_random.arrays import key_of, permutation, sample_keys, uniforms
 from pipelines.config.data import MaskConfig
 from pipelines.loading.masks import multiblock as masking
@@ -21,6 +22,10 @@ DEFAULT = MaskConfig()
 LEGACY = MaskConfig(truncate="legacy")
 
 
+def square(side: int) -> Grid:
+    return Grid(side, side)
+
+
 def keys(count: int, seed: int = 0, epoch: int = 0) -> np.ndarray:
     return sample_keys([i.to_bytes(16, "little") for i in range(count)], seed, epoch)
 
@@ -32,7 +37,7 @@ def coverage(ids: np.ndarray, grid: int) -> np.ndarray:
 
 
 def assert_contract(context: np.ndarray, target: np.ndarray, grid: int, cfg: MaskConfig) -> None:
-    keep, kept_target = mask_lengths(grid, cfg)
+    keep, kept_target = mask_lengths(square(grid), cfg)
     assert context.shape[1:] == (keep,)
     assert target.shape[1:] == (cfg.num_targets, kept_target)
     for ids in (context, target):
@@ -53,10 +58,10 @@ def test_keys_and_uniforms_are_frozen() -> None:
     assert hex(int(key_of(1, 2, 3))) == "0xd0734750fde362b3"
     one = sample_keys([bytes(range(16))], 0, 0)
     assert permutation(key_of(9), 6).tolist() == [5, 0, 1, 3, 4, 2]
-    context, target = multiblock_masks(one, 8, DEFAULT)
+    context, target = multiblock_masks(one, square(8), DEFAULT)
     assert context[0].tolist() == [4, 6, 7, 15, 16, 24, 33, 40, 42, 48, 49, 51, 56, 58, 59, 63]
     assert target[0, 0].tolist() == [9, 10, 11, 12, 18, 25, 26, 27, 28]
-    _, target = legacy_masks(key_of(0, 0), 4, 8, LEGACY)
+    _, target = legacy_masks(key_of(0, 0), 4, square(8), LEGACY)
     assert target[0, 0].tolist() == [4, 5, 6, 12, 13, 14, 20, 21, 22]
 
 
@@ -88,46 +93,46 @@ def test_sample_keys_take_any_form_of_16_bytes() -> None:
 
 @pytest.mark.parametrize("grid", [2, 3, 4, 5, 6, 7, 8, 9, 12, 14, 16, 28, 32])
 def test_contract_on_every_grid(grid: int) -> None:
-    context, target = multiblock_masks(keys(300), grid, DEFAULT)
+    context, target = multiblock_masks(keys(300), square(grid), DEFAULT)
     assert_contract(context, target, grid, DEFAULT)
 
 
 def test_default_lengths() -> None:
-    lengths = {grid: mask_lengths(grid, DEFAULT)[0] for grid in (4, 8, 12, 14, 16)}
+    lengths = {grid: mask_lengths(square(grid), DEFAULT)[0] for grid in (4, 8, 12, 14, 16)}
     assert lengths == {4: 5, 8: 16, 12: 40, 14: 64, 16: 88}
-    assert mask_lengths(14, DEFAULT)[1] == 30
+    assert mask_lengths(square(14), DEFAULT)[1] == 30
 
 
 def test_a_mask_does_not_depend_on_the_batch() -> None:
-    context, target = multiblock_masks(keys(500), 14, DEFAULT)
+    context, target = multiblock_masks(keys(500), square(14), DEFAULT)
     some = np.random.default_rng(0).permutation(500)[:100]
-    context_some, target_some = multiblock_masks(keys(500)[some], 14, DEFAULT)
+    context_some, target_some = multiblock_masks(keys(500)[some], square(14), DEFAULT)
     assert (context[some] == context_some).all()
     assert (target[some] == target_some).all()
-    other, _ = multiblock_masks(keys(500, epoch=1), 14, DEFAULT)
+    other, _ = multiblock_masks(keys(500, epoch=1), square(14), DEFAULT)
     assert (other != context).any(1).mean() > 0.99
-    other, _ = multiblock_masks(keys(500, seed=1), 14, DEFAULT)
+    other, _ = multiblock_masks(keys(500, seed=1), square(14), DEFAULT)
     assert (other != context).any(1).mean() > 0.99
 
 
 def test_no_samples() -> None:
-    context, target = multiblock_masks(np.zeros(0, np.uint64), 14, DEFAULT)
+    context, target = multiblock_masks(np.zeros(0, np.uint64), square(14), DEFAULT)
     assert context.shape == (0, 64)
     assert target.shape == (0, 4, 30)
 
 
 @pytest.mark.parametrize("grid", [7, 8, 12, 14, 16, 28])
 def test_block_shapes_are_in_range(grid: int) -> None:
-    shapes, probabilities = block_shapes(grid, (0.15, 0.2), (0.75, 1.5))
+    shapes, probabilities = block_shapes(square(grid), (0.15, 0.2), (0.75, 1.5))
     areas = np.array([h * w for h, w in shapes])
     assert areas.min() >= np.floor(0.15 * grid**2)
     assert areas.max() <= np.ceil(0.2 * grid**2)
     assert sum(probabilities) == pytest.approx(1)
-    assert mask_lengths(grid, DEFAULT)[1] == areas.min()
+    assert mask_lengths(square(grid), DEFAULT)[1] == areas.min()
 
 
 def test_scale_and_ratio_are_independent_draws() -> None:
-    shapes = dict(zip(*block_shapes(28, (0.15, 0.2), (0.75, 1.5)), strict=True))
+    shapes = dict(zip(*block_shapes(square(28), (0.15, 0.2), (0.75, 1.5)), strict=True))
 
     def mean_log_ratio(low: float, high: float) -> float:
         chosen = [(h, w, p) for (h, w), p in shapes.items() if low <= h * w < high]
@@ -135,18 +140,18 @@ def test_scale_and_ratio_are_independent_draws() -> None:
 
     assert mean_log_ratio(117, 130) == pytest.approx(mean_log_ratio(145, 158), abs=0.08)
     # Control: in the original a small block is always flat and a large one always tall.
-    sizes = [masking._legacy_size(r, 28, (0.15, 0.2), (0.75, 1.5)) for r in (0.02, 0.98)]
+    sizes = [masking._legacy_size(r, square(28), (0.15, 0.2), (0.75, 1.5)) for r in (0.02, 0.98)]
     assert sizes[0][0] < sizes[0][1]
     assert sizes[1][0] > sizes[1][1]
 
 
 def test_target_coverage_is_that_of_uniform_positions() -> None:
     grid = 14
-    _, target = multiblock_masks(keys(30_000), grid, DEFAULT)
+    _, target = multiblock_masks(keys(30_000), square(grid), DEFAULT)
     found = coverage(target.reshape(-1, target.shape[-1]), grid)
     expected = np.zeros((grid, grid))
-    keep = mask_lengths(grid, DEFAULT)[1]
-    for (h, w), p in zip(*block_shapes(grid, (0.15, 0.2), (0.75, 1.5)), strict=True):
+    keep = mask_lengths(square(grid), DEFAULT)[1]
+    for (h, w), p in zip(*block_shapes(square(grid), (0.15, 0.2), (0.75, 1.5)), strict=True):
         places = [(t, x) for t in range(grid - h + 1) for x in range(grid - w + 1)]
         for top, left in places:
             expected[top : top + h, left : left + w] += p / len(places) * keep / (h * w)
@@ -157,7 +162,7 @@ def test_target_coverage_is_that_of_uniform_positions() -> None:
 
 def test_small_blocks_cover_the_inside_evenly() -> None:
     cfg = MaskConfig(target_scale=(0.02, 0.03))
-    _, target = multiblock_masks(keys(8_000), 28, cfg)
+    _, target = multiblock_masks(keys(8_000), square(28), cfg)
     inside = coverage(target.reshape(-1, target.shape[-1]), 28)[5:-5, 5:-5]
     # A single cell's count has a sampling error of 4%; a row's or a column's mean, of 1%.
     for profile in (inside.mean(0), inside.mean(1)):
@@ -166,7 +171,7 @@ def test_small_blocks_cover_the_inside_evenly() -> None:
 
 
 def test_every_row_and_column_is_context_and_target() -> None:
-    context, target = multiblock_masks(keys(5000), 14, DEFAULT)
+    context, target = multiblock_masks(keys(5000), square(14), DEFAULT)
     for ids in (context, target.reshape(-1, target.shape[-1])):
         found = coverage(ids, 14)
         assert (found > 0).all()
@@ -175,7 +180,7 @@ def test_every_row_and_column_is_context_and_target() -> None:
 
 
 def test_context_sees_top_and_bottom_alike() -> None:
-    context, _ = multiblock_masks(keys(20_000), 14, DEFAULT)
+    context, _ = multiblock_masks(keys(20_000), square(14), DEFAULT)
     found = coverage(context, 14)
     for mirrored in (found[::-1], found[:, ::-1], found[::-1, ::-1]):
         assert np.abs(found - mirrored).max() < 0.05 * found.mean() + 0.005
@@ -188,7 +193,7 @@ def test_a_batch_costs_far_less_than_its_samples_one_by_one() -> None:
         times = []
         for _ in range(repeats):
             start = time.process_time()
-            multiblock_masks(batch, 14, DEFAULT)
+            multiblock_masks(batch, square(14), DEFAULT)
             times.append(time.process_time() - start)
         return min(times)
 
@@ -202,16 +207,16 @@ def test_a_batch_costs_far_less_than_its_samples_one_by_one() -> None:
 
 @pytest.mark.parametrize("grid", [4, 8, 14])
 def test_context_keep_at_the_limit_is_still_exact(grid: int) -> None:
-    _, kept_target = mask_lengths(grid, DEFAULT)
+    _, kept_target = mask_lengths(square(grid), DEFAULT)
     for keep in (grid * grid - kept_target, grid * grid - 2 * kept_target):
         cfg = MaskConfig(context_keep=keep)
-        context, target = multiblock_masks(keys(64), grid, cfg)
+        context, target = multiblock_masks(keys(64), square(grid), cfg)
         assert_contract(context, target, grid, cfg)
 
 
 def test_many_large_targets_terminate() -> None:
     cfg = MaskConfig(num_targets=12, target_scale=(0.3, 0.4))
-    context, target = multiblock_masks(keys(64), 14, cfg)
+    context, target = multiblock_masks(keys(64), square(14), cfg)
     assert_contract(context, target, 14, cfg)
 
 
@@ -226,7 +231,7 @@ def test_many_large_targets_terminate() -> None:
 )
 def test_impossible_settings_name_the_flag(grid: int, cfg: MaskConfig, flag: str) -> None:
     with pytest.raises(ValueError, match=flag):
-        mask_lengths(grid, cfg)
+        mask_lengths(square(grid), cfg)
 
 
 # --- legacy
@@ -247,7 +252,7 @@ def test_impossible_settings_name_the_flag(grid: int, cfg: MaskConfig, flag: str
 def test_legacy_statistics(
     grid: int, batch: int, kept: float, kept_target: float | None, tolerance: float
 ) -> None:
-    drawn = [legacy_masks(key_of(1, i), batch, grid, LEGACY) for i in range(300)]
+    drawn = [legacy_masks(key_of(1, i), batch, square(grid), LEGACY) for i in range(300)]
     assert np.mean([context.shape[1] for context, _ in drawn]) == pytest.approx(kept, abs=tolerance)
     if kept_target is not None:
         found = np.mean([target.shape[2] for _, target in drawn])
@@ -258,7 +263,7 @@ def test_legacy_context_before_truncation() -> None:
     sizes, shapes = [], set()
     for i in range(200):
         key = key_of(2, i)
-        _, target = legacy_masks(key, 64, 14, LEGACY)
+        _, target = legacy_masks(key, 64, square(14), LEGACY)
         shapes.add(target.shape[2])
         union = np.zeros((64, 196), bool)
         np.put_along_axis(union, target.reshape(64, -1).astype(np.int64), True, 1)
@@ -269,7 +274,7 @@ def test_legacy_context_before_truncation() -> None:
 
 def test_legacy_control_last_row_and_column_are_never_reached() -> None:
     for i in range(50):
-        context, target = legacy_masks(key_of(3, i), 64, 14, LEGACY)
+        context, target = legacy_masks(key_of(3, i), 64, square(14), LEGACY)
         for ids in (context, target):
             assert (ids // 14).max() < 13
             assert (ids % 14).max() < 13
@@ -278,12 +283,12 @@ def test_legacy_control_last_row_and_column_are_never_reached() -> None:
 def test_legacy_control_truncation_starves_the_bottom() -> None:
     seen = np.zeros((14, 14))
     for i in range(100):
-        context, _ = legacy_masks(key_of(4, i), 128, 14, LEGACY)
+        context, _ = legacy_masks(key_of(4, i), 128, square(14), LEGACY)
         seen += coverage(context, 14) / 100
     top, bottom = seen[:4, :13].mean(), seen[9:13, :13].mean()
     assert top == pytest.approx(0.54, abs=0.06)
     assert bottom < 0.1
-    context, _ = multiblock_masks(keys(5000), 14, DEFAULT)
+    context, _ = multiblock_masks(keys(5000), square(14), DEFAULT)
     ours = coverage(context, 14)
     assert ours[9:13].mean() > 0.9 * ours[1:5].mean()
 
@@ -291,11 +296,11 @@ def test_legacy_control_truncation_starves_the_bottom() -> None:
 @pytest.mark.parametrize("grid", [2, 3, 4, 5, 7, 8])
 def test_legacy_terminates_on_small_grids(grid: int) -> None:
     for i in range(20):
-        context, target = legacy_masks(key_of(5, i), 64, grid, LEGACY)
+        context, target = legacy_masks(key_of(5, i), 64, square(grid), LEGACY)
         assert context.shape[1] >= 1
         present = np.zeros((64, grid * grid), bool)
         np.put_along_axis(present, context.astype(np.int64), True, 1)
         assert (np.diff(context, axis=1) > 0).all()
         assert target.shape[:2] == (64, 4)
     with pytest.raises(ValueError, match="patch-size"):
-        legacy_masks(key_of(0), 8, 1, LEGACY)
+        legacy_masks(key_of(0), 8, square(1), LEGACY)

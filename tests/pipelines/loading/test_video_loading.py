@@ -15,6 +15,7 @@ import torch
 from helpers.models.video_files import number_of, picture
 from helpers.pipelines.clips import FPS, LENGTHS, ROWS, segment, write_rows
 from helpers.pipelines.loading import assert_equal, global_batches
+from models.image_size import Grid
 from models.keyed_random.arrays import sample_keys
 from models.media.videos import decode_frames
 from pipelines.config.data import ClipConfig, DataConfig, MaskConfig, VideoMaskConfig
@@ -165,7 +166,9 @@ def test_masks_frames_and_pixels_are_those_of_the_sample(alone: list[dict]) -> N
         of_samples = sample_keys(batch["sample_ids"], 0, batch["epoch"])
         expected = sampler(stride=3).random(lengths, np.full(16, FPS), of_samples)
         assert (batch["frames"] == expected).all()
-        for g, (context, target) in enumerate(video_masks(of_samples, 2, 4, VideoMaskConfig())):
+        for g, (context, target) in enumerate(
+            video_masks(of_samples, Grid(4, 4, 2), VideoMaskConfig())
+        ):
             assert (batch[f"context_ids_{g}"].numpy() == context).all()
             assert (batch[f"target_ids_{g}"].numpy() == target).all()
         # Bottom right is the plain part: of a clip whose crop ends there, numbers can be read.
