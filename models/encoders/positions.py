@@ -171,7 +171,8 @@ def fitted_places(ids_BK: torch.Tensor, grids_B2: torch.Tensor, model: Grid) -> 
     Every grid is stretched over the encoder's, so that the edges of the picture meet.
 
     Args:
-        ids_BK: numbers of the tokens, each in its own grid, int64 [B, K].
+        ids_BK: numbers of the tokens, each in its own grid, int64 [B, K]. Every time step takes as
+            many numbers as one of the encoder's grid, also where a sample has fewer tokens.
         grids_B2: rows and columns of every grid, int64 [B, 2]; time steps are the encoder's.
         model: the encoder's grid.
 
@@ -179,11 +180,10 @@ def fitted_places(ids_BK: torch.Tensor, grids_B2: torch.Tensor, model: Grid) -> 
         Time, row and column, float32 [B, K, 3]. Whole numbers if the grids are the encoder's.
     """
     rows_B1, columns_B1 = grids_B2[:, :1], grids_B2[:, 1:]
-    per_step_B1 = rows_B1 * columns_B1
-    inside_BK = ids_BK % per_step_B1
+    inside_BK = ids_BK % model.per_step
     row_BK = (inside_BK // columns_B1 + 0.5) * (model.rows / rows_B1) - 0.5
     column_BK = (inside_BK % columns_B1 + 0.5) * (model.columns / columns_B1) - 0.5
-    return torch.stack([(ids_BK // per_step_B1).float(), row_BK, column_BK], dim=-1)
+    return torch.stack([(ids_BK // model.per_step).float(), row_BK, column_BK], dim=-1)
 
 
 def embed_places(

@@ -41,13 +41,16 @@ class Layout:
     def kept_ids(self, tubes: int) -> list[I32]:
         """Returns the numbers of the tokens that each sample keeps, ascending.
 
+        Every time step takes N numbers, also where a sample has fewer tokens, because a sample's
+        strip has N patches (`pipelines.loading.decoding`).
+
         Args:
             tubes: time steps of the token grid.
         """
-        starts = np.arange(tubes)[:, None]
+        starts = np.arange(tubes)[:, None] * self.kept_BN.shape[1]
         return [
-            (starts * rows * columns + np.flatnonzero(kept_N)).reshape(-1).astype(np.int32)
-            for (rows, columns), kept_N in zip(self.grids_B2.tolist(), self.kept_BN, strict=True)
+            (starts + np.flatnonzero(kept_N)).reshape(-1).astype(np.int32)
+            for kept_N in self.kept_BN
         ]
 
 
