@@ -11,9 +11,9 @@ context, P pixel values per patch, D width.
 
 from __future__ import annotations
 
+from models.encoders.kept_tokens import KeptTokens
 from models.encoders.vit import gather_tokens
 from models.media.preprocessing import normalize
-from models.objectives.kept_tokens import KeptTokens
 from models.objectives.latent import LatentPrediction
 from models.objectives.objective import Batch, Output
 from models.objectives.registry import register_objective

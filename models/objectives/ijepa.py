@@ -6,9 +6,9 @@ L = M * T.
 
 from __future__ import annotations
 
+from models.encoders.kept_tokens import KeptTokens, grids_of
 from models.encoders.vit import gather_tokens
 from models.media.preprocessing import normalize
-from models.objectives.kept_tokens import KeptTokens, grids_of
 from models.objectives.latent import LatentPrediction
 from models.objectives.objective import Batch, Output
 from models.objectives.registry import register_objective

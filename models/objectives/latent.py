@@ -19,9 +19,9 @@ from models.encoders.from_settings import (
     encoder_from_settings,
     predictor_from_settings,
 )
+from models.encoders.kept_tokens import KeptTokens
 from models.encoders.predictor import Predictor
 from models.encoders.vit import VisionTransformer
-from models.objectives.kept_tokens import KeptTokens
 from models.objectives.objective import EncoderObjective, pixel_statistics
 
 M = TypeVar("M", bound=nn.Module)

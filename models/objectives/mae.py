@@ -16,10 +16,10 @@ from models.encoders.from_settings import (
     encoder_from_settings,
     predictor_from_settings,
 )
+from models.encoders.kept_tokens import KeptTokens, grids_of
 from models.encoders.predictor import Predictor
 from models.encoders.vit import VisionTransformer, gather_tokens
 from models.media.preprocessing import normalize
-from models.objectives.kept_tokens import KeptTokens, grids_of
 from models.objectives.objective import Batch, EncoderObjective, Output, pixel_statistics
 from models.objectives.registry import register_objective
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 
 from models.encoders.from_settings import Settings, predictor_from_settings
+from models.encoders.kept_tokens import KeptTokens, grids_of
 from models.encoders.predictor import Predictor
 from models.encoders.vit import VisionTransformer, gather_tokens
 from models.media.preprocessing import normalize
-from models.objectives.kept_tokens import KeptTokens, grids_of
 from models.objectives.latent import LatentPrediction
 from models.objectives.objective import Batch, Output
 from models.objectives.registry import register_objective

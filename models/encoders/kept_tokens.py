@@ -6,12 +6,12 @@ P pixel values per token, D width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from models.encoders.vit import VisionTransformer, gather_tokens
-from models.objectives.objective import Batch
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class KeptTokens:
     """False for padding."""
 
     @classmethod
-    def of(cls, batch: Batch) -> KeptTokens | None:
+    def of(cls, batch: Mapping[str, torch.Tensor]) -> KeptTokens | None:
         """Takes the entries of a batch; None if every sample has all tokens of the encoder."""
         if "kept_ids" not in batch:
             return None
