@@ -1,7 +1,7 @@
 """Encodes only the tokens that samples have, where grids differ or regions are left out.
 
-Shape legend: B images or clips, N tokens of the largest grid, K tokens that a sample keeps at most,
-P pixel values per token, D width.
+Shape legend: B images or clips, M patches of one time step, N tokens of the largest grid, K tokens
+that a sample keeps at most, P pixel values per token, D width.
 """
 
 from __future__ import annotations
@@ -16,37 +16,54 @@ from models.encoders.vit import VisionTransformer, gather_tokens
 
 @dataclass(frozen=True)
 class KeptTokens:
-    """The tokens of the samples of a batch; made of its entries `grids`, `kept_*`."""
+    """The tokens of the samples of a batch."""
 
     grids_B2: torch.Tensor
     """Rows and columns of each sample's grid, in which its tokens are numbered."""
     ids_BK: torch.Tensor
+    """Numbers of the tokens, ascending; every time step takes M numbers."""
     valid_BK: torch.Tensor
-    """False for padding."""
+    """False for padding, which stands after the tokens."""
 
     @classmethod
     def of(cls, batch: Mapping[str, torch.Tensor]) -> KeptTokens | None:
-        """Takes the entries of a batch; None if every sample has all tokens of the encoder."""
+        """Takes the entries `grids` and `kept_*` of a training batch; None if it has none, because
+        every sample has all tokens of the encoder."""
         if "kept_ids" not in batch:
             return None
         return cls(batch["grids"], batch["kept_ids"], batch["kept_valid"])
 
-    def encode(
-        self, encoder: VisionTransformer, patches_BNP: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encodes the kept tokens.
+    @classmethod
+    def of_mask(cls, grids_B2: torch.Tensor, kept_BM: torch.Tensor, tubes: int) -> KeptTokens:
+        """Numbers the tokens of a mask of patches, which are the same in all time steps.
 
-        Returns:
-            The tokens at their places in the grid, [B, N, D], with zeros at all other places; and
-            the mean of the kept ones, [B, D].
+        Args:
+            grids_B2: rows and columns of each sample's grid, int64 [B, 2].
+            kept_BM: which patches are kept, bool [B, M], in raster order of each one's own grid.
+            tubes: time steps.
         """
+        kept_BN = kept_BM.repeat(1, tubes)
+        most = int(kept_BN.sum(1).max())
+        ids_BK = torch.argsort(~kept_BN, dim=1, stable=True)[:, :most]
+        valid_BK = torch.gather(kept_BN, 1, ids_BK)
+        return cls(grids_B2, ids_BK * valid_BK, valid_BK)
+
+    def encode(self, encoder: VisionTransformer, patches_BNP: torch.Tensor) -> torch.Tensor:
+        """Encodes the kept tokens: [B, N, P] to [B, K, D]. No other patch reaches the encoder."""
         patches_BKP = gather_tokens(patches_BNP, self.ids_BK)
-        tokens_BKD = encoder.forward_tokens(patches_BKP, self.ids_BK, self.grids_B2, self.valid_BK)
+        return encoder.forward_tokens(patches_BKP, self.ids_BK, self.grids_B2, self.valid_BK)
+
+    def mean(self, tokens_BKD: torch.Tensor) -> torch.Tensor:
+        """Returns the mean of each sample's tokens, [B, D]."""
+        total_BD = (tokens_BKD * self.valid_BK[..., None]).sum(1)
+        return total_BD / self.valid_BK.sum(1, keepdim=True)
+
+    def in_grid(self, tokens_BKD: torch.Tensor, count: int) -> torch.Tensor:
+        """Puts tokens at their places: [B, K, D] to [B, `count`, D], zero at all other places."""
         tokens_BKD = tokens_BKD * self.valid_BK[..., None]
         places_BKD = self.ids_BK[..., None].expand_as(tokens_BKD)
-        shape = (*patches_BNP.shape[:2], tokens_BKD.shape[-1])
-        tokens_BND = tokens_BKD.new_zeros(shape).scatter_add(1, places_BKD, tokens_BKD)
-        return tokens_BND, tokens_BKD.sum(1) / self.valid_BK.sum(1, keepdim=True)
+        empty_BND = tokens_BKD.new_zeros(len(tokens_BKD), count, tokens_BKD.shape[-1])
+        return empty_BND.scatter_add(1, places_BKD, tokens_BKD)
 
 
 def grids_of(kept: KeptTokens | None) -> torch.Tensor | None:

@@ -8,7 +8,7 @@ Shape suffixes: B pictures, 4 = (left, top, right, bottom), 2 = (height, width).
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,8 @@ from models.image_size import ImageSize, best_grid, height_width
 
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
+
+Number = TypeVar("Number", int, float)
 
 Fit = Literal["crop", "pad", "squash", "whole"]
 """How a picture is fitted to the input.
@@ -32,13 +34,16 @@ ASPECT_TOLERANCE = 0.05
 """Aspects that differ by no more than this count as equal."""
 
 
-def shown_boxes(fit: Fit, sizes_B2: npt.ArrayLike, size: ImageSize) -> F64:
+def shown_boxes(
+    fit: Fit, sizes_B2: npt.ArrayLike, size: ImageSize, crop_fraction: float = 1.0
+) -> F64:
     """Returns the box that the input shows of each picture, float64 [B, 4].
 
     Args:
         fit: how pictures are fitted.
         sizes_B2: heights and widths of the pictures, pixels.
         size: the encoder's image size.
+        crop_fraction: share of the box's sides that is shown, about its centre.
     """
     high_B, wide_B = np.asarray(sizes_B2, np.float64).T
     shown_high_B, shown_wide_B = high_B, wide_B
@@ -47,6 +52,7 @@ def shown_boxes(fit: Fit, sizes_B2: npt.ArrayLike, size: ImageSize) -> F64:
         extreme = np.minimum if fit == "crop" else np.maximum
         shown_high_B = extreme(high_B, wide_B / (width / height))
         shown_wide_B = shown_high_B * (width / height)
+    shown_high_B, shown_wide_B = shown_high_B * crop_fraction, shown_wide_B * crop_fraction
     left_B, top_B = (wide_B - shown_wide_B) / 2, (high_B - shown_high_B) / 2
     return np.stack([left_B, top_B, left_B + shown_wide_B, top_B + shown_high_B], axis=1)
 
@@ -68,6 +74,31 @@ def grids_of(fit: Fit, boxes_B4: npt.ArrayLike, size: ImageSize, patch_size: int
     distinct, which_B = np.unique(sides_B2, axis=0, return_inverse=True)
     grids = np.array([best_grid(h, w, rows * columns) for h, w in distinct.tolist()], np.int64)
     return grids.reshape(-1, 2)[which_B.reshape(-1)]
+
+
+def inner_part(
+    box: tuple[Number, Number, Number, Number], picture: tuple[int, int], made: tuple[int, ...]
+) -> tuple[tuple[Number, Number, Number, Number], slice, slice]:
+    """Returns the part of a box that lies inside the picture, and the place that shows it.
+
+    Args:
+        box: left, top, right, bottom, in pixels of the picture; overlaps it.
+        picture: height and width of the picture.
+        made: height and width of the pixels that show the whole box.
+
+    Returns:
+        The part, and the rows and columns of the pixels that show it, at least one of each.
+    """
+    left, top, right, bottom = box
+    part = (max(left, 0), max(top, 0), min(right, picture[1]), min(bottom, picture[0]))
+    rows = _pixels(part[1] - top, part[3] - top, bottom - top, made[0])
+    return part, rows, _pixels(part[0] - left, part[2] - left, right - left, made[1])
+
+
+def _pixels(start: float, stop: float, length: float, pixels: int) -> slice:
+    """Returns the pixels that show [start, stop) of a line of some length; at least one."""
+    first = min(round(start * pixels / length), pixels - 1)
+    return slice(first, max(first + 1, round(stop * pixels / length)))
 
 
 def lost_share(fit: Fit, height: int, width: int, size: ImageSize) -> float:

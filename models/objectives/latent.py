@@ -133,7 +133,8 @@ def _encode(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns all tokens and their mean."""
     if kept is not None:
-        return kept.encode(encoder, patches_BNP)
+        tokens_BKD = kept.encode(encoder, patches_BNP)
+        return kept.in_grid(tokens_BKD, patches_BNP.shape[1]), kept.mean(tokens_BKD)
     tokens_BND = encoder.forward_patches(patches_BNP)
     return tokens_BND, tokens_BND.mean(1)
 

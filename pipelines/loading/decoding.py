@@ -25,6 +25,7 @@ import torchvision.io  # registers torch.ops.image
 from PIL import Image
 from torch import Tensor
 
+from models.media.fit import inner_part
 from models.media.images import BLACK, Rgb, decode_image
 from models.media.pictures.colour import is_of_other_colours
 from models.media.pictures.errors import ImageError
@@ -184,22 +185,13 @@ def _inside(
     Returns:
         The part of the box inside the picture, and the view of `out` that shows this part.
     """
-    left, top, right, bottom = box
-    inside = (max(left, 0), max(top, 0), min(right, size[1]), min(bottom, size[0]))
+    inside, rows, columns = inner_part(box, size, out.shape[-2:])
     if inside == box:
         return box, out
     out[...] = np.array(outside, np.uint8).reshape(-1, *(1,) * (out.ndim - 1))
-    columns = _pixels(inside[0] - left, inside[2] - left, right - left, out.shape[-1])
-    rows = _pixels(inside[1] - top, inside[3] - top, bottom - top, out.shape[-2])
     if flipped:
         columns = slice(out.shape[-1] - columns.stop, out.shape[-1] - columns.start)
     return inside, out[..., rows, columns]
-
-
-def _pixels(start: int, stop: int, length: int, pixels: int) -> slice:
-    """Returns the pixels that show [start, stop) of a line of some length; at least one."""
-    first = min(round(start * pixels / length), pixels - 1)
-    return slice(first, max(first + 1, round(stop * pixels / length)))
 
 
 def _strip_picture(strip: U8, grid_2: npt.NDArray[np.int64]) -> U8:
