@@ -10,8 +10,10 @@ step of the encoder's grid, N tokens of the input, K tokens that one keeps at mo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -75,7 +77,7 @@ class InputBatch:
         """Returns B."""
         return len(self.pixels)
 
-    def __getitem__(self, rows: slice | Tensor) -> InputBatch:
+    def __getitem__(self, rows: slice | Tensor | npt.NDArray[Any]) -> InputBatch:
         """Returns some of the images or clips."""
         return self._map(lambda part: part[rows])
 
@@ -142,10 +144,11 @@ class Encoded:
         return self.tokens_BKD.mean(dim=1) if self.kept is None else self.kept.mean(self.tokens_BKD)
 
     def in_grid(self) -> Tensor:
-        """Returns the tokens at their places, [B, N, D], and zeros where there is none."""
+        """Returns the tokens at their places, [B, N, D]; NaN where there is none."""
         if self.kept is None:
             return self.tokens_BKD
-        return self.kept.in_grid(self.tokens_BKD, self.count)
+        there_BN = self.kept.in_grid(torch.ones_like(self.tokens_BKD[..., :1]), self.count) > 0
+        return self.kept.in_grid(self.tokens_BKD, self.count).masked_fill(~there_BN, math.nan)
 
     def each(self) -> list[Tensor]:
         """Returns each one's tokens in ascending order, [K', D] with K' of its own."""

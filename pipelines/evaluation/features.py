@@ -4,16 +4,17 @@ Every probe, report and training run gets its features here, through the single 
 of `models.media.preprocessing`, so that their numbers compare.
 
 Shape suffixes: B images or clips of one forward pass, N all of them, H and W pixels, C channels,
-T tokens (patches), F frames of a clip, D feature width.
+T tokens (patches), F frames of a clip, M patches of one time step, D feature width.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, TypeAlias
 
@@ -24,20 +25,29 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.encoders.positions import sincos_3d
+from models.encoders.input_batch import InputBatch, encode
+from models.encoders.positions import embed_places, sincos_3d
 from models.encoders.vit import VisionTransformer
-from models.media.preprocessing import Preprocessing, eval_transform, load_image, normalize
+from models.image_size import height_width
+from models.media.preprocessing import (
+    EncoderInput,
+    Preprocessing,
+    load_input,
+    normalize,
+    prepare,
+)
 from models.media.videos import decode_frames
 from pipelines.config.train import ModelConfig
 from pipelines.dataset.rows import in_order
 from pipelines.loading.clips import ClipSampler
 
 Pooling: TypeAlias = Literal["mean", "patches"]
-Featurizer: TypeAlias = Callable[[Tensor], Tensor]
-"""Maps uint8 images [B, C, H, W] or clips [B, C, F, H, W] to features with B rows."""
+Featurizer: TypeAlias = Callable[[InputBatch], Tensor]
+"""Maps images or clips to features with B rows."""
 
 PIXEL_SIDE = 32
-"""Raw pixels of images are shrunk to at most this many pixels a side (3,072 numbers)."""
+"""Raw pixels of images are shrunk to at most the number of pixels in a square of this side (3,072
+numbers)."""
 PLACE_WIDTH = 96  # width of the position code beside raw tubelets
 CLIP_NUMBERS = 12_288
 """Raw pixels of a clip are shrunk to at most this many numbers."""
@@ -45,13 +55,21 @@ CLIP_NUMBERS = 12_288
 
 def preprocessing_of(model: ModelConfig) -> Preprocessing:
     """Returns the evaluation transform of a run's encoder."""
-    return Preprocessing(image_size=model.image_size, mean=model.mean, std=model.std)
+    return Preprocessing(
+        image_size=model.image_size,
+        mean=model.mean,
+        std=model.std,
+        fit=model.chosen_fit,
+        exclude=model.exclude,
+        patch_size=model.patch_size,
+    )
 
 
-def load_clip(data: bytes, frames_F: np.ndarray, prep: Preprocessing) -> np.ndarray:
-    """Decodes some frames of an encoded video under the transform: uint8 [F, H, W, C]."""
+def load_clip(data: bytes, frames_F: np.ndarray, prep: Preprocessing) -> EncoderInput:
+    """Decodes some frames of an encoded video under the transform."""
     pixels_FHWC = decode_frames(data, frames_F.tolist())
-    return np.stack([eval_transform(Image.fromarray(frame), prep) for frame in pixels_FHWC])
+    inputs = [prepare(Image.fromarray(frame), prep) for frame in pixels_FHWC]
+    return EncoderInput(np.stack([one.pixels for one in inputs]), inputs[0].kept)
 
 
 def decode_batches(
@@ -59,7 +77,7 @@ def decode_batches(
     prep: Preprocessing,
     batch_size: int,
     sampler: ClipSampler | None = None,
-) -> Iterator[Tensor]:
+) -> Iterator[InputBatch]:
     """Decodes the `image` or `video` column in threads, at most two batches ahead of the consumer.
 
     Args:
@@ -69,20 +87,19 @@ def decode_batches(
         sampler: chooses the frames of a clip (the middle of every segment); None for images.
 
     Yields:
-        uint8 images [B, C, H, W] or clips [B, C, F, H, W] in row order, B constant except in the
-        last one.
+        Images or clips in row order, B constant except in the last batch.
     """
     count = batch_size if sampler is None else clips_per_batch(batch_size, sampler.frames)
     with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="decode") as pool:
         if sampler is None:
             # Ingest has already limited the size of stored images.
-            decode = functools.partial(load_image, prep=prep, max_pixels=None)
+            decode = functools.partial(load_input, prep=prep, max_pixels=None)
             samples = in_order(pool, decode, _column(tables, "image"), 2 * count)
         else:
             clips = _clips(tables, sampler)
             samples = in_order(pool, lambda clip: load_clip(*clip, prep), clips, 2 * count)
         while batch := list(itertools.islice(samples, count)):
-            yield torch.from_numpy(np.stack(batch)).movedim(-1, 1)
+            yield InputBatch.of(batch, prep)
 
 
 def clips_per_batch(frames: int, clip_frames: int) -> int:
@@ -90,9 +107,11 @@ def clips_per_batch(frames: int, clip_frames: int) -> int:
     return max(1, frames // clip_frames)
 
 
-def decode_all(rows: pa.Table, prep: Preprocessing, sampler: ClipSampler | None = None) -> Tensor:
+def decode_all(
+    rows: pa.Table, prep: Preprocessing, sampler: ClipSampler | None = None
+) -> InputBatch:
     """Decodes every row into memory as `decode_batches` does, for repeated extraction."""
-    return torch.cat(list(decode_batches(rows, prep, 256, sampler)))
+    return InputBatch.join(list(decode_batches(rows, prep, 256, sampler)))
 
 
 def encoder_features(
@@ -102,23 +121,19 @@ def encoder_features(
     pooling: Pooling = "mean",
     autocast: bool = False,
 ) -> Featurizer:
-    """Wraps an encoder as a function of uint8 images or clips.
+    """Wraps an encoder as a function of images or clips; see `models.encoders.input_batch.encode`.
 
     Args:
-        encoder: maps normalised float images [B, C, H, W] or clips [B, C, F, H, W] to tokens
-            [B, T, D]; runs on the device of its weights.
-        pooling: "mean" of the tokens, fp32 [B, D]; or "patches", all of them, fp32 [B, T, D].
+        encoder: the encoder.
+        prep: the transform that the images or clips were decoded with.
+        pooling: "mean" of the tokens, fp32 [B, D]; or "patches", all of them, fp32 [B, T, D], NaN
+            where a picture has no token.
         autocast: run the forward in bfloat16.
     """
-    device = next(encoder.parameters()).device
 
-    def featurize(pixels: Tensor) -> Tensor:
-        x = normalize(pixels.to(device, non_blocking=True), prep.mean, prep.std)
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            tokens_BTD = encoder(x)
-        tokens_BTD = tokens_BTD.float()
-        features: Tensor = tokens_BTD.mean(dim=1) if pooling == "mean" else tokens_BTD
-        return features
+    def featurize(batch: InputBatch) -> Tensor:
+        encoded = encode(encoder, batch, prep, autocast=autocast)
+        return encoded.mean() if pooling == "mean" else encoded.in_grid()
 
     return featurize
 
@@ -129,9 +144,11 @@ def single_frame(featurize: Featurizer) -> Featurizer:
     The features then hold what a single picture tells and nothing that only motion tells.
     """
 
-    def featurize_still(clips_BCFHW: Tensor) -> Tensor:
+    def featurize_still(batch: InputBatch) -> Tensor:
+        clips_BCFHW = batch.pixels
         middle = clips_BCFHW.shape[2] // 2
-        return featurize(clips_BCFHW[:, :, middle : middle + 1].expand_as(clips_BCFHW))
+        still = clips_BCFHW[:, :, middle : middle + 1].expand_as(clips_BCFHW)
+        return featurize(dataclasses.replace(batch, pixels=still))
 
     return featurize_still
 
@@ -139,45 +156,76 @@ def single_frame(featurize: Featurizer) -> Featurizer:
 def pixel_features(prep: Preprocessing) -> Featurizer:
     """Makes a featurizer that returns normalised pixels, shrunk where they are many.
 
-    It returns [B, 3 * side * side] for images, with side at most `PIXEL_SIDE`, and
-    [B, 3 * F * side * side] for clips, at most `CLIP_NUMBERS` numbers.
+    It returns [B, 3 * height * width] for images, at most `PIXEL_SIDE` squared pixels, and
+    [B, 3 * F * height * width] for clips, at most `CLIP_NUMBERS` numbers. Patches that are left out
+    are zero. Pictures with grids of their own are stretched to one size.
     """
 
-    def featurize(pixels: Tensor) -> Tensor:
-        x = normalize(pixels, prep.mean, prep.std)
+    def featurize(batch: InputBatch) -> Tensor:
+        x = normalize(batch.pixels, prep.mean, prep.std)
+        if batch.kept_BM is not None:
+            mask_B1HW = _kept_pixels(batch.kept_BM, x.shape[-2:])
+            x = x * (mask_B1HW if x.ndim == 4 else mask_B1HW[:, :, None])
+        side = PIXEL_SIDE
         if x.ndim == 5:
-            most = max(1, math.isqrt(CLIP_NUMBERS // (x.shape[1] * x.shape[2])))
-            frames = x.movedim(2, 1).flatten(0, 1)
-            return _shrink(frames, min(most, PIXEL_SIDE)).reshape(len(x), -1)
-        return _shrink(x, PIXEL_SIDE).flatten(1)
+            side = min(side, max(1, math.isqrt(CLIP_NUMBERS // (x.shape[1] * x.shape[2]))))
+        size = _small_size(height_width(prep.image_size), side)
+        pictures = dataclasses.replace(batch, pixels=x).pictures()
+        if len({picture.shape for picture in pictures}) == 1:
+            return _shrink(torch.stack(pictures), size)
+        return torch.cat([_shrink(picture[None], size) for picture in pictures])
 
     return featurize
 
 
-def _shrink(x_BCHW: Tensor, side: int) -> Tensor:
-    if x_BCHW.shape[-1] <= side:
-        return x_BCHW
-    return F.interpolate(x_BCHW, (side, side), mode="bilinear", antialias=True)
+def _kept_pixels(kept_BM: Tensor, size: Sequence[int]) -> Tensor:
+    """Returns 1 for pixels of kept patches, else 0, [B, 1, H, W], of pictures or strips."""
+    height, width = size
+    patch = math.isqrt(height * width // kept_BM.shape[1])
+    mask_BHW = kept_BM.float().reshape(-1, height // patch, width // patch)
+    return mask_BHW.repeat_interleave(patch, 1).repeat_interleave(patch, 2)[:, None]
+
+
+def _small_size(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """Returns a size of the same aspect with no more pixels than a square of this side."""
+    height, width = size
+    if height * width <= side**2:
+        return size
+    aspect = math.sqrt(height / width)
+    return max(1, int(side * aspect)), max(1, int(side / aspect))
+
+
+def _shrink(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resizes [B, C, H, W] or, frame by frame, [B, C, F, H, W], and flattens: [B, numbers]."""
+    x_MCHW = x.movedim(2, 1).flatten(0, 1) if x.ndim == 5 else x
+    if tuple(x.shape[-2:]) != size:
+        x_MCHW = F.interpolate(x_MCHW, size, mode="bilinear", antialias=True)
+    return x_MCHW.reshape(len(x), -1)
 
 
 def tubelet_features(encoder: VisionTransformer, prep: Preprocessing) -> Featurizer:
     """Makes a featurizer of raw pixels for the attentive probe.
 
     It returns the P normalised pixels of every token and a code of the token's position,
-    [B, T, P + `PLACE_WIDTH`].
+    [B, T, P + `PLACE_WIDTH`]; NaN where a picture has no token.
     """
     places_ND = sincos_3d(PLACE_WIDTH, encoder.grid)
 
-    def featurize(clips_BCFHW: Tensor) -> Tensor:
-        x_BTP = encoder.patch_embed.patchify(normalize(clips_BCFHW, prep.mean, prep.std))
-        places = places_ND[: x_BTP.shape[1]].expand(len(x_BTP), -1, -1)
-        return torch.cat([x_BTP, places], dim=2)
+    def featurize(batch: InputBatch) -> Tensor:
+        x_BTP = encoder.patch_embed.patchify(normalize(batch.pixels, prep.mean, prep.std))
+        ids_1T = torch.arange(x_BTP.shape[1])[None]
+        places = embed_places(places_ND, encoder.grid, ids_1T, batch.grids_B2)
+        tokens_BTD = torch.cat([x_BTP, places.expand(len(x_BTP), -1, -1)], dim=2)
+        if batch.kept_BM is None:
+            return tokens_BTD
+        tubes = x_BTP.shape[1] // batch.kept_BM.shape[1]
+        return tokens_BTD.masked_fill(~batch.kept_BM.repeat(1, tubes)[..., None], math.nan)
 
     return featurize
 
 
 def compute_features(
-    featurizers: Mapping[str, Featurizer], batches: Iterable[Tensor]
+    featurizers: Mapping[str, Featurizer], batches: Iterable[InputBatch]
 ) -> dict[str, np.ndarray]:
     """Runs every featurizer over the same decoded batches, each sample decoded once.
 
@@ -189,9 +237,9 @@ def compute_features(
     """
     parts: dict[str, list[np.ndarray]] = {name: [] for name in featurizers}
     with torch.inference_mode():
-        for pixels in batches:
+        for batch in batches:
             for name, featurize in featurizers.items():
-                parts[name].append(featurize(pixels).cpu().numpy())
+                parts[name].append(featurize(batch).cpu().numpy())
     if not all(parts.values()):
         raise ValueError("no images to compute features of (are these rows labelled?)")
     return {name: np.concatenate(arrays) for name, arrays in parts.items()}
@@ -200,7 +248,7 @@ def compute_features(
 def extract_features(
     encoder: nn.Module,
     prep: Preprocessing,
-    rows: pa.Table | Iterable[pa.Table] | Tensor,
+    rows: pa.Table | Iterable[pa.Table] | InputBatch,
     *,
     batch_size: int = 256,
     pooling: Pooling = "mean",
@@ -212,17 +260,17 @@ def extract_features(
     Args:
         encoder: as for `encoder_features`.
         prep: evaluation transform; its image size must be the encoder's.
-        rows: shard rows (encoded images or videos), or pixels from `decode_all`.
+        rows: shard rows (encoded images or videos), or what `decode_all` returned.
         batch_size: number of images, or of frames of clips, in a forward pass.
         sampler: chooses the frames of a clip; None for images and for decoded pixels.
 
     Returns:
-        fp32 [N, D], or [N, T, D] for pooling "patches".
+        fp32 [N, D], or [N, T, D] for pooling "patches", NaN where a picture has no token.
     """
-    batches: Iterable[Tensor]
-    if isinstance(rows, Tensor):
-        frames = rows.shape[2] if rows.ndim == 5 else 1
-        batches = torch.split(rows, clips_per_batch(batch_size, frames))
+    batches: Iterable[InputBatch]
+    if isinstance(rows, InputBatch):
+        frames = rows.pixels.shape[2] if rows.pixels.ndim == 5 else 1
+        batches = rows.split(clips_per_batch(batch_size, frames))
     else:
         batches = decode_batches(rows, prep, batch_size, sampler)
     training = encoder.training

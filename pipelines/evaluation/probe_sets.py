@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import pyarrow as pa
+import torch
 from torch import Tensor
 
+from models.encoders.input_batch import InputBatch
 from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import Preprocessing
 from pipelines.dataset.rows import LABELLED, PLACE, Wanted, iter_labelled, table_labels
@@ -34,7 +36,8 @@ SETS = ("data", "test", "shift_test")
 TOKEN_BYTES = 8 * 2**30
 """Upper limit in bytes for the frozen tokens that attentive probes keep in memory."""
 TUBELETS = "raw_tubelets"  # raw pixels as tokens, for the attentive probe
-PIXELS = "pixels"  # as they are, for the supervised baseline
+# As they are, for the supervised baseline; the two others only where tokens may be left out.
+PIXELS, GRIDS, KEPT = "pixels", "grids", "kept"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +50,10 @@ class ProbeSet:
     places_N3: np.ndarray
     ids_N16: np.ndarray
     tokens: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    """Input of the attentive probes, float16 [N, T, D] by row of the table; empty for images."""
-    pixels: np.ndarray | None = None
-    """uint8 [N, C, H, W] or [N, C, F, H, W] for the supervised baseline; None without one."""
+    """Input of the attentive probes, float16 [N, T, D] by row of the table, NaN where a sample has
+    no token; empty for images."""
+    pixels: InputBatch | None = None
+    """The samples for the supervised baseline; None without one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +89,20 @@ def probe_featurizers(
     if attentive:
         featurizers[TUBELETS] = tubelet_features(encoder, prep)
     if pixels:
-        featurizers[PIXELS] = lambda values: values
+        featurizers[PIXELS] = lambda batch: batch.pixels
+        if prep.partial:
+            featurizers |= {GRIDS: _grids, KEPT: _kept}
     return featurizers
+
+
+def _grids(batch: InputBatch) -> Tensor:
+    assert batch.grids_B2 is not None
+    return batch.grids_B2
+
+
+def _kept(batch: InputBatch) -> Tensor:
+    assert batch.kept_BM is not None
+    return batch.kept_BM
 
 
 def check_token_bytes(encoder: VisionTransformer, clips: int) -> None:
@@ -133,10 +149,11 @@ def probe_set(
     batches = decode_batches(watched(), prep, batch_size, sampler)
     halved = {name: _halve_tokens(featurize) for name, featurize in featurizers.items()}
     found = compute_features(halved, batches)
-    pixels = found.pop(PIXELS, None)
+    kept = {name: found.pop(name) for name in (PIXELS, GRIDS, KEPT) if name in found}
+    pixels = InputBatch(*map(torch.from_numpy, kept.values())) if kept else None
     tokens = {name: values for name, values in found.items() if values.ndim == 3}
     features = {
-        name: values if values.ndim == 2 else values.mean(axis=1, dtype=np.float32)
+        name: values if values.ndim == 2 else _mean(values, partial=prep.partial)
         for name, values in found.items()
         if name != TUBELETS
     }
@@ -146,11 +163,18 @@ def probe_set(
     return ProbeSet(uri, features, labels_N, places_N3, np.concatenate(ids), tokens, pixels)
 
 
+def _mean(tokens_NTD: np.ndarray, *, partial: bool) -> np.ndarray:
+    """Returns the mean of every sample's tokens, float32 [N, D]."""
+    if partial:
+        return np.asarray(np.nanmean(tokens_NTD, axis=1, dtype=np.float32))
+    return np.asarray(tokens_NTD.mean(axis=1, dtype=np.float32))
+
+
 def _halve_tokens(featurize: Featurizer) -> Featurizer:
     """Rounds tokens to float16, enough for the output of a LayerNorm; keeps pooled features."""
 
-    def halved(pixels: Tensor) -> Tensor:
-        values = featurize(pixels)
+    def halved(batch: InputBatch) -> Tensor:
+        values = featurize(batch)
         return values.half() if values.ndim == 3 else values
 
     return halved

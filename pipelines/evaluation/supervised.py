@@ -11,15 +11,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.encoders.input_batch import InputBatch, encode
 from models.encoders.vit import VisionTransformer
-from models.media.preprocessing import Preprocessing, normalize
+from models.media.preprocessing import Preprocessing
 from pipelines.evaluation.arrays import Array, as_labels
+
+Labelled: TypeAlias = tuple[InputBatch, Array]
+"""Images or clips, and their classes [N]."""
 
 LR, WEIGHT_DECAY, WARMUP, CLIP_NORM = 1e-3, 0.05, 0.1, 1.0
 
@@ -51,19 +56,19 @@ class Classifier(nn.Module):
         self.standardise = nn.BatchNorm1d(encoder.width, affine=False)
         self.head = nn.Linear(encoder.width, classes)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Logits [B, C] of images [B, 3, H, W] or clips [B, 3, F, H, W]."""
-        tokens_BTD = self.encoder(normalize(pixels, self.prep.mean, self.prep.std))
-        logits_BC: Tensor = self.head(self.standardise(tokens_BTD.mean(1)))
+    def forward(self, batch: InputBatch) -> Tensor:
+        """Logits [B, C] of images or clips."""
+        mean_BD = encode(self.encoder, batch, self.prep).mean()
+        logits_BC: Tensor = self.head(self.standardise(mean_BD))
         return logits_BC
 
 
 def supervised_baseline(
     encoder: VisionTransformer,
     prep: Preprocessing,
-    train: tuple[Array, Array],
-    test: tuple[Array, Array],
-    shifted: tuple[Array, Array] | None = None,
+    train: Labelled,
+    test: Labelled,
+    shifted: Labelled | None = None,
     *,
     epochs: int,
     batch_size: int = 32,
@@ -77,7 +82,7 @@ def supervised_baseline(
     Args:
         encoder: untrained, on the device to train on.
         prep: how the pixels are normalised.
-        train: uint8 pixels [N, 3, H, W] or [N, 3, F, H, W], and their classes [N].
+        train: images or clips, and their classes [N].
         test: the same for the test set.
         shifted: a second test set.
         epochs: passes over the training set.
@@ -88,7 +93,7 @@ def supervised_baseline(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Classifier(encoder, prep, int(labels_N.max()) + 1).to(device)
-    _fit(model, torch.as_tensor(train[0]), labels_N, epochs, batch_size, seed)
+    _fit(model, train[0], labels_N, epochs, batch_size, seed)
     return Supervised(
         accuracy=_accuracy(model, test, batch_size),
         shift_accuracy=None if shifted is None else _accuracy(model, shifted, batch_size),
@@ -98,7 +103,12 @@ def supervised_baseline(
 
 
 def _fit(
-    model: Classifier, pixels: Tensor, labels_N: Tensor, epochs: int, batch_size: int, seed: int
+    model: Classifier,
+    samples: InputBatch,
+    labels_N: Tensor,
+    epochs: int,
+    batch_size: int,
+    seed: int,
 ) -> None:
     device, rng = next(model.parameters()).device, np.random.default_rng(seed)
     model.train().requires_grad_(True)
@@ -109,7 +119,7 @@ def _fit(
         progress = (step + 1) / len(steps)
         cosine = 0.5 * (1 + math.cos(math.pi * (progress - WARMUP) / (1 - WARMUP)))
         optimizer.param_groups[0]["lr"] = LR * min(progress / WARMUP, cosine, 1)
-        logits_BC = model(pixels[rows_B].to(device))
+        logits_BC = model(samples[rows_B])
         loss = F.cross_entropy(logits_BC, labels_N[rows_B].to(device))
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -118,11 +128,10 @@ def _fit(
 
 
 @torch.no_grad()
-def _accuracy(model: Classifier, part: tuple[Array, Array], batch_size: int) -> float:
-    device, hits = next(model.parameters()).device, 0
+def _accuracy(model: Classifier, part: Labelled, batch_size: int) -> float:
     model.eval()
-    pixels, labels_N = torch.as_tensor(part[0]), as_labels(part[1])
+    hits, (samples, labels_N) = 0, (part[0], as_labels(part[1]))
     for rows_B in torch.split(torch.arange(len(labels_N)), batch_size):
-        predicted_B = model(pixels[rows_B].to(device)).argmax(-1).cpu()
+        predicted_B = model(samples[rows_B]).argmax(-1).cpu()
         hits += int((predicted_B == labels_N[rows_B].cpu()).sum())
     return hits / len(labels_N)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from torch import Tensor
 
+from models.encoders.input_batch import InputBatch
 from models.objectives.objective import Objective
 from pipelines.config.train import PretrainConfig
 from pipelines.loading.clips import training_sampler
@@ -33,7 +33,7 @@ class OnlineProbe:
         self._autocast = cfg.run.precision == "bf16"
         self._prep = preprocessing_of(cfg.model)
         sampler = training_sampler(cfg)
-        self._samples: list[Tensor] = []
+        self._samples: list[InputBatch] = []
         self._labels: list[np.ndarray] = []
         for uri, rows in ((cfg.data.train, BANK_ROWS), (cfg.data.test, QUERY_ROWS)):
             table = load_labelled(uri, rows)

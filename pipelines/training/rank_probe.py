@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models.encoders.input_batch import InputBatch
 from models.keyed_random.tensors import mix
+from models.media.preprocessing import Preprocessing
 from models.views import Views
 from pipelines.config.train import PretrainConfig
 from pipelines.config.views import ViewsConfig
@@ -40,6 +42,15 @@ class RankProbe:
         sampler = training_sampler(cfg)
         table = load_samples(cfg.data.train, RANKME_CLIPS if sampler else RANKME_ROWS)
         self._samples = decode_all(table, self._prep, sampler)
+        # Views are cropped out of whole pictures of one size.
+        fit = "squash" if self._prep.fit == "whole" else self._prep.fit
+        self._views_prep = dataclasses.replace(self._prep, fit=fit, exclude=())
+        # Spread over the whole set, because shards made from tars may be in class order.
+        every = max(1, table.num_rows // LIDAR_ROWS)
+        self._viewed_samples = self._samples[::every][:LIDAR_ROWS]
+        if self._prep.partial:
+            rows = [*range(0, table.num_rows, every)][:LIDAR_ROWS]
+            self._viewed_samples = decode_all(table.take(rows), self._views_prep, sampler)
         # Not the run's own views, because a sweep may vary those.
         settings = dataclasses.asdict(ViewsConfig(globals=LIDAR_VIEWS))
         self._views = Views.of(settings, cfg.model.image_size)
@@ -49,7 +60,7 @@ class RankProbe:
 
         Both are NaN if the features are not finite.
         """
-        features_ND = torch.from_numpy(self._features(encoder, self._samples))
+        features_ND = torch.from_numpy(self._features(encoder, self._samples, self._prep))
         if not torch.isfinite(features_ND).all():
             return {"fixed_rankme": math.nan, "lidar": math.nan}
         return {"fixed_rankme": rankme(features_ND), "lidar": lidar(self._viewed(encoder))}
@@ -58,8 +69,7 @@ class RankProbe:
         """Features of every view of some of the samples, [N, Q, D]."""
         from pipelines.evaluation.features import clips_per_batch
 
-        # Spread over the whole set, because shards made from tars may be in class order.
-        samples = self._samples[:: max(1, len(self._samples) // LIDAR_ROWS)][:LIDAR_ROWS]
+        samples = self._viewed_samples.pixels
         keys_N = mix(torch.arange(len(samples)))
         frames = samples.shape[2] if samples.ndim == 5 else 1
         size = clips_per_batch(256, frames * LIDAR_VIEWS)
@@ -67,11 +77,12 @@ class RankProbe:
         batches = zip(torch.split(samples, size), torch.split(keys_N, size), strict=True)
         for pixels, keys in batches:
             views = torch.cat(self._views.make(pixels, keys))
-            found_QD = self._features(encoder, (255 * views).round().to(torch.uint8))
+            rounded = InputBatch((255 * views).round().to(torch.uint8))
+            found_QD = self._features(encoder, rounded, self._views_prep)
             parts.append(found_QD.reshape(LIDAR_VIEWS, len(pixels), -1).swapaxes(0, 1))
         return torch.from_numpy(np.concatenate(parts))
 
-    def _features(self, encoder: nn.Module, pixels: Tensor) -> np.ndarray:
+    def _features(self, encoder: nn.Module, samples: InputBatch, prep: Preprocessing) -> np.ndarray:
         from pipelines.evaluation.features import extract_features
 
-        return extract_features(encoder, self._prep, pixels, autocast=self._autocast)
+        return extract_features(encoder, prep, samples, autocast=self._autocast)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from helpers.pipelines.fake_training import change
 from models.artifacts.artifact import load_artifact
+from models.encoders.input_batch import InputBatch
 from models.media.preprocessing import normalize
 from pipelines import sweep as job
 from pipelines.config.data import ClipConfig
@@ -43,8 +44,8 @@ def embeddings(old: Path, kind: str) -> Tensor:
     return torch.tensor([row["embedding"] for row in rows])
 
 
-def pixels(old: Path, kind: str) -> Tensor:
-    """The data set under the artifact's transform: uint8 images or clips."""
+def samples(old: Path, kind: str) -> InputBatch:
+    """The data set under the artifact's transform."""
     artifact = load_artifact(old / "artifacts" / kind)
     clips = ClipSampler(frames=artifact.encoder.frames, settings=ClipConfig())
     rows = read_rows(old / "shards" / DATA[kind])
@@ -56,14 +57,14 @@ def test_an_artifact_gives_the_old_features_here(kind: str, old: Path) -> None:
     artifact = load_artifact(old / "artifacts" / kind)
     assert artifact.provenance["step"] == 6
     featurize = encoder_features(artifact.encoder, artifact.preprocessing)
-    found = featurize(pixels(old, kind))
+    found = featurize(samples(old, kind))
     torch.testing.assert_close(found, embeddings(old, kind), rtol=RTOL, atol=ATOL)
 
 
 def test_an_image_artifact_gives_the_old_features_in_timm_and_transformers(old: Path) -> None:
     folder = old / "artifacts" / "image"
     prep = load_artifact(folder).preprocessing
-    images_BCHW = normalize(pixels(old, "image"), prep.mean, prep.std)
+    images_BCHW = normalize(samples(old, "image").pixels, prep.mean, prep.std)
     was = embeddings(old, "image")
     in_timm = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     in_transformers = transformers.IJepaModel.from_pretrained(folder / "transformers").eval()
@@ -76,7 +77,7 @@ def test_an_image_artifact_gives_the_old_features_in_timm_and_transformers(old: 
 def test_a_video_artifact_gives_the_old_features_in_transformers(old: Path) -> None:
     folder = old / "artifacts" / "video"
     prep = load_artifact(folder).preprocessing
-    clips_BCFHW = normalize(pixels(old, "video"), prep.mean, prep.std)
+    clips_BCFHW = normalize(samples(old, "video").pixels, prep.mean, prep.std)
     theirs = transformers.VJEPA2Model.from_pretrained(folder / "transformers").eval()
     with torch.inference_mode():
         output = theirs(clips_BCFHW.transpose(1, 2), skip_predictor=True)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from helpers.pipelines.fake_training import TIMED, FolderStore, change
+from models.encoders.input_batch import InputBatch
 from models.encoders.vit import VisionTransformer
 from pipelines.config.jobs import EvaluateConfig
 from pipelines.config.train import PretrainConfig
@@ -120,7 +121,7 @@ def test_checkpoints_are_listed_and_load(name: str, old: Path, expected: dict[st
         featurize = encoder_features(encoder.eval(), preprocessing_of(config.model))
         was = expected["runs"][name]["features"][str(info["step"])]
         torch.testing.assert_close(
-            featurize(pixels_for(encoder)), torch.tensor(was), rtol=RTOL, atol=ATOL
+            featurize(InputBatch(pixels_for(encoder))), torch.tensor(was), rtol=RTOL, atol=ATOL
         )
 
 

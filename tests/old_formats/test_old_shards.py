@@ -45,7 +45,7 @@ def test_every_stored_image_and_clip_decodes(name: str, old: Path) -> None:
     prep = Preprocessing(image_size=16, mean=(0.5,) * 3, std=(0.5,) * 3)
     video = "video" in rows.column_names
     sampler = ClipSampler(frames=4, settings=ClipConfig()) if video else None
-    pixels = decode_all(rows, prep, sampler)
+    pixels = decode_all(rows, prep, sampler).pixels
     assert pixels.shape == (len(rows), 3, *((4,) if video else ()), 16, 16)
     assert pixels.flatten(1).float().std(1).min() > 1  # pictures, none of them blank
 

@@ -23,6 +23,7 @@ WIDTH, HEIGHT = 340, 190
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 24
 MOST_POINTS = 400
 CLIP_SIDE, FRAME_MS = 96, 125
+ABSENT = 128
 BLOCK_COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (204, 121, 167))  # Okabe and Ito
 
 
@@ -93,25 +94,28 @@ def pca_pictures(tokens_NTD: np.ndarray, shown: int, grid: Grid) -> np.ndarray:
     and not on its place.
 
     Args:
-        tokens_NTD: patch features; the directions are fitted on all samples.
+        tokens_NTD: patch features, NaN where there is none, which is drawn grey; the directions are
+            fitted on all samples.
         shown: how many of the first samples to draw.
         grid: the grid of the T tokens.
 
     Returns:
         uint8 [shown, rows, columns, 3], or [shown, tubes, rows, columns, 3] for clips.
     """
-    centred = tokens_NTD - tokens_NTD.mean(axis=0, keepdims=True)
-    flat = centred.reshape(-1, centred.shape[-1]).astype(np.float64)
+    there_NT = np.isfinite(tokens_NTD[..., 0])
+    known_NTD = np.where(there_NT[..., None], tokens_NTD, 0)
+    centred = known_NTD - known_NTD.sum(axis=0) / np.maximum(there_NT.sum(axis=0), 1)[:, None]
+    flat = centred[there_NT].astype(np.float64)
     _, directions = np.linalg.eigh(flat.T @ flat)
     scores = flat @ directions[:, :-4:-1]
     # A direction's sign is arbitrary; fixing it makes the picture the same on every machine.
     scores *= np.sign((scores**3).sum(axis=0) + 1e-30)
     low, high = np.percentile(scores, (2, 98), axis=0)
     values = np.clip((scores - low) / np.maximum(high - low, 1e-12), 0, 1)
+    pictures = np.full((*there_NT.shape, 3), ABSENT, np.uint8)
+    pictures[there_NT] = 255 * values
     steps = () if grid.tubes == 1 else (grid.tubes,)
-    shape = (len(tokens_NTD), *steps, grid.rows, grid.columns, 3)
-    pictures: np.ndarray = (255 * values).reshape(shape).astype(np.uint8)
-    return pictures[:shown]
+    return pictures.reshape(len(pictures), *steps, grid.rows, grid.columns, 3)[:shown]
 
 
 def line_chart(points: Points, label: str, *, scale: float = 1.0) -> str:

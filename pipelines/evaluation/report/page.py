@@ -52,7 +52,7 @@ def write_report(
         The HTML.
     """
     shown = samples.shown_rows(test)
-    pixels = decode_all(shown, subject.preprocessing, subject.sampler)
+    decoded = decode_all(shown, subject.preprocessing, subject.sampler)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     table = table_of({name.capitalize(): row for name, row in named_rows(results).items()})
     return environment.from_string(TEMPLATE.read_text()).render(
@@ -63,8 +63,8 @@ def write_report(
         headline=_headline(results),
         sections=training_curves(subject.run_uri),
         neighbours=samples.neighbours(results, subject, train, test),
-        pca=samples.patch_colours(subject, baseline, pixels),
-        masks=samples.masks(subject, shown, pixels),
+        pca=samples.patch_colours(subject, baseline, decoded),
+        masks=samples.masks(subject, shown, decoded),
         mask_note=samples.mask_note(subject.config),
         noun="clip" if subject.sampler else "image",
         counts=[len(part.labels_N) for part in (train, test)],

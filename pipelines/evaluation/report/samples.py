@@ -6,13 +6,16 @@ C channels, F frames.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from torch import Tensor
+import torch
 
+from models.encoders.input_batch import InputBatch
 from models.encoders.vit import VisionTransformer
+from models.image_size import Grid
 from models.keyed_random.arrays import key_of, sample_keys
 from models.keyed_random.streams import PlanStream
 from pipelines.config.objectives import ObjectiveConfig
@@ -29,6 +32,7 @@ from pipelines.evaluation.report.figures import (
     target_picture,
 )
 from pipelines.evaluation.subject import Subject
+from pipelines.loading.masks.layouts import Layout
 from pipelines.loading.masks.maskers import make_masker
 
 QUERIES, NEIGHBOURS, MASKED = 10, 6, 8
@@ -83,41 +87,52 @@ def neighbours(
 
 def _pictures(subject: Subject, part: ProbeSet, rows: np.ndarray) -> list[str]:
     table = read_places(part.uri, part.places_N3[rows])
-    pixels = decode_all(table, subject.preprocessing, subject.sampler)
-    return [picture_uri(sample) for sample in _channels_last(pixels)]
+    decoded = decode_all(table, subject.preprocessing, subject.sampler)
+    return [picture_uri(sample) for sample in _channels_last(decoded)]
 
 
-def _channels_last(pixels: Tensor) -> np.ndarray:
-    """Returns images as [N, H, W, C] and clips as [N, F, H, W, C]."""
-    return pixels.movedim(1, -1).numpy()
+def _channels_last(samples: InputBatch) -> list[np.ndarray]:
+    """Returns images as [H, W, C] and clips as [F, H, W, C]."""
+    return [picture.movedim(0, -1).numpy() for picture in samples.pictures()]
 
 
-def patch_colours(subject: Subject, baseline: VisionTransformer, pixels: Tensor) -> list[list[str]]:
-    """Draws every sample beside its patch features by the encoder and by the baseline."""
+def patch_colours(
+    subject: Subject, baseline: VisionTransformer, samples: InputBatch
+) -> list[list[str]]:
+    """Draws samples beside their patch features by the encoder and by the baseline.
+
+    Where samples have grids of their own, only those with the commonest grid are drawn.
+    """
     grid = subject.encoder.grid
     grid = grid if subject.sampler else grid._replace(tubes=1)
+    if samples.grids_B2 is not None:
+        (rows, columns), _ = Counter(map(tuple, samples.grids_B2.tolist())).most_common(1)[0]
+        samples = samples[(samples.grids_B2 == torch.tensor([rows, columns])).all(1)]
+        grid = grid._replace(rows=rows, columns=columns)
     maps = []
     for encoder in (subject.encoder, baseline):
         tokens_NTD = extract_features(
             encoder,
             subject.preprocessing,
-            pixels,
+            samples,
             batch_size=PCA_BATCH * (subject.sampler.frames if subject.sampler else 1),
             pooling="patches",
         )
-        maps.append(pca_pictures(tokens_NTD, PCA_SHOWN, grid))
+        N, T, D = tokens_NTD.shape
+        by_step = tokens_NTD.reshape(N, grid.tubes, T // grid.tubes, D)[:, :, : grid.per_step]
+        maps.append(pca_pictures(by_step.reshape(N, -1, D), PCA_SHOWN, grid))
     if subject.sampler:  # as long as the clip they stand beside
         maps = [pictures.repeat(subject.encoder.tubelet, axis=1) for pictures in maps]
     return [
         [picture_uri(picture) for picture in row]
-        for row in zip(_channels_last(pixels), *maps, strict=False)
+        for row in zip(_channels_last(samples[:PCA_SHOWN]), *maps, strict=True)
     ]
 
 
-def masks(subject: Subject, rows: pa.Table, pixels: Tensor) -> list[list[str]]:
+def masks(subject: Subject, rows: pa.Table, samples: InputBatch) -> list[list[str]]:
     """Draws every sample beside what the encoder saw of it in epoch 0."""
     encoder, config = subject.encoder, subject.config or _default_config(subject)
-    ids = rows["sample_id"].to_pylist()[:MASKED]
+    ids, samples = rows["sample_id"].to_pylist()[:MASKED], samples[:MASKED]
     masker = make_masker(config)
     if min(encoder.grid[:2]) < 2 or config.masks == "none":
         return []
@@ -126,27 +141,43 @@ def masks(subject: Subject, rows: pa.Table, pixels: Tensor) -> list[list[str]]:
         key = key_of(config.run.seed, PlanStream.LEGACY_MASKS, 0, 0)
         drawn = masker.for_batch(key, config.data.batch_size)
     else:
-        drawn = masker.for_samples(sample_keys(ids, config.run.seed, 0))
+        drawn = masker.for_samples(sample_keys(ids, config.run.seed, 0), _layout(samples))
     shown = []
-    for row, sample in enumerate(_channels_last(pixels)[: len(ids)]):
-        mine = {name: ids[row] for name, ids in drawn.items()}
-        shown.append([picture_uri(p) for p in (sample, *_masked(sample, mine, encoder))])
+    for row, sample in enumerate(_channels_last(samples)):
+        grid = encoder.grid
+        if samples.grids_B2 is not None:
+            own = samples.grids_B2[row].tolist()
+            grid = grid._replace(rows=own[0], columns=own[1])
+        mine = {name: _in_grid(ids[row], encoder.grid, grid) for name, ids in drawn.items()}
+        shown.append([picture_uri(p) for p in (sample, *_masked(sample, mine, grid, encoder))])
     return shown
 
 
+def _layout(samples: InputBatch) -> Layout | None:
+    if samples.grids_B2 is None or samples.kept_BM is None:
+        return None
+    return Layout(samples.grids_B2.numpy(), samples.kept_BM.numpy())
+
+
+def _in_grid(ids: np.ndarray, numbered: Grid, grid: Grid) -> np.ndarray:
+    """Renumbers tokens: time steps of `grid` may be shorter than those of `numbered`."""
+    numbers: np.ndarray = ids // numbered.per_step * grid.per_step + ids % numbered.per_step
+    return numbers
+
+
 def _masked(
-    sample: np.ndarray, masks: dict[str, np.ndarray], encoder: VisionTransformer
+    sample: np.ndarray, masks: dict[str, np.ndarray], grid: Grid, encoder: VisionTransformer
 ) -> list[np.ndarray]:
     """Draws an image's (first) context and its targets, or a clip's mask by each generator."""
     if sample.ndim == 3:
         return [
-            context_picture(sample, np.atleast_2d(masks["context_ids"])[0], encoder.grid),
-            target_picture(sample, masks["target_ids"], encoder.grid),
+            context_picture(sample, np.atleast_2d(masks["context_ids"])[0], grid),
+            target_picture(sample, masks["target_ids"], grid),
         ]
     return [
         masked_clip(
             *(sample, masks[f"context_ids_{g}"], masks[f"target_ids_{g}"]),
-            *(encoder.grid, encoder.tubelet),
+            *(grid, encoder.tubelet),
         )
         for g in range(len(masks) // 2)
     ]
@@ -160,6 +191,8 @@ def _default_config(subject: Subject) -> PretrainConfig:
         patch_size=encoder.patch_size,
         frames=encoder.frames if subject.sampler else 1,
         tubelet=encoder.tubelet if subject.sampler else 1,
+        fit=subject.preprocessing.fit,
+        exclude=subject.preprocessing.exclude,
     )
     name = "vjepa" if subject.sampler else "ijepa"
     return PretrainConfig(model=model, objective=ObjectiveConfig(name=name))

@@ -130,7 +130,7 @@ def test_features_do_not_depend_on_batching(
 
 def test_features_are_the_encoders_own(cifar_shards: Shards, encoder: VisionTransformer) -> None:
     table = load_labelled(cifar_shards[1], 5)
-    images = decode_all(table, PREP)
+    images = decode_all(table, PREP).pixels
     expected = encoder(normalize(images, PREP.mean, PREP.std)).mean(dim=1).detach().numpy()
     encoder.train()
     np.testing.assert_allclose(extract_features(encoder, PREP, table), expected, atol=1e-6)
@@ -151,7 +151,7 @@ def test_raw_pixels_are_the_normalised_image_shrunk_to_32(cifar_shards: Shards) 
     table = load_labelled(cifar_shards[1], 4)
     images = decode_all(table, PREP)
     pixels = pixel_features(PREP)(images)
-    assert torch.equal(pixels, normalize(images, PREP.mean, PREP.std).flatten(1))
+    assert torch.equal(pixels, normalize(images.pixels, PREP.mean, PREP.std).flatten(1))
     large = Preprocessing(image_size=96, mean=PREP.mean, std=PREP.std)
     assert pixel_features(large)(decode_all(table, large)).shape == (4, 3072)
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from helpers.pipelines.clips import segment, write_rows
+from models.encoders.input_batch import InputBatch
 from models.encoders.shape import EncoderShape
 from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import Preprocessing
@@ -191,7 +192,8 @@ def train_on(labels_N: np.ndarray, clips: np.ndarray, truth_N: np.ndarray) -> Su
             patch_std=0.14,
         )
     )
-    train, test = (clips[:192], labels_N[:192]), (clips[192:], truth_N[192:])
+    samples = InputBatch(torch.from_numpy(clips))
+    train, test = (samples[:192], labels_N[:192]), (samples[192:], truth_N[192:])
     return supervised_baseline(encoder, PREP, train, test, test, epochs=8, batch_size=16)
 
 

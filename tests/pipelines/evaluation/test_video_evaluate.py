@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from helpers.pipelines.evaluation import CLIP_SHAPE
+from models.encoders.input_batch import InputBatch
 from models.encoders.vit import build_encoder
 from models.image_size import Grid
 from models.media.preprocessing import Preprocessing, normalize
@@ -39,6 +40,7 @@ from pipelines.evaluation.subject import load_subject, with_sampler
 from pipelines.loading.clips import ClipSampler
 
 PREP = Preprocessing(image_size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+LARGE = dataclasses.replace(PREP, image_size=64)
 SAMPLER = ClipSampler(frames=4, settings=ClipConfig(stride=2))
 
 
@@ -52,7 +54,7 @@ def encoder_of(seed: int) -> torch.nn.Module:
 
 def test_decoded_clips_are_the_middle_of_each_segment(sets: tuple[str, str]) -> None:
     table = load_labelled(sets[1], 5)
-    clips_BCFHW = decode_all(table, PREP, SAMPLER)
+    clips_BCFHW = decode_all(table, PREP, SAMPLER).pixels
     assert clips_BCFHW.shape == (5, 3, 4, 32, 32)
     for row, clip_CFHW in zip(table.to_pylist(), clips_BCFHW, strict=True):
         (numbers,) = SAMPLER.middle([row["num_frames"]], [row["fps"]])
@@ -64,7 +66,7 @@ def test_decoded_clips_are_the_middle_of_each_segment(sets: tuple[str, str]) -> 
 
 def test_features_of_clips_are_the_encoders_own(sets: tuple[str, str]) -> None:
     encoder, table = encoder_of(0), load_labelled(sets[1])
-    clips = decode_all(table, PREP, SAMPLER)
+    clips = decode_all(table, PREP, SAMPLER).pixels
     with torch.no_grad():
         tokens = encoder(normalize(clips, PREP.mean, PREP.std))
     features = {"encoder": encoder_features(encoder, PREP, pooling="patches")}
@@ -82,18 +84,19 @@ def test_a_single_frame_says_nothing_of_the_other_frames() -> None:
     other = moving.clone()
     other[:, :, [0, 1, 3]] = 0  # all but the middle one
     with torch.inference_mode():
-        assert torch.equal(still(moving), still(other))
-        assert not torch.allclose(still(moving), features(moving), atol=1e-2)
+        stilled = still(InputBatch(moving))
+        assert torch.equal(stilled, still(InputBatch(other)))
+        assert not torch.allclose(stilled, features(InputBatch(moving)), atol=1e-2)
         stands = moving[:, :, 2:3].expand_as(moving)
-        assert torch.equal(still(moving), features(stands))
+        assert torch.equal(stilled, features(InputBatch(stands)))
 
 
 def test_raw_pixels_of_clips_are_bounded_and_tubelets_know_their_place() -> None:
     clips = torch.randint(0, 256, (2, 3, 4, 32, 32), dtype=torch.uint8)
-    assert pixel_features(PREP)(clips).shape == (2, 3 * 4 * 32 * 32)
+    assert pixel_features(PREP)(InputBatch(clips)).shape == (2, 3 * 4 * 32 * 32)
     large = torch.randint(0, 256, (1, 3, 16, 64, 64), dtype=torch.uint8)
-    assert pixel_features(PREP)(large).shape == (1, 3 * 16 * 16 * 16)
-    tokens = tubelet_features(encoder_of(0), PREP)(clips)
+    assert pixel_features(LARGE)(InputBatch(large)).shape == (1, 3 * 16 * 16 * 16)
+    tokens = tubelet_features(encoder_of(0), PREP)(InputBatch(clips))
     assert tokens.shape == (2, 2 * 4 * 4, 3 * 2 * 8 * 8 + 96)
     patch = normalize(clips, PREP.mean, PREP.std)[0, :, 2:4, 8:16, 24:32]  # time 1, row 1, column 3
     assert torch.equal(tokens[0, 16 + 4 + 3, :-96], patch.flatten())

@@ -18,6 +18,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from helpers.pipelines.fake_training import FolderStore, change
+from models.encoders.input_batch import InputBatch
 from models.media.preprocessing import Preprocessing
 from pipelines.config.ingest import IngestConfig, VideoConfig
 from pipelines.config.train import PretrainConfig
@@ -84,7 +85,7 @@ class Readings:
 
 
 @pytest.fixture(scope="module")
-def decoded(moving_shards) -> list[tuple[torch.Tensor, np.ndarray]]:
+def decoded(moving_shards) -> list[tuple[InputBatch, np.ndarray]]:
     """The clips and their directions, of the training and the test set."""
     cfg = levjepa_movingmnist()
     sampler, sets = training_sampler(cfg), [load_labelled(uri) for uri in moving_shards]
