@@ -44,6 +44,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from rich.console import Console
 
 from models.artifacts.artifact import Artifact, load_artifact
+from models.artifacts.formats.rayjepa import stored_preprocessing
 from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import Preprocessing
 from pipelines.config.data import ClipConfig
@@ -68,8 +69,8 @@ from pipelines.runtime.uris import open_uri, write_atomic
 
 RECORD = "embed.json"
 SCHEMA_VERSION = 1
-LATER_FIELDS = ("background", "deep_range")
-"""Fields of the preprocessing that version 1 of the artifact lacked; it implied the defaults."""
+LATER_FIELDS = (("fit", "exclude"), ("background", "deep_range"))
+"""Fields that each version of the artifact's preprocessing added; without them, defaults held."""
 FILE_ROWS = (1024, 8192)
 """A file has a 32nd of the rows of the data set, within these bounds and `FILE_BYTES`."""
 FILE_BYTES = 268_435_456
@@ -184,7 +185,7 @@ def _describe(cfg: EmbedConfig, artifact: Artifact, manifest: Manifest) -> dict[
         "schema_version": SCHEMA_VERSION,
         "pooling": cfg.pooling,
         "shape": [encoder.num_patches, encoder.width] if patches else [encoder.width],
-        "preprocessing": dataclasses.asdict(prep),
+        "preprocessing": stored_preprocessing(prep),
         "weights_hash": weights_hash(encoder),
         "manifest_hash": manifest.manifest_hash,
         "classes": list(manifest.classes),
@@ -194,9 +195,10 @@ def _describe(cfg: EmbedConfig, artifact: Artifact, manifest: Manifest) -> dict[
     decisive = dict(content)
     if manifest.live is not None:  # embeddings stay valid when shards are added
         del decisive["manifest_hash"]
-    key, former = _key(decisive), _former_key(decisive, prep)
-    if any(name.startswith(f"part-{former}-") for name in list_names(cfg.out)):
-        key = former
+    names = list_names(cfg.out)
+    keys = [_key(decisive), *_former_keys(decisive, prep)]
+    begun = [k for k in keys if any(name.startswith(f"part-{k}-") for name in names)]
+    key = begun[0] if begun else keys[0]
     return {"key": key, **content, "provenance": artifact.provenance}
 
 
@@ -204,12 +206,13 @@ def _key(decisive: dict[str, Any]) -> str:
     return hash_bytes(json.dumps(decisive, sort_keys=True).encode()).hex()[:12]
 
 
-def _former_key(decisive: dict[str, Any], prep: Preprocessing) -> str:
-    """The key that a folder begun before the preprocessing had `LATER_FIELDS` has for this job."""
-    values = dataclasses.asdict(prep)
-    later = {f.name: f.default for f in dataclasses.fields(prep) if f.name in LATER_FIELDS}
-    former = {k: v for k, v in values.items() if k not in later or v != later[k]}
-    return _key({**decisive, "preprocessing": former})
+def _former_keys(decisive: dict[str, Any], prep: Preprocessing) -> Iterator[str]:
+    """Yields the keys that folders begun before the preprocessing had `LATER_FIELDS` have."""
+    values, defaults = decisive["preprocessing"], {f.name: f.default for f in dataclasses.fields(prep)}
+    for names in LATER_FIELDS:
+        if all(getattr(prep, name) == defaults[name] for name in names):
+            values = {k: v for k, v in values.items() if k not in names}
+        yield _key({**decisive, "preprocessing": values})
 
 
 def weights_hash(encoder: VisionTransformer) -> str:

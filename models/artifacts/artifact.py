@@ -93,6 +93,9 @@ def save_artifact(
     if encoder.image_size != preprocessing.image_size:
         sizes = f"{preprocessing.image_size} and {encoder.image_size}"
         raise ValueError(f"preprocessing and encoder differ in image size: {sizes}")
+    if preprocessing.patch_size not in (None, encoder.patch_size):
+        sizes = f"{preprocessing.patch_size} and {encoder.patch_size}"
+        raise ValueError(f"preprocessing and encoder differ in patch size: {sizes}")
     if predictor is not None and predictor.positions != encoder.positions:
         kinds = f"{encoder.positions} and {predictor.positions}"
         raise ValueError(f"encoder and predictor differ in positions: {kinds}")
@@ -253,8 +256,9 @@ def _local(uri: str) -> Iterator[Path]:
 
 def _assemble(source: Source, uri: str) -> Artifact:
     encoder = _fill(VisionTransformer(EncoderShape(**source.shape)), source, uri)
-    config = source.section or our_section(encoder, source.preprocessing, {"source": uri})
-    return Artifact(encoder, source.preprocessing, config)
+    prep = dataclasses.replace(source.preprocessing, patch_size=encoder.patch_size)
+    config = source.section or our_section(encoder, prep, {"source": uri})
+    return Artifact(encoder, prep, config)
 
 
 def _fill(network: Network, source: Source, uri: str) -> Network:

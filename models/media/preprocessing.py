@@ -19,11 +19,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from models.image_size import ImageSize, height_width
+from models.image_size import ImageSize, as_image_size, height_width
 from models.media.fit import Fit, grids_of, inner_part, shown_boxes
 from models.media.images import BLACK, Rgb, decode_image
 from models.media.pictures.deep import FULL, DeepRange
-from models.media.regions import Bools, Region, kept_patches
+from models.media.regions import Bools, Region, check_region, kept_patches
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,6 +63,12 @@ class Preprocessing:
     """Value of white in 16-bit images that do not give it (`models.media.images.decode_image`)."""
 
     def __post_init__(self) -> None:
+        # JSON has lists instead of tuples, in artifacts and in what decoder processes are sent.
+        object.__setattr__(self, "image_size", as_image_size(self.image_size))
+        for name in ("mean", "std", "background"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        regions = tuple(check_region((r[0], r[1], r[2], r[3])) for r in self.exclude)
+        object.__setattr__(self, "exclude", regions)
         if self.interpolation not in RESAMPLING:
             raise ValueError(f"interpolation must be one of {sorted(RESAMPLING)}")
         if not 0 < self.crop_fraction <= 1:

@@ -12,10 +12,10 @@ from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import Preprocessing
 from models.tensor_files import METADATA, detached, read_tensors, save_tensors
 
-SCHEMA_VERSION = 2
-READABLE = (1, SCHEMA_VERSION)
-"""Versions of the section that can be read; 1 has no background and no deep range in its
-preprocessing."""
+SCHEMA_VERSION = 3
+READABLE = (1, 2, SCHEMA_VERSION)
+"""Versions of the section that can be read. In its preprocessing, 2 has neither fit nor regions
+left out, and 1 has no background and no deep range either."""
 
 
 def our_section(
@@ -25,10 +25,15 @@ def our_section(
     return {
         "schema_version": SCHEMA_VERSION,
         "encoder": dataclasses.asdict(encoder.shape),
-        "preprocessing": dataclasses.asdict(preprocessing),
+        "preprocessing": stored_preprocessing(preprocessing),
         "pooling": "mean",
         "provenance": dict(provenance),
     }
+
+
+def stored_preprocessing(prep: Preprocessing) -> dict[str, Any]:
+    """Returns the preprocessing as it is stored: the size of a patch stands with the encoder."""
+    return {k: v for k, v in dataclasses.asdict(prep).items() if k != "patch_size"}
 
 
 def _read(stored: Stored) -> Source:
@@ -37,11 +42,9 @@ def _read(stored: Stored) -> Source:
     if version not in READABLE:
         known = " and ".join(map(str, READABLE))
         raise ValueError(f"{stored.uri}: artifact schema {version}, this code reads {known}")
-    values: dict[str, Any] = dict(section["preprocessing"])
-    lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
     return Source(
         shape=section["encoder"],
-        preprocessing=Preprocessing(**values | lists),
+        preprocessing=Preprocessing(**section["preprocessing"]),
         state=read_tensors(stored.path, stored.uri),
         section=section,
     )
