@@ -208,7 +208,8 @@ def _key(decisive: dict[str, Any]) -> str:
 
 def _former_keys(decisive: dict[str, Any], prep: Preprocessing) -> Iterator[str]:
     """Yields the keys that folders begun before the preprocessing had `LATER_FIELDS` have."""
-    values, defaults = decisive["preprocessing"], {f.name: f.default for f in dataclasses.fields(prep)}
+    values = decisive["preprocessing"]
+    defaults = {field.name: field.default for field in dataclasses.fields(prep)}
     for names in LATER_FIELDS:
         if all(getattr(prep, name) == defaults[name] for name in names):
             values = {k: v for k, v in values.items() if k not in names}

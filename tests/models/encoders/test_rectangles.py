@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from models.encoders.blocks import use_plain_attention
+from models.encoders.kept_tokens import KeptTokens
 from models.encoders.positions import Rope, fitted_places, grid_places, sincos_table, table_at
 from models.encoders.shape import EncoderShape
 from models.encoders.vit import VisionTransformer
 from models.image_size import Grid, best_grid, parse_image_size, size_text
-from models.objectives.kept_tokens import KeptTokens
 
 
 def encoder_of(positions: str = "sincos", tubes: int = 2, size: tuple[int, int] = (24, 40)):
@@ -164,7 +164,8 @@ def test_kept_tokens_stand_at_their_places() -> None:
     kept = KeptTokens(
         torch.tensor([[3, 5], [3, 5]]), ids_BK, torch.tensor([[True] * 3, [True, False, False]])
     )
-    tokens_BND, pooled_BD = kept.encode(encoder, patches_BNP)
+    tokens_BKD = kept.encode(encoder, patches_BNP)
+    tokens_BND, pooled_BD = kept.in_grid(tokens_BKD, 30), kept.mean(tokens_BKD)
     alone = encoder.forward_tokens(patches_BNP[:1, [1, 4, 8]], ids_BK[:1])
     torch.testing.assert_close(tokens_BND[0, [1, 4, 8]], alone[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(pooled_BD[0], alone[0].mean(0), atol=1e-5, rtol=1e-5)

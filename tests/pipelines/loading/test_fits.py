@@ -148,10 +148,11 @@ def test_grids_of_their_own_and_tokens_that_are_kept() -> None:
     assert layout is not None
     assert layout.grids_B2.tolist() == [[4, 7], [7, 4], [5, 5]]  # at most 32 tokens
     kept = layout.kept_ids(tubes=2)
-    # The upper fifth covers one of four rows in part, two of seven, and just one of five.
-    assert kept[0].tolist() == [*range(7, 28), *range(28 + 7, 56)]
-    assert kept[1].tolist() == [*range(8, 28), *range(28 + 8, 56)]
-    assert kept[2].tolist() == [*range(5, 25), *range(25 + 5, 50)]
+    # The upper fifth covers one of four rows in part, two of seven, and just one of five. Every
+    # time step takes 32 numbers, as many as a strip has patches.
+    assert kept[0].tolist() == [*range(7, 28), *range(32 + 7, 32 + 28)]
+    assert kept[1].tolist() == [*range(8, 28), *range(32 + 8, 32 + 28)]
+    assert kept[2].tolist() == [*range(5, 25), *range(32 + 5, 32 + 25)]
     table = pa.table({"grid": layout.grids_B2.tolist(), "kept_ids": [k.tolist() for k in kept]})
     batch = _layout(table)
     assert batch["grids"].tolist() == layout.grids_B2.tolist()
