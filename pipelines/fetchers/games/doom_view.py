@@ -18,8 +18,8 @@ VIEW_VARIABLES = ("objects_in_view", "nearest_distance", "depth_ahead")
 `nearest_distance` is how far the nearest of them stands from the player, in map units on the floor
 (the player is 32 wide and 56 high); NaN where none is in view. `depth_ahead` is the median of the
 depth buffer in the middle fifth of height and width, without the player's own weapon. It is in the
-buffer's levels from 0 to 255, one level being about 7.5 map units along the line of sight; NaN
-where the weapon covers the middle.
+buffer's levels, one level being about 7.5 map units along the line of sight; walls farther than
+about 560 units all have level 76. It is NaN where the weapon covers the middle.
 """
 LEAST_SHARE = 2e-4
 """Smallest share of the picture that counts as seen: 4 pixels of 160 x 120, 7 of 256 x 144."""
