@@ -10,6 +10,7 @@ from typing import Any
 
 from pipelines.fetchers.games.doom_view import VIEW_VARIABLES, view_values
 from pipelines.fetchers.games.engine import U8, require
+from pipelines.runtime.errors import FetchError
 
 RATE = Fraction(35, 2)  # every second tic
 SCENARIOS = ("health_gathering", "defend_the_center", "deadly_corridor", "my_way_home")
@@ -91,9 +92,20 @@ class DoomGame:
         return [*values[0], *view_values(self._games["nohud"].get_state(), at)]
 
     def act(self, action: int) -> bool:
-        """Holds an action for two tics."""
-        for game in self._games.values():
-            game.make_action([float(button) for button in self.actions[action]], 2)
+        """Holds an action for two tics.
+
+        Raises:
+            FetchError: an engine, which is a process of its own, crashed.
+        """
+        buttons = [float(button) for button in self.actions[action]]
+        try:
+            for game in self._games.values():
+                game.make_action(buttons, 2)
+        except require("vizdoom").ViZDoomErrorException as error:
+            raise FetchError(
+                f"Doom's engine crashed ({error}): run the same command again, which keeps the "
+                "episodes that are complete"
+            ) from error
         return not any(game.is_episode_finished() for game in self._games.values())
 
     def close(self) -> None:

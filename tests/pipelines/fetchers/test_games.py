@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -13,9 +15,10 @@ import pytest
 from models.media.videos import decode_frames
 from pipelines.fetch import FetchConfig
 from pipelines.fetchers.games import recording
-from pipelines.fetchers.games.doom import engine_resolution
+from pipelines.fetchers.games.doom import DoomGame, engine_resolution
 from pipelines.fetchers.games.frame_size import broadcast, parse_size, resize
 from pipelines.fetchers.games.recording import Footage, next_action, record_games
+from pipelines.runtime.errors import FetchError
 
 ALL = ("hud", "nohud", "hud_b", "hud_c")
 
@@ -192,7 +195,7 @@ def test_other_seeds_play_other_games_under_the_policy_that_does_not_roll_dice(
 ) -> None:
     pytest.importorskip("ale_py")
     for seed in range(6):
-        record_games(tmp_path, 0.1, seed, ("pong",))
+        record_games(tmp_path, 0.1, seed, ("pong",), Footage(variants=("hud",)))
     paths = sorted((tmp_path / "hud" / "pong").glob("scripted-*.mp4"))
     assert len(paths) == 6
     assert len({path.read_bytes() for path in paths}) == 6
@@ -205,6 +208,25 @@ def test_doom_is_drawn_in_the_aspect_of_the_frames() -> None:
         assert engine_resolution(parse_size(size)) == f"RES_{name}"
     with pytest.raises(ValueError, match="--size: Doom"):
         engine_resolution((4000, 4000))
+
+
+def children() -> set[int]:
+    """The processes that this one started."""
+    lists = Path("/proc/self/task").glob("*/children")
+    return {int(process) for file in lists for process in file.read_text().split()}
+
+
+def test_a_crash_of_the_engine_says_that_the_command_goes_on() -> None:
+    pytest.importorskip("vizdoom")
+    before = children()
+    game = DoomGame("my_way_home", own_hud=False)
+    game.reset(1)
+    game.act(0)
+    (engine,) = children() - before
+    os.kill(engine, signal.SIGKILL)
+    with pytest.raises(FetchError, match="run the same command again"):
+        game.act(0)
+    game.close()
 
 
 def test_what_is_in_view_changes_with_the_picture(tmp_path: Path) -> None:
