@@ -1,7 +1,6 @@
 """The few-shot probe: ridge regression from a few labelled samples, over several draws of them.
 
-Shape suffixes: N rows to learn from, Q rows to be scored on, D feature width, C classes, R rank of
-the draw.
+Shape suffixes: N rows to learn from, Q rows to be scored on, D feature width, C classes.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from pipelines.evaluation.arrays import (
     standardise,
 )
 from pipelines.evaluation.probes.probe import Column, Probe, ProbeTask, Row
+from pipelines.evaluation.ridge import fit_ridge
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,25 +81,8 @@ def _draw(
 
 
 def _ridge_predict(x_ND: Tensor, labels_N: Tensor, query_QD: Tensor) -> Tensor:
-    """Predicts by ridge regression, with the penalty of least leave-one-out squared error.
-
-    With hat matrix H, the leave-one-out residual is (y - Hy) / (1 - diag H) (Allen 1974).
-    """
-    y_NC = F.one_hot(labels_N).double()
-    mean_C = y_NC.mean(dim=0)
-    u_NR, s_R, vt_RD = torch.linalg.svd(x_ND.double(), full_matrices=False)
-    best: tuple[float, Tensor] | None = None
-    for penalty in s_R.max() ** 2 * torch.logspace(-5, 1, 13, dtype=torch.double).to(s_R.device):
-        shrink_R = s_R**2 / (s_R**2 + penalty)
-        fitted_NC = (u_NR * shrink_R) @ (u_NR.T @ (y_NC - mean_C)) + mean_C
-        leverage_N = (u_NR**2 * shrink_R).sum(dim=1) + 1 / len(x_ND)
-        error = (((y_NC - fitted_NC) / (1 - leverage_N).clamp_min(1e-6)[:, None]) ** 2).mean()
-        if best is None or float(error) < best[0]:
-            best = (float(error), penalty)
-    assert best is not None
-    weight_DC = (vt_RD.T * (s_R / (s_R**2 + best[1]))) @ (u_NR.T @ (y_NC - mean_C))
-    predicted_Q: Tensor = (query_QD.double() @ weight_DC + mean_C).argmax(dim=1)
-    return predicted_Q
+    """Predicts by ridge regression on one-hot labels."""
+    return fit_ridge(x_ND, F.one_hot(labels_N)).predict(query_QD).argmax(dim=1)
 
 
 def _run(task: ProbeTask) -> dict[str, Any]:
