@@ -32,12 +32,12 @@ from models.encoders.vit import VisionTransformer
 from pipelines.config.jobs import EvaluateConfig
 from pipelines.dataset.shards import Manifest
 from pipelines.evaluation.input_sets import read_manifests, read_sets
-from pipelines.evaluation.probe_sets import SETS, ProbeSet
+from pipelines.evaluation.probe_sets import SETS, ProbeSet, number_set
 from pipelines.evaluation.probes.probe import ProbeTask
-from pipelines.evaluation.probes.registry import run_probes
+from pipelines.evaluation.probes.registry import best_score, run_probes
 from pipelines.evaluation.report.comparison import read_compared
 from pipelines.evaluation.report.page import write_report
-from pipelines.evaluation.report.tables import ROW_NAMES, comparison_table, results_table
+from pipelines.evaluation.report.tables import ROW_NAMES, comparison_tables, results_tables
 from pipelines.evaluation.subject import Subject, load_subject, random_init, with_sampler
 from pipelines.evaluation.supervised import supervised_baseline
 from pipelines.evaluation.validity import facts_of, task_of, validity_warnings
@@ -82,10 +82,11 @@ def evaluate(cfg: EvaluateConfig, *, console: Console | None = None) -> dict[str
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start)),
         "seconds": round(time.time() - start, 1),
     }
-    if still := results["rows"].get("single_frame"):
-        results["task"] = task_of(best_accuracy(still), sets[1].labels_N)
-    all_rows = cfg.limit is None and cfg.state is None and cfg.only is None
-    results["warnings"] = validity_warnings(facts_of(manifests, sets, all_rows=all_rows), classes)
+    if (still := results["rows"].get("single_frame")) and cfg.has_classes:
+        results["task"] = task_of(best_score(still), sets[1].labels_N)
+    all_rows = all(flag is None for flag in (cfg.limit, cfg.state, cfg.only)) and not cfg.number
+    facts = facts_of(manifests, sets, all_rows=all_rows)
+    results["warnings"] = validity_warnings(facts, classes if cfg.has_classes else None)
     show(results, compared, console)
     _write(cfg.out, "results.json", json.dumps(results, indent=2).encode())
     html = write_report(results, subject, sets[0], sets[1], baseline, compared)
@@ -135,21 +136,18 @@ def measure(
     return found
 
 
-def best_accuracy(row: dict[str, Any]) -> float:
-    """Returns the best accuracy of the probes that learn from all training samples."""
-    swept = [row[key]["accuracy"] for key in ("linear", "attentive") if key in row]
-    return float(max(row["knn"], *swept))
-
-
 def data_used(manifests: Sequence[Manifest], sets: Sequence[ProbeSet]) -> dict[str, Any]:
     """Returns every set's manifest hash and how many of its samples were used."""
-    return {
-        name: {
-            "manifest_hash": manifest.manifest_hash,
-            f"{manifest.modality}s": len(part.labels_N),
-        }
-        for name, manifest, part in zip(SETS, manifests, sets, strict=False)
-    }
+    found: dict[str, Any] = {}
+    for name, manifest, part in zip(SETS, manifests, sets, strict=False):
+        count = len(part.labels_N)
+        found[name] = {"manifest_hash": manifest.manifest_hash, f"{manifest.modality}s": count}
+        lost = {number: number_set(part, number).left_out for number in part.numbers}
+        if lost:
+            found[name]["numbers"] = {
+                number: {"used": count - out, "left_out": out} for number, out in lost.items()
+            }
+    return found
 
 
 def versions() -> dict[str, str]:
@@ -160,11 +158,11 @@ def versions() -> dict[str, str]:
 
 def show(results: dict[str, Any], compared: Sequence[dict[str, Any]], console: Console) -> None:
     """Prints the table of results, the warnings, and the comparison where there is one."""
-    console.print(results_table(results))
+    console.print(*results_tables(results), sep="\n")
     for warning in results["warnings"]:
         console.print(f"warning: {warning}", markup=False, highlight=False, style="yellow")
     if compared:
-        console.print(comparison_table(results, compared))
+        console.print(*comparison_tables(results, compared), sep="\n")
 
 
 def _supervised(subject: Subject, sets: Sequence[ProbeSet], cfg: EvaluateConfig) -> dict[str, Any]:

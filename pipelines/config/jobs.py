@@ -31,9 +31,13 @@ class EvaluateConfig:
     state: str | None = None
     """Video: instead of the shards' classes, predict this column of a frame's `states` (a number,
     or a name in --columns), in bins, at the middle frame of the clip."""
+    number: tuple[str, ...] = ()
+    """Video: read these columns of a frame's `states` as numbers (R2, mean absolute error, rank
+    correlation), at the middle frame of the clip; named as for --state. Without --state, they take
+    the place of the shards' classes."""
     columns: ReadPlace | None = None
-    """columns.json of `pipelines.fetch gameplay`: the names for --state, for the game in
-    --only."""
+    """columns.json of `pipelines.fetch gameplay`: the names for --state and --number, for the game
+    in --only."""
     bins: int = 4
     """Number of classes that --state is divided into, each with an equal share of the training
     set."""
@@ -76,8 +80,16 @@ class EvaluateConfig:
         for flag in ("attentive_lrs", "attentive_decays"):
             require(len(getattr(self, flag)) > 0, flag.replace("_", "-"), "needs a value")
         require(self.supervised_epochs >= 0, "supervised-epochs", "must not be negative")
-        given = self.state is not None or self.columns is None
-        require(given, "columns", "names the columns of --state, which is not given")
+        given = self.state is not None or bool(self.number) or self.columns is None
+        require(given, "columns", "names the columns of --state or --number; neither is given")
+        require(len(set(self.number)) == len(self.number), "number", "names a column twice")
+        learns = self.has_classes or self.supervised_epochs == 0
+        require(learns, "supervised-epochs", "learns classes, but --number has none; add --state")
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether classes are told apart: those of the shards, or bins of --state."""
+        return self.state is not None or not self.number
 
 
 @dataclass(frozen=True, kw_only=True)

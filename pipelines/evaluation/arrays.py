@@ -1,10 +1,11 @@
 """Features and labels as the probes take them: checked tensors, standardised, and their score.
 
-Shape suffixes: N rows to learn from, Q rows to be scored on, D feature width.
+Shape suffixes: N rows to learn from, Q rows to be scored on, D feature width, C classes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TypeAlias
 
 import numpy as np
@@ -13,13 +14,33 @@ from torch import Tensor
 
 Array: TypeAlias = np.ndarray | Tensor
 
+MOST_CONFUSED = 100
+"""With more classes than this, results.json holds no confusion matrix."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+    """Brings every dimension to mean 0 and deviation 1 by the statistics of the training rows."""
+
+    mean_D: Tensor
+    std_D: Tensor
+
+    @classmethod
+    def of(cls, train_ND: Tensor) -> Scaling:
+        """Takes the statistics of these rows."""
+        mean_D, std_D = train_ND.mean(dim=0), train_ND.std(dim=0, correction=0)
+        # A dimension that never varies says nothing: dividing by 1 leaves it at zero.
+        return cls(mean_D, torch.where(std_D > 1e-6 * std_D.max(), std_D, torch.ones_like(std_D)))
+
+    def __call__(self, x_QD: Tensor) -> Tensor:
+        """Scales rows, on the device of the statistics."""
+        return (x_QD.to(self.mean_D.device) - self.mean_D) / self.std_D
+
 
 def standardise(train_ND: Tensor, test_QD: Tensor) -> tuple[Tensor, Tensor]:
-    """Brings every dimension to mean 0 and deviation 1 by the statistics of the training rows."""
-    mean_D, std_D = train_ND.mean(dim=0), train_ND.std(dim=0, correction=0)
-    # A dimension that never varies says nothing: dividing by 1 leaves it at zero.
-    std_D = torch.where(std_D > 1e-6 * std_D.max(), std_D, torch.ones_like(std_D))
-    return (train_ND - mean_D) / std_D, (test_QD.to(train_ND.device) - mean_D) / std_D
+    """Scales both sets by the statistics of the training rows."""
+    scaling = Scaling.of(train_ND)
+    return scaling(train_ND), scaling(test_QD)
 
 
 def as_features(values: Array) -> Tensor:
@@ -41,3 +62,30 @@ def as_labels(values: Array) -> Tensor:
 def accuracy_of(predicted_Q: Tensor, labels: Array) -> float:
     """Returns the share of predictions [Q] that equal the labels [Q]."""
     return float((predicted_Q.cpu() == as_labels(labels).cpu()).double().mean())
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassTable:
+    """How the samples of each class were classified."""
+
+    accuracy: list[float | None]
+    """Share of each class that was recognised, [C]; None for a class without a sample."""
+    confusion: list[list[int]] | None
+    """Number of samples by true class (row) and predicted class (column), [C, C]; None where there
+    are more than `MOST_CONFUSED` classes."""
+
+
+def class_count(*sets: Array) -> int:
+    """Returns the number of classes that the labels of these sets need: the largest plus 1."""
+    return 1 + max(int(as_labels(labels).max()) for labels in sets)
+
+
+def class_table(predicted_Q: Tensor, labels: Array, count: int) -> ClassTable:
+    """Counts predictions [Q] by the true class [Q], both below `count`."""
+    pairs_Q = as_labels(labels).cpu() * count + predicted_Q.cpu()
+    found_CC = pairs_Q.bincount(minlength=count**2).view(count, count)
+    shares = zip(found_CC.diagonal().tolist(), found_CC.sum(1).tolist(), strict=True)
+    return ClassTable(
+        accuracy=[hits / total if total else None for hits, total in shares],
+        confusion=found_CC.tolist() if count <= MOST_CONFUSED else None,
+    )

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
@@ -21,6 +22,7 @@ from pipelines.evaluation.probe_sets import (
     check_token_bytes,
     probe_featurizers,
     probe_set,
+    with_finite_labels,
 )
 from pipelines.evaluation.state_labels import Bins, find_column, state_reader
 from pipelines.evaluation.subject import Subject
@@ -39,10 +41,11 @@ def read_manifests(cfg: EvaluateConfig) -> list[Manifest]:
     for flag, manifest in sets.items():
         if manifest.modality != data.modality:
             raise ValueError(f"--data holds {data.modality}s, {flag} {manifest.modality}s")
-        if flag != "--data" and (cfg.state is None or cfg.only is not None):
+        if flag != "--data" and (_of_shards(cfg) or cfg.only is not None):
             check_classes({"--data": data, flag: manifest})
-    if cfg.state is not None and data.modality != "video":
-        raise ValueError("--state: images have no states; it goes with video")
+    if not _of_shards(cfg) and data.modality != "video":
+        flag = "--number" if cfg.state is None else "--state"
+        raise ValueError(f"{flag}: images have no states; it goes with video")
     if cfg.only is not None and cfg.only not in data.classes:
         raise ValueError(f"--only: no class {cfg.only!r}; there are {', '.join(data.classes)}")
     return list(sets.values())
@@ -98,18 +101,45 @@ def read_sets(
 
         uris = [uri for uri in (cfg.data, cfg.test, cfg.shift_test) if uri is not None]
         sets = [read(uri, total) for uri, total in zip(uris, totals, strict=True)]
-    if cfg.state is None:
+    _check_numbers(sets)
+    if _of_shards(cfg):
         return sets, list(manifests[0].classes)
-    bins = Bins.of(sets[0].labels_N, cfg.bins)
+    if cfg.has_classes:
+        sets = [with_finite_labels(part) for part in sets]
+        return _binned(sets, Bins.of(sets[0].labels_N, cfg.bins))
+    return _binned(sets, Bins.most(sets[0].labels_N, cfg.bins))
+
+
+def _binned(sets: Sequence[ProbeSet], bins: Bins) -> tuple[list[ProbeSet], list[str]]:
+    """Replaces labels that are values by their bins; those not finite get a bin of their own."""
     binned = [dataclasses.replace(p, labels_N=bins.classes(p.labels_N)) for p in sets]
-    return binned, bins.names
+    none = any(len(bins.names) in part.labels_N for part in binned)
+    return binned, [*bins.names, *(["no value"] if none else [])]
+
+
+def _of_shards(cfg: EvaluateConfig) -> bool:
+    """Returns whether the classes are those of the shards."""
+    return cfg.state is None and not cfg.number
 
 
 def _labels(cfg: EvaluateConfig, subject: Subject, classes: tuple[str, ...]) -> Labels:
     only = None if cfg.only is None else classes.index(cfg.only)
-    if cfg.state is None:
+    if _of_shards(cfg):
         return Labels(Wanted(only=only))
-    assert subject.sampler is not None
-    return Labels(
-        Wanted(column="states", only=only), state_reader(find_column(cfg), subject.sampler)
-    )
+    sampler = subject.sampler
+    assert sampler is not None
+    numbers = {
+        name: state_reader(find_column(cfg, name, "--number"), sampler, "--number")
+        for name in cfg.number
+    }
+    # Without --state nothing learns the bins: the report picks and captions its samples by them.
+    first = next(iter(numbers.values())) if cfg.state is None else None
+    read = first or state_reader(find_column(cfg, str(cfg.state)), sampler)
+    return Labels(Wanted(column="states", only=only), read, numbers)
+
+
+def _check_numbers(sets: Sequence[ProbeSet]) -> None:
+    for flag, part in zip(("--data", "--test", "--shift-test"), sets, strict=False):
+        for name, values_N in part.numbers.items():
+            if np.isfinite(values_N).sum() < 2:
+                raise ValueError(f"--number: {name} has fewer than two finite values in {flag}")

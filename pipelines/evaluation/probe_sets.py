@@ -54,6 +54,10 @@ class ProbeSet:
     no token; empty for images."""
     pixels: InputBatch | None = None
     """The samples for the supervised baseline; None without one."""
+    numbers: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    """Numbers to read from the features, fp64 [N] by name; not finite where there is none."""
+    left_out: int = 0
+    """Samples that are not here because their label is no finite number."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +66,10 @@ class Labels:
 
     wanted: Wanted = LABELLED
     read: Callable[[pa.Table], np.ndarray] = table_labels
+    numbers: Mapping[str, Callable[[pa.Table], np.ndarray]] = dataclasses.field(
+        default_factory=dict
+    )
+    """How the values of each number are read."""
 
 
 def probe_featurizers(
@@ -135,12 +143,15 @@ def probe_set(
     places: list[np.ndarray] = []
     read: list[np.ndarray] = []
     ids: list[np.ndarray] = []
+    numbers: dict[str, list[np.ndarray]] = {name: [] for name in labels.numbers}
 
     def watched() -> Iterator[pa.Table]:
         for table in iter_labelled(uri, limit, wanted=labels.wanted):
             places.append(np.stack([table[name].to_numpy() for name in PLACE], axis=1))
             read.append(labels.read(table))
             ids.append(sample_ids_array(table))
+            for name, number in labels.numbers.items():
+                numbers[name].append(number(table))
             advance(table.num_rows)
             yield table
         if not sum(map(len, read)):
@@ -159,8 +170,33 @@ def probe_set(
     }
     if TUBELETS in tokens:
         tokens["raw_pixels"] = tokens.pop(TUBELETS)
-    labels_N, places_N3 = np.concatenate(read), np.concatenate(places)
-    return ProbeSet(uri, features, labels_N, places_N3, np.concatenate(ids), tokens, pixels)
+    labels_N, places_N3, ids_N16 = map(np.concatenate, (read, places, ids))
+    values = {name: np.concatenate(parts) for name, parts in numbers.items()}
+    return ProbeSet(uri, features, labels_N, places_N3, ids_N16, tokens, pixels, values)
+
+
+def number_set(part: ProbeSet, name: str) -> ProbeSet:
+    """Returns the samples with a finite value of a number, which takes the place of the labels."""
+    labelled = dataclasses.replace(part, labels_N=part.numbers[name], numbers={}, pixels=None)
+    return with_finite_labels(labelled)
+
+
+def with_finite_labels(part: ProbeSet) -> ProbeSet:
+    """Returns the samples whose label is a finite number."""
+    kept_N = np.isfinite(part.labels_N)
+    if kept_N.all():
+        return part
+    return dataclasses.replace(
+        part,
+        features={row: values[kept_N] for row, values in part.features.items()},
+        labels_N=part.labels_N[kept_N],
+        places_N3=part.places_N3[kept_N],
+        ids_N16=part.ids_N16[kept_N],
+        tokens={row: values[kept_N] for row, values in part.tokens.items()},
+        pixels=None if part.pixels is None else part.pixels[torch.from_numpy(kept_N)],
+        numbers={name: values[kept_N] for name, values in part.numbers.items()},
+        left_out=int((~kept_N).sum()),
+    )
 
 
 def _mean(tokens_NTD: np.ndarray, *, partial: bool) -> np.ndarray:

@@ -6,13 +6,13 @@ Shape suffixes: N samples of a set.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from pipelines.dataset.shards import Manifest
 from pipelines.evaluation.arrays import Array, as_labels
-from pipelines.evaluation.probe_sets import SETS, ProbeSet
+from pipelines.evaluation.probe_sets import SETS, ProbeSet, number_set
 
 SHOWN = 6
 """Most classes that a sentence names."""
@@ -29,12 +29,15 @@ class SetFacts:
         labels_N: class index of every sample that was used.
         ids_N16: their sample ids.
         unlabelled: number of samples left out because they have no label.
+        left_out: numbers of samples left out because a value is not finite, by the flag and the
+            name of the value.
     """
 
     manifest_hash: str
     labels_N: np.ndarray
     ids_N16: np.ndarray
     unlabelled: int = 0
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
 
 def facts_of(
@@ -51,29 +54,38 @@ def facts_of(
             labels_N=part.labels_N,
             ids_N16=part.ids_N16,
             unlabelled=manifest.num_samples - len(part.labels_N) if all_rows else 0,
+            left_out=_left_out(part),
         )
         for name, manifest, part in zip(SETS, manifests, sets, strict=False)
     }
 
 
-def validity_warnings(sets: Mapping[str, SetFacts], classes: Sequence[str]) -> list[str]:
-    """Lists in whole sentences the reasons why accuracies on these sets may mean nothing.
+def _left_out(part: ProbeSet) -> dict[str, int]:
+    counts = {f"--number {name}": number_set(part, name).left_out for name in part.numbers}
+    return {flag: count for flag, count in {"--state": part.left_out, **counts}.items() if count}
+
+
+def validity_warnings(sets: Mapping[str, SetFacts], classes: Sequence[str] | None) -> list[str]:
+    """Lists in whole sentences the reasons why the numbers on these sets may mean nothing.
 
     Args:
         sets: by the flag that names each; the probes learned from the first one.
-        classes: names by label.
+        classes: names by label; None if no probe learned classes.
 
     Returns:
         The warnings; none for sets that are as they should be.
     """
     (data_flag, data), *others = sets.items()
-    found = [*_one_class(data_flag, data, classes), *_few_labels(data_flag, data, classes)]
+    found = []
+    if classes is not None:
+        found += [*_one_class(data_flag, data, classes), *_few_labels(data_flag, data, classes)]
     for flag, other in others:
         found += _shared(flag, other, data_flag, data)
-        found += _one_class(flag, other, classes)
-        found += _not_learned(flag, other, data_flag, data, classes)
+        if classes is not None:
+            found += _one_class(flag, other, classes)
+            found += _not_learned(flag, other, data_flag, data, classes)
     for flag, part in sets.items():
-        found += _unlabelled(flag, part)
+        found += [*_unlabelled(flag, part), *_not_finite(flag, part)]
     return found
 
 
@@ -127,6 +139,13 @@ def _unlabelled(flag: str, part: SetFacts) -> list[str]:
         return []
     total = part.unlabelled + len(part.labels_N)
     return [f"{flag}: {part.unlabelled:,} of {total:,} samples have no label and are left out"]
+
+
+def _not_finite(flag: str, part: SetFacts) -> list[str]:
+    return [
+        f"{flag}: {count:,} samples have no finite value of {value} and are left out"
+        for value, count in part.left_out.items()
+    ]
 
 
 def _some(names: Sequence[str]) -> str:

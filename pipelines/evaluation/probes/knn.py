@@ -6,14 +6,22 @@ one chunk, K neighbours.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipelines.evaluation.arrays import Array, accuracy_of, as_features, as_labels
-from pipelines.evaluation.probes.probe import Column, Probe, ProbeTask
+from pipelines.evaluation.arrays import (
+    Array,
+    accuracy_of,
+    as_features,
+    as_labels,
+    class_count,
+    class_table,
+)
+from pipelines.evaluation.probes.probe import Column, Probe, ProbeTask, Score
 
 SIMILARITIES_PER_CHUNK = 2**25  # 128 MiB of fp32
 
@@ -72,14 +80,20 @@ def _run(task: ProbeTask) -> dict[str, Any]:
     bank, labels, query, truth = task.features
     votes = (task.cfg.knn_k, task.cfg.knn_temperature)
     shifted = task.shifted_features
-    return {
-        "knn": knn_accuracy(bank, labels, query, truth, *votes),
-        "knn_shift": None if shifted is None else knn_accuracy(bank, labels, *shifted, *votes),
-    }
+    count = class_count(labels, truth, *(shifted or ())[1:])
+    found: dict[str, Any] = {"knn_shift": None, "knn_shift_classes": None}
+    for suffix, part in (("", (query, truth)), ("_shift", shifted)):
+        if part is not None:
+            predicted_Q = knn_predict(bank, labels, part[0], *votes)
+            table = dataclasses.asdict(class_table(predicted_Q, part[1], count))
+            found[f"knn{suffix}"] = accuracy_of(predicted_Q, part[1])
+            found[f"knn{suffix}_classes"] = table
+    return found
 
 
 KNN = Probe(
     run=_run,
+    score=Score("knn", "knn_shift"),
     columns=(
         Column(
             key="knn",

@@ -15,8 +15,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipelines.evaluation.arrays import Array, as_features, as_labels, standardise
-from pipelines.evaluation.probes.probe import Column, Probe, ProbeTask
+from pipelines.evaluation.arrays import (
+    Array,
+    ClassTable,
+    Scaling,
+    accuracy_of,
+    as_features,
+    as_labels,
+    class_count,
+    class_table,
+)
+from pipelines.evaluation.probes.probe import Column, Probe, ProbeTask, Score
+from pipelines.evaluation.probes.readouts import LinearReadout
 
 PROBE_LRS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 PROBE_WEIGHT_DECAYS = (0.0, 0.1)
@@ -31,6 +41,8 @@ class LinearProbe:
     lr: float
     weight_decay: float
     shift_accuracy: float | None = None
+    classes: ClassTable | None = None
+    shift_classes: ClassTable | None = None
 
 
 def linear_probe(
@@ -60,7 +72,45 @@ def linear_probe(
         held_out: share of the training rows that picks the head instead of training it.
     """
     grid = [(lr, decay) for lr in lrs for decay in weight_decays]
-    train_ND, test_QD = standardise(as_features(train), as_features(test))
+    fitted = fit_linear(train, train_labels, grid, epochs, batch_size, held_out, seed)
+    return _scored(fitted, (test, test_labels), shifted)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """The head that was picked, on features that `scaling` standardises."""
+
+    scaling: Scaling
+    weight_DC: Tensor
+    bias_C: Tensor
+    held_out_accuracy: float
+    lr: float
+    weight_decay: float
+
+    def predict(self, features: Array) -> Tensor:
+        """Returns the classes [Q] of features [Q, D]."""
+        chunks = torch.split(as_features(features), 4096)
+        return torch.cat([self._logits(x_BD).argmax(dim=-1) for x_BD in chunks])
+
+    def _logits(self, x_BD: Tensor) -> Tensor:
+        return torch.addmm(self.bias_C, self.scaling(x_BD), self.weight_DC)
+
+
+def fit_linear(
+    train: Array,
+    train_labels: Array,
+    grid: list[tuple[float, float]],
+    epochs: int,
+    batch_size: int = 256,
+    held_out: float = 0.1,
+    seed: int = 0,
+) -> Fitted:
+    """Trains a softmax head for every (lr, weight decay) and picks the best on the held-out part.
+
+    For the arguments see `linear_probe`.
+    """
+    scaling = Scaling.of(as_features(train))
+    train_ND = scaling(as_features(train))
     labels_N = as_labels(train_labels).to(train_ND.device)
     order_N = torch.from_numpy(np.random.default_rng(seed).permutation(len(train_ND)))
     order_N, count = order_N.to(train_ND.device), max(1, round(held_out * len(order_N)))
@@ -69,13 +119,29 @@ def linear_probe(
     _fit(heads, train_ND[fits_N], labels_N[fits_N], epochs, batch_size, seed)
     held_out_H = heads.accuracy(train_ND[picks_N], labels_N[picks_N])
     best = int(held_out_H.argmax())
-    test_H = heads.accuracy(test_QD, as_labels(test_labels).to(train_ND.device))
-    found = LinearProbe(float(test_H[best]), float(held_out_H[best]), *grid[best])
+    return Fitted(scaling, *heads.head(best), float(held_out_H[best]), *grid[best])
+
+
+def _scored(
+    fitted: Fitted, test: tuple[Array, Array], shifted: tuple[Array, Array] | None
+) -> LinearProbe:
+    count = max(len(fitted.bias_C), class_count(test[1], *(shifted or ())[1:]))
+    predicted_Q = fitted.predict(test[0])
+    found = LinearProbe(
+        accuracy=accuracy_of(predicted_Q, test[1]),
+        held_out_accuracy=fitted.held_out_accuracy,
+        lr=fitted.lr,
+        weight_decay=fitted.weight_decay,
+        classes=class_table(predicted_Q, test[1], count),
+    )
     if shifted is None:
         return found
-    shifted_QD = standardise(as_features(train), as_features(shifted[0]))[1]
-    shifted_H = heads.accuracy(shifted_QD, as_labels(shifted[1]).to(train_ND.device))
-    return dataclasses.replace(found, shift_accuracy=float(shifted_H[best]))
+    predicted_Q = fitted.predict(shifted[0])
+    return dataclasses.replace(
+        found,
+        shift_accuracy=accuracy_of(predicted_Q, shifted[1]),
+        shift_classes=class_table(predicted_Q, shifted[1], count),
+    )
 
 
 class _Heads:
@@ -104,6 +170,11 @@ class _Heads:
         self.weight.addcmul_(self.velocity[0], self.lr, value=-lr_scale)
         self.bias.addcmul_(self.velocity[1], self.lr, value=-lr_scale)
 
+    def head(self, index: int) -> tuple[Tensor, Tensor]:
+        """Returns the weight [D, C] and the bias [C] of one head."""
+        weight_DHC = self.weight.view(len(self.weight), *self.shape)
+        return weight_DHC[:, index].contiguous(), self.bias.view(self.shape)[index]
+
     def accuracy(self, x_QD: Tensor, labels_Q: Tensor) -> Tensor:
         hits = [
             (self.logits(x_BD).argmax(dim=-1) == labels_B[:, None]).sum(dim=0)
@@ -127,15 +198,20 @@ def _fit(
 
 
 def _run(task: ProbeTask) -> dict[str, Any]:
-    cfg = task.cfg
-    found = linear_probe(
-        *task.features, shifted=task.shifted_features, epochs=cfg.probe_epochs, seed=cfg.seed
+    train, labels, test, truth = task.features
+    grid = [(lr, decay) for lr in PROBE_LRS for decay in PROBE_WEIGHT_DECAYS]
+    fitted = fit_linear(train, labels, grid, task.cfg.probe_epochs, seed=task.cfg.seed)
+    scale_D1 = fitted.scaling.std_D[:, None]
+    task.readouts[task.number, "linear"] = LinearReadout(
+        fitted.scaling.mean_D, fitted.weight_DC / scale_D1, fitted.bias_C
     )
+    found = _scored(fitted, (test, truth), task.shifted_features)
     return {"linear": dataclasses.asdict(found)}
 
 
 LINEAR = Probe(
     run=_run,
+    score=Score("linear.accuracy", "linear.shift_accuracy"),
     columns=(
         Column(
             key="linear.accuracy",

@@ -1,4 +1,4 @@
-"""What a probe is: a function of frozen features, and the columns that its numbers fill.
+"""What a probe is: a function of frozen features, its score, and the columns of its numbers.
 
 Shape suffixes: N rows to learn from, Q rows to be scored on, D feature width.
 """
@@ -6,7 +6,7 @@ Shape suffixes: N rows to learn from, Q rows to be scored on, D feature width.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -15,11 +15,16 @@ from torch import Tensor
 
 from pipelines.config.jobs import EvaluateConfig
 from pipelines.evaluation.probe_sets import ProbeSet
+from pipelines.evaluation.probes.readouts import Readout
 
 Row: TypeAlias = Mapping[str, Any]
 """The numbers of one encoder or baseline, as `rows` of results.json holds them."""
 Labelled: TypeAlias = tuple[Tensor, np.ndarray]
-"""Features [N, D] and class indices [N]."""
+"""Features [N, D] and class indices, or the values of a number, [N]."""
+Tokens: TypeAlias = tuple[np.ndarray, np.ndarray]
+"""Tokens [N, T, D] and labels [N]."""
+Readouts: TypeAlias = dict[tuple[str | None, str], Readout]
+"""Fitted probes by the number that they read (None for the classes) and their own name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +43,10 @@ class ProbeTask:
     """Attention heads of the encoder."""
     shifted: ProbeSet | None = None
     """The second test set, scored by the same probe; None without --shift-test."""
+    number: str | None = None
+    """The number to read, whose values are the sets' labels; None to tell the classes apart."""
+    readouts: Readouts = field(default_factory=dict)
+    """Where a probe whose answer can be drawn over the patches puts what it fitted."""
 
     @property
     def device(self) -> torch.device:
@@ -54,6 +63,15 @@ class ProbeTask:
     def shifted_features(self) -> Labelled | None:
         """Features and labels of the second test set, where there is one."""
         return None if self.shifted is None else self._of(self.shifted)
+
+    @property
+    def tokens(self) -> tuple[Tokens, Tokens, Tokens | None]:
+        """Tokens and labels of the training set, the test set and, if there is one, the second."""
+        shifted = None if self.shifted is None else self._tokens(self.shifted)
+        return self._tokens(self.train), self._tokens(self.test), shifted
+
+    def _tokens(self, part: ProbeSet) -> Tokens:
+        return part.tokens[self.row], part.labels_N
 
     def _of(self, part: ProbeSet) -> Labelled:
         return torch.from_numpy(part.features[self.row]), part.labels_N
@@ -81,10 +99,7 @@ class Column:
         """Returns the row's number; None where the row has none."""
         if self.read is not None:
             return self.read(row)
-        value: Any = row
-        for part in self.key.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        return None if value is None else float(value)
+        return look_up(row, self.key)
 
     def cell(self, row: Row) -> str | None:
         """Returns the number as text; None where the row has none."""
@@ -94,6 +109,16 @@ class Column:
         return percent(number) if self.text is None else self.text(row)
 
 
+@dataclass(frozen=True)
+class Score:
+    """The number that sums a probe up: an accuracy, or the R2 of a number."""
+
+    key: str
+    """Where a row of results.json holds it, with dots between nested keys."""
+    shift_key: str
+    """Where the row holds it for the second test set."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Probe:
     """A measurement of frozen features."""
@@ -101,7 +126,19 @@ class Probe:
     run: Callable[[ProbeTask], dict[str, Any]]
     """Returns what goes into a row of results.json; {} where it does not apply to the row."""
     columns: tuple[Column, ...]
-    """The columns that show it."""
+    """The columns that show it; the first one shows the score, where there is one."""
+    score: Score | None = None
+    """Set for probes that learn from all training labels, whose scores may stand for the row."""
+    classes: bool = True
+    """Whether it needs classes."""
+
+
+def look_up(row: Row, key: str) -> float | None:
+    """Returns a row's number, None where it has none; `key` has dots between nested keys."""
+    value: Any = row
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return None if value is None else float(value)
 
 
 def percent(fraction: float) -> str:

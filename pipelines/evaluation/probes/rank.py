@@ -27,6 +27,7 @@ def _text(row: Row) -> str:
 
 RANK = Probe(
     run=_run,
+    classes=False,
     columns=(
         Column(
             key="rankme",

@@ -13,8 +13,14 @@ from models.encoders.vit import VisionTransformer
 from pipelines.config.as_json import to_json
 from pipelines.evaluation.features import decode_all
 from pipelines.evaluation.probe_sets import ProbeSet
-from pipelines.evaluation.probes.probe import percent
-from pipelines.evaluation.probes.registry import main_column, main_score
+from pipelines.evaluation.probes.probe import Column, percent
+from pipelines.evaluation.probes.registry import (
+    NUMBER_PROBES,
+    main_column,
+    main_score,
+    number_columns,
+    scores,
+)
 from pipelines.evaluation.report import samples
 from pipelines.evaluation.report.curves import training_curves
 from pipelines.evaluation.report.tables import (
@@ -22,6 +28,7 @@ from pipelines.evaluation.report.tables import (
     Table,
     compared_rows,
     named_rows,
+    number_tables,
     results_rows,
     table_of,
 )
@@ -54,13 +61,19 @@ def write_report(
     shown = samples.shown_rows(test)
     decoded = decode_all(shown, subject.preprocessing, subject.sampler)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    table = table_of({name.capitalize(): row for name, row in named_rows(results).items()})
+    rows = {name.capitalize(): row for name, row in named_rows(results).items()}
+    beside = compared_rows(results, compared) if compared else None
+    table, numbers = table_of(rows), number_tables(rows)
     return environment.from_string(TEMPLATE.read_text()).render(
         results=results,
         table=table,
-        meanings=_meanings(table, results),
-        compared=table_of(compared_rows(results, compared)) if compared else None,
-        headline=_headline(results),
+        meanings=_meanings(table.columns, results),
+        has_classes=bool(scores(results["rows"]["encoder"])),
+        numbers=numbers,
+        number_meanings=_number_meanings(numbers, results),
+        compared=table_of(beside) if beside else None,
+        compared_numbers=number_tables(beside) if beside else {},
+        headline=[*_headline(results), *_number_headline(results)],
         sections=training_curves(subject.run_uri),
         neighbours=samples.neighbours(results, subject, train, test),
         pca=samples.patch_colours(subject, baseline, decoded),
@@ -73,15 +86,34 @@ def write_report(
     )
 
 
-def _meanings(table: Table, results: dict[str, Any]) -> list[tuple[str, str]]:
+def _meanings(shown: Sequence[Column], results: dict[str, Any]) -> list[tuple[str, str]]:
     """Pairs of a column's name and the sentence that explains it, with this job's settings."""
     known = {"settings": results["settings"], "row": results["rows"]["encoder"]}
-    return [(column.name, column.meaning.format(**known)) for column in table.columns]
+    return [(column.name, column.meaning.format(**known)) for column in shown]
+
+
+def _number_meanings(tables: Mapping[str, Table], results: dict[str, Any]) -> list[tuple[str, str]]:
+    """Explains the columns that a table of any number shows, in order."""
+    names = {column.name for table in tables.values() for column in table.columns}
+    return _meanings([column for column in number_columns() if column.name in names], results)
+
+
+def _number_headline(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """Pairs of the encoder's R2 of each number and what it is."""
+    numbers = results["rows"]["encoder"].get("numbers", {})
+    known = {name: scores(row, NUMBER_PROBES)[:1] for name, row in numbers.items()}
+    return [
+        (f"{score:.3f}", f"{probe.columns[0].name} of {name}")
+        for name, found in known.items()
+        for probe, score in found
+    ]
 
 
 def _headline(results: dict[str, Any]) -> list[tuple[str, str]]:
     """Pairs of a number and what it is: first the main probe, then its lead over each baseline."""
     rows = results_rows(results)
+    if not scores(rows["encoder"]):
+        return []
     score = {name: 100 * main_score(row)[0] for name, row in rows.items()}
     return [
         (f"{score['encoder']:.1f}%", f"{main_column(rows['encoder']).name} of frozen features"),

@@ -9,7 +9,13 @@ from typing import Any
 from rich import table as rich_table
 
 from pipelines.evaluation.probes.probe import Column, Row
-from pipelines.evaluation.probes.registry import columns, main_column, main_score
+from pipelines.evaluation.probes.registry import (
+    columns,
+    main_column,
+    main_score,
+    number_columns,
+    scores,
+)
 from pipelines.evaluation.report.comparison import name_of
 
 ROW_NAMES = {
@@ -42,13 +48,15 @@ class Table:
     rows: dict[str, list[Cell]]
 
 
-def table_of(rows: Mapping[str, Row]) -> Table:
+def table_of(rows: Mapping[str, Row], shown: Sequence[Column] | None = None) -> Table:
     """Builds the table of some rows of results.json.
 
     Args:
         rows: numbers by the name to show.
+        shown: the columns that may appear; None for those of a whole row.
     """
-    filled = [c for c in columns() if any(c.number(row) is not None for row in rows.values())]
+    offered = columns() if shown is None else shown
+    filled = [c for c in offered if any(c.number(row) is not None for row in rows.values())]
     by_column = [_cells(column, list(rows.values())) for column in filled]
     by_row = zip(*by_column, strict=True)
     return Table(filled, {name: list(cells) for name, cells in zip(rows, by_row, strict=True)})
@@ -63,7 +71,7 @@ def _cells(column: Column, rows: Sequence[Row]) -> list[Cell]:
             text=column.cell(row),
             share=None
             if number is None or not column.better
-            else round(100 * number / (most or 1)),
+            else round(100 * max(0, number) / (most if most > 0 else 1)),
             best=number is not None and column.better is not None and number == best,
         )
         for row, number in zip(rows, numbers, strict=True)
@@ -84,6 +92,18 @@ def named_rows(results: Mapping[str, Any]) -> dict[str, Row]:
     return {ROW_NAMES[key]: row for key, row in results_rows(results).items()}
 
 
+def number_tables(rows: Mapping[str, Row]) -> dict[str, Table]:
+    """Builds a table for each number that rows of results.json hold, by the number's name."""
+    names = dict.fromkeys(name for row in rows.values() for name in row.get("numbers", {}))
+    return {
+        name: table_of(
+            {k: row["numbers"][name] for k, row in rows.items() if name in row.get("numbers", {})},
+            number_columns(),
+        )
+        for name in names
+    }
+
+
 def compared_rows(
     results: Mapping[str, Any], others: Sequence[Mapping[str, Any]]
 ) -> dict[str, Row]:
@@ -97,10 +117,18 @@ def compared_rows(
     return {**rows, **{ROW_NAMES[key]: row for key, row in baselines.items()}}
 
 
-def results_table(results: Mapping[str, Any]) -> rich_table.Table:
-    """Draws the results for a terminal."""
+def results_tables(results: Mapping[str, Any]) -> list[rich_table.Table]:
+    """Draws the results for a terminal: one table, and one more for each number."""
+    rows = named_rows(results)
+    drawn = [_draw(table, f"number {name}") for name, table in number_tables(rows).items()]
+    return [_results_table(results, rows), *drawn]
+
+
+def _results_table(results: Mapping[str, Any], rows: Mapping[str, Row]) -> rich_table.Table:
     title = " ".join(str(results["provenance"].get(k, "")) for k in ("run", "checkpoint")).strip()
-    drawn = _draw(table_of(named_rows(results)), title or "evaluation")
+    drawn = _draw(table_of(rows), title or "evaluation")
+    if not scores(results["rows"]["encoder"]):
+        return drawn
     ours, random = results["rows"]["encoder"], results["rows"]["random_init"]
     gain = 100 * (main_score(ours)[0] - main_score(random)[0])
     name = main_column(ours).name
@@ -111,9 +139,22 @@ def results_table(results: Mapping[str, Any]) -> rich_table.Table:
     return drawn
 
 
+def comparison_tables(
+    results: dict[str, Any], others: Sequence[dict[str, Any]]
+) -> list[rich_table.Table]:
+    """Draws several encoders for a terminal: one table, and one more for each number."""
+    rows = compared_rows(results, others)
+    drawn = [
+        _draw(table, f"comparison, number {name}") for name, table in number_tables(rows).items()
+    ]
+    return [comparison_table(results, others), *drawn]
+
+
 def comparison_table(results: dict[str, Any], others: Sequence[dict[str, Any]]) -> rich_table.Table:
     """Draws several encoders for a terminal, each with its lead over its own random weights."""
     rows = compared_rows(results, others)
+    if not scores(results["rows"]["encoder"]):
+        return _draw(table_of(rows), "comparison")
     gains = [
         main_score(one["rows"]["encoder"])[0] - main_score(one["rows"]["random_init"])[0]
         for one in (results, *others)

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipelines.evaluation.probes.attentive import AttentiveProbes, _AdamW, attentive_probe
+from pipelines.evaluation.probes.attentive import attentive_probe
+from pipelines.evaluation.probes.attentive_sweep import AttentiveProbes, _AdamW
 
 D, HEADS, CLASSES, TOKENS = 24, 3, 4, 10
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,8 @@ from pipelines.config.data import ClipConfig
 from pipelines.config.jobs import EvaluateConfig
 from pipelines.dataset.rows import Wanted, iter_labelled
 from pipelines.evaluate import evaluate
-from pipelines.evaluation.probes.attentive import AttentiveProbes, attentive_probe
+from pipelines.evaluation.probes.attentive import attentive_probe
+from pipelines.evaluation.probes.attentive_sweep import AttentiveProbes
 from pipelines.evaluation.probes.knn import knn_accuracy
 from pipelines.evaluation.probes.linear import linear_probe
 from pipelines.evaluation.state_labels import Bins, find_column, state_reader
@@ -72,17 +74,27 @@ def test_names_are_looked_up_by_game(tmp_path: Path) -> None:
     games = {"pong": {"states": ["score", "lives", "ram_0"]}, "doom": {"states": ["HEALTH"]}}
     (tmp_path / "columns.json").write_text(json.dumps(games))
     flags = {"columns": str(tmp_path / "columns.json"), "only": "pong"}
-    assert find_column(config(state="7")) == 7
-    assert find_column(config(state="ram_0", **flags)) == 2
-    for wrong, message in (
-        ({"state": "ram_0"}, "--columns"),
-        ({"state": "ram_0", "columns": flags["columns"]}, "--only"),
-        ({"state": "ram_0", "columns": flags["columns"], "only": "chess"}, "no 'chess'"),
-        ({"state": "HEALTH", **flags}, "--state: pong has no 'HEALTH'; it has score"),
+    assert find_column(config(), "7") == 7
+    named = config(state="ram_0", **flags)
+    assert find_column(named, "ram_0") == 2
+    game = config(state="ram_0", columns=flags["columns"], only="chess")
+    no_game = config(state="ram_0", columns=flags["columns"])
+    for cfg, name, message in (
+        (config(state="ram_0"), "ram_0", "--columns"),
+        (no_game, "ram_0", "--only"),
+        (game, "ram_0", "no 'chess'"),
+        (named, "HEALTH", "--state: pong has no 'HEALTH'; it has score"),
     ):
         with pytest.raises(ValueError, match=message):
-            find_column(config(**wrong))
-    for flags, message in (({"columns": "c"}, "--columns"), ({"bins": 1}, "--bins")):
+            find_column(cfg, name)
+    with pytest.raises(ValueError, match="--number: pong has no 'HEALTH'"):
+        find_column(named, "HEALTH", "--number")
+    for flags, message in (
+        ({"columns": "c"}, "--columns"),
+        ({"bins": 1}, "--bins"),
+        ({"number": ("1", "1")}, "--number: names a column twice"),
+        ({"number": ("1",), "supervised_epochs": 1}, "--supervised-epochs: .* add --state"),
+    ):
         with pytest.raises(ValueError, match=message):
             config(**flags)
 
@@ -242,3 +254,50 @@ def test_evaluate_probes_states_beside_a_supervised_baseline(
         assert text in html
     with pytest.raises(ValueError, match="--only: no class 'x'; there are a, b, c"):
         evaluate(dataclasses.replace(cfg, only="x"))
+
+
+def test_evaluate_reads_numbers_alone_and_leaves_out_what_has_none(
+    checkpoint: str, tmp_path: Path
+) -> None:
+    rows = [with_states(n) for n in range(44)]
+    for row in rows[::4]:
+        row["states"] = [[math.nan, second] for _, second in row["states"]]
+    for row in rows[1::4]:
+        row["states"] = [[4.0, second] for _, second in row["states"]]
+    train, test = (
+        write_rows(tmp_path / name, part) for name, part in (("a", rows[:32]), ("b", rows[32:]))
+    )
+    cfg = EvaluateConfig(
+        checkpoint=checkpoint,
+        data=train,
+        test=test,
+        shift_test=train,
+        out=str(tmp_path / "out"),
+        number=("0", "1"),
+        attentive_epochs=1,
+        attentive_lrs=(1e-3,),
+        attentive_decays=(0.1,),
+    )
+    results = evaluate(cfg)
+    assert results["data"]["test"]["numbers"] == {
+        "0": {"used": 9, "left_out": 3},
+        "1": {"used": 12, "left_out": 0},
+    }
+    missing = "8 samples have no finite value of --number 0 and are left out"
+    assert f"--data: {missing}" in results["warnings"]
+    assert results["classes"][-1] == "no value"
+    for row in results["rows"].values():
+        assert "knn" not in row
+        for probe in ("ridge", "attentive"):
+            for number in ("0", "1"):
+                assert {"r2", "mae", "spearman", "shift_r2"} <= row["numbers"][number][probe].keys()
+    html = (tmp_path / "out" / "report.html").read_text()
+    for text in ("<h2>Numbers</h2>", "Ridge R2", "Attentive MAE", "Shifted R2", missing):
+        assert text in html
+    # Another evaluation of the same numbers stands beside.
+    again = dataclasses.replace(cfg, out=str(tmp_path / "again"), compare=(str(tmp_path / "out"),))
+    evaluate(again)
+    comparison = (tmp_path / "again" / "report.html").read_text().split("<h2>Comparison</h2>")[1]
+    assert "Ridge R2" in comparison.partition("</section>")[0]
+    with pytest.raises(ValueError, match="--number: column 7"):
+        evaluate(dataclasses.replace(cfg, number=("7",)))
