@@ -109,9 +109,8 @@ class AttentiveProbes(nn.Module):
         self.head_weight, self.head_bias = normal(width, outputs), constant(0, outputs)
 
     def forward(self, tokens_BTD: Tensor) -> Tensor:
-        """Outputs of all probes, [P, B, C], for frozen tokens."""
-        x_BTD = self._normed(tokens_BTD)
-        pooled_PBD = self.query[:, None] + self._attend(x_BTD)
+        """Outputs of all probes, [P, B, C], for frozen tokens; one that is NaN is not there."""
+        pooled_PBD = self.query[:, None] + self._attend(*self._normed(tokens_BTD))
         hidden = F.layer_norm(pooled_PBD, pooled_PBD.shape[-1:], eps=LN_EPS)
         hidden = hidden * self.norm_weight[:, None] + self.norm_bias[:, None]
         hidden = F.gelu(torch.baddbmm(self.up_bias[:, None], hidden, self.up_weight))
@@ -120,10 +119,14 @@ class AttentiveProbes(nn.Module):
 
     @torch.no_grad()
     def standardise(self, tokens: Array) -> None:
-        """Sets the scaling that brings these tokens, [N, T, D], to mean 0 and deviation 1."""
+        """Sets the scaling that brings these tokens, [N, T, D], to mean 0 and deviation 1.
+
+        Tokens that are NaN are not counted.
+        """
         count, total_D, squares_D = 0, torch.zeros(1), torch.zeros(1)
         for rows in np.array_split(np.arange(len(tokens)), math.ceil(len(tokens) / 256)):
             x_MD = _rows(tokens, rows, torch.device("cpu")).double().flatten(0, 1)
+            x_MD = x_MD[~x_MD[:, 0].isnan()]
             count, total_D = count + len(x_MD), total_D + x_MD.sum(0)
             squares_D = squares_D + x_MD.square().sum(0)
         mean_D = total_D / count
@@ -135,28 +138,30 @@ class AttentiveProbes(nn.Module):
 
     def attention(self, tokens_BTD: Tensor) -> Tensor:
         """Attention weights of all probes on frozen tokens, [P, B, H, T]; they sum to 1 over T."""
-        weights = self._weights(self._normed(tokens_BTD))
+        weights = self._weights(*self._normed(tokens_BTD))
         return weights.view(*weights.shape[:2], len(self.query), self.heads).permute(2, 0, 3, 1)
 
-    def _normed(self, tokens_BTD: Tensor) -> Tensor:
-        x_BTD = (tokens_BTD.float() - self.mean_D) * self.scale_D
-        return F.layer_norm(x_BTD, tokens_BTD.shape[-1:], eps=LN_EPS)
+    def _normed(self, tokens_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalises tokens without affine; returns them and which are missing, bool [B, T]."""
+        x_BTD = (tokens_BTD.float().nan_to_num(0) - self.mean_D) * self.scale_D
+        x_BTD = F.layer_norm(x_BTD, tokens_BTD.shape[-1:], eps=LN_EPS)
+        return x_BTD, tokens_BTD[..., 0].isnan()
 
-    def _weights(self, x_BTD: Tensor) -> Tensor:
-        """Returns attention weights on tokens normalised without affine, [B, T, P * H]."""
+    def _weights(self, x_BTD: Tensor, missing_BT: Tensor) -> Tensor:
+        """Returns attention weights on normalised tokens, [B, T, P * H]."""
         P, D, H = *self.query.shape, self.heads
         query_PD = torch.einsum("pij,pi->pj", self.q_weight, self.query) + self.q_bias
         keys_PDHE = self.k_weight.view(P, D, H, D // H)
         asks_PHD = torch.einsum("pdhe,phe->phd", keys_PDHE, query_PD.view(P, H, -1))
         asks_PHD = asks_PHD * self.norm_tokens_weight[:, None] / math.sqrt(D // H)
         scores: Tensor = x_BTD @ asks_PHD.reshape(P * H, D).T
-        return scores.softmax(dim=1)
+        return scores.masked_fill(missing_BT[..., None], float("-inf")).softmax(dim=1)
 
-    def _attend(self, x_BTD: Tensor) -> Tensor:
-        """Returns what each query reads from tokens normalised without affine, [P, B, D]."""
+    def _attend(self, x_BTD: Tensor, missing_BT: Tensor) -> Tensor:
+        """Returns what each query reads from normalised tokens, [P, B, D]."""
         B, _, D = x_BTD.shape
         P, H = len(self.query), self.heads
-        mean_BPHD = (self._weights(x_BTD).mT @ x_BTD).view(B, P, H, D)
+        mean_BPHD = (self._weights(x_BTD, missing_BT).mT @ x_BTD).view(B, P, H, D)
         mean_BPHD = mean_BPHD * self.norm_tokens_weight[:, None] + self.norm_tokens_bias[:, None]
         values_PDHE = self.v_weight.view(P, D, H, D // H)
         read_PBHE = torch.einsum("bphd,pdhe->pbhe", mean_BPHD, values_PDHE)

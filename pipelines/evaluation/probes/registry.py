@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipelines.evaluation.probe_sets import number_set
-from pipelines.evaluation.probes.attentive import ATTENTIVE
-from pipelines.evaluation.probes.attentive_number import ATTENTIVE_NUMBER
+from pipelines.evaluation.probes.attentive import ATTENTIVE, ATTENTIVE_NUMBER
 from pipelines.evaluation.probes.few_shot import FEW_SHOT
 from pipelines.evaluation.probes.knn import KNN
 from pipelines.evaluation.probes.linear import LINEAR

@@ -52,6 +52,21 @@ def test_all_probes_at_once_equal_each_written_out() -> None:
     assert (logits_PBC[0] - written_out(probes, 1, tokens)).abs().max() > 0.1  # the control
 
 
+def test_a_token_that_is_nan_is_not_there() -> None:
+    torch.manual_seed(0)
+    probes = AttentiveProbes(2, D, HEADS, CLASSES)
+    tokens = torch.randn(5, TOKENS, D)
+    probes.standardise(tokens[:, :7])
+    longer = torch.cat([tokens[:, :7], torch.full((5, 3, D), torch.nan)], 1)
+    torch.testing.assert_close(probes(longer), probes(tokens[:, :7]))
+    assert (probes.attention(longer)[..., 7:] == 0).all()
+    again = AttentiveProbes(2, D, HEADS, CLASSES)
+    again.standardise(longer)
+    torch.testing.assert_close(again.scale_D, probes.scale_D)
+    probes(longer).sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in probes.parameters())
+
+
 def test_every_probe_is_stepped_as_torchs_adamw_would() -> None:
     grid = [(1e-2, 0.1), (1e-3, 0.5)]
     torch.manual_seed(0)

@@ -13,10 +13,10 @@ import torch
 from scipy import linalg, stats
 
 from pipelines.config.jobs import EvaluateConfig
-from pipelines.evaluation.number_scores import number_score
 from pipelines.evaluation.probe_sets import ProbeSet, number_set
-from pipelines.evaluation.probes.attentive_number import AttentiveNumber
+from pipelines.evaluation.probes.attentive import AttentiveNumber
 from pipelines.evaluation.probes.attentive_sweep import Sweep
+from pipelines.evaluation.probes.number_probe import number_score
 from pipelines.evaluation.probes.probe import ProbeTask
 from pipelines.evaluation.probes.registry import run_probes
 from pipelines.evaluation.probes.ridge import RidgeProbe
