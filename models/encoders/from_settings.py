@@ -55,5 +55,6 @@ def predictor_from_settings(
         mask_tokens=mask_tokens,
         zero_mask_tokens=zero_mask_tokens,
         output_width=output_width,
+        pool_context=model.get("predictor_input", "tokens") == "mean",
         activation_checkpointing=encoder.activation_checkpointing,
     )

@@ -31,6 +31,8 @@ class Predictor(nn.Module):
         mask_tokens: number of mask tokens; V-JEPA has one per mask generator.
         zero_mask_tokens: initialises mask tokens to zero, as V-JEPA does, instead of randomly.
         output_width: width of the predictions; None for D.
+        pool_context: reads only the mean of the context tokens, a bottleneck as in Token Bottleneck
+            (Kim et al., 2025, arXiv 2507.06543), instead of every token.
         activation_checkpointing: recomputes activations in the backward pass to save memory.
 
     Raises:
@@ -50,9 +52,11 @@ class Predictor(nn.Module):
         mask_tokens: int = 1,
         zero_mask_tokens: bool = False,
         output_width: int | None = None,
+        pool_context: bool = False,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        self.pool_context = pool_context
         self.heads, self.mlp_ratio, self.positions = heads, mlp_ratio, positions
         self.activation_checkpointing = activation_checkpointing
         self.embed = nn.Linear(encoder_width, width)
@@ -87,6 +91,10 @@ class Predictor(nn.Module):
         Returns:
             Predicted tokens, [B, M, T, D], or [B, M, T, output_width] if that was given.
         """
+        if self.pool_context:
+            # The mean belongs to no place. It gets that of token 0 in every sample.
+            context_BKD = context_BKD.mean(1, keepdim=True)
+            context_ids_BK = torch.zeros_like(context_ids_BK[:, :1])
         B, K, _ = context_BKD.shape
         M, T = target_ids_BMT.shape[1:]
         # Cast to the weights' dtype right away. Under autocast, the residual stream and the sum of

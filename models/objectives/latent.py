@@ -23,8 +23,11 @@ from models.encoders.kept_tokens import KeptTokens
 from models.encoders.predictor import Predictor
 from models.encoders.vit import VisionTransformer
 from models.objectives.objective import EncoderObjective, pixel_statistics
+from models.synced import mean_over_processes
 
 M = TypeVar("M", bound=nn.Module)
+
+TARGET_EPS = 1e-4
 
 Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -32,6 +35,30 @@ DISTANCES: dict[str, Distance] = {
     "smooth_l1": functional.smooth_l1_loss,
     "l2": functional.mse_loss,
     "l1": functional.l1_loss,
+}
+
+
+def layer_normalised(tokens_BND: torch.Tensor) -> torch.Tensor:
+    """Layer-normalises every token without affine parameters."""
+    return functional.layer_norm(tokens_BND, tokens_BND.shape[-1:], eps=LN_EPS)
+
+
+def batch_standardised(tokens_BND: torch.Tensor) -> torch.Tensor:
+    """Centres every dimension at every place of the grid over the batches of all processes, and
+    divides it by its standard deviation over the batch and the grid; fp32 [B, N, D].
+
+    What remains to be predicted is how a sample differs from others at that place. A mean squared
+    error of 1 is that of predicting nothing but the place.
+    """
+    tokens_BND = layer_normalised(tokens_BND.float())
+    centred_BND = tokens_BND - mean_over_processes(tokens_BND.mean(0))
+    variance_D = mean_over_processes(centred_BND.square().mean((0, 1)))
+    return centred_BND * (variance_D + TARGET_EPS).rsqrt()
+
+
+TARGET_NORMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "token": layer_normalised,
+    "batch": batch_standardised,
 }
 
 
@@ -45,6 +72,7 @@ class LatentPrediction(EncoderObjective):
         ema: momentum of the target encoder at the first and the last step; linear in between.
         target: `ema`, or `self` for a negative control that must collapse: it has no target encoder
             and does not stop the gradient of the targets.
+        target_norm: entry of `TARGET_NORMS`.
         mean: channel means that are subtracted from the pixels, of values in [0, 1].
         std: channel standard deviations that the pixels are divided by.
     """
@@ -59,12 +87,13 @@ class LatentPrediction(EncoderObjective):
         loss: str,
         ema: tuple[float, float],
         target: str = "ema",
+        target_norm: str = "token",
     ) -> None:
         super().__init__(encoder, mean=mean, std=std)
         self.predictor = predictor
         self.target_encoder: VisionTransformer | None
         self.target_encoder = make_target(encoder) if target == "ema" else None
-        self.distance = DISTANCES[loss]
+        self.distance, self.normalise_targets = DISTANCES[loss], TARGET_NORMS[target_norm]
         self.ema = ema
 
     @classmethod
@@ -77,6 +106,7 @@ class LatentPrediction(EncoderObjective):
             loss=objective["loss"],
             ema=tuple(objective["ema"]),
             target=objective["target"],
+            target_norm=objective.get("target_norm", "token"),
             **pixel_statistics(model),
         )
 
@@ -107,15 +137,22 @@ class LatentPrediction(EncoderObjective):
 
         Returns:
             The mean of the target encoder's tokens, fp32 [B, D], and the tokens themselves,
-            layer-normalised without affine parameters, from which targets are gathered, [B, N, D].
+            normalised, from which targets are gathered, [B, N, D].
+
+        Raises:
+            ValueError: targets are standardised over the batch, but samples lack tokens.
         """
+        if kept is not None and self.normalise_targets is batch_standardised:
+            raise ValueError(
+                "--objective.target-norm batch: places are compared over the batch, but here samples "
+                "lack tokens (--data.fit whole or pad, or --data.exclude)"
+            )
         if self.target_encoder is None:
             tokens_BND, pooled_BD = _encode(self.encoder, patches_BNP, kept)
         else:
             with torch.no_grad():
                 tokens_BND, pooled_BD = _encode(self.target_encoder, patches_BNP, kept)
-        targets_BND = functional.layer_norm(tokens_BND, tokens_BND.shape[-1:], eps=LN_EPS)
-        return pooled_BD.float(), targets_BND
+        return pooled_BD.float(), self.normalise_targets(tokens_BND)
 
     def momentum(self, step: int, total_steps: int) -> float:
         """Returns the momentum of the target encoder at optimizer step `step` (0-based)."""

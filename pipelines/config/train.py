@@ -57,6 +57,10 @@ class ModelConfig:
     """Overrides the preset's predictor width."""
     predictor_depth: int | None = None
     """Overrides the preset's predictor depth."""
+    predictor_input: Literal["tokens", "mean"] = "tokens"
+    """`tokens`: the predictor or decoder reads every context token. `mean`: it reads only their
+    mean, so that this one vector has to hold what is predicted (after Kim et al. 2025, Token
+    Bottleneck, arXiv 2507.06543). Linear probes and kNN read the mean too."""
     patch_std: float = 0.02
     """Standard deviation of the initial patch embedding. At the usual 0.02 the fixed positions are
     louder than the image; short runs on small images learn sooner with 0.14."""
