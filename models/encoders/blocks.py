@@ -115,16 +115,22 @@ def use_plain_attention(module: nn.Module) -> None:
             part.fused_attn = False  # type: ignore[misc]  # final for TorchScript only
 
 
-def init_weights(module: nn.Module) -> None:
-    """Initialises a module as the released I-JEPA code does, in place.
+def init_weights(module: nn.Module, rule: str = "normal") -> None:
+    """Initialises a module in place: biases with zero, and every LayerNorm as the identity.
 
-    Weights are normal with standard deviation 0.02, truncated at +-2. Biases are zero, and every
-    LayerNorm is the identity. The released code first divides the residual projections by
-    sqrt(2 * layer), but then overwrites them with this rule, so it is the one that takes effect.
+    Args:
+        module: the module.
+        rule: `normal` draws weights as the released I-JEPA code does, normal with standard
+            deviation 0.02, truncated at +-2. That code first divides the residual projections by
+            sqrt(2 * layer), but then overwrites them with this rule, so it is the one that takes
+            effect. `fan_in` draws them with deviation 1 / sqrt(inputs) (LeCun et al. 1998,
+            *Efficient BackProp*, section 4.6). In narrow networks 0.02 is much less than that, and
+            the blocks then hardly change the tokens at first.
     """
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Conv2d | nn.Conv3d):
-            nn.init.trunc_normal_(part.weight, std=0.02)
+            std = 0.02 if rule == "normal" else part.weight[0].numel() ** -0.5
+            nn.init.trunc_normal_(part.weight, std=std)
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
         elif isinstance(part, nn.LayerNorm) and part.elementwise_affine:

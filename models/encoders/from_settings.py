@@ -55,6 +55,7 @@ def predictor_from_settings(
         mask_tokens=mask_tokens,
         zero_mask_tokens=zero_mask_tokens,
         output_width=output_width,
+        init=encoder.shape.init,
         pool_context=model.get("predictor_input", "tokens") == "mean",
         activation_checkpointing=encoder.activation_checkpointing,
     )

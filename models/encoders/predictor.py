@@ -33,6 +33,7 @@ class Predictor(nn.Module):
         output_width: width of the predictions; None for D.
         pool_context: reads only the mean of the context tokens, a bottleneck as in Token Bottleneck
             (Kim et al., 2025, arXiv 2507.06543), instead of every token.
+        init: see `models.encoders.blocks.init_weights`.
         activation_checkpointing: recomputes activations in the backward pass to save memory.
 
     Raises:
@@ -53,6 +54,7 @@ class Predictor(nn.Module):
         zero_mask_tokens: bool = False,
         output_width: int | None = None,
         pool_context: bool = False,
+        init: str = "normal",
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -67,7 +69,7 @@ class Predictor(nn.Module):
         self.blocks = transformer_blocks(width, depth, heads, mlp_ratio, rotary=rotary)
         self.norm = nn.LayerNorm(width, eps=LN_EPS)
         self.proj = nn.Linear(width, output_width or encoder_width)
-        init_weights(self)
+        init_weights(self, init)
         if not zero_mask_tokens:
             nn.init.trunc_normal_(self.mask_token, std=0.02)
 

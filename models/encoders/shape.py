@@ -39,13 +39,15 @@ class EncoderShape:
     mlp_ratio: float = 4.0
     """Hidden width of the MLP as a multiple of `width`."""
     patch_std: float = 0.02
-    """Standard deviation of the initial patch embedding."""
+    """Standard deviation of the initial patch embedding where `init` is `normal`."""
     frames: int = 1
     """Frames of the longest clip; 1 for images."""
     tubelet: int = 1
     """Frames in a token; divides `frames`."""
     positions: str = "sincos"
     """Entry of `models.encoders.positions.POSITIONS`."""
+    init: str = "normal"
+    """Initial weights: `normal` or `fan_in`, see `models.encoders.blocks.init_weights`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_size", as_image_size(self.image_size))

@@ -101,9 +101,10 @@ class VisionTransformer(nn.Module):
             shape.width, shape.depth, shape.heads, shape.mlp_ratio, rotary=self.rope is not None
         )
         self.norm = nn.LayerNorm(shape.width, eps=LN_EPS)
-        init_weights(self)
-        with torch.no_grad():
-            self.patch_embed.proj.weight.mul_(shape.patch_std / 0.02)
+        init_weights(self, shape.init)
+        if shape.init == "normal":
+            with torch.no_grad():
+                self.patch_embed.proj.weight.mul_(shape.patch_std / 0.02)
 
     def forward(
         self, clips_BCTHW: torch.Tensor, keep_BK: torch.Tensor | None = None

@@ -161,6 +161,53 @@ def vjepa_gameplay() -> PretrainConfig:
 
 
 @recipe
+def vjepa_motion() -> PretrainConfig:
+    """V-JEPA on moving digits through a bottleneck: half of the frames tell the others.
+
+    python -m pipelines.pretrain vjepa_motion --data.train SHARDS --data.test TEST_SHARDS
+
+    Ingest the output of `pipelines.fetch movingmnist` with --video.fps 10. A token shows a patch of
+    one frame, so that a single token tells nothing of motion. Two frames of four are hidden; the
+    predictor reads only the mean of the visible tokens, targets are standardised at their place,
+    and SIGReg keeps that mean spread out. Time and results: benchmarks/training/vjepa.md.
+    """
+    base = vjepa_movingmnist()
+    return replace(
+        base,
+        data=replace(base.data, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0)),
+        clip=ClipConfig(stride=4),
+        video_mask=VideoMaskConfig(blocks=(1,), scale=(1.0,), temporal_scale=(0.5,)),
+        model=replace(
+            base.model,
+            encoder="video_micro",
+            frames=4,
+            tubelet=1,
+            init="fan_in",
+            predictor_input="mean",
+            predictor_width=96,
+        ),
+        objective=ObjectiveConfig(
+            name="vjepa",
+            loss="l2",
+            ema=(0.99, 0.999),
+            target_norm="batch",
+            regularize="context_pooled",
+            regularizer_weight=0.02,
+            slices=256,
+        ),
+        optim=OptimConfig(
+            lr=2e-3,
+            start_lr=4e-5,
+            final_lr=5e-4,
+            warmup_steps=50,
+            weight_decay=0.04,
+            final_weight_decay=0.04,
+        ),
+        run=replace(base.run, name="vjepa_motion", steps=2500, probe_every=0, checkpoint_every=500),
+    )
+
+
+@recipe
 def vjepa_vitl16() -> PretrainConfig:
     """The paper's ViT-L/16: 90,000 steps of 3,072 clips (Bardes et al. 2024, appendix C).
 
