@@ -144,8 +144,8 @@ class LatentPrediction(EncoderObjective):
         """
         if kept is not None and self.normalise_targets is batch_standardised:
             raise ValueError(
-                "--objective.target-norm batch: places are compared over the batch, but here samples "
-                "lack tokens (--data.fit whole or pad, or --data.exclude)"
+                "--objective.target-norm batch: places are compared over the batch, but here "
+                "samples lack tokens (--data.fit whole or pad, or --data.exclude)"
             )
         if self.target_encoder is None:
             tokens_BND, pooled_BD = _encode(self.encoder, patches_BNP, kept)
