@@ -1,0 +1,1 @@
+"""The parts of hud.py: footage, encoders, probes, supervised networks, rows, table and plot."""

@@ -1,0 +1,129 @@
+"""What the table is made of: footage, tasks, sizes of the networks, and where results are."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from models.media.regions import Region
+
+OLD = "hud"
+"""The variant with labels: A, the game's own HUD."""
+NEW = ("nohud", "hud_b", "hud_c")
+"""The variants without labels."""
+SHOWN = {"hud": "A", "nohud": "none", "hud_b": "B", "hud_c": "C"}
+"""Variants as the table calls them."""
+OTHER_GAME = "other"
+"""Folder of the footage of a game that no task is about, for the control."""
+
+EXCLUDED: tuple[Region, ...] = (
+    (0.0, 0.83, 1.0, 1.0),
+    (0.22, 0.0, 0.78, 0.11),
+    (0.0, 0.0, 0.2, 1.0),
+    (0.78, 0.0, 1.0, 1.0),
+)
+"""Where any of the HUDs is: Doom's bar and Atari's score (A), and the columns of B and C."""
+
+Kind = Literal["states", "counts", "distances"]
+KINDS: tuple[Kind, ...] = ("states", "counts", "distances")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A column of the games' states that probes predict."""
+
+    game: str
+    column: str
+    kind: Kind
+    title: str
+    flips: bool = False
+    """Whether a picture may be mirrored without changing the label."""
+
+    @property
+    def name(self) -> str:
+        """Key of the task in results."""
+        return f"{self.game}-{self.column}"
+
+
+TASKS = (
+    Task(game="my_way_home", column="POSITION_X", kind="states", title="place, x"),
+    Task(game="my_way_home", column="ANGLE", kind="states", title="direction of view"),
+    Task(game="pong", column="ram_51", kind="states", title="height of the paddle", flips=True),
+    Task(game="ms_pacman", column="ram_10", kind="states", title="her column"),
+    Task(
+        game="health_gathering",
+        column="objects_in_view",
+        kind="counts",
+        title="objects in view",
+        flips=True,
+    ),
+    Task(
+        game="deadly_corridor",
+        column="objects_in_view",
+        kind="counts",
+        title="objects in view",
+        flips=True,
+    ),
+    Task(
+        game="health_gathering",
+        column="nearest_distance",
+        kind="distances",
+        title="distance of the nearest",
+        flips=True,
+    ),
+    Task(
+        game="defend_the_center",
+        column="nearest_distance",
+        kind="distances",
+        title="distance of the nearest",
+        flips=True,
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that decides what a result is; a work folder belongs to one of them."""
+
+    work: Path
+    """Folder of shards, runs and results."""
+    footage: Path
+    """Folder with `train/VARIANT`, `test/VARIANT`, `new/VARIANT` (unlabelled footage of the new
+    HUDs, other episodes), `other/hud` (another game), and `train/columns.json`."""
+    size: tuple[int, int] = (48, 80)
+    """Height and width of the encoder's input, pixels."""
+    encoder: str = "video_micro"
+    steps: int = 300
+    """Steps of pretraining. Adapting takes a quarter of them, as `pipelines.adapt` does."""
+    batch: int = 64
+    """Clips in a step of pretraining."""
+    labels: tuple[int, ...] = (10, 50, 300)
+    """Labelled clips of each of the four classes; the last is all that there are."""
+    supervised_steps: tuple[int, ...] = (100, 200, 600)
+    """Steps of 32 clips of supervised training, for each of `labels`."""
+    clips_per_segment: int = 4
+    """Clips that probes take of each segment of two seconds."""
+    segments: int | None = None
+    """Segments of each set that are read; None for all."""
+    niceness: int = 10
+    """Niceness of the commands that are started."""
+
+    @classmethod
+    def quick(cls, work: Path, footage: Path) -> Settings:
+        """Settings that run through everything in minutes; their results mean nothing."""
+        return cls(
+            work=work,
+            footage=footage,
+            steps=8,
+            batch=16,
+            labels=(10, 30),
+            supervised_steps=(2, 2),
+            clips_per_segment=1,
+        )
+
+    def as_json(self) -> dict[str, object]:
+        """What results depend on, without the folders."""
+        values = dataclasses.asdict(self)
+        return {k: v for k, v in values.items() if k not in ("work", "footage", "niceness")}
