@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
-from models.media.videos import decode_frames
+from models.media.preprocessing import Preprocessing
 from pipelines.dataset.shards import read_manifest, read_row_group
+from pipelines.evaluation.features import load_clip, preprocessing_of
 from pipelines.evaluation.near_duplicates import find_near_duplicates
 from pipelines.runtime.uris import open_uri
 
 from .jobs import command, once
-from .settings import NEW, OLD, OTHER_GAME, Settings, Task
+from .settings import NEW, OLD, OTHER_GAME, Settings, Task, model
 
 FRAMES, FPS, SEGMENT_SECONDS = 4, 7.5, 2
 """A clip's frames, its frames a second, and the length of the stored segments."""
@@ -45,21 +45,12 @@ SETS = (
 class Clips:
     """Decoded clips of one set, in the order of games, files and time."""
 
-    pixels_NCFHW: np.ndarray
+    pixels_NFHWC: np.ndarray
     states_NV: np.ndarray
     """Of the middle frame; NaN where a game has fewer values."""
     games_N: np.ndarray
     keys_N: np.ndarray
     """File and frame of a clip; alike in all variants."""
-
-    def take(self, rows: np.ndarray) -> Clips:
-        """Returns some of the clips."""
-        return Clips(
-            pixels_NCFHW=self.pixels_NCFHW[rows],
-            states_NV=self.states_NV[rows],
-            games_N=self.games_N[rows],
-            keys_N=self.keys_N[rows],
-        )
 
 
 def shards(cfg: Settings, name: str) -> Path:
@@ -77,11 +68,11 @@ def shards(cfg: Settings, name: str) -> Path:
     return out
 
 
-def clips(cfg: Settings, name: str, per_segment: int | None = None) -> Clips:
+def clips(cfg: Settings, name: str) -> Clips:
     """Decodes the clips of a set, or reads them from the work folder."""
-    count = per_segment or cfg.clips_per_segment
+    count = cfg.clips_of(name)
     folder = cfg.work / "clips" / f"{name.replace('/', '-')}-{count}"
-    names = ("pixels_NCFHW", "states_NV", "games_N", "keys_N")
+    names = ("pixels_NFHWC", "states_NV", "games_N", "keys_N")
     if not (folder / "keys_N.npy").exists():
         made = _decode(cfg, name, count)
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,48 +84,44 @@ def clips(cfg: Settings, name: str, per_segment: int | None = None) -> Clips:
 
 def _decode(cfg: Settings, name: str, count: int) -> Clips:
     uri = str(shards(cfg, name))
-    games = np.array(read_manifest(uri).classes)
-    found = [clip for table in _tables(cfg, uri) for clip in _of_table(table, cfg.size, count)]
+    games, prep = np.array(read_manifest(uri).classes), preprocessing_of(model(cfg))
+    found = [clip for table in _tables(uri) for clip in _of_table(table, prep, count)]
     found.sort(key=lambda clip: (games[clip[0]], clip[1]))
     width = max(len(clip[2]) for clip in found)
     padded = [np.pad(c[2], (0, width - len(c[2])), constant_values=np.nan) for c in found]
     return Clips(
-        pixels_NCFHW=np.stack([clip[3] for clip in found]),
+        pixels_NFHWC=np.stack([clip[3] for clip in found]),
         states_NV=np.stack(padded),
         games_N=games[[clip[0] for clip in found]],
         keys_N=np.array([clip[1] for clip in found]),
     )
 
 
-def _tables(cfg: Settings, uri: str) -> Iterator[pa.Table]:
-    """Yields row groups, until they have as many segments as are read of a set."""
+def _tables(uri: str) -> Iterator[pa.Table]:
+    """Yields all row groups."""
     manifest, (fs, root) = read_manifest(uri), open_uri(uri)
     columns = ("video", "num_frames", "fps", "start_s", "label", "source_uri", "states")
-    left = manifest.num_samples if cfg.segments is None else cfg.segments
     for shard, group, _ in manifest.row_groups():
-        if left > 0:
-            table = read_row_group(fs, root, manifest.shards[shard].file, group, columns)
-            left -= table.num_rows
-            yield table
+        yield read_row_group(fs, root, manifest.shards[shard].file, group, columns)
 
 
 def _of_table(
-    table: pa.Table, size: tuple[int, int], count: int
+    table: pa.Table, prep: Preprocessing, count: int
 ) -> Iterator[tuple[int, str, np.ndarray, np.ndarray]]:
-    """Yields label, key, state and uint8 pixels [C, F, H, W] of every clip."""
+    """Yields label, key, state and uint8 pixels [F, H, W, C] of every clip."""
     for row in table.to_pylist():
         offsets_F = np.floor(np.arange(FRAMES) * row["fps"] / FPS + 1e-6).astype(int)
         latest = row["num_frames"] - 1 - int(offsets_F[-1])
         if latest < 0:
             continue
         wanted_KF = _first_frames(latest, count)[:, None] + offsets_F
-        frames = decode_frames(row["video"], wanted_KF.flatten().tolist())
-        pixels = _resized(frames, size).reshape(len(wanted_KF), FRAMES, 3, *size)
-        for frames_F, clip_FCHW in zip(wanted_KF, pixels, strict=True):
+        pixels_THWC = load_clip(row["video"], wanted_KF.flatten(), prep).pixels
+        clips_KFHWC = pixels_THWC.reshape(-1, FRAMES, *pixels_THWC.shape[1:])
+        for frames_F, clip_FHWC in zip(wanted_KF, clips_KFHWC, strict=True):
             second = row["start_s"] + frames_F[0] / row["fps"]
             key = f"{Path(row['source_uri']).name} {second:08.2f}"
             state = np.array(row["states"][int(frames_F[FRAMES // 2])], np.float32)
-            yield row["label"], key, state, clip_FCHW.swapaxes(0, 1)
+            yield row["label"], key, state, clip_FHWC
 
 
 def _first_frames(latest: int, count: int) -> np.ndarray:
@@ -142,16 +129,6 @@ def _first_frames(latest: int, count: int) -> np.ndarray:
     if count == 1:
         return np.array([latest // 2])
     return np.linspace(0, latest, max(1, min(count, 1 + latest // FRAMES))).astype(int)
-
-
-def _resized(frames_THWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Stretches frames to the input's size as the training loader does: uint8 [T, C, H, W]."""
-    pixels_TCHW = torch.from_numpy(frames_THWC).permute(0, 3, 1, 2)
-    if tuple(pixels_TCHW.shape[2:]) == size:
-        return np.asarray(pixels_TCHW)
-    return np.asarray(
-        torch.nn.functional.interpolate(pixels_TCHW, size=size, mode="bicubic", antialias=True)
-    )
 
 
 @functools.cache
@@ -179,7 +156,7 @@ def kept_keys(cfg: Settings) -> tuple[set[str], dict[str, dict[str, float]]]:
         game how many were tested and removed.
     """
     test = clips(cfg, "test/nohud")
-    seen = [clips(cfg, "train/nohud"), clips(cfg, "new/nohud", 1)]
+    seen = [clips(cfg, "train/nohud"), clips(cfg, "new/nohud")]
     kept, counts = set[str](), {}
     for game in np.unique(test.games_N):
         rows = np.flatnonzero(test.games_N == game)
@@ -199,4 +176,4 @@ def game_key(game: str, key: str) -> str:
 
 
 def _middles(part: Clips, rows: np.ndarray) -> np.ndarray:
-    return np.moveaxis(part.pixels_NCFHW[rows][:, :, FRAMES // 2], 1, -1)
+    return part.pixels_NFHWC[rows][:, FRAMES // 2]

@@ -1,11 +1,10 @@
 """Encoders of the table: pretrained, adapted or untrained, and their features of clips.
 
-Shape suffixes: N clips, C channels, F frames, H and W pixels, K tokens kept, D width.
+Shape suffixes: N clips, F frames, H and W pixels, C channels, D width.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,73 +12,47 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from models.encoders.input_batch import InputBatch
 from models.encoders.vit import VisionTransformer, build_encoder
-from models.media.preprocessing import Preprocessing, normalize
-from models.media.regions import Region, kept_patches
-from pipelines.config.train import ModelConfig
-from pipelines.evaluation.features import pixel_features, preprocessing_of
+from models.media.preprocessing import EncoderInput, Preprocessing, input_layout
+from models.media.regions import Region
+from pipelines.evaluation.features import (
+    Featurizer,
+    encoder_features,
+    pixel_features,
+    preprocessing_of,
+)
 from pipelines.evaluation.subject import load_subject, random_init
-from pipelines.recipes.registry import RECIPES
 
-from .data import Clips, shards
+from .data import clips, shards
 from .jobs import command, once
-from .settings import Settings
+from .settings import RECIPE, Settings, model
 
-RECIPE = "levjepa_gameplay"
 BATCH = 64
 """Clips of a forward pass."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Encoder:
-    """An encoder and how pixels reach it."""
+    """A function from clips to features, and the transform that it goes with."""
 
-    network: VisionTransformer
+    name: str
+    """Of the folder of its features."""
+    featurize: Featurizer
     prep: Preprocessing
-    exclude: tuple[Region, ...] = ()
+    network: VisionTransformer | None = None
+    """None for raw pixels."""
 
-    def features(self, pixels_NCFHW: np.ndarray) -> np.ndarray:
-        """Returns the mean of the tokens that show no excluded region, float32 [N, D]."""
-        keep_K = _kept_tokens(self.network, self.exclude)
+    def features(self, pixels_NFHWC: np.ndarray) -> np.ndarray:
+        """Returns the features of whole clips, float32 [N, D]."""
+        kept = input_layout(*pixels_NFHWC.shape[2:4], self.prep).kept
         parts = []
         with torch.inference_mode():
-            for start in range(0, len(pixels_NCFHW), BATCH):
-                x = torch.from_numpy(np.array(pixels_NCFHW[start : start + BATCH]))
-                x = normalize(x, self.prep.mean, self.prep.std)
-                keep_BK = None if keep_K is None else keep_K.expand(len(x), -1)
-                parts.append(self.network(x, keep_BK).mean(1).numpy())
+            for start in range(0, len(pixels_NFHWC), BATCH):
+                inputs = [EncoderInput(clip, kept) for clip in pixels_NFHWC[start : start + BATCH]]
+                parts.append(self.featurize(InputBatch.of(inputs, self.prep)).numpy())
         return np.concatenate(parts)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RawPixels:
-    """Stands for an encoder: the features are the pixels, shrunk to 12,288 numbers a clip."""
-
-    prep: Preprocessing
-
-    def features(self, pixels_NCFHW: np.ndarray) -> np.ndarray:
-        """Returns normalised pixels, float32 [N, D]."""
-        featurize = pixel_features(self.prep)
-        parts = torch.from_numpy(np.array(pixels_NCFHW)).split(BATCH)
-        return np.concatenate([featurize(part).numpy() for part in parts])
-
-
-def _kept_tokens(network: VisionTransformer, exclude: Sequence[Region]) -> Tensor | None:
-    if not exclude:
-        return None
-    rows, columns, tubes = network.grid
-    height, width = rows * network.patch_size, columns * network.patch_size
-    sizes = {"sizes_B2": [(height, width)], "boxes_B4": [(0, 0, width, height)]}
-    kept_N = kept_patches(tuple(exclude), **sizes, grids_B2=[(rows, columns)], most=rows * columns)
-    return torch.from_numpy(np.flatnonzero(np.tile(kept_N[0], tubes)))
-
-
-def model(cfg: Settings) -> ModelConfig:
-    """Returns the settings of the encoder: the recipe's, with the benchmark's size."""
-    base = RECIPES[RECIPE][1].model
-    return dataclasses.replace(base, image_size=cfg.size, encoder=cfg.encoder)
 
 
 def untrained(cfg: Settings, seed: int) -> Encoder:
@@ -87,12 +60,15 @@ def untrained(cfg: Settings, seed: int) -> Encoder:
     made = model(cfg)
     sizes = ("image_size", "patch_size", "frames", "tubelet", "positions", "patch_std")
     shape = build_encoder(made.encoder, **{name: getattr(made, name) for name in sizes})
-    return Encoder(network=random_init(shape, seed), prep=preprocessing_of(made))
+    network, prep = random_init(shape, seed), preprocessing_of(made)
+    featurize = encoder_features(network, prep)
+    return Encoder(name=f"random-s{seed}", featurize=featurize, prep=prep, network=network)
 
 
-def raw_pixels(cfg: Settings) -> RawPixels:
-    """Returns the features that need no network."""
-    return RawPixels(prep=preprocessing_of(model(cfg)))
+def raw_pixels(cfg: Settings) -> Encoder:
+    """Returns normalised pixels, shrunk to 12,288 numbers a clip, in the place of features."""
+    prep = preprocessing_of(model(cfg))
+    return Encoder(name="raw", featurize=pixel_features(prep), prep=prep)
 
 
 def pretrained(
@@ -111,7 +87,7 @@ def pretrained(
         name: of the run, to which the seed is added.
         seed: of the run.
         sets: names of sets.
-        exclude: regions left out, in training and of features.
+        exclude: regions left out, in training and afterwards.
         extra: further flags of `pipelines.pretrain`.
     """
     first, *mixed = (shards(cfg, part) for part in sets)
@@ -125,7 +101,7 @@ def pretrained(
     if exclude:
         flags += ["--model.exclude", *(side for region in exclude for side in region)]
     flags += ["--run.steps", cfg.steps, "--run.checkpoint-every", cfg.steps, *extra]
-    return _run(cfg, "pretrain", name, seed, [RECIPE, *flags, "--run.seed", seed], exclude)
+    return _run(cfg, "pretrain", name, seed, [RECIPE, *flags, "--run.seed", seed])
 
 
 def adapted(
@@ -142,7 +118,6 @@ def _run(
     name: str,
     seed: int,
     flags: Sequence[object],
-    exclude: tuple[Region, ...] = (),
 ) -> Encoder:
     run = f"{name}-s{seed}"
     where = ("--run.name", run, "--run.storage", cfg.work / "runs", "--run.threads", 1)
@@ -152,16 +127,25 @@ def _run(
         return command(module, *flags, *where, log=log, niceness=cfg.niceness)
 
     once(cfg.work / "jobs" / f"{run}.json", train)
-    return load(cfg.work / "runs" / run, exclude)
+    return load(cfg.work / "runs" / run)
 
 
-def load(run: Path, exclude: tuple[Region, ...] = ()) -> Encoder:
-    """Loads the encoder of a run."""
+def load(run: Path) -> Encoder:
+    """Loads the encoder of a run, with the regions that it leaves out."""
     subject = load_subject(str(run))
-    return Encoder(network=subject.encoder, prep=subject.preprocessing, exclude=exclude)
+    network, prep = subject.encoder, subject.preprocessing
+    featurize = encoder_features(network, prep)
+    return Encoder(name=run.name, featurize=featurize, prep=prep, network=network)
 
 
-def features_by_game(encoder: Encoder | RawPixels, part: Clips) -> dict[str, np.ndarray]:
-    """Computes the features of every game's clips."""
-    features_ND = encoder.features(part.pixels_NCFHW)
+def features_by_game(cfg: Settings, encoder: Encoder, name: str) -> dict[str, np.ndarray]:
+    """Computes the features of every game's clips in a set, or reads them from the work folder."""
+    part, folder = clips(cfg, name), cfg.work / "features" / encoder.name
+    path = folder / f"{name.replace('/', '-')}.npy"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial.npy")
+        np.save(partial, encoder.features(part.pixels_NFHWC))
+        partial.replace(path)
+    features_ND = np.load(path, mmap_mode="r")
     return {str(game): features_ND[part.games_N == game] for game in np.unique(part.games_N)}

@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from pipelines.evaluation.arrays import standardise
@@ -24,7 +23,7 @@ from pipelines.evaluation.ridge import fit_ridge
 from pipelines.evaluation.state_labels import Bins
 
 from .data import Clips, clips, game_key, values_of
-from .encoders import Encoder, RawPixels, features_by_game
+from .encoders import Encoder, features_by_game
 from .settings import NEW, OLD, TASKS, Settings, Task
 
 BINS = 4
@@ -92,7 +91,7 @@ def score(task: Task, bins: Bins, predicted: np.ndarray, values_Q: np.ndarray) -
 
 def probe_scores(
     cfg: Settings,
-    encoders: Mapping[str, Encoder | RawPixels],
+    encoders: Mapping[str, Encoder],
     kept: set[str],
     seed: int,
     align: Alignment | None = None,
@@ -108,13 +107,9 @@ def probe_scores(
         align: gives the features of a new variant the mean or the covariance of A's.
     """
     train, old = clips(cfg, f"train/{OLD}"), clips(cfg, f"test/{OLD}")
-    cache: dict[tuple[int, str, int], dict[str, np.ndarray]] = {}
 
-    def features(encoder: Encoder | RawPixels, name: str, per: int = 0) -> dict[str, np.ndarray]:
-        key = (id(encoder), name, per)
-        if key not in cache:
-            cache[key] = features_by_game(encoder, clips(cfg, name, per or None))
-        return cache[key]
+    def features(encoder: Encoder, name: str) -> dict[str, np.ndarray]:
+        return features_by_game(cfg, encoder, name)
 
     found: Scores = {}
     for task in TASKS:
@@ -132,7 +127,7 @@ def probe_scores(
                     if align and name != OLD:
                         x_QD = aligned(
                             x_QD,
-                            features(encoder, f"new/{name}", 1)[task.game],
+                            features(encoder, f"new/{name}")[task.game],
                             features(encoder, f"train/{OLD}")[task.game],
                             align,
                         )
@@ -197,11 +192,6 @@ def _power(x_ND: np.ndarray, power: float) -> np.ndarray:
     return np.asarray((vectors_DD * values_D**power) @ vectors_DD.T)
 
 
-def to_every_new(encoder: Encoder | RawPixels) -> dict[str, Encoder | RawPixels]:
+def to_every_new(encoder: Encoder) -> dict[str, Encoder]:
     """One encoder for all new variants."""
     return dict.fromkeys(NEW, encoder)
-
-
-def as_tensor(pixels: np.ndarray) -> Tensor:
-    """Copies clips out of a memory map."""
-    return torch.from_numpy(np.array(pixels))

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 from models.media.regions import Region
+from pipelines.config.train import ModelConfig
+from pipelines.recipes.registry import RECIPES
 
+RECIPE = "levjepa_gameplay"
 OLD = "hud"
 """The variant with labels: A, the game's own HUD."""
 NEW = ("nohud", "hud_b", "hud_c")
@@ -103,10 +106,10 @@ class Settings:
     """Labelled clips of each of the four classes; the last is all that there are."""
     supervised_steps: tuple[int, ...] = (100, 200, 600)
     """Steps of 32 clips of supervised training, for each of `labels`."""
-    clips_per_segment: int = 4
-    """Clips that probes take of each segment of two seconds."""
-    segments: int | None = None
-    """Segments of each set that are read; None for all."""
+    train_clips: int = 4
+    """Labelled clips of each segment of two seconds."""
+    test_clips: int = 2
+    """Scored clips of each segment."""
     niceness: int = 10
     """Niceness of the commands that are started."""
 
@@ -120,10 +123,23 @@ class Settings:
             batch=16,
             labels=(10, 30),
             supervised_steps=(2, 2),
-            clips_per_segment=1,
+            train_clips=1,
+            test_clips=1,
         )
+
+    def clips_of(self, name: str) -> int:
+        """Returns how many clips of a segment are read of a set; one where there are no labels."""
+        if name.startswith("new/"):
+            return 1
+        return self.train_clips if name == f"train/{OLD}" else self.test_clips
 
     def as_json(self) -> dict[str, object]:
         """What results depend on, without the folders."""
         values = dataclasses.asdict(self)
         return {k: v for k, v in values.items() if k not in ("work", "footage", "niceness")}
+
+
+def model(cfg: Settings) -> ModelConfig:
+    """Returns the settings of the encoder: the recipe's, with the benchmark's size."""
+    base = RECIPES[RECIPE][1].model
+    return dataclasses.replace(base, image_size=cfg.size, encoder=cfg.encoder, fit="squash")

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.encoders.input_batch import InputBatch
 from models.views import Augmentation, make_view
 from pipelines.evaluation.supervised import CLIP_NORM, LR, WARMUP, WEIGHT_DECAY, Classifier
 
 from .data import Clips, clips
 from .encoders import untrained
-from .probes import Examples, Scores, as_tensor, examples, score, test_rows
+from .probes import Examples, Scores, examples, score, test_rows
 from .settings import NEW, OLD, TASKS, Settings
 
 Training = Literal["plain", "augmented", "pasted"]
@@ -48,7 +49,7 @@ def supervised_scores(
         for variant in (OLD, *NEW):
             part = clips(cfg, f"test/{variant}")
             rows, _, values_Q = test_rows(cfg, task, part, kept)
-            predicted = predict(as_tensor(part.pixels_NCFHW[rows]))
+            predicted = predict(as_tensor(part.pixels_NFHWC[rows]))
             result = score(task, labelled.bins, predicted, values_Q)
             found[str(count)][variant][task.name] = result
     return found
@@ -66,7 +67,7 @@ def _train(
     """Trains one network; returns the function from clips to classes or numbers."""
     states, chosen = labelled.task.kind == "states", labelled.drawn(count, seed)
     game_rows = np.flatnonzero(train.games_N == labelled.task.game)
-    pixels_N = as_tensor(train.pixels_NCFHW[game_rows[labelled.rows_N[chosen]]])
+    pixels_N = as_tensor(train.pixels_NFHWC[game_rows[labelled.rows_N[chosen]]])
     values_N = torch.from_numpy(labelled.values_N[chosen])
     mean, std = values_N.mean(), values_N.std().clamp_min(1e-6)
     target_N = torch.from_numpy(labelled.bins_N[chosen]) if states else (values_N - mean) / std
@@ -74,13 +75,14 @@ def _train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         outputs = len(labelled.bins.edges) + 1 if states else 1
+        assert encoder.network is not None
         model = Classifier(encoder.network, encoder.prep, outputs)
         _optimise(model, pixels_N, target_N, how, labelled.task.flips, steps)
     model.eval()
 
     @torch.no_grad()
     def predict(pixels_Q: Tensor) -> np.ndarray:
-        out = torch.cat([model(part) for part in pixels_Q.split(64)])
+        out = torch.cat([model(InputBatch(part)) for part in pixels_Q.split(64)])
         return np.asarray(out.argmax(1) if states else out[:, 0] * std + mean)
 
     return predict
@@ -100,7 +102,7 @@ def _optimise(
         progress = (step + 1) / steps
         cosine = 0.5 * (1 + math.cos(math.pi * (progress - WARMUP) / (1 - WARMUP)))
         optimizer.param_groups[0]["lr"] = LR * min(progress / WARMUP, cosine, 1)
-        out = model(augmented(pixels_N[rows_B], how, flips))
+        out = model(InputBatch(augmented(pixels_N[rows_B], how, flips)))
         whole = target_N.dtype == torch.int64
         target_B = target_N[rows_B]
         loss = F.cross_entropy(out, target_B) if whole else F.mse_loss(out[:, 0], target_B)
@@ -146,6 +148,6 @@ def _paste(clip_CFHW: Tensor) -> None:
         clip_CFHW[:, :, top : top + high, left : left + wide] = torch.where(marks, ink, ground)
 
 
-def result_of(scores: Scores) -> dict[str, Any]:
-    """What a job of this file stores."""
-    return {"scores": scores}
+def as_tensor(pixels_NFHWC: np.ndarray) -> Tensor:
+    """Copies clips out of a memory map: uint8 [N, C, F, H, W]."""
+    return torch.from_numpy(np.array(pixels_NFHWC)).movedim(-1, 1)

@@ -210,8 +210,7 @@ def _frames(cfg: Settings) -> str:
         shown = []
         for game in games:
             rows_N = np.flatnonzero(part.games_N == game)
-            pixels_CHW = part.pixels_NCFHW[rows_N[len(rows_N) // 3], :, FRAMES // 2]
-            picture = Image.fromarray(np.ascontiguousarray(pixels_CHW.transpose(1, 2, 0)))
+            picture = Image.fromarray(part.pixels_NFHWC[rows_N[len(rows_N) // 3], FRAMES // 2])
             out = io.BytesIO()
             picture.resize((picture.width * 3, picture.height * 3), Image.Resampling.NEAREST).save(
                 out, "PNG"
