@@ -48,6 +48,7 @@ def main(
     seeds: tuple[int, ...] = (0, 1, 2),
     only: tuple[str, ...] | None = None,
     quick: bool = False,
+    prefix: tuple[str, ...] = ("nice", "-n", "10"),
 ) -> None:
     """Runs the rows that have no result yet, seed by seed, and makes the tables.
 
@@ -56,10 +57,11 @@ def main(
         work: folder of shards, runs and results.
         seeds: of networks and draws of labels.
         only: names of rows to run, in this order; none for the tables alone. Default: all.
+        prefix: what the commands that ingest and train are started with.
         quick: a few steps of everything, to see that it runs; give it a work folder of its own.
     """
     torch.set_num_threads(1)
-    cfg = (Settings.quick if quick else Settings)(work=work, footage=footage)
+    cfg = (Settings.quick if quick else Settings)(work=work, footage=footage, prefix=prefix)
     known = {row.name: row for row in rows(cfg)}
     if unknown := set(only or ()) - set(known):
         sys.exit(f"--only: no {', '.join(sorted(unknown))}; there are {', '.join(known)}")

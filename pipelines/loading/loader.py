@@ -22,14 +22,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
 
 from models.keyed_random.arrays import sample_keys
-from models.media.images import Rgb
 from models.media.preprocessing import mean_colour
 from models.media.regions import Region
-from pipelines.config.train import PretrainConfig
+from pipelines.config.train import ModelConfig, PretrainConfig
 from pipelines.loading.clips import training_sampler
 from pipelines.loading.cpu_share import Share, StarvationWatch, cluster_share
 from pipelines.loading.decoding import DecodeError, decode_rows
@@ -197,7 +197,7 @@ def _dataset(cfg: PretrainConfig, reader: Reader, segment: list[Piece], share: S
     if cfg.data.decode_in == "data":
         # With the same number of CPUs, Ray would fuse the stages and decode a window on one core.
         dataset = dataset.map_batches(
-            functools.partial(_decode, _pixel_shape(cfg), mean_colour(cfg.model.mean)),
+            functools.partial(_decode, cfg.model, _pixel_shape(cfg)),
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=share.decode_cpus,
@@ -213,17 +213,30 @@ def _dataset(cfg: PretrainConfig, reader: Reader, segment: list[Piece], share: S
     return dataset
 
 
-def _decode(shape: tuple[int, ...], outside: Rgb, table: pa.Table) -> pa.Table:
+def _decode(model: ModelConfig, shape: tuple[int, ...], table: pa.Table) -> pa.Table:
     """Replaces the encoded images or videos by uint8 crops of this shape; a Ray Data task."""
     torch.set_num_threads(1)
     pixels = np.empty((table.num_rows, *shape), np.uint8)
-    decode_rows(table, pixels, outside=outside)
+    _decode_into(model, table, pixels)
     flat = pa.py_buffer(pixels)
     column = pa.FixedSizeBinaryArray.from_buffers(
         pa.binary(math.prod(shape)), table.num_rows, [None, flat]
     )
     encoded = "video" if "video" in table.column_names else "image"
     return table.drop_columns([encoded]).append_column("pixels", column)
+
+
+def _decode_into(
+    model: ModelConfig,
+    table: pa.Table,
+    pixels: npt.NDArray[np.uint8],
+    pool: ThreadPoolExecutor | None = None,
+    jobs: int = 1,
+) -> None:
+    """Decodes the rows into `pixels`; only with the fit `whole` are pictures stored as strips."""
+    if model.chosen_fit != "whole" and "grid" in table.column_names:
+        table = table.drop_columns(["grid"])
+    decode_rows(table, pixels, pool, jobs, outside=mean_colour(model.mean))
 
 
 def _to_batch(
@@ -239,8 +252,7 @@ def _to_batch(
         np.copyto(pixels.numpy().reshape(-1), flat_N[: pixels.numel()])
     else:
         jobs = min(4 * cfg.data.decode_threads, max(1, rows // 8))
-        outside = mean_colour(cfg.model.mean)
-        decode_rows(table, pixels.numpy(), pool, jobs, outside=outside)
+        _decode_into(cfg.model, table, pixels.numpy(), pool, jobs)
     ids, epoch = table.column("sample_id").to_pylist(), reader.plan.locate(step)[0]
     keys_B = sample_keys(ids, cfg.run.seed, epoch)
     batch = {

@@ -61,7 +61,7 @@ def shards(cfg: Settings, name: str) -> Path:
     def run() -> dict[str, Any]:
         where = ("--source", cfg.footage / name, "--out", out)
         log = cfg.work / "logs" / f"{job}.log"
-        ran = command("ingest", *where, *INGEST, log=log, niceness=cfg.niceness)
+        ran = command("ingest", *where, *INGEST, log=log, prefix=cfg.prefix)
         return ran | {"segments": read_manifest(str(out)).num_samples}
 
     once(cfg.work / "jobs" / f"{job}.json", run)

@@ -124,7 +124,7 @@ def _run(
 
     def train() -> dict[str, Any]:
         log = cfg.work / "logs" / f"{run}.log"
-        return command(module, *flags, *where, log=log, niceness=cfg.niceness)
+        return command(module, *flags, *where, log=log, prefix=cfg.prefix)
 
     once(cfg.work / "jobs" / f"{run}.json", train)
     return load(cfg.work / "runs" / run)

@@ -43,7 +43,7 @@ def commit() -> str:
     return subprocess.run(git, capture_output=True, text=True).stdout.strip()
 
 
-def command(module: str, *arguments: object, log: Path, niceness: int) -> dict[str, Any]:
+def command(module: str, *arguments: object, log: Path, prefix: tuple[str, ...]) -> dict[str, Any]:
     """Runs `python -m pipelines.MODULE` with its output in a log.
 
     Raises:
@@ -55,7 +55,7 @@ def command(module: str, *arguments: object, log: Path, niceness: int) -> dict[s
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     with log.open("w") as out:
         done = subprocess.run(
-            ["nice", "-n", str(niceness), *words],
+            [*prefix, *words],
             stdout=out,
             stderr=subprocess.STDOUT,
             env=environment,

@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from pipelines.evaluation.arrays import standardise
-from pipelines.evaluation.number_scores import number_score
+from pipelines.evaluation.probes.number_probe import number_score
 from pipelines.evaluation.ridge import fit_ridge
 from pipelines.evaluation.state_labels import Bins
 

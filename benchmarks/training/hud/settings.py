@@ -110,15 +110,16 @@ class Settings:
     """Labelled clips of each segment of two seconds."""
     test_clips: int = 2
     """Scored clips of each segment."""
-    niceness: int = 10
-    """Niceness of the commands that are started."""
+    prefix: tuple[str, ...] = ("nice", "-n", "10")
+    """What the commands that ingest and train are started with."""
 
     @classmethod
-    def quick(cls, work: Path, footage: Path) -> Settings:
+    def quick(cls, work: Path, footage: Path, prefix: tuple[str, ...]) -> Settings:
         """Settings that run through everything in minutes; their results mean nothing."""
         return cls(
             work=work,
             footage=footage,
+            prefix=prefix,
             steps=8,
             batch=16,
             labels=(10, 30),
@@ -136,7 +137,7 @@ class Settings:
     def as_json(self) -> dict[str, object]:
         """What results depend on, without the folders."""
         values = dataclasses.asdict(self)
-        return {k: v for k, v in values.items() if k not in ("work", "footage", "niceness")}
+        return {k: v for k, v in values.items() if k not in ("work", "footage", "prefix")}
 
 
 def model(cfg: Settings) -> ModelConfig:

@@ -22,7 +22,7 @@ from models.media.preprocessing import mean_colour
 from pipelines.config.data import DataConfig
 from pipelines.config.train import ModelConfig
 from pipelines.loading.decoding import decode_rows
-from pipelines.loading.loader import _layout, _regions
+from pipelines.loading.loader import _decode_into, _layout, _regions
 from pipelines.loading.masks.crops import fitted_crops
 from pipelines.loading.masks.layouts import make_layout
 
@@ -159,6 +159,16 @@ def test_grids_of_their_own_and_tokens_that_are_kept() -> None:
     assert batch["kept_valid"].sum(1).tolist() == [42, 40, 40]
     for b in range(3):
         assert batch["kept_ids"][b][batch["kept_valid"][b]].tolist() == kept[b].tolist()
+
+
+def test_regions_left_out_of_one_grid_change_no_pixel() -> None:
+    settings = model("squash", exclude=((0.0, 0.0, 1.0, 0.2),))
+    height, width = settings.height_width
+    picture, pixels = gradient(72, 128), np.empty((1, 3, height, width), np.uint8)
+    rows, columns = settings.grid[:2]
+    _decode_into(settings, row_of(picture, [0, 0, 128, 72], grid=[rows, columns]), pixels)
+    plain = decoded(row_of(picture, [0, 0, 128, 72]), height, width)
+    assert (pixels[0].transpose(1, 2, 0) == plain).all()
 
 
 def test_a_run_without_regions_on_one_grid_has_no_layout() -> None:
