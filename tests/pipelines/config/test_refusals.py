@@ -49,6 +49,7 @@ def bucket(s3: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[str]
 HERE = "{pictures}"
 # Every command that reads or writes places: its arguments, with PLACE for the flag that is wrong.
 READS: list[tuple[str, str, list[str]]] = [
+    ("adapt", "--from", ["--data.train", HERE]),
     ("ingest", "--source", ["--out", "{out}"]),
     ("embed", "--artifact", ["--data", HERE, "--out", "{out}"]),
     ("embed", "--data", ["--artifact", HERE, "--out", "{out}"]),
