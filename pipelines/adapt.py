@@ -21,6 +21,8 @@ from typing import Annotated, Any
 if __name__ == "__main__" and not __package__:  # `python pipelines/adapt.py`, uninstalled
     sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
 
+import numpy as np
+import safetensors.numpy
 import torch
 import tyro
 from rich.console import Console
@@ -30,10 +32,10 @@ from pipelines.config.places import ReadPlace
 from pipelines.config.train import PretrainConfig
 from pipelines.dataset.rows import check_classes, load_samples
 from pipelines.dataset.shards import Manifest, read_manifest
-from pipelines.evaluation.drift import feature_drift
+from pipelines.evaluation.drift import Alignment, feature_drift
 from pipelines.evaluation.features import decode_all, extract_features, preprocessing_of
 from pipelines.evaluation.input_sets import read_sets
-from pipelines.evaluation.probes.replaced import ADAPTED, read_replaced
+from pipelines.evaluation.probes.replaced import ADAPTED, read_replaced, with_aligned
 from pipelines.evaluation.report.adaptation import as_html, tables
 from pipelines.evaluation.subject import Subject, load_subject, random_init, with_sampler
 from pipelines.recipes.adapted import adapted
@@ -43,8 +45,8 @@ from pipelines.runtime.places import prepare
 from pipelines.runtime.uris import join_uri, open_uri, write_atomic
 from pipelines.training.launch import PretrainResult, pretrain
 
-RESULTS, REPORT = "adapt.json", "adapt.html"
-DRIFT_ROWS = 1000
+RESULTS, REPORT, ALIGNMENT = "adapt.json", "adapt.html", "alignment.safetensors"
+COMPARED_ROWS = 2000
 """Images or clips of each kind of footage whose features are compared without labels."""
 
 
@@ -89,16 +91,19 @@ def adapt(
         raise ValueError(f"--run.name: {run.run.name} is the run to adapt; name another")
     manifests = check_probes(cfg.probe, old.config, run)
     result = pretrain(run, stream=console.file)
+    compared, alignment = compare(
+        _evaluation(cfg, old), result.best_checkpoint, run, manifests, console
+    )
     results = {
         "from": {"checkpoint": old.checkpoint, "step": old.step},
         "run": result.run_uri,
         "checkpoint": result.best_checkpoint,
         "settings": json.loads(json.dumps(dataclasses.asdict(cfg))),
-        **compare(_evaluation(cfg, old), result.best_checkpoint, run, manifests, console),
+        **compared,
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start)),
         "seconds": round(time.time() - start, 1),
     }
-    _write(result, results, console)
+    _write(result, results, alignment, console)
     return results
 
 
@@ -135,7 +140,7 @@ def compare(
     run: PretrainConfig,
     manifests: list[Manifest],
     console: Console,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], Alignment | None]:
     """Compares the adapted encoder with the old one.
 
     Args:
@@ -146,8 +151,8 @@ def compare(
         console: where the progress is shown.
 
     Returns:
-        `drift`: `feature_drift` by kind of footage; `probes`: `read_replaced`, where there are
-        labelled sets.
+        What adapt.json holds: `drift`, by kind of footage, and `probes`, what `read_replaced`
+        returns, where there are labelled sets. And the alignment, where there is old footage.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     old, new = load_subject(cfg.checkpoint), load_subject(checkpoint)
@@ -156,24 +161,32 @@ def compare(
     footage = {"new_footage": run.data.train}
     if run.data.mix:
         footage["old_footage"] = run.data.mix[0]
-    found: dict[str, Any] = {name: _drift(uri, old, new) for name, uri in footage.items()}
-    found = {"drift": found}
+    features = {name: _features(uri, old, new) for name, uri in footage.items()}
+    found: dict[str, Any] = {"drift": {key: feature_drift(*both) for key, both in features.items()}}
+    alignment = None
+    if "old_footage" in features:
+        before_ND, after_ND = features["old_footage"]
+        alignment = Alignment.fit(after_ND, before_ND)
     if not manifests:
-        return found
+        return found, alignment
     old = with_sampler(cfg, old, manifests[0].modality)
     baseline = random_init(old.encoder, cfg.seed).to(device)
     sets, _ = read_sets(cfg, old, baseline, manifests, console, {ADAPTED: new.encoder})
+    if alignment is not None:
+        sets = [with_aligned(part, alignment) for part in sets]
     with console.status("reading the old probes on the adapted encoder"):
-        return found | {"probes": read_replaced(sets, cfg, old.encoder.heads)}
+        found["probes"] = read_replaced(sets, cfg, old.encoder.heads)
+    return found, alignment
 
 
-def _drift(uri: str, old: Subject, new: Subject) -> dict[str, float]:
-    table = load_samples(uri, DRIFT_ROWS)
+def _features(uri: str, old: Subject, new: Subject) -> list[np.ndarray]:
+    """Pooled features [N, D] of the same samples by both encoders."""
+    table = load_samples(uri, COMPARED_ROWS)
     features = []
     for subject in (old, new):
         pixels = decode_all(table, subject.preprocessing, subject.sampler)
         features.append(extract_features(subject.encoder, subject.preprocessing, pixels))
-    return feature_drift(*features)
+    return features
 
 
 def _evaluation(cfg: AdaptConfig, old: FinishedRun) -> EvaluateConfig:
@@ -193,11 +206,16 @@ def _evaluation(cfg: AdaptConfig, old: FinishedRun) -> EvaluateConfig:
     )
 
 
-def _write(result: PretrainResult, results: dict[str, Any], console: Console) -> None:
+def _write(
+    result: PretrainResult, results: dict[str, Any], alignment: Alignment | None, console: Console
+) -> None:
     for table in tables(results):
         console.print(table)
     fs, path = open_uri(result.run_uri)
     write_atomic(fs, f"{path}/{RESULTS}", json.dumps(results, indent=2).encode())
+    if alignment is not None:
+        tensors = {"weight": alignment.weight_DD, "bias": alignment.bias_D}
+        write_atomic(fs, f"{path}/{ALIGNMENT}", safetensors.numpy.save(tensors))
     write_atomic(fs, f"{path}/{REPORT}", as_html(results).encode())
     console.print(f"run {result.run_uri} at step {result.step}", markup=False, highlight=False)
     console.print(f"best checkpoint {result.best_checkpoint}", markup=False, highlight=False)

@@ -26,6 +26,8 @@ Batch = dict[str, Tensor]
   or, with C contexts per image, [B, C, K] and [B, C, T].
 - Masks of clips: for every mask generator g = 0, 1, ..., `context_ids_g` int64 [B, K_g] and
   `target_ids_g` int64 [B, T_g].
+- `sets` int64 [B]: which of the data sets of a mix a sample is from, 0 for `--data.train`; absent
+  without a mix.
 - The entries `OPTIONAL_INPUTS`, where the loader makes them.
 
 Masks are drawn by the masker of the run, see `pipelines.loading.masks.maskers`. Their lengths are

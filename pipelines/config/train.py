@@ -275,6 +275,21 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AnchorConfig:
+    """Keeps the features of old footage where an earlier encoder had them, for probes that were
+    fitted on them (docs/adapting.md)."""
+
+    weight: float = 0.0
+    """Weight of the anchor: the squared distance of the encoder's tokens of --data.mix from the
+    earlier encoder's, relative to their variance, times the objective's own loss. 0 is none."""
+    checkpoint: Annotated[str, PlaceField(required=False)] | None = None
+    """Checkpoint of the earlier encoder, which has the model of this run."""
+
+    def __post_init__(self) -> None:
+        require(self.weight >= 0, "anchor.weight", "must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
     """One pretraining run, complete."""
 
@@ -286,6 +301,7 @@ class PretrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    anchor: AnchorConfig = field(default_factory=AnchorConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
@@ -318,6 +334,7 @@ class PretrainConfig:
             "run.accumulate",
             f"{self.objective.name} needs two rows or more in a micro-batch",
         )
+        self._check_anchor()
         masks = self.mask if self.modality == "image" else self.video_mask
         require(
             not self.data.mix or masks.truncate != "legacy",
@@ -339,6 +356,22 @@ class PretrainConfig:
                 f"whole needs a masked objective; {self.objective.name} compares views of one size."
                 " Use squash or pad",
             )
+
+    def _check_anchor(self) -> None:
+        anchor, data = self.anchor, self.data
+        if not anchor.weight:
+            return
+        require(bool(data.mix), "anchor.weight", "needs old footage in --data.mix")
+        require(anchor.checkpoint is not None, "anchor.checkpoint", "goes with --anchor.weight")
+        require(
+            self.masks != "none" or not self.model.exclude,
+            "anchor.weight",
+            "reads whole pictures, but views leave --model.exclude out",
+        )
+        parts = self.run.workers * self.run.accumulate
+        ok = data.lanes % parts == 0
+        require(ok, "run.accumulate", f"workers x accumulate ({parts}) must divide --data.lanes "
+                f"({data.lanes}), so that every part has old footage for the anchor")  # fmt: skip
 
     @property
     def modality(self) -> Modality:

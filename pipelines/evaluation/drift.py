@@ -1,13 +1,51 @@
-"""How far an encoder's features have moved from another's, measured without labels.
+"""How far an encoder's features have moved from another's, and the way back, without labels.
 
 Shape suffixes: N samples, D feature width.
 """
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from pipelines.evaluation.arrays import Array, as_features
+
+RIDGE = 1e-2
+"""Strength of the alignment's penalty, relative to the mean variance of a feature."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Alignment:
+    """The affine map that brings an encoder's features closest to another's on some samples.
+
+    The mean over tokens and an affine map commute, so it applies to tokens and to pooled features.
+    """
+
+    weight_DD: np.ndarray
+    bias_D: np.ndarray
+
+    @staticmethod
+    def fit(new: Array, old: Array) -> Alignment:
+        """Fits the map by ridge regression, in closed form.
+
+        Args:
+            new: [N, D] features to map.
+            old: [N, D] features of the same samples, to come close to.
+        """
+        new_ND, old_ND = (as_features(x).double().cpu().numpy() for x in (new, old))
+        new_D, old_D = new_ND.mean(axis=0), old_ND.mean(axis=0)
+        x_ND, y_ND = new_ND - new_D, old_ND - old_D
+        own_DD = x_ND.T @ x_ND
+        penalty = RIDGE * np.trace(own_DD) / len(own_DD)
+        weight_DD = np.linalg.solve(own_DD + penalty * np.eye(len(own_DD)), x_ND.T @ y_ND)
+        bias_D = old_D - new_D @ weight_DD
+        return Alignment(weight_DD.astype(np.float32), bias_D.astype(np.float32))
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        """Maps features or tokens [..., D]; the dtype stays."""
+        mapped: np.ndarray = features.astype(np.float32) @ self.weight_DD + self.bias_D
+        return mapped.astype(features.dtype)
 
 
 def feature_drift(old: Array, new: Array) -> dict[str, float]:

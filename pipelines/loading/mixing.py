@@ -101,10 +101,13 @@ def merged(parts: Iterable[Sequence[dict[str, Any]]], lanes: int) -> Iterator[di
         lanes: number of this rank's lanes.
 
     Yields:
-        Batches whose rows go by lane, then by set. `epoch` is that of --data.train.
+        Batches whose rows go by lane, then by set. `epoch` is that of --data.train. `sets`, an
+        int64 tensor [B], numbers the set of each row, 0 for --data.train.
     """
     for batches in parts:
         first = batches[0]
+        for number, batch in enumerate(batches):
+            batch["sets"] = torch.full_like(batch["labels"], number)
         yield {name: _merge([batch[name] for batch in batches], lanes) for name in first}
 
 

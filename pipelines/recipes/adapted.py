@@ -6,8 +6,10 @@ from dataclasses import replace
 
 from pipelines.config.data import DataConfig
 from pipelines.config.jobs import AdaptConfig
-from pipelines.config.train import PretrainConfig
+from pipelines.config.train import AnchorConfig, PretrainConfig
 
+ANCHOR = 0.0
+"""Weight of the anchor to the old encoder's features of old footage."""
 WARMUP = 0.05
 """Share of the steps in which the rate rises from zero. The optimizer starts without its moments,
 so its first steps are as uncertain as those of a new run."""
@@ -40,6 +42,7 @@ def adapted(old: PretrainConfig, checkpoint: str, storage: str, cfg: AdaptConfig
             warmup_steps=round(WARMUP * steps),
             weight_decay=old.optim.final_weight_decay,
         ),
+        anchor=AnchorConfig(checkpoint=checkpoint, weight=ANCHOR if cfg.mix.old else 0.0),
         run=replace(
             old.run,
             name=f"{old.run.name}-adapted",

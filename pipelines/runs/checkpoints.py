@@ -55,7 +55,14 @@ __all__ = [
 
 def decides_the_run(key: str, cfg: PretrainConfig) -> bool:
     """Whether changing the setting `key` would make `cfg` a different run (docs/checkpoints.md)."""
-    free = {"data.train", "data.mix", "data.test", "data.decode_in", "data.decode_threads"}
+    free = {
+        "anchor.checkpoint",
+        "data.train",
+        "data.mix",
+        "data.test",
+        "data.decode_in",
+        "data.decode_threads",
+    }
     free |= {"data.prefetch_batches", "data.published"}  # the manifest's hash says what is read
     section = key.partition(".")[0]
     if section == "run":

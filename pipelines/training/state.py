@@ -14,6 +14,7 @@ from models.encoders.blocks import use_plain_attention
 from models.hyperoptim.optimizer import HyperOptimizer
 from models.objectives.objective import Objective
 from pipelines.config.train import PretrainConfig
+from pipelines.runs.anchor import anchored
 from pipelines.runs.checkpoints import (
     CheckpointError,
     CheckpointState,
@@ -107,7 +108,7 @@ def _select(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def new_state(cfg: PretrainConfig, device: torch.device) -> TrainState:
     """Builds the state of a run at step 0; the weights depend on `cfg.run.seed` alone."""
     torch.manual_seed(cfg.run.seed)
-    objective = new_objective(cfg).to(device)
+    objective = anchored(new_objective(cfg), cfg).to(device)
     if device.type == "cpu" and cfg.run.precision == "bf16":
         use_plain_attention(objective)
     return TrainState(

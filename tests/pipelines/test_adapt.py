@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from rich.console import Console
 
 from helpers.pipelines.fake_training import change, tiny_config
@@ -21,9 +22,15 @@ from pipelines.config.data import DataConfig
 from pipelines.config.jobs import AdaptConfig, EvaluateConfig, OldFootageConfig, OldProbesConfig
 from pipelines.config.train import PretrainConfig
 from pipelines.dataset.shards import read_manifest, read_rows, write_manifest
-from pipelines.evaluation.drift import feature_drift
+from pipelines.evaluation.drift import Alignment, feature_drift
 from pipelines.evaluation.probe_sets import ProbeSet
-from pipelines.evaluation.probes.replaced import ADAPTED, OLD, RANDOM, read_replaced
+from pipelines.evaluation.probes.replaced import (
+    ADAPTED,
+    OLD,
+    RANDOM,
+    read_replaced,
+    with_aligned,
+)
 from pipelines.loading.mixing import identity_of, training_sets
 from pipelines.recipes.adapted import adapted
 from pipelines.runs.checkpoints import load_encoder
@@ -154,15 +161,21 @@ def test_old_probes_are_read_on_the_features_of_the_adapted_encoder() -> None:
         ids = np.zeros((count, 16), np.uint8)
         return ProbeSet("", features, labels_N, np.zeros((count, 3), np.int64), ids)
 
+    # Of old footage without labels, of which the features of both encoders are known.
+    unlabelled = part(300).features
+    alignment = Alignment.fit(unlabelled[ADAPTED], unlabelled[OLD])
     cfg = EvaluateConfig(checkpoint="", data="", test="", probe_epochs=20)
-    found = read_replaced([part(200), part(100), part(60)], cfg, heads=2)
+    sets = [with_aligned(part(count), alignment) for count in (200, 100, 60)]
+    found = read_replaced(sets, cfg, heads=2)
     for footage in ("old_footage", "new_footage"):
         rows = found[footage]
         for probe in ("knn", "linear"):
-            assert rows["old"][probe] == rows["refitted"][probe] == 1.0
+            assert rows["old"][probe] == rows["refitted"][probe] == rows["aligned"][probe] == 1.0
             assert rows["adapted"][probe] == 0.0
             assert 0.2 < rows["random"][probe] < 0.8
-    assert read_replaced([part(200), part(100)], cfg, heads=2).keys() == {"old_footage"}
+    without = read_replaced([part(200), part(100)], cfg, heads=2)
+    assert without.keys() == {"old_footage"}
+    assert without["old_footage"].keys() == {"old", "adapted", "refitted", "random"}
 
 
 def test_drift_tells_a_rotation_from_a_change() -> None:
@@ -173,6 +186,12 @@ def test_drift_tells_a_rotation_from_a_change() -> None:
     assert feature_drift(old_ND, turned_ND)["cka"] == pytest.approx(1)
     assert abs(feature_drift(old_ND - 5, turned_ND - 5)["cosine"]) < 0.9
     assert feature_drift(old_ND, rng.normal(size=(500, 8)))["cka"] < 0.1
+    back = Alignment.fit(turned_ND, old_ND)
+    assert feature_drift(old_ND, back(turned_ND))["cosine"] > 0.999
+    tokens_NTD = rng.normal(size=(3, 5, 8)).astype(np.float16)
+    assert back(tokens_NTD).dtype == np.float16
+    pooled_ND = tokens_NTD.astype(np.float32).mean(axis=1)
+    np.testing.assert_allclose(back(tokens_NTD).mean(axis=1), back(pooled_ND), atol=5e-3)
 
 
 # Live sets
@@ -228,7 +247,9 @@ def test_adapts_and_tells_what_the_old_task_lost(
     assert "adapted encoder, probes of the old one" in (folder / "adapt.html").read_text()
     assert "starting from the weights of" in said.getvalue()
     rows = results["probes"]["old_footage"]
-    assert rows.keys() == {"old", "adapted", "refitted", "random"}
+    assert rows.keys() == {"old", "adapted", "aligned", "refitted", "random"}
+    aligned = safetensors.numpy.load_file(folder / "alignment.safetensors")
+    assert aligned["weight"].shape == (*aligned["bias"].shape, *aligned["bias"].shape)
     assert all(0 <= rows[row][probe] <= 1 for row in rows for probe in ("knn", "linear"))
     # Three steps at a fifth of the rate move the features of this hardly trained encoder a little.
     assert 0.3 < results["drift"]["old_footage"]["cosine"] < 1

@@ -12,17 +12,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipelines.config.jobs import EvaluateConfig
+from pipelines.evaluation.drift import Alignment
 from pipelines.evaluation.probe_sets import ProbeSet
 from pipelines.evaluation.probes.attentive import ATTENTIVE
 from pipelines.evaluation.probes.knn import KNN
 from pipelines.evaluation.probes.linear import LINEAR
 from pipelines.evaluation.probes.probe import ProbeTask
 
-OLD, ADAPTED, RANDOM = "encoder", "adapted", "random_init"
+OLD, ADAPTED, ALIGNED, RANDOM = "encoder", "adapted", "aligned", "random_init"
 """Whose features, by their name in `ProbeSet.features`."""
 ROWS = {
     "old": (OLD, OLD),
     "adapted": (OLD, ADAPTED),
+    "aligned": (OLD, ALIGNED),
     "refitted": (ADAPTED, ADAPTED),
     "random": (RANDOM, RANDOM),
 }
@@ -41,7 +43,8 @@ def read_replaced(
 
     Args:
         sets: labelled old footage to fit on, labelled old footage to read on, and labelled new
-            footage to read on where there is any; with the features of all encoders in `ROWS`.
+            footage to read on where there is any; with the features of the encoders in `ROWS`, of
+            which the aligned ones may be absent.
         cfg: settings of the probes.
         heads: attention heads of the encoders.
 
@@ -51,6 +54,8 @@ def read_replaced(
     train, test, *new = sets
     found: dict[str, Accuracies] = {"old_footage": {}}
     for row, (fitted, read) in ROWS.items():
+        if read not in train.features:
+            continue
         task = ProbeTask(
             row=OLD,
             train=_features_of(train, fitted),
@@ -66,6 +71,15 @@ def read_replaced(
         if new:
             found.setdefault("new_footage", {})[row] = _accuracies(result, shifted=True)
     return found
+
+
+def with_aligned(part: ProbeSet, alignment: Alignment) -> ProbeSet:
+    """Adds the adapted encoder's features, brought back to the old ones by an alignment."""
+    features = part.features | {ALIGNED: alignment(part.features[ADAPTED])}
+    tokens = dict(part.tokens)
+    if ADAPTED in tokens:
+        tokens[ALIGNED] = alignment(tokens[ADAPTED])
+    return dataclasses.replace(part, features=features, tokens=tokens)
 
 
 def _features_of(part: ProbeSet, encoder: str) -> ProbeSet:

@@ -53,6 +53,7 @@ def test_each_lane_has_its_rows_of_every_set(
 ) -> None:
     names = {uri: _ids(uri) for uri in (new, old)}
     for step, batch in enumerate(alone):
+        assert batch["sets"].tolist() == [0, 0, 0, 1] * LANES
         ids = [batch["sample_ids"][lane * 4 : lane * 4 + 4] for lane in range(LANES)]
         for uri, rows, one in ((new, slice(0, 3), 0), (old, slice(3, 4), 1)):
             part = training_sets(mix)[one]
