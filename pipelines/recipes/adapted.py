@@ -8,7 +8,7 @@ from pipelines.config.data import DataConfig
 from pipelines.config.jobs import AdaptConfig
 from pipelines.config.train import AnchorConfig, PretrainConfig
 
-ANCHOR = 0.0
+ANCHOR = 1.0
 """Weight of the anchor to the old encoder's features of old footage."""
 WARMUP = 0.05
 """Share of the steps in which the rate rises from zero. The optimizer starts without its moments,
@@ -21,7 +21,8 @@ def adapted(old: PretrainConfig, checkpoint: str, storage: str, cfg: AdaptConfig
     Model, objective, masks and crops are those of the old run. All weights are taken over: encoder,
     target encoder, predictor and projector. The rate is warmed up again and decays again, and old
     footage is mixed in, as Ibrahim et al. (2024, arXiv 2403.08763) found best for continued
-    pretraining; the weight decay stays where the old run ended. Online probes are left out, because
+    pretraining. The anchor holds the features of old footage where the old encoder has them, and
+    the weight decay stays where the old run ended. Online probes are left out, because
     they need labels of the footage that is trained on.
 
     Args:
@@ -42,7 +43,9 @@ def adapted(old: PretrainConfig, checkpoint: str, storage: str, cfg: AdaptConfig
             warmup_steps=round(WARMUP * steps),
             weight_decay=old.optim.final_weight_decay,
         ),
-        anchor=AnchorConfig(checkpoint=checkpoint, weight=ANCHOR if cfg.mix.old else 0.0),
+        anchor=AnchorConfig(
+            checkpoint=checkpoint, weight=ANCHOR if cfg.mix.old and _can_anchor(old) else 0.0
+        ),
         run=replace(
             old.run,
             name=f"{old.run.name}-adapted",
@@ -54,6 +57,12 @@ def adapted(old: PretrainConfig, checkpoint: str, storage: str, cfg: AdaptConfig
             init_from=checkpoint,
         ),
     )
+
+
+def _can_anchor(old: PretrainConfig) -> bool:
+    """Whether the anchor goes with the old run's settings, as `PretrainConfig` requires."""
+    parts = old.run.workers * old.run.accumulate
+    return old.data.lanes % parts == 0 and (old.masks != "none" or not old.model.exclude)
 
 
 def _mixed(old: DataConfig, cfg: AdaptConfig) -> DataConfig:

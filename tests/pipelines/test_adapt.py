@@ -62,6 +62,7 @@ def test_the_recipe_takes_over_all_but_the_schedule_and_the_data() -> None:
     assert new.optim.final_lr == pytest.approx(1e-4)
     assert new.optim.weight_decay == new.optim.final_weight_decay == old.optim.final_weight_decay
     assert new.run.init_from == "/runs/old/checkpoint_00000400"
+    assert (new.anchor.weight, new.anchor.checkpoint) == (1.0, new.run.init_from)
     assert (new.run.name, new.run.seed, new.run.probe_every) == ("old-adapted", 3, 0)
     assert (new.data.train, new.data.mix, new.data.mix_shares) == ("", ("memory",), (0.5,))
 
@@ -76,6 +77,9 @@ def test_old_footage_keeps_its_proportions_in_the_next_mix() -> None:
     assert (data.mix, data.mix_shares, data.published) == (("b", "a"), (0.25, 0.25), (0, 7, 0))
     alone = adapted(old, "c", "/runs", AdaptConfig(mix=OldFootageConfig(old=0))).data
     assert (alone.mix, alone.mix_shares, alone.published) == ((), (), ())
+    assert adapted(old, "c", "/runs", AdaptConfig(mix=OldFootageConfig(old=0))).anchor.weight == 0
+    parts = change(old, run={"accumulate": 4})
+    assert adapted(parts, "c", "/runs", AdaptConfig()).anchor.weight == 0
     other = OldFootageConfig(old=0.25, data="x")
     named = adapted(old, "c", "/runs", AdaptConfig(mix=other)).data
     assert (named.mix, named.mix_shares) == (("x",), (0.25,))
