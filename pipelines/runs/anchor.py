@@ -4,8 +4,8 @@ Probes that were fitted on the earlier encoder's features then go on working. Th
 without forgetting (Li and Hoiem 2016, arXiv 1606.09282, section 3), with features in place of class
 scores, and on old footage where the paper has only new.
 
-Shape legend: B images or clips, O of them from old footage, N tokens, P pixel values per token, D
-width.
+Shape legend: B images or clips, O of them from old footage, N tokens of each, T tokens of all O, P
+pixel values per token, D width.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.encoders.kept_tokens import KeptTokens
 from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import normalize
-from models.objectives.kept_tokens import KeptTokens
 from models.objectives.objective import Batch, EncoderObjective, Objective, Output
 from models.objectives.sigreg import Regularized
 from pipelines.config.train import PretrainConfig
@@ -95,9 +95,9 @@ class Anchored(Objective):
         pixels = normalize(old[self._pixels], inner.mean, inner.std)
         patches_ONP, kept = inner.encoder.patch_embed.patchify(pixels), KeptTokens.of(old)
         with torch.no_grad():
-            before_OND = _tokens(frozen, patches_ONP, kept)
-            variance = before_OND.var(dim=(0, 1), correction=0).mean()
-        return (_tokens(inner.encoder, patches_ONP, kept) - before_OND).square().mean() / variance
+            before_TD = _tokens(frozen, patches_ONP, kept)
+            variance = before_TD.var(dim=0, correction=0).mean()
+        return (_tokens(inner.encoder, patches_ONP, kept) - before_TD).square().mean() / variance
 
     def after_step(self, step: int, total_steps: int) -> None:
         """Calls the objective's `after_step`."""
@@ -119,9 +119,10 @@ class Anchored(Objective):
 
 
 def _tokens(encoder: VisionTransformer, patches_ONP: Tensor, kept: KeptTokens | None) -> Tensor:
+    """Encodes the tokens that the samples have, in fp32, [T, D]."""
     if kept is None:
-        return encoder.forward_patches(patches_ONP).float()
-    return kept.encode(encoder, patches_ONP)[0].float()
+        return encoder.forward_patches(patches_ONP).float().flatten(0, 1)
+    return kept.encode(encoder, patches_ONP)[kept.valid_BK].float()
 
 
 def anchored(objective: Objective, cfg: PretrainConfig) -> Objective:

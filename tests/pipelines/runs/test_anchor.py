@@ -66,6 +66,28 @@ def test_only_old_rows_pull_and_names_of_weights_stay(old: str) -> None:
     assert made(batch | {"images": pixels}).metrics["anchor"] != found.metrics["anchor"]
 
 
+def test_tokens_that_are_left_out_are_not_compared(old: str) -> None:
+    encoder, cfg, _ = load_encoder(old)
+    made = Anchored(load_objective(old)[0], encoder, 1.0)
+    batch = next(batches(cfg, rank=0, world_size=1, start_step=0, end_step=1))
+    rows = {name: batch[name] for name in ("images", "sets")}
+
+    def kept(ids: list[int]) -> dict[str, torch.Tensor]:
+        count = len(batch["images"])
+        ids_BK = torch.tensor(ids)[None].expand(count, -1)
+        valid_BK = torch.ones_like(ids_BK, dtype=torch.bool)
+        return {"grids": torch.tensor([[4, 4]]).expand(count, 2), "kept_ids": ids_BK,
+                "kept_valid": valid_BK}  # fmt: skip
+
+    whole = made._distance(rows)
+    torch.testing.assert_close(made._distance(rows | kept([*range(16)])), whole)
+    part = made._distance(rows | kept([0, 1, 4, 5]))
+    covered = batch["images"].clone()
+    covered[:, :, :, 16:] = 0  # the right half, of which no token is kept
+    hidden = made._distance(rows | {"images": covered} | kept([0, 1, 4, 5]))
+    torch.testing.assert_close(hidden, part)
+
+
 def test_an_encoder_that_has_not_moved_is_not_pulled(tmp_path: Path) -> None:
     cfg = change(tiny_config(tmp_path), objective={"name": "mae"})
     objective = new_objective(cfg)
