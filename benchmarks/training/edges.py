@@ -28,8 +28,8 @@ from pipelines.config.jobs import EvaluateConfig
 from pipelines.config.train import PretrainConfig
 from pipelines.evaluate import evaluate
 from pipelines.ingest import ingest
-from pipelines.training.launch import pretrain
 from pipelines.recipes.registry import RECIPES
+from pipelines.training.launch import pretrain
 
 U8 = npt.NDArray[np.uint8]
 

@@ -17,8 +17,8 @@ from torch.nn import functional
 
 from models.encoders.vit import VisionTransformer, gather_tokens
 from models.objectives.objective import Batch, EncoderObjective, Output
+from models.objectives.view_regions import pick_tokens, regions_in_view, shows_none
 from models.synced import SyncedBatchNorm
-from models.view_regions import pick_tokens, regions_in_view, shows_none
 from models.views import Views, kept_tokens, token_order, view_draws
 
 WATCHED_COLUMNS = 512

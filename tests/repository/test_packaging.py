@@ -83,12 +83,13 @@ def test_import_direction_allows_models_rays_serve_and_relative() -> None:
     assert forbidden_imports(source, "pipelines") == []
 
 
-def test_models_do_not_use_ray_and_config_uses_only_the_standard_library() -> None:
+def test_models_do_not_use_ray_and_config_uses_nothing_heavy() -> None:
+    light = {"pipelines", "models", "tyro", "fsspec"}
     for path in sorted((ROOT / "models").rglob("*.py")):
         assert "ray" not in {name for _, name in imported(path.read_text(), "models")}, path
     for path in sorted((ROOT / "pipelines/config").glob("*.py")):
         names = {name for _, name in imported(path.read_text(), "pipelines")}
-        assert names <= {*sys.stdlib_module_names, "pipelines"}, path
+        assert names <= {*sys.stdlib_module_names, *light}, path
         ours = re.findall(r"(?:from|import) (pipelines\S*)", path.read_text())
         assert {".".join(name.split(".")[:2]) for name in ours} <= {"pipelines.config"}, path
 
@@ -111,7 +112,16 @@ def test_every_module_imports_without_starting_ray() -> None:
 def test_http_ingress_and_decoders_start_without_torch() -> None:
     """It would triple the time to start one, and their memory."""
     modules = "serve.app, serve.embeddings.media.decode_worker, models.media.preprocessing"
-    code = f"import sys, {modules}; print([m for m in ('torch', 'timm') if m in sys.modules])"
+    assert_imports_none(modules, "torch", "timm")
+
+
+def test_configuration_starts_without_torch_and_ray() -> None:
+    """Every read task and every `--help` imports it."""
+    assert_imports_none("pipelines.config.train, pipelines.config.jobs", "torch", "timm", "ray")
+
+
+def assert_imports_none(modules: str, *heavy: str) -> None:
+    code = f"import sys, {modules}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stdout + done.stderr
 

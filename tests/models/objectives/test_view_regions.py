@@ -12,7 +12,7 @@ import torch
 
 from models.objectives.joint_embedding import JointEmbedding
 from models.objectives.registry import build_objective
-from models.view_regions import pick_tokens, shows_none
+from models.objectives.view_regions import pick_tokens, shows_none
 from pipelines.config.objectives import ObjectiveConfig
 from pipelines.config.train import ModelConfig, PretrainConfig
 from pipelines.config.views import ViewsConfig
