@@ -23,8 +23,7 @@ from pipelines.config.data import DataConfig
 from pipelines.config.train import ModelConfig
 from pipelines.dataset.shards import read_row_group, sample_ids_array
 from pipelines.loading.clips import ClipSampler
-from pipelines.loading.masks.crops import fitted_crops
-from pipelines.loading.masks.layouts import Layout, make_layout
+from pipelines.loading.masks.layouts import Layout, draw_crops
 from pipelines.loading.masks.maskers import Masker
 from pipelines.loading.plan import Piece, Plan, lane_windows
 from pipelines.runtime.uris import open_uri
@@ -145,10 +144,10 @@ def _with_draws(reader: Reader, block: pa.Table, piece: Piece, first: int, stop:
     """Adds the random columns. All but legacy masks depend only on (seed, epoch, sample id)."""
     keys_N = sample_keys(sample_ids_array(block), reader.plan.seed, piece.epoch)
     sizes_N2 = np.stack([block.column("height").to_numpy(), block.column("width").to_numpy()], 1)
-    boxes_N4 = fitted_crops(keys_N, sizes_N2, reader.model, reader.data)
     flipped_N = np.zeros(len(keys_N), np.bool_)
     if reader.data.flip:
         flipped_N = uniforms(keys_N, SampleStream.FLIP, 1)[:, 0] < 0.5
+    boxes_N4, layout = draw_crops(keys_N, sizes_N2, flipped_N, reader.model, reader.data)
     steps_N = piece.step + np.repeat(np.arange(first, stop) - piece.start, reader.local_batch)
     added = {
         "step": pa.array(steps_N),
@@ -160,7 +159,6 @@ def _with_draws(reader: Reader, block: pa.Table, piece: Piece, first: int, stop:
         frames_NT = reader.sampler.random(lengths_N, fps_N, keys_N)
         flat = pa.array(frames_NT.reshape(-1))
         added["frames"] = pa.FixedSizeListArray.from_arrays(flat, frames_NT.shape[1])
-    layout = make_layout(reader.model, sizes_N2, boxes_N4, flipped_N)
     if layout is not None:
         grids = pa.array(layout.grids_B2.astype(np.int32).reshape(-1))
         added["grid"] = pa.FixedSizeListArray.from_arrays(grids, 2)

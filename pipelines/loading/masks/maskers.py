@@ -1,6 +1,8 @@
 """The maskers: one object for each kind of mask, which draws token numbers for a batch.
 
-To add a masker, write a class with the members of `Masker` and enter it in `MASKERS`.
+To add a masker, write a class with the members of `Masker` and enter it in `MASKERS`. If samples
+may lack tokens or have grids of their own, it knows the run's `crops`, and chooses the lengths of
+lists by them.
 
 Shape suffixes: B samples, M target blocks of an image, C contexts of an image, K context tokens, T
 target tokens.
@@ -19,14 +21,25 @@ from models.keyed_random.arrays import U64
 from pipelines.config.data import MaskConfig, VideoMaskConfig
 from pipelines.config.objectives import Masks
 from pipelines.config.train import PretrainConfig
-from pipelines.loading.masks.layouts import Layout
+from pipelines.loading.masks.layouts import CropSettings, Layout, calibration_layout
 from pipelines.loading.masks.multiblock import I32, legacy_masks, mask_lengths, multiblock_masks
+from pipelines.loading.masks.partial import (
+    Lengths,
+    check_lengths,
+    partial_block_lengths,
+    partial_clip_lengths,
+    partial_disjoint_masks,
+    partial_multiblock_masks,
+    partial_random_masks,
+    partial_video_masks,
+    reached_patches,
+)
 from pipelines.loading.masks.patches import disjoint_masks, random_masks
 from pipelines.loading.masks.spacetime import legacy_video_masks, video_mask_lengths, video_masks
 
 MASK_NAMES = ("context_ids", "target_ids")
 MaskArrays = dict[str, I32]
-"""Token numbers by the names they have in a batch, int32, ascending.
+"""Token numbers by the names they have in a batch, int32, ascending, in the sample's own grid.
 
 - Images: `context_ids` [B, K] and `target_ids` [B, M, T]; with C contexts an image, [B, C, K] and
   [B, C, T].
@@ -53,7 +66,12 @@ class Masker(Protocol):
         """
 
     def for_samples(self, keys_B: U64, layout: Layout | None = None) -> MaskArrays:
-        """Draws masks, fixed by the samples' keys (`keyed_random.arrays.sample_keys`)."""
+        """Draws masks, fixed by the samples' keys (`keyed_random.arrays.sample_keys`).
+
+        Args:
+            keys_B: the keys.
+            layout: the tokens of the samples; None if all have the encoder's whole grid.
+        """
 
     def for_batch(self, key: np.uint64, batch: int) -> MaskArrays:
         """Draws masks as the original collator does, for a whole global batch."""
@@ -66,11 +84,12 @@ class MultiblockMasker:
     grid: Grid
     """The patches of an image."""
     cfg: MaskConfig
+    crops: CropSettings | None = None
 
     @classmethod
     def from_config(cls, cfg: PretrainConfig) -> MultiblockMasker:
         """Makes the masker of a run."""
-        return cls(cfg.model.grid, cfg.mask)
+        return cls(cfg.model.grid, cfg.mask, _crops(cfg))
 
     @property
     def lists(self) -> Mapping[str, int]:
@@ -88,11 +107,19 @@ class MultiblockMasker:
         Raises:
             ValueError: no mask can be drawn; the flag is named.
         """
-        if not self.legacy:
-            mask_lengths(self.grid, self.cfg)
+        if self.legacy:
+            _refuse_legacy("mask", self.crops)
+            return
+        mask_lengths(self.grid, self.cfg)
+        if self.crops:
+            partial_block_lengths(self.cfg, self.crops)
 
     def for_samples(self, keys_B: U64, layout: Layout | None = None) -> MaskArrays:
         """Draws masks, fixed by the samples' keys (`keyed_random.arrays.sample_keys`)."""
+        if layout is not None:
+            lengths = partial_block_lengths(self.cfg, _known(self.crops))
+            drawn = partial_multiblock_masks(keys_B, layout, self.cfg, lengths)
+            return dict(zip(MASK_NAMES, drawn, strict=True))
         context_BK, target_BMT = multiblock_masks(keys_B, self.grid, self.cfg)
         return {"context_ids": context_BK, "target_ids": target_BMT}
 
@@ -109,12 +136,13 @@ class ClipMasker:
     grid: Grid
     """The tokens of a clip."""
     cfg: VideoMaskConfig
+    crops: CropSettings | None = None
     lists: ClassVar[Mapping[str, int]] = {}
 
     @classmethod
     def from_config(cls, cfg: PretrainConfig) -> ClipMasker:
         """Makes the masker of a run."""
-        return cls(cfg.model.grid, cfg.video_mask)
+        return cls(cfg.model.grid, cfg.video_mask, _crops(cfg))
 
     @property
     def legacy(self) -> bool:
@@ -127,11 +155,19 @@ class ClipMasker:
         Raises:
             ValueError: no mask can be drawn; the flag is named.
         """
-        if not self.legacy:
-            video_mask_lengths(self.grid, self.cfg)
+        if self.legacy:
+            _refuse_legacy("video-mask", self.crops)
+            return
+        video_mask_lengths(self.grid, self.cfg)
+        if self.crops:
+            partial_clip_lengths(self.cfg, self.crops)
 
     def for_samples(self, keys_B: U64, layout: Layout | None = None) -> MaskArrays:
         """Draws masks, fixed by the samples' keys (`keyed_random.arrays.sample_keys`)."""
+        if layout is not None:
+            lengths = partial_clip_lengths(self.cfg, _known(self.crops))
+            drawn = partial_video_masks(keys_B, layout, self.cfg, self.grid.tubes, lengths)
+            return _by_generator(drawn)
         return _by_generator(video_masks(keys_B, self.grid, self.cfg))
 
     def for_batch(self, key: np.uint64, batch: int) -> MaskArrays:
@@ -165,13 +201,14 @@ class RandomMasker(_BySample):
     """Tokens of an image."""
     keep: int
     """K; all others are targets."""
+    crops: CropSettings | None = None
     lists: ClassVar[Mapping[str, int]] = {"target_ids": 1}
 
     @classmethod
     def from_config(cls, cfg: PretrainConfig) -> RandomMasker:
         """Makes the masker of a run."""
         count = cfg.model.grid.per_step
-        return cls(count, round(count * (1 - cfg.mask.hidden)))
+        return cls(count, round(count * (1 - cfg.mask.hidden)), _crops(cfg))
 
     def check(self) -> None:
         """Checks the settings.
@@ -181,9 +218,20 @@ class RandomMasker(_BySample):
         """
         if not 0 < self.keep < self.count:
             raise ValueError(f"--mask.hidden: leaves {self.keep} of {self.count} patches visible")
+        if self.crops:
+            self._partial_lengths()
+
+    def _partial_lengths(self) -> Lengths:
+        """Returns the lengths where samples may lack tokens, in the same proportion."""
+        count = reached_patches(_known(self.crops))
+        keep = round(count * self.keep / self.count)
+        return check_lengths(keep, count - keep)
 
     def for_samples(self, keys_B: U64, layout: Layout | None = None) -> MaskArrays:
         """Draws masks, fixed by the samples' keys (`keyed_random.arrays.sample_keys`)."""
+        if layout is not None:
+            context_BK, target_BT = partial_random_masks(keys_B, layout, self._partial_lengths())
+            return {"context_ids": context_BK, "target_ids": target_BT[:, None]}
         context_BK, target_BT = random_masks(keys_B, self.count, self.keep)
         return {"context_ids": context_BK, "target_ids": target_BT[:, None]}
 
@@ -198,11 +246,12 @@ class DisjointMasker(_BySample):
     """C."""
     keep: int | None
     """K; None for all tokens that are not the context's targets."""
+    crops: CropSettings | None = None
 
     @classmethod
     def from_config(cls, cfg: PretrainConfig) -> DisjointMasker:
         """Makes the masker of a run."""
-        return cls(cfg.model.grid.per_step, cfg.mask.contexts, cfg.mask.context_keep)
+        return cls(cfg.model.grid.per_step, cfg.mask.contexts, cfg.mask.context_keep, _crops(cfg))
 
     @property
     def lists(self) -> Mapping[str, int]:
@@ -215,33 +264,56 @@ class DisjointMasker(_BySample):
         Raises:
             ValueError: no mask can be drawn; the flag is named.
         """
-        targets = self.count // self.contexts
+        self._lengths(self.count)
+        if self.crops:
+            self._lengths(reached_patches(self.crops))
+
+    def _lengths(self, count: int) -> Lengths:
+        """Returns K and T for images of this many patches.
+
+        Raises:
+            ValueError: there are too few; the flag is named.
+        """
+        targets = count // self.contexts
         if not targets:
-            raise ValueError(f"--mask.contexts: {self.contexts} cannot share {self.count} patches")
-        if self.keep is not None and self.keep > self.count - targets:
+            raise ValueError(f"--mask.contexts: {self.contexts} cannot share {count} patches")
+        if self.keep is not None and self.keep > count - targets:
             raise ValueError(
-                f"--mask.context-keep: {self.keep} is more than the {self.count - targets} patches "
+                f"--mask.context-keep: {self.keep} is more than the {count - targets} patches "
                 "that are not targets"
             )
+        return self.keep or count - targets, targets
 
     def for_samples(self, keys_B: U64, layout: Layout | None = None) -> MaskArrays:
         """Draws masks, fixed by the samples' keys (`keyed_random.arrays.sample_keys`)."""
+        if layout is not None:
+            lengths = check_lengths(*self._lengths(reached_patches(_known(self.crops))))
+            drawn = partial_disjoint_masks(keys_B, layout, self.contexts, lengths)
+            return dict(zip(MASK_NAMES, drawn, strict=True))
         masks = disjoint_masks(keys_B, self.count, self.contexts, self.keep)
         return dict(zip(MASK_NAMES, masks, strict=True))
 
 
+@dataclass(frozen=True)
 class NoMasker(_BySample):
     """Draws nothing, for objectives that compare whole views."""
 
+    crops: CropSettings | None = None
     lists: ClassVar[Mapping[str, int]] = {}
 
     @classmethod
     def from_config(cls, cfg: PretrainConfig) -> NoMasker:
         """Makes the masker of a run."""
-        return cls()
+        return cls(_crops(cfg))
 
     def check(self) -> None:
-        """Accepts any settings."""
+        """Checks the settings.
+
+        Raises:
+            ValueError: the regions that are left out leave too little of a picture.
+        """
+        if self.crops:
+            calibration_layout(self.crops)
 
     def for_samples(self, keys_B: U64, layout: Layout | None = None) -> MaskArrays:
         """Returns no masks."""
@@ -261,3 +333,21 @@ MASKERS: Mapping[Masks, Callable[[PretrainConfig], Masker]] = {
 def make_masker(cfg: PretrainConfig) -> Masker:
     """Makes the masker that the run's objective asks for."""
     return MASKERS[cfg.masks](cfg)
+
+
+def _crops(cfg: PretrainConfig) -> CropSettings | None:
+    """Returns the settings by which lengths are chosen; None if all samples have the whole grid."""
+    return CropSettings(cfg.model, cfg.data) if cfg.model.partial else None
+
+
+def _known(crops: CropSettings | None) -> CropSettings:
+    if crops is None:
+        raise ValueError("a layout needs a masker that was made for samples that lack tokens")
+    return crops
+
+
+def _refuse_legacy(group: str, crops: CropSettings | None) -> None:
+    """Raises: the original's masks are drawn on one whole grid."""
+    if crops is not None:
+        cause = "--model.exclude" if crops.model.exclude else "--model.fit whole"
+        raise ValueError(f"--{group}.truncate legacy: draws on one whole grid; not with {cause}")

@@ -128,7 +128,8 @@ def usual_context(grid: Grid) -> int:
 def _reachable_context(grid: Grid, cfg: MaskConfig) -> int:
     """Returns the context length that all but `MOST_MISSES` of first draws reach."""
     keys_B = mix(np.arange(CALIBRATION_DRAWS, dtype=np.uint64))
-    allowed_BN = _draw(keys_B, grid, cfg, attempt=0)[0]
+    inside_BN, blocks_BM4 = draw_blocks(keys_B, grid, cfg, attempt=0)
+    allowed_BN = inside_BN & ~cover_blocks(blocks_BM4, grid)
     return int(np.sort(allowed_BN.sum(1))[int(MOST_MISSES * CALIBRATION_DRAWS)])
 
 
@@ -156,12 +157,14 @@ def multiblock_masks(keys_B: U64, grid: Grid, cfg: MaskConfig) -> tuple[I32, I32
     rows = np.arange(len(keys_B))
     for attempt in range(ATTEMPTS + 1):
         keys = keys_B[rows]
-        allowed_BN, free_BN, blocks_BM4 = _draw(keys, grid, cfg, attempt)
+        inside_BN, blocks_BM4 = draw_blocks(keys, grid, cfg, attempt)
+        free_BN = ~cover_blocks(blocks_BM4, grid)
+        allowed_BN = inside_BN & free_BN
         targets = _target_subsets(keys, blocks_BM4, grid, keep_T, attempt)
         if attempt == ATTEMPTS:
             _force(allowed_BN, free_BN, targets, keep_K)
         done = allowed_BN.sum(1) >= keep_K
-        picked = _random_subset(
+        picked = random_subset(
             keys[done], allowed_BN[done], keep_K, SampleStream.MASK.at(3 * attempt + 2)
         )
         context_BK[rows[done]] = picked
@@ -172,12 +175,11 @@ def multiblock_masks(keys_B: U64, grid: Grid, cfg: MaskConfig) -> tuple[I32, I32
     return context_BK, target_BMT
 
 
-def _draw(keys_B: U64, grid: Grid, cfg: MaskConfig, attempt: int) -> tuple[Bools, Bools, I64]:
+def draw_blocks(keys_B: U64, grid: Grid, cfg: MaskConfig, attempt: int) -> tuple[Bools, I64]:
     """Draws all blocks.
 
     Returns:
-        Tokens that the context may use [B, N], tokens outside all targets [B, N], and target blocks
-        [B, M, 4] as (top, left, height, width).
+        Tokens inside the context block [B, N], and target blocks [B, M, 4].
     """
     draws_BMC = uniforms(keys_B, SampleStream.MASK.at(3 * attempt), 3 * (cfg.num_targets + 1))
     draws_BMC = draws_BMC.reshape(len(keys_B), cfg.num_targets + 1, 3)
@@ -185,8 +187,7 @@ def _draw(keys_B: U64, grid: Grid, cfg: MaskConfig, attempt: int) -> tuple[Bools
     context_shapes = block_shapes(grid, cfg.context_scale, (1.0, 1.0))
     targets_BM4 = place_blocks(draws_BMC[:, 1:], grid, target_shapes)
     context_BM4 = place_blocks(draws_BMC[:, :1], grid, context_shapes)
-    free_BN = ~cover_blocks(targets_BM4, grid)
-    return cover_blocks(context_BM4, grid) & free_BN, free_BN, targets_BM4
+    return cover_blocks(context_BM4, grid), targets_BM4
 
 
 def place_blocks(draws_BM3: F64, grid: Grid, choices: Shapes) -> I64:
@@ -219,24 +220,46 @@ def _target_subsets(keys_B: U64, blocks_BM4: I64, grid: Grid, keep_T: int, attem
     most_P = int((height * width).max(initial=keep_T))
     stream = SampleStream.MASK.at(3 * attempt + 1)
     block_keys = bits(keys_B, stream, blocks).reshape(-1)
-    inside = _random_subset(block_keys, np.arange(most_P) < height * width, keep_T, stream)
+    inside = random_subset(block_keys, np.arange(most_P) < height * width, keep_T, stream)
     ids = (top + inside // width) * grid.columns + left + inside % width
     return ids.astype(np.int32).reshape(batch, blocks, keep_T)
 
 
-def _random_subset(keys_B: U64, allowed_BN: Bools, keep: int, stream: int) -> I32:
+def random_subset(keys_B: U64, allowed_BN: Bools, keep: int, stream: int) -> I32:
     """Chooses `keep` random positions of each row's allowed ones, ascending, [B, keep]."""
+    packed_BN, place = _random_order(keys_B, allowed_BN, stream)
+    kept = packed_BN
+    if keep < allowed_BN.shape[1]:
+        kept = np.partition(packed_BN, keep - 1, axis=1)[:, :keep]
+    return np.sort(kept & place, axis=1).astype(np.int32)
+
+
+def repeated_subset(keys_B: U64, allowed_BN: Bools, keep: int, stream: int) -> I32:
+    """As `random_subset`, but where fewer are allowed, at least one, all of these are repeated."""
+    packed_BN, place = _random_order(keys_B, allowed_BN, stream)
+    packed_BN.sort(axis=1)
+    turns = np.arange(keep) % allowed_BN.sum(1)[:, None]
+    return np.sort(np.take_along_axis(packed_BN, turns, 1) & place, axis=1).astype(np.int32)
+
+
+def _random_order(
+    keys_B: U64, allowed_BN: Bools, stream: int
+) -> tuple[npt.NDArray[np.uint32], np.uint32]:
+    """Draws numbers that sort positions at random, the allowed ones before the others.
+
+    Returns:
+        uint32 [B, N], and the mask of the bits that hold the position.
+    """
     count = allowed_BN.shape[1]
     low_bits = np.uint32(max(1, (count - 1).bit_length()))
     halves = (count + 1) // 2  # two 32-bit priorities a word; `reshape(-1)` would fail without rows
     words = bits(keys_B, stream, halves).view(np.uint32).reshape(len(keys_B), 2 * halves)
-    # The priority is in the high bits and the position in the low bits, so a partition moves both.
+    # The priority is in the high bits and the position in the low bits, so sorting moves both.
     packed_BN = (words[:, :count] >> np.uint32(1) >> low_bits << low_bits) | np.arange(
         count, dtype=np.uint32
     )
     packed_BN[~allowed_BN] |= np.uint32(1 << 31)
-    kept = np.partition(packed_BN, keep - 1, axis=1)[:, :keep] if keep < count else packed_BN
-    return np.sort(kept & ((np.uint32(1) << low_bits) - np.uint32(1)), axis=1).astype(np.int32)
+    return packed_BN, (np.uint32(1) << low_bits) - np.uint32(1)
 
 
 def _force(allowed_BN: Bools, free_BN: Bools, targets_BMT: I32, keep_K: int) -> None:

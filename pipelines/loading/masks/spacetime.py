@@ -191,7 +191,7 @@ def _masks(generator: Generator, keys_B: U64, keep_K: int, keep_T: int) -> Masks
         hidden_BN = generator.hidden(keys, attempt)
         hidden_B, count = hidden_BN.sum(1), hidden_BN.shape[1]
         done = (hidden_B >= keep_T) & (count - hidden_B >= keep_K) | (attempt == ATTEMPTS)
-        order_BN = _random_order(keys[done], hidden_BN[done], attempt)
+        order_BN = random_order(keys[done], hidden_BN[done], attempt)
         context_BK[rows[done]] = np.sort(order_BN[:, :keep_K], axis=1)
         target_BT[rows[done]] = np.sort(order_BN[:, count - keep_T :], axis=1)
         rows = rows[~done]
@@ -200,7 +200,7 @@ def _masks(generator: Generator, keys_B: U64, keep_K: int, keep_T: int) -> Masks
     return context_BK, target_BT
 
 
-def _random_order(keys_B: U64, hidden_BN: Bools, attempt: int) -> I32:
+def random_order(keys_B: U64, hidden_BN: Bools, attempt: int) -> I32:
     """Returns token ids in random order, all visible ones before all hidden ones, [B, N]."""
     count = hidden_BN.shape[1]
     low_bits = np.uint64((count - 1).bit_length())
