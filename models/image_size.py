@@ -92,8 +92,14 @@ def best_grid(height: float, width: float, tokens: int) -> tuple[int, int]:
     Returns:
         Rows and columns, at least 1 each.
     """
-    grids = ((r, c) for r in range(1, tokens + 1) for c in range(1, tokens // r + 1))
-    return max(grids, key=lambda grid: grid[0] * grid[1] / _stretch(grid, height / width) ** 2)
+    aspect = height / width
+    return max(possible_grids(tokens), key=lambda g: g[0] * g[1] / _stretch(g, aspect) ** 2)
+
+
+@functools.lru_cache(maxsize=64)
+def possible_grids(tokens: int) -> tuple[tuple[int, int], ...]:
+    """Returns rows and columns of every grid of at most `tokens` patches."""
+    return tuple((r, c) for r in range(1, tokens + 1) for c in range(1, tokens // r + 1))
 
 
 def _stretch(grid: tuple[int, int], aspect: float) -> float:

@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from models.image_size import ImageSize, best_grid, height_width
+from models.image_size import ImageSize, height_width, possible_grids
 
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
@@ -70,10 +70,14 @@ def grids_of(fit: Fit, boxes_B4: npt.ArrayLike, size: ImageSize, patch_size: int
     rows, columns = (side // patch_size for side in height_width(size))
     if fit != "whole":
         return np.tile(np.array([rows, columns]), (len(boxes), 1))
-    sides_B2 = boxes[:, [3, 2]] - boxes[:, [1, 0]]
-    distinct, which_B = np.unique(sides_B2, axis=0, return_inverse=True)
-    grids = np.array([best_grid(h, w, rows * columns) for h, w in distinct.tolist()], np.int64)
-    return grids.reshape(-1, 2)[which_B.reshape(-1)]
+    grids_G2 = np.array(possible_grids(rows * columns), np.int64)
+    aspect_B1 = ((boxes[:, 3] - boxes[:, 1]) / (boxes[:, 2] - boxes[:, 0]))[:, None]
+    # The rule of `best_grid`; a batch of random crops has nearly as many aspects as samples.
+    ratio_BG = grids_G2[:, 0] / grids_G2[:, 1] / aspect_B1
+    stretch_BG = np.maximum(ratio_BG, 1 / ratio_BG)
+    best_B = np.argmax(grids_G2.prod(axis=1) / (stretch_BG * stretch_BG), axis=1)
+    grids_B2: I64 = grids_G2[best_B]
+    return grids_B2
 
 
 def inner_part(

@@ -39,7 +39,7 @@ from pipelines.loading.masks.spacetime import legacy_video_masks, video_mask_len
 
 MASK_NAMES = ("context_ids", "target_ids")
 MaskArrays = dict[str, I32]
-"""Token numbers by the names they have in a batch, int32, ascending, in the sample's own grid.
+"""Token numbers by the names they have in a batch, int32, ascending; see `Layout.kept_ids`.
 
 - Images: `context_ids` [B, K] and `target_ids` [B, M, T]; with C contexts an image, [B, C, K] and
   [B, C, T].

@@ -77,11 +77,16 @@ def _draw_by_grid(
     shapes: Sequence[tuple[int, ...]],
     draw: Callable[[U64, Grid, Bools], Sequence[I32]],
 ) -> list[I32]:
-    """Draws arrays of the given shapes, [B, ...], by `draw` for the samples of every grid."""
+    """Draws arrays of the given shapes, [B, ...], by `draw` for the samples of every grid.
+
+    Returns:
+        Token numbers as in `Layout.kept_ids`: time steps are as far apart as on the largest grid.
+    """
     drawn = [np.empty((len(keys_B), *shape), np.int32) for shape in shapes]
     for grid, samples, kept_BP in layout.by_grid(tubes):
         for whole, part in zip(drawn, draw(keys_B[samples], grid, kept_BP), strict=True):
-            whole[samples] = part
+            gap = layout.kept_BN.shape[1] - grid.per_step
+            whole[samples] = part + gap * (part // grid.per_step)
     return drawn
 
 
