@@ -33,7 +33,7 @@ from pipelines.config.jobs import EvaluateConfig
 from pipelines.dataset.shards import Manifest
 from pipelines.evaluation.input_sets import read_manifests, read_sets
 from pipelines.evaluation.probe_sets import SETS, ProbeSet, number_set
-from pipelines.evaluation.probes.probe import ProbeTask
+from pipelines.evaluation.probes.probe import ProbeTask, Readouts
 from pipelines.evaluation.probes.registry import best_score, run_probes
 from pipelines.evaluation.report.comparison import read_compared
 from pipelines.evaluation.report.page import write_report
@@ -72,7 +72,8 @@ def evaluate(cfg: EvaluateConfig, *, console: Console | None = None) -> dict[str
     subject.encoder.to("cuda" if torch.cuda.is_available() else "cpu")
     baseline = untrained(subject, cfg.seed)
     sets, classes = read_sets(cfg, subject, baseline, manifests, console)
-    measured = measure(subject, sets, cfg, console)
+    readouts: Readouts = {}
+    measured = measure(subject, sets, cfg, console, readouts)
     results = measured | {
         "provenance": subject.provenance,
         "settings": json.loads(json.dumps(dataclasses.asdict(cfg))),  # as the file will have it
@@ -89,7 +90,7 @@ def evaluate(cfg: EvaluateConfig, *, console: Console | None = None) -> dict[str
     results["warnings"] = validity_warnings(facts, classes if cfg.has_classes else None)
     show(results, compared, console)
     _write(cfg.out, "results.json", json.dumps(results, indent=2).encode())
-    html = write_report(results, subject, sets[0], sets[1], baseline, compared)
+    html = write_report(results, subject, sets[0], sets[1], baseline, compared, readouts)
     console.print(f"report: {_write(cfg.out, 'report.html', html.encode())}")
     return results
 
@@ -100,7 +101,11 @@ def untrained(subject: Subject, seed: int) -> VisionTransformer:
 
 
 def measure(
-    subject: Subject, sets: Sequence[ProbeSet], cfg: EvaluateConfig, console: Console
+    subject: Subject,
+    sets: Sequence[ProbeSet],
+    cfg: EvaluateConfig,
+    console: Console,
+    readouts: Readouts,
 ) -> dict[str, Any]:
     """Runs every probe on every row, and the supervised baseline where it is asked for.
 
@@ -109,6 +114,7 @@ def measure(
         sets: in the order of `probe_sets.SETS`.
         cfg: the job.
         console: where the progress is printed.
+        readouts: takes the fitted probes of the encoder's row.
 
     Returns:
         `rows` of results.json, and `supervised` where there is one.
@@ -129,7 +135,8 @@ def measure(
     with console.status("probing") as status:
         for row in train.features:
             status.update(f"probing {ROW_NAMES[row]}")
-            found["rows"][row] = run_probes(dataclasses.replace(first, row=row))
+            fitted = readouts if row == "encoder" else {}
+            found["rows"][row] = run_probes(dataclasses.replace(first, row=row, readouts=fitted))
         if cfg.supervised_epochs > 0:
             status.update("training the supervised baseline")
             found["supervised"] = _supervised(subject, sets, cfg)

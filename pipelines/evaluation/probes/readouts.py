@@ -45,9 +45,11 @@ class LinearReadout:
     signed: bool = True
 
     def contributions(self, tokens_BTD: Tensor) -> Tensor:
-        """Returns what every token adds to every output, [B, T, C]."""
+        """Returns what every token adds to every output, [B, T, C]; 0 for one that is NaN."""
         centred_BTD = tokens_BTD.to(self.weight_DC) - self.mean_D
-        return centred_BTD @ self.weight_DC / tokens_BTD.shape[1]
+        missing_BT1 = tokens_BTD[..., :1].isnan().to(centred_BTD.device)
+        count_B11 = (~missing_BT1).sum(dim=1, keepdim=True)
+        return (centred_BTD @ self.weight_DC).masked_fill(missing_BT1, 0) / count_B11
 
     def maps(self, tokens_BTD: Tensor) -> Tensor:
         """Returns what every token adds to the winning class, or to the number, [B, T]."""

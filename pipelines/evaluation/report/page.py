@@ -13,7 +13,7 @@ from models.encoders.vit import VisionTransformer
 from pipelines.config.as_json import to_json
 from pipelines.evaluation.features import decode_all
 from pipelines.evaluation.probe_sets import ProbeSet
-from pipelines.evaluation.probes.probe import Column, percent
+from pipelines.evaluation.probes.probe import Column, Readouts, percent
 from pipelines.evaluation.probes.registry import (
     NUMBER_PROBES,
     main_column,
@@ -22,7 +22,9 @@ from pipelines.evaluation.probes.registry import (
     scores,
 )
 from pipelines.evaluation.report import samples
+from pipelines.evaluation.report.confusion import confusions
 from pipelines.evaluation.report.curves import training_curves
+from pipelines.evaluation.report.maps import patch_maps
 from pipelines.evaluation.report.tables import (
     ROW_NAMES,
     Table,
@@ -44,6 +46,7 @@ def write_report(
     test: ProbeSet,
     baseline: VisionTransformer,
     compared: Sequence[dict[str, Any]] = (),
+    readouts: Readouts | None = None,
 ) -> str:
     """Draws everything and fills the template.
 
@@ -54,6 +57,7 @@ def write_report(
         test: the labelled set that they were scored on; its samples are shown.
         baseline: the randomly initialised encoder of the table.
         compared: results of other evaluations, to stand beside.
+        readouts: the encoder's fitted probes, whose maps are drawn.
 
     Returns:
         The HTML.
@@ -76,6 +80,8 @@ def write_report(
         headline=[*_headline(results), *_number_headline(results)],
         sections=training_curves(subject.run_uri),
         neighbours=samples.neighbours(results, subject, train, test),
+        confusions=confusions(results),
+        maps=patch_maps(subject, readouts or {}, decoded, results["classes"]),
         pca=samples.patch_colours(subject, baseline, decoded),
         masks=samples.masks(subject, shown, decoded),
         mask_note=samples.mask_note(subject.config),

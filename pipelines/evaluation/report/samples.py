@@ -88,10 +88,10 @@ def neighbours(
 def _pictures(subject: Subject, part: ProbeSet, rows: np.ndarray) -> list[str]:
     table = read_places(part.uri, part.places_N3[rows])
     decoded = decode_all(table, subject.preprocessing, subject.sampler)
-    return [picture_uri(sample) for sample in _channels_last(decoded)]
+    return [picture_uri(sample) for sample in channels_last(decoded)]
 
 
-def _channels_last(samples: InputBatch) -> list[np.ndarray]:
+def channels_last(samples: InputBatch) -> list[np.ndarray]:
     """Returns images as [H, W, C] and clips as [F, H, W, C]."""
     return [picture.movedim(0, -1).numpy() for picture in samples.pictures()]
 
@@ -103,12 +103,7 @@ def patch_colours(
 
     Where samples have grids of their own, only those with the commonest grid are drawn.
     """
-    grid = subject.encoder.grid
-    grid = grid if subject.sampler else grid._replace(tubes=1)
-    if samples.grids_B2 is not None:
-        (rows, columns), _ = Counter(map(tuple, samples.grids_B2.tolist())).most_common(1)[0]
-        samples = samples[(samples.grids_B2 == torch.tensor([rows, columns])).all(1)]
-        grid = grid._replace(rows=rows, columns=columns)
+    samples, grid = of_one_grid(subject, samples)
     maps = []
     for encoder in (subject.encoder, baseline):
         tokens_NTD = extract_features(
@@ -118,15 +113,31 @@ def patch_colours(
             batch_size=PCA_BATCH * (subject.sampler.frames if subject.sampler else 1),
             pooling="patches",
         )
-        N, T, D = tokens_NTD.shape
-        by_step = tokens_NTD.reshape(N, grid.tubes, T // grid.tubes, D)[:, :, : grid.per_step]
-        maps.append(pca_pictures(by_step.reshape(N, -1, D), PCA_SHOWN, grid))
+        maps.append(pca_pictures(by_step(tokens_NTD, grid), PCA_SHOWN, grid))
     if subject.sampler:  # as long as the clip they stand beside
         maps = [pictures.repeat(subject.encoder.tubelet, axis=1) for pictures in maps]
     return [
         [picture_uri(picture) for picture in row]
-        for row in zip(_channels_last(samples[:PCA_SHOWN]), *maps, strict=True)
+        for row in zip(channels_last(samples[:PCA_SHOWN]), *maps, strict=True)
     ]
+
+
+def of_one_grid(subject: Subject, samples: InputBatch) -> tuple[InputBatch, Grid]:
+    """Returns the samples that have the commonest grid, and this grid."""
+    grid = subject.encoder.grid
+    grid = grid if subject.sampler else grid._replace(tubes=1)
+    if samples.grids_B2 is not None:
+        (rows, columns), _ = Counter(map(tuple, samples.grids_B2.tolist())).most_common(1)[0]
+        samples = samples[(samples.grids_B2 == torch.tensor([rows, columns])).all(1)]
+        grid = grid._replace(rows=rows, columns=columns)
+    return samples, grid
+
+
+def by_step(tokens_NTD: np.ndarray, grid: Grid) -> np.ndarray:
+    """Removes the places of a time step that a grid does not have, from tokens [N, T, D]."""
+    N, T, D = tokens_NTD.shape
+    steps = tokens_NTD.reshape(N, grid.tubes, T // grid.tubes, D)[:, :, : grid.per_step]
+    return steps.reshape(N, -1, D)
 
 
 def masks(subject: Subject, rows: pa.Table, samples: InputBatch) -> list[list[str]]:
@@ -143,7 +154,7 @@ def masks(subject: Subject, rows: pa.Table, samples: InputBatch) -> list[list[st
     else:
         drawn = masker.for_samples(sample_keys(ids, config.run.seed, 0), _layout(samples))
     shown = []
-    for row, sample in enumerate(_channels_last(samples)):
+    for row, sample in enumerate(channels_last(samples)):
         grid = encoder.grid
         if samples.grids_B2 is not None:
             own = samples.grids_B2[row].tolist()

@@ -13,13 +13,16 @@ import torch
 from scipy import linalg, stats
 
 from pipelines.config.jobs import EvaluateConfig
+from pipelines.evaluation.arrays import class_table
 from pipelines.evaluation.probe_sets import ProbeSet, number_set
 from pipelines.evaluation.probes.attentive import AttentiveNumber
 from pipelines.evaluation.probes.attentive_sweep import Sweep
+from pipelines.evaluation.probes.linear import PROBE_LRS, PROBE_WEIGHT_DECAYS, fit_linear
 from pipelines.evaluation.probes.number_probe import number_score
 from pipelines.evaluation.probes.probe import ProbeTask
 from pipelines.evaluation.probes.registry import run_probes
 from pipelines.evaluation.probes.ridge import RidgeProbe
+from pipelines.evaluation.report.confusion import confusions
 from pipelines.evaluation.ridge import fit_ridge
 
 SWEEP = Sweep(heads=2, epochs=20, lrs=(1e-2, 1e-5), weight_decays=(0.01,), batch_size=32)
@@ -195,3 +198,71 @@ def test_every_number_of_a_row_is_read_beside_its_classes_or_alone() -> None:
     both = dataclasses.replace(cfg, state="3", probe_epochs=1, attentive_epochs=1)
     row = run_probes(ProbeTask(row="encoder", cfg=both, heads=1, **sets))
     assert {"knn", "linear", "attentive", "numbers"} <= row.keys()
+
+
+# --- maps over the patches
+
+
+def test_a_map_sums_to_the_answer_of_its_probe() -> None:
+    sets = {"train": _set(0, 200), "test": _set(1)}
+    settings = {"state": "3", "number": ("x",), "probe_epochs": 2, "attentive_epochs": 1}
+    cfg = EvaluateConfig(checkpoint="c", data="d", test="t", **settings)
+    task = ProbeTask(row="encoder", cfg=cfg, heads=1, **sets)
+    run_probes(task)
+    assert [*task.readouts] == [
+        (None, "attentive"),
+        (None, "linear"),
+        ("x", "attentive"),
+        ("x", "ridge"),
+        ("noise", "attentive"),
+        ("noise", "ridge"),
+    ]
+    tokens_NTD = torch.randn(5, 7, 6) + 3
+    mean_ND = tokens_NTD.mean(1).numpy()
+    ridge = task.readouts["x", "ridge"]
+    part = number_set(sets["train"], "x")
+    expected_N = RidgeProbe.fit(part.features["encoder"], part.labels_N).predict(mean_ND)
+    torch.testing.assert_close(ridge.answers(tokens_NTD), expected_N, atol=1e-4, rtol=1e-4)
+    total_N = ridge.maps(tokens_NTD).sum(1) + ridge.offset_C
+    torch.testing.assert_close(total_N, expected_N, atol=1e-4, rtol=1e-4)
+    linear = task.readouts[None, "linear"]
+    fitted = fit_linear(
+        sets["train"].features["encoder"],
+        sets["train"].labels_N,
+        [(lr, decay) for lr in PROBE_LRS for decay in PROBE_WEIGHT_DECAYS],
+        2,
+    )
+    logits_NC = fitted.scaling(torch.from_numpy(mean_ND)) @ fitted.weight_DC + fitted.bias_C
+    winner_N = logits_NC.argmax(1)
+    assert torch.equal(linear.answers(tokens_NTD), winner_N)
+    total_N = linear.maps(tokens_NTD).sum(1) + linear.offset_C[winner_N]
+    torch.testing.assert_close(total_N, logits_NC.amax(1), atol=1e-4, rtol=1e-4)
+    # A token that is not there adds nothing, and the others count for more.
+    longer_NTD = torch.cat([tokens_NTD, torch.full((5, 2, 6), torch.nan)], 1)
+    longer_NT = ridge.maps(longer_NTD)
+    torch.testing.assert_close(longer_NT[:, :7], ridge.maps(tokens_NTD))
+    assert (longer_NT[:, 7:] == 0).all()
+    attention = task.readouts["x", "attentive"]
+    torch.testing.assert_close(attention.maps(tokens_NTD).sum(1), torch.ones(5))
+
+
+# --- confusion
+
+
+def test_a_class_table_counts_every_pair_and_the_report_tells_the_change() -> None:
+    predicted_Q, truth_Q = torch.tensor([0, 1, 1, 1, 3]), np.array([0, 0, 1, 1, 1])
+    table = class_table(predicted_Q, truth_Q, 4)
+    assert table.accuracy == [0.5, 2 / 3, None, None]
+    assert table.confusion == [[1, 1, 0, 0], [0, 2, 0, 1], [0] * 4, [0] * 4]
+    shifted = class_table(torch.tensor([0, 0, 0]), np.array([0, 0, 1]), 4)
+    row = {
+        "knn": 0.6,
+        "knn_classes": dataclasses.asdict(table),
+        "knn_shift_classes": dataclasses.asdict(shifted),
+    }
+    first, second = confusions({"rows": {"encoder": row}, "classes": ["a", "b", "c", "d"]})
+    assert [r["accuracy"] for r in first["rows"]] == [50, pytest.approx(200 / 3), None, None]
+    assert [r["change"] for r in second["rows"]] == [50, pytest.approx(-200 / 3), None, None]
+    assert first["rows"][0]["cells"] == [(1, 50), (1, 50), (0, 0), (0, 0)]
+    many = class_table(predicted_Q, truth_Q, 101)
+    assert (many.confusion, len(many.accuracy)) == (None, 101)

@@ -250,7 +250,7 @@ def test_evaluate_probes_states_beside_a_supervised_baseline(
             assert row[probe]["shift_accuracy"] == row[probe]["accuracy"]
     assert results["supervised"]["shift_accuracy"] == results["supervised"]["accuracy"]
     html = (tmp_path / "out" / "report.html").read_text()
-    for text in ("Supervised", "Shifted", results["classes"][0]):
+    for text in ("Supervised", "Shifted", results["classes"][0], 'table class="confusion"'):
         assert text in html
     with pytest.raises(ValueError, match="--only: no class 'x'; there are a, b, c"):
         evaluate(dataclasses.replace(cfg, only="x"))
@@ -292,6 +292,8 @@ def test_evaluate_reads_numbers_alone_and_leaves_out_what_has_none(
             for number in ("0", "1"):
                 assert {"r2", "mae", "spearman", "shift_r2"} <= row["numbers"][number][probe].keys()
     html = (tmp_path / "out" / "report.html").read_text()
+    maps = html.partition("<h2>Where the answers are read</h2>")[2].partition("</section>")[0]
+    assert maps.count("<img ") == 4 * 6 * 2  # two probes of two numbers, six clips
     for text in ("<h2>Numbers</h2>", "Ridge R2", "Attentive MAE", "Shifted R2", missing):
         assert text in html
     # Another evaluation of the same numbers stands beside.
