@@ -8,9 +8,12 @@
     OUT/embed.json                     written last: a folder without it is not finished
 
 Columns: sample_id, embedding (fixed-size list of float32), label and source_uri. Video, whose rows
-are segments, also has start_s, and live streams have recorded_at. Run again, the job does only what
-is missing. If it is killed, no file is left half-written. The files do not depend on the number of
-workers.
+are segments, also has start_s, and live streams have recorded_at. With --pooling patches, where
+pictures may have fewer tokens than the encoder's grid (fit whole, regions left out), embedding is a
+list of the picture's own tokens; tokens has their numbers (time step times the patches of the
+encoder's grid, plus the place in the picture's grid) and grid its rows and columns. Run again, the
+job does only what is missing. If it is killed, no file is left half-written. The files do not
+depend on the number of workers.
 
 Each file of a growing set belongs to one shard (`part-<key>-<shard>-<row group>.parquet`); a later
 run adds the files of the new shards.
@@ -23,6 +26,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
 import sys
@@ -45,6 +49,7 @@ from rich.console import Console
 
 from models.artifacts.artifact import Artifact, load_artifact
 from models.artifacts.formats.rayjepa import stored_preprocessing
+from models.encoders.input_batch import InputBatch
 from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import Preprocessing
 from pipelines.config.data import ClipConfig
@@ -58,7 +63,12 @@ from pipelines.dataset.shards import (
     read_manifest,
     read_row_group,
 )
-from pipelines.evaluation.features import compute_features, decode_batches, encoder_features
+from pipelines.evaluation.features import (
+    compute_features,
+    decode_batches,
+    encoder_features,
+    with_regions,
+)
 from pipelines.loading.clips import ClipSampler
 from pipelines.runtime.cluster import start_ray
 from pipelines.runtime.errors import run_command
@@ -179,7 +189,7 @@ def _finish(
 
 def _describe(cfg: EmbedConfig, artifact: Artifact, manifest: Manifest) -> dict[str, Any]:
     """Describes the embeddings; `key` is a hash of everything that determines their values."""
-    encoder, prep = artifact.encoder, artifact.preprocessing
+    encoder, prep = artifact.encoder, with_regions(artifact.preprocessing, cfg.exclude)
     patches = cfg.pooling == "patches"
     content: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
@@ -293,11 +303,15 @@ class Embedder:
         if not cfg.gpu:  # Ray gives an actor one thread; the machine's cores are for the pool
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // cfg.workers))
         artifact = load_artifact(cfg.artifact)
-        self._cfg, self._prep = cfg, artifact.preprocessing
+        self._cfg, self._prep = cfg, with_regions(artifact.preprocessing, cfg.exclude)
         encoder = artifact.encoder.to("cuda" if cfg.gpu else "cpu").eval()
         settings = ClipConfig(fps=cfg.fps, stride=cfg.stride)
         self._clips = ClipSampler(frames=encoder.frames, settings=settings)
-        self._featurize = encoder_features(encoder, self._prep, pooling=cfg.pooling)
+        self._featurizers = {
+            "embedding": encoder_features(encoder, self._prep, pooling=cfg.pooling)
+        }
+        if cfg.pooling == "patches" and self._prep.partial:
+            self._featurizers["grid"] = _grids
 
     def __call__(self, item: dict[str, str]) -> dict[str, int]:
         """Writes one output file; returns its rows and the bytes of its images or segments."""
@@ -320,25 +334,56 @@ class Embedder:
 
         sampler = self._clips if modality == "video" else None
         batches = decode_batches(tables(), self._prep, self._cfg.batch_size, sampler)
-        features = compute_features({"embedding": self._featurize}, batches)["embedding"]
+        found = compute_features(self._featurizers, batches)
         fs, root = open_uri(self._cfg.out)
-        write_atomic(fs, f"{root}/{part['file']}", to_parquet(pa.concat_tables(kept), features))
-        return {"rows": len(features), "bytes": num_bytes}
+        content = to_parquet(pa.concat_tables(kept), found["embedding"], found.get("grid"))
+        write_atomic(fs, f"{root}/{part['file']}", content)
+        return {"rows": len(found["embedding"]), "bytes": num_bytes}
 
 
-def to_parquet(rows: pa.Table, features: np.ndarray) -> bytes:
+def _grids(batch: InputBatch) -> torch.Tensor:
+    assert batch.grids_B2 is not None
+    return batch.grids_B2
+
+
+def to_parquet(rows: pa.Table, features: np.ndarray, grids_N2: np.ndarray | None = None) -> bytes:
     """Joins row data and their embeddings, [N, D] or [N, T, D], into one Parquet file.
 
     The shape of one embedding stands in the metadata of its field.
+
+    Args:
+        rows: the rows.
+        features: float32; NaN where a picture has no token.
+        grids_N2: rows and columns of each picture's grid, if pictures may have fewer tokens than
+            the encoder; each then has a list of its own tokens and their numbers.
     """
-    shape = list(features.shape[1:])
-    values = pa.array(np.ascontiguousarray(features, dtype=np.float32).reshape(-1))
-    column = pa.FixedSizeListArray.from_arrays(values, int(np.prod(shape)))
-    field = pa.field("embedding", column.type, False, {"shape": json.dumps(shape)})
-    table = rows.combine_chunks().add_column(1, field, column)
+    features = np.ascontiguousarray(features, dtype=np.float32)
+    table = rows.combine_chunks()
+    if grids_N2 is None:
+        shape = list(features.shape[1:])
+        values = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), math.prod(shape))
+        table = _with_column(table, 1, "embedding", values, shape)
+    else:
+        there_NT = np.isfinite(features[..., 0])
+        starts = np.concatenate([[0], np.cumsum(there_NT.sum(1))])
+        width, flat = features.shape[-1], pa.array(features[there_NT].reshape(-1))
+        values = pa.LargeListArray.from_arrays(pa.array(starts * width), flat)
+        table = _with_column(table, 1, "embedding", values, [None, width])
+        numbers = pa.array(np.nonzero(there_NT)[1].astype(np.int32))
+        tokens = pa.ListArray.from_arrays(pa.array(starts.astype(np.int32)), numbers)
+        table = _with_column(table, 2, "tokens", tokens)
+        grids = pa.array(grids_N2.astype(np.int32).reshape(-1))
+        table = _with_column(table, 3, "grid", pa.FixedSizeListArray.from_arrays(grids, 2))
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="ZSTD", use_dictionary=False, write_statistics=False)
     return bytes(sink.getvalue())
+
+
+def _with_column(
+    table: pa.Table, place: int, name: str, values: Any, shape: list[int | None] | None = None
+) -> pa.Table:
+    metadata = None if shape is None else {"shape": json.dumps(shape)}
+    return table.add_column(place, pa.field(name, values.type, False, metadata), values)
 
 
 def _files(out: str, parts: list[Part]) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ import pathlib
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 # Lets `python pipelines/export.py` work from an uninstalled checkout, as `ray job submit` runs it.
@@ -32,7 +32,7 @@ from models.media.preprocessing import Preprocessing
 from pipelines.config.jobs import ExportConfig
 from pipelines.config.pixels import parse_colour
 from pipelines.config.train import PretrainConfig
-from pipelines.evaluation.features import preprocessing_of
+from pipelines.evaluation.features import preprocessing_of, with_regions
 from pipelines.loading.mixing import identity_of, training_sets
 from pipelines.runs.checkpoints import load_encoder
 from pipelines.runtime.errors import run_command
@@ -42,8 +42,12 @@ from pipelines.runtime.uris import is_local, open_uri
 PACKAGES = ("torch", "timm")
 
 
-def export(cfg: ExportConfig) -> str:
+def export(cfg: ExportConfig, *, say: Callable[[str], object] = print) -> str:
     """Writes the artifact of a checkpoint.
+
+    Args:
+        cfg: The job.
+        say: Takes a line for the user about what other libraries cannot do as this project does.
 
     Returns:
         `cfg.out`.
@@ -58,7 +62,8 @@ def export(cfg: ExportConfig) -> str:
     encoder.eval()
     model = config.model
     ingested = ingest_settings(config, info["manifest_hash"])
-    prep = with_pixel_settings(preprocessing_of(model), cfg, ingested)
+    prep = with_regions(preprocessing_of(model), cfg.exclude)
+    prep = with_pixel_settings(prep, cfg, ingested)
     provenance = {
         "run": config.run.name,
         "step": info["step"],
@@ -72,12 +77,15 @@ def export(cfg: ExportConfig) -> str:
     }
     fs, path = open_uri(cfg.out)
     if is_local(fs):
-        save_artifact(pathlib.Path(path), encoder, prep, provenance)
+        for line in save_artifact(pathlib.Path(path), encoder, prep, provenance):
+            say(f"note: {line}")
         return cfg.out
     with tempfile.TemporaryDirectory(prefix="export-") as scratch:
         built = pathlib.Path(scratch) / "artifact"
-        save_artifact(built, encoder, prep, provenance)
+        limits = save_artifact(built, encoder, prep, provenance)
         _upload(built, fs, path, cfg.out)
+    for line in limits:
+        say(f"note: {line}")
     return cfg.out
 
 

@@ -75,13 +75,16 @@ def save_artifact(
     preprocessing: Preprocessing,
     provenance: Mapping[str, Any],
     predictor: Predictor | None = None,
-) -> None:
+) -> list[str]:
     """Writes an artifact, reads it back, and only then puts it in place.
 
     Args:
         folder: does not exist, is empty, or holds an earlier artifact, which is replaced.
         provenance: run, step, manifest_hash and anything else that JSON can hold.
         predictor: goes into the `VJEPA2Model`, if one is written.
+
+    Returns:
+        Sentences that say what timm or transformers cannot do as this project does.
 
     Raises:
         ValueError: the folder holds something else, the encoder's LayerNorm eps is not timm's, or
@@ -111,6 +114,7 @@ def save_artifact(
         if folder.exists():
             folder.rename(Path(scratch) / "old")
         new.rename(folder)
+    return [line for known in FORMATS for line in known.limits(export)]
 
 
 def load_artifact(uri: str | Path) -> Artifact:

@@ -12,7 +12,7 @@ from models.media.fit import Fit
 from models.media.regions import Region
 from pipelines.config.checks import require
 from pipelines.config.data import ClipConfig, DataConfig, MaskConfig, VideoMaskConfig
-from pipelines.config.input_flags import SIZE_FLAG, checked_regions
+from pipelines.config.input_flags import EXCLUDE_FLAG, SIZE_FLAG, checked_regions
 from pipelines.config.objectives import REGISTERED, Masks, Modality, ObjectiveConfig
 from pipelines.config.places import PlaceField, WrittenPlace
 from pipelines.config.views import ViewsConfig
@@ -38,9 +38,10 @@ class ModelConfig:
     centre, in the input's aspect. pad: all of it, with bars. squash: all of it, stretched. whole:
     all of it in its own aspect, on a grid of its own with no more tokens than the input's. None:
     squash for a new run, while a run that is resumed keeps its own."""
-    exclude: tuple[Region, ...] = ()
+    exclude: Annotated[tuple[Region, ...], EXCLUDE_FLAG] = ()
     """Regions of the picture that are left out: their tokens are neither context nor target, and
-    the encoder never computes them."""
+    the encoder never computes them. Each is LEFT,TOP,RIGHT,BOTTOM in fractions of the width and
+    height, or FILE:SET, a set of a TOML file with lines such as hud = [[0.0, 0.0, 1.0, 0.1]]."""
     patch_size: int = 16
     """Pixels on a side of one patch."""
     frames: int = 1

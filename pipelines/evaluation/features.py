@@ -36,6 +36,7 @@ from models.media.preprocessing import (
     normalize,
     prepare,
 )
+from models.media.regions import Region
 from models.media.videos import decode_frames
 from pipelines.config.train import ModelConfig
 from pipelines.dataset.rows import in_order
@@ -63,6 +64,11 @@ def preprocessing_of(model: ModelConfig) -> Preprocessing:
         exclude=model.exclude,
         patch_size=model.patch_size,
     )
+
+
+def with_regions(prep: Preprocessing, exclude: tuple[Region, ...] | None) -> Preprocessing:
+    """Returns the transform with other regions left out; None leaves its own."""
+    return prep if exclude is None else dataclasses.replace(prep, exclude=exclude)
 
 
 def load_clip(data: bytes, frames_F: np.ndarray, prep: Preprocessing) -> EncoderInput:

@@ -14,7 +14,7 @@ from models.media.preprocessing import Preprocessing
 from pipelines.config.data import ClipConfig
 from pipelines.config.jobs import EvaluateConfig
 from pipelines.config.train import PretrainConfig
-from pipelines.evaluation.features import preprocessing_of
+from pipelines.evaluation.features import preprocessing_of, with_regions
 from pipelines.loading.clips import ClipSampler, training_sampler
 from pipelines.runs.checkpoints import CheckpointError, load_encoder
 from pipelines.runtime.uris import open_uri
@@ -79,13 +79,17 @@ def random_init(encoder: VisionTransformer, seed: int) -> VisionTransformer:
 
 
 def with_sampler(cfg: EvaluateConfig, subject: Subject, modality: str) -> Subject:
-    """Sets how clips are sampled: by the flags, else as in training; images need no sampler.
+    """Sets by the flags which regions are left out and how clips are sampled.
+
+    Without flags both are as in training. Images need no sampler.
 
     Raises:
         ValueError: both --fps and --stride are given.
     """
     if cfg.fps is not None and cfg.stride is not None:
         raise ValueError("--stride: goes without --fps")
+    prep = with_regions(subject.preprocessing, cfg.exclude)
+    subject = dataclasses.replace(subject, preprocessing=prep)
     if modality == "image":
         return dataclasses.replace(subject, sampler=None)
     settings = subject.sampler.settings if subject.sampler else ClipConfig()

@@ -71,6 +71,8 @@ class Format:
     """Whether the format has a form for this encoder."""
     write: Callable[[Path, Export], None] | None = None
     """Writes its files into the artifact's folder, which exists; None if it is only read."""
+    limits: Callable[[Export], list[str]] = lambda export: []
+    """Says, a sentence each, what of an export the format cannot hold."""
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

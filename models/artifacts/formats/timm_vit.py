@@ -19,7 +19,8 @@ from models.artifacts.formats.format import Export, Format, Source, Stored, writ
 from models.artifacts.formats.processors import IMAGENET_MEAN, IMAGENET_STD
 from models.encoders.blocks import LN_EPS
 from models.encoders.vit import VisionTransformer
-from models.image_size import ImageSize
+from models.image_size import ImageSize, height_width, image_size
+from models.media.fit import Fit
 from models.media.preprocessing import Preprocessing
 from models.tensor_files import read_tensors
 
@@ -31,6 +32,10 @@ TIMM_NAMES: dict[tuple[int, int, int, ImageSize], str] = {
     (1280, 32, 16, 448): "vit_huge_patch16_gap_448",
     (1408, 40, 16, 224): "vit_giant_patch16_gap_224",
 }
+
+
+CROP_MODES: dict[Fit, str] = {"crop": "center", "pad": "border", "squash": "squash"}
+"""timm's `crop_mode` of its evaluation transform. It has none for `whole`."""
 
 
 def read_timm(stored: Stored) -> Source:
@@ -47,10 +52,18 @@ def read_timm(stored: Stored) -> Source:
         std=tuple(cfg.get("std", IMAGENET_STD)),
         interpolation=cfg.get("interpolation", "bicubic"),
         crop_fraction=cfg.get("crop_pct", 1.0),
+        fit=_fit_of(cfg.get("crop_mode") or "center", stored.uri),
     )
     state = read_tensors(stored.path, stored.uri)
     state = {k: v for k, v in state.items() if not k.startswith("head.")}
     return Source(shape=shape, preprocessing=prep, state=state)
+
+
+def _fit_of(crop_mode: str, uri: str) -> Fit:
+    found: list[Fit] = [fit for fit, mode in CROP_MODES.items() if mode == crop_mode]
+    if not found:
+        raise ValueError(f"{uri}: crop_mode {crop_mode!r} is none of {list(CROP_MODES.values())}")
+    return found[0]
 
 
 def _timm_shape(config: Mapping[str, Any], uri: str) -> dict[str, Any]:
@@ -66,14 +79,14 @@ def _timm_shape(config: Mapping[str, Any], uri: str) -> dict[str, Any]:
         "mean pooled": model.global_pool == "avg" and isinstance(model.fc_norm, nn.Identity),
         "with exact GELU": getattr(block.mlp.act, "approximate", "") == "none",
         f"with LayerNorm eps {LN_EPS}": getattr(model.norm, "eps", None) == LN_EPS,
-        "square": model.patch_embed.grid_size[0] == model.patch_embed.grid_size[1],
+        "with square patches": len(set(model.patch_embed.patch_size)) == 1,
     }
     lacking = [name for name, true in wanted.items() if not true]
     if lacking:
         raise ValueError(f"{uri}: {config['architecture']} is not {', not '.join(lacking)}")
-    patch = model.patch_embed.patch_size[0]
+    patch, (rows, columns) = model.patch_embed.patch_size[0], model.patch_embed.grid_size
     return {
-        "image_size": model.patch_embed.grid_size[0] * patch,
+        "image_size": image_size(rows * patch, columns * patch),
         "patch_size": patch,
         "width": model.embed_dim,
         "depth": len(model.blocks),
@@ -83,7 +96,10 @@ def _timm_shape(config: Mapping[str, Any], uri: str) -> dict[str, Any]:
 
 
 def timm_config(encoder: VisionTransformer, prep: Preprocessing) -> dict[str, Any]:
-    """Returns the config.json of a timm model on the hub."""
+    """Returns the config.json of a timm model on the hub.
+
+    For the fit `whole` it says `squash`, which is the nearest to it on one grid.
+    """
     size = encoder.image_size
     key = (encoder.width, encoder.depth, encoder.patch_size, size)
     return {
@@ -103,11 +119,11 @@ def timm_config(encoder: VisionTransformer, prep: Preprocessing) -> dict[str, An
             "fc_norm": False,
         },
         "pretrained_cfg": {
-            "input_size": [3, size, size],
+            "input_size": [3, *height_width(size)],
             "fixed_input_size": True,
             "interpolation": prep.interpolation,
             "crop_pct": prep.crop_fraction,
-            "crop_mode": "center",
+            "crop_mode": CROP_MODES.get(prep.fit, "squash"),
             "mean": list(prep.mean),
             "std": list(prep.std),
             "num_classes": 0,
@@ -116,6 +132,21 @@ def timm_config(encoder: VisionTransformer, prep: Preprocessing) -> dict[str, An
             "classifier": "head",
         },
     }
+
+
+def _can_write(encoder: VisionTransformer) -> bool:
+    return encoder.frames == 1 and encoder.positions == "sincos"
+
+
+def _limits(export: Export) -> list[str]:
+    prep, lines = export.preprocessing, []
+    if not _can_write(export.encoder):
+        return []
+    if prep.fit == "whole":
+        lines.append("timm's transform squashes pictures to one size: it has no fit whole")
+    if prep.exclude:
+        lines.append("timm computes the tokens of all regions: it leaves none out")
+    return lines
 
 
 def _write(folder: Path, export: Export) -> None:
@@ -129,6 +160,7 @@ TIMM_VIT = Format(
     name="timm vision transformer",
     recognises=lambda stored: "architecture" in stored.config,
     read=read_timm,
-    can_write=lambda encoder: encoder.frames == 1 and encoder.positions == "sincos",
+    can_write=_can_write,
     write=_write,
+    limits=_limits,
 )

@@ -16,10 +16,17 @@ from torch import Tensor
 
 from models.artifacts.formats.format import Export, Format, Source, Stored, write_json
 from models.artifacts.formats.key_maps import StateDict, fuse_qkv, rename, split_qkv
-from models.artifacts.formats.processors import processor_config, read_processor
+from models.artifacts.formats.processors import (
+    no_processor,
+    processor_config,
+    read_processor,
+    without_processor,
+)
 from models.encoders.vit import VisionTransformer
+from models.image_size import as_image_size, height_width
 from models.tensor_files import METADATA, detached, read_tensors, save_tensors
 
+PROCESSOR = "preprocessor_config.json"
 # Defaults of IJepaConfig, for files that leave them out.
 IJEPA_DEFAULTS = {
     "hidden_size": 768,
@@ -71,14 +78,14 @@ def read_ijepa(stored: Stored) -> Source:
         found = f"{c['hidden_act']} and {c['qkv_bias']}"
         raise ValueError(f"{stored.uri}: needs hidden_act gelu and qkv_bias true, has {found}")
     shape = {
-        "image_size": c["image_size"],
+        "image_size": as_image_size(c["image_size"]),
         "patch_size": c["patch_size"],
         "width": c["hidden_size"],
         "depth": c["num_hidden_layers"],
         "heads": c["num_attention_heads"],
         "mlp_ratio": c["intermediate_size"] / c["hidden_size"],
     }
-    prep = read_processor(stored.path / "preprocessor_config.json", c["image_size"])
+    prep = read_processor(stored.path / PROCESSOR, as_image_size(c["image_size"]))
     return Source(
         shape=shape,
         preprocessing=prep,
@@ -100,12 +107,17 @@ def ijepa_config(encoder: VisionTransformer) -> dict[str, Any]:
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "layer_norm_eps": encoder.norm.eps,
-        "image_size": encoder.image_size,
+        "image_size": _size(encoder),
         "patch_size": encoder.patch_size,
         "num_channels": 3,
         "qkv_bias": True,
         "torch_dtype": "float32",
     }
+
+
+def _size(encoder: VisionTransformer) -> int | list[int]:
+    size = encoder.image_size
+    return size if isinstance(size, int) else list(height_width(size))
 
 
 def to_ijepa(state: Mapping[str, Tensor]) -> StateDict:
@@ -127,13 +139,24 @@ def _write(folder: Path, export: Export) -> None:
     folder.mkdir()
     save_tensors(to_ijepa(detached(export.encoder)), folder / "model.safetensors", METADATA)
     write_json(folder / "config.json", ijepa_config(export.encoder))
-    write_json(folder / "preprocessor_config.json", processor_config(export.preprocessing))
+    if no_processor(export.preprocessing) is None:
+        write_json(folder / PROCESSOR, processor_config(export.preprocessing))
+
+
+def _can_write(encoder: VisionTransformer) -> bool:
+    return encoder.frames == 1 and encoder.positions == "sincos"
+
+
+def _limits(export: Export) -> list[str]:
+    written = _can_write(export.encoder)
+    return without_processor(PROCESSOR, export.preprocessing) if written else []
 
 
 TRANSFORMERS_IJEPA = Format(
     name="transformers.IJepaModel",
     recognises=lambda stored: stored.config.get("model_type") == "ijepa",
     read=read_ijepa,
-    can_write=lambda encoder: encoder.frames == 1 and encoder.positions == "sincos",
+    can_write=_can_write,
     write=_write,
+    limits=_limits,
 )

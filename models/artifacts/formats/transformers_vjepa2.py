@@ -10,12 +10,18 @@ from torch import Tensor
 
 from models.artifacts.formats.format import Export, Format, Source, Stored, write_json
 from models.artifacts.formats.key_maps import StateDict, fuse_qkv, rename, split_qkv
-from models.artifacts.formats.processors import read_processor, video_processor_config
+from models.artifacts.formats.processors import (
+    no_processor,
+    read_processor,
+    video_processor_config,
+    without_processor,
+)
 from models.encoders.predictor import Predictor
 from models.encoders.vit import VisionTransformer
-from models.image_size import Grid
+from models.image_size import Grid, size_text
 from models.tensor_files import METADATA, detached, read_tensors, save_tensors
 
+PROCESSOR = "video_preprocessor_config.json"
 # Defaults of VJEPA2Config, for files that leave them out.
 VJEPA2_DEFAULTS = {
     "hidden_size": 1024,
@@ -104,7 +110,7 @@ def read_predictor(stored: Stored) -> Source:
 def _source(
     stored: Stored, settings: dict[str, Any], shape: dict[str, Any], state: StateDict
 ) -> Source:
-    processor, side = stored.path / "video_preprocessor_config.json", settings["crop_size"]
+    processor, side = stored.path / PROCESSOR, settings["crop_size"]
     return Source(
         shape=shape,
         preprocessing=read_processor(processor, side, "bilinear"),
@@ -196,8 +202,22 @@ def _write(folder: Path, export: Export) -> None:
     state = to_vjepa2(detached(export.encoder), predictor)
     save_tensors(state, folder / "model.safetensors", METADATA)
     write_json(folder / "config.json", vjepa2_config(export.encoder, export.predictor))
-    processor = video_processor_config(export.preprocessing)
-    write_json(folder / "video_preprocessor_config.json", processor)
+    if no_processor(export.preprocessing) is None:
+        write_json(folder / PROCESSOR, video_processor_config(export.preprocessing))
+
+
+def _can_write(encoder: VisionTransformer) -> bool:
+    return encoder.positions == "rope_released" and isinstance(encoder.image_size, int)
+
+
+def _limits(export: Export) -> list[str]:
+    encoder = export.encoder
+    if _can_write(encoder):
+        return without_processor(PROCESSOR, export.preprocessing)
+    if encoder.positions != "rope_released":
+        return []
+    size = size_text(encoder.image_size)
+    return [f"transformers/ is not written: a VJEPA2Model takes squares, not {size}"]
 
 
 TRANSFORMERS_VJEPA2 = Format(
@@ -205,6 +225,7 @@ TRANSFORMERS_VJEPA2 = Format(
     recognises=lambda stored: stored.config.get("model_type") == "vjepa2",
     read=read_vjepa2,
     read_predictor=read_predictor,
-    can_write=lambda encoder: encoder.positions == "rope_released",
+    can_write=_can_write,
     write=_write,
+    limits=_limits,
 )
