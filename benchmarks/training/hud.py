@@ -14,6 +14,7 @@ of hud.md and writes WORK/hud.md, hud.html and hud.png.
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -48,7 +49,7 @@ def main(
     seeds: tuple[int, ...] = (0, 1, 2),
     only: tuple[str, ...] | None = None,
     quick: bool = False,
-    prefix: tuple[str, ...] = ("nice", "-n", "10"),
+    prefix: str = "nice -n 10",
 ) -> None:
     """Runs the rows that have no result yet, seed by seed, and makes the tables.
 
@@ -61,7 +62,9 @@ def main(
         quick: a few steps of everything, to see that it runs; give it a work folder of its own.
     """
     torch.set_num_threads(1)
-    cfg = (Settings.quick if quick else Settings)(work=work, footage=footage, prefix=prefix)
+    cfg = (Settings.quick if quick else Settings)(
+        work=work, footage=footage, prefix=tuple(shlex.split(prefix))
+    )
     known = {row.name: row for row in rows(cfg)}
     if unknown := set(only or ()) - set(known):
         sys.exit(f"--only: no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
