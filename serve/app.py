@@ -33,7 +33,7 @@ class Ingress(IngressReplica[ServeSettings]):
     async def create_app(self, card: ModelCard, parts: IngressParts) -> FastAPI:
         """See `IngressReplica`."""
         embed, registry = EmbedderClient(self.model).embed, parts.metrics.registry
-        service = EmbeddingService(self.settings, card, embed)
+        service = EmbeddingService(self.settings, card, embed, registry)
         if card.frames > 1 and self.settings.decode_processes:
             await service.media.decoders.warm_up()
         images = Gauge("rayjepa_images_in_flight", "Images waiting or running", registry=registry)

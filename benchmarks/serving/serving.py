@@ -119,7 +119,7 @@ def bare_loop(config: Config, folder: str, jpegs: list[bytes]) -> dict[str, floa
     """Decode and forward, batch after batch, nothing else."""
     import torch
 
-    from serve.embeddings.media.inputs import to_pixels
+    from serve.embeddings.media.inputs import to_input
     from serve.embeddings.replica.embedder import Encoder
 
     torch.set_num_threads(config.threads)
@@ -128,13 +128,13 @@ def bare_loop(config: Config, folder: str, jpegs: list[bytes]) -> dict[str, floa
 
     def decode(index: int) -> Any:
         data = jpegs[index % len(jpegs)]
-        return to_pixels(data, encoder.preprocessing, max_pixels=10**8, param="input")
+        return to_input(data, encoder.preprocessing, max_pixels=10**8, param="input")
 
     def run(start: int) -> tuple[float, float]:
         began = time.perf_counter()
-        pixels = list(pool.map(decode, range(start, start + config.batch_size)))
+        images = list(pool.map(decode, range(start, start + config.batch_size)))
         decoded = time.perf_counter()
-        encoder.run([(image, "mean") for image in pixels])
+        encoder.run([(image.input, "mean") for image in images])
         return decoded - began, time.perf_counter() - decoded
 
     run(0)

@@ -6,20 +6,22 @@ would double the time until the replica can answer.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import dataclasses
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from models.media.preprocessing import Preprocessing
+from models.media.preprocessing import EncoderInput, Preprocessing
+from models.media.regions import Region
 
 Pooling = Literal["mean", "per_frame", "patches"]
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
-EmbedFunction = Callable[[Pixels, Pooling], Awaitable[Floats]]
+EmbedFunction = Callable[[Sequence[EncoderInput], Pooling], Awaitable[list[Floats]]]
 """Calls `Embedder.embed`, wherever that runs."""
 
 EMBEDDER = "Embedder"
@@ -34,9 +36,31 @@ class ModelCard:
     created: int
     dimensions: int
     num_patches: int
-    """Tokens of an image, and of each time step of a clip."""
+    """Tokens of an image, and of each time step of a clip, where the whole grid is encoded."""
+    grid: tuple[int, int]
+    """Rows and columns of the encoder's grid."""
     preprocessing: Preprocessing
     frames: int = 1
     """Frames of a full clip; 1 for an image encoder."""
     tubelet: int = 1
     """Frames in a time step."""
+
+    def transform(self, exclude: tuple[Region, ...] | None) -> Preprocessing:
+        """Returns the transform with other regions left out; None keeps the artifact's."""
+        if exclude is None:
+            return self.preprocessing
+        return dataclasses.replace(self.preprocessing, exclude=exclude)
+
+
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """A picture, or frames of one video, decoded and fitted to the model."""
+
+    input: EncoderInput
+    size: tuple[int, int]
+    """Height and width before that, pixels."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pixels."""
+        return self.input.pixels.nbytes

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from models.media.regions import Bools
 from serve.embeddings.contract import Floats, Pooling
 from serve.ingress.bodies import RequestModel
 from serve.ingress.errors import server_error
@@ -26,12 +27,16 @@ class OutputOptions(RequestModel):
     """Scale every vector to unit length, as OpenAI's are."""
 
 
-def encode(embedding: Floats, options: OutputOptions) -> dict[str, Any]:
+def encode(
+    embedding: Floats, options: OutputOptions, kept: Bools | None, grid: tuple[int, int]
+) -> dict[str, Any]:
     """Returns the fields of a reply that hold one item's embedding.
 
     Args:
         embedding: float32 [D] for the pooling `mean`, else [steps or tokens, D].
         options: what the client asked for.
+        kept: which patches were encoded, by rows and columns; None for all of `grid`.
+        grid: rows and columns of the model's grid.
 
     Raises:
         ApiError: 500, some values are no numbers.
@@ -40,6 +45,10 @@ def encode(embedding: Floats, options: OutputOptions) -> dict[str, Any]:
     entry: dict[str, Any] = {"embedding": encode_values(shaped, options.encoding_format)}
     if options.pooling != "mean":
         entry["shape"] = list(shaped.shape)
+    if options.pooling == "patches":
+        entry["grid"] = list(grid if kept is None else kept.shape)
+        if kept is not None and not kept.all():
+            entry["kept"] = np.flatnonzero(kept).tolist()
     return entry
 
 

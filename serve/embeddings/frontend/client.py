@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from serve.embeddings.contract import Floats, Pixels, Pooling
+from models.media.preprocessing import EncoderInput
+from serve.embeddings.contract import Floats, Pooling
 from serve.ingress.errors import queue_full, server_error
 
 ATTEMPTS = 3
@@ -24,7 +26,7 @@ class EmbedderClient:
     def __init__(self, handle: Any) -> None:
         self._embed = handle.embed
 
-    async def embed(self, pixels: Pixels, pooling: Pooling) -> Floats:
+    async def embed(self, inputs: Sequence[EncoderInput], pooling: Pooling) -> list[Floats]:
         """See `Embedder.embed`. The call is repeated if a replica dies, which is safe.
 
         Raises:
@@ -32,7 +34,7 @@ class EmbedderClient:
         """
         for _ in range(ATTEMPTS):
             try:
-                embeddings: Floats = await self._embed.remote(pixels, pooling)
+                embeddings: list[Floats] = await self._embed.remote(inputs, pooling)
                 return embeddings
             except RayActorError:
                 continue

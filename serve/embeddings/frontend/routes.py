@@ -85,13 +85,16 @@ def _add_model_routes(app: FastAPI, service: EmbeddingService) -> None:
 
 
 def _model(service: EmbeddingService) -> Model:
-    card = service.card
+    card, prep = service.card, service.card.preprocessing
     return Model(
         id=card.name,
         created=card.created,
         dimensions=card.dimensions,
         num_patches=card.num_patches,
-        image_size=card.preprocessing.image_size,
+        image_size=prep.image_size if isinstance(prep.image_size, int) else list(prep.image_size),
+        grid=list(card.grid),
+        fit=prep.fit,
+        exclude=[list(region) for region in prep.exclude],
         modality="image" if card.frames == 1 else "video",
         frames=card.frames,
         tubelet=card.tubelet,

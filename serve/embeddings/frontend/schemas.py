@@ -10,7 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, WithJsonSchema
 
+from models.media.fit import Fit
 from serve.embeddings.encoding import OutputOptions
+from serve.embeddings.regions import RegionOptions
 from serve.ingress.bodies import parse_body
 
 _ITEM_SCHEMA: dict[str, Any] = {
@@ -58,7 +60,7 @@ _ITEM_SCHEMA: dict[str, Any] = {
 _INPUT_SCHEMA = {"anyOf": [*_ITEM_SCHEMA["anyOf"], {"type": "array", "items": _ITEM_SCHEMA}]}
 
 
-class EmbeddingRequest(OutputOptions):
+class EmbeddingRequest(OutputOptions, RegionOptions):
     """Body of `POST /v1/embeddings`."""
 
     input: Annotated[Any, WithJsonSchema(_INPUT_SCHEMA)]
@@ -81,6 +83,11 @@ class Embedding(BaseModel):
     `pooling: patches`; base64 text if asked for."""
     shape: list[int] | None = None
     """Shape of `embedding`; absent with `pooling: mean`."""
+    grid: list[int] | None = None
+    """Rows and columns of the picture's patches; only with `pooling: patches`."""
+    kept: list[int] | None = None
+    """Numbers of the patches that were encoded, in raster order of the grid and the same in all
+    time steps; only with `pooling: patches`, and only if some were left out."""
     times_s: list[float] | None = None
     """Times of the sampled frames of a video, in seconds after the first frame."""
 
@@ -92,6 +99,15 @@ class Usage(BaseModel):
     total_tokens: int
 
 
+class Notice(BaseModel):
+    """Something that a client should know about pictures that were embedded."""
+
+    code: Literal["aspects_differ"] = "aspects_differ"
+    message: str
+    items: list[int]
+    """Indices of the items in `data`."""
+
+
 class EmbeddingResponse(BaseModel):
     """Reply of `POST /v1/embeddings`."""
 
@@ -99,6 +115,9 @@ class EmbeddingResponse(BaseModel):
     data: list[Embedding]
     model: str
     usage: Usage
+    warnings: list[Notice] | None = None
+    """Present where the aspect of a picture differs from the model's by more than 5%, unless
+    pictures get grids of their own."""
 
 
 class Model(BaseModel):
@@ -114,9 +133,17 @@ class Model(BaseModel):
     dimensions: int
     """Length of an embedding."""
     num_patches: int
-    """Vectors of an image, and of each time step of a clip, with `pooling: patches`."""
-    image_size: int
-    """Side of the encoder's square input in pixels."""
+    """Vectors of an image, and of each time step of a clip, with `pooling: patches`; the most of
+    them where the fit is `whole` or something is left out."""
+    image_size: int | list[int]
+    """Side of the encoder's square input in pixels, or [height, width]."""
+    grid: list[int]
+    """Rows and columns of the encoder's patches; with the fit `whole`, pictures have their own."""
+    fit: Fit
+    """How a picture is fitted to the input."""
+    exclude: list[list[float]]
+    """Regions that are left out unless a request says otherwise: [left, top, right, bottom], as
+    fractions of the picture's width and height."""
     frames: int
     """Frames of a full clip; 1 for an image encoder."""
     tubelet: int

@@ -7,16 +7,20 @@ Shape legend: B images or clips of a request, D width. A part is one image or cl
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from prometheus_client import CollectorRegistry, Counter
 
-from serve.embeddings.contract import EmbedFunction, Floats, ModelCard, Pixels, Pooling
+from models.media.preprocessing import EncoderInput, Preprocessing
+from serve.embeddings.contract import EmbedFunction, Floats, ModelCard, Pooling
 from serve.embeddings.encoding import encode
 from serve.embeddings.frontend.schemas import EmbeddingRequest, parse_request
+from serve.embeddings.media.fitting import aspect_warning
 from serve.embeddings.media.inputs import Kind, Reference, parse_input
 from serve.embeddings.media.loader import Item, MediaLoader
 from serve.embeddings.settings import ServeSettings
@@ -62,15 +66,27 @@ class EmbeddingService:
         settings: the limits.
         card: the model.
         embed: embeds pixels, through a Serve handle or, in tests, directly.
+        registry: takes the metrics; None for a service that nobody watches.
     """
 
-    def __init__(self, settings: ServeSettings, card: ModelCard, embed: EmbedFunction) -> None:
+    def __init__(
+        self,
+        settings: ServeSettings,
+        card: ModelCard,
+        embed: EmbedFunction,
+        registry: CollectorRegistry | None = None,
+    ) -> None:
         self.card = card
         self.admission = Admission(settings.max_queued, settings.max_queued_videos)
         self.settings = settings
         self._embed = embed
         self._threads = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
         self.media = MediaLoader(settings, card, self._threads)
+        self._aspects_differ = Counter(
+            "rayjepa_aspects_differ",
+            "Images and videos whose aspect differs from the model's by more than 5%",
+            registry=registry,
+        )
 
     async def answer(self, body: bytes) -> bytes:
         """Returns the reply's body for the body of one `POST /v1/embeddings`.
@@ -85,7 +101,7 @@ class EmbeddingService:
         references = parse_input(request.input, max_items=most, default=default)
         videos = self._count_videos(references)
         with self.admission.hold(len(references) - videos, videos):
-            items = await self._prepare(references)
+            items = await self._prepare(references, self.card.transform(request.regions))
             embeddings = await embed_items(items, request.pooling, self._embed)
         if sum(values.size for values in embeddings) <= _FORMAT_INLINE_VALUES:
             return self._reply(request, items, embeddings)
@@ -129,11 +145,11 @@ class EmbeddingService:
             raise ApiError(400, "too_many_items", message, param="input")
         return videos
 
-    async def _prepare(self, references: list[Reference]) -> list[Item]:
+    async def _prepare(self, references: list[Reference], prep: Preprocessing) -> list[Item]:
         """Decodes all items; raises for the first one at fault, in the request's order."""
         # Exceptions are collected and not raised at once, so that no decoding goes on after the
         # request has given back its place.
-        loads = map(self.media.load, references)
+        loads = (self.media.load(reference, prep) for reference in references)
         found = await asyncio.gather(*loads, return_exceptions=True)
         for result in found:
             if isinstance(result, BaseException):
@@ -143,59 +159,66 @@ class EmbeddingService:
     def _reply(
         self, request: EmbeddingRequest, items: list[Item], embeddings: list[Floats]
     ) -> bytes:
-        tokens = sum(count_steps(part, self.card) for item in items for part in item.parts)
-        tokens *= self.card.num_patches
+        tokens = sum(count_tokens(part, self.card) for item in items for part in item.parts)
         rows = zip(items, embeddings, strict=True)
         reply = {
             "object": "list",
-            "data": [_entry(request, index, item, row) for index, (item, row) in enumerate(rows)],
+            "data": [self._entry(request, index, *row) for index, row in enumerate(rows)],
             "model": self.card.name,
             "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
         }
-        return to_json(reply)
+        warnings = self._warnings(items)
+        return to_json(reply | {"warnings": warnings} if warnings else reply)
+
+    def _entry(
+        self, request: EmbeddingRequest, index: int, item: Item, row: Floats
+    ) -> dict[str, Any]:
+        fields = encode(row, request, item.parts[0].kept, self.card.grid)
+        entry = {"object": "embedding", "index": index, **fields}
+        if item.times_s is not None:
+            entry["times_s"] = item.times_s
+        return entry
+
+    def _warnings(self, items: list[Item]) -> list[dict[str, Any]]:
+        """Returns what `schemas.Notice` describes, once for all pictures of one size."""
+        told: dict[str, list[int]] = {}
+        for index, item in enumerate(items):
+            message = aspect_warning(item.size, self.card.preprocessing)
+            if message is not None:
+                self._aspects_differ.inc()
+                told.setdefault(message, []).append(index)
+        return [
+            {"code": "aspects_differ", "message": message, "items": indices}
+            for message, indices in told.items()
+        ]
 
 
-def count_steps(part: Pixels, card: ModelCard) -> int:
-    """Returns the time steps of a part; 1 for an image."""
-    return len(part) // card.tubelet if part.ndim == 4 else 1
+def count_tokens(part: EncoderInput, card: ModelCard) -> int:
+    """Returns the tokens of an image or clip that are encoded."""
+    steps = len(part.pixels) // card.tubelet if part.pixels.ndim == 4 else 1
+    return steps * (card.num_patches if part.kept is None else int(part.kept.sum()))
 
 
 async def embed_items(items: list[Item], pooling: Pooling, embed: EmbedFunction) -> list[Floats]:
-    """Embeds the parts of all items, in one call for each shape, and pools them for each item.
+    """Embeds the parts of all items in one call, and pools them for each item.
 
     Returns:
         One float32 array for each item: [D] for `mean`, [steps, D] for `per_frame`, [tokens, D] for
         `patches`.
     """
-    parts = [part for item in items for part in item.parts]
-    alike: dict[tuple[int, ...], list[int]] = {}
-    for index, part in enumerate(parts):
-        alike.setdefault(part.shape, []).append(index)
-    calls = [embed(np.stack([parts[i] for i in indices]), pooling) for indices in alike.values()]
-    rows: dict[int, Floats] = {}
-    for indices, embeddings in zip(alike.values(), await asyncio.gather(*calls), strict=True):
-        rows.update(zip(indices, embeddings, strict=True))
-    done, pooled = 0, []
-    for item in items:
-        own = [rows[done + number] for number in range(len(item.parts))]
-        pooled.append(_pool_parts(item.parts, own, pooling))
-        done += len(own)
-    return pooled
+    rows = iter(await embed([part for item in items for part in item.parts], pooling))
+    return [
+        _pool_parts(item.parts, list(itertools.islice(rows, len(item.parts))), pooling)
+        for item in items
+    ]
 
 
-def _pool_parts(parts: list[Pixels], rows: list[Floats], pooling: Pooling) -> Floats:
+def _pool_parts(parts: list[EncoderInput], rows: list[Floats], pooling: Pooling) -> Floats:
     if len(rows) == 1:
         return rows[0]
     if pooling != "mean":
         return np.concatenate(rows)
     # Weighted by length, which gives the mean over all tokens as if the parts were one.
-    lengths = [len(part) if part.ndim == 4 else 1 for part in parts]
+    lengths = [len(part.pixels) if part.pixels.ndim == 4 else 1 for part in parts]
     mean: Floats = np.average(np.stack(rows), axis=0, weights=lengths).astype(np.float32)
     return mean
-
-
-def _entry(request: EmbeddingRequest, index: int, item: Item, row: Floats) -> dict[str, Any]:
-    entry = {"object": "embedding", "index": index, **encode(row, request)}
-    if item.times_s is not None:
-        entry["times_s"] = item.times_s
-    return entry

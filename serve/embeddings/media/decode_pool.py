@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from models.image_size import height_width
-from models.media.preprocessing import Preprocessing
-from serve.embeddings.contract import Pixels
+from models.media.preprocessing import EncoderInput, Preprocessing
+from serve.embeddings.contract import Decoded
+from serve.embeddings.media.fitting import layout_of
 from serve.ingress.errors import ApiError
 
 HEAD_BYTES = 65_536
@@ -36,9 +37,9 @@ class DecoderGone(Exception):
 
 @dataclass(frozen=True)
 class SampledVideo:
-    """Frames of a video, uint8 [T, S, S, 3], with their times and its duration in seconds."""
+    """Frames of a video, uint8 [T, H, W, 3], with their times and its duration in seconds."""
 
-    pixels_THWC: Pixels
+    frames: Decoded
     times_s: list[float]
     duration_s: float
 
@@ -129,7 +130,7 @@ class DecodePool:
 
         Raises:
             ApiError: 400 with the reason as its code, `timeout_s` after the decoder's start at the
-                latest.
+                latest; or because the regions leave nothing of the frames.
         """
         (height, width), most = height_width(prep.image_size), job["max_frames"]
         async with self._places:
@@ -144,14 +145,19 @@ class DecodePool:
                 raise ApiError(400, "decoder_died", DIED, param=param) from error
         if "reason" in head:
             raise video_error(head, param)
-        pixels = np.frombuffer(payload, np.uint8).reshape(-1, height, width, 3)
-        return SampledVideo(pixels, head["times_s"], head["duration_s"])
+        frames = as_decoded(head, payload, prep, -1)
+        return SampledVideo(frames, head["times_s"], head["duration_s"])
 
     @asynccontextmanager
     async def worker(
         self, kind: str, prep: Preprocessing, job: dict[str, Any], payload: bytes = b""
     ) -> AsyncIterator[Worker]:
-        """Starts a process with a job; it is killed at the end of the block in any case."""
+        """Starts a process with a job; it is killed at the end of the block in any case.
+
+        The regions that are left out stay here: they change which patches are encoded, and no
+        pixels.
+        """
+        prep = dataclasses.replace(prep, exclude=())
         worker = await self._start()
         self.busy += 1
         try:
@@ -249,6 +255,24 @@ class DecodePool:
 def _end_unwanted(starting: asyncio.Task[Worker]) -> None:
     if not starting.cancelled() and starting.exception() is None:
         starting.result().end()
+
+
+def as_decoded(head: dict[str, Any], payload: bytes, prep: Preprocessing, *frames: int) -> Decoded:
+    """Reads a decoder's message as one frame [H, W, 3], or as several [T, H, W, 3].
+
+    Args:
+        head: has `picture`, height and width of the frames before the transform, in pixels.
+        payload: the pixels.
+        prep: the transform, with the regions that are left out.
+        frames: T, or -1 for as many as there are; nothing for one frame.
+
+    Raises:
+        ApiError: 400, the regions leave nothing of the frames.
+    """
+    height, width = head["picture"]
+    layout = layout_of((height, width), prep)
+    pixels = np.frombuffer(payload, np.uint8).reshape(*frames, *layout.size, 3)
+    return Decoded(EncoderInput(pixels, layout.kept), (height, width))
 
 
 def video_error(head: dict[str, Any], param: str | None) -> ApiError:

@@ -28,16 +28,17 @@ import sys
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import av
 import av.logging
 import numpy as np
 
-from models.media.preprocessing import Preprocessing
+from models.media.fit import Fit
+from models.media.preprocessing import Preprocessing, eval_transform
 from models.media.video.containers import VideoError
 from serve.embeddings.media.live_video import decode_stream
-from serve.embeddings.media.sample_video import ClipRequest, sample_video, upright_pixels
+from serve.embeddings.media.sample_video import ClipRequest, sample_video, upright
 
 LENGTHS = struct.Struct(">II")
 GRACE_S = 2.0
@@ -117,9 +118,9 @@ def work(channel: Channel) -> None:
             decode_stream(channel, prep, clock=clock, **head["job"])
             channel.send({"ended": True})
             return
-        pixels, times_s, duration_s = sample_video(payload, ClipRequest(**head["job"]), prep)
-        reply = {"shape": pixels.shape, "times_s": times_s, "duration_s": duration_s}
-        channel.send(reply, pixels.data.cast("B"))
+        found = sample_video(payload, ClipRequest(**head["job"]), prep)
+        reply = {"times_s": found.times_s, "duration_s": found.duration_s, "picture": found.size}
+        channel.send(reply, found.pixels_THWC.data.cast("B"))
     except VideoError as error:
         channel.send({"reason": error.reason, "detail": error.detail})
     except MemoryError:
@@ -132,8 +133,10 @@ def work(channel: Channel) -> None:
 
 def import_everything() -> None:
     """Imports what PyAV, Pillow and NumPy import on first use; workers cannot open files."""
-    prep = Preprocessing(image_size=2, mean=(0.0,) * 3, std=(1.0,) * 3)
-    upright_pixels(np.zeros((3, 5, 3), np.uint8), 1, Fraction(2), prep)
+    image = upright(np.zeros((3, 5, 3), np.uint8), 1, Fraction(2))
+    for fit in get_args(Fit):
+        stats: dict[str, Any] = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+        eval_transform(image, Preprocessing(image_size=2, patch_size=1, fit=fit, **stats))
     for module in pkgutil.walk_packages(av.__path__, "av."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)

@@ -11,12 +11,12 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
-
+from models.media.images import decode_image
 from models.media.pictures.errors import ImageError
-from models.media.preprocessing import Preprocessing, load_image
+from models.media.preprocessing import EncoderInput, Preprocessing, eval_transform
+from serve.embeddings.contract import Decoded
 from serve.embeddings.media.base64_text import BLANK, decode, split_data_uri
+from serve.embeddings.media.fitting import layout_of
 from serve.ingress.errors import ApiError
 
 _DATA_URI = re.compile(r"data:", re.IGNORECASE)
@@ -252,18 +252,18 @@ def too_large(reference: Reference, max_bytes: int) -> ApiError:
     return ApiError(413, f"{reference.kind}_too_large", message, param=reference.param)
 
 
-def to_pixels(
-    data: bytes, prep: Preprocessing, *, max_pixels: int, param: str
-) -> npt.NDArray[np.uint8]:
+def to_input(data: bytes, prep: Preprocessing, *, max_pixels: int, param: str) -> Decoded:
     """Decodes and transforms one image as evaluation and batch embedding do.
 
-    Returns:
-        uint8 [H, W, 3] with H = W = `prep.image_size`.
-
     Raises:
-        ApiError: 400 with the decoder's reason as its code.
+        ApiError: 400 with the decoder's reason as its code, or because nothing of it is kept.
     """
     try:
-        return load_image(data, prep, max_pixels=max_pixels)
+        image = decode_image(
+            data, max_pixels=max_pixels, background=prep.background, deep_range=prep.deep_range
+        )
     except ImageError as error:
         raise ApiError(400, error.reason, f"unusable image: {error.detail}", param=param) from error
+    size = (image.height, image.width)
+    kept = layout_of(size, prep).kept
+    return Decoded(EncoderInput(eval_transform(image, prep), kept), size)

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import av
+import numpy as np
 
-from models.media.preprocessing import Preprocessing
+from models.media.preprocessing import Preprocessing, eval_transform
 from models.media.video.containers import VideoError, choose_stream, describe
 from models.media.video.video_reader import FrameReader
 from models.media.videos import RgbConverter
-from serve.embeddings.media.sample_video import CODECS, upright_pixels
+from serve.embeddings.media.sample_video import CODECS, upright
 
 # Without playlists, and without formats that need the end of a file first.
 CONTAINERS = "mpegts,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2"
@@ -90,7 +91,10 @@ def decode_stream(
     clock: Callable[[bool], None],
     max_pixels: int,
 ) -> None:
-    """Sends {"time_s": seconds since the first frame} and uint8 [S, S, 3] for every frame.
+    """Sends the pixels of every frame as the transform makes them, uint8 [H, W, 3].
+
+    The head is {"time_s": seconds since the first frame, "picture": [height, width]}, the latter in
+    pixels before the transform.
 
     Args:
         channel: leads to the replica.
@@ -118,8 +122,10 @@ def decode_stream(
         )
         for timed in reader:
             turns = round(timed.frame.rotation / 90)
-            pixels = upright_pixels(convert(timed.frame), turns, timed.aspect, prep)
-            channel.send({"time_s": float(timed.time)}, pixels.data.cast("B"))
+            image = upright(convert(timed.frame), turns, timed.aspect)
+            head = {"time_s": float(timed.time), "picture": (image.height, image.width)}
+            pixels = np.ascontiguousarray(eval_transform(image, prep))
+            channel.send(head, pixels.data.cast("B"))
         _check_end(reader, file, source.reached)
 
 

@@ -1,6 +1,6 @@
 """Fetches and decodes the images and videos of a request to the pixels that the encoder takes.
 
-Shape legend: T frames, H height, W width, C channels; H = W = the model's image size.
+Shape legend: T frames, H height, W width, C channels.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from serve.embeddings.contract import ModelCard, Pixels
+from models.media.preprocessing import EncoderInput, Preprocessing
+from serve.embeddings.contract import Decoded, ModelCard, Pixels
 from serve.embeddings.media.decode_pool import DecodePool, SampledVideo
 from serve.embeddings.media.fetching import ImageFetcher
-from serve.embeddings.media.inputs import Reference, Sampling, decode_base64, to_pixels
+from serve.embeddings.media.inputs import Reference, Sampling, decode_base64, to_input
 from serve.embeddings.settings import ServeSettings
 from serve.ingress.errors import ApiError
 
@@ -30,11 +31,13 @@ class Item:
     """One image or video, decoded.
 
     Attributes:
-        parts: inputs of the encoder, images [H, W, C] or clips [T, H, W, C].
+        parts: images or clips, all with the same patches.
+        size: height and width of the picture before it was fitted, pixels.
         times_s: times of a video's sampled frames; None for an image.
     """
 
-    parts: list[Pixels]
+    parts: list[EncoderInput]
+    size: tuple[int, int]
     times_s: list[float] | None = None
 
 
@@ -63,32 +66,37 @@ class MediaLoader:
             timeout_s=settings.decode_timeout_s,
         )
 
-    async def load(self, reference: Reference) -> Item:
-        """Returns the pixels of one item.
+    async def load(self, reference: Reference, prep: Preprocessing) -> Item:
+        """Returns one item, fitted to the model.
 
         Raises:
             ApiError: the item cannot be fetched or decoded.
         """
         if reference.sampling is None:
-            return Item([await self._image(reference)])
-        sampled = await self._video(reference, reference.sampling)
-        return Item(to_parts(sampled.pixels_THWC, self._card), sampled.times_s)
+            image = await self._image(reference, prep)
+            return Item([image.input], image.size)
+        sampled = await self._video(reference, reference.sampling, prep)
+        frames, kept = sampled.frames, sampled.frames.input.kept
+        clips = to_parts(frames.input.pixels, self._card)
+        return Item([EncoderInput(clip, kept) for clip in clips], frames.size, sampled.times_s)
 
-    async def decode_image(self, data: bytes, param: str) -> Pixels:
-        """Decodes and transforms one image [H, W, C] in a thread; raises as `to_pixels`."""
-        return await self._in_thread(self._decode, data, param)
+    async def decode_image(self, data: bytes, prep: Preprocessing, param: str) -> Decoded:
+        """Decodes and transforms one image in a thread; raises as `to_input`."""
+        return await self._in_thread(self._decode, data, prep, param)
 
     async def close(self) -> None:
         """Releases connections and processes."""
         await self.fetcher.close()
         await self.decoders.close()
 
-    async def _image(self, reference: Reference) -> Pixels:
+    async def _image(self, reference: Reference, prep: Preprocessing) -> Decoded:
         if not reference.is_url:
-            return await self._in_thread(self._decode_inline, reference)
-        return await self.decode_image(await self.fetcher.fetch(reference), reference.param)
+            return await self._in_thread(self._decode_inline, reference, prep)
+        return await self.decode_image(await self.fetcher.fetch(reference), prep, reference.param)
 
-    async def _video(self, reference: Reference, sampling: Sampling) -> SampledVideo:
+    async def _video(
+        self, reference: Reference, sampling: Sampling, prep: Preprocessing
+    ) -> SampledVideo:
         if not self._settings.decode_processes:
             message = "this server takes no videos (decode_processes is 0)"
             raise ApiError(400, "unsupported_modality", message, param=reference.param)
@@ -97,8 +105,7 @@ class MediaLoader:
         else:
             most = self._settings.max_video_bytes
             data = await self._in_thread(partial(decode_base64, max_bytes=most), reference)
-        job = self._job(sampling)
-        prep = self._card.preprocessing
+        job = self._job(sampling) | {"one_size": prep.partial}
         return await self.decoders.sample(data, job, prep, param=reference.param)
 
     def _job(self, sampling: Sampling) -> dict[str, Any]:
@@ -116,13 +123,12 @@ class MediaLoader:
     async def _in_thread(self, call: Callable[..., Result], *args: Any) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call, *args)
 
-    def _decode_inline(self, reference: Reference) -> Pixels:
+    def _decode_inline(self, reference: Reference, prep: Preprocessing) -> Decoded:
         data = decode_base64(reference, max_bytes=self._settings.max_image_bytes)
-        return self._decode(data, reference.param)
+        return self._decode(data, prep, reference.param)
 
-    def _decode(self, data: bytes, param: str) -> Pixels:
-        prep, max_pixels = self._card.preprocessing, self._settings.max_pixels
-        return to_pixels(data, prep, max_pixels=max_pixels, param=param)
+    def _decode(self, data: bytes, prep: Preprocessing, param: str) -> Decoded:
+        return to_input(data, prep, max_pixels=self._settings.max_pixels, param=param)
 
 
 def to_parts(pixels_THWC: Pixels, card: ModelCard) -> list[Pixels]:

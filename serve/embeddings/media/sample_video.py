@@ -3,7 +3,7 @@
 This runs in a decoder process (`serve/embeddings/media/decode_worker.py`), so a hostile file may
 crash it.
 
-Shape legend: T sampled frames, S side of the encoder's square input, 3 = RGB.
+Shape legend: T sampled frames, H and W height and width of the encoder's input, 3 = RGB.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import io
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -58,20 +58,32 @@ class ClipRequest:
     """Pixels of a frame at most."""
     max_s: float
     """Seconds that the video may last at most."""
+    one_size: bool = False
+    """Whether frames of another size are stretched to that of the first one, because a clip has one
+    grid."""
 
 
-def sample_video(
-    video: bytes, request: ClipRequest, prep: Preprocessing
-) -> tuple[U8, list[float], float]:
+class SampledFrames(NamedTuple):
+    """Frames of a video, fitted to the encoder's input."""
+
+    pixels_THWC: U8
+    """uint8 [T, H, W, 3]."""
+    times_s: list[float]
+    """When each is shown, seconds after the first frame of the video."""
+    duration_s: float
+    """Duration of the video."""
+    size: tuple[int, int]
+    """Height and width of the first one before it was fitted, pixels."""
+
+
+def sample_video(video: bytes, request: ClipRequest, prep: Preprocessing) -> SampledFrames:
     """Decodes and transforms the frames that a request asks for.
-
-    Returns:
-        uint8 [T, S, S, 3], the time of each frame, and the video's duration, both in seconds.
 
     Raises:
         VideoError: with the reason.
     """
     convert, found = RgbConverter(), dict[int, U8]()
+    first: tuple[int, int] | None = None
     with open_video(io.BytesIO(video), max_pixels=request.max_pixels) as (container, stream):
         index = read_index(container, stream, request)
         duration_s, times_s = float(index.duration), [float(time) for time in index.times]
@@ -80,10 +92,15 @@ def sample_video(
             for time in sample_times(duration_s, request)
         ]
         for number, frame in index.frames(numbers):
-            turns = round(frame.rotation / 90)
-            found[number] = upright_pixels(convert(frame), turns, index.aspect, prep)
+            image = upright(convert(frame), round(frame.rotation / 90), index.aspect)
+            first = first or image.size
+            if request.one_size and image.size != first:
+                image = image.resize(first)
+            found[number] = eval_transform(image, prep)
+    assert first is not None, "there is at least one frame"
     pixels = np.stack([found[number] for number in numbers])
-    return pixels, [times_s[number] for number in numbers], duration_s
+    shown_s = [times_s[number] for number in numbers]
+    return SampledFrames(pixels, shown_s, duration_s, (first[1], first[0]))
 
 
 def sample_times(duration_s: float, request: ClipRequest) -> list[float]:
@@ -128,11 +145,11 @@ def read_index(container: Any, stream: av.VideoStream, request: ClipRequest) -> 
     return index
 
 
-def upright_pixels(frame_HW3: U8, rotation: int, aspect: Fraction, prep: Preprocessing) -> U8:
-    """Turns a decoded frame upright and applies evaluation's transform: uint8 [S, S, 3]."""
+def upright(frame_HW3: U8, rotation: int, aspect: Fraction) -> Image.Image:
+    """Returns a decoded frame as a player shows it, upright and with square pixels."""
     image = Image.fromarray(frame_HW3)
     if aspect != 1:
         image = image.resize((max(round(image.width * aspect), 1), image.height))
     if rotation % 4:
         image = Image.fromarray(np.rot90(np.asarray(image), rotation))
-    return eval_transform(image, prep)
+    return image

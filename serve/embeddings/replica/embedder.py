@@ -1,7 +1,7 @@
 """The embedder's replica: turns pixels into embeddings in dynamic batches.
 
 Shape legend: B images or clips of a batch, T frames, H height, W width, C channels, N tokens (time
-first), S time steps, D width.
+first) that are encoded, S time steps, D width.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,9 +18,10 @@ import torch
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from models.artifacts.artifact import load_artifact
+from models.encoders.input_batch import Encoded, InputBatch, encode
 from models.image_size import height_width
-from models.media.preprocessing import Preprocessing, normalize
-from serve.embeddings.contract import Floats, ModelCard, Pixels, Pooling
+from models.media.preprocessing import EncoderInput, Preprocessing
+from serve.embeddings.contract import Floats, ModelCard, Pooling
 from serve.embeddings.replica.batching import Batcher
 from serve.embeddings.settings import ServeSettings
 from serve.telemetry import BATCH_BUCKETS, LATENCY_BUCKETS_S, Reporter
@@ -43,45 +45,47 @@ class Encoder:
         self._encoder = artifact.encoder.eval().to(self._device, self._dtype)
         self.dimensions: int = artifact.encoder.width
         self.num_patches: int = artifact.encoder.grid.per_step
+        self.grid = (artifact.encoder.grid.rows, artifact.encoder.grid.columns)
         self.frames: int = artifact.encoder.frames
         self.tubelet: int = artifact.encoder.tubelet
 
     @torch.inference_mode()
-    def run(self, items: list[tuple[Pixels, Pooling]]) -> list[Floats]:
-        """Encodes images and clips of the model's size.
+    def run(self, items: list[tuple[EncoderInput, Pooling]]) -> list[Floats]:
+        """Encodes images and clips, those of the same number of frames in one forward pass.
 
         Args:
-            items: uint8 [H, W, C] or [T, H, W, C] pixels, each with its pooling.
+            items: images [H, W, C] or clips [T, H, W, C], each with its pooling.
 
         Returns:
             float32, after the final LayerNorm: [D] for `mean` (over all tokens), [S, D] for
             `per_frame` (over those of a time step), [N, D] for `patches`.
         """
-        alike: dict[tuple[int, ...], list[int]] = {}
-        for index, (pixels, _) in enumerate(items):
-            alike.setdefault(pixels.shape, []).append(index)
+        alike: dict[int, list[int]] = {}
+        for index, (one, _) in enumerate(items):
+            frames = len(one.pixels) if one.pixels.ndim == 4 else 0
+            alike.setdefault(frames, []).append(index)
         results: dict[int, Floats] = {}
         for indices in alike.values():
-            tokens_BND = self._tokens(np.stack([items[index][0] for index in indices]))
-            # Pooled on the device, for the whole batch at once.
-            B, _, D = tokens_BND.shape
-            steps_BSD = tokens_BND.reshape(B, -1, self.num_patches, D).mean(dim=2).cpu().numpy()
-            mean_BD = tokens_BND.mean(dim=1).cpu().numpy()
-            for row, index in enumerate(indices):
-                pooling = items[index][1]
-                if pooling == "patches":
-                    results[index] = tokens_BND[row].cpu().numpy()
-                else:
-                    results[index] = mean_BD[row] if pooling == "mean" else steps_BSD[row]
+            batch = InputBatch.of([items[index][0] for index in indices], self.preprocessing)
+            encoded = encode(self._encoder, batch, self.preprocessing)
+            pooled = self._pool(encoded, [items[index][1] for index in indices])
+            results.update(zip(indices, pooled, strict=True))
         return [results[index] for index in range(len(items))]
 
-    def _tokens(self, pixels: Pixels) -> torch.Tensor:
-        """Encodes uint8 [B, H, W, C] or [B, T, H, W, C] to float32 tokens [B, N, D]."""
-        channels_first = torch.from_numpy(pixels).to(self._device).movedim(-1, 1)
-        prep = self.preprocessing
-        normalized = normalize(channels_first, prep.mean, prep.std).to(self._dtype)
-        tokens_BND: torch.Tensor = self._encoder(normalized).float()
-        return tokens_BND
+    def _pool(self, encoded: Encoded, poolings: list[Pooling]) -> list[Floats]:
+        """Pools on the device: `mean` for the whole batch at once."""
+        steps, D = encoded.count // self.num_patches, self.dimensions
+        mean_BD, each = encoded.mean().cpu().numpy(), encoded.each()
+        pooled: list[Floats] = []
+        for row, pooling in enumerate(poolings):
+            if pooling == "mean":
+                pooled.append(mean_BD[row])
+                continue
+            tokens_ND = each[row]
+            if pooling == "per_frame":  # every time step has the same patches
+                tokens_ND = tokens_ND.reshape(steps, -1, D).mean(dim=1)
+            pooled.append(tokens_ND.cpu().numpy())
+        return pooled
 
 
 class Embedder:
@@ -105,6 +109,7 @@ class Embedder:
             created=int(time.time()),
             dimensions=self._encoder.dimensions,
             num_patches=self._encoder.num_patches,
+            grid=self._encoder.grid,
             preprocessing=self._encoder.preprocessing,
             frames=self._encoder.frames,
             tubelet=self._encoder.tubelet,
@@ -120,19 +125,18 @@ class Embedder:
         """Returns what ingress replicas know about the model."""
         return self._card
 
-    async def embed(self, pixels: Pixels, pooling: Pooling) -> Floats:
+    async def embed(self, inputs: Sequence[EncoderInput], pooling: Pooling) -> list[Floats]:
         """Embeds the images or clips of one request, in batches with those of other requests.
 
         Args:
-            pixels: uint8 [B, H, W, C], or [B, T, H, W, C] with T a multiple of the tubelet up to
-                the clip's frames; H = W = the model's image size.
+            inputs: images, or clips whose frames are a multiple of the tubelet up to the clip's
+                frames, as the artifact's transform makes them.
             pooling: see `Encoder.run`.
 
         Returns:
-            float32 [B, D], [B, S, D] or [B, N, D], not normalised.
+            float32 [D], [S, D] or [N, D] of each, not normalised.
         """
-        rows = [self._batcher.submit((item, pooling)) for item in pixels]
-        return np.stack(await asyncio.gather(*rows))
+        return list(await asyncio.gather(*(self._batcher.submit((i, pooling)) for i in inputs)))
 
     def check_health(self) -> None:
         """Called by Serve every few seconds.
@@ -143,7 +147,7 @@ class Embedder:
         if self._busy_since is not None and time.monotonic() - self._busy_since > STUCK_AFTER_S:
             raise RuntimeError(f"a forward pass has been running for over {STUCK_AFTER_S:.0f} s")
 
-    async def _run(self, items: list[tuple[Pixels, Pooling]]) -> list[Floats]:
+    async def _run(self, items: list[tuple[EncoderInput, Pooling]]) -> list[Floats]:
         loop = asyncio.get_running_loop()
         self._busy_since = started = time.monotonic()
         try:
@@ -160,11 +164,11 @@ class Embedder:
         For clips it runs only one clip, because a full batch may take minutes on CPUs.
         """
         size, frames = height_width(self._card.preprocessing.image_size), self._card.frames
-        pixels = np.zeros((*size, 3), np.uint8)
+        image = EncoderInput(np.zeros((*size, 3), np.uint8))
         for count in (batch_size, 1):
-            self._thread.submit(self._encoder.run, [(pixels, "mean")] * count).result()
+            self._thread.submit(self._encoder.run, [(image, "mean")] * count).result()
         if frames > 1:
-            clip = np.zeros((frames, *size, 3), np.uint8)
+            clip = EncoderInput(np.zeros((frames, *size, 3), np.uint8))
             self._thread.submit(self._encoder.run, [(clip, "mean")]).result()
 
     def _metrics(self, telemetry: Any) -> None:

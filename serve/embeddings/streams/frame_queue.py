@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
-from serve.embeddings.contract import Pixels
+from serve.embeddings.contract import Decoded
 
 QUEUE_BYTES = 8_388_608
 """Bytes of frames that may wait in one stream at most."""
@@ -21,13 +21,13 @@ class Frame:
         number: position among the source's frames, without skipped but with dropped ones.
         time_s: seconds in the source's time.
         arrived_s: when the frame arrived, by the event loop's clock.
-        content: an encoded picture, or pixels [H, W, C] of the model's size.
+        content: an encoded picture, or one [H, W, C] that is fitted to the model.
     """
 
     number: int
     time_s: float
     arrived_s: float
-    content: bytes | Pixels
+    content: bytes | Decoded
 
     @property
     def size(self) -> int:
@@ -59,7 +59,7 @@ class FrameQueue:
         self._bytes = 0
         self.received = self.dropped = self.skipped = 0
 
-    def put(self, time_s: float, arrived_s: float, content: bytes | Pixels) -> None:
+    def put(self, time_s: float, arrived_s: float, content: bytes | Decoded) -> None:
         """Adds a frame, unless it comes too soon or is the one to drop."""
         if self._is_too_soon(time_s):
             self.skipped += 1

@@ -14,13 +14,14 @@ from pydantic import Field, TypeAdapter, ValidationError
 from serve.embeddings.contract import ModelCard
 from serve.embeddings.encoding import OutputOptions
 from serve.embeddings.media.inputs import MAX_FPS
+from serve.embeddings.regions import RegionOptions
 from serve.ingress.bodies import RequestModel, field_error, read_json
 from serve.ingress.errors import ApiError
 
 _TIMESTAMP = struct.Struct("<d")
 
 
-class StreamStart(OutputOptions):
+class StreamStart(OutputOptions, RegionOptions):
     """The first message of a client."""
 
     type: Literal["start"]

@@ -59,12 +59,12 @@ async def _serve(websocket: WebSocket, hub: StreamHub) -> None:
     if start.url is not None:
         pieces = hub.media.fetcher.stream(_url_reference(start.url, hub))
         reader = _read_controls(websocket, stream)
-        source = decode_container(hub, pieces, stream.queue)
+        source = decode_container(hub, pieces, stream.prep, stream.queue)
         await run_with(stream.run(), reader, source)
     elif start.source == "container":
         buffer = ByteBuffer()
         reader = _Reader(websocket, hub, stream, start, buffer).run()
-        source = decode_container(hub, buffer.pieces(), stream.queue)
+        source = decode_container(hub, buffer.pieces(), stream.prep, stream.queue)
         await run_with(stream.run(), reader, source)
     else:
         await run_with(stream.run(), _Reader(websocket, hub, stream, start, None).run())

@@ -3,7 +3,7 @@
 The state of a stream (its queue, window and counters) belongs to the ingress replica that has its
 connection. The windows of all streams share the batches of the embedder.
 
-Shape legend: T frames of the window, H height, W width, C channels; H = W = the model's image size.
+Shape legend: T frames of the window, H height, W width, C channels.
 """
 
 from __future__ import annotations
@@ -19,9 +19,17 @@ import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from models.image_size import height_width
-from serve.embeddings.contract import EmbedFunction, Floats, ModelCard, Pixels
+from models.media.preprocessing import EncoderInput, Preprocessing
+from serve.embeddings.contract import Decoded, EmbedFunction, Floats, ModelCard
 from serve.embeddings.encoding import encode
-from serve.embeddings.media.decode_pool import DIED, DecodePool, DecoderGone, video_error
+from serve.embeddings.media.decode_pool import (
+    DIED,
+    DecodePool,
+    DecoderGone,
+    as_decoded,
+    video_error,
+)
+from serve.embeddings.media.fitting import aspect_warning, same_patches
 from serve.embeddings.media.loader import MediaLoader, to_parts
 from serve.embeddings.settings import ServeSettings
 from serve.embeddings.streams.frame_queue import Frame, FrameQueue
@@ -52,6 +60,11 @@ class StreamMetrics:
         )
         self.frames = Counter("rayjepa_stream_frames", "Frames received", registry=registry)
         self.dropped = Counter("rayjepa_stream_frames_dropped", "Frames dropped", registry=registry)
+        self.aspects_differ = Counter(
+            "rayjepa_stream_aspects_differ",
+            "Streams whose aspect differs from the model's by more than 5%",
+            registry=registry,
+        )
         self.lag_s = Histogram(
             "rayjepa_stream_lag_seconds",
             "From the arrival of a window's last frame to its embedding",
@@ -126,18 +139,23 @@ class Stream:
         hub: what it shares with other streams.
         start: the client's first message.
         send: sends a text message to the client.
+
+    Attributes:
+        prep: the transform, with the regions that this stream leaves out.
     """
 
     def __init__(self, hub: StreamHub, start: StreamStart, send: Send) -> None:
         self._hub, self._start, self._send = hub, start, send
         frames = hub.card.frames
+        self.prep = hub.card.transform(start.regions)
         self.every = start.every or max(frames // 2, 1)
         most = hub.settings.stream_queue
         self.queue_size = min(start.queue or most, most)
         self.queue = FrameQueue(self.queue_size, start.drop, start.fps)
-        self._window: deque[tuple[Frame, Pixels]] = deque(maxlen=frames)
+        self._window: deque[tuple[Frame, Decoded]] = deque(maxlen=frames)
         self._fresh = 0  # frames of the window that are in no embedding yet
         self._bad_in_a_row = self._rejected = 0
+        self._warned = False
         self._sent = self._acknowledged = 0
         self._reported = (0, 0)  # frames and drops that the metrics have counted
         self._credit = asyncio.Event()
@@ -151,10 +169,12 @@ class Stream:
         await self._send(to_text(self._started()))
         try:
             while (frame := await self.queue.get()) is not None:
-                pixels = await self._pixels(frame)
-                if pixels is None:
+                decoded = await self._decoded(frame)
+                if decoded is None:
                     continue
-                self._window.append((frame, pixels))
+                if self._window and not same_patches(self._window[-1][1].input, decoded.input):
+                    await self._begin_window()
+                self._window.append((frame, decoded))
                 self._fresh += 1
                 if len(self._window) == self._window.maxlen and self._fresh >= self.every:
                     await self._emit()
@@ -190,20 +210,29 @@ class Stream:
             "unacknowledged": self._start.unacknowledged,
         }
 
-    async def _pixels(self, frame: Frame) -> Pixels | None:
-        """Returns the pixels of a frame; None, and counts it, if it cannot be decoded."""
+    async def _begin_window(self) -> None:
+        """Ends a window whose frames have another grid, or other patches, than the next one's."""
+        if self._fresh:
+            await self._emit()
+        self._window.clear()
+
+    async def _decoded(self, frame: Frame) -> Decoded | None:
+        """Decodes a frame; returns None, and counts it, if that cannot be done."""
         if not isinstance(frame.content, bytes):
             return frame.content
         try:
-            pixels = await self._hub.media.decode_image(frame.content, f"frame {frame.number}")
-        except ApiError:
+            name = f"frame {frame.number}"
+            decoded = await self._hub.media.decode_image(frame.content, self.prep, name)
+        except ApiError as error:
+            if error.param == "exclude":  # the regions are at fault and not the frame
+                raise
             self._rejected += 1
             self._bad_in_a_row += 1
             if self._bad_in_a_row >= BAD_FRAMES:
                 raise
             return None
         self._bad_in_a_row = 0
-        return pixels
+        return decoded
 
     async def _emit(self) -> None:
         """Embeds the window and sends the result, once enough others are acknowledged."""
@@ -220,13 +249,24 @@ class Stream:
             "end_s": frames[-1].time_s,
             "lag_s": round(lag_s, 6),
             **self._counters(),
-            **encode(embedding, self._start),
+            **encode(embedding, self._start, self._window[0][1].input.kept, self._hub.card.grid),
+            **self._warnings(),
         }
         self._fresh = 0
         self._sent += 1
         self._hub.metrics.lag_s.observe(lag_s)
         self._report()
         await self._send(to_text(message))
+
+    def _warnings(self) -> dict[str, Any]:
+        """Returns, once in a stream, a field that says how its frames are fitted."""
+        size = self._window[-1][1].size
+        message = None if self._warned else aspect_warning(size, self.prep)
+        if message is None:
+            return {}
+        self._warned = True
+        self._hub.metrics.aspects_differ.inc()
+        return {"warnings": [{"code": "aspects_differ", "message": message}]}
 
     async def _acknowledged_but(self, most: int) -> None:
         """Waits until at most this many embeddings are not acknowledged."""
@@ -236,14 +276,14 @@ class Stream:
 
     async def _embed_window(self) -> Floats:
         """Embeds the window as one clip, filled up to whole time steps at the end."""
-        pixels_THWC = np.stack([pixels for _, pixels in self._window])
-        (part,) = to_parts(pixels_THWC, self._hub.card)
+        frames = [decoded.input for _, decoded in self._window]
+        (pixels,) = to_parts(np.stack([one.pixels for one in frames]), self._hub.card)
+        part = EncoderInput(pixels, frames[0].kept)
         deadline = time.monotonic() + self._hub.settings.timeout_s
         while True:
             try:
                 async with asyncio.timeout(self._hub.settings.timeout_s):
-                    embeddings = await self._hub.embed(part[None], self._start.pooling)
-                embedding: Floats = embeddings[0]
+                    (embedding,) = await self._hub.embed([part], self._start.pooling)
                 return embedding
             except TimeoutError as error:
                 raise server_error(504, "timeout", "the model does not answer") from error
@@ -269,14 +309,20 @@ class Stream:
 
 
 async def decode_container(
-    hub: StreamHub, pieces: AsyncGenerator[bytes, None], queue: FrameQueue
+    hub: StreamHub, pieces: AsyncGenerator[bytes, None], prep: Preprocessing, queue: FrameQueue
 ) -> None:
     """Decodes a container in a process of its own, puts its frames into a queue and closes that.
+
+    Args:
+        hub: what streams share.
+        pieces: the container.
+        prep: the transform, with the regions that are left out.
+        queue: takes the frames.
 
     Raises:
         ApiError: the bytes are not a video, or decoding takes too long.
     """
-    loop, prep = asyncio.get_running_loop(), hub.card.preprocessing
+    loop = asyncio.get_running_loop()
     job = {"max_pixels": hub.settings.max_video_pixels}
     (height, width), arrived_s = height_width(prep.image_size), loop.time()
     with hub.hold_decoder() as pool:
@@ -290,8 +336,7 @@ async def decode_container(
                         arrived_s = loop.time()
                         await worker.send({}, piece)
                     elif "time_s" in head:
-                        pixels = np.frombuffer(payload, np.uint8).reshape(height, width, 3)
-                        queue.put(head["time_s"], arrived_s, pixels)
+                        queue.put(head["time_s"], arrived_s, as_decoded(head, payload, prep))
                     elif "reason" in head:
                         raise video_error(head, None)
                     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from fastapi import FastAPI
 
 from helpers.serve.embeddings import PATCHES, SIZE, WIDTH, png_uri
-from models.media.preprocessing import Preprocessing
+from models.media.preprocessing import EncoderInput, Preprocessing
 from serve.embeddings.contract import ModelCard
 from serve.embeddings.frontend.routes import create_embeddings_app
 from serve.embeddings.frontend.service import EmbeddingService
@@ -26,7 +26,10 @@ CARD = ModelCard(
     created=1,
     dimensions=WIDTH,
     num_patches=PATCHES,
-    preprocessing=Preprocessing(image_size=SIZE, mean=(0.5,) * 3, std=(0.5,) * 3),
+    grid=(4, 4),
+    preprocessing=Preprocessing(
+        image_size=SIZE, mean=(0.5,) * 3, std=(0.5,) * 3, patch_size=SIZE // 4
+    ),
 )
 
 
@@ -49,16 +52,16 @@ class Parts:
         return create_embeddings_app(self.ingress, self.service, self.streams)
 
 
-async def fake_embed(pixels: np.ndarray, pooling: str) -> np.ndarray:
+async def fake_embed(inputs: Sequence[EncoderInput], pooling: str) -> list[np.ndarray]:
     """Returns the image's mean colour times a ramp, so that values can be traced to the reply."""
-    colour = pixels.mean(axis=(1, 2, 3)).astype(np.float32)
+    colour = np.array([one.pixels.mean() for one in inputs], np.float32)
     ramp = np.arange(1, WIDTH + 1, dtype=np.float32)
     mean = colour[:, None] * ramp
-    return mean if pooling == "mean" else np.repeat(mean[:, None], PATCHES, axis=1)
+    return list(mean if pooling == "mean" else np.repeat(mean[:, None], PATCHES, axis=1))
 
 
 def make_parts(
-    embed: Callable[..., Awaitable[np.ndarray]] = fake_embed,
+    embed: Callable[..., Awaitable[list[np.ndarray]]] = fake_embed,
     api_key: str | None = None,
     ready: bool = True,
     **settings: Any,
@@ -72,7 +75,7 @@ def make_parts(
         return "metrics"
 
     ingress = IngressParts(settings=full, scrape=scrape, is_ready=is_ready, api_key=api_key)
-    return Parts(ingress, EmbeddingService(full, CARD, embed))
+    return Parts(ingress, EmbeddingService(full, CARD, embed, ingress.metrics.registry))
 
 
 def call(

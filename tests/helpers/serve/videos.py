@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from helpers.serve.free_ports import free_ports
 from models.artifacts.artifact import load_artifact, save_artifact
 from models.encoders.shape import EncoderShape
 from models.encoders.vit import VisionTransformer
-from models.media.preprocessing import Preprocessing, normalize
+from models.media.preprocessing import EncoderInput, Preprocessing, normalize
 from serve.embeddings.contract import ModelCard
 from serve.embeddings.frontend.service import EmbeddingService
 from serve.embeddings.replica.batching import Batcher
@@ -125,6 +125,7 @@ def _build(
         created=1,
         dimensions=encoder.dimensions,
         num_patches=encoder.num_patches,
+        grid=encoder.grid,
         preprocessing=encoder.preprocessing,
         frames=encoder.frames,
         tubelet=encoder.tubelet,
@@ -138,8 +139,8 @@ def _build(
 
     batcher = Batcher(run, batch_size=settings.batch_size, max_wait_s=0.002)
 
-    async def embed(pixels: np.ndarray, pooling: str) -> np.ndarray:
-        return np.stack(await asyncio.gather(*(batcher.submit((p, pooling)) for p in pixels)))
+    async def embed(inputs: Sequence[EncoderInput], pooling: str) -> list[np.ndarray]:
+        return await asyncio.gather(*(batcher.submit((one, pooling)) for one in inputs))
 
     async def is_ready() -> bool:
         return True
@@ -147,7 +148,8 @@ def _build(
     async def scrape() -> str:
         return ""
 
-    service, metrics = EmbeddingService(settings, card, embed), RequestMetrics()
+    metrics = RequestMetrics()
+    service = EmbeddingService(settings, card, embed, metrics.registry)
     ingress = IngressParts(
         settings=settings, metrics=metrics, scrape=scrape, is_ready=is_ready, api_key=api_key
     )

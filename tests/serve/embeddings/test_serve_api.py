@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from ray.serve.exceptions import BackPressureError
 
 from helpers.serve.embeddings import PATCHES, SIZE, WIDTH, unit
 from helpers.serve.fake_model import URI, call, embed, fake_embed, make_parts
+from models.media.preprocessing import EncoderInput
 from serve.embeddings.frontend.client import EmbedderClient
 from serve.ingress.errors import ApiError
 
@@ -61,9 +63,9 @@ def test_api_key_guards_all_but_the_open_paths_under_any_route_prefix(prefix: st
 
 
 def test_overload_is_shed_with_429_and_the_rest_served() -> None:
-    async def slow(pixels: np.ndarray, pooling: str) -> np.ndarray:
+    async def slow(inputs: Sequence[EncoderInput], pooling: str) -> list[np.ndarray]:
         await asyncio.sleep(0.2)
-        return await fake_embed(pixels, pooling)
+        return await fake_embed(inputs, pooling)
 
     parts = make_parts(slow, max_queued=4, max_items=4)
     post = ("POST", "/v1/embeddings", {"json": {"input": [URI, URI]}})
@@ -79,9 +81,9 @@ def test_overload_is_shed_with_429_and_the_rest_served() -> None:
 
 
 def test_slow_model_gets_a_504() -> None:
-    async def hang(pixels: np.ndarray, pooling: str) -> np.ndarray:
+    async def hang(inputs: Sequence[EncoderInput], pooling: str) -> list[np.ndarray]:
         await asyncio.sleep(60)
-        return await fake_embed(pixels, pooling)
+        return await fake_embed(inputs, pooling)
 
     parts = make_parts(hang, timeout_s=0.2)
     reply = embed(parts, input=URI)
@@ -91,7 +93,7 @@ def test_slow_model_gets_a_504() -> None:
 
 
 def test_an_unexpected_error_tells_the_client_nothing() -> None:
-    async def broken(pixels: np.ndarray, pooling: str) -> np.ndarray:
+    async def broken(inputs: Sequence[EncoderInput], pooling: str) -> list[np.ndarray]:
         raise RuntimeError("secret path /private/weights")
 
     parts = make_parts(broken)
@@ -122,10 +124,10 @@ def test_a_leaving_client_frees_its_places() -> None:
     async def run() -> None:
         entered = started()
 
-        async def hang(pixels: np.ndarray, pooling: str) -> np.ndarray:
+        async def hang(inputs: Sequence[EncoderInput], pooling: str) -> list[np.ndarray]:
             entered.set()
             await asyncio.sleep(60)
-            return pixels
+            return []
 
         parts = make_parts(hang)
         request = asyncio.create_task(parts.service.answer(json.dumps({"input": URI}).encode()))
@@ -146,19 +148,19 @@ class _Handle:
         self.failures = list(failures)
         self.embed = self
 
-    async def remote(self, pixels: np.ndarray, pooling: str) -> np.ndarray:
+    async def remote(self, inputs: Sequence[EncoderInput], pooling: str) -> list[np.ndarray]:
         if self.failures:
             raise self.failures.pop(0)
-        return await fake_embed(pixels, pooling)
+        return await fake_embed(inputs, pooling)
 
 
 def test_a_dying_replica_is_retried_a_full_queue_is_not() -> None:
-    pixels = np.zeros((1, SIZE, SIZE, 3), np.uint8)
+    image = EncoderInput(np.zeros((SIZE, SIZE, 3), np.uint8))
 
-    def run(*failures: Exception) -> np.ndarray:
-        return asyncio.run(EmbedderClient(_Handle(*failures)).embed(pixels, "mean"))
+    def run(*failures: Exception) -> list[np.ndarray]:
+        return asyncio.run(EmbedderClient(_Handle(*failures)).embed([image], "mean"))
 
-    assert run(ActorDiedError(), ActorDiedError()).shape == (1, WIDTH)
+    assert [row.shape for row in run(ActorDiedError(), ActorDiedError())] == [(WIDTH,)]
     with pytest.raises(ApiError) as gone:
         run(*[ActorDiedError()] * 3)
     assert (gone.value.status, gone.value.code) == (503, "no_replica")

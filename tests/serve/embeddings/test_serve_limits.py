@@ -22,7 +22,9 @@ from helpers.models.video_files import write_video
 from helpers.serve.embeddings import SIZE, save_tiny_artifact
 from helpers.serve.fake_model import CARD, fake_embed
 from helpers.serve.videos import FRAMES, TUBELET, save_clip_artifact
+from models.media.preprocessing import EncoderInput
 from serve import app
+from serve.embeddings.contract import Decoded
 from serve.embeddings.media.decode_pool import DecodePool
 from serve.embeddings.media.inputs import Reference, Sampling
 from serve.embeddings.media.loader import MediaLoader
@@ -36,8 +38,8 @@ from serve.ingress.errors import ApiError
 RNG = np.random.default_rng(0)
 
 
-def pixels(*frames: int) -> Any:
-    return RNG.integers(0, 256, (*frames, SIZE, SIZE, 3), dtype=np.uint8)
+def pixels(*frames: int) -> EncoderInput:
+    return EncoderInput(RNG.integers(0, 256, (*frames, SIZE, SIZE, 3), dtype=np.uint8))
 
 
 # The encoder
@@ -81,12 +83,12 @@ def test_an_idle_model_waits_for_company_as_long_as_the_setting_says(
             return real(items)
 
         embedder._encoder.run = watched  # type: ignore[method-assign]
-        first = asyncio.create_task(embedder.embed(pixels(1), "mean"))
+        first = asyncio.create_task(embedder.embed([pixels()], "mean"))
         if max_wait_ms == 0:
             await first
         for _ in range(50):  # whatever can begin has begun
             await asyncio.sleep(0)
-        await asyncio.gather(first, embedder.embed(pixels(1), "mean"))
+        await asyncio.gather(first, embedder.embed([pixels()], "mean"))
         registry = embedder._reporter._registry
         embedder._reporter._task.cancel()
         return seen, registry
@@ -144,10 +146,11 @@ def test_frames_of_a_video_for_an_encoder_of_images(video: Reference) -> None:
         with ThreadPoolExecutor(1) as threads:
             media = MediaLoader(settings, CARD, threads)
             try:
-                found = [await media.load(video)]
+                found = [await media.load(video, CARD.preprocessing)]
                 for fps in (4.0, 5.0):  # 8 frames of two seconds, and 10
                     try:
-                        found.append(await media.load(replace(video, sampling=Sampling(fps=fps))))
+                        one = replace(video, sampling=Sampling(fps=fps))
+                        found.append(await media.load(one, CARD.preprocessing))
                     except ApiError as error:
                         found.append(error)
                 return found
@@ -209,7 +212,7 @@ def played(hub: StreamHub, *, frames: int, **start: Any) -> list[Any]:
 
         stream = Stream(hub, StreamStart(type="start", every=1, **start), send)
         for number in range(frames):
-            stream.queue.put(float(number), 0.0, pixels())
+            stream.queue.put(float(number), 0.0, Decoded(pixels(), (SIZE, SIZE)))
         stream.queue.close()
         await stream.run()
 

@@ -18,7 +18,7 @@ from models.media.preprocessing import Preprocessing
 from serve.app import Ingress
 from serve.embeddings.contract import EMBEDDER
 from serve.embeddings.media.fetching import HostRule, ImageFetcher, is_public
-from serve.embeddings.media.inputs import Reference, decode_base64, parse_input, to_pixels
+from serve.embeddings.media.inputs import Reference, decode_base64, parse_input, to_input
 from serve.embeddings.replica.batching import Batcher
 from serve.embeddings.settings import ServeSettings
 from serve.embeddings.streams.frame_queue import QUEUE_BYTES, FrameQueue
@@ -86,10 +86,11 @@ def test_base64_limit_is_exact() -> None:
 def test_formats_that_run_programs_are_not_decoded() -> None:
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n%%EOF\n"
     with pytest.raises(ApiError) as caught:
-        to_pixels(eps, PREP, max_pixels=1000, param="input")
+        to_input(eps, PREP, max_pixels=1000, param="input")
     assert caught.value.code == "not_an_image"
     for image_format in ("JPEG", "WEBP", "GIF", "BMP", "TIFF"):
-        pixels = to_pixels(encoded(picture(1), image_format), PREP, max_pixels=9999, param="input")
+        found = to_input(encoded(picture(1), image_format), PREP, max_pixels=9999, param="input")
+        pixels = found.input.pixels
         assert pixels.shape == (32, 32, 3)
         assert pixels.dtype == np.uint8
 

@@ -10,7 +10,7 @@ import io
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -41,7 +41,7 @@ from helpers.serve.videos import (
     direct_clip_tokens,
     local_server,
 )
-from models.media.preprocessing import Preprocessing, eval_transform
+from models.media.preprocessing import EncoderInput, Preprocessing, eval_transform
 from models.media.video.containers import VideoError
 from serve.embeddings.contract import ModelCard
 from serve.embeddings.frontend.service import embed_items
@@ -62,7 +62,7 @@ def request_for(**fields: Any) -> ClipRequest:
 
 
 def sampled(video: bytes, **fields: Any) -> list[int]:
-    pixels, times_s, _ = sample_video(video, request_for(**fields), PREP)
+    pixels, times_s, *_ = sample_video(video, request_for(**fields), PREP)
     assert len(times_s) == len(pixels)
     return [number_of(frame) for frame in pixels]
 
@@ -106,12 +106,12 @@ def test_containers(container: str) -> None:
 def test_rotated_and_anamorphic_video_is_seen_as_a_player_shows_it() -> None:
     for rotation, turns in ((90, 1), (180, 2), (-90, 3)):
         rotated = write_video(io.BytesIO(), 4, rotation=rotation, container="mp4").getvalue()
-        pixels, _, _ = sample_video(rotated, request_for(), PREP)
+        pixels, *_ = sample_video(rotated, request_for(), PREP)
         upright = np.rot90(picture(0), turns)
         expected = eval_transform(Image.fromarray(np.ascontiguousarray(upright)), PREP)
         assert np.abs(pixels[0].astype(int) - expected).mean() < 4
     tall = write_video(io.BytesIO(), 4, aspect=Fraction(1, 2), container="mp4").getvalue()
-    pixels, _, _ = sample_video(tall, request_for(), PREP)
+    pixels, *_ = sample_video(tall, request_for(), PREP)
     shown, stored = (
         eval_transform(Image.fromarray(np.ascontiguousarray(p)), PREP).astype(int)
         for p in (picture(0)[:, ::2], picture(0))
@@ -189,7 +189,7 @@ def vectors_of(reply: httpx.Response) -> np.ndarray:
 
 
 def test_pooling_of_a_clip(server: LocalServer, artifact: Path) -> None:
-    pixels, times_s, _ = sample_video(CLEAN, request_for(), _prep(artifact))
+    pixels, times_s, *_ = sample_video(CLEAN, request_for(), _prep(artifact))
     tokens = direct_clip_tokens(artifact, pixels)
     assert tokens.shape == (FRAMES // TUBELET * PATCHES, WIDTH)
     video = {"video": data_uri(CLEAN, "video/mp4")}
@@ -218,7 +218,7 @@ def test_a_longer_range_is_several_clips(server: LocalServer, artifact: Path) ->
     """Five frames: a clip of four, and one of a single time step, its only frame repeated; the mean
     is that of all tokens, not of the clips.
     """
-    pixels, _, _ = sample_video(CLEAN, request_for(fps=10.0, end_s=0.5), _prep(artifact))
+    pixels, *_ = sample_video(CLEAN, request_for(fps=10.0, end_s=0.5), _prep(artifact))
     assert len(pixels) == 5
     first = direct_clip_tokens(artifact, pixels[:4])
     second = direct_clip_tokens(artifact, np.concatenate([pixels[4:], pixels[-1:]]))
@@ -252,14 +252,15 @@ def test_an_image_encoder_pools_frames(tmp_path: Path) -> None:
     save_tiny_artifact(tmp_path / "tiny")
     encoder = Encoder(ServeSettings(artifact=str(tmp_path / "tiny")))
     prep = encoder.preprocessing
-    card = ModelCard(name="t", created=1, dimensions=WIDTH, num_patches=PATCHES, preprocessing=prep)
-    pixels, _, _ = sample_video(CLEAN, request_for(frames=3), prep)
-    item = Item(to_parts(pixels, card))
+    sizes: dict[str, Any] = {"dimensions": WIDTH, "num_patches": PATCHES, "grid": encoder.grid}
+    card = ModelCard(name="t", created=1, preprocessing=prep, **sizes)
+    pixels, _, _, size = sample_video(CLEAN, request_for(frames=3), prep)
+    item = Item([EncoderInput(part) for part in to_parts(pixels, card)], size)
     frames = [encoded(Image.fromarray(frame)) for frame in pixels]  # of the model's size already
     expected = np.stack([direct_tokens(tmp_path / "tiny", f).mean(axis=0) for f in frames])
 
-    async def embed(images: np.ndarray, pooling: Any) -> np.ndarray:
-        return np.stack(encoder.run([(image, pooling) for image in images]))
+    async def embed(images: Sequence[EncoderInput], pooling: Any) -> list[np.ndarray]:
+        return encoder.run([(image, pooling) for image in images])
 
     (steps,) = asyncio.run(embed_items([item], "per_frame", embed))
     np.testing.assert_allclose(steps, expected, atol=1e-5)
