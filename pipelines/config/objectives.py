@@ -82,9 +82,9 @@ class LatentPredictionConfig(Settings):
     target_norm: Literal["token", "batch"] = "token"
     """`token` layer-normalises every target token, as I-JEPA and V-JEPA do. `batch` then subtracts
     its mean over the batch at the same place of the grid and divides every dimension by its
-    deviation. In footage with a fixed camera or background most of a token follows from its place,
-    and without this most of the loss is about that. (data2vec, arXiv 2202.03555, section 3.4,
-    compares such normalisations.)"""
+    deviation, so that what is the same in all samples, as a fixed background is, does not count.
+    data2vec (arXiv 2202.03555) too normalises targets against collapse, over the tokens of one
+    sample."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

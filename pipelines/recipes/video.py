@@ -19,7 +19,7 @@ def vjepa_movingmnist() -> PretrainConfig:
 
     Ingest the output of `pipelines.fetch movingmnist` with --video.fps 10. Expected time and
     result: not run with these settings. No V-JEPA run with similar settings learned the direction
-    of motion (docs/log.md, 2026-11-24); `levjepa_movingmnist` does.
+    of motion (docs/log.md, 2026-11-24); `vjepa_motion` and `levjepa_movingmnist` do.
     """
     return PretrainConfig(
         data=DataConfig(batch_size=32, lanes=8, crop_scale=(0.5, 1.0), shuffle_window=256),
