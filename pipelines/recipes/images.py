@@ -284,7 +284,7 @@ def ijepa_vith14_in1k() -> PretrainConfig:
     """
     return PretrainConfig(
         data=DataConfig(batch_size=2048, lanes=64, shuffle_window=256, decode_threads=8),
-        model=ModelConfig(encoder="vit_h", image_size=224, patch_size=14),
+        model=ModelConfig(encoder="vit_h", image_size=224, patch_size=14, fit="crop"),
         objective=ObjectiveConfig(ema=(0.996, 1.0)),
         optim=OptimConfig(
             lr=1e-3,

@@ -230,7 +230,9 @@ def vjepa_vitl16() -> PretrainConfig:
             decode_threads=8,
         ),
         clip=ClipConfig(fps=7.5),
-        model=ModelConfig(encoder="video_l", image_size=224, patch_size=16, frames=16, tubelet=2),
+        model=ModelConfig(
+            encoder="video_l", image_size=224, patch_size=16, frames=16, tubelet=2, fit="crop"
+        ),
         objective=ObjectiveConfig(name="vjepa", loss="l1", ema=(0.998, 1.0)),
         optim=OptimConfig(
             lr=6.25e-4,

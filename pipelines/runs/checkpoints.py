@@ -81,7 +81,7 @@ def check_resumable(
     Raises:
         CheckpointError: Such settings differ; the message names their flags.
     """
-    before, after = flatten(dataclasses.asdict(saved)), flatten(dataclasses.asdict(cfg))
+    before, after = (flatten(dataclasses.asdict(_with_fit(one))) for one in (saved, cfg))
     differing = [
         f"--{key.replace('_', '-')} was {before[key]!r}, is now {after[key]!r}"
         for key in after
@@ -98,6 +98,11 @@ def check_resumable(
             "Restore these settings, or start a new run with another --run.name (and "
             "--run.init-from to take over the weights)."
         )
+
+
+def _with_fit(cfg: PretrainConfig) -> PretrainConfig:
+    """Returns the configuration with the fit that runs have which do not name one."""
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, fit=cfg.model.chosen_fit))
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

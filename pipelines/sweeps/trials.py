@@ -8,6 +8,7 @@ runs that have ended are replayed to a new scheduler.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -219,7 +220,8 @@ def _score(cfg: PretrainConfig) -> Reading:
     if not checkpoints:
         return {}
     torch.set_num_threads(cfg.run.threads or torch.get_num_threads())
-    encoder, _, info = load_encoder(checkpoints[-1][0])
+    encoder, saved, info = load_encoder(checkpoints[-1][0])
+    cfg = dataclasses.replace(cfg, model=saved.model)  # which names the fit
     encoder.to("cuda" if cfg.run.gpu else "cpu")
     ranks = RankProbe(cfg)(encoder)
     found = {"step": info["step"], "rankme": ranks["fixed_rankme"], "lidar": ranks["lidar"]}

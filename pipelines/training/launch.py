@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from models.media.fit import Fit
 from pipelines.config.train import PretrainConfig
 from pipelines.runs.checkpoint_list import best_checkpoint
 from pipelines.runs.checkpoints import (
@@ -66,7 +67,7 @@ def pretrain(
     cfg = prepare(cfg)
     run_uri = join_uri(cfg.run.storage, cfg.run.name)
     stream = stream or sys.stdout
-    cfg = _with_published(cfg, run_uri)
+    cfg = with_fit(_with_published(cfg, run_uri), run_uri)
     start = check_early(cfg, run_uri)
     say = functools.partial(print, file=stream, flush=True)
     if start.note:
@@ -103,6 +104,22 @@ def _with_published(cfg: PretrainConfig, run_uri: str) -> PretrainConfig:
     return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, published=published))
 
 
+def with_fit(cfg: PretrainConfig, run_uri: str) -> PretrainConfig:
+    """Chooses how pictures are fitted where the configuration leaves it open.
+
+    A new run squashes them, so that nothing of a picture is lost unasked. A run that is resumed
+    keeps its own fit; runs made before there was a choice crop.
+    """
+    if cfg.model.fit is not None:
+        return cfg
+    fit: Fit = "squash"
+    start = _find_start(cfg, run_uri)
+    if start.uri:
+        with local_copy(start.uri, "*.json") as folder:
+            fit = read_config(folder).model.chosen_fit
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, fit=fit))
+
+
 def _find_start(cfg: PretrainConfig, run_uri: str) -> Start:
     from pipelines.training.contract import end_step
 
@@ -129,6 +146,7 @@ def check_early(cfg: PretrainConfig, run_uri: str) -> Start:
     from pipelines.loading.plan import make_plan
     from pipelines.training.optimizers import check_installed
 
+    cfg = with_fit(cfg, run_uri)
     sets = training_sets(cfg)
     for one in sets:
         make_plan(one.manifest.row_groups(), one.data, cfg.run.seed)  # refuses too few rows

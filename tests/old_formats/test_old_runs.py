@@ -32,7 +32,7 @@ from pipelines.runs.checkpoints import (
 )
 from pipelines.runs.resuming import go_back
 from pipelines.training.contract import DataSource, Worker
-from pipelines.training.launch import check_early
+from pipelines.training.launch import check_early, with_fit
 from pipelines.training.loggers import read_metrics
 from pipelines.training.trainer import train
 
@@ -173,3 +173,15 @@ def test_a_setting_that_is_not_known_is_refused(old: Path, tmp_path: Path) -> No
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="sharpness"):
         load_encoder(str(folder))
+
+
+def test_an_old_run_crops_as_ever_and_a_new_one_squashes(old: Path, tmp_path: Path) -> None:
+    cfg = config_of(old / "runs" / "ijepa", old / "shards")
+    assert cfg.model.fit is None  # there was no choice
+    assert with_fit(cfg, str(old / "runs" / "ijepa")).model.fit == "crop"
+    assert with_fit(cfg, str(tmp_path / "new")).model.fit == "squash"
+    padded = change(cfg, model={"fit": "pad"})
+    assert with_fit(padded, str(tmp_path / "new")) is padded
+    check_early(cfg, str(old / "runs" / "ijepa"))
+    with pytest.raises(CheckpointError, match=r"--model\.fit was 'crop', is now 'pad'"):
+        check_early(padded, str(old / "runs" / "ijepa"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -96,10 +97,11 @@ def test_artifacts_of_before_these_settings_are_read(tmp_path: Path) -> None:
     file = tmp_path / "a" / "config.json"
     config = json.loads(file.read_text())
     config["rayjepa"]["schema_version"] = 1
-    for name in ("background", "deep_range"):
+    for name in ("background", "deep_range", "fit", "exclude"):
         del config["rayjepa"]["preprocessing"][name]
     file.write_text(json.dumps(config))
-    assert load_artifact(tmp_path / "a").preprocessing == PREP
+    known = dataclasses.replace(PREP, patch_size=load_artifact(tmp_path / "a").encoder.patch_size)
+    assert load_artifact(tmp_path / "a").preprocessing == known
 
 
 def test_a_request_is_decoded_as_the_artifact_says() -> None:
