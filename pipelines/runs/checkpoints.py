@@ -81,7 +81,7 @@ def check_resumable(
     Raises:
         CheckpointError: Such settings differ; the message names their flags.
     """
-    before, after = (flatten(dataclasses.asdict(_with_fit(one))) for one in (saved, cfg))
+    before, after = (_settings(one) for one in (saved, cfg))
     differing = [
         f"--{key.replace('_', '-')} was {before[key]!r}, is now {after[key]!r}"
         for key in after
@@ -100,9 +100,9 @@ def check_resumable(
         )
 
 
-def _with_fit(cfg: PretrainConfig) -> PretrainConfig:
-    """Returns the configuration with the fit that runs have which do not name one."""
-    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, fit=cfg.model.chosen_fit))
+def _settings(cfg: PretrainConfig) -> dict[str, Any]:
+    """Returns all settings by dotted name, with the fit of runs that do not name one."""
+    return flatten(dataclasses.asdict(cfg)) | {"model.fit": cfg.model.chosen_fit}
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
