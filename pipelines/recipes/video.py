@@ -169,7 +169,8 @@ def vjepa_motion() -> PretrainConfig:
     Ingest the output of `pipelines.fetch movingmnist` with --video.fps 10. A token shows a patch of
     one frame, so that a single token tells nothing of motion. Two frames of four are hidden; the
     predictor reads only the mean of the visible tokens, targets are standardised at their place,
-    and SIGReg keeps that mean spread out. Time and results: benchmarks/training/vjepa.md.
+    and SIGReg keeps that mean spread out. A linear probe reads the direction with 34 to 36%
+    accuracy, 17 to 19% with random weights; see benchmarks/training/vjepa.md.
     """
     base = vjepa_movingmnist()
     return replace(
