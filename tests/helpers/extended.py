@@ -123,7 +123,7 @@ def http_field() -> None:
 
     body = {"input": "x", "decimals": 1, "normalize": False}
     options = EmbeddingRequest.model_validate(body)
-    reply = encode(np.array([0.26, 1.0], np.float32), options)
+    reply = encode(np.array([0.26, 1.0], np.float32), options, None, (1, 1))
     assert json.dumps(np.round(reply["embedding"], 3).tolist()) == "[0.3, 1.0]"
 
 

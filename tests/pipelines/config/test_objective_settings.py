@@ -9,9 +9,9 @@ from pipelines.config.train import PretrainConfig
 
 ALWAYS = {"slices", "knots", "regularize", "regularizer_weight"}
 OWN = {
-    "ijepa": {"loss", "ema", "target"},
-    "vjepa": {"loss", "ema", "target"},
-    "dmjd": {"loss", "ema", "target"},
+    "ijepa": {"loss", "ema", "target", "target_norm"},
+    "vjepa": {"loss", "ema", "target", "target_norm"},
+    "dmjd": {"loss", "ema", "target", "target_norm"},
     "mae": {"norm_pixels"},
     "videomae": {"norm_pixels"},
     "lejepa": {"projector", "sigreg_weight"},

@@ -21,7 +21,7 @@ from pipelines.dataset.shards import read_manifest
 from pipelines.export import export
 from pipelines.ingestion.entries.chunks import Chunk, chunk_to_json
 from pipelines.ingestion.staging import chunk_key
-from serve.embeddings.media.inputs import to_pixels
+from serve.embeddings.media.inputs import to_input
 
 CLEAR = encode(Image.new("RGBA", (32, 32), (200, 30, 20, 0)), "PNG")
 TWELVE_BITS = encode(Image.fromarray(np.full((32, 32), 4095, np.uint16)), "PNG")
@@ -108,5 +108,6 @@ def test_a_request_is_decoded_as_the_artifact_says() -> None:
     prep = Preprocessing(
         image_size=32, mean=(0,) * 3, std=(1,) * 3, background=(9, 8, 7), deep_range=4095
     )
-    assert (to_pixels(CLEAR, prep, max_pixels=10_000, param="input") == (9, 8, 7)).all()
-    assert (to_pixels(TWELVE_BITS, prep, max_pixels=10_000, param="input") == 255).all()
+    for data, colour in ((CLEAR, (9, 8, 7)), (TWELVE_BITS, 255)):
+        decoded = to_input(data, prep, max_pixels=10_000, param="input")
+        assert (decoded.input.pixels == colour).all()
