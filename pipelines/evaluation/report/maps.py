@@ -51,6 +51,8 @@ def patch_maps(
     pictures = channels_last(samples)
     drawn = []
     for (number, name), readout in readouts.items():
+        if number is None and len(classes) < 2:
+            continue  # there is nothing to tell apart
         maps = by_step(readout.maps(tokens_NTD).cpu().numpy()[..., None], grid)
         maps_NSHW = maps.reshape(len(maps), grid.tubes, grid.rows, grid.columns)
         most = float(np.nanmax(np.abs(maps_NSHW))) or 1.0

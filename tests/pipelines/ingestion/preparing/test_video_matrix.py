@@ -127,7 +127,7 @@ def check_requests(data: bytes, shown: np.ndarray, times: list[float], turns: in
     if len({pixels.shape for pixels in singly}) == 1:
         some = list(range(1, len(shown), 3))
         check([np.rot90(f, turns) for f in decode_frames(data, some)], shown[some], "some")
-    pixels, times_s, duration_s = sample_video(data, request_for(frames=11), PREP)
+    pixels, times_s, duration_s, _ = sample_video(data, request_for(frames=11), PREP)
     assert times_s == sorted(times_s)
     if ascends(times):
         numbers = [int(np.argmin(np.abs(np.array(times) - time))) for time in times_s]
