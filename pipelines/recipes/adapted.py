@@ -35,6 +35,7 @@ def adapted(old: PretrainConfig, checkpoint: str, storage: str, cfg: AdaptConfig
     return replace(
         old,
         data=_mixed(old.data, cfg),
+        model=replace(old.model, fit=old.model.chosen_fit),
         optim=replace(
             old.optim,
             lr=cfg.rate * old.optim.lr,

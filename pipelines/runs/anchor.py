@@ -11,6 +11,7 @@ pixel values per token, D width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -135,6 +136,7 @@ def anchored(objective: Objective, cfg: PretrainConfig) -> Objective:
         return objective
     assert cfg.anchor.checkpoint
     frozen, config, _ = load_encoder(cfg.anchor.checkpoint)
-    if config.model != cfg.model:
+    theirs, ours = (replace(m, fit=m.chosen_fit) for m in (config.model, cfg.model))
+    if theirs != ours:
         raise CheckpointError("--anchor.checkpoint: its run has other settings of --model")
     return Anchored(objective, frozen, cfg.anchor.weight)

@@ -55,8 +55,8 @@ def test_the_recipe_takes_over_all_but_the_schedule_and_the_data() -> None:
     old = tiny_config(Path("/runs"), name="old", steps=400, probe_every=4, seed=3)
     old = change(old, optim={"lr": 1e-2, "final_lr": 1e-3, "warmup_steps": 40})
     new = adapted(old, "/runs/old/checkpoint_00000400", "/runs", AdaptConfig(rate=0.1, length=0.5))
-    assert (new.model, new.objective, new.mask, new.views) == (
-        old.model, old.objective, old.mask, old.views)  # fmt: skip
+    assert new.model == dataclasses.replace(old.model, fit="crop")  # as it was before the choice
+    assert (new.objective, new.mask, new.views) == (old.objective, old.mask, old.views)
     assert (new.run.steps, new.optim.warmup_steps) == (200, 10)
     assert new.optim.lr == pytest.approx(1e-3)
     assert new.optim.final_lr == pytest.approx(1e-4)
