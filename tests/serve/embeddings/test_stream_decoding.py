@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
@@ -202,7 +203,9 @@ def talk(server: LocalServer, data: bytes) -> tuple[list[dict[str, Any]], int | 
             while True:
                 messages.append(strict(socket.recv(timeout=30)))
                 if messages[-1]["type"] == "embedding":
-                    socket.send(json.dumps({"type": "ack", "index": messages[-1]["index"]}))
+                    # The server may have closed already; what it sent before is still read.
+                    with contextlib.suppress(ConnectionClosed):
+                        socket.send(json.dumps({"type": "ack", "index": messages[-1]["index"]}))
         except ConnectionClosed:
             return messages, socket.close_code
 
