@@ -105,6 +105,42 @@ class Objective(nn.Module, ABC):
         return {"target_pooled": width}
 
 
+class WrappedObjective(Objective):
+    """Adds something to the loss of another objective; everything else is that objective's.
+
+    Args:
+        objective: the objective that is wrapped.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__()
+        self.objective = objective
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The inputs of the objective."""
+        return self.objective.inputs
+
+    @property
+    def feature_encoder(self) -> nn.Module:
+        """The feature encoder of the objective."""
+        return self.objective.feature_encoder
+
+    @property
+    def regularizable(self) -> tuple[str, ...]:
+        """The features of the objective that can be regularized."""
+        return self.objective.regularizable
+
+    @property
+    def watched(self) -> dict[str, int]:
+        """The features of the objective that the collapse watch reads."""
+        return self.objective.watched
+
+    def after_step(self, step: int, total_steps: int) -> None:
+        """Calls the objective's `after_step`."""
+        self.objective.after_step(step, total_steps)
+
+
 class EncoderObjective(Objective):
     """An objective that trains one encoder and can be registered by name.
 

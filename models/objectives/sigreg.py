@@ -27,7 +27,7 @@ from torch import nn
 from models.encoders.from_settings import Settings
 from models.keyed_random.streams import StepStream
 from models.keyed_random.tensors import mix, normals
-from models.objectives.objective import Batch, Objective, Output
+from models.objectives.objective import Batch, Objective, Output, WrappedObjective
 from models.synced import mean_over_processes, world_size
 
 END = 3.0  # upper limit of the integral
@@ -84,7 +84,7 @@ def sigreg_from_settings(objective: Settings) -> SIGReg:
     return SIGReg(slices=objective["slices"], knots=objective["knots"], seed=seed)
 
 
-class Regularized(Objective):
+class Regularized(WrappedObjective):
     """Adds `weight` times SIGReg of one of an objective's features to its loss.
 
     Everything else is the objective's.
@@ -100,34 +100,13 @@ class Regularized(Objective):
     """
 
     def __init__(self, objective: Objective, sigreg: SIGReg, *, weight: float, on: str) -> None:
-        super().__init__()
+        super().__init__(objective)
         if on not in objective.regularizable:
             raise ValueError(
                 f"--objective.regularize: {on!r} is no tensor with a gradient that "
                 f"{type(objective).__name__} monitors; one of {', '.join(objective.regularizable)}"
             )
-        self.objective, self.sigreg = objective, sigreg
-        self.weight, self.on = weight, on
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """The inputs of the objective."""
-        return self.objective.inputs
-
-    @property
-    def feature_encoder(self) -> nn.Module:
-        """The feature encoder of the objective."""
-        return self.objective.feature_encoder
-
-    @property
-    def regularizable(self) -> tuple[str, ...]:
-        """The features of the objective that can be regularized."""
-        return self.objective.regularizable
-
-    @property
-    def watched(self) -> dict[str, int]:
-        """The features of the objective that the collapse watch reads."""
-        return self.objective.watched
+        self.sigreg, self.weight, self.on = sigreg, weight, on
 
     def forward(self, batch: Batch) -> Output:
         """Returns the objective's output with the regularizer added to its loss.
@@ -144,7 +123,7 @@ class Regularized(Objective):
 
     def after_step(self, step: int, total_steps: int) -> None:
         """Calls the objective's `after_step` and draws new slices for the next step."""
-        self.objective.after_step(step, total_steps)
+        super().after_step(step, total_steps)
         self.sigreg.advance()
 
 

@@ -15,12 +15,18 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.encoders.kept_tokens import KeptTokens
 from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import normalize
-from models.objectives.objective import Batch, EncoderObjective, Objective, Output
+from models.objectives.objective import (
+    Batch,
+    EncoderObjective,
+    Objective,
+    Output,
+    WrappedObjective,
+)
 from models.objectives.sigreg import Regularized
 from pipelines.config.train import PretrainConfig
 from pipelines.runs.checkpoints import CheckpointError, load_encoder
@@ -29,7 +35,7 @@ OPTIONAL = ("grids", "kept_ids", "kept_valid")
 """Entries of a batch that say which tokens its samples have, if not all."""
 
 
-class Anchored(Objective):
+class Anchored(WrappedObjective):
     """Adds to an objective's loss how far its encoder has moved on old footage.
 
     The term is the squared distance of the encoder's tokens from those of the frozen encoder,
@@ -45,8 +51,8 @@ class Anchored(Objective):
     """
 
     def __init__(self, objective: Objective, frozen: VisionTransformer, weight: float) -> None:
-        super().__init__()
-        self.objective, self.weight = objective, weight
+        super().__init__(objective)
+        self.weight = weight
         inner = objective.objective if isinstance(objective, Regularized) else objective
         assert isinstance(inner, EncoderObjective)
         self._inner = (inner,)  # in tuples, so that their weights are not this module's once more
@@ -57,21 +63,6 @@ class Anchored(Objective):
     def inputs(self) -> tuple[str, ...]:
         """The inputs of the objective, and which set a row is from."""
         return (*self.objective.inputs, "sets")
-
-    @property
-    def feature_encoder(self) -> nn.Module:
-        """The feature encoder of the objective."""
-        return self.objective.feature_encoder
-
-    @property
-    def regularizable(self) -> tuple[str, ...]:
-        """The features of the objective that can be regularized."""
-        return self.objective.regularizable
-
-    @property
-    def watched(self) -> dict[str, int]:
-        """The features of the objective that the collapse watch reads."""
-        return self.objective.watched
 
     def forward(self, batch: Batch) -> Output:
         """Returns the objective's output with the term added to its loss.
@@ -99,10 +90,6 @@ class Anchored(Objective):
             before_TD = _tokens(frozen, patches_ONP, kept)
             variance = before_TD.var(dim=0, correction=0).mean()
         return (_tokens(inner.encoder, patches_ONP, kept) - before_TD).square().mean() / variance
-
-    def after_step(self, step: int, total_steps: int) -> None:
-        """Calls the objective's `after_step`."""
-        self.objective.after_step(step, total_steps)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the state of the objective."""
