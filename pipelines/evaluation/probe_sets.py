@@ -158,13 +158,14 @@ def probe_set(
             raise ValueError(f"{uri}: no sample that is asked for has a label, which probes need")
 
     batches = decode_batches(watched(), prep, batch_size, sampler)
-    halved = {name: _halve_tokens(featurize) for name, featurize in featurizers.items()}
+    means: dict[str, list[np.ndarray]] = {name: [] for name in featurizers}
+    halved = {name: _halve_tokens(one, means[name]) for name, one in featurizers.items()}
     found = compute_features(halved, batches)
     kept = {name: found.pop(name) for name in (PIXELS, GRIDS, KEPT) if name in found}
     pixels = InputBatch(*map(torch.from_numpy, kept.values())) if kept else None
     tokens = {name: values for name, values in found.items() if values.ndim == 3}
     features = {
-        name: values if values.ndim == 2 else _mean(values, partial=prep.partial)
+        name: values if values.ndim == 2 else np.concatenate(means[name])
         for name, values in found.items()
         if name != TUBELETS
     }
@@ -199,18 +200,18 @@ def with_finite_labels(part: ProbeSet) -> ProbeSet:
     )
 
 
-def _mean(tokens_NTD: np.ndarray, *, partial: bool) -> np.ndarray:
-    """Returns the mean of every sample's tokens, float32 [N, D]."""
-    if partial:
-        return np.asarray(np.nanmean(tokens_NTD, axis=1, dtype=np.float32))
-    return np.asarray(tokens_NTD.mean(axis=1, dtype=np.float32))
+def _halve_tokens(featurize: Featurizer, means: list[np.ndarray]) -> Featurizer:
+    """Rounds tokens to float16, enough for the output of a LayerNorm; keeps pooled features.
 
-
-def _halve_tokens(featurize: Featurizer) -> Featurizer:
-    """Rounds tokens to float16, enough for the output of a LayerNorm; keeps pooled features."""
+    The means of every sample's tokens, float32 [B, D], are added to `means` before they are
+    rounded, because probes of pooled features read what embed writes and the endpoint answers.
+    """
 
     def halved(batch: InputBatch) -> Tensor:
         values = featurize(batch)
-        return values.half() if values.ndim == 3 else values
+        if values.ndim != 3:
+            return values
+        means.append(values.nanmean(dim=1).cpu().numpy())
+        return values.half()
 
     return halved

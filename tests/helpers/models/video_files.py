@@ -7,6 +7,7 @@ along the top third of its left half, which shows which way up it is.
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ def write_video(
     muxer: dict[str, str] | None = None,
     drop: tuple[int, ...] = (),
     pixel_format: str | None = None,
+    draw: Callable[[int, int, int], np.ndarray] = picture,
 ) -> Any:
     """Writes `frames` pictures and returns `path`.
 
@@ -64,6 +66,7 @@ def write_video(
         muxer: options of the container.
         drop: numbers of packets that are left out.
         pixel_format: of the encoder's input; None is the codec's usual one.
+        draw: makes a picture from its number, height and width.
     """
     target = path if isinstance(path, io.BytesIO) else str(path)
     with av.open(target, "w", format=container, container_options=muxer or {}) as file:
@@ -90,7 +93,7 @@ def write_video(
         for number in range(frames + 1):
             frame = None
             if number < frames:
-                frame = av.VideoFrame.from_ndarray(picture(number, *size), "rgb24")
+                frame = av.VideoFrame.from_ndarray(draw(number, *size), "rgb24")
                 frame = frame.reformat(format=stream.pix_fmt)
                 frame.time_base = stream.codec_context.time_base
                 frame.pts = round(times[number] * 1000) if times else number

@@ -23,6 +23,8 @@ from PIL import Image
 from models.artifacts.artifact import load_artifact, save_artifact
 from models.encoders.shape import EncoderShape
 from models.encoders.vit import VisionTransformer
+from models.image_size import ImageSize
+from models.media.fit import Fit
 from models.media.images import decode_image
 from models.media.preprocessing import Preprocessing, eval_transform, normalize
 
@@ -43,6 +45,24 @@ def save_tiny_artifact(folder: Path) -> None:
             torch.nn.init.normal_(parameter, std=0.15)
     prep = Preprocessing(image_size=SIZE, mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3))
     save_artifact(folder, encoder, prep, {"run": "test", "step": 0, "manifest_hash": ""})
+
+
+def save_fitted_artifact(
+    folder: Path, fit: Fit, size: ImageSize, *, frames: int = 1, tubelet: int = 1, **more: Any
+) -> Path:
+    """As `save_tiny_artifact`, with patches of 8 pixels; `more` are further fields of its
+    preprocessing."""
+    torch.manual_seed(0)
+    shape = {"image_size": size, "patch_size": 8, "width": WIDTH, "depth": 2, "heads": 2}
+    encoder = VisionTransformer(EncoderShape(**shape, frames=frames, tubelet=tubelet))
+    for parameter in encoder.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    prep = Preprocessing(
+        image_size=size, mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3), fit=fit, **more
+    )
+    save_artifact(folder, encoder, prep, {"run": "test", "step": 0, "manifest_hash": ""})
+    return folder
 
 
 def picture(seed: int, size: tuple[int, int] = (48, 40)) -> Image.Image:

@@ -16,32 +16,15 @@ from PIL import Image
 from websockets.sync.client import connect
 
 from helpers.models.video_files import write_video
-from helpers.serve.embeddings import data_uri, encoded, picture
+from helpers.serve.embeddings import data_uri, encoded, picture, save_fitted_artifact
 from helpers.serve.videos import LocalServer, local_server
 from models.artifacts.artifact import load_artifact, save_artifact
-from models.encoders.shape import EncoderShape
-from models.encoders.vit import VisionTransformer
 from models.image_size import height_width
 from models.media.fit import Fit
-from models.media.preprocessing import Preprocessing
 
-WIDTH, PATCH = 32, 8
+PATCH = 8
 WIDE = picture(3, (160, 90))
 HUD = [0.0, 0.0, 0.3, 0.3]
-
-
-def save(folder: Path, fit: Fit, size: Any, **more: Any) -> Path:
-    torch.manual_seed(0)
-    shape = {"image_size": size, "patch_size": PATCH, "width": WIDTH, "depth": 2, "heads": 2}
-    encoder = VisionTransformer(EncoderShape(**shape))
-    for parameter in encoder.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.15)
-    prep = Preprocessing(
-        image_size=size, mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3), fit=fit, **more
-    )
-    save_artifact(folder, encoder, prep, {"run": "test", "step": 0, "manifest_hash": ""})
-    return folder
 
 
 def uri(image: Image.Image) -> str:
@@ -95,7 +78,7 @@ def fitted(fit: Fit, high: int, wide: int) -> np.ndarray:
 
 @pytest.mark.parametrize("fit", ["crop", "pad", "squash"])
 def test_served_tokens_are_those_of_the_fitted_picture(fit: Fit, tmp_path: Path) -> None:
-    folder, everything = save(tmp_path / "a", fit, 32), np.ones((4, 4), bool)
+    folder, everything = save_fitted_artifact(tmp_path / "a", fit, 32), np.ones((4, 4), bool)
     expected = plain_tokens(folder, fitted(fit, 32, 32), everything)
     with local_server(folder) as server:
         reply = post(server, input=[uri(WIDE)], pooling="patches")
@@ -127,7 +110,7 @@ def test_a_whole_picture_has_a_grid_of_its_own(tmp_path: Path) -> None:
 
     from pipelines.evaluation.features import extract_features
 
-    folder = save(tmp_path / "a", "whole", (32, 64))
+    folder = save_fitted_artifact(tmp_path / "a", "whole", (32, 64))
     artifact = load_artifact(folder)
     pictures = [WIDE, picture(4, (60, 120)), picture(5, (64, 32))]
     files = [encoded(image) for image in pictures]
@@ -152,7 +135,7 @@ def test_a_whole_picture_has_a_grid_of_its_own(tmp_path: Path) -> None:
 
 def test_requests_with_other_regions_share_one_forward(tmp_path: Path) -> None:
     """An artifact with regions of its own, a request that replaces them, and one without any."""
-    folder = save(tmp_path / "a", "squash", (16, 32), exclude=(tuple(HUD),))
+    folder = save_fitted_artifact(tmp_path / "a", "squash", (16, 32), exclude=(tuple(HUD),))
     pixels = np.asarray(WIDE.resize((32, 16), Image.Resampling.BICUBIC))
     whole = np.ones((2, 4), bool)
     own, other = whole.copy(), whole.copy()
@@ -206,7 +189,9 @@ def test_wrong_regions_are_typed_errors(exclude: Any, param: str, server: LocalS
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with local_server(save(tmp_path_factory.mktemp("fits") / "a", "whole", 32)) as running:
+    with local_server(
+        save_fitted_artifact(tmp_path_factory.mktemp("fits") / "a", "whole", 32)
+    ) as running:
         yield running
 
 
@@ -231,7 +216,7 @@ def test_a_video_and_a_stream_have_the_grid_of_their_frames(server: LocalServer)
 
 
 def test_a_stream_says_once_how_frames_are_fitted(tmp_path: Path) -> None:
-    folder = save(tmp_path / "a", "crop", 32)
+    folder = save_fitted_artifact(tmp_path / "a", "crop", 32)
     with (
         local_server(folder) as server,
         connect(f"ws://127.0.0.1:{server.port}/v1/streams") as socket,
