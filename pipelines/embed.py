@@ -54,6 +54,7 @@ from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import Preprocessing
 from pipelines.config.data import ClipConfig
 from pipelines.config.jobs import EmbedConfig
+from pipelines.dataset.row_groups import read_footer, read_row_group
 from pipelines.dataset.rows import COLUMNS
 from pipelines.dataset.shards import (
     MANIFEST,
@@ -61,7 +62,6 @@ from pipelines.dataset.shards import (
     hash_bytes,
     list_names,
     read_manifest,
-    read_row_group,
 )
 from pipelines.evaluation.features import (
     compute_features,
@@ -390,8 +390,7 @@ def _files(out: str, parts: list[Part]) -> list[dict[str, Any]]:
     fs, root = open_uri(out)
     files = []
     for part in parts:
-        with fs.open(f"{root}/{part.file}", "rb") as handle:
-            rows = pq.ParquetFile(handle).metadata.num_rows
+        rows = read_footer(fs, f"{root}/{part.file}").num_rows
         files.append({"file": part.file, "rows": rows})
     return files
 

@@ -15,7 +15,8 @@ from typing import TypeAlias, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from pipelines.dataset.shards import Manifest, read_manifest, read_row_group
+from pipelines.dataset.row_groups import read_row_group
+from pipelines.dataset.shards import Manifest, read_manifest
 from pipelines.runtime.names import composed
 from pipelines.runtime.uris import open_uri
 

@@ -15,7 +15,6 @@ the data set. docs/data.md describes every field.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import re
@@ -28,6 +27,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.dataset.row_groups import read_row_group
 from pipelines.runtime.uris import open_uri, write_atomic
 
 SCHEMA_VERSION = 1
@@ -288,30 +288,6 @@ def remove_unnamed(uri: str | Path, shards: Sequence[Shard]) -> None:
     for name in sorted(list_names(uri) - named):
         if SHARD_NAME.fullmatch(name) or _PARTIAL.fullmatch(name):
             fs.rm(f"{root}/{name}")
-
-
-@functools.lru_cache(maxsize=256)
-def _footer(fs: Any, path: str) -> Any:
-    with fs.open(path, "rb") as file:
-        return pq.ParquetFile(file).metadata
-
-
-def read_row_group(
-    fs: Any, root: str, file: str, index: int, columns: Sequence[str] | None = None
-) -> pa.Table:
-    """Reads one row group of one shard; footers are remembered (shards never change).
-
-    Args:
-        fs: file system, from `open_uri`.
-        root: folder in it, from `open_uri`.
-        file: `Shard.file`.
-        index: row group in the file.
-        columns: columns to read; None for all.
-    """
-    path = f"{root}/{file}"
-    with fs.open(path, "rb") as handle:
-        parquet = pq.ParquetFile(handle, metadata=_footer(fs, path))
-        return parquet.read_row_group(index, columns=None if columns is None else list(columns))
 
 
 def iter_samples(

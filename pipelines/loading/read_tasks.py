@@ -21,7 +21,8 @@ from models.keyed_random.arrays import I64, U64, key_of, sample_keys, uniforms
 from models.keyed_random.streams import PlanStream, SampleStream
 from pipelines.config.data import DataConfig
 from pipelines.config.train import ModelConfig
-from pipelines.dataset.shards import read_row_group, sample_ids_array
+from pipelines.dataset.row_groups import read_row_group
+from pipelines.dataset.shards import sample_ids_array
 from pipelines.loading.clips import ClipSampler
 from pipelines.loading.masks.layouts import Layout, draw_crops
 from pipelines.loading.masks.maskers import Masker

@@ -89,6 +89,19 @@ def is_local(fs: Any) -> bool:
     return "file" in (fs.protocol if isinstance(fs.protocol, tuple | list) else (fs.protocol,))
 
 
+def uri_of(fs: Any, path: str) -> str:
+    """Returns the URI of a path in a file system, as messages name it; a local path itself."""
+    return path if is_local(fs) else f"{protocol_of(fs)}://{path.lstrip('/')}"
+
+
+def open_exact(fs: Any, path: str) -> Any:
+    """Opens a file that is read in places, such as Parquet: no byte is fetched that nobody asks.
+
+    A remote file otherwise reads 50 MiB ahead.
+    """
+    return fs.open(path, "rb") if is_local(fs) else fs.open(path, "rb", cache_type="none")
+
+
 def absolute_uri(uri: str) -> str:
     """Makes a local path absolute, because tasks and workers run in other directories.
 

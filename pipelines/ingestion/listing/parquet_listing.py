@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from pipelines.config.ingest import LABEL_COLUMN, IngestConfig
 from pipelines.ingestion.entries.failures import DAMAGE, raise_if_unreachable
+from pipelines.runtime.uris import open_exact
 
 _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 
@@ -95,7 +96,7 @@ def list_parquet(
 def _footer(fs: Any, path: str) -> tuple[Any, pa.Schema | None]:
     """Returns a file's footer and schema; None for a damaged file, which is reported when read."""
     try:
-        with fs.open(path, "rb") as file:
+        with open_exact(fs, path) as file:
             parquet = pq.ParquetFile(file)
             return parquet.metadata, parquet.schema_arrow
     except DAMAGE as error:

@@ -21,7 +21,7 @@ from pipelines.ingestion.reading.labels import (
     LabelError,
     as_label,
 )
-from pipelines.runtime.uris import open_uri
+from pipelines.runtime.uris import open_exact, open_uri
 
 BATCH_ROWS = 64
 LONGEST_PATH = 4096
@@ -32,7 +32,7 @@ def read_parquet(fs: Any, chunk: Chunk, cfg: IngestConfig, _: Tally) -> Iterator
     entry, row = chunk.entries[0], chunk.rows[0]
     uri = chunk.uri(entry)
     try:
-        with fs.open(entry.path, "rb") as file:
+        with open_exact(fs, entry.path) as file:
             parquet = pq.ParquetFile(file)
             rows = _Rows(fs, chunk, parquet.schema_arrow, cfg)
             for group in range(*chunk.row_groups):

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines.dataset.row_groups import read_row_group
 from pipelines.dataset.shards import (
     IMAGE_SCHEMA,
     MANIFEST,
@@ -19,7 +20,6 @@ from pipelines.dataset.shards import (
     hash_bytes,
     iter_samples,
     read_manifest,
-    read_row_group,
     read_rows,
     sample_ids_array,
     verify_shards,

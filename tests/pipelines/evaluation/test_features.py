@@ -18,10 +18,10 @@ from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import Preprocessing, normalize
 from pipelines.config.data import DataConfig
 from pipelines.config.train import ModelConfig, PretrainConfig, RunConfig
+from pipelines.dataset.row_groups import read_row_group
 from pipelines.dataset.rows import PLACE, iter_labelled, load_labelled, read_places, table_labels
 from pipelines.dataset.shards import (
     read_manifest,
-    read_row_group,
     read_rows,
     write_manifest,
     write_shard,

@@ -26,7 +26,8 @@ from models.keyed_random.arrays import sample_keys
 from models.media.images import decode_image
 from pipelines.config.data import MaskConfig
 from pipelines.config.train import PretrainConfig
-from pipelines.dataset.shards import hash_bytes, read_row_group
+from pipelines.dataset.row_groups import read_row_group
+from pipelines.dataset.shards import hash_bytes
 from pipelines.loading import loader as loading
 from pipelines.loading import read_tasks as reading
 from pipelines.loading.cpu_share import cluster_share

@@ -65,7 +65,7 @@ def test_each_lane_has_its_rows_of_every_set(
 
 def _ids(uri: str) -> dict[tuple[int, int, int], bytes]:
     """Sample ids by (shard, row group, row)."""
-    from pipelines.dataset.shards import read_row_group
+    from pipelines.dataset.row_groups import read_row_group
     from pipelines.runtime.uris import open_uri
 
     fs, root = open_uri(uri)
