@@ -13,6 +13,7 @@ from pipelines.config.train import PretrainConfig
 from pipelines.runs.checkpoint_list import best_checkpoint
 from pipelines.runs.checkpoints import (
     CheckpointError,
+    CheckpointState,
     check_resumable,
     committed_checkpoints,
     read_config,
@@ -67,8 +68,8 @@ def pretrain(
     cfg = prepare(cfg)
     run_uri = join_uri(cfg.run.storage, cfg.run.name)
     stream = stream or sys.stdout
-    cfg = with_fit(_with_published(cfg, run_uri), run_uri)
-    start = check_early(cfg, run_uri)
+    ready = check_early(cfg, run_uri)
+    cfg, start = ready.cfg, ready.start
     say = functools.partial(print, file=stream, flush=True)
     if start.note:
         say(start.note)
@@ -89,50 +90,22 @@ def pretrain(
     )
 
 
-def _with_published(cfg: PretrainConfig, run_uri: str) -> PretrainConfig:
-    """Fixes what the run reads of sets that may grow; a resumed run reads what it has read."""
-    from pipelines.loading.mixing import with_published
+@dataclasses.dataclass(frozen=True)
+class Ready:
+    """A run whose configuration is complete."""
 
-    fixed = with_published(cfg)
-    if fixed is cfg:
-        return cfg
-    start = _find_start(cfg, run_uri)
-    if not start.uri:
-        return fixed
-    with local_copy(start.uri, "*.json") as folder:
-        published = read_config(folder).data.published
-    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, published=published))
+    cfg: PretrainConfig
+    """The configuration, with what it leaves open filled in."""
+    start: Start
+    """The checkpoint from which the run continues."""
+    saved: tuple[PretrainConfig, CheckpointState] | None
+    """What that checkpoint holds; None if the run has none yet."""
 
 
-def with_fit(cfg: PretrainConfig, run_uri: str) -> PretrainConfig:
-    """Chooses how pictures are fitted where the configuration leaves it open.
-
-    A new run squashes them, so that nothing of a picture is lost unasked. A run that is resumed
-    keeps its own fit; runs made before there was a choice crop.
-    """
-    if cfg.model.fit is not None:
-        return cfg
-    fit: Fit = "squash"
-    start = _find_start(cfg, run_uri)
-    if start.uri:
-        with local_copy(start.uri, "*.json") as folder:
-            fit = read_config(folder).model.chosen_fit
-    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, fit=fit))
-
-
-def _find_start(cfg: PretrainConfig, run_uri: str) -> Start:
-    from pipelines.training.contract import end_step
-
-    return find_start(run_uri, cfg.run.resume_from, min(cfg.run.checkpoint_every, end_step(cfg)))
-
-
-def check_early(cfg: PretrainConfig, run_uri: str) -> Start:
-    """Checks data, settings and checkpoints before Ray starts.
+def check_early(cfg: PretrainConfig, run_uri: str) -> Ready:
+    """Completes a configuration, and checks data, settings and checkpoints before Ray starts.
 
     This takes a second; the workers would need twenty to find the same errors.
-
-    Returns:
-        The checkpoint from which the run continues.
 
     Raises:
         ValueError: A setting is invalid; the message names its flag.
@@ -146,7 +119,8 @@ def check_early(cfg: PretrainConfig, run_uri: str) -> Start:
     from pipelines.loading.plan import make_plan
     from pipelines.training.optimizers import check_installed
 
-    cfg = with_fit(cfg, run_uri)
+    ready = complete(cfg, run_uri)
+    cfg = ready.cfg
     sets = training_sets(cfg)
     for one in sets:
         make_plan(one.manifest.row_groups(), one.data, cfg.run.seed)  # refuses too few rows
@@ -154,14 +128,54 @@ def check_early(cfg: PretrainConfig, run_uri: str) -> Start:
     find_objective(cfg.objective.name)
     make_masker(cfg).check()
     check_installed(cfg.optim)
-    start = _find_start(cfg, run_uri)
+    if ready.saved:
+        check_resumable(*ready.saved, cfg, identity_of([one.manifest for one in sets]))
+    elif cfg.run.init_from:
+        start = dataclasses.replace(ready.start, note=check_initial(cfg))
+        ready = dataclasses.replace(ready, start=start)
+    return ready
+
+
+def complete(cfg: PretrainConfig, run_uri: str) -> Ready:
+    """Finds where a run continues, and fills in what its configuration leaves open.
+
+    A checkpoint of the run has fixed how many shards are read of sets that may grow, and how
+    pictures are fitted. A new run reads what there is, and squashes pictures.
+
+    Raises:
+        ValueError: A data set is not ingested.
+        CheckpointError: The run's checkpoints are damaged.
+    """
+    from pipelines.loading.mixing import with_published
+    from pipelines.training.contract import end_step
+
+    now = with_published(cfg)
+    first_step = min(cfg.run.checkpoint_every, end_step(cfg))
+    start, saved = find_start(run_uri, cfg.run.resume_from, first_step), None
     if start.uri:
         with local_copy(start.uri, "*.json") as folder:
-            identity = identity_of([one.manifest for one in sets])
-            check_resumable(read_config(folder), read_state(folder), cfg, identity)
-    elif cfg.run.init_from:
-        start = dataclasses.replace(start, note=check_initial(cfg))
-    return start
+            saved = read_config(folder), read_state(folder)
+    old = saved[0] if saved else None
+    if old and now is not cfg:
+        data = dataclasses.replace(cfg.data, published=old.data.published)
+        now = dataclasses.replace(cfg, data=data)
+    return Ready(_with_fit(now, old), start, saved)
+
+
+def _with_fit(cfg: PretrainConfig, saved: PretrainConfig | None) -> PretrainConfig:
+    """Chooses how pictures are fitted where the configuration leaves it open.
+
+    A new run squashes them, so that nothing of a picture is lost unasked. A run that is resumed
+    keeps its own fit; runs made before there was a choice crop.
+
+    Args:
+        cfg: The run.
+        saved: Its configuration in the checkpoint from which it continues; None if it is new.
+    """
+    if cfg.model.fit is not None:
+        return cfg
+    fit: Fit = saved.model.chosen_fit if saved else "squash"
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, fit=fit))
 
 
 def _fit(cfg: PretrainConfig, callbacks: Sequence[Any], stream: Any) -> Outcome:

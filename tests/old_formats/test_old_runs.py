@@ -32,7 +32,7 @@ from pipelines.runs.checkpoints import (
 )
 from pipelines.runs.resuming import go_back
 from pipelines.training.contract import DataSource, Worker
-from pipelines.training.launch import check_early, with_fit
+from pipelines.training.launch import check_early
 from pipelines.training.loggers import read_metrics
 from pipelines.training.trainer import train
 
@@ -62,7 +62,7 @@ class ListedStore(FolderStore):
 
 def resume(run: Path, cfg: PretrainConfig) -> None:
     """Goes back to the checkpoint in the middle and trains on, as a worker of `pretrain` does."""
-    start = check_early(change(cfg, run={"resume_from": MIDDLE}), str(run))
+    start = check_early(change(cfg, run={"resume_from": MIDDLE}), str(run)).start
     go_back(start, ranked=False, say=lambda line: None)
     manifest = read_manifest(cfg.data.train)
     plan = make_plan(manifest.row_groups(), cfg.data, cfg.run.seed)
@@ -178,10 +178,10 @@ def test_a_setting_that_is_not_known_is_refused(old: Path, tmp_path: Path) -> No
 def test_an_old_run_crops_as_ever_and_a_new_one_squashes(old: Path, tmp_path: Path) -> None:
     cfg = config_of(old / "runs" / "ijepa", old / "shards")
     assert cfg.model.fit is None  # there was no choice
-    assert with_fit(cfg, str(old / "runs" / "ijepa")).model.fit == "crop"
-    assert with_fit(cfg, str(tmp_path / "new")).model.fit == "squash"
+    ran, new = str(old / "runs" / "ijepa"), str(tmp_path / "new")
+    assert check_early(cfg, ran).cfg.model.fit == "crop"
+    assert check_early(cfg, new).cfg.model.fit == "squash"
     padded = change(cfg, model={"fit": "pad"})
-    assert with_fit(padded, str(tmp_path / "new")) is padded
-    check_early(cfg, str(old / "runs" / "ijepa"))
+    assert check_early(padded, new).cfg.model.fit == "pad"
     with pytest.raises(CheckpointError, match=r"--model\.fit was 'crop', is now 'pad'"):
-        check_early(padded, str(old / "runs" / "ijepa"))
+        check_early(padded, ran)

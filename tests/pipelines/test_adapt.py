@@ -35,7 +35,8 @@ from pipelines.loading.mixing import identity_of, training_sets
 from pipelines.recipes.adapted import adapted
 from pipelines.runs.checkpoints import load_encoder
 from pipelines.runs.finished import find_finished
-from pipelines.training.launch import _with_published
+from pipelines.training import launch
+from pipelines.training.launch import complete
 
 
 @pytest.fixture
@@ -206,20 +207,36 @@ def test_a_run_reads_what_a_live_set_had_when_it_began(tmp_path: Path) -> None:
     whole = dataclasses.replace(read_manifest(data), live={"open": True})
     write_manifest(data, whole.up_to(1))
     cfg = change(tiny_config(tmp_path, name="run"), data={"train": data})
-    began = _with_published(cfg, f"{tmp_path}/run")
+    began = complete(cfg, f"{tmp_path}/run").cfg
     assert began.data.published == (1,)
     train_run(began)
     identity = identity_of([one.manifest for one in training_sets(began)])
     write_manifest(data, whole)  # it grows
-    resumed = _with_published(cfg, f"{tmp_path}/run")
+    resumed = complete(cfg, f"{tmp_path}/run").cfg
     assert resumed == began
     assert identity_of([one.manifest for one in training_sets(resumed)]) == identity
     assert training_sets(resumed)[0].manifest.num_samples == 70
-    assert _with_published(cfg, f"{tmp_path}/another").data.published == (3,)
+    assert complete(cfg, f"{tmp_path}/another").cfg.data.published == (3,)
     write_manifest(data, dataclasses.replace(whole, live=None))
-    assert _with_published(cfg, f"{tmp_path}/another") is cfg
+    assert complete(cfg, f"{tmp_path}/another").cfg.data == cfg.data
     with pytest.raises(ValueError, match=r"--data\.published: needs 1 numbers"):
         DataConfig(published=(1, 2))
+
+
+def test_the_checkpoints_of_a_run_are_looked_for_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On S3 every look is a listing; both the live set and the fit have to be taken over."""
+    data = write_pictures(tmp_path / "live", 0, 100)
+    write_manifest(data, dataclasses.replace(read_manifest(data), live={"open": True}))
+    cfg = change(tiny_config(tmp_path, name="run"), data={"train": data}, model={"fit": None})
+    train_run(change(cfg, data={"published": (2,)}, model={"fit": "pad"}))
+    looks, find = [], launch.find_start
+    monkeypatch.setattr(launch, "find_start", lambda *given: looks.append(given) or find(*given))
+    found = complete(cfg, f"{tmp_path}/run")
+    assert (found.cfg.data.published, found.cfg.model.fit) == ((2,), "pad")
+    assert found.start.name is not None
+    assert len(looks) == 1
 
 
 # The whole job
