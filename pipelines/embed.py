@@ -54,6 +54,7 @@ from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import Preprocessing
 from pipelines.config.data import ClipConfig
 from pipelines.config.jobs import EmbedConfig
+from pipelines.dataset.aspects import fit_notes
 from pipelines.dataset.row_groups import read_footer, read_row_group
 from pipelines.dataset.rows import COLUMNS
 from pipelines.dataset.shards import (
@@ -114,6 +115,7 @@ def embed(cfg: EmbedConfig) -> dict[str, Any]:
     parts = plan_parts(manifest, record)
     missing = _missing(cfg.out, record, parts)
     if missing:
+        _say_fit(cfg, artifact, manifest, console)
         if len(missing) < len(parts):
             console.print(f"continuing: {len(parts) - len(missing)} of {len(parts)} files are done")
         _run(missing, cfg, manifest, console)
@@ -134,12 +136,15 @@ def follow(cfg: EmbedConfig, stop: threading.Event) -> dict[str, Any] | None:
     cfg = prepare(cfg)
     console, embedder, record = Console(), Embedder(cfg), None
     _refuse_a_run(cfg.artifact)
-    artifact = load_artifact(cfg.artifact)
+    artifact, told = load_artifact(cfg.artifact), False
     while True:
         manifest = read_manifest(cfg.data) if MANIFEST in list_names(cfg.data) else None
         if manifest is not None:
             if manifest.live is None:
                 raise ValueError(f"--follow: {cfg.data} is not a recorded live stream")
+            if not told:
+                _say_fit(cfg, artifact, manifest, console)
+                told = True
             now = _describe(cfg, artifact, manifest)
             parts = plan_parts(manifest, now)
             missing = _missing(cfg.out, now, parts)
@@ -154,6 +159,13 @@ def follow(cfg: EmbedConfig, stop: threading.Event) -> dict[str, Any] | None:
                 return record
         if stop.wait(cfg.poll_seconds):
             return record
+
+
+def _say_fit(cfg: EmbedConfig, artifact: Artifact, manifest: Manifest, console: Console) -> None:
+    """Prints what the encoder's fit does to pictures of another aspect."""
+    prep = artifact.preprocessing
+    for note in fit_notes([("--data", cfg.data, manifest)], prep.fit, prep.image_size):
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
 
 
 def _refuse_a_run(uri: str) -> None:

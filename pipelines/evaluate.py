@@ -30,6 +30,7 @@ from rich.console import Console
 
 from models.encoders.vit import VisionTransformer
 from pipelines.config.jobs import EvaluateConfig
+from pipelines.dataset.aspects import fit_notes
 from pipelines.dataset.shards import Manifest
 from pipelines.evaluation.input_sets import read_manifests, read_sets
 from pipelines.evaluation.probe_sets import SETS, ProbeSet, number_set
@@ -69,6 +70,8 @@ def evaluate(cfg: EvaluateConfig, *, console: Console | None = None) -> dict[str
     manifests = read_manifests(cfg)
     compared = read_compared(cfg, manifests)
     subject = with_sampler(cfg, load_subject(cfg.checkpoint), manifests[0].modality)
+    for note in _fit_notes(cfg, subject, manifests):
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
     subject.encoder.to("cuda" if torch.cuda.is_available() else "cpu")
     baseline = untrained(subject, cfg.seed)
     sets, classes = read_sets(cfg, subject, baseline, manifests, console)
@@ -93,6 +96,13 @@ def evaluate(cfg: EvaluateConfig, *, console: Console | None = None) -> dict[str
     html = write_report(results, subject, sets[0], sets[1], baseline, compared, readouts)
     console.print(f"report: {_write(cfg.out, 'report.html', html.encode())}")
     return results
+
+
+def _fit_notes(cfg: EvaluateConfig, subject: Subject, manifests: Sequence[Manifest]) -> list[str]:
+    uris = {"--data": cfg.data, "--test": cfg.test, "--shift-test": cfg.shift_test}
+    named = [(flag, uri) for flag, uri in uris.items() if uri is not None]
+    sets = [(*one, manifest) for one, manifest in zip(named, manifests, strict=True)]
+    return fit_notes(sets, subject.preprocessing.fit, subject.preprocessing.image_size)
 
 
 def untrained(subject: Subject, seed: int) -> VisionTransformer:

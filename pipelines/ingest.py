@@ -37,6 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.config.ingest import IngestConfig
+from pipelines.dataset.aspects import Aspects, ingest_note, read_aspects
 from pipelines.dataset.shards import (
     LOSSES,
     QUARANTINE,
@@ -122,7 +123,10 @@ def ingest(cfg: IngestConfig) -> Manifest:
     manifest = _merge(keys, items, listing, fixed, fingerprint, cfg, console)
     write_manifest(cfg.out, manifest)
     _clean_up(cfg, manifest)
-    _summary(manifest, listing, time.monotonic() - started, console)
+    aspects = read_aspects(cfg.out, manifest)
+    _summary(manifest, listing, aspects, time.monotonic() - started, console)
+    if aspects and (line := ingest_note(aspects)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     return manifest
 
 
@@ -323,6 +327,7 @@ def _clean_up(cfg: IngestConfig, manifest: Manifest) -> None:
 def _summary(
     manifest: Manifest,
     listing: Listing,
+    aspects: Aspects | None,
     seconds: float,
     console: Console,
 ) -> None:
@@ -354,6 +359,8 @@ def _summary(
     ):
         if count is not None:
             table.add_row(name, f"{count:,}")
+    if aspects:
+        table.add_row("width x height", str(aspects))
     table.add_row("MB", f"{manifest.num_bytes / 1e6:,.1f}")
     table.add_row("seconds", f"{seconds:.1f}")
     rate = (manifest.num_frames if video else items) or 0

@@ -70,12 +70,13 @@ def sweep(
     drawn, plan = make_plan(cfg, base)
     prepare(plan[0], write=False)
     results = ResultsFile(cfg, plan, drawn)
-    for run in plan:
-        check_early(run, join_uri(run.run.storage, run.run.name))
+    ready = [check_early(run, join_uri(run.run.storage, run.run.name)) for run in plan]
     _check_labels(plan[0])
     results.begin()
     start_ray(cfg.concurrent * cpus_needed(plan[0]) + 1, training=True)
     check_fits(plan[0], runs=cfg.concurrent)
+    for note in ready[0].notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
     console.print(f"{len(plan)} runs under {cfg.out}, {len(results.ended)} of them there already")
     run_trials(cfg, plan, results.ended, results.record, console.print, train)
     _score_missing(results, plan, score, console)

@@ -123,3 +123,21 @@ def stretch(height: int, width: int, size: ImageSize) -> float:
 def aspects_differ(height: int, width: int, size: ImageSize) -> bool:
     """Whether the aspects differ by more than `ASPECT_TOLERANCE`."""
     return stretch(height, width, size) > 1 + ASPECT_TOLERANCE
+
+
+def effect(fit: Fit, height: int, width: int, size: ImageSize) -> str | None:
+    """Says what a fit does to a picture whose aspect differs from the input's.
+
+    Returns:
+        The end of a sentence whose subject is the picture; None if the aspects agree, or if the
+        picture gets a grid of its own.
+    """
+    if fit == "whole" or not aspects_differ(height, width, size):
+        return None
+    factor = stretch(height, width, size)
+    told = {
+        "crop": f"is cropped: {lost_share(fit, height, width, size):.0%} of it is not seen",
+        "pad": f"is padded: {1 - 1 / factor:.0%} of the input are plain bars",
+        "squash": f"is stretched by a factor of {factor:.2f}",
+    }
+    return told[fit]

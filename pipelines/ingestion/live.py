@@ -24,6 +24,7 @@ from rich.console import Console
 from models.media.video.containers import VideoError
 from models.media.video.video_reader import FrameReader
 from pipelines.config.ingest import IngestConfig
+from pipelines.dataset.aspects import ingest_note, read_aspects
 from pipelines.dataset.live_set import LiveSet, Timeline
 from pipelines.dataset.shards import Manifest
 from pipelines.ingestion.live_connection import (
@@ -91,6 +92,9 @@ class Follower:
         if self._set.manifest is None:
             raise ValueError(f"--source: no video came from {public_name(self._cfg.source)}")
         self._show(last=True)
+        aspects = read_aspects(self._cfg.out, self._set.manifest)
+        if aspects and (note := ingest_note(aspects)):
+            self._console.print(note, markup=False, highlight=False, soft_wrap=True)
         return self._set.manifest
 
     def _attempt(self) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.media.fit import Fit
 from pipelines.config.train import PretrainConfig
+from pipelines.dataset.aspects import fit_notes
 from pipelines.runs.checkpoint_list import best_checkpoint
 from pipelines.runs.checkpoints import (
     CheckpointError,
@@ -27,6 +28,7 @@ from pipelines.runtime.uris import join_uri, local_copy, ray_storage
 from pipelines.runtime.worker_lines import worker_lines
 
 if TYPE_CHECKING:
+    from pipelines.loading.mixing import TrainingSet
     from pipelines.training.trainer import Outcome
 
 
@@ -71,8 +73,8 @@ def pretrain(
     ready = check_early(cfg, run_uri)
     cfg, start = ready.cfg, ready.start
     say = functools.partial(print, file=stream, flush=True)
-    if start.note:
-        say(start.note)
+    for note in ready.notes:
+        say(note)
     start_ray(cpus_needed(cfg), training=True)
     check_fits(cfg)
     go_back(start, ranked=bool(cfg.run.probe_every), say=say)
@@ -100,6 +102,16 @@ class Ready:
     """The checkpoint from which the run continues."""
     saved: tuple[PretrainConfig, CheckpointState] | None
     """What that checkpoint holds; None if the run has none yet."""
+    sets: list[TrainingSet]
+    """What it trains on."""
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines for the user before workers start."""
+        model = self.cfg.model
+        sets = [(one.flag, one.data.train, one.manifest) for one in self.sets]
+        told = fit_notes(sets, model.chosen_fit, model.image_size, model.patch_size)
+        return [*([self.start.note] if self.start.note else []), *told]
 
 
 def check_early(cfg: PretrainConfig, run_uri: str) -> Ready:
@@ -115,21 +127,20 @@ def check_early(cfg: PretrainConfig, run_uri: str) -> Ready:
     from models.encoders.shape import find_preset
     from models.objectives.registry import find_objective
     from pipelines.loading.masks.maskers import make_masker
-    from pipelines.loading.mixing import identity_of, training_sets
+    from pipelines.loading.mixing import identity_of
     from pipelines.loading.plan import make_plan
     from pipelines.training.optimizers import check_installed
 
     ready = complete(cfg, run_uri)
     cfg = ready.cfg
-    sets = training_sets(cfg)
-    for one in sets:
+    for one in ready.sets:
         make_plan(one.manifest.row_groups(), one.data, cfg.run.seed)  # refuses too few rows
     find_preset(cfg.model.encoder)
     find_objective(cfg.objective.name)
     make_masker(cfg).check()
     check_installed(cfg.optim)
     if ready.saved:
-        check_resumable(*ready.saved, cfg, identity_of([one.manifest for one in sets]))
+        check_resumable(*ready.saved, cfg, identity_of([one.manifest for one in ready.sets]))
     elif cfg.run.init_from:
         start = dataclasses.replace(ready.start, note=check_initial(cfg))
         ready = dataclasses.replace(ready, start=start)
@@ -146,7 +157,7 @@ def complete(cfg: PretrainConfig, run_uri: str) -> Ready:
         ValueError: A data set is not ingested.
         CheckpointError: The run's checkpoints are damaged.
     """
-    from pipelines.loading.mixing import with_published
+    from pipelines.loading.mixing import training_sets, with_published
     from pipelines.training.contract import end_step
 
     now = with_published(cfg)
@@ -159,7 +170,8 @@ def complete(cfg: PretrainConfig, run_uri: str) -> Ready:
     if old and now is not cfg:
         data = dataclasses.replace(cfg.data, published=old.data.published)
         now = dataclasses.replace(cfg, data=data)
-    return Ready(_with_fit(now, old), start, saved)
+    now = _with_fit(now, old)
+    return Ready(now, start, saved, training_sets(now))
 
 
 def _with_fit(cfg: PretrainConfig, saved: PretrainConfig | None) -> PretrainConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from models.image_size import height_width
-from models.media.fit import aspects_differ, lost_share, stretch
+from models.media.fit import effect
 from models.media.preprocessing import EncoderInput, InputLayout, Preprocessing, input_layout
 from serve.ingress.errors import ApiError
 
@@ -45,15 +45,10 @@ def aspect_warning(size: tuple[int, int], prep: Preprocessing) -> str | None:
     Returns:
         A sentence; None if the aspects agree, or if the picture gets a grid of its own.
     """
-    if prep.fit == "whole" or not aspects_differ(*size, prep.image_size):
+    told, (high, wide) = effect(prep.fit, *size, prep.image_size), height_width(prep.image_size)
+    if told is None:
         return None
-    factor, (high, wide) = stretch(*size, prep.image_size), height_width(prep.image_size)
-    told = {
-        "crop": f"is cropped: {lost_share(prep.fit, *size, prep.image_size):.0%} of it is not seen",
-        "pad": f"is padded: {1 - 1 / factor:.0%} of the input are plain bars",
-        "squash": f"is stretched by a factor of {factor:.2f}",
-    }
     return (
-        f"a picture {size[1]} pixels wide and {size[0]} high {told[prep.fit]}, because the model's "
-        f"input is {wide} wide and {high} high"
+        f"a picture {size[1]} pixels wide and {size[0]} high {told}, because the model's input is "
+        f"{wide} wide and {high} high"
     )

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from helpers.pipelines.evaluation import CLIP_SHAPE
 from models.encoders.input_batch import InputBatch
@@ -41,6 +42,8 @@ from pipelines.loading.clips import ClipSampler
 
 PREP = Preprocessing(image_size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 LARGE = dataclasses.replace(PREP, image_size=64)
+Evaluated = tuple[dict, Path, str]
+"""Results, their folder, and what was printed."""
 SAMPLER = ClipSampler(frames=4, settings=ClipConfig(stride=2))
 
 
@@ -109,8 +112,8 @@ def test_raw_pixels_of_clips_are_bounded_and_tubelets_know_their_place() -> None
 @pytest.fixture(scope="module")
 def evaluation(
     sets: tuple[str, str], checkpoint: str, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[dict, Path]:
-    out = tmp_path_factory.mktemp("evaluation")
+) -> Evaluated:
+    out, printed = tmp_path_factory.mktemp("evaluation"), io.StringIO()
     cfg = EvaluateConfig(
         checkpoint=checkpoint,
         data=sets[0],
@@ -120,11 +123,19 @@ def evaluation(
         attentive_epochs=1,
         knn_k=3,
     )
-    return evaluate(cfg), out
+    return evaluate(cfg, console=Console(file=printed, width=200)), out, printed.getvalue()
 
 
-def test_results_hold_every_number_beside_three_baselines(evaluation: tuple[dict, Path]) -> None:
-    results, out = evaluation
+def test_what_the_crop_does_not_show_is_said_once(evaluation: Evaluated) -> None:
+    (line,) = [line for line in evaluation[2].splitlines() if line.startswith("note: ")]
+    assert line.startswith("note: --data, --test: the pictures have another aspect")
+    assert "one 64 wide and 48 high (4:3) is cropped: 25% of it is not seen" in line
+
+
+def test_results_hold_every_number_beside_three_baselines(
+    evaluation: Evaluated,
+) -> None:
+    results, out, _ = evaluation
     assert json.loads((out / "results.json").read_text()) == results
     assert list(results["rows"]) == ["encoder", "random_init", "single_frame", "raw_pixels"]
     still = results["rows"]["single_frame"]
@@ -137,7 +148,7 @@ def test_results_hold_every_number_beside_three_baselines(evaluation: tuple[dict
     assert results["data"]["test"]["videos"] == 12
 
 
-def test_the_report_shows_clips_in_motion(evaluation: tuple[dict, Path]) -> None:
+def test_the_report_shows_clips_in_motion(evaluation: Evaluated) -> None:
     html = (evaluation[1] / "report.html").read_text()
     sources = re.findall(r'<img src="data:image/(\w+);base64,', html)
     assert len(sources) >= 3 * 7 + 8 * 3 + 8 * 3  # neighbours, PCA, masks

@@ -97,6 +97,16 @@ def test_rows_say_what_they_hold(footage: Path, in_process: None, tmp_path: Path
         assert row["states"] is None
 
 
+def test_the_summary_says_what_a_square_crop_would_not_show(
+    footage: Path, in_process: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_quietly(settings(footage, tmp_path / "out"))
+    text = capsys.readouterr().out
+    (line,) = [line for line in text.splitlines() if line.startswith("note: ")]
+    assert "25% of a picture 64 wide and 48 high (4:3)" in line
+    assert "64x48 (4:3)" in text
+
+
 @pytest.mark.parametrize("where", ["stage_chunk", "merge_shard", "write_manifest", "_clean_up"])
 def test_crash_then_again_gives_the_same_bytes(
     where: str,

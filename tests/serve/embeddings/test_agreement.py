@@ -104,7 +104,10 @@ def served(artifact: Path, item: Any, *excludes: tuple[Region, ...] | None) -> l
 
 @pytest.mark.parametrize("kind", ["image", "clip"])
 def test_served_embedded_and_evaluated_features_agree(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The artifact has a HUD of its own, which flags and requests may replace by nothing."""
     item: Any = data_uri(PICTURE)
@@ -120,6 +123,7 @@ def test_served_embedded_and_evaluated_features_agree(
         for exclude, one in zip(excludes, served(folder, item, *excludes), strict=True):
             out, flags = tmp_path / f"out-{fit}-{exclude}", {"exclude": exclude}
             two = embedded(folder, shards, out, monkeypatch, **flags)
+            assert capsys.readouterr().out.count("note: --data: the pictures") == (fit != "whole")
             three = evaluated(folder, shards, **flags)
             np.testing.assert_allclose(two, one, atol=1e-5, rtol=0)
             np.testing.assert_allclose(three, one, atol=1e-5, rtol=0)
