@@ -32,10 +32,16 @@ from models.encoders.vit import VisionTransformer
 from pipelines.config.jobs import EvaluateConfig
 from pipelines.dataset.aspects import fit_notes
 from pipelines.dataset.shards import Manifest
+from pipelines.evaluation.blocks.choice import (
+    choose_blocks,
+    chosen_encoders,
+    with_chosen_blocks,
+)
 from pipelines.evaluation.input_sets import read_manifests, read_sets
 from pipelines.evaluation.probe_sets import SETS, ProbeSet, number_set
 from pipelines.evaluation.probes.probe import ProbeTask, Readouts
 from pipelines.evaluation.probes.registry import best_score, run_probes
+from pipelines.evaluation.report.block_scores import block_table, draw_blocks
 from pipelines.evaluation.report.comparison import read_compared
 from pipelines.evaluation.report.page import write_report
 from pipelines.evaluation.report.tables import ROW_NAMES, comparison_tables, results_tables
@@ -59,8 +65,9 @@ def evaluate(cfg: EvaluateConfig, *, console: Console | None = None) -> dict[str
 
     Returns:
         What results.json holds: `rows` (the encoder and its baselines, each with what
-        `probes.registry.run_probes` measures), for clips `task` (`validity.task_of`), provenance,
-        settings, data, versions, and `warnings`: reasons why the accuracies may mean nothing.
+        `probes.registry.run_probes` measures), with --layers all `blocks` (`blocks.choice.Blocks`),
+        for clips `task` (`validity.task_of`), provenance, settings, data, versions, and `warnings`:
+        reasons why the accuracies may mean nothing.
 
     Raises:
         ValueError: there is no such encoder, a set has no labels, or the sets differ in classes.
@@ -74,9 +81,15 @@ def evaluate(cfg: EvaluateConfig, *, console: Console | None = None) -> dict[str
         console.print(note, markup=False, highlight=False, soft_wrap=True)
     subject.encoder.to("cuda" if torch.cuda.is_available() else "cpu")
     baseline = untrained(subject, cfg.seed)
-    sets, classes = read_sets(cfg, subject, baseline, manifests, console)
+    encoders = {"encoder": subject.encoder, "random_init": baseline}
+    blocks = choose_blocks(cfg, subject, encoders, manifests, console) if cfg.all_blocks else None
+    others = chosen_encoders(blocks, encoders) if blocks else {}
+    sets, classes = read_sets(cfg, subject, baseline, manifests, console, others)
     readouts: Readouts = {}
     measured = measure(subject, sets, cfg, console, readouts)
+    if blocks:
+        measured["rows"] = with_chosen_blocks(measured["rows"], blocks)
+        measured["blocks"] = dataclasses.asdict(blocks)
     results = measured | {
         "provenance": subject.provenance,
         "settings": json.loads(json.dumps(dataclasses.asdict(cfg))),  # as the file will have it
@@ -176,6 +189,8 @@ def versions() -> dict[str, str]:
 def show(results: dict[str, Any], compared: Sequence[dict[str, Any]], console: Console) -> None:
     """Prints the table of results, the warnings, and the comparison where there is one."""
     console.print(*results_tables(results), sep="\n")
+    if blocks := block_table(results):
+        console.print(draw_blocks(blocks))
     for warning in results["warnings"]:
         console.print(f"warning: {warning}", markup=False, highlight=False, style="yellow")
     if compared:

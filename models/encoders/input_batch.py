@@ -89,6 +89,17 @@ class InputBatch:
         """Returns the batch on a device."""
         return self._map(lambda part: part.to(device, non_blocking=True))
 
+    def kept(self, tubelet: int) -> KeptTokens | None:
+        """Numbers the tokens that are encoded; None for all of the encoder's grid, in order.
+
+        Args:
+            tubelet: frames per token.
+        """
+        if self.kept_BM is None or self.grids_B2 is None:
+            return None
+        steps = self.pixels.shape[2] // tubelet if self.pixels.ndim == 5 else 1
+        return KeptTokens.of_mask(self.grids_B2, self.kept_BM, steps)
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> InputBatch:
         grids_B2 = None if self.grids_B2 is None else function(self.grids_B2)
         kept_BM = None if self.kept_BM is None else function(self.kept_BM)
@@ -181,7 +192,7 @@ def encode(
             return Encoded(tokens_BND.float(), None, tokens_BND.shape[1])
         assert isinstance(encoder, VisionTransformer)
         patches_BNP = encoder.patch_embed.patchify(pixels)
-        count = patches_BNP.shape[1]
-        tubes = count // batch.kept_BM.shape[1]
-        kept = KeptTokens.of_mask(batch.grids_B2, batch.kept_BM, tubes)
-        return Encoded(kept.encode(encoder, patches_BNP).float(), kept, count)
+        kept = batch.kept(encoder.tubelet)
+        assert kept is not None
+        tokens_BKD = kept.encode(encoder, patches_BNP)
+        return Encoded(tokens_BKD.float(), kept, patches_BNP.shape[1])

@@ -46,6 +46,11 @@ class EvaluateConfig:
     supervised_epochs: int = 0
     """Epochs of the supervised baseline, the same encoder trained from scratch on the labels; its
     pixels are kept in memory. 0 leaves it out."""
+    layers: Literal["last", "all"] = "last"
+    """Blocks of the encoder whose features are tried. `all` also probes the block that is read
+    best: one more pass over --data takes the features of every block, and a linear probe is fitted
+    to nine tenths of them and chooses on the rest. Random weights choose theirs in the same way.
+    These features take at most 4 GiB; of more samples, as many as fit are drawn."""
     knn_k: int = 20
     """Number of neighbours that vote in kNN."""
     knn_temperature: float = 0.07
@@ -90,6 +95,11 @@ class EvaluateConfig:
         require(len(set(self.number)) == len(self.number), "number", "names a column twice")
         learns = self.has_classes or self.supervised_epochs == 0
         require(learns, "supervised-epochs", "learns classes, but --number has none; add --state")
+
+    @property
+    def all_blocks(self) -> bool:
+        """Whether all blocks are tried and not only the last one."""
+        return self.layers == "all"
 
     @property
     def has_classes(self) -> bool:

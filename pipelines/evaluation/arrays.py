@@ -43,6 +43,13 @@ def standardise(train_ND: Tensor, test_QD: Tensor) -> tuple[Tensor, Tensor]:
     return scaling(train_ND), scaling(test_QD)
 
 
+def held_out_split(count: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draws the rows of a training set that choose settings, at least one, and all others."""
+    order = np.random.default_rng(seed).permutation(count)
+    held = max(1, round(share * count))
+    return order[:held], order[held:]
+
+
 def as_features(values: Array) -> Tensor:
     """Returns features as fp32 [N, D]; a ValueError if they have another shape or no row."""
     features_ND = torch.as_tensor(values).float()

@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.encoders.block_outputs import block_means
 from models.encoders.input_batch import InputBatch, encode
 from models.encoders.positions import embed_places, sincos_3d
 from models.encoders.vit import VisionTransformer
@@ -142,6 +143,11 @@ def encoder_features(
         return encoded.mean() if pooling == "mean" else encoded.in_grid()
 
     return featurize
+
+
+def block_features(encoder: VisionTransformer, prep: Preprocessing) -> Featurizer:
+    """Makes a featurizer of every block in one pass: their mean tokens side by side, [B, L * D]."""
+    return lambda batch: block_means(encoder, batch, prep).flatten(1)
 
 
 def single_frame(featurize: Featurizer) -> Featurizer:

@@ -15,7 +15,12 @@ from models.encoders.vit import VisionTransformer
 from pipelines.config.jobs import EvaluateConfig
 from pipelines.dataset.rows import Wanted, check_classes
 from pipelines.dataset.shards import Manifest, read_manifest
-from pipelines.evaluation.features import Pooling, encoder_features
+from pipelines.evaluation.features import (
+    Featurizer,
+    Pooling,
+    block_features,
+    encoder_features,
+)
 from pipelines.evaluation.probe_sets import (
     Labels,
     ProbeSet,
@@ -55,7 +60,7 @@ def read_sets(
     cfg: EvaluateConfig,
     subject: Subject,
     baseline: VisionTransformer,
-    manifests: list[Manifest],
+    manifests: Sequence[Manifest],
     console: Console,
     others: Mapping[str, VisionTransformer] | None = None,
 ) -> tuple[list[ProbeSet], list[str]]:
@@ -69,20 +74,78 @@ def read_sets(
         console: where the progress is shown.
         others: further encoders with the subject's transform, by the name of their features.
     """
-    clips = subject.sampler is not None
-    attentive = clips and cfg.attentive_epochs > 0
+    prep, attentive = subject.preprocessing, _attentive(cfg, subject)
     featurizers = probe_featurizers(
-        *(subject.encoder, baseline, subject.preprocessing),
-        clips=clips,
+        *(subject.encoder, baseline, prep),
+        clips=subject.sampler is not None,
         attentive=attentive,
         pixels=cfg.supervised_epochs > 0,
     )
+    pooling: Pooling = "patches" if attentive else "mean"
     for name, encoder in (others or {}).items():
-        pooling: Pooling = "patches" if attentive else "mean"
-        featurizers[name] = encoder_features(encoder, subject.preprocessing, pooling=pooling)
-    totals = [min(manifest.num_samples, cfg.limit or sys.maxsize) for manifest in manifests]
-    if attentive:
-        check_token_bytes(subject.encoder, sum(totals))
+        featurizers[name] = encoder_features(encoder, prep, pooling=pooling)
+    check_tokens(cfg, subject, manifests, len(others or {}))
+    return _read(cfg, subject, featurizers, manifests, console)
+
+
+def read_blocks(
+    cfg: EvaluateConfig,
+    subject: Subject,
+    encoders: Mapping[str, VisionTransformer],
+    manifests: Sequence[Manifest],
+    console: Console,
+) -> ProbeSet:
+    """Computes the features of all blocks of some encoders over the training set, in one pass.
+
+    Args:
+        cfg: the job.
+        subject: the encoder, whose transform all of them share.
+        encoders: L blocks each, by the name of their features.
+        manifests: of the sets, in the order of their flags.
+        console: where the progress is shown.
+
+    Returns:
+        The set with features [N, L * D] by name; see `features.block_features`.
+    """
+    featurizers = {
+        name: block_features(encoder, subject.preprocessing) for name, encoder in encoders.items()
+    }
+    (train,), _ = _read(cfg, subject, featurizers, manifests[:1], console)
+    return train
+
+
+def check_tokens(
+    cfg: EvaluateConfig, subject: Subject, manifests: Sequence[Manifest], others: int
+) -> None:
+    """Raises a ValueError if attentive probes would keep too many tokens in memory.
+
+    Args:
+        cfg: the job.
+        subject: the encoder.
+        manifests: of the sets.
+        others: encoders besides it, its untrained twin and the single frame.
+    """
+    if _attentive(cfg, subject):
+        clips = sum(_totals(cfg, manifests))
+        check_token_bytes(subject.encoder, clips, encoders=3 + others)
+
+
+def _attentive(cfg: EvaluateConfig, subject: Subject) -> bool:
+    return subject.sampler is not None and cfg.attentive_epochs > 0
+
+
+def _totals(cfg: EvaluateConfig, manifests: Sequence[Manifest]) -> list[int]:
+    return [min(manifest.num_samples, cfg.limit or sys.maxsize) for manifest in manifests]
+
+
+def _read(
+    cfg: EvaluateConfig,
+    subject: Subject,
+    featurizers: Mapping[str, Featurizer],
+    manifests: Sequence[Manifest],
+    console: Console,
+) -> tuple[list[ProbeSet], list[str]]:
+    """Computes the features of the sets of these manifests; returns them and their classes."""
     labels = _labels(cfg, subject, manifests[0].classes)
     with Progress(console=console, transient=True) as progress:
 
@@ -100,7 +163,8 @@ def read_sets(
             )
 
         uris = [uri for uri in (cfg.data, cfg.test, cfg.shift_test) if uri is not None]
-        sets = [read(uri, total) for uri, total in zip(uris, totals, strict=True)]
+        totals = _totals(cfg, manifests)
+        sets = [read(uri, total) for uri, total in zip(uris, totals, strict=False)]
     _check_numbers(sets)
     if _of_shards(cfg):
         return sets, list(manifests[0].classes)

@@ -113,10 +113,16 @@ def _kept(batch: InputBatch) -> Tensor:
     return batch.kept_BM
 
 
-def check_token_bytes(encoder: VisionTransformer, clips: int) -> None:
-    """Raises a ValueError if the tokens of so many clips would exceed `TOKEN_BYTES`."""
+def check_token_bytes(encoder: VisionTransformer, clips: int, encoders: int) -> None:
+    """Raises a ValueError if the tokens of so many clips would exceed `TOKEN_BYTES`.
+
+    Args:
+        encoder: one of the encoders.
+        clips: how many, of all sets together.
+        encoders: how many encoders' tokens are kept, the raw tubelets not counted.
+    """
     pixels = 3 * encoder.tubelet * encoder.patch_size**2
-    need = 2 * clips * encoder.num_patches * (3 * encoder.width + pixels)
+    need = 2 * clips * encoder.num_patches * (encoders * encoder.width + pixels)
     if need > TOKEN_BYTES:
         raise ValueError(
             f"--limit: the attentive probes of {clips:,} clips would keep {need / 2**30:.0f} GiB "

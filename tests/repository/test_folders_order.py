@@ -47,6 +47,7 @@ ORDER = [
     "pipelines/runs",
     "pipelines/evaluation",
     "pipelines/evaluation/probes",
+    "pipelines/evaluation/blocks",
     "pipelines/evaluation/report",
     "pipelines/training",
     "pipelines/sweeps",

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipelines.config.jobs import EvaluateConfig
-from pipelines.evaluation.arrays import Array
+from pipelines.evaluation.arrays import Array, held_out_split
 
 # V-JEPA 2's sweep (arXiv 2506.09985, appendix): 20 probes on one pass over the frozen features.
 LRS = (5e-3, 3e-3, 1e-3, 3e-4, 1e-4)
@@ -185,20 +185,19 @@ def train_sweep(
     Returns:
         The probes and the rows of the training set that none of them saw.
     """
-    order_N = np.random.default_rng(sweep.seed).permutation(len(train))
-    count = max(1, round(sweep.held_out * len(order_N)))
+    picks, fits = held_out_split(len(train), sweep.held_out, sweep.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(sweep.seed)
         probes = AttentiveProbes(len(sweep.grid), train.shape[-1], sweep.heads, outputs).to(device)
     if sweep.standardise:
         probes.standardise(train)
-    steps = list(_epochs(np.sort(order_N[count:]), sweep))
+    steps = list(_epochs(np.sort(fits), sweep))
     optimizer = _AdamW(list(probes.parameters()), sweep.grid)
     for step, rows in enumerate(steps):
         total = loss(probes(_rows(train, rows, probes.query.device)), rows)
         total.backward()  # type: ignore[no-untyped-call]
         optimizer.step(0.5 * (1 + math.cos(math.pi * step / len(steps))))
-    return probes, np.sort(order_N[:count])
+    return probes, np.sort(picks)
 
 
 @torch.no_grad()

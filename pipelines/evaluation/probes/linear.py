@@ -10,7 +10,6 @@ import dataclasses
 import math
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,6 +23,7 @@ from pipelines.evaluation.arrays import (
     as_labels,
     class_count,
     class_table,
+    held_out_split,
 )
 from pipelines.evaluation.probes.probe import Column, Probe, ProbeTask, Score
 from pipelines.evaluation.probes.readouts import LinearReadout
@@ -112,9 +112,8 @@ def fit_linear(
     scaling = Scaling.of(as_features(train))
     train_ND = scaling(as_features(train))
     labels_N = as_labels(train_labels).to(train_ND.device)
-    order_N = torch.from_numpy(np.random.default_rng(seed).permutation(len(train_ND)))
-    order_N, count = order_N.to(train_ND.device), max(1, round(held_out * len(order_N)))
-    picks_N, fits_N = order_N[:count], order_N[count:]
+    split = held_out_split(len(train_ND), held_out, seed)
+    picks_N, fits_N = (torch.from_numpy(rows).to(train_ND.device) for rows in split)
     heads = _Heads(train_ND.shape[1], int(labels_N.max()) + 1, grid, train_ND.device)
     _fit(heads, train_ND[fits_N], labels_N[fits_N], epochs, batch_size, seed)
     held_out_H = heads.accuracy(train_ND[picks_N], labels_N[picks_N])

@@ -11,6 +11,7 @@ import html
 import io
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -119,7 +120,7 @@ def pca_pictures(tokens_NTD: np.ndarray, shown: int, grid: Grid) -> np.ndarray:
 
 
 def line_chart(points: Points, label: str, *, scale: float = 1.0) -> str:
-    """Draws one curve as an SVG that takes its colours from the page.
+    """Draws one curve, with a dot at its end, as an SVG that takes its colours from the page.
 
     Args:
         points: at least one (step, value); values that are not finite are left out.
@@ -128,12 +129,32 @@ def line_chart(points: Points, label: str, *, scale: float = 1.0) -> str:
     """
     points = [(x, scale * y) for x, y in points if math.isfinite(y)]
     points = points[:: max(1, math.ceil(len(points) / MOST_POINTS))]
-    if not points:
-        return ""
-    x_ticks = _ticks(0.0, max(x for x, _ in points), 4)
-    y_ticks = _ticks(min(y for _, y in points), max(y for _, y in points), 4)
-    x_range = (0.0, max(x_ticks[-1], max(x for x, _ in points)))
-    y_range = (y_ticks[0], y_ticks[-1])
+    return chart([Curve(points, points[-1])], label) if points else ""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One curve of a chart."""
+
+    points: Points
+    """At least one (x, y), from left to right."""
+    dot: tuple[float, float]
+    """The point that gets a dot."""
+    beside: bool = False
+    """Drawn in a paler colour and dashed, to be compared with."""
+
+
+def chart(curves: Sequence[Curve], label: str) -> str:
+    """Draws curves over the same axes, the horizontal one from 0, as an SVG in the page's colours.
+
+    Args:
+        curves: at least one; the first ones lie on top.
+        label: description for screen readers.
+    """
+    xs = [x for curve in curves for x, _ in curve.points]
+    ys = [y for curve in curves for _, y in curve.points]
+    x_ticks, y_ticks = _ticks(0.0, max(xs), 4), _ticks(min(ys), max(ys), 4)
+    x_range, y_range = (0.0, max(x_ticks[-1], max(xs))), (y_ticks[0], y_ticks[-1])
 
     def px(x: float) -> float:
         return LEFT + (x - x_range[0]) / (x_range[1] - x_range[0]) * (WIDTH - LEFT - RIGHT)
@@ -151,11 +172,13 @@ def line_chart(points: Points, label: str, *, scale: float = 1.0) -> str:
         if x <= x_range[1]:
             at = f'x="{px(x):.1f}" y="{HEIGHT - 6}"'
             parts.append(f'<text {at} text-anchor="middle">{_short(x)}</text>')
-    path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in points)
-    parts.append(f'<polyline class="curve" points="{path}"/>')
-    x, y = points[-1]
-    parts.append(f'<circle class="end" cx="{px(x):.1f}" cy="{py(y):.1f}" r="3.5"/></svg>')
-    return "".join(parts)
+    for curve in reversed(curves):
+        path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in curve.points)
+        beside = " beside" if curve.beside else ""
+        parts.append(f'<polyline class="curve{beside}" points="{path}"/>')
+        x, y = curve.dot
+        parts.append(f'<circle class="end{beside}" cx="{px(x):.1f}" cy="{py(y):.1f}" r="3.5"/>')
+    return "".join([*parts, "</svg>"])
 
 
 def _ticks(low: float, high: float, count: int) -> list[float]:

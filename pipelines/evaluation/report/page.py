@@ -22,6 +22,7 @@ from pipelines.evaluation.probes.registry import (
     scores,
 )
 from pipelines.evaluation.report import samples
+from pipelines.evaluation.report.block_scores import block_charts, block_table
 from pipelines.evaluation.report.confusion import confusions
 from pipelines.evaluation.report.curves import training_curves
 from pipelines.evaluation.report.maps import patch_maps
@@ -29,6 +30,7 @@ from pipelines.evaluation.report.tables import (
     ROW_NAMES,
     Table,
     compared_rows,
+    lead_over_random,
     named_rows,
     number_tables,
     results_rows,
@@ -80,6 +82,8 @@ def write_report(
         headline=[*_headline(results), *_number_headline(results)],
         sections=training_curves(subject.run_uri),
         neighbours=samples.neighbours(results, subject, train, test),
+        blocks=block_table(results),
+        block_charts=block_charts(results),
         confusions=confusions(results),
         maps=patch_maps(subject, readouts or {}, decoded, results["classes"]),
         pca=samples.patch_colours(subject, baseline, decoded),
@@ -126,7 +130,12 @@ def _headline(results: dict[str, Any]) -> list[tuple[str, str]]:
         *(
             (f"{score['encoder'] - score[name]:+.1f}", f"points over {ROW_NAMES[name]}")
             for name in score
-            if name != "encoder"
+            if name not in ("encoder", "encoder_block", "random_init_block")
+        ),
+        *(
+            [(f"{lead:+.1f}", "points over random init, both at their chosen blocks")]
+            if (lead := lead_over_random(results, "_block")) is not None
+            else []
         ),
         (
             f"{percent(1 / len(results['classes']))}%",

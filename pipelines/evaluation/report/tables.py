@@ -20,7 +20,9 @@ from pipelines.evaluation.report.comparison import name_of
 
 ROW_NAMES = {
     "encoder": "encoder",
+    "encoder_block": "encoder, chosen block",
     "random_init": "random init",
+    "random_init_block": "random init, chosen block",
     "single_frame": "single frame",
     "raw_pixels": "raw pixels",
     "supervised": "supervised",
@@ -107,14 +109,21 @@ def number_tables(rows: Mapping[str, Row]) -> dict[str, Table]:
 def compared_rows(
     results: Mapping[str, Any], others: Sequence[Mapping[str, Any]]
 ) -> dict[str, Row]:
-    """Returns rows by name: this encoder, the others, the baselines; equal names are numbered."""
+    """Returns rows by name: this encoder, the others, then what each reads at its chosen block
+    where it was evaluated so, and the baselines; equal names are numbered."""
     rows: dict[str, Row] = {}
+    chosen: dict[str, Row] = {}
     for one in (results, *others):
         name = name_of(one)
         taken = sum(known == name or known.startswith(f"{name} (") for known in rows)
-        rows[f"{name} ({taken + 1})" if taken else name] = one["rows"]["encoder"]
-    baselines = {key: row for key, row in results["rows"].items() if key != "encoder"}
-    return {**rows, **{ROW_NAMES[key]: row for key, row in baselines.items()}}
+        name = f"{name} ({taken + 1})" if taken else name
+        rows[name] = one["rows"]["encoder"]
+        if "encoder_block" in one["rows"]:
+            chosen[f"{name}, chosen block"] = one["rows"]["encoder_block"]
+    baselines = {
+        ROW_NAMES[key]: row for key, row in results["rows"].items() if not key.startswith("encoder")
+    }
+    return {**rows, **chosen, **baselines}
 
 
 def results_tables(results: Mapping[str, Any]) -> list[rich_table.Table]:
@@ -124,15 +133,31 @@ def results_tables(results: Mapping[str, Any]) -> list[rich_table.Table]:
     return [_results_table(results, rows), *drawn]
 
 
+def lead_over_random(results: Mapping[str, Any], ending: str = "") -> float | None:
+    """Returns by how many points the encoder is above random init.
+
+    Args:
+        results: of an evaluation.
+        ending: of the names of the two rows, `"_block"` for the chosen blocks.
+
+    Returns:
+        The difference of the main scores; None where there are no such rows or no classes.
+    """
+    ours, random = (results["rows"].get(row + ending) for row in ("encoder", "random_init"))
+    if not ours or not scores(ours):
+        return None
+    return 100 * (main_score(ours)[0] - main_score(random)[0])
+
+
 def _results_table(results: Mapping[str, Any], rows: Mapping[str, Row]) -> rich_table.Table:
     title = " ".join(str(results["provenance"].get(k, "")) for k in ("run", "checkpoint")).strip()
     drawn = _draw(table_of(rows), title or "evaluation")
-    if not scores(results["rows"]["encoder"]):
+    if (lead := lead_over_random(results)) is None:
         return drawn
-    ours, random = results["rows"]["encoder"], results["rows"]["random_init"]
-    gain = 100 * (main_score(ours)[0] - main_score(random)[0])
-    name = main_column(ours).name
-    drawn.caption = f"accuracy in %; {name} is {gain:+.1f} points over random init"
+    name = main_column(results["rows"]["encoder"]).name
+    drawn.caption = f"accuracy in %; {name} is {lead:+.1f} points over random init"
+    if (lead := lead_over_random(results, "_block")) is not None:
+        drawn.caption += f", {lead:+.1f} with both at their chosen blocks"
     if task := results.get("task"):
         shares = f"{100 * task['single_frame']:.1f}, guessing {100 * task['chance']:.1f}"
         drawn.caption += f"; a task of {task['kind']} (best of one frame {shares})"
@@ -155,11 +180,10 @@ def comparison_table(results: dict[str, Any], others: Sequence[dict[str, Any]]) 
     rows = compared_rows(results, others)
     if not scores(results["rows"]["encoder"]):
         return _draw(table_of(rows), "comparison")
-    gains = [
-        main_score(one["rows"]["encoder"])[0] - main_score(one["rows"]["random_init"])[0]
-        for one in (results, *others)
-    ]
-    extra = [f"{100 * gain:+.1f}" for gain in gains] + ["-"] * (len(rows) - len(gains))
+    leads = [lead_over_random(one) for one in (results, *others)]
+    chosen = [lead_over_random(one, "_block") for one in (results, *others)]
+    shown = [f"{lead:+.1f}" for lead in (*leads, *chosen) if lead is not None]
+    extra = shown + ["-"] * (len(rows) - len(shown))
     title = "comparison; accuracies in %"
     return _draw(table_of(rows), title, second=("over random init", extra))
 

@@ -1,0 +1,1 @@
+"""Which block of an encoder to probe; uses `pipelines.evaluation` and its `probes`."""
