@@ -118,6 +118,11 @@ class Score:
     shift_key: str
     """Where the row holds it for the second test set."""
 
+    @property
+    def probe(self) -> str:
+        """The key under which a row holds what the probe measured."""
+        return self.key.partition(".")[0]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:

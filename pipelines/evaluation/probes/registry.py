@@ -71,6 +71,27 @@ def scores(row: Row, probes: Sequence[Probe] | None = None) -> list[tuple[Probe,
     return found
 
 
+def scored_probes() -> dict[str, Probe]:
+    """Returns the probes that learn classes from all training labels, by their keys in a row."""
+    return {probe.score.probe: probe for probe in PROBES if probe.score is not None}
+
+
+def accuracies(row: Row, *, shifted: bool = False) -> dict[str, float]:
+    """Returns the accuracies of those probes that a row has, by their keys.
+
+    Args:
+        row: a row of results.json.
+        shifted: read those on the second test set.
+    """
+    found = {}
+    for key, probe in scored_probes().items():
+        assert probe.score is not None
+        value = look_up(row, probe.score.shift_key if shifted else probe.score.key)
+        if value is not None:
+            found[key] = value
+    return found
+
+
 def main_column(row: Row) -> Column:
     """Returns the column that sums a row up: the attentive probe of clips, kNN of images."""
     return scores(row)[0][0].columns[0]
@@ -87,7 +108,7 @@ def main_number(row: Row) -> str | None:
     """Returns the key of the probe that sums a number of a row up; None where no R2 is known."""
     for probe, _ in scores(row, NUMBER_PROBES):
         assert probe.score is not None
-        return probe.score.key.partition(".")[0]
+        return probe.score.probe
     return None
 
 

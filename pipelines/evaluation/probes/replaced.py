@@ -14,10 +14,8 @@ from typing import Any
 from pipelines.config.jobs import EvaluateConfig
 from pipelines.evaluation.drift import Alignment
 from pipelines.evaluation.probe_sets import ProbeSet
-from pipelines.evaluation.probes.attentive import ATTENTIVE
-from pipelines.evaluation.probes.knn import KNN
-from pipelines.evaluation.probes.linear import LINEAR
 from pipelines.evaluation.probes.probe import ProbeTask
+from pipelines.evaluation.probes.registry import accuracies, scored_probes
 
 OLD, ADAPTED, ALIGNED, RANDOM = "encoder", "adapted", "aligned", "random_init"
 """Whose features, by their name in `ProbeSet.features`."""
@@ -29,11 +27,9 @@ ROWS = {
     "random": (RANDOM, RANDOM),
 }
 """Whose features the probes are fitted on, and whose they are read on, by row."""
-KEYS = {"attentive": "accuracy", "knn": None, "linear": "accuracy"}
-"""Where the result of each probe holds its accuracy."""
 
 Accuracies = dict[str, dict[str, float]]
-"""Accuracy by row of `ROWS`, then by probe of `KEYS`."""
+"""Accuracy by row of `ROWS`, then by the probe's key in a row of results.json."""
 
 
 def read_replaced(
@@ -65,11 +61,11 @@ def read_replaced(
             heads=heads,
         )
         result: dict[str, Any] = {}
-        for probe in (ATTENTIVE, KNN, LINEAR):
+        for probe in scored_probes().values():
             result |= probe.run(task)
-        found["old_footage"][row] = _accuracies(result, shifted=False)
+        found["old_footage"][row] = accuracies(result)
         if new:
-            found.setdefault("new_footage", {})[row] = _accuracies(result, shifted=True)
+            found.setdefault("new_footage", {})[row] = accuracies(result, shifted=True)
     return found
 
 
@@ -86,15 +82,3 @@ def _features_of(part: ProbeSet, encoder: str) -> ProbeSet:
     """The set with one encoder's features, under the name that `ProbeTask.row` asks for."""
     tokens = {OLD: part.tokens[encoder]} if encoder in part.tokens else {}
     return dataclasses.replace(part, features={OLD: part.features[encoder]}, tokens=tokens)
-
-
-def _accuracies(result: dict[str, Any], *, shifted: bool) -> dict[str, float]:
-    found = {}
-    for probe, key in KEYS.items():
-        if probe not in result:
-            continue
-        if key is None:
-            found[probe] = result[f"{probe}_shift" if shifted else probe]
-        else:
-            found[probe] = result[probe][f"shift_{key}" if shifted else key]
-    return found

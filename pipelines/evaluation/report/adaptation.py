@@ -8,6 +8,8 @@ from typing import Any
 import jinja2
 from rich.table import Table
 
+from pipelines.evaluation.probes.registry import scored_probes
+
 FOOTAGE = {"old_footage": "old footage", "new_footage": "new footage"}
 ROWS = {
     "old": "old encoder",
@@ -16,7 +18,6 @@ ROWS = {
     "refitted": "adapted encoder, probes fitted anew",
     "random": "random weights",
 }
-PROBES = {"attentive": "attentive probe", "knn": "kNN", "linear": "linear probe"}
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Adapted: {{ run }}</title><style>
@@ -68,10 +69,10 @@ def _drawn(results: Mapping[str, Any]) -> list[Drawn]:
 
 
 def _accuracies(footage: str, rows: Mapping[str, Mapping[str, float]]) -> Drawn:
-    probes = [name for name in PROBES if name in rows["old"]]
+    probes = {key: one for key, one in scored_probes().items() if key in rows["old"]}
     return {
         "caption": f"labelled {footage}, accuracy in %",
-        "head": ["", *(PROBES[name] for name in probes)],
+        "head": ["", *(probe.columns[0].name for probe in probes.values())],
         "rows": [
             [ROWS[key], *(_cell(row[name], rows["old"][name], key) for name in probes)]
             for key, row in rows.items()
