@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import fsspec
@@ -12,27 +13,47 @@ import tyro
 from models.image_size import ImageSize, parse_image_size, size_text
 from models.media.regions import Region, check_region
 
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) or (isinstance(value, tuple) and len(value) == 2)
+Spec = tyro.constructors.PrimitiveConstructorSpec
 
 
-def _read_size(texts: list[str]) -> ImageSize:
-    return parse_image_size(texts[0])
+def size_flag(flag: str, *, optional: bool = False) -> Spec[Any]:
+    """Returns how a flag's size is read: `224` or `144x256`.
+
+    Args:
+        flag: its name without dashes, for errors.
+        optional: whether it may also be None.
+    """
+
+    def read(texts: list[str]) -> ImageSize | None:
+        if optional and texts == ["None"]:
+            return None
+        with _naming(flag):
+            return parse_image_size(texts[0])
+
+    return Spec(
+        nargs=1,
+        metavar="PIXELS|HEIGHTxWIDTH",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, int | tuple) or (optional and value is None),
+        str_from_instance=lambda size: ["None" if size is None else size_text(size)],
+    )
 
 
-SIZE_FLAG = tyro.constructors.PrimitiveConstructorSpec[ImageSize](
-    nargs=1,
-    metavar="PIXELS|HEIGHTxWIDTH",
-    instance_from_str=_read_size,
-    is_instance=_is_size,
-    str_from_instance=lambda size: [size_text(size)],
-)
-"""Reads `224` or `144x256`."""
+@contextlib.contextmanager
+def _naming(flag: str, way_out: str = "") -> Iterator[None]:
+    """Names the flag in errors about its value."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"--{flag}: {error}{way_out}") from error
 
 
 NO_REGIONS = "none"
 """Value of a flag of regions that leaves out nothing."""
+WAY_OUT = (
+    "Give LEFT,TOP,RIGHT,BOTTOM in fractions of the frame (0,0,1,0.1 is its top tenth), FILE:SET "
+    f"of a TOML file, or {NO_REGIONS}."
+)
 
 
 def read_regions(texts: Sequence[str]) -> tuple[Region, ...]:
@@ -62,7 +83,7 @@ def _read_regions(text: str) -> Sequence[Region]:
         return [check_region((left, top, right, bottom))]
     file, colon, name = text.rpartition(":")
     if not colon or not file or not name:
-        raise ValueError(f"{text!r} is none of LEFT,TOP,RIGHT,BOTTOM, FILE:SET and {NO_REGIONS}")
+        raise ValueError(f"{text!r} is neither a region nor FILE:SET")
     return _read_set(file, name)
 
 
@@ -73,6 +94,8 @@ def _read_set(file: str, name: str) -> list[Region]:
             sets = tomllib.loads(handle.read().decode())
     except FileNotFoundError as error:
         raise ValueError(f"{file}: there is no such file of regions") from error
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error.strerror or error})") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not TOML: {error}") from error
     if name not in sets:
@@ -91,14 +114,24 @@ def _region_texts(regions: tuple[Region, ...] | None) -> list[str]:
     return [",".join(f"{side:g}" for side in region) for region in regions] or [NO_REGIONS]
 
 
-EXCLUDE_FLAG = tyro.constructors.PrimitiveConstructorSpec[tuple[Region, ...]](
-    nargs="*",
-    metavar="LEFT,TOP,RIGHT,BOTTOM|FILE:SET|none",
-    instance_from_str=read_regions,
-    is_instance=lambda value: isinstance(value, tuple),
-    str_from_instance=_region_texts,
-)
-"""Reads regions, in fractions of the picture's width and height; see `read_regions`."""
+def exclude_flag(flag: str) -> Spec[tuple[Region, ...]]:
+    """Returns how a flag's regions are read, in fractions of the width and height of the picture.
+
+    Args:
+        flag: its name without dashes, for errors.
+    """
+
+    def read(texts: list[str]) -> tuple[Region, ...]:
+        with _naming(flag, f"\n{WAY_OUT}"):
+            return read_regions(texts)
+
+    return Spec(
+        nargs="*",
+        metavar="LEFT,TOP,RIGHT,BOTTOM|FILE:SET|none",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=_region_texts,
+    )
 
 
 def checked_regions(flag: str, regions: Sequence[Sequence[float]]) -> tuple[Region, ...]:
@@ -107,7 +140,7 @@ def checked_regions(flag: str, regions: Sequence[Sequence[float]]) -> tuple[Regi
     Raises:
         ValueError: one of them is not inside the picture; the flag is named.
     """
-    try:
+    with _naming(flag):
+        if not all(len(region) == 4 for region in regions):
+            raise ValueError(f"a region is LEFT,TOP,RIGHT,BOTTOM, got {regions}")
         return tuple(check_region((r[0], r[1], r[2], r[3])) for r in regions)
-    except (ValueError, IndexError) as error:
-        raise ValueError(f"--{flag}: {error}") from error

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from models.media.regions import Region
 from pipelines.config.checks import require
-from pipelines.config.input_flags import EXCLUDE_FLAG
+from pipelines.config.input_flags import exclude_flag
 from pipelines.config.pixels import check_deep_range, parse_colour
 from pipelines.config.places import PlaceField, ReadPlace, WrittenPlace
 
@@ -72,7 +72,7 @@ class EvaluateConfig:
     """Frames per second of clips. None, without --stride, takes the rate of training."""
     stride: int | None = None
     """Distance between two frames of a clip, in frames of the segment; None as for --fps."""
-    exclude: Annotated[tuple[Region, ...] | None, EXCLUDE_FLAG] = None
+    exclude: Annotated[tuple[Region, ...] | None, exclude_flag("exclude")] = None
     """Regions of the picture that are left out, in place of the encoder's own:
     LEFT,TOP,RIGHT,BOTTOM in fractions of the width and height, FILE:SET of a TOML file, or none."""
     batch_size: int = 256
@@ -121,7 +121,7 @@ class ExportConfig:
     deep_range: int | Literal["auto"] | None = None
     """Value of white in 16-bit images when serving, like --deep-range of ingest. None takes the
     value of the training shards, or 65535 if they are gone."""
-    exclude: Annotated[tuple[Region, ...] | None, EXCLUDE_FLAG] = None
+    exclude: Annotated[tuple[Region, ...] | None, exclude_flag("exclude")] = None
     """Regions of the picture that the artifact leaves out unless it is told otherwise, in place of
     the run's own: LEFT,TOP,RIGHT,BOTTOM in fractions of the width and height, FILE:SET of a TOML
     file, or none."""
@@ -145,7 +145,7 @@ class EmbedConfig:
     """Folder or `s3://` prefix for the embedding Parquet files."""
     pooling: Literal["mean", "patches"] = "mean"
     """One vector per image or video segment (`mean`), or one per patch (`patches`)."""
-    exclude: Annotated[tuple[Region, ...] | None, EXCLUDE_FLAG] = None
+    exclude: Annotated[tuple[Region, ...] | None, exclude_flag("exclude")] = None
     """Regions of the picture that are left out, in place of the artifact's own:
     LEFT,TOP,RIGHT,BOTTOM in fractions of the width and height, FILE:SET of a TOML file, or none."""
     fps: float | None = None

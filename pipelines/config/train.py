@@ -12,7 +12,7 @@ from models.media.fit import Fit
 from models.media.regions import Region
 from pipelines.config.checks import require
 from pipelines.config.data import ClipConfig, DataConfig, MaskConfig, VideoMaskConfig
-from pipelines.config.input_flags import EXCLUDE_FLAG, SIZE_FLAG, checked_regions
+from pipelines.config.input_flags import checked_regions, exclude_flag, size_flag
 from pipelines.config.objectives import REGISTERED, Masks, Modality, ObjectiveConfig
 from pipelines.config.places import PlaceField, WrittenPlace
 from pipelines.config.views import ViewsConfig
@@ -31,14 +31,14 @@ class ModelConfig:
     encoder: str = "vit_s"
     """Preset: vit_ti, vit_s, vit_b, vit_l, vit_h, vit_g, or a small one for 32-pixel images; for
     clips video_b, video_l, video_h, video_g, or a small one."""
-    image_size: Annotated[ImageSize, SIZE_FLAG] = 224
+    image_size: Annotated[ImageSize, size_flag("model.image-size")] = 224
     """Pixels of the input: one number for a square, or HEIGHTxWIDTH, such as 144x256."""
     fit: Fit | None = None
     """How a picture is fitted to the input, in training and wherever the encoder is used. crop: its
     centre, in the input's aspect. pad: all of it, with bars. squash: all of it, stretched. whole:
     all of it in its own aspect, on a grid of its own with no more tokens than the input's. None:
     squash for a new run, while a run that is resumed keeps its own."""
-    exclude: Annotated[tuple[Region, ...], EXCLUDE_FLAG] = ()
+    exclude: Annotated[tuple[Region, ...], exclude_flag("model.exclude")] = ()
     """Regions of the picture that are left out: their tokens are neither context nor target, and
     the encoder never computes them. Each is LEFT,TOP,RIGHT,BOTTOM in fractions of the width and
     height, or FILE:SET, a set of a TOML file with lines such as hud = [[0.0, 0.0, 1.0, 0.1]]."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from models.image_size import ImageSize, as_image_size
 from pipelines.config.checks import require, require_range
-from pipelines.config.input_flags import SIZE_FLAG
+from pipelines.config.input_flags import size_flag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class ViewsConfig:
     """Number of views of the encoder's own size."""
     locals: int = 0
     """Number of views of smaller parts of the picture."""
-    local_size: Annotated[ImageSize, SIZE_FLAG] | None = None
+    local_size: Annotated[ImageSize | None, size_flag("views.local-size", optional=True)] = None
     """Pixels of a local view: on a side of a square, or HEIGHTxWIDTH; multiples of the patch size.
     None makes local views as large as global ones."""
     global_scale: tuple[float, float] = (0.3, 1.0)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from pipelines.config.places import Place, places
 from pipelines.runtime.faults import Fault, faults_of
+from pipelines.runtime.parsing import parsed
 from pipelines.runtime.places import absolute, holding
 from pipelines.runtime.storage_faults import explain_storage
 
@@ -35,7 +36,8 @@ def run_command(parse: Callable[[], C], job: Callable[[C], Any], *, configs: Any
     """Parses a command line and does the job; ends the process if that fails.
 
     Args:
-        parse: Makes the configuration; tyro itself tells what is wrong with the usage.
+        parse: Makes the configuration; tyro itself tells what is wrong with the usage, but for
+            values that our own checks refuse.
         job: Takes it.
         configs: Returns the dataclasses whose fields name places, given what `parse` returned; None
             if that is such a dataclass itself.
@@ -46,7 +48,7 @@ def run_command(parse: Callable[[], C], job: Callable[[C], Any], *, configs: Any
     """
     found: list[Place] = []
     try:
-        config = parse()
+        config = parsed(parse)
         found = _places(configs(config) if configs else (config,))
         job(config)
     except BrokenPipeError:  # `| head` has read enough; the interpreter would complain once more
