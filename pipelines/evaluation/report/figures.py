@@ -80,6 +80,20 @@ def target_picture(image_HWC: np.ndarray, targets_MT: np.ndarray, grid: Grid) ->
     return picture.astype(np.uint8)
 
 
+def without(pixels: np.ndarray, kept_M: np.ndarray | None, grid: Grid) -> np.ndarray:
+    """Blackens the patches that are left out of an image [H, W, C] or a clip [F, H, W, C].
+
+    Args:
+        pixels: the picture.
+        kept_M: which patches of a time step are kept; None for all.
+        grid: their grid.
+    """
+    if kept_M is None:
+        return pixels
+    kept_HW = _patch_mask(pixels[0] if pixels.ndim == 4 else pixels, np.flatnonzero(kept_M), grid)
+    return np.where(kept_HW[..., None], pixels, np.uint8(0))
+
+
 def _patch_mask(image_HWC: np.ndarray, tokens: np.ndarray, grid: Grid) -> np.ndarray:
     """Returns which pixels belong to these patches, bool [H, W]."""
     chosen = np.zeros(grid.per_step, dtype=bool)

@@ -87,7 +87,7 @@ def write_report(
         confusions=confusions(results),
         maps=patch_maps(subject, readouts or {}, decoded, results["classes"]),
         pca=samples.patch_colours(subject, baseline, decoded),
-        masks=samples.masks(subject, shown, decoded),
+        masks=samples.masks(subject, shown),
         mask_note=samples.mask_note(subject.config),
         noun="clip" if subject.sampler else "image",
         counts=[len(part.labels_N) for part in (train, test)],

@@ -21,7 +21,7 @@ from models.keyed_random.streams import PlanStream
 from pipelines.config.objectives import ObjectiveConfig
 from pipelines.config.train import ModelConfig, PretrainConfig
 from pipelines.dataset.rows import read_places
-from pipelines.evaluation.features import decode_all, extract_features
+from pipelines.evaluation.features import decode_all, extract_features, preprocessing_of
 from pipelines.evaluation.probe_sets import ProbeSet
 from pipelines.evaluation.probes.knn import knn_predict, nearest
 from pipelines.evaluation.report.figures import (
@@ -30,6 +30,7 @@ from pipelines.evaluation.report.figures import (
     pca_pictures,
     picture_uri,
     target_picture,
+    without,
 )
 from pipelines.evaluation.subject import Subject
 from pipelines.loading.masks.layouts import Layout
@@ -140,13 +141,19 @@ def by_step(tokens_NTD: np.ndarray, grid: Grid) -> np.ndarray:
     return steps.reshape(N, -1, D)
 
 
-def masks(subject: Subject, rows: pa.Table, samples: InputBatch) -> list[list[str]]:
-    """Draws every sample beside what the encoder saw of it in epoch 0."""
-    encoder, config = subject.encoder, subject.config or _default_config(subject)
-    ids, samples = rows["sample_id"].to_pylist()[:MASKED], samples[:MASKED]
+def masks(subject: Subject, rows: pa.Table) -> list[list[str]]:
+    """Draws every sample beside what the encoder saw of it in epoch 0.
+
+    Samples are fitted as in training, and what training leaves out is black, whatever the
+    evaluation leaves out.
+    """
+    config, encoder = subject.config or _default_config(subject), subject.encoder
     masker = make_masker(config)
     if min(encoder.grid[:2]) < 2 or config.masks == "none":
         return []
+    rows = rows.slice(0, MASKED)
+    trained = preprocessing_of(config.model) if subject.config else subject.preprocessing
+    samples, ids = decode_all(rows, trained, subject.sampler), rows["sample_id"].to_pylist()
     if masker.legacy:
         # Drawn for the whole batch, whose shortest lists decide how much of every mask is left.
         key = key_of(config.run.seed, PlanStream.LEGACY_MASKS, 0, 0)
@@ -155,12 +162,14 @@ def masks(subject: Subject, rows: pa.Table, samples: InputBatch) -> list[list[st
         drawn = masker.for_samples(sample_keys(ids, config.run.seed, 0), _layout(samples))
     shown = []
     for row, sample in enumerate(channels_last(samples)):
-        grid = encoder.grid
-        if samples.grids_B2 is not None:
-            own = samples.grids_B2[row].tolist()
-            grid = grid._replace(rows=own[0], columns=own[1])
-        mine = {name: _in_grid(ids[row], encoder.grid, grid) for name, ids in drawn.items()}
-        shown.append([picture_uri(p) for p in (sample, *_masked(sample, mine, grid, encoder))])
+        grid, kept_M = encoder.grid, None
+        if samples.grids_B2 is not None and samples.kept_BM is not None:
+            high, wide = samples.grids_B2[row].tolist()
+            grid = grid._replace(rows=high, columns=wide)
+            kept_M = samples.kept_BM[row, : grid.per_step].numpy()
+        mine = {name: _in_grid(own[row], encoder.grid, grid) for name, own in drawn.items()}
+        pictures = (sample, *_masked(sample, mine, grid, encoder))
+        shown.append([picture_uri(without(picture, kept_M, grid)) for picture in pictures])
     return shown
 
 
@@ -210,12 +219,17 @@ def _default_config(subject: Subject) -> PretrainConfig:
 
 
 def mask_note(config: PretrainConfig | None) -> str:
-    """Says whose mask settings the report shows."""
+    """Says whose mask settings the report shows, and on what."""
     if config is None:
         return "with the default settings, because an artifact does not store its own"
     if make_masker(config).legacy:
         return (
             "with the run's own settings; legacy masks belong to positions in a batch, and the "
             "first ones are shown"
+        )
+    if config.model.partial:
+        return (
+            "with the run's own settings, here on all that the fit shows, in training on its "
+            "crops; patches that touch a region left out are black"
         )
     return "with the run's own settings"

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.pipelines.evaluation import PREP, Shards
+from helpers.pipelines.evaluation import Shards
 from helpers.pipelines.fake_training import change, memory_batches, tiny_config
 from models.image_size import Grid
 from pipelines.config.data import MaskConfig
 from pipelines.dataset.rows import load_labelled
-from pipelines.evaluation.features import decode_all
 from pipelines.evaluation.report import samples as report
 from pipelines.evaluation.report.curves import SECTIONS, training_curves
 from pipelines.evaluation.report.figures import line_chart, pca_pictures
@@ -73,7 +72,7 @@ def test_legacy_masks_shown_are_those_of_the_first_batch(
             return image
 
         monkeypatch.setattr(report, name, picture)
-    assert len(report.masks(subject, rows, decode_all(rows, PREP))) == 8
+    assert len(report.masks(subject, rows)) == 8
 
     data = dataclasses.replace(config.data, train=cifar_shards[0])
     reader = make_reader(dataclasses.replace(config, data=data), 0, 1)
