@@ -18,6 +18,7 @@ from serve.embeddings.contract import EMBEDDER, ModelCard
 from serve.embeddings.frontend.client import EmbedderClient
 from serve.embeddings.frontend.routes import create_embeddings_app
 from serve.embeddings.frontend.service import EmbeddingService
+from serve.embeddings.served_model import ServedModel
 from serve.embeddings.settings import ServeSettings
 from serve.embeddings.streams.stream import StreamHub
 from serve.ingress.application import IngressParts
@@ -26,28 +27,48 @@ from serve.ingress.deployment import IngressReplica, build_application, model_op
 
 @ray_serve.ingress()
 class Ingress(IngressReplica[ServeSettings]):
-    """HTTP replica: parses, decodes and transforms what clients send."""
+    """HTTP replica: parses, decodes and transforms what clients send.
+
+    Args:
+        settings: see `ServeSettings`.
+        model: handle of the embedder.
+        telemetry: handle of `Telemetry`.
+        card: the model that this replica was deployed with.
+    """
 
     model_name = EMBEDDER
 
-    async def create_app(self, card: ModelCard, parts: IngressParts) -> FastAPI:
+    def __init__(
+        self, settings: ServeSettings, model: Any, telemetry: Any, card: ModelCard
+    ) -> None:
+        super().__init__(settings, model, telemetry, card)
+        self._card = card
+
+    async def create_app(self, parts: IngressParts) -> FastAPI:
         """See `IngressReplica`."""
-        embed, registry = EmbedderClient(self.model).embed, parts.metrics.registry
-        service = EmbeddingService(self.settings, card, embed, registry)
+        card, registry = self._card, parts.metrics.registry
+        model, embed = ServedModel(card), EmbedderClient(self.model, card).embed
+        service = EmbeddingService(self.settings, model, embed, registry)
         if card.frames > 1 and self.settings.decode_processes:
             await service.media.decoders.warm_up()
         images = Gauge("rayjepa_images_in_flight", "Images waiting or running", registry=registry)
         images.set_function(lambda: service.admission.images)
-        streams = StreamHub(self.settings, card, embed, service.media, registry)
+        streams = StreamHub(self.settings, model, embed, service.media, registry)
         return create_embeddings_app(parts, service, streams)
 
 
 def build_app(args: ServeSettings) -> ray_serve.Application:
-    """Returns the application; Serve calls this with `args` of the command line or config file."""
+    """Returns the application; Serve calls this with `args` of the command line or config file.
+
+    The artifact is read here once, so that all replicas know which model they belong to, and one
+    that cannot be read is refused before anything is replaced.
+    """
+    from serve.embeddings.replica.embedder import read_card
+
     path = Path(args.artifact)
     if path.exists():  # replicas may run in another directory
         args = args.model_copy(update={"artifact": str(path.resolve())})
-    return build_application(args, model_deployment(args), Ingress)
+    return build_application(args, model_deployment(args), Ingress, card=read_card(args))
 
 
 def model_deployment(settings: ServeSettings) -> ray_serve.Deployment:

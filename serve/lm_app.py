@@ -29,10 +29,11 @@ class LMIngress(IngressReplica[LMSettings]):
 
     model_name = LANGUAGE_MODEL
 
-    async def create_app(self, card: LMCard, parts: IngressParts) -> FastAPI:
+    async def create_app(self, parts: IngressParts) -> FastAPI:
         """See `IngressReplica`."""
         from models.sink_lm.checkpoints.tokenizer import load_tokenizer
 
+        card: LMCard = await self.model.describe.remote()
         service = LanguageService(self.settings, card, load_tokenizer(self.settings.model))
         return create_lm_app(parts, service, LMClient(self.model, persistent=card.persistent))
 

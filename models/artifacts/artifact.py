@@ -28,6 +28,7 @@ import fsspec
 import torch
 from torch import Tensor, nn
 
+from models.artifacts.fingerprint import content_fingerprint
 from models.artifacts.formats.format import Export, Format, Source, Stored
 from models.artifacts.formats.meta_ijepa import META_IJEPA
 from models.artifacts.formats.rayjepa import RAYJEPA, our_section
@@ -62,6 +63,8 @@ class Artifact:
     preprocessing: Preprocessing
     config: dict[str, Any]
     """Our section of config.json: schema_version, encoder, preprocessing, pooling, provenance."""
+    fingerprint: str = ""
+    """See `models.artifacts.fingerprint`."""
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -135,7 +138,9 @@ def load_artifact(uri: str | Path) -> Artifact:
             raise ValueError(f"{uri}: no config.json; not an artifact")
         for known in FORMATS:
             if known.recognises(stored):
-                return _assemble(known.read(stored), stored.uri)
+                artifact = _assemble(known.read(stored), stored.uri)
+                fingerprint = content_fingerprint(stored.path)
+                return dataclasses.replace(artifact, fingerprint=fingerprint)
     raise ValueError(f"{uri}: config.json is neither timm's (architecture) nor a JEPA's")
 
 

@@ -21,8 +21,11 @@ Pooling = Literal["mean", "per_frame", "patches"]
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
-EmbedFunction = Callable[[Sequence[EncoderInput], Pooling], Awaitable[list[Floats]]]
-"""Calls `Embedder.embed`, wherever that runs."""
+EmbedFunction = Callable[[Sequence[EncoderInput], Pooling, "ModelCard"], Awaitable[list[Floats]]]
+"""Calls `Embedder.embed`, wherever that runs, for inputs that were prepared by a card.
+
+It raises `OtherModel` if no replica is found that serves this card's model.
+"""
 
 EMBEDDER = "Embedder"
 """Name of the embedder deployment."""
@@ -30,10 +33,16 @@ EMBEDDER = "Embedder"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
-    """What an ingress replica knows about the model."""
+    """What an ingress replica knows about a model.
+
+    It comes from the artifact when the application is built. So all replicas of one deployment have
+    the same one, whatever other replicas run beside them during an update.
+    """
 
     name: str
-    created: int
+    fingerprint: str = ""
+    """Digest of the artifact's content and of everything else that changes vectors or the model's
+    name. Calls of the embedder name it, and an embedder refuses any but its own."""
     dimensions: int
     num_patches: int
     """Tokens of an image, and of each time step of a clip, where the whole grid is encoded."""
@@ -50,6 +59,32 @@ class ModelCard:
         if exclude is None:
             return self.preprocessing
         return dataclasses.replace(self.preprocessing, exclude=exclude)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """What an embedder returns for inputs that were prepared for another model.
+
+    It is returned and not raised: raised, it would arrive wrapped in an error of Ray's and be
+    logged as a crash.
+
+    Attributes:
+        card: the model that the embedder serves.
+    """
+
+    card: ModelCard
+
+
+class OtherModel(Exception):
+    """Inputs were prepared for a model that no replica was found to serve.
+
+    Args:
+        card: a model that a replica does serve.
+    """
+
+    def __init__(self, card: ModelCard) -> None:
+        super().__init__(f"a replica serves the model {card.name!r} ({card.fingerprint:.12})")
+        self.card = card
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,7 +25,7 @@ _SHOWN_TO_BROWSERS = ("x-request-id", "retry-after", "x-should-retry")
 # Paths of an OPTIONS request that asks about the server and not about a route.
 _WHOLE_SERVER = ("", "/", "*")
 
-Ready = Callable[[], Awaitable[bool]]
+Ready = Callable[[], Awaitable[bool | str]]
 Scrape = Callable[[], Awaitable[str]]
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
@@ -38,7 +38,7 @@ class IngressParts:
         settings: limits of request bodies, and the web pages that may call the application.
         metrics: counters and times of this replica's requests.
         scrape: returns the Prometheus text of all replicas.
-        is_ready: returns whether a model replica is running.
+        is_ready: returns whether a model replica is running; a text says more of one that is.
         api_key: the key that clients must send, except for `OPEN_PATHS`; None serves anyone.
     """
 
@@ -94,9 +94,10 @@ def add_operation_routes(app: FastAPI, *, is_ready: Ready, scrape: Scrape) -> No
     @app.get("/health", response_class=PlainTextResponse)
     async def health() -> PlainTextResponse:
         """Returns 200 if requests can be served, else 503."""
-        if not await is_ready():
+        ready = await is_ready()
+        if not ready:
             raise server_error(503, "not_ready", "no model replica is running")
-        return PlainTextResponse("ok")
+        return PlainTextResponse(ready if isinstance(ready, str) else "ok")
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:

@@ -7,7 +7,7 @@ import os
 import re
 import time
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from fastapi import FastAPI
 from ray import serve as ray_serve
@@ -34,7 +34,10 @@ Settings = TypeVar("Settings", bound=ApplicationSettings)
 
 
 def build_application(
-    settings: ApplicationSettings, model: ray_serve.Deployment, ingress: type[Any]
+    settings: ApplicationSettings,
+    model: ray_serve.Deployment,
+    ingress: type[Any],
+    **known: Any,
 ) -> ray_serve.Application:
     """Returns an application of HTTP replicas, model replicas and one replica of `Telemetry`.
 
@@ -42,13 +45,14 @@ def build_application(
         settings: the application's.
         model: deployment of a class that takes the settings and a handle of `Telemetry`.
         ingress: subclass of `IngressReplica` with the decorator `@ray_serve.ingress()`.
+        known: further arguments of both classes.
     """
     make = ray_serve.deployment(
         name=Telemetry.__name__, ray_actor_options={"num_cpus": 0}, logging_config=QUIET
     )
     telemetry = make(Telemetry).bind()
-    bound = model.bind(settings, telemetry)
-    return ingress_deployment(ingress, settings).bind(settings, bound, telemetry)
+    bound = model.bind(settings, telemetry, **known)
+    return ingress_deployment(ingress, settings).bind(settings, bound, telemetry, **known)
 
 
 def ingress_deployment(ingress: type[Any], settings: ApplicationSettings) -> ray_serve.Deployment:
@@ -76,6 +80,9 @@ def ingress_options(settings: ApplicationSettings) -> dict[str, Any]:
         # No limit: Serve counts a request as queued until it has found a replica, so that a limit
         # would refuse requests of a burst although every replica is idle.
         "max_queued_requests": -1,
+        # In an update the new replica runs before the old one is stopped. Otherwise a single one
+        # would leave nobody to answer until its last stream has ended.
+        "max_surge_percent": 100,
         "backpressure_config": BackpressureConfig(status_code=429, retry_after_s=1),
         "max_constructor_retry_count": 2,
         "logging_config": {"enable_access_log": settings.access_log},
@@ -105,39 +112,63 @@ def read_api_key(settings: ApplicationSettings) -> str | None:
     return key
 
 
+class Card(Protocol):
+    """What an application knows of a model."""
+
+    @property
+    def name(self) -> str:
+        """Its name in requests."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of everything that makes it another model."""
+
+
 class Readiness:
     """Tells whether a model replica is running, looked up at most once a second.
 
     Serve's controller is asked first, because under load a call to the model would wait behind the
     requests, and a busy model is ready. But the controller forgets the deployments of an
     application whose latest config it could not build, although they go on serving. So if it says
-    no, the model is asked too.
+    no, a replica's own answer counts. The answer also tells which model it serves.
 
     Args:
         model: handle of the model's deployment, which has `describe`.
         name: name of that deployment.
+        own: the model that this ingress was deployed with; None if it takes any.
     """
 
-    def __init__(self, model: Any, name: str) -> None:
-        self._model, self._name = model, name
+    def __init__(self, model: Any, name: str, own: Card | None = None) -> None:
+        self._model, self._name, self._own = model, name, own
         self._app_name = ray_serve.get_replica_context().app_name
         self._checked_at = -READY_CACHE_S
-        self._ready = False
+        self._ready: bool | str = False
 
-    async def __call__(self) -> bool:
-        """Returns whether requests can be served."""
+    async def __call__(self) -> bool | str:
+        """Returns whether requests can be served, or what else there is to say if they can."""
         if time.monotonic() - self._checked_at >= READY_CACHE_S:
             self._checked_at = time.monotonic()
-            self._ready = await asyncio.to_thread(self._is_listed) or await self._answers()
+            self._ready = await self._look()
         return self._ready
 
-    async def _answers(self) -> bool:
+    async def _look(self) -> bool | str:
+        found, listed = await asyncio.gather(self._ask(), asyncio.to_thread(self._is_listed))
+        if found is None:
+            return listed
+        if self._own is None or found.fingerprint == self._own.fingerprint:
+            return True
+        return (
+            f"ok, but a replica serves {_told(found)}, and this one was deployed with "
+            f"{_told(self._own)}: an update goes on, or new replicas do not start"
+        )
+
+    async def _ask(self) -> Card | None:
         try:
             async with asyncio.timeout(READY_CACHE_S):
-                await self._model.describe.remote()
+                card: Card = await self._model.describe.remote()
         except (TimeoutError, RayError, RayServeException):
-            return False
-        return True
+            return None
+        return card
 
     def _is_listed(self) -> bool:
         application = ray_serve.status().applications.get(self._app_name)
@@ -145,6 +176,10 @@ class Readiness:
         # Annotated as an enum, but the controller sends plain strings.
         states: dict[Any, int] = dict(deployment.replica_states) if deployment else {}
         return states.get("RUNNING", 0) > 0
+
+
+def _told(card: Card) -> str:
+    return f"{card.name} ({card.fingerprint[:12]})"
 
 
 class IngressReplica(ABC, Generic[Settings]):
@@ -156,33 +191,34 @@ class IngressReplica(ABC, Generic[Settings]):
         settings: the application's.
         model: handle of the model's deployment, which has `describe`.
         telemetry: handle of `Telemetry`.
+        card: the model that the application was built for; None if it takes any.
     """
 
     model_name: ClassVar[str]
 
-    def __init__(self, settings: Settings, model: Any, telemetry: Any) -> None:
-        self.settings, self.model = settings, model
+    def __init__(
+        self, settings: Settings, model: Any, telemetry: Any, card: Card | None = None
+    ) -> None:
+        self.settings, self.model, self._own = settings, model, card
         self._telemetry = telemetry
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
-        """Returns the application; called by Serve once, waits for a model replica."""
-        card = await self.model.describe.remote()
+        """Returns the application; called by Serve once."""
         metrics = RequestMetrics()
         self._reporter = Reporter(metrics.registry, self._telemetry)
         parts = IngressParts(
             settings=self.settings,
             metrics=metrics,
             scrape=self._reporter.scrape,
-            is_ready=Readiness(self.model, self.model_name),
+            is_ready=Readiness(self.model, self.model_name, self._own),
             api_key=read_api_key(self.settings),
         )
-        return await self.create_app(card, parts)
+        return await self.create_app(parts)
 
     @abstractmethod
-    async def create_app(self, card: Any, parts: IngressParts) -> FastAPI:
+    async def create_app(self, parts: IngressParts) -> FastAPI:
         """Returns the application.
 
         Args:
-            card: what the model's `describe` returned.
             parts: what every application needs.
         """

@@ -12,6 +12,9 @@ from serve.ingress.json_text import to_json
 NORMAL, BAD_DATA = 1000, 1007
 """Close codes of RFC 6455 (section 7.4.1)."""
 
+SERVICE_RESTART = 1012
+"""From IANA's registry: the client may connect again at once."""
+
 # The others, also from IANA's registry, by the status that the error would have over HTTP.
 _CLOSE_CODES = {
     401: 1008,
@@ -41,6 +44,8 @@ def error_message(error: ApiError) -> str:
 
 def close_code(error: ApiError) -> int:
     """Returns the WebSocket close code for an error."""
+    if error.code == "model_changed":
+        return SERVICE_RESTART
     if error.code in ("url_not_allowed", "invalid_url"):
         return 1008
     return _CLOSE_CODES.get(error.status, BAD_DATA)

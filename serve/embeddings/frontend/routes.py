@@ -80,15 +80,16 @@ def _add_model_routes(app: FastAPI, service: EmbeddingService) -> None:
     @app.get("/v1/models/{name:path}")
     async def get_model(name: str) -> Model:
         """Describes one model."""
-        service.check_model(name)
+        service.model.named(name)
         return _model(service)
 
 
 def _model(service: EmbeddingService) -> Model:
-    card, prep = service.card, service.card.preprocessing
+    card, prep = service.model.card, service.model.card.preprocessing
     return Model(
         id=card.name,
-        created=card.created,
+        created=service.created,
+        fingerprint=card.fingerprint,
         dimensions=card.dimensions,
         num_patches=card.num_patches,
         image_size=prep.image_size if isinstance(prep.image_size, int) else list(prep.image_size),

@@ -114,6 +114,9 @@ class EmbeddingResponse(BaseModel):
     object: Literal["list"] = "list"
     data: list[Embedding]
     model: str
+    fingerprint: str
+    """Digest of the model's weights, its preprocessing and its name: embeddings with the same one
+    may be compared. See `Model`."""
     usage: Usage
     warnings: list[Notice] | None = None
     """Present where the aspect of a picture differs from the model's by more than 5%, unless
@@ -126,7 +129,9 @@ class Model(BaseModel):
     id: str
     object: Literal["model"] = "model"
     created: int
-    """Unix time at which this replica loaded the model."""
+    """Unix time at which this replica was started."""
+    fingerprint: str
+    """Digest of the model's weights, its preprocessing, its type of numbers and its name."""
     owned_by: str = "rayjepa"
     modality: Literal["image", "video"] = "image"
     """What the encoder was trained on; either kind of encoder accepts both."""

@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter
 
 from models.media.preprocessing import EncoderInput, Preprocessing
-from serve.embeddings.contract import EmbedFunction, Floats, ModelCard, Pooling
+from serve.embeddings.contract import EmbedFunction, Floats, ModelCard, OtherModel, Pooling
 from serve.embeddings.encoding import encode
 from serve.embeddings.frontend.schemas import EmbeddingRequest, parse_request
 from serve.embeddings.media.fitting import aspect_warning
 from serve.embeddings.media.inputs import Kind, Reference, parse_input
 from serve.embeddings.media.loader import Item, MediaLoader
+from serve.embeddings.served_model import ServedModel
 from serve.embeddings.settings import ServeSettings
 from serve.ingress.errors import ApiError, queue_full
 from serve.ingress.json_text import to_json
@@ -64,7 +67,7 @@ class EmbeddingService:
 
     Args:
         settings: the limits.
-        card: the model.
+        model: the model that requests are prepared for.
         embed: embeds pixels, through a Serve handle or, in tests, directly.
         registry: takes the metrics; None for a service that nobody watches.
     """
@@ -72,16 +75,16 @@ class EmbeddingService:
     def __init__(
         self,
         settings: ServeSettings,
-        card: ModelCard,
+        model: ServedModel,
         embed: EmbedFunction,
         registry: CollectorRegistry | None = None,
     ) -> None:
-        self.card = card
+        self.model, self.created = model, int(time.time())
         self.admission = Admission(settings.max_queued, settings.max_queued_videos)
         self.settings = settings
         self._embed = embed
         self._threads = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
-        self.media = MediaLoader(settings, card, self._threads)
+        self.media = MediaLoader(settings, self._threads)
         self._aspects_differ = Counter(
             "rayjepa_aspects_differ",
             "Images and videos whose aspect differs from the model's by more than 5%",
@@ -95,18 +98,17 @@ class EmbeddingService:
             ApiError: with status and cause.
         """
         request = await self._parse(body)
-        self._check(request)
+        _check(request, self.model.named(request.model))
         default: Kind = "video" if request.modality == "video" else "image"
         most = self.settings.max_items
         references = parse_input(request.input, max_items=most, default=default)
         videos = self._count_videos(references)
         with self.admission.hold(len(references) - videos, videos):
-            items = await self._prepare(references, self.card.transform(request.regions))
-            embeddings = await embed_items(items, request.pooling, self._embed)
+            card, items, embeddings = await self._by_one_model(request, references)
         if sum(values.size for values in embeddings) <= _FORMAT_INLINE_VALUES:
-            return self._reply(request, items, embeddings)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, self._reply, request, items, embeddings)
+            return self._reply(request, card, items, embeddings)
+        reply = partial(self._reply, request, card, items, embeddings)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, reply)
 
     async def close(self) -> None:
         """Releases threads and connections."""
@@ -119,23 +121,25 @@ class EmbeddingService:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, parse_request, body)
 
-    def _check(self, request: EmbeddingRequest) -> None:
-        """Raises what is wrong with a request, given the model."""
-        if request.model is not None:
-            self.check_model(request.model)
-        if request.modality not in (None, "image", "video"):
-            message = f"modality must be image or video, not {request.modality}"
-            raise ApiError(400, "unsupported_modality", message, param="modality")
-        dimensions, width = request.dimensions, self.card.dimensions
-        if dimensions is not None and not 1 <= dimensions <= width:
-            message = f"dimensions must lie between 1 and {width}, got {dimensions}"
-            raise ApiError(400, "invalid_value", message, param="dimensions")
+    async def _by_one_model(
+        self, request: EmbeddingRequest, references: list[Reference]
+    ) -> tuple[ModelCard, list[Item], list[Floats]]:
+        """Decodes and embeds all items for one model, and again if its replicas have gone.
 
-    def check_model(self, name: str) -> None:
-        """Raises a 404 for any name but the served model's."""
-        if name != self.card.name:
-            message = f"the model {name!r} does not exist; this server has {self.card.name!r}"
-            raise ApiError(404, "model_not_found", message, param="model")
+        Returns:
+            The model, and each item with its embedding.
+        """
+        card = self.model.named(request.model)
+        while True:
+            _check(request, card)
+            items = await self._prepare(references, card, card.transform(request.regions))
+            try:
+                embeddings = await embed_items(items, request.pooling, card, self._embed)
+            except OtherModel as other:
+                card = await self.model.instead(request.model, other.card)
+                continue
+            self.model.answered(card)
+            return card, items, embeddings
 
     def _count_videos(self, references: list[Reference]) -> int:
         videos = sum(reference.kind == "video" for reference in references)
@@ -145,11 +149,13 @@ class EmbeddingService:
             raise ApiError(400, "too_many_items", message, param="input")
         return videos
 
-    async def _prepare(self, references: list[Reference], prep: Preprocessing) -> list[Item]:
+    async def _prepare(
+        self, references: list[Reference], card: ModelCard, prep: Preprocessing
+    ) -> list[Item]:
         """Decodes all items; raises for the first one at fault, in the request's order."""
         # Exceptions are collected and not raised at once, so that no decoding goes on after the
         # request has given back its place.
-        loads = (self.media.load(reference, prep) for reference in references)
+        loads = (self.media.load(reference, card, prep) for reference in references)
         found = await asyncio.gather(*loads, return_exceptions=True)
         for result in found:
             if isinstance(result, BaseException):
@@ -157,33 +163,29 @@ class EmbeddingService:
         return [result for result in found if not isinstance(result, BaseException)]
 
     def _reply(
-        self, request: EmbeddingRequest, items: list[Item], embeddings: list[Floats]
+        self,
+        request: EmbeddingRequest,
+        card: ModelCard,
+        items: list[Item],
+        embeddings: list[Floats],
     ) -> bytes:
-        tokens = sum(count_tokens(part, self.card) for item in items for part in item.parts)
+        tokens = sum(count_tokens(part, card) for item in items for part in item.parts)
         rows = zip(items, embeddings, strict=True)
         reply = {
             "object": "list",
-            "data": [self._entry(request, index, *row) for index, row in enumerate(rows)],
-            "model": self.card.name,
+            "data": [_entry(request, card.grid, index, *row) for index, row in enumerate(rows)],
+            "model": card.name,
+            "fingerprint": card.fingerprint,
             "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
         }
-        warnings = self._warnings(items)
+        warnings = self._warnings(card, items)
         return to_json(reply | {"warnings": warnings} if warnings else reply)
 
-    def _entry(
-        self, request: EmbeddingRequest, index: int, item: Item, row: Floats
-    ) -> dict[str, Any]:
-        fields = encode(row, request, item.parts[0].kept, self.card.grid)
-        entry = {"object": "embedding", "index": index, **fields}
-        if item.times_s is not None:
-            entry["times_s"] = item.times_s
-        return entry
-
-    def _warnings(self, items: list[Item]) -> list[dict[str, Any]]:
+    def _warnings(self, card: ModelCard, items: list[Item]) -> list[dict[str, Any]]:
         """Returns what `schemas.Notice` describes, once for all pictures of one size."""
         told: dict[str, list[int]] = {}
         for index, item in enumerate(items):
-            message = aspect_warning(item.size, self.card.preprocessing)
+            message = aspect_warning(item.size, card.preprocessing)
             if message is not None:
                 self._aspects_differ.inc()
                 told.setdefault(message, []).append(index)
@@ -193,20 +195,43 @@ class EmbeddingService:
         ]
 
 
+def _check(request: EmbeddingRequest, card: ModelCard) -> None:
+    """Raises what is wrong with a request, given the model."""
+    if request.modality not in (None, "image", "video"):
+        message = f"modality must be image or video, not {request.modality}"
+        raise ApiError(400, "unsupported_modality", message, param="modality")
+    dimensions, width = request.dimensions, card.dimensions
+    if dimensions is not None and not 1 <= dimensions <= width:
+        message = f"dimensions must lie between 1 and {width}, got {dimensions}"
+        raise ApiError(400, "invalid_value", message, param="dimensions")
+
+
+def _entry(
+    request: EmbeddingRequest, grid: tuple[int, int], index: int, item: Item, row: Floats
+) -> dict[str, Any]:
+    fields = encode(row, request, item.parts[0].kept, grid)
+    entry = {"object": "embedding", "index": index, **fields}
+    if item.times_s is not None:
+        entry["times_s"] = item.times_s
+    return entry
+
+
 def count_tokens(part: EncoderInput, card: ModelCard) -> int:
     """Returns the tokens of an image or clip that are encoded."""
     steps = len(part.pixels) // card.tubelet if part.pixels.ndim == 4 else 1
     return steps * (card.num_patches if part.kept is None else int(part.kept.sum()))
 
 
-async def embed_items(items: list[Item], pooling: Pooling, embed: EmbedFunction) -> list[Floats]:
+async def embed_items(
+    items: list[Item], pooling: Pooling, card: ModelCard, embed: EmbedFunction
+) -> list[Floats]:
     """Embeds the parts of all items in one call, and pools them for each item.
 
     Returns:
         One float32 array for each item: [D] for `mean`, [steps, D] for `per_frame`, [tokens, D] for
         `patches`.
     """
-    rows = iter(await embed([part for item in items for part in item.parts], pooling))
+    rows = iter(await embed([part for item in items for part in item.parts], pooling, card))
     return [
         _pool_parts(item.parts, list(itertools.islice(rows, len(item.parts))), pooling)
         for item in items

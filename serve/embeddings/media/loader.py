@@ -46,14 +46,11 @@ class MediaLoader:
 
     Args:
         settings: the limits.
-        card: the model.
         threads: threads that decode images.
     """
 
-    def __init__(
-        self, settings: ServeSettings, card: ModelCard, threads: ThreadPoolExecutor
-    ) -> None:
-        self._settings, self._card, self._threads = settings, card, threads
+    def __init__(self, settings: ServeSettings, threads: ThreadPoolExecutor) -> None:
+        self._settings, self._threads = settings, threads
         self.fetcher = ImageFetcher(
             settings.allow_hosts,
             max_bytes=settings.max_image_bytes,
@@ -66,8 +63,13 @@ class MediaLoader:
             timeout_s=settings.decode_timeout_s,
         )
 
-    async def load(self, reference: Reference, prep: Preprocessing) -> Item:
-        """Returns one item, fitted to the model.
+    async def load(self, reference: Reference, card: ModelCard, prep: Preprocessing) -> Item:
+        """Returns one item, fitted to a model.
+
+        Args:
+            reference: the item.
+            card: the model.
+            prep: its transform, with the regions that are left out.
 
         Raises:
             ApiError: the item cannot be fetched or decoded.
@@ -75,9 +77,10 @@ class MediaLoader:
         if reference.sampling is None:
             image = await self._image(reference, prep)
             return Item([image.input], image.size)
-        sampled = await self._video(reference, reference.sampling, prep)
+        job = self._job(reference.sampling, card)
+        sampled = await self._video(reference, job, prep)
         frames, kept = sampled.frames, sampled.frames.input.kept
-        clips = to_parts(frames.input.pixels, self._card)
+        clips = to_parts(frames.input.pixels, card)
         return Item([EncoderInput(clip, kept) for clip in clips], frames.size, sampled.times_s)
 
     async def decode_image(self, data: bytes, prep: Preprocessing, param: str) -> Decoded:
@@ -95,7 +98,7 @@ class MediaLoader:
         return await self.decode_image(await self.fetcher.fetch(reference), prep, reference.param)
 
     async def _video(
-        self, reference: Reference, sampling: Sampling, prep: Preprocessing
+        self, reference: Reference, job: dict[str, Any], prep: Preprocessing
     ) -> SampledVideo:
         if not self._settings.decode_processes:
             message = "this server takes no videos (decode_processes is 0)"
@@ -105,12 +108,12 @@ class MediaLoader:
         else:
             most = self._settings.max_video_bytes
             data = await self._in_thread(partial(decode_base64, max_bytes=most), reference)
-        job = self._job(sampling) | {"one_size": prep.partial}
+        job = job | {"one_size": prep.partial}
         return await self.decoders.sample(data, job, prep, param=reference.param)
 
-    def _job(self, sampling: Sampling) -> dict[str, Any]:
+    def _job(self, sampling: Sampling, card: ModelCard) -> dict[str, Any]:
         """Fields of `serve.embeddings.media.sample_video.ClipRequest`."""
-        settings, frames = self._settings, self._card.frames
+        settings, frames = self._settings, card.frames
         frames = frames if frames > 1 else settings.video_frames
         return dataclasses.asdict(sampling) | {
             "frames": frames,

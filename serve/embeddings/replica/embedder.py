@@ -7,6 +7,8 @@ first) that are encoded, S time steps, D width.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import hashlib
 import os
 import time
 from collections.abc import Sequence
@@ -17,17 +19,37 @@ import numpy as np
 import torch
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from models.artifacts.artifact import load_artifact
+from models.artifacts.artifact import Artifact, load_artifact
 from models.encoders.input_batch import Encoded, InputBatch, encode
 from models.image_size import height_width
 from models.media.preprocessing import EncoderInput, Preprocessing
-from serve.embeddings.contract import Floats, ModelCard, Pooling
+from serve.embeddings.contract import Floats, ModelCard, Pooling, Refusal
 from serve.embeddings.replica.batching import Batcher
 from serve.embeddings.settings import ServeSettings
 from serve.telemetry import BATCH_BUCKETS, LATENCY_BUCKETS_S, Reporter
 
 STUCK_AFTER_S = 300.0
 """Seconds of one forward pass after which the health check fails and Serve restarts the replica."""
+
+
+def read_card(settings: ServeSettings) -> ModelCard:
+    """Reads from the artifact what the application serves; raises as `load_artifact`."""
+    return _card_of(settings, load_artifact(settings.artifact))
+
+
+def _card_of(settings: ServeSettings, artifact: Artifact) -> ModelCard:
+    encoder = artifact.encoder
+    card = ModelCard(
+        name=settings.model or settings.artifact.rstrip("/").rpartition("/")[2],
+        dimensions=encoder.width,
+        num_patches=encoder.grid.per_step,
+        grid=(encoder.grid.rows, encoder.grid.columns),
+        preprocessing=artifact.preprocessing,
+        frames=encoder.frames,
+        tubelet=encoder.tubelet,
+    )
+    told = (artifact.fingerprint, settings.dtype, card)
+    return dataclasses.replace(card, fingerprint=hashlib.sha256(repr(told).encode()).hexdigest())
 
 
 class Encoder:
@@ -39,15 +61,11 @@ class Encoder:
 
     def __init__(self, settings: ServeSettings) -> None:
         artifact = load_artifact(settings.artifact)
+        self.card = _card_of(settings, artifact)
         self.preprocessing: Preprocessing = artifact.preprocessing
         self._device = torch.device("cuda" if settings.gpus else "cpu")
         self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.dtype]
         self._encoder = artifact.encoder.eval().to(self._device, self._dtype)
-        self.dimensions: int = artifact.encoder.width
-        self.num_patches: int = artifact.encoder.grid.per_step
-        self.grid = (artifact.encoder.grid.rows, artifact.encoder.grid.columns)
-        self.frames: int = artifact.encoder.frames
-        self.tubelet: int = artifact.encoder.tubelet
 
     @torch.inference_mode()
     def run(self, items: list[tuple[EncoderInput, Pooling]]) -> list[Floats]:
@@ -74,7 +92,7 @@ class Encoder:
 
     def _pool(self, encoded: Encoded, poolings: list[Pooling]) -> list[Floats]:
         """Pools on the device: `mean` for the whole batch at once."""
-        steps, D = encoded.count // self.num_patches, self.dimensions
+        steps, D = encoded.count // self.card.num_patches, self.card.dimensions
         mean_BD, each = encoded.mean().cpu().numpy(), encoded.each()
         pooled: list[Floats] = []
         for row, pooling in enumerate(poolings):
@@ -98,22 +116,22 @@ class Embedder:
     Args:
         settings: see `ServeSettings`.
         telemetry: handle of the `Telemetry` deployment.
+        card: what the artifact was when the application was built.
+
+    Raises:
+        ValueError: the artifact has changed since then.
     """
 
-    def __init__(self, settings: ServeSettings, telemetry: Any) -> None:
+    def __init__(self, settings: ServeSettings, telemetry: Any, card: ModelCard) -> None:
         threads = settings.threads or len(os.sched_getaffinity(0))
         self._thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,))
         self._encoder = Encoder(settings)
-        self._card = ModelCard(
-            name=settings.model or settings.artifact.rstrip("/").rpartition("/")[2],
-            created=int(time.time()),
-            dimensions=self._encoder.dimensions,
-            num_patches=self._encoder.num_patches,
-            grid=self._encoder.grid,
-            preprocessing=self._encoder.preprocessing,
-            frames=self._encoder.frames,
-            tubelet=self._encoder.tubelet,
-        )
+        self._card = self._encoder.card
+        if self._card != card:
+            raise ValueError(
+                f"artifact={settings.artifact} holds another model here than when it was deployed. "
+                "Give every model a folder of its own, and deploy that"
+            )
         self._metrics(telemetry)
         self._warm_up(settings.batch_size)
         self._busy_since: float | None = None
@@ -122,20 +140,26 @@ class Embedder:
         )
 
     async def describe(self) -> ModelCard:
-        """Returns what ingress replicas know about the model."""
+        """Returns what this replica serves."""
         return self._card
 
-    async def embed(self, inputs: Sequence[EncoderInput], pooling: Pooling) -> list[Floats]:
+    async def embed(
+        self, inputs: Sequence[EncoderInput], pooling: Pooling, fingerprint: str
+    ) -> list[Floats] | Refusal:
         """Embeds the images or clips of one request, in batches with those of other requests.
 
         Args:
             inputs: images, or clips whose frames are a multiple of the tubelet up to the clip's
                 frames, as the artifact's transform makes them.
             pooling: see `Encoder.run`.
+            fingerprint: of the model that the inputs were prepared for.
 
         Returns:
-            float32 [D], [S, D] or [N, D] of each, not normalised.
+            float32 [D], [S, D] or [N, D] of each, not normalised; a refusal if this replica serves
+            another model.
         """
+        if fingerprint != self._card.fingerprint:
+            return Refusal(self._card)
         return list(await asyncio.gather(*(self._batcher.submit((i, pooling)) for i in inputs)))
 
     def check_health(self) -> None:

@@ -68,17 +68,21 @@ Control = Acknowledgement | End
 _CONTROL: TypeAdapter[Control] = TypeAdapter(Annotated[Control, Field(discriminator="type")])
 
 
-def parse_start(text: str, card: ModelCard) -> StreamStart:
+def parse_start(text: str) -> StreamStart:
     """Reads the first message.
 
     Raises:
         ApiError: 400, which names the field at fault.
     """
     start: StreamStart = _parse(text, TypeAdapter(StreamStart))
+    return start
+
+
+def check_dimensions(start: StreamStart, card: ModelCard) -> None:
+    """Raises a 400 if a stream asks for more dimensions than its model has."""
     if start.dimensions is not None and start.dimensions > card.dimensions:
         message = f"dimensions must lie between 1 and {card.dimensions}"
         raise ApiError(400, "invalid_value", message, param="dimensions")
-    return start
 
 
 def parse_control(text: str) -> Control:

@@ -14,6 +14,7 @@ from serve.embeddings.media.inputs import Reference, Sampling
 from serve.embeddings.streams.messages import (
     End,
     StreamStart,
+    check_dimensions,
     parse_control,
     parse_start,
     split_timestamp,
@@ -56,6 +57,7 @@ def add_stream_route(app: FastAPI, hub: StreamHub) -> None:
 async def _serve(websocket: WebSocket, hub: StreamHub) -> None:
     start = await _receive_start(websocket, hub)
     stream = Stream(hub, start, websocket.send_text)
+    check_dimensions(start, stream.card)
     if start.url is not None:
         pieces = hub.media.fetcher.stream(_url_reference(start.url, hub))
         reader = _read_controls(websocket, stream)
@@ -93,11 +95,7 @@ async def _receive_start(websocket: WebSocket, hub: StreamHub) -> StreamStart:
         raise ApiError(408, "idle", f"no start message within {START_WITHIN_S:g} s") from error
     if not isinstance(data, str):
         raise ApiError(400, "invalid_message", "the first message is text: a start message")
-    start = parse_start(data, hub.card)
-    if start.model not in (None, hub.card.name):
-        message = f"the model {start.model!r} does not exist; this server has {hub.card.name!r}"
-        raise ApiError(404, "model_not_found", message, param="model")
-    return start
+    return parse_start(data)
 
 
 async def _receive(websocket: WebSocket) -> str | bytes:

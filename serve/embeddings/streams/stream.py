@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from models.image_size import height_width
 from models.media.preprocessing import EncoderInput, Preprocessing
-from serve.embeddings.contract import Decoded, EmbedFunction, Floats, ModelCard
+from serve.embeddings.contract import Decoded, EmbedFunction, Floats, OtherModel
 from serve.embeddings.encoding import encode
 from serve.embeddings.media.decode_pool import (
     DIED,
@@ -31,6 +31,7 @@ from serve.embeddings.media.decode_pool import (
 )
 from serve.embeddings.media.fitting import aspect_warning, same_patches
 from serve.embeddings.media.loader import MediaLoader, to_parts
+from serve.embeddings.served_model import ServedModel
 from serve.embeddings.settings import ServeSettings
 from serve.embeddings.streams.frame_queue import Frame, FrameQueue
 from serve.embeddings.streams.messages import StreamStart
@@ -41,7 +42,11 @@ from serve.telemetry import LATENCY_BUCKETS_S
 BAD_FRAMES = 16
 """A stream ends after this many frames in a row that cannot be decoded."""
 RETRY_S = 0.1
-"""Seconds until a window is embedded again, after the embedder's queue was full."""
+"""Seconds until a window is embedded again, after the embedder's queue was full or no replica of
+the stream's model was found."""
+
+LOOKS = 10
+"""Times that a replica of a stream's model is looked for, before the stream ends."""
 
 LINGER_S = 5.0
 """Seconds to wait at the end for acknowledgements: if the socket closed at once, the client could
@@ -78,7 +83,7 @@ class StreamHub:
 
     Args:
         settings: the limits.
-        card: the model.
+        model: the model that new streams get.
         embed: embeds pixels.
         media: fetches and decodes.
         registry: takes the metrics.
@@ -87,12 +92,12 @@ class StreamHub:
     def __init__(
         self,
         settings: ServeSettings,
-        card: ModelCard,
+        model: ServedModel,
         embed: EmbedFunction,
         media: MediaLoader,
         registry: CollectorRegistry,
     ) -> None:
-        self.settings, self.card, self.embed, self.media = settings, card, embed, media
+        self.settings, self.model, self.embed, self.media = settings, model, embed, media
         self.metrics = StreamMetrics(registry)
         self.streams = self.decoders = 0
 
@@ -132,8 +137,13 @@ def _full(code: str, message: str) -> ApiError:
     return ApiError(429, code, f"{message}; try again later")
 
 
+def _model_changed(name: str) -> ApiError:
+    message = f"the model {name!r} of this stream has been replaced; connect again for the new one"
+    return server_error(503, "model_changed", message)
+
+
 class Stream:
-    """One stream.
+    """One stream. It has one model from its first embedding to its last.
 
     Args:
         hub: what it shares with other streams.
@@ -141,13 +151,15 @@ class Stream:
         send: sends a text message to the client.
 
     Attributes:
+        card: the model.
         prep: the transform, with the regions that this stream leaves out.
     """
 
     def __init__(self, hub: StreamHub, start: StreamStart, send: Send) -> None:
         self._hub, self._start, self._send = hub, start, send
-        frames = hub.card.frames
-        self.prep = hub.card.transform(start.regions)
+        self.card = hub.model.named(start.model)
+        frames = self.card.frames
+        self.prep = self.card.transform(start.regions)
         self.every = start.every or max(frames // 2, 1)
         most = hub.settings.stream_queue
         self.queue_size = min(start.queue or most, most)
@@ -199,11 +211,11 @@ class Stream:
         self._credit.set()
 
     def _started(self) -> dict[str, Any]:
-        card = self._hub.card
         return {
             "type": "started",
-            "model": card.name,
-            "frames": card.frames,
+            "model": self.card.name,
+            "fingerprint": self.card.fingerprint,
+            "frames": self.card.frames,
             "every": self.every,
             "queue": self.queue_size,
             "drop": self._start.drop,
@@ -249,7 +261,7 @@ class Stream:
             "end_s": frames[-1].time_s,
             "lag_s": round(lag_s, 6),
             **self._counters(),
-            **encode(embedding, self._start, self._window[0][1].input.kept, self._hub.card.grid),
+            **encode(embedding, self._start, self._window[0][1].input.kept, self.card.grid),
             **self._warnings(),
         }
         self._fresh = 0
@@ -277,20 +289,27 @@ class Stream:
     async def _embed_window(self) -> Floats:
         """Embeds the window as one clip, filled up to whole time steps at the end."""
         frames = [decoded.input for _, decoded in self._window]
-        (pixels,) = to_parts(np.stack([one.pixels for one in frames]), self._hub.card)
+        (pixels,) = to_parts(np.stack([one.pixels for one in frames]), self.card)
         part = EncoderInput(pixels, frames[0].kept)
         deadline = time.monotonic() + self._hub.settings.timeout_s
+        looks = 0
         while True:
             try:
                 async with asyncio.timeout(self._hub.settings.timeout_s):
-                    (embedding,) = await self._hub.embed([part], self._start.pooling)
+                    (embedding,) = await self._hub.embed([part], self._start.pooling, self.card)
+                self._hub.model.answered(self.card)
                 return embedding
             except TimeoutError as error:
                 raise server_error(504, "timeout", "the model does not answer") from error
+            except OtherModel as other:
+                looks += 1
+                if looks == LOOKS:
+                    self._hub.model.saw(other.card)
+                    raise _model_changed(self.card.name) from other
             except ApiError as error:
                 if error.code != "queue_full" or time.monotonic() > deadline:
                     raise
-                await asyncio.sleep(RETRY_S)
+            await asyncio.sleep(RETRY_S)
 
     def _counters(self) -> dict[str, int]:
         queue = self.queue

@@ -34,16 +34,17 @@ if TYPE_CHECKING:
 WIDTH, PATCHES, SIZE = 32, 16, 32
 
 
-def save_tiny_artifact(folder: Path) -> None:
+def save_tiny_artifact(folder: Path, *, size: int = SIZE, **transform: Any) -> None:
     """A random encoder with weights large enough that images differ."""
     torch.manual_seed(0)
     encoder = VisionTransformer(
-        EncoderShape(image_size=SIZE, patch_size=SIZE // 4, width=WIDTH, depth=2, heads=2)
+        EncoderShape(image_size=size, patch_size=size // 4, width=WIDTH, depth=2, heads=2)
     )
     for parameter in encoder.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.15)
-    prep = Preprocessing(image_size=SIZE, mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3))
+    colours: dict[str, Any] = {"mean": (0.5, 0.4, 0.3), "std": (0.25, 0.2, 0.3)}
+    prep = Preprocessing(image_size=size, **colours, **transform)
     save_artifact(folder, encoder, prep, {"run": "test", "step": 0, "manifest_hash": ""})
 
 
@@ -125,7 +126,7 @@ def miss_killed_replicas_soon(patch: pytest.MonkeyPatch, app: ModuleType) -> Non
 
 
 def _watched(make: Callable[..., Deployment], *args: Any) -> Deployment:
-    return make(*args).options(health_check_period_s=0.5)
+    return make(*args).options(health_check_period_s=0.5, graceful_shutdown_wait_loop_s=0.2)
 
 
 class _Handler(BaseHTTPRequestHandler):

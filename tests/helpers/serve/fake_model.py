@@ -16,6 +16,7 @@ from models.media.preprocessing import EncoderInput, Preprocessing
 from serve.embeddings.contract import ModelCard
 from serve.embeddings.frontend.routes import create_embeddings_app
 from serve.embeddings.frontend.service import EmbeddingService
+from serve.embeddings.served_model import ServedModel
 from serve.embeddings.settings import ServeSettings
 from serve.embeddings.streams.stream import StreamHub
 from serve.ingress.application import IngressParts
@@ -23,7 +24,7 @@ from serve.ingress.middleware import RequestMetrics
 
 CARD = ModelCard(
     name="tiny",
-    created=1,
+    fingerprint="f",
     dimensions=WIDTH,
     num_patches=PATCHES,
     grid=(4, 4),
@@ -52,7 +53,9 @@ class Parts:
         return create_embeddings_app(self.ingress, self.service, self.streams)
 
 
-async def fake_embed(inputs: Sequence[EncoderInput], pooling: str) -> list[np.ndarray]:
+async def fake_embed(
+    inputs: Sequence[EncoderInput], pooling: str, card: ModelCard = CARD
+) -> list[np.ndarray]:
     """Returns the image's mean colour times a ramp, so that values can be traced to the reply."""
     colour = np.array([one.pixels.mean() for one in inputs], np.float32)
     ramp = np.arange(1, WIDTH + 1, dtype=np.float32)
@@ -75,7 +78,9 @@ def make_parts(
         return "metrics"
 
     ingress = IngressParts(settings=full, scrape=scrape, is_ready=is_ready, api_key=api_key)
-    return Parts(ingress, EmbeddingService(full, CARD, embed, ingress.metrics.registry))
+    return Parts(
+        ingress, EmbeddingService(full, ServedModel(CARD), embed, ingress.metrics.registry)
+    )
 
 
 def call(

@@ -24,6 +24,7 @@ from serve.embeddings.contract import ModelCard
 from serve.embeddings.frontend.service import EmbeddingService
 from serve.embeddings.replica.batching import Batcher
 from serve.embeddings.replica.embedder import Encoder
+from serve.embeddings.served_model import ServedModel
 from serve.embeddings.settings import ServeSettings
 from serve.embeddings.streams.stream import StreamHub
 from serve.ingress.application import IngressParts
@@ -120,16 +121,7 @@ def _build(
     settings: ServeSettings, api_key: str | None, started: dict[str, Any]
 ) -> tuple[Parts, LocalServer]:
     encoder = Encoder(settings)
-    card = ModelCard(
-        name="clips",
-        created=1,
-        dimensions=encoder.dimensions,
-        num_patches=encoder.num_patches,
-        grid=encoder.grid,
-        preprocessing=encoder.preprocessing,
-        frames=encoder.frames,
-        tubelet=encoder.tubelet,
-    )
+    model = ServedModel(encoder.card)
     server = LocalServer(0, None, asyncio.get_running_loop(), batches=[])  # type: ignore[arg-type]
 
     async def run(items: list[Any]) -> list[Any]:
@@ -139,7 +131,9 @@ def _build(
 
     batcher = Batcher(run, batch_size=settings.batch_size, max_wait_s=0.002)
 
-    async def embed(inputs: Sequence[EncoderInput], pooling: str) -> list[np.ndarray]:
+    async def embed(
+        inputs: Sequence[EncoderInput], pooling: str, card: ModelCard
+    ) -> list[np.ndarray]:
         return await asyncio.gather(*(batcher.submit((one, pooling)) for one in inputs))
 
     async def is_ready() -> bool:
@@ -149,10 +143,10 @@ def _build(
         return ""
 
     metrics = RequestMetrics()
-    service = EmbeddingService(settings, card, embed, metrics.registry)
+    service = EmbeddingService(settings, model, embed, metrics.registry)
     ingress = IngressParts(
         settings=settings, metrics=metrics, scrape=scrape, is_ready=is_ready, api_key=api_key
     )
-    streams = StreamHub(settings, card, embed, service.media, metrics.registry)
+    streams = StreamHub(settings, model, embed, service.media, metrics.registry)
     server.parts = Parts(ingress, service, streams)
     return server.parts, server

@@ -295,3 +295,19 @@ def test_a_remote_artifact_loads(artifact: Path, images_BCHW: torch.Tensor) -> N
 def test_the_folder_can_be_moved(artifact: Path, tmp_path: Path) -> None:
     shutil.move(artifact, tmp_path / "moved")
     assert load_artifact(tmp_path / "moved").provenance == PROVENANCE
+
+
+def test_the_fingerprint_is_of_the_content_wherever_it_lies(tmp_path: Path) -> None:
+    save_artifact(tmp_path / "one", _encoder(), PREP, PROVENANCE)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    (tmp_path / "two" / "notes.json").write_text("{}")  # nothing is read from it
+    first = load_artifact(tmp_path / "one").fingerprint
+    assert load_artifact(tmp_path / "two").fingerprint == first
+    path = tmp_path / "two" / "model.safetensors"
+    state = load_file(path)
+    state["norm.bias"][0] += 1e-6
+    save_file(state, path, {"format": "pt"})
+    assert load_artifact(tmp_path / "two").fingerprint != first
+    config = tmp_path / "one" / "config.json"
+    config.write_text(config.read_text().replace('"step": 7', '"step": 8'))
+    assert load_artifact(tmp_path / "one").fingerprint != first

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError
 
 from helpers.serve.embeddings import PATCHES, SIZE, WIDTH, unit
-from helpers.serve.fake_model import URI, call, embed, fake_embed, make_parts
+from helpers.serve.fake_model import CARD, URI, call, embed, fake_embed, make_parts
 from models.media.preprocessing import EncoderInput
 from serve.embeddings.frontend.client import EmbedderClient
 from serve.ingress.errors import ApiError
@@ -63,9 +64,9 @@ def test_api_key_guards_all_but_the_open_paths_under_any_route_prefix(prefix: st
 
 
 def test_overload_is_shed_with_429_and_the_rest_served() -> None:
-    async def slow(inputs: Sequence[EncoderInput], pooling: str) -> list[np.ndarray]:
+    async def slow(inputs: Sequence[EncoderInput], *_: Any) -> list[np.ndarray]:
         await asyncio.sleep(0.2)
-        return await fake_embed(inputs, pooling)
+        return await fake_embed(inputs, "mean")
 
     parts = make_parts(slow, max_queued=4, max_items=4)
     post = ("POST", "/v1/embeddings", {"json": {"input": [URI, URI]}})
@@ -81,9 +82,9 @@ def test_overload_is_shed_with_429_and_the_rest_served() -> None:
 
 
 def test_slow_model_gets_a_504() -> None:
-    async def hang(inputs: Sequence[EncoderInput], pooling: str) -> list[np.ndarray]:
+    async def hang(inputs: Sequence[EncoderInput], *_: Any) -> list[np.ndarray]:
         await asyncio.sleep(60)
-        return await fake_embed(inputs, pooling)
+        return await fake_embed(inputs, "mean")
 
     parts = make_parts(hang, timeout_s=0.2)
     reply = embed(parts, input=URI)
@@ -93,7 +94,7 @@ def test_slow_model_gets_a_504() -> None:
 
 
 def test_an_unexpected_error_tells_the_client_nothing() -> None:
-    async def broken(inputs: Sequence[EncoderInput], pooling: str) -> list[np.ndarray]:
+    async def broken(inputs: Sequence[EncoderInput], *_: Any) -> list[np.ndarray]:
         raise RuntimeError("secret path /private/weights")
 
     parts = make_parts(broken)
@@ -124,7 +125,7 @@ def test_a_leaving_client_frees_its_places() -> None:
     async def run() -> None:
         entered = started()
 
-        async def hang(inputs: Sequence[EncoderInput], pooling: str) -> list[np.ndarray]:
+        async def hang(inputs: Sequence[EncoderInput], *_: Any) -> list[np.ndarray]:
             entered.set()
             await asyncio.sleep(60)
             return []
@@ -148,17 +149,19 @@ class _Handle:
         self.failures = list(failures)
         self.embed = self
 
-    async def remote(self, inputs: Sequence[EncoderInput], pooling: str) -> list[np.ndarray]:
+    async def remote(
+        self, inputs: Sequence[EncoderInput], pooling: str, fingerprint: str
+    ) -> list[np.ndarray]:
         if self.failures:
             raise self.failures.pop(0)
-        return await fake_embed(inputs, pooling)
+        return await fake_embed(inputs, "mean")
 
 
 def test_a_dying_replica_is_retried_a_full_queue_is_not() -> None:
     image = EncoderInput(np.zeros((SIZE, SIZE, 3), np.uint8))
 
     def run(*failures: Exception) -> list[np.ndarray]:
-        return asyncio.run(EmbedderClient(_Handle(*failures)).embed([image], "mean"))
+        return asyncio.run(EmbedderClient(_Handle(*failures), CARD).embed([image], "mean", CARD))
 
     assert [row.shape for row in run(ActorDiedError(), ActorDiedError())] == [(WIDTH,)]
     with pytest.raises(ApiError) as gone:

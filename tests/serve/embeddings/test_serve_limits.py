@@ -28,7 +28,8 @@ from serve.embeddings.contract import Decoded
 from serve.embeddings.media.decode_pool import DecodePool
 from serve.embeddings.media.inputs import Reference, Sampling
 from serve.embeddings.media.loader import MediaLoader
-from serve.embeddings.replica.embedder import Embedder, Encoder
+from serve.embeddings.replica.embedder import Embedder, Encoder, read_card
+from serve.embeddings.served_model import ServedModel
 from serve.embeddings.settings import ServeSettings
 from serve.embeddings.streams.messages import StreamStart
 from serve.embeddings.streams.stream import Stream, StreamHub
@@ -72,9 +73,11 @@ def test_an_idle_model_waits_for_company_as_long_as_the_setting_says(
         artifact=str(tmp_path / "tiny"), threads=1, batch_size=2, max_wait_ms=max_wait_ms
     )
 
+    card = read_card(settings)
+
     async def run() -> tuple[list[int], CollectorRegistry]:
         telemetry = SimpleNamespace(report=SimpleNamespace(remote=lambda *_: asyncio.sleep(0)))
-        embedder = Embedder(settings, telemetry)
+        embedder = Embedder(settings, telemetry, card)
         seen: list[int] = []
         real = embedder._encoder.run
 
@@ -83,12 +86,12 @@ def test_an_idle_model_waits_for_company_as_long_as_the_setting_says(
             return real(items)
 
         embedder._encoder.run = watched  # type: ignore[method-assign]
-        first = asyncio.create_task(embedder.embed([pixels()], "mean"))
+        first = asyncio.create_task(embedder.embed([pixels()], "mean", card.fingerprint))
         if max_wait_ms == 0:
             await first
         for _ in range(50):  # whatever can begin has begun
             await asyncio.sleep(0)
-        await asyncio.gather(first, embedder.embed([pixels()], "mean"))
+        await asyncio.gather(first, embedder.embed([pixels()], "mean", card.fingerprint))
         registry = embedder._reporter._registry
         embedder._reporter._task.cancel()
         return seen, registry
@@ -144,13 +147,13 @@ def test_frames_of_a_video_for_an_encoder_of_images(video: Reference) -> None:
 
     async def run() -> list[Any]:
         with ThreadPoolExecutor(1) as threads:
-            media = MediaLoader(settings, CARD, threads)
+            media = MediaLoader(settings, threads)
             try:
-                found = [await media.load(video, CARD.preprocessing)]
+                found = [await media.load(video, CARD, CARD.preprocessing)]
                 for fps in (4.0, 5.0):  # 8 frames of two seconds, and 10
                     try:
                         one = replace(video, sampling=Sampling(fps=fps))
-                        found.append(await media.load(one, CARD.preprocessing))
+                        found.append(await media.load(one, CARD, CARD.preprocessing))
                     except ApiError as error:
                         found.append(error)
                 return found
@@ -186,7 +189,7 @@ def test_a_decoder_that_does_not_start_is_a_503(monkeypatch: pytest.MonkeyPatch)
 def make_hub(registry: CollectorRegistry) -> StreamHub:
     settings = ServeSettings(artifact="a", stream_queue=4, max_streams=1, max_stream_decoders=0)
     media: Any = SimpleNamespace(decoders=None)
-    return StreamHub(settings, CARD, fake_embed, media, registry)
+    return StreamHub(settings, ServedModel(CARD), fake_embed, media, registry)
 
 
 @pytest.mark.parametrize(("asked", "held"), [(None, 4), (2, 2), (4, 4), (100, 4)])

@@ -43,7 +43,6 @@ from helpers.serve.videos import (
 )
 from models.media.preprocessing import EncoderInput, Preprocessing, eval_transform
 from models.media.video.containers import VideoError
-from serve.embeddings.contract import ModelCard
 from serve.embeddings.frontend.service import embed_items
 from serve.embeddings.media.inputs import parse_input
 from serve.embeddings.media.loader import Item, to_parts
@@ -251,20 +250,18 @@ def test_images_and_videos_in_one_request(server: LocalServer, artifact: Path) -
 def test_an_image_encoder_pools_frames(tmp_path: Path) -> None:
     save_tiny_artifact(tmp_path / "tiny")
     encoder = Encoder(ServeSettings(artifact=str(tmp_path / "tiny")))
-    prep = encoder.preprocessing
-    sizes: dict[str, Any] = {"dimensions": WIDTH, "num_patches": PATCHES, "grid": encoder.grid}
-    card = ModelCard(name="t", created=1, preprocessing=prep, **sizes)
+    card, prep = encoder.card, encoder.preprocessing
     pixels, _, _, size = sample_video(CLEAN, request_for(frames=3), prep)
     item = Item([EncoderInput(part) for part in to_parts(pixels, card)], size)
     frames = [encoded(Image.fromarray(frame)) for frame in pixels]  # of the model's size already
     expected = np.stack([direct_tokens(tmp_path / "tiny", f).mean(axis=0) for f in frames])
 
-    async def embed(images: Sequence[EncoderInput], pooling: Any) -> list[np.ndarray]:
+    async def embed(images: Sequence[EncoderInput], pooling: Any, _: Any) -> list[np.ndarray]:
         return encoder.run([(image, pooling) for image in images])
 
-    (steps,) = asyncio.run(embed_items([item], "per_frame", embed))
+    (steps,) = asyncio.run(embed_items([item], "per_frame", card, embed))
     np.testing.assert_allclose(steps, expected, atol=1e-5)
-    (mean,) = asyncio.run(embed_items([item], "mean", embed))
+    (mean,) = asyncio.run(embed_items([item], "mean", card, embed))
     np.testing.assert_allclose(mean, expected.mean(axis=0), atol=1e-5)
 
 

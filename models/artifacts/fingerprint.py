@@ -1,0 +1,33 @@
+"""The fingerprint of an artifact: a digest of its content, equal wherever a copy of it lies."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+READ = ("config.json", "*processor_config.json", "model*.safetensors")
+"""Patterns of the files of a model folder that an encoder is read from."""
+
+
+def content_fingerprint(path: Path) -> str:
+    """Returns a digest of everything that an encoder is read from.
+
+    Args:
+        path: local folder of a model, of which the files that match `READ` count and its folders do
+            not; or a checkpoint file.
+
+    Returns:
+        64 hexadecimal digits, from the names and the contents of the files.
+    """
+    total = hashlib.sha256()
+    for name, file in _files(path):
+        with file.open("rb") as stream:
+            total.update(f"{name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def _files(path: Path) -> list[tuple[str, Path]]:
+    if path.is_file():
+        return [("", path)]  # whatever the file is called
+    found = {file for pattern in READ for file in path.glob(pattern) if file.is_file()}
+    return sorted((file.name, file) for file in found)

@@ -1,0 +1,174 @@
+"""Updates of the model under load, over real HTTP on a real Ray: two replicas of each kind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
+
+from helpers.serve.embeddings import (
+    data_uri,
+    direct_tokens,
+    encoded,
+    miss_killed_replicas_soon,
+    picture,
+    save_tiny_artifact,
+    unit,
+)
+from helpers.serve.free_ports import free_ports
+
+pytestmark = pytest.mark.ray
+
+APP = f"updates{os.getpid()}"
+PICTURES = [encoded(picture(seed, (56, 40))) for seed in range(4)]
+MODELS: dict[str, dict[str, Any]] = {
+    "small": {},
+    "large": {"size": 64},  # pixels of another size than those of `small`
+    "tight": {"size": 64, "crop_fraction": 0.5},  # of the same size, but of another part
+}
+
+
+@dataclass
+class Load:
+    """A client that asks one thing after the other, until it is told to stop."""
+
+    url: str
+    replies: list[tuple[int, httpx.Response]] = field(default_factory=list)
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def run(self) -> None:
+        with httpx.Client(base_url=self.url, timeout=60) as http:
+            while not self.stop.is_set():
+                which = len(self.replies) % len(PICTURES)
+                body = {"input": data_uri(PICTURES[which])}
+                self.replies.append((which, http.post("/v1/embeddings", json=body)))
+                time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("artifacts")
+    for name, how in MODELS.items():
+        save_tiny_artifact(root / name, **how)
+    return {name: root / name for name in MODELS}
+
+
+@pytest.fixture(scope="module")
+def expected(artifacts: dict[str, Path]) -> dict[str, np.ndarray]:
+    """What each model makes of the pictures, computed without a server."""
+    return {
+        name: np.stack([unit(direct_tokens(folder, one).mean(axis=0)) for one in PICTURES])
+        for name, folder in artifacts.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def url(ray_local: None) -> Iterator[str]:
+    from ray import serve as ray_serve
+
+    from serve import app
+
+    (port,) = free_ports(1)
+    with pytest.MonkeyPatch.context() as patch:
+        miss_killed_replicas_soon(patch, app)
+        ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
+        yield f"http://127.0.0.1:{port}"
+        ray_serve.shutdown()
+
+
+def deploy(artifact: Path) -> None:
+    from ray import serve as ray_serve
+
+    from serve import app
+    from serve.embeddings.settings import ServeSettings
+
+    settings = ServeSettings(
+        artifact=str(artifact),
+        num_replicas=2,
+        ingress_replicas=2,
+        threads=1,
+        cpus=0.1,
+        ingress_cpus=0.1,
+        decode_processes=0,
+    )
+    ray_serve.run(app.build_app(settings), name=APP)
+
+
+def streamed(url: str) -> tuple[set[str], int]:
+    """Streams frames until the server ends the stream.
+
+    Returns:
+        The models and errors that it named, and the close code.
+    """
+    told: set[str] = set()
+    with connect(url.replace("http", "ws") + "/v1/streams", open_timeout=30) as socket:
+        socket.send(json.dumps({"type": "start", "every": 1}))
+        with contextlib.suppress(ConnectionClosed):
+            while True:
+                message = json.loads(socket.recv(60))
+                if message["type"] == "embedding":
+                    socket.send(json.dumps({"type": "ack", "index": message["index"]}))
+                else:
+                    told.add(message.get("model") or message["error"]["code"])
+                time.sleep(0.1)
+                socket.send(PICTURES[0])
+    return told, socket.close_code or 0
+
+
+def test_no_request_fails_or_is_answered_by_two_models_during_updates(
+    url: str, artifacts: dict[str, Path], expected: dict[str, np.ndarray]
+) -> None:
+    deploy(artifacts["small"])
+    loads = [Load(url) for _ in range(2)]
+    threads = [threading.Thread(target=load.run) for load in loads]
+    streams: list[tuple[set[str], int]] = []
+    threads.append(threading.Thread(target=lambda: streams.append(streamed(url))))
+    for thread in threads:
+        thread.start()
+    time.sleep(0.5)
+    for name in ("large", "tight"):
+        deploy(artifacts[name])
+    with httpx.Client(base_url=url, timeout=60) as http:
+        after = [http.get("/v1/models").json()["data"][0] for _ in range(8)]
+        health = [http.get("/healthz") for _ in range(8)]
+        last = [
+            http.post("/v1/embeddings", json={"input": data_uri(PICTURES[0]), "model": "tight"})
+            for _ in range(8)
+        ]
+        old = http.post("/v1/embeddings", json={"input": data_uri(PICTURES[0]), "model": "small"})
+    for load in loads:
+        load.stop.set()
+    for thread in threads:
+        thread.join(60)
+
+    replies = [reply for load in loads for reply in load.replies]
+    assert {reply.status_code for _, reply in replies} == {200}
+    seen: dict[str, set[str]] = {name: set() for name in MODELS}
+    for which, reply in replies + [(0, reply) for reply in last]:
+        body = reply.json()
+        seen[body["model"]].add(body["fingerprint"])
+        vector = np.array(body["data"][0]["embedding"])
+        np.testing.assert_allclose(vector, expected[body["model"]][which], atol=1e-5)
+    assert [len(fingerprints) for fingerprints in seen.values()] == [1, 1, 1]
+    assert len(set.union(*seen.values())) == 3
+    for one, other in (("small", "large"), ("large", "tight")):  # they could be told apart
+        assert np.abs(expected[one] - expected[other]).max(axis=1).min() > 1e-2
+
+    assert {(model["id"], model["image_size"]) for model in after} == {("tight", 64)}
+    assert {model["fingerprint"] for model in after} == seen["tight"]
+    assert {reply.text for reply in health} == {"ok"}
+    assert {reply.json()["model"] for reply in last} == {"tight"}
+    assert (old.status_code, old.json()["error"]["code"]) == (404, "model_not_found")
+    assert streams == [({"small", "model_changed"}, 1012)]
