@@ -6,6 +6,7 @@ CPU, then to an `Embedder` replica, which runs the forward pass in batches. Both
 """
 # No `from __future__ import annotations` here: Serve reads `build_app`'s annotation as a class.
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from serve.embeddings.settings import ServeSettings
 from serve.embeddings.streams.stream import StreamHub
 from serve.ingress.application import IngressParts
 from serve.ingress.deployment import IngressReplica, build_application, model_options
+from serve.ingress.draining import drained_from_now
 
 
 @ray_serve.ingress()
@@ -54,6 +56,8 @@ class Ingress(IngressReplica[ServeSettings]):
         images = Gauge("rayjepa_images_in_flight", "Images waiting or running", registry=registry)
         images.set_function(lambda: service.admission.images)
         streams = StreamHub(self.settings, model, embed, service.media, registry)
+        begun = drained_from_now(lambda: streams.streams > 0)
+        self._draining = asyncio.get_running_loop().create_task(streams.drain(begun))
         return create_embeddings_app(parts, service, streams)
 
 

@@ -14,10 +14,10 @@ from ray.serve.config import RequestRouterConfig
 
 from serve.ingress.application import IngressParts
 from serve.ingress.deployment import IngressReplica, build_application, model_options
-from serve.lm.contract import LANGUAGE_MODEL, LMCard
+from serve.lm.contract import LANGUAGE_MODEL
 from serve.lm.frontend.client import LMClient
 from serve.lm.frontend.routes import create_lm_app
-from serve.lm.frontend.service import LanguageService
+from serve.lm.frontend.served_models import ServedModels
 from serve.lm.settings import LMSettings
 
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
@@ -31,11 +31,9 @@ class LMIngress(IngressReplica[LMSettings]):
 
     async def create_app(self, parts: IngressParts) -> FastAPI:
         """See `IngressReplica`."""
-        from models.sink_lm.checkpoints.tokenizer import load_tokenizer
-
-        card: LMCard = await self.model.describe.remote()
-        service = LanguageService(self.settings, card, load_tokenizer(self.settings.model))
-        return create_lm_app(parts, service, LMClient(self.model, persistent=card.persistent))
+        client = LMClient(self.model, persistent=self.settings.store is not None)
+        models = await ServedModels.find(self.settings, client)
+        return create_lm_app(parts, models, client)
 
 
 def build_app(args: LMSettings) -> ray_serve.Application:

@@ -44,7 +44,7 @@ def error_message(error: ApiError) -> str:
 
 def close_code(error: ApiError) -> int:
     """Returns the WebSocket close code for an error."""
-    if error.code == "model_changed":
+    if error.code in ("model_changed", "going_away"):
         return SERVICE_RESTART
     if error.code in ("url_not_allowed", "invalid_url"):
         return 1008

@@ -42,6 +42,8 @@ class LMCard:
         bytes_per_session: size of a session's keys and values.
         fingerprint: names weights, cache shape and tokenizer.
         persistent: whether sessions outlive their replica.
+        model: where its files are, for the tokenizer.
+        release: digest of all that a prompt is prepared by: fingerprint, name, tokenizer, template.
     """
 
     name: str
@@ -53,6 +55,19 @@ class LMCard:
     bytes_per_session: int
     fingerprint: str
     persistent: bool
+    model: str = ""
+    release: str = ""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """What a replica returns for tokens that were made for another model.
+
+    Attributes:
+        card: the model that it serves.
+    """
+
+    card: LMCard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +114,7 @@ class Start:
             counts from this position.
         goes_on: with `resume_at`, whether the reader of this very request comes back because its
             replica was lost. It is refused if another request has gone on with the session since.
+        release: `LMCard.release` of the model that the feeds were made for; empty without feeds.
     """
 
     request_id: str
@@ -108,6 +124,7 @@ class Start:
     n: int = 1
     resume_at: int | None = None
     goes_on: bool = False
+    release: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import codecs
 import copy
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,12 @@ class Tokenizer:
         self.eos_ids = tuple(sorted({*own, *eos_ids}))
         self.vocab_size: int = self._control.get_vocab_size(with_added_tokens=True)
         self.adds_bos: bool = self.bos_id is not None and hf("a").input_ids[0] == self.bos_id
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of everything that decides which tokens a text or a chat becomes."""
+        marks = [self.bos_id, sorted(self.eos_ids), self.adds_bos, str(self._hf.chat_template)]
+        return hashlib.sha256(f"{self._control.to_str()} {marks}".encode()).hexdigest()
 
     def encode(self, text: str, *, bos: bool, parse_special: bool = False) -> list[int]:
         """Returns the ids of a text.

@@ -62,14 +62,15 @@ async def _serve(websocket: WebSocket, hub: StreamHub) -> None:
         pieces = hub.media.fetcher.stream(_url_reference(start.url, hub))
         reader = _read_controls(websocket, stream)
         source = decode_container(hub, pieces, stream.prep, stream.queue)
-        await run_with(stream.run(), reader, source)
+        await run_with(stream.run(), reader, source, hub.until_drained())
     elif start.source == "container":
         buffer = ByteBuffer()
         reader = _Reader(websocket, hub, stream, start, buffer).run()
         source = decode_container(hub, buffer.pieces(), stream.prep, stream.queue)
-        await run_with(stream.run(), reader, source)
+        await run_with(stream.run(), reader, source, hub.until_drained())
     else:
-        await run_with(stream.run(), _Reader(websocket, hub, stream, start, None).run())
+        reader = _Reader(websocket, hub, stream, start, None).run()
+        await run_with(stream.run(), reader, hub.until_drained())
 
 
 async def run_with(main: Coroutine[Any, Any, None], *helpers: Coroutine[Any, Any, None]) -> None:

@@ -100,6 +100,22 @@ class StreamHub:
         self.settings, self.model, self.embed, self.media = settings, model, embed, media
         self.metrics = StreamMetrics(registry)
         self.streams = self.decoders = 0
+        self._drained = asyncio.Event()
+
+    async def drain(self, begun: Awaitable[None]) -> None:
+        """Ends all streams when a replica begins to stop.
+
+        Args:
+            begun: returns then.
+        """
+        await begun
+        self._drained.set()
+
+    async def until_drained(self) -> None:
+        """Waits until the replica begins to stop, then raises the error for its streams."""
+        await self._drained.wait()
+        message = "this replica of the server is being stopped; connect again, to another one"
+        raise server_error(503, "going_away", message)
 
     @contextmanager
     def hold(self) -> Iterator[None]:

@@ -18,13 +18,26 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from models.sink_lm.engine.output import End
 from serve.ingress.errors import ApiError, queue_full, server_error
-from serve.lm.contract import LMCard, Piece, SessionState, Start, Started, Taken
+from serve.lm.contract import LMCard, Piece, Refusal, SessionState, Start, Started, Taken
 
 TAKE_WAIT_S = 1.0
 TAKE_TOKENS = 64
 ATTEMPTS = 60
 """Attempts of one call when replicas die during it; they take about as many seconds."""
 Result = TypeVar("Result")
+
+
+class OtherModel(ApiError):
+    """Tokens reached a replica of another model than they were made for.
+
+    Args:
+        card: the model of that replica.
+    """
+
+    def __init__(self, card: LMCard) -> None:
+        message = f"the model was replaced by {card.name!r} meanwhile; send the request again"
+        super().__init__(503, "model_changed", message, headers={"Retry-After": "1"})
+        self.card = card
 
 
 class LMClient:
@@ -52,11 +65,14 @@ class LMClient:
         repeat; those that create something have a request id among their arguments for that.
 
         Raises:
+            OtherModel: the arguments hold tokens, and the replica serves another model.
             ApiError: the replica refuses, or there is none.
         """
         result, _ = await self._repeat(session_id, method, *args)
         if isinstance(result, ApiError):
             raise result
+        if isinstance(result, Refusal):
+            raise OtherModel(result.card)
         return result
 
     async def delete(self, session_id: str) -> None:
@@ -79,13 +95,18 @@ class LMClient:
                 raise queue_full() from error
         raise server_error(503, "no_replica", "no model replica could take the request")
 
-    def open(self, start: Start) -> Answer:
-        """Asks for a generation, without waiting for it to begin."""
-        return Answer(self, start.session_id or uuid.uuid4().hex, start)
+    def open(self, start: Start, key: str | None = None) -> Answer:
+        """Asks for a generation, without waiting for it to begin.
 
-    async def answer(self, start: Start) -> Answer:
+        Args:
+            start: what to generate.
+            key: leads to a replica, where there is no session; None takes any.
+        """
+        return Answer(self, start.session_id or key or uuid.uuid4().hex, start)
+
+    async def answer(self, start: Start, key: str | None = None) -> Answer:
         """Starts a generation and waits until it begins; raises `ApiError` if it is refused."""
-        answer = self.open(start)
+        answer = self.open(start, key)
         try:
             await answer.begin()
         except BaseException:

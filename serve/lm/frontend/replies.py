@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 
 from fastapi import Response
 from fastapi.responses import JSONResponse
@@ -16,7 +16,8 @@ from serve.ingress.errors import ApiError, server_error
 from serve.lm.frontend.client import Answer, LMClient
 from serve.lm.frontend.events import HEADERS, Events, raise_failure, session_entry, with_pings
 from serve.lm.frontend.reply_bodies import Choice, usage
-from serve.lm.frontend.service import Job
+from serve.lm.frontend.served_models import ServedModels
+from serve.lm.frontend.service import Job, LanguageService
 from serve.lm.settings import LMSettings
 
 OPEN_AFTER_S = 1.0
@@ -31,18 +32,31 @@ class Replies:
 
     Args:
         client: calls the model's replicas.
+        models: prepare requests.
         settings: the limits.
     """
 
-    def __init__(self, client: LMClient, settings: LMSettings) -> None:
-        self._client, self._settings = client, settings
+    def __init__(self, client: LMClient, models: ServedModels, settings: LMSettings) -> None:
+        self._client, self._models, self._settings = client, models, settings
 
-    async def reply(self, job: Job) -> Response:
-        """Runs a job; if it is refused at once, that is raised before the first byte."""
+    async def reply(self, name: str | None, plan: Callable[[LanguageService], Job]) -> Response:
+        """Answers a request; if it is refused at once, that is raised before the first byte.
+
+        Args:
+            name: the model that the request names.
+            plan: checks and tokenizes the request for a model.
+        """
+
+        async def attempt(service: LanguageService, key: str) -> Response:
+            return await self._run(await asyncio.to_thread(plan, service), key)
+
+        return await self._models.run(name, attempt)
+
+    async def _run(self, job: Job, key: str) -> Response:
         with _said_once(job):
             if not job.stream:
-                return await self._whole(job)
-            answer = self._client.open(job.start)
+                return await self._whole(job, key)
+            answer = self._client.open(job.start, key)
             try:
                 await answer.begin(within_s=OPEN_AFTER_S)
             except BaseException:
@@ -50,12 +64,12 @@ class Replies:
                 raise
         return AnswerResponse(answer, self._stream(job, answer))
 
-    async def _whole(self, job: Job) -> Response:
+    async def _whole(self, job: Job, key: str) -> Response:
         choices = [Choice(keep_tokens=job.shape.logprobs) for _ in range(job.choices)]
         made = 0
         try:
             async with asyncio.timeout(self._settings.timeout_s):
-                answer = await self._client.answer(job.start)
+                answer = await self._client.answer(job.start, key)
                 async with contextlib.aclosing(answer.pieces()) as pieces:
                     async for batch in pieces:
                         for piece in batch:
@@ -104,7 +118,8 @@ def _said_once(job: Job) -> Iterator[None]:
     try:
         yield
     except ApiError as error:
-        if job.start.session_id is not None and error.status >= 500 and error.code != "log_failed":
+        unfed = error.code in ("log_failed", "model_changed")
+        if job.start.session_id is not None and error.status >= 500 and not unfed:
             error.headers = {"x-should-retry": "false"}
         raise
     except Exception as error:

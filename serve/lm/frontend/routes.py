@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import uuid
 from dataclasses import asdict
-from functools import partial
 from typing import Annotated, Any
 
 from fastapi import Body, FastAPI, Header, Response
@@ -23,71 +22,70 @@ from serve.lm.frontend.schemas import (
     ForkSession,
     TokenizeRequest,
 )
+from serve.lm.frontend.served_models import ServedModels
 from serve.lm.frontend.service import LanguageService
 
 SessionHeader = Annotated[str | None, Header()]
 """The header `X-Session-ID`, for clients that cannot add `session_id` to the body."""
 
 
-def create_lm_app(parts: IngressParts, service: LanguageService, client: LMClient) -> FastAPI:
+def create_lm_app(parts: IngressParts, models: ServedModels, client: LMClient) -> FastAPI:
     """Returns the application of one replica.
 
     Args:
         parts: what every application needs.
-        service: checks requests.
+        models: check requests.
         client: calls the model's replicas.
     """
 
     def add_routes(app: FastAPI) -> None:
-        _add_generation_routes(app, service, client)
-        _add_session_routes(app, service, client)
-        _add_token_routes(app, service)
-        _add_model_routes(app, service)
+        _add_generation_routes(app, models, client)
+        _add_session_routes(app, models, client)
+        _add_token_routes(app, models)
+        _add_model_routes(app, models)
 
     return create_app(
         parts,
         add_routes,
         summary="An endless language model in the OpenAI shape.",
-        max_requests=service.settings.max_requests,
+        max_requests=models.settings.max_requests,
     )
 
 
-def _add_generation_routes(app: FastAPI, service: LanguageService, client: LMClient) -> None:
-    replies = Replies(client, service.settings)
+def _add_generation_routes(app: FastAPI, models: ServedModels, client: LMClient) -> None:
+    replies = Replies(client, models, models.settings)
 
     @app.post("/v1/completions", response_model=None)
     async def create_completion(
         body: CompletionRequest, x_session_id: SessionHeader = None
     ) -> Response:
         """Continues a text."""
-        plan = partial(service.completion, body, x_session_id)
-        return await replies.reply(await asyncio.to_thread(plan))
+        return await replies.reply(
+            body.model, lambda service: service.completion(body, x_session_id)
+        )
 
     @app.post("/v1/chat/completions", response_model=None)
     async def create_chat_completion(
         body: ChatRequest, x_session_id: SessionHeader = None
     ) -> Response:
         """Answers the messages of a chat."""
-        plan = partial(service.chat, body, x_session_id)
-        return await replies.reply(await asyncio.to_thread(plan))
+        return await replies.reply(body.model, lambda service: service.chat(body, x_session_id))
 
 
-def _add_session_routes(app: FastAPI, service: LanguageService, client: LMClient) -> None:
+def _add_session_routes(app: FastAPI, models: ServedModels, client: LMClient) -> None:
     @app.post("/v1/sessions", status_code=201)
     async def create_session(body: CreateSession) -> Any:
         """Creates a session."""
-        service.check_model(body.model)
         session_id = body.session_id or f"session-{uuid.uuid4().hex}"
-        limit = service.card.capacity - 2
-        if body.sink_tokens is not None and body.sink_tokens > limit:
-            message = f"sink_tokens: {body.sink_tokens} is more than {limit}"
-            raise ApiError(400, "invalid_value", message, param="sink_tokens")
-        pinned = await asyncio.to_thread(service.pinned, body)
-        sinks = len(pinned) if pinned else body.sink_tokens
         made_by = uuid.uuid4().hex
-        return _described(
-            await client.call(session_id, "create", session_id, sinks, pinned, body.ttl_s, made_by)
-        )
+
+        async def attempt(service: LanguageService, _: str) -> SessionState:
+            pinned, sinks = await asyncio.to_thread(_first_tokens, service, body)
+            asked = (session_id, sinks, pinned, body.ttl_s, made_by, service.card.release)
+            state: SessionState = await client.call(session_id, "create", *asked)
+            return state
+
+        return _described(await models.run(body.model, attempt))
 
     @app.get("/v1/sessions")
     async def list_sessions() -> Any:
@@ -128,10 +126,24 @@ def _add_session_routes(app: FastAPI, service: LanguageService, client: LMClient
         return _described(await client.call(_checked(session_id), "restore", session_id))
 
 
-def _add_token_routes(app: FastAPI, service: LanguageService) -> None:
+def _first_tokens(
+    service: LanguageService, body: CreateSession
+) -> tuple[tuple[int, ...], int | None]:
+    """Returns the pinned tokens of a new session, and how many sinks it has."""
+    service.check_model(body.model)
+    limit = service.card.capacity - 2
+    if body.sink_tokens is not None and body.sink_tokens > limit:
+        message = f"sink_tokens: {body.sink_tokens} is more than {limit}"
+        raise ApiError(400, "invalid_value", message, param="sink_tokens")
+    pinned = service.pinned(body)
+    return pinned, len(pinned) if pinned else body.sink_tokens
+
+
+def _add_token_routes(app: FastAPI, models: ServedModels) -> None:
     @app.post("/v1/tokenize")
     async def tokenize(body: TokenizeRequest) -> Any:
         """Returns the token ids of a text or of messages."""
+        service = models.service
         service.check_model(body.model)
         ids = await asyncio.to_thread(service.tokenize, body)
         reply: dict[str, Any] = {"count": len(ids), "max_model_len": None, "tokens": list(ids)}
@@ -143,14 +155,18 @@ def _add_token_routes(app: FastAPI, service: LanguageService) -> None:
     @app.post("/v1/detokenize")
     async def detokenize(body: DetokenizeRequest) -> Any:
         """Returns the text of token ids."""
+        service = models.service
         service.check_model(body.model)
         service.check_tokens(body.tokens, "tokens")
         return {"prompt": await asyncio.to_thread(service.tokenizer.decode, body.tokens)}
 
 
-def _add_model_routes(app: FastAPI, service: LanguageService) -> None:
-    def model() -> dict[str, Any]:
-        card = service.card
+def _add_model_routes(app: FastAPI, models: ServedModels) -> None:
+    async def model(name: str | None = None) -> dict[str, Any]:
+        await models.look()
+        card = models.service.card
+        if name is not None:
+            models.service.check_model(name)
         numbers = {
             name: getattr(card, name)
             for name in ("capacity", "sinks", "sessions", "bytes_per_session", "persistent")
@@ -169,13 +185,12 @@ def _add_model_routes(app: FastAPI, service: LanguageService) -> None:
     @app.get("/v1/models")
     async def list_models() -> Any:
         """Lists the models of this server."""
-        return {"object": "list", "data": [model()]}
+        return {"object": "list", "data": [await model()]}
 
     @app.get("/v1/models/{name:path}")
     async def get_model(name: str) -> Any:
         """Describes one model."""
-        service.check_model(name)
-        return model()
+        return await model(name)
 
 
 def _checked(session_id: str) -> str:

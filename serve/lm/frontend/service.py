@@ -244,6 +244,7 @@ class LanguageService:
             params=params,
             n=request.n,
             resume_at=request.resume_at,
+            release=self.card.release if feeds else "",
         )
 
     def _check_limits(self, request: Generate, prompts: int, limit: int | None) -> None:

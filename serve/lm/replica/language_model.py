@@ -17,7 +17,7 @@ from models.sink_lm.engine.engine import Engine
 from models.sink_lm.engine.output import End
 from models.sink_lm.network.llama import Llama
 from serve.ingress.errors import ApiError
-from serve.lm.contract import LMCard, Piece, SessionState, Start, Started, Taken
+from serve.lm.contract import LMCard, Piece, Refusal, SessionState, Start, Started, Taken
 from serve.lm.replica.active_generations import ActiveGenerations
 from serve.lm.replica.engine_thread import EngineThread
 from serve.lm.replica.maintenance import Maintenance
@@ -114,11 +114,13 @@ class LanguageModel:
         self._thread.check()
         self._maintenance.check()
 
-    async def start(self, start: Start) -> Started | ApiError:
-        """Starts a request's generations; see `Start`.
+    async def start(self, start: Start) -> Started | ApiError | Refusal:
+        """Starts a request's generations; see `Start`. Feeds of another model are refused.
 
         If the caller goes away meanwhile, nobody will read the answer, and it is ended.
         """
+        if self._is_other(start.release):
+            return Refusal(self._card)
         try:
             return await self._start(start)
         except asyncio.CancelledError:
@@ -162,8 +164,20 @@ class LanguageModel:
         pinned: Sequence[int],
         ttl_s: float | None,
         request_id: str,
-    ) -> SessionState:
-        """Creates a session; a repeated call returns the session that the first one created."""
+        release: str = "",
+    ) -> SessionState | Refusal:
+        """Creates a session; a repeated call returns the session that the first one created.
+
+        Args:
+            session_id: its name.
+            sinks: sink tokens; None takes the default.
+            pinned: tokens that begin the stream.
+            ttl_s: idle seconds until it is deleted; None takes the default.
+            request_id: the same for a repeated call.
+            release: see `Start`; of the pinned tokens.
+        """
+        if self._is_other(release):
+            return Refusal(self._card)
         async with self._sessions.locked(session_id):
             session = await self._sessions.create(
                 session_id, sinks=sinks, pinned=pinned, ttl_s=ttl_s, request_id=request_id
@@ -229,18 +243,26 @@ class LanguageModel:
             raise session_busy(session_id)
         return session
 
+    def _is_other(self, release: str) -> bool:
+        """Whether tokens were made for another model than this one."""
+        return release not in ("", self._card.release)
+
     def _make_card(self, model: Llama) -> LMCard:
-        settings = self._settings
+        settings, name = self._settings, self._settings.name or "model"
+        own = fingerprint(model, self._tokenizer, settings.cache)
+        told = f"{own} {name} {self._tokenizer.fingerprint}"
         return LMCard(
-            name=settings.name or "model",
+            name=name,
             created=int(time.time()),
             vocab_size=model.cfg.vocab_size,
             capacity=settings.cache,
             sinks=settings.sinks,
             sessions=settings.sessions,
             bytes_per_session=self._engine.slabs.bytes_per_session,
-            fingerprint=fingerprint(model, self._tokenizer, settings.cache),
+            fingerprint=own,
             persistent=settings.store is not None,
+            model=settings.model,
+            release=hashlib.sha256(told.encode()).hexdigest(),
         )
 
     def _metrics(self, telemetry: Any) -> None:

@@ -27,6 +27,7 @@ from serve.ingress.errors import ApiError
 from serve.lm.contract import Feed, Start
 from serve.lm.frontend.client import LMClient
 from serve.lm.frontend.routes import create_lm_app
+from serve.lm.frontend.served_models import ServedModels
 from serve.lm.frontend.service import LanguageService
 from serve.lm.replica.language_model import LanguageModel
 from serve.lm.settings import LMSettings
@@ -200,7 +201,8 @@ async def web(made: Cluster) -> AsyncIterator[httpx.AsyncClient]:
 
     parts = IngressParts(settings=made.settings, scrape=scrape, is_ready=is_ready)
     service = LanguageService(made.settings, card, load_tokenizer(made.settings.model))
-    app = create_lm_app(parts, service, made.client())
+    client = made.client()
+    app = create_lm_app(parts, ServedModels(made.settings, client, service), client)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://lm", timeout=30) as client:
         yield client

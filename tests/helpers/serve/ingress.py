@@ -16,6 +16,7 @@ from ray.exceptions import TaskCancelledError
 from helpers.serve.fake_model import make_parts
 from serve.ingress.application import IngressParts
 from serve.lm.frontend.routes import create_lm_app
+from serve.lm.frontend.served_models import ServedModels
 from serve.lm.settings import LMSettings
 
 POSTS = {"embeddings": "/v1/embeddings", "language": "/v1/completions"}
@@ -38,7 +39,7 @@ def make(name: str, *, api_key: str | None = None, **settings: Any) -> Made:
         parts = make_parts(api_key=api_key, **settings)
         return Made(parts.app(), parts.metrics.registry)
     numbers = ("created", "capacity", "sinks", "sessions", "bytes_per_session", "persistent")
-    card = SimpleNamespace(name="tiny", fingerprint="f", **dict.fromkeys(numbers, 1))
+    card = SimpleNamespace(name="tiny", fingerprint="f", release="r", **dict.fromkeys(numbers, 1))
     full = LMSettings(model="m", **settings)
     service: Any = SimpleNamespace(card=card, settings=full, check_model=lambda name: None)
 
@@ -49,8 +50,9 @@ def make(name: str, *, api_key: str | None = None, **settings: Any) -> Made:
         return "metrics"
 
     parts = IngressParts(settings=full, scrape=scrape, is_ready=is_ready, api_key=api_key)
-    client: Any = SimpleNamespace()
-    return Made(create_lm_app(parts, service, client), parts.metrics.registry)
+    client: Any = SimpleNamespace(describe=lambda: asyncio.sleep(0, card))
+    models = ServedModels(full, client, service)
+    return Made(create_lm_app(parts, models, client), parts.metrics.registry)
 
 
 @dataclass

@@ -24,7 +24,7 @@ from helpers.serve.fake_model import CARD, fake_embed
 from helpers.serve.videos import FRAMES, TUBELET, save_clip_artifact
 from models.media.preprocessing import EncoderInput
 from serve import app
-from serve.embeddings.contract import Decoded
+from serve.embeddings.contract import Decoded, OtherModel
 from serve.embeddings.media.decode_pool import DecodePool
 from serve.embeddings.media.inputs import Reference, Sampling
 from serve.embeddings.media.loader import MediaLoader
@@ -32,9 +32,10 @@ from serve.embeddings.replica.embedder import Embedder, Encoder, read_card
 from serve.embeddings.served_model import ServedModel
 from serve.embeddings.settings import ServeSettings
 from serve.embeddings.streams.messages import StreamStart
-from serve.embeddings.streams.stream import Stream, StreamHub
+from serve.embeddings.streams.stream import LOOKS, Stream, StreamHub
 from serve.ingress.deployment import ingress_deployment
 from serve.ingress.errors import ApiError
+from serve.ingress.websockets import close_code
 
 RNG = np.random.default_rng(0)
 
@@ -245,3 +246,36 @@ def test_metrics_count_streams_frames_drops_and_refusals() -> None:
             pass
         assert values() == {"streams": 1, "streams_refused_total": 2} | counted
     assert values()["streams"] == 0
+
+
+def test_streams_end_when_their_model_or_their_replica_goes() -> None:
+    hub = make_hub(CollectorRegistry())
+    looks = 0
+
+    async def gone(*_: Any) -> Any:
+        nonlocal looks
+        looks += 1
+        raise OtherModel(replace(CARD, name="next", fingerprint="g"))
+
+    hub.embed = gone
+    with pytest.raises(ApiError) as changed:
+        played(hub, frames=1)
+    assert (changed.value.code, close_code(changed.value), looks) == ("model_changed", 1012, LOOKS)
+    assert hub.model.named(None).name == "next"  # for the client who connects again
+
+    async def drained() -> None:
+        begun = asyncio.Event()
+
+        async def begin() -> None:
+            await begun.wait()
+
+        task = asyncio.create_task(hub.drain(begin()))
+        waiting = asyncio.create_task(hub.until_drained())
+        assert not (await asyncio.wait({waiting}, timeout=0.05))[0]
+        begun.set()
+        await task
+        await waiting
+
+    with pytest.raises(ApiError) as leaving:
+        asyncio.run(drained())
+    assert (leaving.value.code, close_code(leaving.value)) == ("going_away", 1012)
