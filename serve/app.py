@@ -49,7 +49,8 @@ class Ingress(IngressReplica[ServeSettings]):
     async def create_app(self, parts: IngressParts) -> FastAPI:
         """See `IngressReplica`."""
         card, registry = self._card, parts.metrics.registry
-        model, embed = ServedModel(card), EmbedderClient(self.model, card).embed
+        client = EmbedderClient(self.model, card, silence_s=self.settings.replica_silence_s)
+        model, embed = ServedModel(card), client.embed
         service = EmbeddingService(self.settings, model, embed, registry)
         if card.frames > 1 and self.settings.decode_processes:
             await service.media.decoders.warm_up()

@@ -20,7 +20,7 @@ from serve.lm.frontend.routes import create_lm_app
 from serve.lm.frontend.served_models import ServedModels
 from serve.lm.settings import LMSettings
 
-ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+ROUTER = "serve.lm.router.SessionRouter"
 
 
 @ray_serve.ingress()
@@ -31,7 +31,11 @@ class LMIngress(IngressReplica[LMSettings]):
 
     async def create_app(self, parts: IngressParts) -> FastAPI:
         """See `IngressReplica`."""
-        client = LMClient(self.model, persistent=self.settings.store is not None)
+        client = LMClient(
+            self.model,
+            persistent=self.settings.store is not None,
+            silence_s=self.settings.replica_silence_s,
+        )
         models = await ServedModels.find(self.settings, client)
         return create_lm_app(parts, models, client)
 
@@ -62,13 +66,12 @@ def model_deployment(settings: LMSettings) -> ray_serve.Deployment:
     make = ray_serve.deployment(
         name=LANGUAGE_MODEL,
         # Above the number of requests that all ingress replicas can hold: a session must not go to
-        # another replica because its own is busy, and a `take` that waits costs nothing.
-        max_ongoing_requests=4 * settings.max_requests * settings.ingress_replicas,
+        # another replica because its own is busy, and `take` and `hold` cost nothing.
+        max_ongoing_requests=6 * settings.max_requests * settings.ingress_replicas,
         request_router_config=RequestRouterConfig(
             request_router_class=ROUTER,  # type: ignore[arg-type]
             request_router_kwargs={"num_fallback_replicas": 0},
         ),
-        graceful_shutdown_timeout_s=30,
         health_check_period_s=5,
         **model_options(settings),
     )

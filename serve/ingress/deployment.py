@@ -67,6 +67,7 @@ def model_options(settings: ApplicationSettings) -> dict[str, Any]:
         "num_replicas": settings.num_replicas,
         "ray_actor_options": {"num_cpus": settings.cpus, "num_gpus": settings.gpus},
         "max_constructor_retry_count": 2,
+        "graceful_shutdown_timeout_s": settings.drain_s,
         "logging_config": QUIET,
     }
 
@@ -80,6 +81,7 @@ def ingress_options(settings: ApplicationSettings) -> dict[str, Any]:
         # No limit: Serve counts a request as queued until it has found a replica, so that a limit
         # would refuse requests of a burst although every replica is idle.
         "max_queued_requests": -1,
+        "graceful_shutdown_timeout_s": settings.drain_s,
         # In an update the new replica runs before the old one is stopped. Otherwise a single one
         # would leave nobody to answer until its last stream has ended.
         "max_surge_percent": 100,

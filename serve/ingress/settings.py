@@ -48,6 +48,12 @@ class ApplicationSettings(BaseModel):
     """HTTP replicas, which do everything that needs no model."""
     ingress_cpus: float = Field(0.5, ge=0)
     """CPUs that Ray reserves for each ingress replica."""
+    drain_s: float = Field(65.0, gt=0)
+    """Seconds that a replica which Serve stops, for an update or to scale down, may take to finish
+    what it has begun; Serve's `graceful_shutdown_timeout_s`."""
+    replica_silence_s: float = Field(15.0, gt=0)
+    """Seconds without an answer of a model replica after which another one is asked, or the replica
+    is asked whether it is alive. Ray itself takes about a minute to miss a machine."""
     body_timeout_s: float = Field(10.0, gt=0)
     """Seconds without a byte of a body until the reply is a 408; a body that has taken longer than
     this at less than 1024 bytes a second gets a 408 too."""

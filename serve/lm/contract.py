@@ -23,6 +23,20 @@ TAIL = 8
 """Last tokens of a stream that a replica keeps in memory, to see how the stream ended."""
 
 
+_AT = "@"
+"""Before the name of a replica; no name of a session begins with it."""
+
+
+def key_of_replica(name: str) -> str:
+    """Returns the key by which calls go to this replica and no other."""
+    return f"{_AT}{name}"
+
+
+def named_replica(key: str) -> str | None:
+    """Returns the replica that a key names; None if the key leads to a place on the ring."""
+    return key.removeprefix(_AT) if key.startswith(_AT) else None
+
+
 def is_session_id(name: str) -> bool:
     """Whether a session may have this name, which becomes a file name."""
     return _SESSION_ID.fullmatch(name) is not None
@@ -165,12 +179,14 @@ class Started:
         cached_tokens: tokens that the session had in its cache before.
         session: the session as it will be after the prompt; None for temporary ones.
         position: stream position at which the answer begins (or goes on).
+        replica: name of the replica that generates it; empty where replicas have no names.
     """
 
     prompt_tokens: int
     cached_tokens: int
     session: SessionState | None
     position: int
+    replica: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

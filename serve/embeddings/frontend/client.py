@@ -1,4 +1,4 @@
-"""Calls the embedder from an ingress replica, again if its replica dies or serves another model."""
+"""Calls the embedder from an ingress replica, again if a replica dies or has another model."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from models.media.preprocessing import EncoderInput
 from serve.embeddings.contract import Floats, ModelCard, OtherModel, Pooling, Refusal
 from serve.ingress.errors import queue_full, server_error
+from serve.ingress.patience import first_answer
 
 ATTEMPTS = 3
-"""Calls made for one request when embedder replicas die while they serve it."""
+"""Calls made for one request when embedder replicas die or are silent while they serve it."""
 
 MATCHING = 12
 """Calls made to find a replica of the model that a request was prepared for. Serve's router takes
@@ -29,15 +30,16 @@ class EmbedderClient:
     Args:
         handle: Serve handle of `Embedder`.
         own: the model that this ingress was deployed with.
+        silence_s: seconds without an answer after which another replica is asked, too.
     """
 
-    def __init__(self, handle: Any, own: ModelCard) -> None:
-        self._embed, self._own = handle.embed, own
+    def __init__(self, handle: Any, own: ModelCard, *, silence_s: float = 15.0) -> None:
+        self._embed, self._own, self._silence_s = handle.embed, own, silence_s
 
     async def embed(
         self, inputs: Sequence[EncoderInput], pooling: Pooling, card: ModelCard
     ) -> list[Floats]:
-        """See `Embedder.embed`. The call is repeated if a replica dies, which is safe.
+        """See `Embedder.embed`. It is repeated if a replica dies or is silent, which is safe.
 
         Raises:
             ApiError: 429 if the embedder's queue is full, 503 if there is no embedder.
@@ -54,16 +56,14 @@ class EmbedderClient:
     async def _call(
         self, inputs: Sequence[EncoderInput], pooling: Pooling, fingerprint: str
     ) -> list[Floats] | Refusal:
-        for _ in range(ATTEMPTS):
-            try:
-                answer: list[Floats] | Refusal = await self._embed.remote(
-                    inputs, pooling, fingerprint
-                )
-                return answer
-            except RayActorError:
-                continue
-            except BackPressureError as error:
-                raise queue_full() from error
-            except DeploymentUnavailableError:
-                break
-        raise server_error(503, "no_replica", "no model replica could take the request")
+        async def call() -> list[Floats] | Refusal:
+            answer: list[Floats] | Refusal = await self._embed.remote(inputs, pooling, fingerprint)
+            return answer
+
+        try:
+            return await first_answer(call, calls=ATTEMPTS, silence_s=self._silence_s)
+        except BackPressureError as error:
+            raise queue_full() from error
+        except (RayActorError, DeploymentUnavailableError) as error:
+            message = "no model replica could take the request"
+            raise server_error(503, "no_replica", message) from error

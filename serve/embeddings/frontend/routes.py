@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request, Response
 
+from serve.embeddings.contract import ModelCard
 from serve.embeddings.frontend.schemas import EmbeddingRequest, EmbeddingResponse, Model, ModelList
 from serve.embeddings.frontend.service import EmbeddingService
 from serve.embeddings.streams.routes import add_stream_route
@@ -75,17 +76,16 @@ def _add_model_routes(app: FastAPI, service: EmbeddingService) -> None:
     @app.get("/v1/models")
     async def list_models() -> ModelList:
         """Lists the models of this server."""
-        return ModelList(data=[_model(service)])
+        return ModelList(data=[_model(service, service.model.card)])
 
     @app.get("/v1/models/{name:path}")
     async def get_model(name: str) -> Model:
         """Describes one model."""
-        service.model.named(name)
-        return _model(service)
+        return _model(service, service.model.named(name))
 
 
-def _model(service: EmbeddingService) -> Model:
-    card, prep = service.model.card, service.model.card.preprocessing
+def _model(service: EmbeddingService, card: ModelCard) -> Model:
+    prep = card.preprocessing
     return Model(
         id=card.name,
         created=service.created,

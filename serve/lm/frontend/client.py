@@ -7,23 +7,42 @@ without limit, whereas a generation that nobody pulls from pauses by itself.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import dataclasses
+import time
 import uuid
 from collections.abc import AsyncGenerator
 from typing import Any, TypeVar
 
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.exceptions import RayActorError, RayError
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    RayServeException,
+)
 
 from models.sink_lm.engine.output import End
 from serve.ingress.errors import ApiError, queue_full, server_error
-from serve.lm.contract import LMCard, Piece, Refusal, SessionState, Start, Started, Taken
+from serve.ingress.patience import ReplicaSilent, while_alive
+from serve.lm.contract import (
+    LMCard,
+    Piece,
+    Refusal,
+    SessionState,
+    Start,
+    Started,
+    Taken,
+    key_of_replica,
+)
 
 TAKE_WAIT_S = 1.0
 TAKE_TOKENS = 64
 ATTEMPTS = 60
 """Attempts of one call when replicas die during it; they take about as many seconds."""
+GIVE_UP_S = 90.0
+"""Seconds after which no further attempt is made, where replicas are silent."""
+_LOST = (RayActorError, DeploymentUnavailableError, ReplicaSilent)
 Result = TypeVar("Result")
 
 
@@ -46,10 +65,11 @@ class LMClient:
     Args:
         handle: Serve handle of `LanguageModel`.
         persistent: whether sessions outlive a replica.
+        silence_s: seconds without an answer after which a replica is asked whether it is alive.
     """
 
-    def __init__(self, handle: Any, *, persistent: bool) -> None:
-        self._handle = handle
+    def __init__(self, handle: Any, *, persistent: bool, silence_s: float = 15.0) -> None:
+        self._handle, self._silence_s = handle, silence_s
         self.persistent = persistent
         self._cancels: set[asyncio.Task[None]] = set()
 
@@ -58,17 +78,24 @@ class LMClient:
         card: LMCard = await self._handle.describe.remote()
         return card
 
-    async def call(self, session_id: str, method: str, *args: Any) -> Any:
+    async def call(self, key: str, method: str, *args: Any, anywhere: bool = False) -> Any:
         """Calls a method of the replica that a session belongs to.
 
         If the replica dies meanwhile, the call is repeated on the next one. Every method is safe to
         repeat; those that create something have a request id among their arguments for that.
 
+        Args:
+            key: name of the session, or one made up.
+            method: name of the method.
+            args: its arguments.
+            anywhere: whether any replica will do, so that another is asked instead of a lost one
+                before the ring is without that.
+
         Raises:
             OtherModel: the arguments hold tokens, and the replica serves another model.
             ApiError: the replica refuses, or there is none.
         """
-        result, _ = await self._repeat(session_id, method, *args)
+        result, _ = await self._repeat(key, method, *args, anywhere=anywhere)
         if isinstance(result, ApiError):
             raise result
         if isinstance(result, Refusal):
@@ -81,14 +108,19 @@ class LMClient:
         if isinstance(result, ApiError) and not (attempts > 1 and result.status == 404):
             raise result
 
-    async def _repeat(self, session_id: str, method: str, *args: Any) -> tuple[Any, int]:
+    async def _repeat(
+        self, key: str, method: str, *args: Any, anywhere: bool = False
+    ) -> tuple[Any, int]:
         """Returns the result of a call, and the number of attempts."""
+        until = time.monotonic() + GIVE_UP_S
         for attempt in range(ATTEMPTS):
             try:
-                return await self._call_once(session_id, method, *args), attempt + 1
-            except (RayActorError, DeploymentUnavailableError):
-                if not self.persistent and attempt:
+                return await self._call_once(key, method, *args), attempt + 1
+            except _LOST:
+                ends_with_it = not (self.persistent or anywhere)
+                if time.monotonic() > until or (ends_with_it and attempt):
                     break
+                key = uuid.uuid4().hex if anywhere else key
                 await asyncio.sleep(min(1.0, 0.05 * 2**attempt))
                 continue
             except BackPressureError as error:
@@ -117,21 +149,28 @@ class LMClient:
     async def start(self, key: str, start: Start) -> Started:
         """Lets a replica begin; if the caller stops waiting, the generation is cancelled."""
         try:
-            started: Started = await self.call(key, "start", start)
+            anywhere = start.session_id is None
+            started: Started = await self.call(key, "start", start, anywhere=anywhere)
         except asyncio.CancelledError:
             self.cancel(key, start.request_id)
             raise
         return started
 
     async def take(self, key: str, request_id: str) -> Taken | None:
-        """Pulls once; returns None if the replica of the answer has ended."""
+        """Pulls once; returns None if the replica of the answer has ended or is silent."""
         try:
             taken: Taken | None = await self._call_once(
                 key, "take", request_id, TAKE_TOKENS, TAKE_WAIT_S
             )
-        except (RayActorError, DeploymentUnavailableError):
+        except _LOST:
             return None
         return taken
+
+    async def hold(self, key: str, request_id: str) -> None:
+        """Keeps the replica of an answer from being stopped before the answer has ended."""
+        handle = self._handle.options(session_id=key, method_name="hold")
+        with contextlib.suppress(RayError, RayServeException):
+            await handle.remote(request_id)
 
     def cancel(self, key: str, request_id: str) -> None:
         """Cancels a generation without waiting for it.
@@ -142,7 +181,7 @@ class LMClient:
         async def send() -> None:
             try:
                 await self._call_once(key, "cancel", request_id)
-            except (RayActorError, DeploymentUnavailableError, BackPressureError):
+            except (*_LOST, BackPressureError):
                 return  # it ended with its replica, or will end there without a reader
 
         task = asyncio.get_running_loop().create_task(send(), context=contextvars.Context())
@@ -150,8 +189,16 @@ class LMClient:
         task.add_done_callback(self._cancels.discard)
 
     async def _call_once(self, session_id: str, method: str, *args: Any) -> Any:
-        handle = self._handle.options(session_id=session_id, method_name=method)
-        return await handle.remote(*args)
+        def remote(name: str, *given: Any) -> Any:
+            return self._handle.options(session_id=session_id, method_name=name).remote(*given)
+
+        async def call() -> Any:
+            return await remote(method, *args)
+
+        async def ping() -> Any:
+            return await remote("describe")
+
+        return await while_alive(call(), ping, silence_s=self._silence_s)
 
 
 class Answer:
@@ -168,6 +215,8 @@ class Answer:
 
     def __init__(self, client: LMClient, key: str, start: Start) -> None:
         self._client, self._key, self._start = client, key, start
+        self._at = key  # where it is generated, once that is known
+        self._holding: asyncio.Task[None] | None = None
         self._starting = asyncio.ensure_future(client.start(key, start))
         self.session: SessionState | None = None
         self._position = self._made = 0
@@ -184,6 +233,16 @@ class Answer:
         begun, _ = await asyncio.wait({self._starting}, timeout=within_s)
         if begun:
             self.session, self._position = self.started.session, self.started.position
+            if self._holding is None:
+                self._stay_at(self.started)
+
+    def _stay_at(self, started: Started) -> None:
+        """Sends further calls to the replica that generates the answer, until it has ended."""
+        if started.replica:
+            self._at = key_of_replica(started.replica)
+        if self._holding is not None:
+            self._holding.cancel()
+        self._holding = asyncio.ensure_future(self._client.hold(self._at, self._start.request_id))
 
     @property
     def started(self) -> Started:
@@ -199,7 +258,7 @@ class Answer:
         try:
             await self.begin()
             while len(self._ended) < self._choices:
-                taken = await self._client.take(self._key, self._start.request_id)
+                taken = await self._client.take(self._at, self._start.request_id)
                 if taken is None or _is_lost(taken):
                     if self._made == self._start.params.max_tokens:  # only its end was lost
                         self._ended.add(0)
@@ -214,13 +273,15 @@ class Answer:
 
     def close(self) -> None:
         """Cancels the generation if it has not ended, even if it has not begun."""
+        if self._holding is not None:
+            self._holding.cancel()
         if not self._starting.done():
             self._starting.cancel()
         elif _failed(self._starting):
             return
         elif len(self._ended) < self._choices and not self._closed:
             self._closed = True
-            self._client.cancel(self._key, self._start.request_id)
+            self._client.cancel(self._at, self._start.request_id)
 
     def _note(self, taken: Taken) -> None:
         self.session = taken.session or self.session
@@ -242,7 +303,7 @@ class Answer:
         )
         for attempt in range(ATTEMPTS):
             try:
-                await self._client.start(self._key, again)
+                self._stay_at(await self._client.start(self._key, again))
                 return
             except ApiError as error:
                 if error.status == 404 and not self._client.persistent:  # it ended with its replica

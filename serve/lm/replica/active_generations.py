@@ -24,6 +24,7 @@ class ActiveGenerations:
         self._sessions = sessions
         self._answers: dict[str, ActiveGeneration] = {}
         self._expected: dict[str, asyncio.Event] = {}
+        self._over: dict[str, asyncio.Event] = {}
         self.locks = Locks()
         """A request's lock is held while its generation is started, so a cancel waits for that."""
 
@@ -56,6 +57,7 @@ class ActiveGenerations:
     ) -> None:
         """Registers a generation, of a resident session or of temporary ones."""
         self._answers[request_id] = running
+        self._over.setdefault(request_id, asyncio.Event())
         if session is not None:
             session.active_request = request_id
             session.log.when_durable(running.tell)
@@ -68,11 +70,17 @@ class ActiveGenerations:
                 await running.stop()
             await self.forget(request_id)
 
+    async def over(self, request_id: str) -> None:
+        """Waits until a generation has been forgotten."""
+        if request_id in self._over:
+            await self._over[request_id].wait()
+
     async def forget(self, request_id: str) -> None:
         """Removes a generation that has ended; temporary sessions end with it."""
         running = self._answers.pop(request_id, None)
         if running is None:
             return
+        self._over.pop(request_id).set()
         session = self._sessions.get(running.session_id) if running.session_id is not None else None
         if session is not None and session.active_request == request_id:
             session.active_request, session.last_used = None, time.monotonic()

@@ -6,10 +6,13 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from ray import serve as ray_serve
+from ray.serve.exceptions import RayServeException
 
 from models.sink_lm.checkpoints.loading import load_model
 from models.sink_lm.checkpoints.tokenizer import Tokenizer, load_tokenizer
@@ -63,7 +66,7 @@ class LanguageModel:
             max_buffered=settings.max_buffered,
             journal=self._journal,
         )
-        self._card = self._make_card(model)
+        self._card, self._name = self._make_card(model), _replica_name()
         store = None
         if settings.store is not None:
             store = SessionStore(settings.store, self._card.fingerprint)
@@ -122,7 +125,10 @@ class LanguageModel:
         if self._is_other(start.release):
             return Refusal(self._card)
         try:
-            return await self._start(start)
+            started = await self._start(start)
+            if isinstance(started, Started):
+                started = replace(started, replica=self._name)
+            return started
         except asyncio.CancelledError:
             in_background(self._end(start.request_id))
             raise
@@ -145,6 +151,10 @@ class LanguageModel:
         return Taken(
             pieces=pieces, session=None if session is None else session.state(self._settings.cache)
         )
+
+    async def hold(self, request_id: str) -> None:
+        """Returns once an answer has ended; Serve drains a replica until no call is in progress."""
+        await self._active.over(request_id)
 
     @in_full
     async def cancel(self, request_id: str) -> None:
@@ -280,6 +290,14 @@ class LanguageModel:
         queued.set_function(lambda: len(self._queue))
         registry.register(self._queue_wait_s)
         self._reporter = Reporter(registry, telemetry)
+
+
+def _replica_name() -> str:
+    """Returns Serve's name of this replica; empty outside Serve."""
+    try:
+        return str(ray_serve.get_replica_context().replica_tag)
+    except RayServeException:
+        return ""
 
 
 def fingerprint(model: Llama, tokenizer: Tokenizer, capacity: int) -> str:

@@ -7,7 +7,7 @@ import contextlib
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +43,21 @@ MODEL = "tiny"
 BYTES = pre_tokenizers.ByteLevel.alphabet()
 
 
-def save_tiny_lm(folder: Path) -> None:
-    """A random Llama of bytes, whose greedy text wanders."""
+def save_tiny_lm(folder: Path, *, seed: int = 3, more: Sequence[str] = ()) -> None:
+    """A random Llama of bytes, whose greedy text wanders.
+
+    Args:
+        folder: takes the files.
+        seed: of the weights.
+        more: further special tokens, which shift the ids of all bytes.
+    """
+    special = [*SPECIAL, *more]
     bpe = tokenizers.Tokenizer(BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=256 + len(SPECIAL),
-        special_tokens=SPECIAL,
+        vocab_size=256 + len(special),
+        special_tokens=special,
         initial_alphabet=sorted(BYTES),
         show_progress=False,
     )
@@ -63,9 +70,9 @@ def save_tiny_lm(folder: Path) -> None:
     )
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
-    torch.manual_seed(3)
+    torch.manual_seed(seed)
     config = transformers.LlamaConfig(
-        vocab_size=256 + len(SPECIAL),
+        vocab_size=256 + len(special),
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
@@ -211,7 +218,7 @@ async def web(made: Cluster) -> AsyncIterator[httpx.AsyncClient]:
 def ask(request_id: str, session_id: str | None, prompt: str = "", **more: Any) -> Start:
     """Returns a greedy request; without a prompt it goes on with the session."""
     ids = tuple(load_ids(prompt))
-    names = ("n", "resume_at", "goes_on")
+    names = ("n", "resume_at", "goes_on", "release")
     fields = {name: more.pop(name) for name in names if name in more}
     options = {"max_tokens": 20, "temperature": 0.0, "ignore_eos": True} | more
     feeds = (Feed(start=ids, follow=ids),) if ids else ()
