@@ -1,0 +1,241 @@
+"""The manifests say what KubeRay, Ray Serve and our own commands understand. Needs no cluster."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+from typing import Any
+
+import pytest
+import tyro
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from helpers.repository import ROOT
+from pipelines.recipes.registry import RECIPES
+from serve.embeddings.settings import ServeSettings
+from serve.lm.settings import LMSettings
+
+FOLDER = ROOT / "deploy/kubernetes"
+PINS = dict(
+    line.split("==")
+    for line in (ROOT / "constraints.txt").read_text().splitlines()
+    if not line.startswith("#")
+)
+
+# Names of fields, from the json tags of KubeRay's Go types (ray-project/kuberay,
+# ray-operator/apis/ray/v1/{raycluster,rayjob,rayservice}_types.go, read on 2026-11-29).
+CLUSTER = {
+    *("upgradeStrategy", "authOptions", "suspend", "managedBy", "autoscalerOptions"),
+    *("headServiceAnnotations", "enableInTreeAutoscaling", "gcsFaultToleranceOptions"),
+    *("networkPolicy", "tlsOptions", "headGroupSpec", "rayVersion", "workerGroupSpecs"),
+}
+AUTH = {"mode", "secretName", "enableK8sTokenAuth"}
+FAULT_TOLERANCE = {
+    *("backend", "redisUsername", "redisPassword", "redisAddress"),
+    *("externalStorageNamespace", "storage"),
+}
+AUTOSCALER = {
+    *("resources", "image", "imagePullPolicy", "securityContext", "idleTimeoutSeconds"),
+    *("upscalingMode", "env", "envFrom", "volumeMounts", "version"),
+}
+HEAD = {"template", "headService", "enableIngress", "rayStartParams", "serviceType", "resources"}
+WORKERS = {
+    *("groupName", "replicas", "minReplicas", "maxReplicas", "idleTimeoutSeconds", "suspend"),
+    *("rayStartParams", "template", "scaleStrategy", "numOfHosts", "resources"),
+}
+JOB = {
+    *("activeDeadlineSeconds", "backoffLimit", "rayClusterSpec", "submitterPodTemplate"),
+    *("metadata", "clusterSelector", "submitterConfig", "managedBy", "deletionStrategy"),
+    *("entrypoint", "runtimeEnvYAML", "jobId", "submissionMode", "entrypointResources"),
+    *("entrypointNumCpus", "entrypointNumGpus", "ttlSecondsAfterFinished", "suspend"),
+    "shutdownAfterJobFinishes",
+}
+SERVICE = {
+    *("serveConfigV2", "rayClusterConfig", "serveService", "upgradeStrategy"),
+    "excludeHeadPodFromServeSvc",
+}
+# Of Kubernetes' own PodSpec and Container, those that the manifests may use.
+POD = {
+    *("serviceAccountName", "nodeSelector", "tolerations", "terminationGracePeriodSeconds"),
+    *("securityContext", "containers", "volumes"),
+}
+CONTAINER = {"name", "image", "resources", "ports", "env", "volumeMounts", "lifecycle"}
+
+
+def documents(name: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((FOLDER / name).read_text()))
+
+
+def spec_of(name: str) -> dict[str, Any]:
+    (document,) = documents(name)
+    assert document["apiVersion"] == "ray.io/v1"
+    return document["spec"]
+
+
+def clusters() -> dict[str, dict[str, Any]]:
+    return {
+        "ray_cluster.yaml": spec_of("ray_cluster.yaml"),
+        "ray_job.yaml": spec_of("ray_job.yaml")["rayClusterSpec"],
+        "ray_service.yaml": spec_of("ray_service.yaml")["rayClusterConfig"],
+    }
+
+
+CLUSTERS = clusters()
+
+
+def unknown_fields(cluster: dict[str, Any]) -> set[str]:
+    """Returns the fields of a RayCluster's spec that neither KubeRay nor Kubernetes knows."""
+    groups = cluster["workerGroupSpecs"]
+    found = cluster.keys() - CLUSTER
+    found |= cluster["authOptions"].keys() - AUTH
+    found |= cluster.get("gcsFaultToleranceOptions", {}).keys() - FAULT_TOLERANCE
+    found |= cluster["autoscalerOptions"].keys() - AUTOSCALER
+    found |= cluster["headGroupSpec"].keys() - HEAD
+    for group in groups:
+        found |= group.keys() - WORKERS
+    for pod in pods(cluster):
+        found |= pod.keys() - POD
+        for container in pod["containers"]:
+            found |= container.keys() - CONTAINER
+    return found
+
+
+def pods(cluster: dict[str, Any]) -> list[dict[str, Any]]:
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    return [group["template"]["spec"] for group in groups]
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_kuberay_knows_every_field(name: str) -> None:
+    assert unknown_fields(CLUSTERS[name]) == set()
+
+
+def test_a_misspelt_field_is_found() -> None:
+    cluster = clusters()["ray_cluster.yaml"]
+    cluster["workerGroupSpecs"][0]["minReplica"] = 1
+    cluster["gcsFaultToleranceOptions"]["redisAdress"] = "redis:6379"
+    assert unknown_fields(cluster) == {"minReplica", "redisAdress"}
+
+
+def test_the_fields_of_jobs_and_services_are_known() -> None:
+    assert spec_of("ray_job.yaml").keys() <= JOB
+    assert spec_of("ray_service.yaml").keys() <= SERVICE
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_every_cluster_asks_for_the_token_and_keeps_tasks_off_its_head(name: str) -> None:
+    cluster = CLUSTERS[name]
+    assert cluster["rayVersion"] == PINS["ray"]
+    assert cluster["authOptions"] == {"mode": "token"}
+    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    assert [group["groupName"] for group in cluster["workerGroupSpecs"]] == ["gpu", "cpu"]
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_pods_hold_what_ray_needs(name: str) -> None:
+    (account,) = documents("service_account.yaml")
+    for pod in pods(CLUSTERS[name]):
+        (container,) = pod["containers"]
+        assert pod["serviceAccountName"] == account["metadata"]["name"]
+        assert pod["securityContext"]["runAsNonRoot"]
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
+        assert mounts["/dev/shm"]["emptyDir"] == {"medium": "Memory"}
+        assert "ephemeral" in mounts["/tmp"]  # checkpoints, spilled objects, Ray's logs
+        assert container["resources"]["limits"]["memory"]
+    head, gpu, cpu = pods(CLUSTERS[name])
+    assert gpu["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert "nvidia.com/gpu" not in cpu["containers"][0]["resources"]["limits"]
+    assert "nvidia.com/gpu" not in head["containers"][0]["resources"]["limits"]
+    assert gpu["nodeSelector"] != cpu["nodeSelector"]
+
+
+def test_the_job_trains_as_its_command_line_says_and_fits() -> None:
+    job, cluster = spec_of("ray_job.yaml"), CLUSTERS["ray_job.yaml"]
+    words = shlex.split(job["entrypoint"])
+    assert words[:3] == ["python", "-m", "pipelines.pretrain"]
+    cfg = tyro.extras.overridable_config_cli(RECIPES, args=words[3:])
+    gpu, cpu = cluster["workerGroupSpecs"]
+    limits = gpu["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert cfg.run.gpu
+    assert cfg.run.workers <= gpu["maxReplicas"]
+    assert cfg.run.cpus_per_worker <= int(limits["cpu"])
+    # A run counts the CPUs that are there when its trainers start.
+    assert cfg.data.decode_in != "data" or cpu["minReplicas"] > 0
+
+
+def serve_config() -> dict[str, Any]:
+    return yaml.safe_load(spec_of("ray_service.yaml")["serveConfigV2"])
+
+
+def test_serve_accepts_the_service_and_we_its_arguments() -> None:
+    config = ServeDeploySchema.model_validate(serve_config())
+    settings = {app.name: app.args for app in config.applications}
+    assert ServeSettings(**settings["embeddings"]).gpus == 1
+    assert LMSettings(**settings["language"]).store is not None
+    with pytest.raises(ValueError, match="artifakt"):
+        ServeSettings(**settings["embeddings"], artifakt="s3://bucket/a")
+
+
+def test_the_service_is_the_shipped_configuration() -> None:
+    """But for its place, GPUs and two of each replica, which outlive a lost node."""
+    apps = {app["name"]: app for app in serve_config()["applications"]}
+    for file, name in (("config.yaml", "embeddings"), ("lm_config.yaml", "language")):
+        shipped = yaml.safe_load((ROOT / "serve" / file).read_text())["applications"][0]
+        assert apps[name]["import_path"] == shipped["import_path"]
+        for ours, theirs in zip(apps[name]["deployments"], shipped["deployments"], strict=True):
+            ours.get("ray_actor_options", {}).pop("num_gpus", None)
+            for one in (ours, theirs):
+                one.get("autoscaling_config", {}).pop("min_replicas", None)
+            assert ours == theirs
+
+
+def test_a_pod_ends_after_its_requests() -> None:
+    embeddings, language = (app["args"] for app in serve_config()["applications"])
+    drain_s = max(ServeSettings(**embeddings).drain_s, LMSettings(**language).drain_s)
+    assert drain_s > 0
+    for pod in pods(CLUSTERS["ray_service.yaml"])[1:]:
+        hook = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+        assert hook[0] == "sleep"
+        assert drain_s < int(hook[1])
+        assert int(hook[1]) + drain_s < pod["terminationGracePeriodSeconds"]
+
+
+@pytest.mark.parametrize("name", ["ray_cluster.yaml", "ray_service.yaml"])
+def test_the_heads_state_is_in_the_redis_beside_it(name: str) -> None:
+    service, redis = documents("redis.yaml")
+    options = CLUSTERS[name]["gcsFaultToleranceOptions"]
+    port = service["spec"]["ports"][0]["port"]
+    assert options["redisAddress"] == f"{service['metadata']['name']}:{port}"
+    (container,) = redis["spec"]["template"]["spec"]["containers"]
+    secret = container["env"][0]["valueFrom"]["secretKeyRef"]
+    assert options["redisPassword"]["valueFrom"]["secretKeyRef"] == secret
+    (claim,) = redis["spec"]["volumeClaimTemplates"]
+    assert claim["metadata"]["name"] == container["volumeMounts"][0]["name"]
+    assert "--appendonly" in container["args"]
+
+
+def test_the_kustomization_lists_files_and_one_image() -> None:
+    (kustomization,) = documents("kustomization.yaml")
+    files = {path.name for path in FOLDER.glob("*.yaml")} - {"kustomization.yaml"}
+    assert set(kustomization["resources"]) == files - {"ray_job.yaml"}
+    (image,) = kustomization["images"]
+    used = {
+        c["image"] for name in CLUSTERS for pod in pods(CLUSTERS[name]) for c in pod["containers"]
+    }
+    assert used == {image["name"], f"{image['newName']}:{image['newTag']}"}
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+def test_kubectl_builds_it() -> None:
+    done = subprocess.run(
+        ["kubectl", "kustomize", str(FOLDER)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    kinds = [document["kind"] for document in yaml.safe_load_all(done.stdout)]
+    assert sorted(kinds) == sorted(
+        ["Namespace", "ServiceAccount", "Service", "StatefulSet", "RayCluster", "RayService"]
+    )
+    assert "image: rayjepa\n" not in done.stdout
