@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from PIL import Image
 from websockets.sync.client import connect
 
 from helpers.models.video_files import write_video
+from helpers.repository import ROOT
 from helpers.serve.embeddings import data_uri, encoded, picture, save_fitted_artifact
 from helpers.serve.videos import LocalServer, local_server
 from models.artifacts.artifact import load_artifact, save_artifact
@@ -213,6 +217,27 @@ def test_a_video_and_a_stream_have_the_grid_of_their_frames(server: LocalServer)
     count = len(entry["kept"])
     first = np.array(entry["embedding"])[:count]
     np.testing.assert_allclose(messages[1]["embedding"], first, atol=1e-5)
+
+
+def test_the_documented_client_of_a_stream_leaves_the_hud_out(
+    server: LocalServer, tmp_path: Path
+) -> None:
+    page = (ROOT / "docs" / "live_streams.md").read_text()
+    (script,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    for number, path in enumerate(paths):
+        path.write_bytes(encoded(picture(number, (160, 90))))
+    client = script.replace("localhost:8000", f"127.0.0.1:{server.port}")
+    done = subprocess.run(
+        [sys.executable, "-c", client, *map(str, paths)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3
+    # On 3 x 5 patches the regions touch the first row and two patches of the last.
+    assert [line.split(" ", 1)[1] for line in lines] == [
+        "[3, 5] [8, 32] [5, 6, 7, 8, 9, 12, 13, 14]"
+    ] * 3
 
 
 def test_a_stream_says_once_how_frames_are_fitted(tmp_path: Path) -> None:
