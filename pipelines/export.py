@@ -29,8 +29,8 @@ import tyro
 from models.artifacts.artifact import save_artifact
 from models.media.pictures.deep import FULL
 from models.media.preprocessing import Preprocessing
+from pipelines.config.checks import parse_colour
 from pipelines.config.jobs import ExportConfig
-from pipelines.config.pixels import parse_colour
 from pipelines.config.train import PretrainConfig
 from pipelines.evaluation.features import preprocessing_of, with_regions
 from pipelines.loading.mixing import identity_of, training_sets

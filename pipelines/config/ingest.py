@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from pipelines.config.checks import require
-from pipelines.config.pixels import check_deep_range, parse_colour
+from pipelines.config.checks import check_deep_range, parse_colour, require
 from pipelines.config.places import PlaceField, ReadPlace, WrittenPlace
 
 IMAGE_COLUMN, LABEL_COLUMN = "image", "label"

@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from models.media.regions import Region
-from pipelines.config.checks import require
+from pipelines.config.checks import check_deep_range, parse_colour, require
 from pipelines.config.input_flags import exclude_flag
-from pipelines.config.pixels import check_deep_range, parse_colour
 from pipelines.config.places import PlaceField, ReadPlace, WrittenPlace
 
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from pipelines.config.data import DataConfig, MaskConfig
 from pipelines.config.objectives import ObjectiveConfig
-from pipelines.config.train import ModelConfig, OptimConfig, PretrainConfig, RunConfig
+from pipelines.config.optim import OptimConfig
+from pipelines.config.train import ModelConfig, PretrainConfig, RunConfig
 from pipelines.recipes.recipe import recipe
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from models.hyperoptim.optimizer import HyperAdamW, HyperOptimizer
 from models.hyperoptim.tuner import Tuner
-from pipelines.config.train import OptimConfig
+from pipelines.config.optim import OptimConfig
 
 Groups = list[dict[str, Any]]
 

@@ -12,7 +12,7 @@ import math
 import torch
 
 from models.hyperoptim.optimizer import HyperOptimizer
-from pipelines.config.train import OptimConfig
+from pipelines.config.optim import OptimConfig
 
 
 def learning_rate(step: int, cfg: OptimConfig, total_steps: int) -> float:

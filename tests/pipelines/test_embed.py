@@ -21,8 +21,9 @@ from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import Preprocessing
 from pipelines import embed as job
 from pipelines.config.jobs import EmbedConfig
-from pipelines.dataset.shards import Manifest, Shard, read_manifest, read_rows
-from pipelines.embed import embed, plan_parts
+from pipelines.dataset import embeddings
+from pipelines.dataset.shards import read_manifest, read_rows
+from pipelines.embed import embed
 from pipelines.evaluation.features import extract_features
 
 pytestmark = pytest.mark.ray
@@ -71,7 +72,7 @@ def test_every_row_once_in_order_with_the_encoders_values(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(job, "FILE_ROWS", (100, 8192))  # several files
+    monkeypatch.setattr(embeddings, "FILE_ROWS", (100, 8192))  # several files
     cfg = EmbedConfig(artifact=artifact, data=cifar_shards[0], out=str(tmp_path / "two"), workers=2)
     record = embed(cfg)
     table, source = _read(tmp_path / "two", record), read_rows(cifar_shards[0])
@@ -116,7 +117,7 @@ def test_a_run_on_s3_that_goes_on_finds_what_the_actors_wrote(
 
     for key, value in s3.items():
         monkeypatch.setenv(key, value)
-    monkeypatch.setattr(job, "FILE_ROWS", (100, 8192))
+    monkeypatch.setattr(embeddings, "FILE_ROWS", (100, 8192))
     monkeypatch.setattr(job, "_run", _run_here)
     cfg = EmbedConfig(artifact=artifact, data=cifar_shards[0], out=str(tmp_path))
     record = embed(cfg)
@@ -158,43 +159,3 @@ def test_a_foreign_folder_is_refused_before_any_work(
     with pytest.raises(ValueError, match=r"thesis\.tex"):
         embed(EmbedConfig(artifact=artifact, data=cifar_shards[1], out=str(tmp_path)))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-
-
-def _manifest(groups: list[tuple[int, ...]]) -> Manifest:
-    shards = tuple(
-        Shard(file=f"part-{i}.parquet", rows=sum(g), bytes=1, blake2b="", row_groups=g)
-        for i, g in enumerate(groups)
-    )
-    zero = (0.0, 0.0, 0.0)
-    rows = sum(shard.rows for shard in shards)
-    return Manifest(
-        num_samples=rows,
-        num_bytes=1,
-        shards=shards,
-        mean=zero,
-        std=zero,
-        quarantined={},
-        duplicates=0,
-        ingest={},
-        fingerprint="",
-    )
-
-
-@pytest.mark.parametrize("shape", [[48], [256, 1280]])
-def test_parts_cover_every_row_group_once(shape: list[int]) -> None:
-    manifest = _manifest([(1000, 1000, 7), (1000,), (3000, 12)])
-    parts = plan_parts(manifest, {"key": "k", "shape": shape})
-    groups = [group for part in parts for group in part.groups]
-    expected = [(manifest.shards[s].file, g) for s, g, _ in manifest.row_groups()]
-    assert groups == expected
-    assert sum(part.rows for part in parts) == manifest.num_samples
-    assert len({part.file for part in parts}) == len(parts)
-
-
-def test_files_stay_small_when_an_embedding_is_large() -> None:
-    manifest = _manifest([(64,) * 40])
-    small = plan_parts(manifest, {"key": "k", "shape": [48]})
-    large = plan_parts(manifest, {"key": "k", "shape": [256, 1280]})
-    assert max(part.rows for part in small) == 1024
-    # A row group is the least a file can hold; two would be within 256 MiB, four would not.
-    assert max(part.rows for part in large) == 192

@@ -10,8 +10,8 @@ from PIL import Image
 
 from models.media.images import open_image, read_image
 from models.media.pictures.errors import ImageError
+from pipelines.config.checks import parse_colour
 from pipelines.config.ingest import IngestConfig
-from pipelines.config.pixels import parse_colour
 
 _FORMATS = {"JPEG": "jpeg", "MPO": "jpeg", "PNG": "png", "WEBP": "webp"}
 _LEVELS = np.arange(256, dtype=np.int64)

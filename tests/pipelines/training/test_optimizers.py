@@ -18,7 +18,7 @@ from helpers.pipelines.fake_training import (
     tiny_config,
 )
 from models.hyperoptim.optimizer import HyperAdamW
-from pipelines.config.train import OptimConfig
+from pipelines.config.optim import OptimConfig
 from pipelines.evaluation.report.curves import training_curves
 from pipelines.runs.checkpoints import CheckpointError
 from pipelines.training import optimizers, trainer

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipelines.config.train import OptimConfig
+from pipelines.config.optim import OptimConfig
 from pipelines.training.optimizers import build_optimizer
 from pipelines.training.schedules import learning_rate, set_schedules, weight_decay
 

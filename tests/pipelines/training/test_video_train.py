@@ -14,7 +14,8 @@ from helpers.pipelines.fake_training import FolderStore, change
 from pipelines.config.as_json import from_json, to_json
 from pipelines.config.data import ClipConfig, DataConfig, VideoMaskConfig
 from pipelines.config.objectives import ObjectiveConfig
-from pipelines.config.train import ModelConfig, OptimConfig, PretrainConfig, RunConfig, WatchConfig
+from pipelines.config.optim import OptimConfig
+from pipelines.config.train import ModelConfig, PretrainConfig, RunConfig, WatchConfig
 from pipelines.loading.loader import train_batches
 from pipelines.runs.checkpoints import load_objective
 from pipelines.training.contract import DataSource, Worker
