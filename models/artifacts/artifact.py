@@ -25,7 +25,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from models.artifacts.fingerprint import content_fingerprint
@@ -36,11 +38,12 @@ from models.artifacts.formats.timm_vit import TIMM_VIT
 from models.artifacts.formats.transformers_ijepa import TRANSFORMERS_IJEPA
 from models.artifacts.formats.transformers_vjepa2 import TRANSFORMERS_VJEPA2
 from models.encoders.blocks import LN_EPS
+from models.encoders.input_batch import InputBatch, encode
 from models.encoders.predictor import Predictor
 from models.encoders.shape import EncoderShape
 from models.encoders.vit import VisionTransformer
 from models.image_size import height_width
-from models.media.preprocessing import Preprocessing, normalize
+from models.media.preprocessing import EncoderInput, Preprocessing, normalize, prepare
 
 FORMATS: tuple[Format, ...] = (
     RAYJEPA,
@@ -224,9 +227,33 @@ def _verify(folder: Path, encoder: VisionTransformer, prep: Preprocessing) -> No
         before = encoder(normalize(clips, prep.mean, prep.std).to(device))
         loaded.encoder.to(device)
         after = loaded.encoder(normalize(clips, again.mean, again.std).to(device))
+    _require_equal(before, after)
+    if prep.partial:
+        with torch.inference_mode():
+            before = _partial_tokens(encoder, prep, length)
+            after = _partial_tokens(loaded.encoder, again, length)
+        _require_equal(before, after)
+
+
+def _require_equal(before: Tensor, after: Tensor) -> None:
+    if before.shape != after.shape:
+        shapes = f"{tuple(before.shape)}, now {tuple(after.shape)}"
+        raise RuntimeError(f"the artifact read back gives other features ({shapes})")
     if not torch.equal(before, after):
         worst = float((before - after).abs().max())
         raise RuntimeError(f"the artifact read back gives other features (by up to {worst:g})")
+
+
+def _partial_tokens(encoder: VisionTransformer, prep: Preprocessing, frames: int) -> Tensor:
+    """Encodes a random picture, or a clip of it, that lacks tokens or has a grid of its own."""
+    prep = dataclasses.replace(prep, patch_size=encoder.patch_size)
+    height, width = height_width(prep.image_size)
+    shape = (height, 2 * width if prep.fit == "whole" else width, 3)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    picture = prepare(Image.fromarray(pixels), prep)
+    if encoder.frames > 1:
+        picture = EncoderInput(np.stack([picture.pixels] * frames), picture.kept)
+    return encode(encoder, InputBatch.of([picture], prep), prep).tokens_BKD
 
 
 # --- reading ---------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import dataclasses
 import math
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from models.encoders.input_batch import InputBatch
 from models.keyed_random.tensors import mix
 from models.media.preprocessing import Preprocessing
 from models.views import Views
+from pipelines.config.data import DataConfig
 from pipelines.config.train import PretrainConfig
 from pipelines.config.views import ViewsConfig
 from pipelines.evaluation.ranks import lidar, rankme
@@ -34,13 +36,12 @@ class RankProbe:
     """Computes an encoder's RankMe and LiDAR on samples that are decoded only once."""
 
     def __init__(self, cfg: PretrainConfig) -> None:
-        from pipelines.dataset.rows import load_samples
         from pipelines.evaluation.features import decode_all, preprocessing_of
 
         self._autocast = cfg.run.precision == "bf16"
         self._prep = preprocessing_of(cfg.model)
         sampler = training_sampler(cfg)
-        table = load_samples(cfg.data.train, RANKME_CLIPS if sampler else RANKME_ROWS)
+        table = _training_samples(cfg.data, RANKME_CLIPS if sampler else RANKME_ROWS)
         self._samples = decode_all(table, self._prep, sampler)
         # Views are cropped out of whole pictures of one size.
         fit = "squash" if self._prep.fit == "whole" else self._prep.fit
@@ -86,3 +87,13 @@ class RankProbe:
         from pipelines.evaluation.features import extract_features
 
         return extract_features(encoder, prep, samples, autocast=self._autocast)
+
+
+def _training_samples(data: DataConfig, most: int) -> pa.Table:
+    """Reads samples of every set that the run trains on, as many of each as its share."""
+    from pipelines.dataset.rows import load_samples
+
+    rows, uris = data.rows_by_set, (data.train, *data.mix)
+    counts = [max(1, most * share // sum(rows)) for share in rows]
+    parts = [load_samples(uri, count) for uri, count in zip(uris, counts, strict=True)]
+    return pa.concat_tables(parts)

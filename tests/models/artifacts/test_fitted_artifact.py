@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 from models.artifacts.artifact import load_artifact, save_artifact
+from models.artifacts.formats import rayjepa
 from models.encoders.shape import EncoderShape
 from models.encoders.vit import VisionTransformer
 from models.media.fit import Fit
@@ -49,6 +51,32 @@ def test_fit_and_regions_come_back(tmp_path: Path, fit: Fit) -> None:
     assert section["encoder"]["image_size"] == [32, 56]
     assert section["preprocessing"]["fit"] == fit
     assert section["preprocessing"]["exclude"] == [list(REGION)]
+
+
+@pytest.mark.parametrize(
+    ("fit", "frames", "stored"),
+    [
+        ("squash", 1, {"exclude": []}),
+        ("squash", 4, {"exclude": [(0.0, 0.9, 1.0, 1.0)]}),
+        ("whole", 1, {"fit": "squash"}),
+    ],
+)
+def test_an_artifact_that_would_leave_out_something_else_is_not_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fit: Fit, frames: int, stored: dict[str, Any]
+) -> None:
+    """On the whole grid its features are those of the encoder."""
+    prep = dataclasses.replace(PREP, fit=fit, exclude=() if fit == "whole" else (REGION,))
+    write = rayjepa.stored_preprocessing
+    monkeypatch.setattr(rayjepa, "stored_preprocessing", lambda prep: write(prep) | stored)
+    with pytest.raises(RuntimeError, match="other features"):
+        save_artifact(tmp_path / "a", encoder_of(frames=frames, tubelet=frames // 2 or 1), prep, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_regions_that_leave_nothing_are_refused(tmp_path: Path) -> None:
+    prep = dataclasses.replace(PREP, fit="squash", exclude=((0.0, 0.0, 1.0, 1.0),))
+    with pytest.raises(ValueError, match="leave nothing of a picture"):
+        save_artifact(tmp_path / "a", encoder_of(), prep, {})
 
 
 def test_another_patch_size_is_refused(tmp_path: Path) -> None:
