@@ -6,12 +6,15 @@ import asyncio
 import dataclasses
 import itertools
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from ray.exceptions import ActorDiedError
 
 from helpers.serve.embeddings import SIZE, WIDTH, save_tiny_artifact
 from helpers.serve.fake_model import CARD, URI, fake_embed
@@ -20,9 +23,10 @@ from serve.embeddings import served_model
 from serve.embeddings.contract import ModelCard, OtherModel, Refusal
 from serve.embeddings.frontend.client import MATCHING, EmbedderClient
 from serve.embeddings.frontend.service import EmbeddingService
-from serve.embeddings.replica.embedder import read_card
+from serve.embeddings.replica.embedder import Embedder, read_card
 from serve.embeddings.served_model import ServedModel
 from serve.embeddings.settings import ServeSettings
+from serve.ingress.deployment import Readiness
 from serve.ingress.errors import ApiError
 
 
@@ -148,3 +152,46 @@ def test_the_fingerprint_tells_models_apart(change: str, tmp_path: Path) -> None
     one = read_card(ServeSettings(artifact=str(tmp_path / "one" / "m")))
     two = read_card(ServeSettings(**settings(tmp_path / "two" / "m")))
     assert (one.fingerprint == two.fingerprint) == (change == "nothing")
+
+
+def test_a_replica_of_an_artifact_that_has_changed_does_not_start(tmp_path: Path) -> None:
+    save_tiny_artifact(tmp_path / "m")
+    settings = ServeSettings(artifact=str(tmp_path / "m"), threads=1)
+    deployed = read_card(settings)
+    shutil.rmtree(tmp_path / "m")
+    save_tiny_artifact(tmp_path / "m", crop_fraction=0.5)
+    with pytest.raises(ValueError, match="another model here than when it was deployed"):
+        Embedder(settings, None, deployed)
+
+
+@pytest.mark.parametrize(
+    ("listed", "found", "told"),
+    [
+        (True, OLD, True),
+        (False, OLD, True),  # it answers, whatever the controller says
+        (True, None, True),  # busy
+        (False, None, False),
+        (
+            True,
+            NEW,
+            "ok, but a replica serves new (of new), and this one was",
+        ),
+    ],
+)
+def test_health_tells_when_a_replica_serves_another_model(
+    listed: bool, found: ModelCard | None, told: bool | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Model:
+        def __init__(self) -> None:
+            self.describe = self
+
+        async def remote(self) -> ModelCard:
+            if found is None:
+                raise ActorDiedError
+            return found
+
+    context = SimpleNamespace(app_name="a")
+    monkeypatch.setattr("ray.serve.get_replica_context", lambda: context)
+    monkeypatch.setattr(Readiness, "_is_listed", lambda self: listed)
+    ready = asyncio.run(Readiness(Model(), "Embedder", OLD)())
+    assert ready == told if isinstance(told, bool) else str(ready).startswith(told)
