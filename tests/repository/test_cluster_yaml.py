@@ -15,6 +15,7 @@ import jsonschema
 import pytest
 import tyro
 import yaml
+from botocore.validate import ParamValidator
 from moto import mock_aws
 from ray.autoscaler._private import util
 
@@ -73,12 +74,12 @@ def test_every_node_type_launches(cluster: dict[str, Any], aws: None) -> None:
         assert [n.instance_type for n in nodes.values()] == [
             cluster["available_node_types"][name]["node_config"]["InstanceType"]
         ]
-    assert len(provider.non_terminated_nodes({})) == 3
+    assert len(provider.non_terminated_nodes({})) == 4
 
 
 def test_stated_resources_are_the_instances(cluster: dict[str, Any], aws: None) -> None:
     types = cluster["available_node_types"]
-    names = [t["node_config"]["InstanceType"] for t in types.values()]
+    names = sorted({t["node_config"]["InstanceType"] for t in types.values()})
     client = boto3.client("ec2", region_name=cluster["provider"]["region"])
     listed = client.describe_instance_types(InstanceTypes=names)["InstanceTypes"]
     real = {i["InstanceType"]: i for i in listed}
@@ -92,7 +93,9 @@ def test_stated_resources_are_the_instances(cluster: dict[str, Any], aws: None) 
 
 def test_node_types_do_what_the_comments_say(cluster: dict[str, Any]) -> None:
     types = cluster["available_node_types"]
-    head, gpu, decode = (types[n] for n in ("head", "gpu_worker", "decode_worker"))
+    names = ("head", "gpu_worker", "gpu_worker_on_demand", "decode_worker")
+    assert tuple(types) == names
+    head, gpu, fallback, decode = (types[name] for name in names)
     assert cluster["head_node_type"] == "head"
     assert head["resources"] == {"CPU": 0}
     assert "InstanceMarketOptions" not in head["node_config"]  # never lose the head to spot
@@ -101,6 +104,11 @@ def test_node_types_do_what_the_comments_say(cluster: dict[str, Any]) -> None:
     # Nothing idles but what a run must find when it starts.
     assert [n for n, t in types.items() if t["min_workers"]] == ["decode_worker"]
     assert gpu["max_workers"] + decode["max_workers"] <= cluster["max_workers"]
+    # The same on demand, chosen after spot: only the market and the priority differ.
+    assert gpu["priority"] > fallback["priority"]
+    spot = gpu["node_config"].pop("InstanceMarketOptions")
+    assert spot == decode["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert {**gpu, "priority": 0} == fallback
     assert len({t["node_config"]["ImageId"] for t in types.values()}) == 1
 
 
@@ -121,8 +129,66 @@ def test_every_node_gets_the_token_and_turns_authentication_on(cluster: dict[str
         assert f"AWS_DEFAULT_REGION={cluster['provider']['region']}" in exports
         assert "PATH=$HOME/venv/bin:" in exports
         assert "dashboard-host" not in command  # stays on loopback, behind the SSH tunnel
-    zones = cluster["provider"]["availability_zone"].split(",")
-    assert all(zone.startswith(cluster["provider"]["region"]) for zone in zones)
+
+
+def test_trainers_stand_in_one_zone_of_the_region(cluster: dict[str, Any]) -> None:
+    (zone,) = cluster["provider"]["availability_zone"].split(",")
+    assert zone.startswith(cluster["provider"]["region"])
+
+
+def test_all_that_is_written_lies_on_the_scratch_disk(cluster: dict[str, Any]) -> None:
+    mounts = (ROOT / "deploy/aws/nvme.sh").read_text()
+    assert "scratch=${RAYJEPA_SCRATCH:-/mnt/scratch}\n" in mounts
+    for when in ("head", "worker"):
+        setup = cluster[f"{when}_setup_commands"]
+        assert [c for c in setup if "nvme.sh" in c] == ["sudo bash ~/rayjepa/deploy/aws/nvme.sh"]
+        (start,) = (c for c in cluster[f"{when}_start_ray_commands"] if "ray start" in c)
+        assert "export TMPDIR=/mnt/scratch/tmp " in start.partition("ray start")[0]
+        assert "--temp-dir=/mnt/scratch/ray " in start
+        assert "--object-spilling-directory=/mnt/scratch/spill" in start
+
+
+def test_http_is_closed_to_the_world_and_the_way_to_open_it_is_valid(
+    cluster: dict[str, Any], aws: None
+) -> None:
+    from ray.autoscaler._private.aws.config import bootstrap_aws
+
+    assert "IpPermissions" not in cluster["provider"]["security_group"]
+    text = (ROOT / "cluster.yaml").read_text()
+    opened = yaml.safe_load(
+        text.replace("    # IpPermissions:", "    IpPermissions:").replace(
+            "    #   - {IpP", "      - {IpP"
+        )
+    )
+    (rule,) = opened["provider"]["security_group"]["IpPermissions"]
+    assert rule["FromPort"] == rule["ToPort"] == 8000
+    assert rule["IpRanges"] != [{"CidrIp": "0.0.0.0/0"}]
+    bootstrap_aws(util.prepare_config(opened))
+    groups = boto3.client("ec2", region_name="us-west-2").describe_security_groups(
+        Filters=[{"Name": "group-name", "Values": ["rayjepa"]}]
+    )["SecurityGroups"]
+    ports = {permission.get("FromPort") for permission in groups[0]["IpPermissions"]}
+    assert {22, 8000} <= ports
+
+
+def test_the_variant_with_efa_is_valid(
+    written: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    changes = yaml.safe_load((ROOT / "deploy/aws/efa.yaml").read_text())["available_node_types"]
+    gpu = written["available_node_types"]["gpu_worker"]
+    changed = {**gpu, **changes["gpu_worker"]}
+    changed["node_config"] = {**gpu["node_config"], **changes["gpu_worker"]["node_config"]}
+    written["available_node_types"]["gpu_worker"] = changed
+    util.validate_config(util.prepare_config(written))
+    service = boto3.client("ec2", region_name="us-west-2").meta.service_model
+    shape = service.operation_model("RunInstances").input_shape
+    request = {"MinCount": 1, "MaxCount": 1, **changed["node_config"]}
+    assert ParamValidator().validate(request, shape).generate_report() == ""
+    request["NetworkInterfaces"][0]["InterfaceKind"] = request["NetworkInterfaces"][0].pop(
+        "InterfaceType"
+    )
+    assert "InterfaceKind" in ParamValidator().validate(request, shape).generate_report()
 
 
 def test_mounts_hold_what_the_installation_needs(cluster: dict[str, Any]) -> None:
@@ -133,15 +199,20 @@ def test_mounts_hold_what_the_installation_needs(cluster: dict[str, Any]) -> Non
         "packages"
     ]
     needed = {p.partition(".")[0] for p in packages}
-    assert set(mounts.values()) == needed | {"pyproject.toml", "README.md", "constraints.txt"}
-    installs = [c for c in cluster["head_setup_commands"] if "pip install" in c]
+    needed |= {"pyproject.toml", "README.md", "constraints.txt", "deploy/aws"}
+    assert set(mounts.values()) == needed
+    (install,) = (c for c in cluster["worker_setup_commands"] if "install.sh" in c)
+    assert install.endswith("bash ~/rayjepa/deploy/aws/install.sh")
+    script = (ROOT / "deploy/aws/install.sh").read_text()
+    installs = [line for line in script.splitlines() if "pip install" in line]
     assert installs
-    assert all("-c ~/rayjepa/constraints.txt" in c for c in installs)
+    assert all('-c "$constraints"' in line for line in installs)
+    assert "constraints=~/rayjepa/constraints.txt\n" in script
 
 
 def test_completion_does_not_change_what_is_written(written: dict[str, Any]) -> None:
     completed = util.prepare_config(copy.deepcopy(written))
-    for key in written.keys() - {"head_setup_commands", "available_node_types"}:
+    for key in written.keys() - {"available_node_types"}:
         assert completed[key] == written[key]
 
 
