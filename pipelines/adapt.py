@@ -22,17 +22,17 @@ if __name__ == "__main__" and not __package__:  # `python pipelines/adapt.py`, u
     sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
 
 import numpy as np
-import safetensors.numpy
 import torch
 import tyro
 from rich.console import Console
 
+from models.artifacts.alignment import Alignment, Origin, alignment_bytes
 from pipelines.config.jobs import AdaptConfig, EvaluateConfig, OldProbesConfig
 from pipelines.config.places import ReadPlace
 from pipelines.config.train import PretrainConfig
 from pipelines.dataset.rows import check_classes, load_samples
 from pipelines.dataset.shards import Manifest, read_manifest
-from pipelines.evaluation.drift import Alignment, feature_drift
+from pipelines.evaluation.drift import feature_drift, paired_alignment
 from pipelines.evaluation.features import decode_all, extract_features, preprocessing_of
 from pipelines.evaluation.input_sets import read_sets
 from pipelines.evaluation.probes.replaced import ADAPTED, read_replaced, with_aligned
@@ -48,6 +48,7 @@ from pipelines.training.launch import PretrainResult, pretrain
 RESULTS, REPORT, ALIGNMENT = "adapt.json", "adapt.html", "alignment.safetensors"
 COMPARED_ROWS = 2000
 """Images or clips of each kind of footage whose features are compared without labels."""
+Fitted = tuple[Alignment, Origin]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,7 +92,7 @@ def adapt(
         raise ValueError(f"--run.name: {run.run.name} is the run to adapt; name another")
     manifests = check_probes(cfg.probe, old.config, run)
     result = pretrain(run, stream=console.file)
-    compared, alignment = compare(
+    compared, fitted = compare(
         _evaluation(cfg, old), result.best_checkpoint, run, manifests, console
     )
     results = {
@@ -103,7 +104,7 @@ def adapt(
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start)),
         "seconds": round(time.time() - start, 1),
     }
-    _write(result, results, alignment, console)
+    _write(result, results, fitted, console)
     return results
 
 
@@ -140,7 +141,7 @@ def compare(
     run: PretrainConfig,
     manifests: list[Manifest],
     console: Console,
-) -> tuple[dict[str, Any], Alignment | None]:
+) -> tuple[dict[str, Any], Fitted | None]:
     """Compares the adapted encoder with the old one.
 
     Args:
@@ -163,20 +164,32 @@ def compare(
         footage["old_footage"] = run.data.mix[0]
     features = {name: _features(uri, old, new) for name, uri in footage.items()}
     found: dict[str, Any] = {"drift": {key: feature_drift(*both) for key, both in features.items()}}
-    alignment = None
+    fitted = None
     if "old_footage" in features:
-        before_ND, after_ND = features["old_footage"]
-        alignment = Alignment.fit(after_ND, before_ND)
+        fitted = _alignment(new, *features["old_footage"])
     if not manifests:
-        return found, alignment
+        return found, fitted
     old = with_sampler(cfg, old, manifests[0].modality)
     baseline = random_init(old.encoder, cfg.seed).to(device)
     sets, _ = read_sets(cfg, old, baseline, manifests, console, {ADAPTED: new.encoder})
-    if alignment is not None:
-        sets = [with_aligned(part, alignment) for part in sets]
+    if fitted is not None:
+        sets = [with_aligned(part, fitted[0]) for part in sets]
     with console.status("reading the old probes on the adapted encoder"):
         found["probes"] = read_replaced(sets, cfg, old.encoder.heads)
-    return found, alignment
+    return found, fitted
+
+
+def _alignment(new: Subject, before_ND: np.ndarray, after_ND: np.ndarray) -> Fitted:
+    """Fits the way back from the adapted encoder's features to the old one's."""
+    origin = Origin.of(
+        new.encoder,
+        new.preprocessing,
+        how="paired",
+        name=new.name,
+        clip=new.clip,
+        samples={"old": len(before_ND)},
+    )
+    return paired_alignment(after_ND, before_ND), origin
 
 
 def _features(uri: str, old: Subject, new: Subject) -> list[np.ndarray]:
@@ -207,15 +220,14 @@ def _evaluation(cfg: AdaptConfig, old: FinishedRun) -> EvaluateConfig:
 
 
 def _write(
-    result: PretrainResult, results: dict[str, Any], alignment: Alignment | None, console: Console
+    result: PretrainResult, results: dict[str, Any], fitted: Fitted | None, console: Console
 ) -> None:
     for table in tables(results):
         console.print(table)
     fs, path = open_uri(result.run_uri)
     write_atomic(fs, f"{path}/{RESULTS}", json.dumps(results, indent=2).encode())
-    if alignment is not None:
-        tensors = {"weight": alignment.weight_DD, "bias": alignment.bias_D}
-        write_atomic(fs, f"{path}/{ALIGNMENT}", safetensors.numpy.save(tensors))
+    if fitted is not None:
+        write_atomic(fs, f"{path}/{ALIGNMENT}", alignment_bytes(*fitted))
     write_atomic(fs, f"{path}/{REPORT}", as_html(results).encode())
     console.print(f"run {result.run_uri} at step {result.step}", markup=False, highlight=False)
     console.print(f"best checkpoint {result.best_checkpoint}", markup=False, highlight=False)

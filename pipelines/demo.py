@@ -34,12 +34,12 @@ from ray import serve as ray_serve
 from rich.console import Console
 from rich.table import Table
 
-from models.artifacts.artifact import load_artifact
+from models.artifacts.artifact import load_artifact, weights_hash
 from pipelines.config.ingest import IngestConfig
 from pipelines.config.jobs import DemoConfig, EmbedConfig, EvaluateConfig, ExportConfig
 from pipelines.config.train import PretrainConfig
 from pipelines.dataset.shards import read_rows
-from pipelines.embed import embed, weights_hash
+from pipelines.embed import embed
 from pipelines.evaluate import evaluate
 from pipelines.export import export
 from pipelines.fetchers.shipped import sample_folder

@@ -24,7 +24,6 @@ Shape suffixes: N rows, T patches, D feature width.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -44,10 +43,10 @@ import tyro
 from ray.data import ActorPoolStrategy, DataContext
 from rich.console import Console
 
-from models.artifacts.artifact import Artifact, load_artifact
+from models.artifacts.alignment import load_alignment
+from models.artifacts.artifact import Artifact, load_artifact, weights_hash
 from models.artifacts.formats.rayjepa import stored_preprocessing
 from models.encoders.input_batch import InputBatch
-from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import Preprocessing
 from pipelines.config.data import ClipConfig
 from pipelines.config.jobs import EmbedConfig
@@ -199,6 +198,8 @@ def _describe(cfg: EmbedConfig, artifact: Artifact, manifest: Manifest) -> dict[
     }
     if manifest.modality == "video":
         content["clip"] = {"frames": encoder.frames, "fps": cfg.fps, "stride": cfg.stride}
+    if cfg.align is not None:
+        content["align"] = _checked_alignment(cfg, cfg.align, artifact, manifest)
     decisive = dict(content)
     if manifest.live is not None:  # embeddings stay valid when shards are added
         del decisive["manifest_hash"]
@@ -207,6 +208,17 @@ def _describe(cfg: EmbedConfig, artifact: Artifact, manifest: Manifest) -> dict[
     begun = [k for k in keys if any(name.startswith(f"part-{k}-") for name in names)]
     key = begun[0] if begun else keys[0]
     return {"key": key, **content, "provenance": artifact.provenance}
+
+
+def _checked_alignment(
+    cfg: EmbedConfig, uri: str, artifact: Artifact, manifest: Manifest
+) -> dict[str, Any]:
+    """Describes --align; raises a ValueError if it is not for these embeddings."""
+    stored = load_alignment(uri)
+    stored.check(artifact.encoder, with_regions(artifact.preprocessing, cfg.exclude))
+    video = manifest.modality == "video"
+    stored.check_clips({"fps": cfg.fps, "stride": cfg.stride} if video else None)
+    return {"how": stored.origin.how, "hash": stored.alignment.hash}
 
 
 def _key(decisive: dict[str, Any]) -> str:
@@ -221,15 +233,6 @@ def _former_keys(decisive: dict[str, Any], prep: Preprocessing) -> Iterator[str]
         if all(getattr(prep, name) == defaults[name] for name in names):
             values = {k: v for k, v in values.items() if k not in names}
         yield _key({**decisive, "preprocessing": values})
-
-
-def weights_hash(encoder: VisionTransformer) -> str:
-    """Returns 32 hex digits of a hash of an encoder's weights."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, value in sorted(encoder.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.cpu().contiguous().numpy().data)
-    return digest.hexdigest()
 
 
 def _missing(out: str, record: dict[str, Any], parts: list[Part]) -> list[Part]:
@@ -283,6 +286,7 @@ class Embedder:
         }
         if cfg.pooling == "patches" and self._prep.partial:
             self._featurizers["grid"] = _grids
+        self._alignment = None if cfg.align is None else load_alignment(cfg.align).alignment
 
     def __call__(self, item: dict[str, str]) -> dict[str, int]:
         """Writes one output file; returns its rows and the bytes of its images or segments."""
@@ -306,6 +310,8 @@ class Embedder:
         sampler = self._clips if modality == "video" else None
         batches = decode_batches(tables(), self._prep, self._cfg.batch_size, sampler)
         found = compute_features(self._featurizers, batches)
+        if self._alignment is not None:
+            found["embedding"] = self._alignment(found["embedding"])
         fs, root = open_uri(self._cfg.out)
         content = to_parquet(pa.concat_tables(kept), found["embedding"], found.get("grid"))
         write_atomic(fs, f"{root}/{part['file']}", content)

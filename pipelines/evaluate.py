@@ -28,6 +28,7 @@ import torch
 import tyro
 from rich.console import Console
 
+from models.artifacts.alignment import Alignment, load_alignment
 from models.encoders.vit import VisionTransformer
 from pipelines.config.jobs import EvaluateConfig
 from pipelines.dataset.aspects import fit_notes
@@ -41,6 +42,7 @@ from pipelines.evaluation.input_sets import read_manifests, read_sets
 from pipelines.evaluation.probe_sets import SETS, ProbeSet, number_set
 from pipelines.evaluation.probes.probe import ProbeTask, Readouts
 from pipelines.evaluation.probes.registry import best_score, run_probes
+from pipelines.evaluation.probes.replaced import with_aligned_shift
 from pipelines.evaluation.report.block_scores import block_table, draw_blocks
 from pipelines.evaluation.report.comparison import read_compared
 from pipelines.evaluation.report.page import write_report
@@ -77,6 +79,7 @@ def evaluate(cfg: EvaluateConfig, *, console: Console | None = None) -> dict[str
     manifests = read_manifests(cfg)
     compared = read_compared(cfg, manifests)
     subject = with_sampler(cfg, load_subject(cfg.checkpoint), manifests[0].modality)
+    alignment = _alignment(cfg, subject)
     for note in _fit_notes(cfg, subject, manifests):
         console.print(note, markup=False, highlight=False, soft_wrap=True)
     subject.encoder.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -85,6 +88,8 @@ def evaluate(cfg: EvaluateConfig, *, console: Console | None = None) -> dict[str
     blocks = choose_blocks(cfg, subject, encoders, manifests, console) if cfg.all_blocks else None
     others = chosen_encoders(blocks, encoders) if blocks else {}
     sets, classes = read_sets(cfg, subject, baseline, manifests, console, others)
+    if alignment is not None:
+        sets = with_aligned_shift(sets, alignment)
     readouts: Readouts = {}
     measured = measure(subject, sets, cfg, console, readouts)
     if blocks:
@@ -109,6 +114,22 @@ def evaluate(cfg: EvaluateConfig, *, console: Console | None = None) -> dict[str
     html = write_report(results, subject, sets[0], sets[1], baseline, compared, readouts)
     console.print(f"report: {_write(cfg.out, 'report.html', html.encode())}")
     return results
+
+
+def _alignment(cfg: EvaluateConfig, subject: Subject) -> Alignment | None:
+    """Reads --align; raises a ValueError if it is not for the features of this evaluation."""
+    if cfg.align is None:
+        return None
+    stored = load_alignment(cfg.align)
+    if stored.origin.how == "paired":
+        raise ValueError(
+            f"--align: {cfg.align} maps an adapted encoder's features to those of the old one,\n"
+            "whose probes evaluate does not have. adapt --probe.train reads them; here goes a file "
+            "of pipelines.align."
+        )
+    stored.check(subject.encoder, subject.preprocessing)
+    stored.check_clips(subject.clip)
+    return stored.alignment
 
 
 def _fit_notes(cfg: EvaluateConfig, subject: Subject, manifests: Sequence[Manifest]) -> list[str]:

@@ -70,9 +70,11 @@ def build_app(args: ServeSettings) -> ray_serve.Application:
     """
     from serve.embeddings.replica.embedder import read_card
 
-    path = Path(args.artifact)
-    if path.exists():  # replicas may run in another directory
-        args = args.model_copy(update={"artifact": str(path.resolve())})
+    places = {"artifact": args.artifact, "align": args.align}
+    here = {name: Path(place) for name, place in places.items() if place is not None}
+    # Replicas may run in another directory.
+    found = {name: str(path.resolve()) for name, path in here.items() if path.exists()}
+    args = args.model_copy(update=found)
     return build_application(args, model_deployment(args), Ingress, card=read_card(args))
 
 

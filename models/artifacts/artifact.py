@@ -17,6 +17,7 @@ files.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -190,6 +191,15 @@ def load_strict(encoder: nn.Module, state: Mapping[str, Tensor], source: str) ->
         text = "; ".join(f"{len(v)} {kind}: {_some(v)}" for kind, v in faults.items() if v)
         raise ValueError(f"{source}: weights do not fit the model; {text}")
     encoder.load_state_dict(dict(state))
+
+
+def weights_hash(encoder: VisionTransformer) -> str:
+    """Returns 32 hex digits of a hash of an encoder's weights."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(encoder.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def _some(names: list[str], most: int = 6) -> str:

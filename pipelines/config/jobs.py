@@ -1,4 +1,4 @@
-"""Settings of the jobs after training (adapt, evaluate, export, embed) and of the demo."""
+"""Settings of the jobs after training (adapt, align, evaluate, export, embed) and of the demo."""
 
 from __future__ import annotations
 
@@ -27,6 +27,9 @@ class EvaluateConfig:
     """A second test set for the same probes, which shows how accuracy changes on other footage."""
     out: WrittenPlace = "evaluation"
     """Folder for results.json and report.html."""
+    align: ReadPlace | None = None
+    """File of `pipelines.align` for --shift-test. One more row reads the same probes on its aligned
+    features."""
     only: str | None = None
     """Use only rows of this class of the shards, for example one game."""
     state: str | None = None
@@ -86,6 +89,8 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         require(self.bins >= 2, "bins", "must be at least 2")
+        shifted = self.align is None or self.shift_test is not None
+        require(shifted, "align", "maps the features of --shift-test; name that footage too")
         for flag in ("attentive_lrs", "attentive_decays"):
             require(len(getattr(self, flag)) > 0, flag.replace("_", "-"), "needs a value")
         require(self.supervised_epochs >= 0, "supervised-epochs", "must not be negative")
@@ -104,6 +109,43 @@ class EvaluateConfig:
     def has_classes(self) -> bool:
         """Whether classes are told apart: those of the shards, or bins of --state."""
         return self.state is not None or not self.number
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignConfig:
+    """Fits the affine map that gives the features of new footage the statistics of old footage, so
+    that old probes read them. Nothing is trained, and labels are not read."""
+
+    checkpoint: ReadPlace
+    """Checkpoint or exported artifact (folder or `s3://` prefix). A run folder stands for its best
+    checkpoint."""
+    old: ReadPlace
+    """Shards of old footage, such as the probes were fitted on."""
+    new: ReadPlace
+    """Shards of new footage."""
+    out: Annotated[str, PlaceField(written=True, file=True)]
+    """File of the alignment (`.safetensors`), for `--align` of evaluate and embed, and `align` of
+    the endpoint."""
+    how: Literal["mean", "covariance"] = "mean"
+    """What becomes equal: the means, or also the covariances."""
+    only: str | None = None
+    """Use only rows of this class of the shards, for example one game or camera. An alignment is
+    for one of them."""
+    exclude: Annotated[tuple[Region, ...] | None, exclude_flag("exclude")] = None
+    """Regions of the picture that are left out, in place of the encoder's own:
+    LEFT,TOP,RIGHT,BOTTOM in fractions of the width and height, FILE:SET of a TOML file, or none."""
+    fps: float | None = None
+    """Frames per second of clips. None, without --stride, takes the rate of training."""
+    stride: int | None = None
+    """Distance between two frames of a clip, in frames of the segment; None as for --fps."""
+    batch_size: int = 256
+    """Images, or frames of clips, per forward pass."""
+    limit: int = 2000
+    """Use at most this many images or clips of each kind of footage."""
+
+    def __post_init__(self) -> None:
+        require(self.limit >= 4, "limit", f"must be at least 4, got {self.limit}")
+        require(self.batch_size > 0, "batch-size", "must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +186,9 @@ class EmbedConfig:
     """Folder or `s3://` prefix for the embedding Parquet files."""
     pooling: Literal["mean", "patches"] = "mean"
     """One vector per image or video segment (`mean`), or one per patch (`patches`)."""
+    align: ReadPlace | None = None
+    """File of `pipelines.align` or `pipelines.adapt` that maps the embeddings, so that old probes
+    read them."""
     exclude: Annotated[tuple[Region, ...] | None, exclude_flag("exclude")] = None
     """Regions of the picture that are left out, in place of the artifact's own:
     LEFT,TOP,RIGHT,BOTTOM in fractions of the width and height, FILE:SET of a TOML file, or none."""

@@ -12,7 +12,7 @@ from models.artifacts.artifact import load_artifact
 from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import Preprocessing
 from pipelines.config.data import ClipConfig
-from pipelines.config.jobs import EvaluateConfig
+from pipelines.config.jobs import AlignConfig, EvaluateConfig
 from pipelines.config.train import PretrainConfig
 from pipelines.evaluation.features import preprocessing_of, with_regions
 from pipelines.loading.clips import ClipSampler, training_sampler
@@ -33,6 +33,18 @@ class Subject:
     """The run's configuration; None for an artifact."""
     sampler: ClipSampler | None = None
     """Chooses the frames of a clip; None for images."""
+
+    @property
+    def name(self) -> str:
+        """The run, or the artifact if it has none."""
+        return str(self.provenance.get("run") or self.provenance["artifact"])
+
+    @property
+    def clip(self) -> dict[str, Any] | None:
+        """`fps` and `stride` of clips, as an alignment's file has them; None for images."""
+        if self.sampler is None:
+            return None
+        return {"fps": self.sampler.settings.fps, "stride": self.sampler.settings.stride}
 
 
 def load_subject(uri: str) -> Subject:
@@ -78,7 +90,7 @@ def random_init(encoder: VisionTransformer, seed: int) -> VisionTransformer:
         return VisionTransformer(encoder.shape).eval()
 
 
-def with_sampler(cfg: EvaluateConfig, subject: Subject, modality: str) -> Subject:
+def with_sampler(cfg: EvaluateConfig | AlignConfig, subject: Subject, modality: str) -> Subject:
     """Sets by the flags which regions are left out and how clips are sampled.
 
     Without flags both are as in training. Images need no sampler.

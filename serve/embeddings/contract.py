@@ -16,8 +16,11 @@ import numpy.typing as npt
 
 from models.media.preprocessing import EncoderInput, Preprocessing
 from models.media.regions import Region
+from serve.ingress.errors import ApiError
 
 Pooling = Literal["mean", "per_frame", "patches"]
+How = Literal["mean", "covariance", "paired"]
+"""As in `models.artifacts.alignment`, which would import the model's code."""
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
@@ -53,11 +56,23 @@ class ModelCard:
     """Frames of a full clip; 1 for an image encoder."""
     tubelet: int = 1
     """Frames in a time step."""
+    alignment: How | None = None
+    """How the map in front of the embeddings was fitted; None without one."""
 
     def transform(self, exclude: tuple[Region, ...] | None) -> Preprocessing:
-        """Returns the transform with other regions left out; None keeps the artifact's."""
-        if exclude is None:
+        """Returns the transform with other regions left out; None keeps the artifact's.
+
+        Raises:
+            ApiError: 400, the features would not be those that the alignment is for.
+        """
+        if exclude is None or exclude == self.preprocessing.exclude:
             return self.preprocessing
+        if self.alignment is not None:
+            message = (
+                "features are aligned for the artifact's own regions; leave exclude out, or ask a "
+                "server without `align`"
+            )
+            raise ApiError(400, "invalid_value", message, param="exclude")
         return dataclasses.replace(self.preprocessing, exclude=exclude)
 
 

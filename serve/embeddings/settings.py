@@ -36,6 +36,9 @@ class ServeSettings(ApplicationSettings):
     """Folder or `s3://` prefix of an exported artifact (`python -m pipelines.export`)."""
     model: str | None = Field(None, min_length=1)
     """The model's name in requests; None takes the name of the artifact's folder."""
+    align: str | None = Field(None, min_length=1)
+    """File of `pipelines.align` or `pipelines.adapt`, local or `s3://`, that maps all features
+    before they are normalised, so that old probes read them."""
 
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Type of weights and activations in the forward pass; embeddings are float32 either way."""

@@ -10,19 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors.numpy
 from rich.console import Console
 
 from helpers.pipelines.fake_training import change, tiny_config
 from helpers.pipelines.loading import encode, picture, row_of, write_rows
 from helpers.pipelines.refusals import Told, teller
 from helpers.pipelines.run_folders import train_run
+from models.artifacts.alignment import load_alignment
 from pipelines.adapt import adapt, check_probes, parse
 from pipelines.config.data import DataConfig
 from pipelines.config.jobs import AdaptConfig, EvaluateConfig, OldFootageConfig, OldProbesConfig
 from pipelines.config.train import PretrainConfig
 from pipelines.dataset.shards import read_manifest, read_rows, write_manifest
-from pipelines.evaluation.drift import Alignment, feature_drift
+from pipelines.evaluation.drift import feature_drift, paired_alignment
 from pipelines.evaluation.probe_sets import ProbeSet
 from pipelines.evaluation.probes.replaced import (
     ADAPTED,
@@ -31,6 +31,7 @@ from pipelines.evaluation.probes.replaced import (
     read_replaced,
     with_aligned,
 )
+from pipelines.evaluation.subject import load_subject
 from pipelines.loading.mixing import identity_of, training_sets
 from pipelines.recipes.adapted import adapted
 from pipelines.runs.checkpoints import load_encoder
@@ -168,7 +169,7 @@ def test_old_probes_are_read_on_the_features_of_the_adapted_encoder() -> None:
 
     # Of old footage without labels, of which the features of both encoders are known.
     unlabelled = part(300).features
-    alignment = Alignment.fit(unlabelled[ADAPTED], unlabelled[OLD])
+    alignment = paired_alignment(unlabelled[ADAPTED], unlabelled[OLD])
     cfg = EvaluateConfig(checkpoint="", data="", test="", probe_epochs=20)
     sets = [with_aligned(part(count), alignment) for count in (200, 100, 60)]
     found = read_replaced(sets, cfg, heads=2)
@@ -191,7 +192,7 @@ def test_drift_tells_a_rotation_from_a_change() -> None:
     assert feature_drift(old_ND, turned_ND)["cka"] == pytest.approx(1)
     assert abs(feature_drift(old_ND - 5, turned_ND - 5)["cosine"]) < 0.9
     assert feature_drift(old_ND, rng.normal(size=(500, 8)))["cka"] < 0.1
-    back = Alignment.fit(turned_ND, old_ND)
+    back = paired_alignment(turned_ND, old_ND)
     assert feature_drift(old_ND, back(turned_ND))["cosine"] > 0.999
     tokens_NTD = rng.normal(size=(3, 5, 8)).astype(np.float16)
     assert back(tokens_NTD).dtype == np.float16
@@ -269,8 +270,12 @@ def test_adapts_and_tells_what_the_old_task_lost(
     assert "starting from the weights of" in said.getvalue()
     rows = results["probes"]["old_footage"]
     assert rows.keys() == {"old", "adapted", "aligned", "refitted", "random"}
-    aligned = safetensors.numpy.load_file(folder / "alignment.safetensors")
-    assert aligned["weight"].shape == (*aligned["bias"].shape, *aligned["bias"].shape)
+    stored = load_alignment(str(folder / "alignment.safetensors"))
+    assert (stored.origin.how, stored.origin.name) == ("paired", "old-adapted")
+    adapted_one, old_one = load_subject(str(folder)), load_subject(str(tmp_path / "old"))
+    stored.check(adapted_one.encoder, adapted_one.preprocessing)
+    with pytest.raises(ValueError, match="weights"):
+        stored.check(old_one.encoder, old_one.preprocessing)
     assert all(0 <= rows[row][probe] <= 1 for row in rows for probe in ("knn", "linear"))
     # Three steps at a fifth of the rate move the features of this hardly trained encoder a little.
     assert 0.3 < results["drift"]["old_footage"]["cosine"] < 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import models.artifacts.alignment
 import models.artifacts.formats.rayjepa
 import pipelines.dataset.shards
 import pipelines.embed
@@ -17,6 +18,7 @@ VERSIONS = {
     "checkpoint": pipelines.runs.checkpoints.FORMAT,
     "artifact": models.artifacts.formats.rayjepa.SCHEMA_VERSION,
     "embeddings": pipelines.embed.SCHEMA_VERSION,
+    "alignment": models.artifacts.alignment.SCHEMA_VERSION,
     "stored session of the language model": serve.lm.store.session_store.FORMAT,
 }
 

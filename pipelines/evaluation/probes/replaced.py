@@ -8,17 +8,21 @@ it is then read on.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
+from models.artifacts.alignment import Alignment
 from pipelines.config.jobs import EvaluateConfig
-from pipelines.evaluation.drift import Alignment
 from pipelines.evaluation.probe_sets import ProbeSet
 from pipelines.evaluation.probes.probe import ProbeTask
 from pipelines.evaluation.probes.registry import accuracies, scored_probes
 
 OLD, ADAPTED, ALIGNED, RANDOM = "encoder", "adapted", "aligned", "random_init"
 """Whose features, by their name in `ProbeSet.features`."""
+SHIFT_ALIGNED = "encoder_aligned"
+"""Row of results.json: the encoder's features, those of the shift set aligned."""
 ROWS = {
     "old": (OLD, OLD),
     "adapted": (OLD, ADAPTED),
@@ -28,6 +32,7 @@ ROWS = {
 }
 """Whose features the probes are fitted on, and whose they are read on, by row."""
 
+Map = Callable[[np.ndarray], np.ndarray]
 Accuracies = dict[str, dict[str, float]]
 """Accuracy by row of `ROWS`, then by the probe's key in a row of results.json."""
 
@@ -71,11 +76,39 @@ def read_replaced(
 
 def with_aligned(part: ProbeSet, alignment: Alignment) -> ProbeSet:
     """Adds the adapted encoder's features, brought back to the old ones by an alignment."""
-    features = part.features | {ALIGNED: alignment(part.features[ADAPTED])}
-    tokens = dict(part.tokens)
-    if ADAPTED in tokens:
-        tokens[ALIGNED] = alignment(tokens[ADAPTED])
-    return dataclasses.replace(part, features=features, tokens=tokens)
+    return _with_mapped(part, ADAPTED, ALIGNED, alignment)
+
+
+def with_aligned_shift(sets: Sequence[ProbeSet], alignment: Alignment) -> list[ProbeSet]:
+    """Adds features to fit probes on as they are, and to read them on aligned, as a row.
+
+    Args:
+        sets: to fit on, to read on, and the footage that an alignment is for.
+        alignment: of the last set's features and tokens.
+    """
+    *before, shifted = sets
+    kept = [_with_mapped(part, OLD, SHIFT_ALIGNED, lambda features: features) for part in before]
+    return [*kept, _with_mapped(shifted, OLD, SHIFT_ALIGNED, alignment)]
+
+
+def _with_mapped(part: ProbeSet, row: str, mapped: str, function: Map) -> ProbeSet:
+    """Adds a function of a row's features and tokens as another row, right after it."""
+    return dataclasses.replace(
+        part,
+        features=_inserted(part.features, row, mapped, function),
+        tokens=_inserted(part.tokens, row, mapped, function),
+    )
+
+
+def _inserted(
+    values: dict[str, np.ndarray], row: str, mapped: str, function: Map
+) -> dict[str, np.ndarray]:
+    found: dict[str, np.ndarray] = {}
+    for name, one in values.items():
+        found[name] = one
+        if name == row:
+            found[mapped] = function(one)
+    return found
 
 
 def _features_of(part: ProbeSet, encoder: str) -> ProbeSet:

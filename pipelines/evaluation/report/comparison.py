@@ -16,7 +16,7 @@ Results = dict[str, Any]
 
 NOT_COMPARED = {
     *("checkpoint", "data", "test", "shift_test", "out", "columns", "compare"),
-    *("supervised_epochs", "batch_size", "seed", "layers"),
+    *("supervised_epochs", "batch_size", "seed", "layers", "align"),
 }
 """Settings that may differ between two evaluations. All others must be equal for their numbers to
 compare; the sets are compared by what they hold."""

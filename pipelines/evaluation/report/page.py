@@ -130,7 +130,7 @@ def _headline(results: dict[str, Any]) -> list[tuple[str, str]]:
         *(
             (f"{score['encoder'] - score[name]:+.1f}", f"points over {ROW_NAMES[name]}")
             for name in score
-            if name not in ("encoder", "encoder_block", "random_init_block")
+            if not name.startswith("encoder") and name != "random_init_block"
         ),
         *(
             [(f"{lead:+.1f}", "points over random init, both at their chosen blocks")]

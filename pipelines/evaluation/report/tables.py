@@ -20,6 +20,7 @@ from pipelines.evaluation.report.comparison import name_of
 
 ROW_NAMES = {
     "encoder": "encoder",
+    "encoder_aligned": "encoder, shift aligned",
     "encoder_block": "encoder, chosen block",
     "random_init": "random init",
     "random_init_block": "random init, chosen block",

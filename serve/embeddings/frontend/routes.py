@@ -99,4 +99,5 @@ def _model(service: EmbeddingService, card: ModelCard) -> Model:
         modality="image" if card.frames == 1 else "video",
         frames=card.frames,
         tubelet=card.tubelet,
+        alignment=card.alignment,
     )

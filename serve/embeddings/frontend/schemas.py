@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, WithJsonSchema
 
 from models.media.fit import Fit
+from serve.embeddings.contract import How
 from serve.embeddings.encoding import OutputOptions
 from serve.embeddings.regions import RegionOptions
 from serve.ingress.bodies import parse_body
@@ -153,6 +154,9 @@ class Model(BaseModel):
     """Frames of a full clip; 1 for an image encoder."""
     tubelet: int
     """Frames in a time step."""
+    alignment: How | None
+    """How the map that brings the embeddings to those of old footage was fitted; null without
+    one."""
 
 
 class ModelList(BaseModel):

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
+from models.artifacts.alignment import StoredAlignment, load_alignment
 from models.artifacts.artifact import Artifact, load_artifact
 from models.encoders.input_batch import Encoded, InputBatch, encode
 from models.image_size import height_width
@@ -33,11 +34,17 @@ STUCK_AFTER_S = 300.0
 
 
 def read_card(settings: ServeSettings) -> ModelCard:
-    """Reads from the artifact what the application serves; raises as `load_artifact`."""
-    return _card_of(settings, load_artifact(settings.artifact))
+    """Reads from the artifact what the application serves.
+
+    Raises as `load_artifact` and, where features are aligned, as `load_alignment`.
+    """
+    artifact = load_artifact(settings.artifact)
+    return _card_of(settings, artifact, _alignment(settings, artifact))
 
 
-def _card_of(settings: ServeSettings, artifact: Artifact) -> ModelCard:
+def _card_of(
+    settings: ServeSettings, artifact: Artifact, stored: StoredAlignment | None
+) -> ModelCard:
     encoder = artifact.encoder
     card = ModelCard(
         name=settings.model or settings.artifact.rstrip("/").rpartition("/")[2],
@@ -47,8 +54,10 @@ def _card_of(settings: ServeSettings, artifact: Artifact) -> ModelCard:
         preprocessing=artifact.preprocessing,
         frames=encoder.frames,
         tubelet=encoder.tubelet,
+        alignment=None if stored is None else stored.origin.how,
     )
-    told = (artifact.fingerprint, settings.dtype, card)
+    aligned = None if stored is None else stored.alignment.hash
+    told = (artifact.fingerprint, settings.dtype, card, aligned)
     return dataclasses.replace(card, fingerprint=hashlib.sha256(repr(told).encode()).hexdigest())
 
 
@@ -56,13 +65,15 @@ class Encoder:
     """An exported encoder that runs on batches of pixels.
 
     Args:
-        settings: the artifact, its device and its dtype.
+        settings: the artifact, its alignment, device and dtype.
     """
 
     def __init__(self, settings: ServeSettings) -> None:
         artifact = load_artifact(settings.artifact)
-        self.card = _card_of(settings, artifact)
+        stored = _alignment(settings, artifact)
+        self.card = _card_of(settings, artifact, stored)
         self.preprocessing: Preprocessing = artifact.preprocessing
+        self._align = None if stored is None else stored.alignment
         self._device = torch.device("cuda" if settings.gpus else "cpu")
         self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.dtype]
         self._encoder = artifact.encoder.eval().to(self._device, self._dtype)
@@ -75,8 +86,9 @@ class Encoder:
             items: images [H, W, C] or clips [T, H, W, C], each with its pooling.
 
         Returns:
-            float32, after the final LayerNorm: [D] for `mean` (over all tokens), [S, D] for
-            `per_frame` (over those of a time step), [N, D] for `patches`.
+            float32, after the final LayerNorm and the alignment if there is one: [D] for `mean`
+            (over all tokens), [S, D] for `per_frame` (over those of a time step), [N, D] for
+            `patches`.
         """
         alike: dict[int, list[int]] = {}
         for index, (one, _) in enumerate(items):
@@ -87,6 +99,8 @@ class Encoder:
             batch = InputBatch.of([items[index][0] for index in indices], self.preprocessing)
             encoded = encode(self._encoder, batch, self.preprocessing)
             pooled = self._pool(encoded, [items[index][1] for index in indices])
+            if self._align is not None:
+                pooled = [self._align(features) for features in pooled]
             results.update(zip(indices, pooled, strict=True))
         return [results[index] for index in range(len(items))]
 
@@ -104,6 +118,15 @@ class Encoder:
                 tokens_ND = tokens_ND.reshape(steps, -1, D).mean(dim=1)
             pooled.append(tokens_ND.cpu().numpy())
         return pooled
+
+
+def _alignment(settings: ServeSettings, artifact: Artifact) -> StoredAlignment | None:
+    """Reads the alignment; raises a ValueError if it is not for the artifact's features."""
+    if settings.align is None:
+        return None
+    stored = load_alignment(settings.align)
+    stored.check(artifact.encoder, artifact.preprocessing)
+    return stored
 
 
 class Embedder:
