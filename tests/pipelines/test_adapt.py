@@ -16,8 +16,8 @@ from helpers.pipelines.fake_training import change, tiny_config
 from helpers.pipelines.loading import encode, picture, row_of, write_rows
 from helpers.pipelines.refusals import Told, teller
 from helpers.pipelines.run_folders import train_run
-from models.artifacts.alignment import load_alignment
-from pipelines.adapt import adapt, check_probes, parse
+from models.artifacts.alignment import alignment_bytes, load_alignment
+from pipelines.adapt import adapt, check_probes, compare, parse
 from pipelines.config.data import DataConfig
 from pipelines.config.jobs import AdaptConfig, EvaluateConfig, OldFootageConfig, OldProbesConfig
 from pipelines.config.train import PretrainConfig
@@ -200,6 +200,26 @@ def test_drift_tells_a_rotation_from_a_change() -> None:
     np.testing.assert_allclose(back(tokens_NTD).mean(axis=1), back(pooled_ND), atol=5e-3)
 
 
+def test_the_alignment_is_for_the_features_of_the_adapted_encoder(tmp_path: Path) -> None:
+    for name, seed in (("old", 0), ("new", 1)):
+        train_run(tiny_config(tmp_path, name=name, seed=seed, steps=4))
+    old_data, new_data = (write_pictures(tmp_path / name, 0, 24) for name in ("a", "b"))
+    mix = {"train": new_data, "mix": (old_data,), "mix_shares": (0.5,)}
+    run = change(tiny_config(tmp_path), data=mix)
+    cfg = EvaluateConfig(checkpoint=str(tmp_path / "old"), data="", test="")
+    found, fitted = compare(cfg, str(tmp_path / "new"), run, [], Console(file=io.StringIO()))
+    assert found.keys() == {"drift"}
+    assert fitted is not None
+    (tmp_path / "map.safetensors").write_bytes(alignment_bytes(*fitted))
+    stored = load_alignment(str(tmp_path / "map.safetensors"))
+    assert (stored.origin.how, stored.origin.name) == ("paired", "new")
+    assert stored.origin.samples == {"old": 24}
+    adapted_one, old_one = (load_subject(str(tmp_path / name)) for name in ("new", "old"))
+    stored.check(adapted_one.encoder, adapted_one.preprocessing)
+    with pytest.raises(ValueError, match="weights"):
+        stored.check(old_one.encoder, old_one.preprocessing)
+
+
 # Live sets
 
 
@@ -272,10 +292,6 @@ def test_adapts_and_tells_what_the_old_task_lost(
     assert rows.keys() == {"old", "adapted", "aligned", "refitted", "random"}
     stored = load_alignment(str(folder / "alignment.safetensors"))
     assert (stored.origin.how, stored.origin.name) == ("paired", "old-adapted")
-    adapted_one, old_one = load_subject(str(folder)), load_subject(str(tmp_path / "old"))
-    stored.check(adapted_one.encoder, adapted_one.preprocessing)
-    with pytest.raises(ValueError, match="weights"):
-        stored.check(old_one.encoder, old_one.preprocessing)
     assert all(0 <= rows[row][probe] <= 1 for row in rows for probe in ("knn", "linear"))
     # Three steps at a fifth of the rate move the features of this hardly trained encoder a little.
     assert 0.3 < results["drift"]["old_footage"]["cosine"] < 1

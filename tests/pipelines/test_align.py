@@ -37,12 +37,12 @@ def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 
 def picture(seed: int, label: int, hud: bool) -> Image.Image:
-    """A noisy picture whose left or right half is brighter; a HUD covers the lowest quarter."""
+    """A noisy picture that is rather red or rather blue; a red HUD covers its lowest quarter."""
     rng = np.random.default_rng(seed)
     pixels_HWC = rng.integers(60, 140, (32, 32, 3))
-    pixels_HWC[:, 16 * label : 16 * label + 16] += 40
+    pixels_HWC[:, :, 2 * label] += 25
     if hud:
-        pixels_HWC[24:] = (255, 0, 255)
+        pixels_HWC[24:] = (255, 0, 0)
     return Image.fromarray(pixels_HWC.astype(np.uint8))
 
 
@@ -53,7 +53,7 @@ def write(folder: Path, first: int, count: int, *, hud: bool, classes: bool = Tr
     ]
     uri = write_rows(folder, rows)
     if classes:
-        write_manifest(uri, dataclasses.replace(read_manifest(uri), classes=("left", "right")))
+        write_manifest(uri, dataclasses.replace(read_manifest(uri), classes=("red", "blue")))
     return uri
 
 
@@ -93,14 +93,15 @@ def test_the_drift_of_samples_that_the_map_has_not_seen_is_told(
     found = align(dataclasses.replace(cfg, limit=150), console=console)
     assert found["samples"] == {"old": 150, "new": 150}
     assert found["before"]["mean"] > 1
-    assert 0 < found["after"]["mean"] < 0.2 * found["before"]["mean"]
+    assert 0 < found["after"]["mean"] < 0.4 * found["before"]["mean"]
     origin = load_alignment(out).origin
-    assert (origin.how, origin.name, origin.fit) == (how, "small", "crop")
+    fit = load_subject(small_checkpoint).preprocessing.fit
+    assert (origin.how, origin.name, origin.fit) == (how, "small", fit)
     assert (origin.clip, origin.samples) == (None, found["samples"])
     assert f"{found['after']['mean']:.3f}" in console.file.getvalue()
     # Nothing moved: old footage beside other old footage.
     still = align(dataclasses.replace(cfg, new=footage["old_test"]), console=quiet())
-    assert still["before"]["mean"] < 0.3
+    assert still["before"]["mean"] < 0.5
 
 
 def test_a_region_left_out_takes_its_drift_with_it(
@@ -110,7 +111,7 @@ def test_a_region_left_out_takes_its_drift_with_it(
     cfg = AlignConfig(checkpoint=small_checkpoint, old=footage["old"], new=footage["new"], out=out)
     with_hud = align(cfg, console=quiet())
     without = align(dataclasses.replace(cfg, exclude=(HUD,)), console=quiet())
-    assert without["before"]["mean"] < 0.2 * with_hud["before"]["mean"]
+    assert without["before"]["mean"] < 0.4 * with_hud["before"]["mean"]
     assert load_alignment(out).origin.exclude == (HUD,)
 
 
@@ -121,7 +122,7 @@ def test_sets_that_do_not_go_together(
     both = ("--old", footage["old"], "--new", footage["new"])
     two = write(tmp_path / "two", 0, 2, hud=True, classes=False)
     for flags, message in (
-        ((*both, "--only", "left"), "--only: no class 'left' in --new; there are none"),
+        ((*both, "--only", "red"), "--only: no class 'red' in --new; there are none"),
         (("--old", footage["old"], "--new", two), "of 2 samples there are no statistics"),
         (("--old", tmp_path / "none", "--new", two), "--old: "),
         ((*both, "--checkpoint", tmp_path), "--checkpoint: no artifact"),
@@ -150,15 +151,15 @@ def test_evaluate_reads_old_probes_on_aligned_features_of_the_shift(
     assert list(rows)[:2] == ["encoder", "encoder_aligned"]
     plain, mapped = rows["encoder"]["linear"], rows["encoder_aligned"]["linear"]
     assert mapped["accuracy"] == plain["accuracy"] > 0.9
-    assert plain["shift_accuracy"] < 0.75
-    assert mapped["shift_accuracy"] > plain["shift_accuracy"] + 0.15
+    assert plain["shift_accuracy"] < 0.7
+    assert mapped["shift_accuracy"] > 0.85
     assert "encoder, shift aligned" in (tmp_path / "evaluation" / "report.html").read_text()
     # Negative control: aligned by footage that is not the new one, as if nothing had moved.
     unrelated = str(tmp_path / "unrelated.safetensors")
     old, other = footage["old"], footage["old_test"]
     align(AlignConfig(checkpoint=small_checkpoint, old=old, new=other, out=unrelated))
     rows = shifted_rows(footage, small_checkpoint, unrelated, tmp_path / "control")
-    assert rows["encoder_aligned"]["linear"]["shift_accuracy"] < plain["shift_accuracy"] + 0.1
+    assert rows["encoder_aligned"]["linear"]["shift_accuracy"] < 0.7
 
 
 def test_evaluate_refuses_an_alignment_of_other_features(
@@ -213,7 +214,7 @@ def test_embed_writes_aligned_embeddings(
     )
     expected = features + safetensors.numpy.load_file(aligned)["bias"]
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    assert np.abs(found - features).max() > 0.1
+    assert not np.allclose(found, features, atol=1e-3)
     with pytest.raises(ValueError, match="holds something else"):
         embed_job.embed(dataclasses.replace(cfg, align=None))
     with pytest.raises(ValueError, match="is for other features"):
