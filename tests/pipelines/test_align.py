@@ -153,7 +153,7 @@ def test_evaluate_reads_old_probes_on_aligned_features_of_the_shift(
     assert mapped["accuracy"] == plain["accuracy"] > 0.9
     assert plain["shift_accuracy"] < 0.7
     assert mapped["shift_accuracy"] > 0.85
-    assert "encoder, shift aligned" in (tmp_path / "evaluation" / "report.html").read_text()
+    assert "Encoder, shift aligned" in (tmp_path / "evaluation" / "report.html").read_text()
     # Negative control: aligned by footage that is not the new one, as if nothing had moved.
     unrelated = str(tmp_path / "unrelated.safetensors")
     old, other = footage["old"], footage["old_test"]
