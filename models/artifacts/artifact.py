@@ -2,6 +2,7 @@
 
     DIR/model.safetensors             weights under timm's names
     DIR/config.json                   timm's hub form, plus our section `rayjepa`
+    DIR/digests.json                  digests of these files, which are compared when they are read
     DIR/transformers/                 the same encoder for `transformers.IJepaModel`, with its
                                       config.json and preprocessor_config.json
 
@@ -38,6 +39,7 @@ from models.artifacts.formats.rayjepa import RAYJEPA, our_section
 from models.artifacts.formats.timm_vit import TIMM_VIT
 from models.artifacts.formats.transformers_ijepa import TRANSFORMERS_IJEPA
 from models.artifacts.formats.transformers_vjepa2 import TRANSFORMERS_VJEPA2
+from models.digests import DIGESTS, DamagedFileError, check_file, read_digests, write_digests
 from models.encoders.blocks import LN_EPS
 from models.encoders.input_batch import InputBatch, encode
 from models.encoders.predictor import Predictor
@@ -134,8 +136,8 @@ def load_artifact(uri: str | Path) -> Artifact:
 
     Raises:
         FileNotFoundError: there is nothing at the URI.
-        ValueError: it is none of these formats, or weights are missing, left over or of another
-            shape; they are named.
+        ValueError: it is none of these formats, a file is not as it was saved, or weights are
+            missing, left over or of another shape; they are named.
     """
     with _stored(str(uri)) as stored:
         if stored.path.is_dir() and not (stored.path / "config.json").is_file():
@@ -222,6 +224,8 @@ def _write_files(folder: Path, export: Export) -> None:
     for known in FORMATS:
         if known.write and known.can_write(export.encoder):
             known.write(folder, export)
+    for place in {file.parent for file in folder.rglob("*") if file.is_file()}:
+        write_digests(place, [file.name for file in place.iterdir() if file.is_file()])
 
 
 def _verify(folder: Path, encoder: VisionTransformer, prep: Preprocessing) -> None:
@@ -273,9 +277,30 @@ def _partial_tokens(encoder: VisionTransformer, prep: Preprocessing, frames: int
 def _stored(uri: str) -> Iterator[Stored]:
     """Yields what is at a URI; a local copy lasts as long as the block."""
     with _local(uri) as path:
+        _check_digests(path, uri)
         file = path / "config.json"
         config = json.loads(file.read_text()) if file.is_file() else {}
         yield Stored(path=path, config=config, uri=uri)
+
+
+def _check_digests(folder: Path, uri: str) -> None:
+    """Compares the files of a folder with their digests, if it has any.
+
+    Raises:
+        ValueError: They differ; the message names the file.
+    """
+    if not (folder / DIGESTS).is_file():
+        return
+    try:
+        digests = read_digests(folder)
+        for name in digests:
+            if (folder / name).is_file():
+                check_file(folder / name, digests)
+    except DamagedFileError as error:
+        raise ValueError(
+            f"{uri.rstrip('/')}/{error}.\nExport the artifact again, or copy it from where it is "
+            f"whole. If the change was made on purpose, remove {DIGESTS}."
+        ) from error
 
 
 @contextmanager

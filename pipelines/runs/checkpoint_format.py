@@ -5,6 +5,7 @@
     model-00000-of-00002.safetensors       weights of the objective, target encoder included
     optimizer-00000-of-00002.safetensors   optimizer state by parameter name
     loop-00000-of-00002.safetensors        random number generators and meters
+    digests-00000-of-00002.json            SHA-256 of the files that this process wrote
 
 Each of W processes writes its share of the tensors to its own files, without communicating with the
 others; Ray Train merges the folders. There is no pickle, so reading a checkpoint runs no code.
@@ -12,9 +13,10 @@ others; Ray Train merges the folders. There is no pickle, so reading a checkpoin
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from models.digests import DamagedFileError, check_file, read_digests, write_digests
 from models.tensor_files import save_tensors
 from pipelines.config.as_json import from_json, to_json
 from pipelines.config.train import PretrainConfig
@@ -34,6 +37,26 @@ REPORTED = ("knn", "loss", "fixed_rankme", "lidar")
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be used; the run stops rather than silently start over."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A file of a checkpoint is missing, cut, or not as it was saved.
+
+    Args:
+        checkpoint: The checkpoint's URI, or its folder.
+        fault: What is wrong, beginning with the name of the file.
+    """
+
+    def __init__(self, checkpoint: str, fault: str) -> None:
+        super().__init__(
+            f"{checkpoint}/{fault}.\n"
+            "Name another checkpoint of the run, or copy this one from where it is whole."
+        )
+        self.checkpoint, self.fault = checkpoint, fault
+
+    def __reduce__(self) -> Any:
+        """Survives pickling, on the way from a worker."""
+        return type(self), (self.checkpoint, self.fault)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +89,7 @@ def save_checkpoint(
     *,
     rank: int = 0,
 ) -> None:
-    """Writes one process's share of a checkpoint into `folder`.
+    """Writes one process's share of a checkpoint into `folder`, with the digests of its files.
 
     Args:
         folder: Existing folder; the processes' folders are merged afterwards.
@@ -76,14 +99,17 @@ def save_checkpoint(
         config: Contents of config.json, which rank 0 writes.
         rank: Rank of this process among `state.world_size`.
     """
-    for group in GROUPS:
+    names = [file_name(group, rank, state.world_size) for group in GROUPS]
+    for group, name in zip(GROUPS, names, strict=True):
         share = dict(tensors[group])
         if group != "loop":
-            share = {name: share[name] for name in _shares(share, state.world_size)[rank]}
-        save_tensors(share, folder / file_name(group, rank, state.world_size))
+            share = {key: share[key] for key in _shares(share, state.world_size)[rank]}
+        save_tensors(share, folder / name)
     if rank == 0:
         (folder / "config.json").write_text(to_json(config))
         (folder / "state.json").write_text(json.dumps(dataclasses.asdict(state), indent=2))
+        names += ["config.json", "state.json"]
+    write_digests(folder, names, digests_name(rank, state.world_size))
 
 
 def _shares(tensors: Mapping[str, Tensor], parts: int) -> list[list[str]]:
@@ -100,6 +126,11 @@ def _shares(tensors: Mapping[str, Tensor], parts: int) -> list[list[str]]:
 def file_name(group: str, rank: int, world_size: int) -> str:
     """Name of the file with one process's share of a group."""
     return f"{group}-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def digests_name(rank: int, world_size: int) -> str:
+    """Name of the file with the digests of one process's files."""
+    return f"digests-{rank:05d}-of-{world_size:05d}.json"
 
 
 def parse_state(text: str) -> CheckpointState:
@@ -121,53 +152,76 @@ def parse_state(text: str) -> CheckpointState:
     return state
 
 
-def read_state(folder: Path) -> CheckpointState:
+def read_state(folder: Path, uri: str | None = None) -> CheckpointState:
     """Reads state.json of a checkpoint folder.
 
-    Raises:
-        CheckpointError: It is absent, unreadable, or has another format version.
-    """
-    try:
-        return parse_state((folder / "state.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: cannot read state.json: {error}") from error
-
-
-def read_config(folder: Path) -> PretrainConfig:
-    """Reads config.json of a checkpoint folder.
+    Args:
+        folder: The folder, or a local copy of it.
+        uri: The checkpoint's URI, if `folder` is a copy; errors name it.
 
     Raises:
-        CheckpointError: It is absent, unreadable, or has keys that this version does not know.
+        CheckpointError: It is absent, damaged, or has another format version.
     """
-    try:
-        return from_json(PretrainConfig, (folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: cannot read config.json: {error}") from error
+    with _naming(folder, "state.json", uri) as path:
+        return parse_state(path.read_text())
 
 
-def load_tensors(folder: Path, group: str, world_size: int) -> dict[str, Tensor]:
+def read_config(folder: Path, uri: str | None = None) -> PretrainConfig:
+    """Reads config.json of a checkpoint folder; arguments as of `read_state`.
+
+    Raises:
+        CheckpointError: It is absent, damaged, or has keys that this version does not know.
+    """
+    with _naming(folder, "config.json", uri) as path:
+        return from_json(PretrainConfig, path.read_text())
+
+
+def load_tensors(
+    folder: Path, group: str, world_size: int, uri: str | None = None
+) -> dict[str, Tensor]:
     """Reads the tensors of one group onto the CPU, from the shares of all processes.
 
     Raises:
-        CheckpointError: A share is missing, cut short or not a safetensors file.
+        CheckpointError: A share is missing, cut short, not a safetensors file, or not as it was
+            saved.
     """
     tensors: dict[str, Tensor] = {}
     for rank in range(world_size):
-        tensors |= load_share(folder, group, rank, world_size)
+        tensors |= load_share(folder, group, rank, world_size, uri)
     return tensors
 
 
-def load_share(folder: Path, group: str, rank: int, world_size: int) -> dict[str, Tensor]:
+def load_share(
+    folder: Path, group: str, rank: int, world_size: int, uri: str | None = None
+) -> dict[str, Tensor]:
     """Reads the share of one group that process `rank` of `world_size` wrote.
 
     Raises:
-        CheckpointError: The file is missing, cut short or not a safetensors file.
+        CheckpointError: The file is missing, cut short, not a safetensors file, or not as it was
+            saved.
     """
-    path = folder / file_name(group, rank, world_size)
-    try:
+    with _naming(folder, file_name(group, rank, world_size), uri) as path:
         return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: checkpoint does not load: {error}") from error
+
+
+@contextlib.contextmanager
+def _naming(folder: Path, name: str, uri: str | None) -> Iterator[Path]:
+    """Yields the path of a file that agrees with its digest; errors name the checkpoint's URI.
+
+    Raises:
+        DamagedCheckpointError: The file is not there, not as it was saved, or does not load.
+    """
+    path = folder / name
+    try:
+        check_file(path, read_digests(folder, "digests-*.json"))
+        yield path
+    except DamagedFileError as error:
+        raise DamagedCheckpointError(uri or str(folder), str(error)) from error
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise DamagedCheckpointError(
+            uri or str(folder), f"{name} does not load: {reason}"
+        ) from error
 
 
 def report_of(step: int, values: Mapping[str, Any]) -> dict[str, Any]:

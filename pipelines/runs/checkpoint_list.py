@@ -1,14 +1,15 @@
 """The list of a run's checkpoints: those that Ray Train has committed, and those whole on disk.
 
 A checkpoint counts once Ray Train has added it to `checkpoint_manager_snapshot.json`, which Ray
-Train rewrites in place. If this list is lost or damaged, or names checkpoints that are gone, an
-error says which checkpoints are whole; `pipelines.runs.resuming` repairs the list on request.
+Train rewrites in place. If this list is lost or damaged, readers of the run get an error that says
+which checkpoints are whole; `pipelines.runs.resuming` writes the list anew when the run goes on.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from pipelines.runs.checkpoint_format import CheckpointError
@@ -141,9 +142,18 @@ def survey(run_uri: str) -> dict[str, str | None]:
     return {name: find_fault(join_uri(run_uri, name)) for name in names}
 
 
-def unusable(run_uri: str, problem: str, advice: str) -> CheckpointError:
-    """Builds an error of three lines: what is wrong, which checkpoints are whole, what to do."""
-    found = survey(run_uri)
+def unusable(
+    run_uri: str, problem: str, advice: str, damaged: Mapping[str, str] | None = None
+) -> CheckpointError:
+    """Builds an error of three lines: what is wrong, which checkpoints are whole, what to do.
+
+    Args:
+        run_uri: The run's folder.
+        problem: The first line.
+        advice: The last line.
+        damaged: Names of checkpoints that did not load although their headers are right, and why.
+    """
+    found = survey(run_uri) | dict(damaged or {})
     whole = _some([name for name, fault in found.items() if fault is None])
     broken = _some([f"{name} ({fault})" for name, fault in found.items() if fault is not None])
     return CheckpointError(
@@ -163,5 +173,5 @@ def _line(text: str) -> str:
 def _name_one(run_uri: str) -> str:
     return (
         f"Name one that is whole instead, as {run_uri}/checkpoint_<step>, or have the run's list "
-        "mended by training on with --run.resume-from newest-whole."
+        "mended by the command that trains the run."
     )

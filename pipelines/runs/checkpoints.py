@@ -141,11 +141,11 @@ def load_objective(uri: str) -> tuple[Objective, PretrainConfig, dict[str, Any]]
         CheckpointError: There is no such checkpoint, or it does not load.
     """
     resolved = resolve_checkpoint(uri)
-    with local_copy(resolved, "*.json") as folder:
-        state, config = read_state(folder), read_config(folder)
-    objective = new_objective(config)
-    with local_copy(resolved, "model-*.safetensors") as folder:
-        load_weights(objective, load_tensors(folder, "model", state.world_size), resolved)
+    with local_copy(resolved, "*.json", "model-*.safetensors") as folder:
+        state, config = read_state(folder, resolved), read_config(folder, resolved)
+        objective = new_objective(config)
+        tensors = load_tensors(folder, "model", state.world_size, resolved)
+        load_weights(objective, tensors, resolved)
     return objective, config, {**dataclasses.asdict(state), "uri": resolved}
 
 

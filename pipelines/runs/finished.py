@@ -55,7 +55,7 @@ def find_finished(uri: str, flag: str) -> FinishedRun:
             _require_finished(uri)
         checkpoint = resolve_checkpoint(uri)
         with local_copy(checkpoint, "*.json") as folder:
-            state, config = read_state(folder), read_config(folder)
+            state, config = read_state(folder, checkpoint), read_config(folder, checkpoint)
     except CheckpointError as error:
         raise CheckpointError(f"{flag} {error}") from error
     return FinishedRun(
@@ -73,7 +73,7 @@ def _require_finished(uri: str) -> None:
         return  # `resolve_checkpoint` says what is wrong
     newest = found[-1][0]
     with local_copy(newest, "*.json") as folder:
-        step, steps = read_state(folder).step, read_config(folder).run.steps
+        step, steps = read_state(folder, newest).step, read_config(folder, newest).run.steps
     if step < steps:
         raise CheckpointError(
             f"{uri}: the run has not finished (step {step} of {steps}).\n"

@@ -87,8 +87,8 @@ def load_initial(cfg: PretrainConfig, objective: Objective) -> str:
         A line for the user that names the checkpoint.
     """
     source = _find(cfg)
-    with local_copy(source.uri, "model-*.safetensors") as folder:
-        tensors = load_tensors(folder, "model", source.world_size)
+    with local_copy(source.uri, "digests-*.json", "model-*.safetensors") as folder:
+        tensors = load_tensors(folder, "model", source.world_size, source.uri)
     old, new = grid_of(source.config), grid_of(cfg)
     if old != new:
         tensors |= {n: fit_table(tensors[n], old, new) for n in _tables(tensors)}
@@ -104,7 +104,7 @@ def _find(cfg: PretrainConfig) -> _Source:
     try:
         uri = resolve_checkpoint(cfg.run.init_from)
         with local_copy(uri, "*.json") as folder:
-            state, config = read_state(folder), read_config(folder)
+            state, config = read_state(folder, uri), read_config(folder, uri)
     except CheckpointError as error:
         raise CheckpointError(f"--run.init-from: {error}") from error
     return _Source(uri, state.step, state.world_size, config)

@@ -1,19 +1,26 @@
 """Checks that a checkpoint is whole: every file exists, parses, and has the size its header says.
 
-Only headers are read, so a checkpoint on S3 takes a few requests. Flipped bits inside a tensor go
-unnoticed, because checkpoints hold no digests of their files.
+Only headers of tensors are read, so a checkpoint on S3 takes a few requests. Flipped bits inside a
+tensor are found when it is loaded, by the digests (`checkpoint_format`).
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from models.digests import CHANGED, digest_of_bytes, parse_digests
 from pipelines.config.as_json import from_json
 from pipelines.config.train import PretrainConfig
-from pipelines.runs.checkpoint_format import GROUPS, CheckpointState, file_name, parse_state
+from pipelines.runs.checkpoint_format import (
+    GROUPS,
+    CheckpointState,
+    digests_name,
+    file_name,
+    parse_state,
+)
 from pipelines.runtime.uris import open_uri
 
 Shapes = dict[str, tuple[int, ...]]
@@ -32,16 +39,27 @@ def find_fault(uri: str, groups: Sequence[str] = GROUPS) -> str | None:
         groups: Groups of tensors to check; evaluation needs only `model`.
     """
     fs, path = open_uri(uri)
-    if not fs.exists(path):
+    try:
+        names = {str(entry).rpartition("/")[2] for entry in fs.ls(path, detail=False)}
+    except (FileNotFoundError, NotADirectoryError):
         return "is missing"
     try:
         state, _ = read_description(fs, path)
+        _require_all_digests(names, state.world_size)
         for group in groups:
             for rank in range(state.world_size):
                 _read_named_header(fs, path, file_name(group, rank, state.world_size))
     except ValueError as error:
         return str(error)
     return None
+
+
+def _require_all_digests(names: set[str], world_size: int) -> None:
+    """Checkpoints made before there were digests have none; any other has those of all."""
+    expected = [digests_name(rank, world_size) for rank in range(world_size)]
+    missing = [name for name in expected if name not in names]
+    if 0 < len(missing) < world_size:
+        raise ValueError(f"{missing[0]} is missing")
 
 
 def read_shapes(uri: str, group: str = "model") -> Shapes:
@@ -77,9 +95,23 @@ def read_description(fs: Any, path: str) -> tuple[CheckpointState, PretrainConfi
     except ValueError as error:
         raise ValueError(f"state.json cannot be read: {error}") from error
     try:
-        return state, from_json(PretrainConfig, texts["config.json"].decode())
+        config = from_json(PretrainConfig, texts["config.json"].decode())
     except ValueError as error:
         raise ValueError(f"config.json cannot be read: {error}") from error
+    _check_texts(texts, fs, f"{path}/{digests_name(0, state.world_size)}")
+    return state, config
+
+
+def _check_texts(texts: Mapping[str, bytes], fs: Any, digests_path: str) -> None:
+    try:
+        digests = parse_digests(fs.cat_file(digests_path))
+    except FileNotFoundError:  # made before there were digests
+        return
+    except ValueError as error:
+        raise ValueError(f"{digests_path.rpartition('/')[2]} {error}") from error
+    for name, text in texts.items():
+        if digests.get(name) != digest_of_bytes(text):
+            raise ValueError(f"{name} {CHANGED}")
 
 
 def _read_named_header(fs: Any, path: str, name: str) -> Shapes:

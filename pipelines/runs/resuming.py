@@ -1,17 +1,18 @@
-"""Finds the checkpoint a run resumes from, and takes a run back to an older one on request.
+"""Finds the checkpoint a run resumes from, and takes a run back to it where it is not the newest.
 
-A run resumes from its newest checkpoint, or with --run.resume-from from the newest whole or a named
-one. Going back changes the run's folder so that Ray Train and every reader see a run that has just
+A run resumes from the newest whole checkpoint in its folder, or from the one that --run.resume-from
+names. Going back changes the folder so that Ray Train and every reader see a run that has just
 reached that checkpoint: newer checkpoints are moved to `set-aside-<n>/` with a copy of
-metrics.jsonl, and Ray Train's list is rewritten with those that are left. Nothing is deleted.
+metrics.jsonl, and Ray Train's list is rewritten with those that are left. Only what is left of
+uploads that were cut off is deleted.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from pipelines.config.train import NEWEST_WHOLE
 from pipelines.runs.checkpoint_format import recover_report
 from pipelines.runs.checkpoint_list import (
     LIST,
+    NAME,
     Listed,
     folders,
     read_list,
@@ -31,8 +33,11 @@ from pipelines.runs.run_folder import METRICS
 from pipelines.runtime.uris import is_local, join_uri, open_uri, write_atomic
 
 ADVICE = (
-    f"Go on with --run.resume-from {NEWEST_WHOLE} (or the name of a whole one), or start a new run "
-    "with another --run.name."
+    f"Leave --run.resume-from out (or say {NEWEST_WHOLE}) to go on from the newest whole one, or "
+    "start a new run with another --run.name."
+)
+NONE_WHOLE = (
+    "Copy one of them back from where it is whole, or start a new run with another --run.name."
 )
 
 
@@ -43,8 +48,12 @@ class Start:
     run_uri: str
     name: str | None
     """Name of the checkpoint; None if the run has none yet."""
-    newer: tuple[str, ...] = ()
-    """Names of the checkpoints after it, which are set aside."""
+    faults: dict[str, str | None] = field(default_factory=dict)
+    """Names of the checkpoints after it, newest first, and why each is not whole; None if it is."""
+    listed: frozenset[str] = frozenset()
+    """Names on Ray Train's list."""
+    problem: str | None = None
+    """Why Ray Train's list cannot be read."""
     mend: bool = False
     """Whether Ray Train's list has to be rewritten."""
     note: str | None = None
@@ -55,103 +64,109 @@ class Start:
         """URI of the checkpoint."""
         return join_uri(self.run_uri, self.name) if self.name else None
 
+    def never_listed(self, name: str) -> bool:
+        """Whether a checkpoint was not committed, as far as the list can tell."""
+        return self.problem is None and name not in self.listed
 
-def find_start(run_uri: str, resume_from: str | None, first_step: int) -> Start:
+
+def find_start(
+    run_uri: str,
+    resume_from: str | None,
+    first_step: int,
+    damaged: Mapping[str, str] | None = None,
+) -> Start:
     """Finds the checkpoint a run resumes from, without changing anything.
+
+    The run's folder is the truth: the newest checkpoint in it that is whole, whatever Ray Train's
+    list says. A folder that was uploaded and not yet listed counts if all of its files are there.
 
     Args:
         run_uri: The run's folder.
         resume_from: Value of `--run.resume-from`.
         first_step: Step of the run's first checkpoint.
+        damaged: Names of checkpoints that did not load although their headers are right, and why.
 
     Raises:
-        CheckpointError: The checkpoint or the list is damaged or missing; the message says which
-            checkpoints are whole, and which flag to use.
+        CheckpointError: No checkpoint is whole, or the one asked for is not; the message says which
+            are, and what to do.
     """
     try:
         listed, problem = _read_for_ray(run_uri), None
     except ValueError as error:
-        listed, problem = None, f"{LIST}, Ray's list of its checkpoints: {error}"
-    if resume_from is not None:
-        return _asked_for(run_uri, resume_from, listed)
+        listed, problem = None, str(error)
+    known = [name for name, _ in listed or () if NAME.fullmatch(name)]
     there = folders(run_uri)
-    if problem is None and not listed:
-        # A run killed while its very first checkpoint was uploaded has lost nothing else.
-        unfinished = there == [f"checkpoint_{first_step:08d}"] and _fault(run_uri, there[0])
-        if not there or unfinished:
-            return Start(run_uri=run_uri, name=None)
-        problem = f"{LIST}, Ray's list of its checkpoints, is missing"
-    if listed:
-        newest = listed[-1][0]
-        fault = _fault(run_uri, newest)
-        if fault is None:
-            gone = {name for name, _ in listed} - set(there)
-            return Start(run_uri=run_uri, name=newest, mend=bool(gone))
-        problem = f"its newest checkpoint {newest} is not whole: {fault}"
-    assert problem
-    raise unusable(run_uri, problem, ADVICE)
-
-
-def _fault(run_uri: str, name: str) -> str | None:
-    return find_fault(join_uri(run_uri, name))
-
-
-def _asked_for(run_uri: str, resume_from: str, listed: Listed | None) -> Start:
-    found = survey(run_uri)
-    whole = [name for name, fault in found.items() if fault is None]
-    if resume_from == NEWEST_WHOLE:
-        if not found:  # the run has not begun
-            return Start(run_uri=run_uri, name=None)
-        if not whole:
-            problem = f"--run.resume-from {resume_from}: no checkpoint is whole"
-            raise unusable(run_uri, problem, "Start a new run with another --run.name.")
-        name = whole[-1]
-    elif resume_from not in whole:
-        fault = found.get(resume_from, "the run has no such checkpoint")
+    faults: dict[str, str | None] = {}
+    for name in sorted({*there, *known}, key=step_of, reverse=True):
+        fault = (damaged or {}).get(name) or find_fault(join_uri(run_uri, name))
+        if fault is None and resume_from in (None, NEWEST_WHOLE, name):
+            return Start(
+                run_uri=run_uri,
+                name=name,
+                faults=faults,
+                listed=frozenset(known),
+                problem=problem or (None if known else "it is missing"),
+                mend=known[-1:] != [name] or set(known) != set(there),
+            )
+        faults[name] = fault
+    if resume_from not in (None, NEWEST_WHOLE):
+        fault = faults.get(resume_from, "the run has no such checkpoint")
         raise unusable(run_uri, f"--run.resume-from {resume_from}: {fault}", ADVICE)
-    else:
-        name = resume_from
-    there = folders(run_uri)
-    newer = tuple(n for n in there if step_of(n) > step_of(name))
-    names = [n for n, _ in listed or []]
-    mend = not names or names[-1] != name or not set(names) <= set(there)
-    return Start(run_uri=run_uri, name=name, newer=newer, mend=mend)
+    # A run killed while its very first checkpoint was uploaded has lost nothing else.
+    unfinished = there == [f"checkpoint_{first_step:08d}"] and not known
+    if problem or (faults and not unfinished):
+        raise unusable(run_uri, "no checkpoint is whole", NONE_WHOLE, damaged)
+    return Start(run_uri=run_uri, name=None, faults=faults)
 
 
 def go_back(start: Start, *, ranked: bool, say: Callable[[str], None]) -> None:
     """Changes the run's folder to that of a run that has just reached `start`.
 
-    Nothing is deleted: newer checkpoints are moved aside.
+    Newer checkpoints and damaged ones are moved aside, never deleted. What is left of uploads that
+    were cut off, and so were never listed, is removed.
 
     Args:
         start: Result of `find_start`.
         ranked: Whether the best checkpoints are kept; Ray Train's list is then ordered by score.
         say: Takes a line for the user about what was done.
     """
-    if start.name is None or not (start.newer or start.mend):
+    if not (start.faults or start.mend):
         return
-    if start.newer:
-        place = _set_aside(start)
-        say(f"going back to {start.name}: {', '.join(start.newer)} moved to {place}")
-    kept = {n: f for n, f in survey(start.run_uri).items() if step_of(n) <= step_of(start.name)}
-    write_list(start.run_uri, [n for n, fault in kept.items() if fault is None], ranked=ranked)
-    left_out = [f"{name} ({fault})" for name, fault in kept.items() if fault is not None]
-    without = f", without {', '.join(left_out)}" if left_out else ""
-    say(f"{join_uri(start.run_uri, LIST)} written anew{without}")
+    fs, path = open_uri(start.run_uri)
+    there, found = set(folders(start.run_uri)), dict(start.faults)
+    if start.name is not None:
+        last = step_of(start.name)
+        found |= {n: why for n, why in survey(start.run_uri).items() if step_of(n) <= last}
+    bad = {n: why for n, why in found.items() if why or n in start.faults}
+    cut_off = [n for n, why in bad.items() if why and n in there and start.never_listed(n)]
+    for name in cut_off:
+        fs.rm(f"{path}/{name}", recursive=True)
+    aside = [name for name in bad if name in there and name not in cut_off]
+    told = [f"{name} is missing" for name in bad if name not in there]
+    if aside:
+        names = ", ".join(f"{name} ({bad[name] or 'whole'})" for name in aside)
+        told.append(f"{names} moved to {_set_aside(start.run_uri, aside)}")
+    if cut_off:
+        told.append(f"{', '.join(cut_off)} removed, whose upload was cut off")
+    if start.name is not None:
+        write_list(start.run_uri, [name for name in found if name not in bad], ranked=ranked)
+        told += [f"{LIST} written anew ({start.problem})"] if start.problem else []
+    if told:
+        say(f"going on from {start.name or 'the beginning'}: {'; '.join(told)}")
 
 
-def _set_aside(start: Start) -> str:
+def _set_aside(run_uri: str, newer: Iterable[str]) -> str:
     """Moves newer checkpoints to a new folder, whose name is returned.
 
     metrics.jsonl is copied there, because the lines of those steps are going to be replaced.
     """
-    fs, path = open_uri(start.run_uri)
+    fs, path = open_uri(run_uri)
     names = (f"set-aside-{n}" for n in itertools.count(1))
     place = next(name for name in names if not fs.exists(f"{path}/{name}"))
     fs.makedirs(f"{path}/{place}", exist_ok=True)
     if fs.exists(f"{path}/{METRICS}"):
         fs.cp_file(f"{path}/{METRICS}", f"{path}/{place}/{METRICS}")
-    for name in start.newer:
+    for name in newer:
         _move(fs, f"{path}/{name}", f"{path}/{place}/{name}")
     return place
 

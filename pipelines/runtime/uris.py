@@ -172,8 +172,8 @@ def local_file(fs: Any, path: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def local_copy(uri: str, pattern: str = "*") -> Iterator[Path]:
-    """Yields a local folder with the files of a folder URI that match `pattern`.
+def local_copy(uri: str, *patterns: str) -> Iterator[Path]:
+    """Yields a local folder with the files of a folder URI that match one of `patterns`.
 
     A local folder is yielded itself; remote files are downloaded and removed afterwards.
     """
@@ -182,6 +182,6 @@ def local_copy(uri: str, pattern: str = "*") -> Iterator[Path]:
         yield Path(path)
         return
     with tempfile.TemporaryDirectory(prefix="rayjepa-") as folder:
-        for remote in fs.glob(f"{path}/{pattern}"):
+        for remote in [found for pattern in patterns for found in fs.glob(f"{path}/{pattern}")]:
             fs.get_file(remote, str(Path(folder) / Path(remote).name))
         yield Path(folder)

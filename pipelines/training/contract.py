@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from pipelines.config.train import PretrainConfig
 
 Say = Callable[[str], None]
+Message = TypeVar("Message")
 
 
 class Batches(Protocol):
@@ -25,11 +26,19 @@ class Batches(Protocol):
         """Yields the batches of the steps [start_step, end_step), which count from 0."""
 
 
+@dataclasses.dataclass(frozen=True)
+class SavedCheckpoint:
+    """A checkpoint to resume from: its folder, or a local copy, and the URI for messages."""
+
+    folder: Path
+    uri: str
+
+
 class CheckpointStore(Protocol):
     """Saves and finds the checkpoints of a run: through Ray Train, or in a folder in tests."""
 
-    def latest(self) -> AbstractContextManager[Path | None]:
-        """Yields the folder of this run's newest committed checkpoint, or None."""
+    def latest(self) -> AbstractContextManager[SavedCheckpoint | None]:
+        """Yields this run's newest committed checkpoint, or None."""
 
     def save(self, write: Callable[[Path], None], metrics: dict[str, Any]) -> None:
         """Lets `write` fill a folder and commits it; may return before the upload is done."""
@@ -53,11 +62,11 @@ class Worker:
     local_world_size: int = 1
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
 
-    def first(self, message: str | None) -> str | None:
+    def first(self, message: Message | None) -> Message | None:
         """Returns on every process the message of the lowest rank that has one, or None."""
         if self.world_size == 1:
             return message
-        messages: list[str | None] = [None] * self.world_size
+        messages: list[Message | None] = [None] * self.world_size
         dist.all_gather_object(messages, message)
         return next((m for m in messages if m is not None), None)
 

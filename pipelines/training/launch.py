@@ -77,8 +77,7 @@ def pretrain(
         say(note)
     start_ray(cpus_needed(cfg), training=True)
     check_fits(cfg)
-    go_back(start, ranked=bool(cfg.run.probe_every), say=say)
-    outcome = _fit(cfg, callbacks, stream)
+    outcome = _fit_from(start, cfg, callbacks, stream)
     if outcome.refused:
         raise CheckpointError(outcome.refused)
     if outcome.collapsed:
@@ -165,7 +164,7 @@ def complete(cfg: PretrainConfig, run_uri: str) -> Ready:
     start, saved = find_start(run_uri, cfg.run.resume_from, first_step), None
     if start.uri:
         with local_copy(start.uri, "*.json") as folder:
-            saved = read_config(folder), read_state(folder)
+            saved = read_config(folder, start.uri), read_state(folder, start.uri)
     old = saved[0] if saved else None
     if old and now is not cfg:
         data = dataclasses.replace(cfg.data, published=old.data.published)
@@ -188,6 +187,22 @@ def _with_fit(cfg: PretrainConfig, saved: PretrainConfig | None) -> PretrainConf
         return cfg
     fit: Fit = saved.model.chosen_fit if saved else "squash"
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, fit=fit))
+
+
+def _fit_from(start: Start, cfg: PretrainConfig, callbacks: Sequence[Any], stream: Any) -> Outcome:
+    """Trains; if the checkpoint turns out to be damaged as it is loaded, from the one before it."""
+    from pipelines.training.contract import end_step
+
+    first_step = min(cfg.run.checkpoint_every, end_step(cfg))
+    while True:
+        say = functools.partial(print, file=stream, flush=True)
+        go_back(start, ranked=bool(cfg.run.probe_every), say=say)
+        outcome = _fit(cfg, callbacks, stream)
+        if not outcome.damaged:
+            return outcome
+        fault = (outcome.refused or "").partition("\n")[0].removeprefix(f"{outcome.damaged}/")
+        damaged = {outcome.damaged.rpartition("/")[2]: fault.rstrip(".")}
+        start = find_start(start.run_uri, cfg.run.resume_from, first_step, damaged)
 
 
 def _fit(cfg: PretrainConfig, callbacks: Sequence[Any], stream: Any) -> Outcome:

@@ -68,23 +68,31 @@ class TrainState:
         with averaged(self.optimizer):
             return {name: t.clone() for name, t in self.objective.state_dict().items()}
 
-    def restore(self, folder: Path, *, rank: int, world_size: int) -> CheckpointState:
+    def restore(
+        self, folder: Path, *, rank: int, world_size: int, uri: str | None = None
+    ) -> CheckpointState:
         """Restores the state from a checkpoint written by any number of processes.
+
+        Args:
+            folder: The checkpoint's folder, or a local copy of it.
+            rank: Number of this process.
+            world_size: Number of processes now.
+            uri: The checkpoint's URI, if `folder` is a copy; errors name it.
 
         Raises:
             CheckpointError: The checkpoint does not load or does not fit the model.
         """
-        saved = read_state(folder)
-        load_weights(
-            self.objective, load_tensors(folder, "model", saved.world_size), origin=str(folder)
+        uri = uri or str(folder)
+        saved = read_state(folder, uri)
+        weights, moments = (
+            load_tensors(folder, group, saved.world_size, uri) for group in ("model", "optimizer")
         )
-        load_optimizer(
-            self.objective, self.optimizer, load_tensors(folder, "optimizer", saved.world_size)
-        )
+        load_weights(self.objective, weights, origin=uri)
+        load_optimizer(self.objective, self.optimizer, moments)
         # With as many processes as before, each restores its own meters; otherwise the saved
         # meters are distributed and added up.
         mine = range(rank, saved.world_size, world_size)
-        shares = [load_share(folder, "loop", r, saved.world_size) for r in mine]
+        shares = [load_share(folder, "loop", r, saved.world_size, uri) for r in mine]
         self._restore_loop(shares)
         self.step, self.metrics = saved.step, saved.metrics
         for name, watch in self.watches.items():

@@ -11,7 +11,6 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +25,14 @@ from pipelines.runs.checkpoints import (
     read_state,
 )
 from pipelines.runs.initial_weights import load_initial
-from pipelines.training.contract import CheckpointStore, DataSource, Say, Worker, end_step
+from pipelines.training.contract import (
+    CheckpointStore,
+    DataSource,
+    SavedCheckpoint,
+    Say,
+    Worker,
+    end_step,
+)
 from pipelines.training.recorder import Recorder
 from pipelines.training.schedules import set_schedules
 from pipelines.training.state import TrainState, new_state
@@ -44,6 +50,16 @@ class Outcome:
     metrics: dict[str, float]
     collapsed: str | None = None
     refused: str | None = None
+    damaged: str | None = None
+    """URI of the run's own checkpoint, if training was refused because that is damaged."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Refusal:
+    """Why a process has no state to train from; the fields of `Outcome`."""
+
+    refused: str
+    damaged: str | None = None
 
 
 def train(
@@ -71,9 +87,10 @@ def train(
     """
     say = say if worker.rank == 0 else lambda line: None
     _set_up_process(cfg, worker)
-    state, refused = _start(cfg, worker, data, store, say)
+    state, refusal = _start(cfg, worker, data, store, say)
     if state is None:
-        return Outcome(0, {}, refused=refused)
+        assert refusal
+        return Outcome(0, {}, refused=refusal.refused, damaged=refusal.damaged)
     model = _wrap(cfg, worker, state)
     recorder = Recorder(cfg, worker, state, data, store, say)
     batches = data.batches(
@@ -129,7 +146,7 @@ def _set_up_process(cfg: PretrainConfig, worker: Worker) -> None:
 
 def _start(
     cfg: PretrainConfig, worker: Worker, data: DataSource, store: CheckpointStore, say: Say
-) -> tuple[TrainState | None, str | None]:
+) -> tuple[TrainState | None, _Refusal | None]:
     """Returns the state to train from, or the reason why there is none.
 
     The state is the first that exists of: the run's own newest checkpoint, the weights of
@@ -137,24 +154,30 @@ def _start(
     to train rather than start over.
     """
     state: TrainState | None = None
-    error: str | None = None
-    with store.latest() as folder:
+    error: _Refusal | None = None
+    with store.latest() as found:
         try:
             state = new_state(cfg, worker.device)
-            if folder is not None:
-                _check(cfg, folder, data)
-                state.restore(folder, rank=worker.rank, world_size=worker.world_size)
+            if found is not None:
+                _restore(state, found, cfg, worker, data)
                 say(f"resuming run {cfg.run.name!r} at step {state.step}")
             elif cfg.run.init_from:
                 say(load_initial(cfg, state.objective))
         except (CheckpointError, ValueError) as problem:
-            error = str(problem)
-    refused = worker.first(error)
-    return (None if refused else state), refused
+            damaged = getattr(problem, "checkpoint", None)
+            own = found is not None and damaged == found.uri  # not that of --anchor.checkpoint
+            error = _Refusal(str(problem), damaged if own else None)
+    refusal = worker.first(error)
+    return (None if refusal else state), refusal
 
 
-def _check(cfg: PretrainConfig, folder: Path, data: DataSource) -> None:
-    check_resumable(read_config(folder), read_state(folder), cfg, data.manifest_hash)
+def _restore(
+    state: TrainState, saved: SavedCheckpoint, cfg: PretrainConfig, worker: Worker, data: DataSource
+) -> None:
+    settings = read_config(saved.folder, saved.uri)
+    position = read_state(saved.folder, saved.uri)
+    check_resumable(settings, position, cfg, data.manifest_hash)
+    state.restore(saved.folder, rank=worker.rank, world_size=worker.world_size, uri=saved.uri)
 
 
 def _wrap(cfg: PretrainConfig, worker: Worker, state: TrainState) -> nn.Module:

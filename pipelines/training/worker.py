@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pipelines.config.train import PretrainConfig
-from pipelines.training.contract import DataSource, Say, Worker
+from pipelines.runtime.uris import join_uri
+from pipelines.training.contract import DataSource, SavedCheckpoint, Say, Worker
 from pipelines.training.trainer import Outcome, train
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ def train_worker(cfg: PretrainConfig, progress: Queue | None = None) -> Outcome:
     identity = identity_of([one.manifest for one in sets])
     data = DataSource(train_batches, plan.batches_per_epoch, identity)
     say = print if progress is None else say_into(progress)
-    return train(cfg, worker, data, RayCheckpoints(), say)
+    checkpoints = RayCheckpoints(join_uri(cfg.run.storage, cfg.run.name))
+    return train(cfg, worker, data, checkpoints, say)
 
 
 def say_into(progress: Queue) -> Say:
@@ -77,10 +79,17 @@ def _quiet() -> None:
 
 
 class RayCheckpoints:
-    """A `CheckpointStore` that reports to Ray Train, which uploads in the background."""
+    """A `CheckpointStore` that reports to Ray Train, which uploads in the background.
+
+    Args:
+        run_uri: The run's folder.
+    """
+
+    def __init__(self, run_uri: str) -> None:
+        self._run_uri = run_uri
 
     @contextlib.contextmanager
-    def latest(self) -> Iterator[Path | None]:
+    def latest(self) -> Iterator[SavedCheckpoint | None]:
         """Yields the newest committed checkpoint of this run, from this or an earlier attempt."""
         import ray.train
 
@@ -88,8 +97,9 @@ class RayCheckpoints:
         if checkpoint is None:
             yield None
         else:
+            name = Path(checkpoint.path).name
             with checkpoint.as_directory() as folder:
-                yield Path(folder)
+                yield SavedCheckpoint(Path(folder), join_uri(self._run_uri, name))
 
     def save(self, write: Callable[[Path], None], metrics: dict[str, Any]) -> None:
         """Writes to local disk and returns; training continues while Ray uploads."""

@@ -31,7 +31,7 @@ from pipelines.runs.checkpoints import (
     read_state,
 )
 from pipelines.runs.resuming import go_back
-from pipelines.training.contract import DataSource, Worker
+from pipelines.training.contract import DataSource, SavedCheckpoint, Worker
 from pipelines.training.launch import check_early
 from pipelines.training.loggers import read_metrics
 from pipelines.training.trainer import train
@@ -56,8 +56,9 @@ class ListedStore(FolderStore):
     """Finds the newest checkpoint in Ray's list, as the old run has one."""
 
     @contextlib.contextmanager
-    def latest(self) -> Iterator[Path]:
-        yield Path(committed_checkpoints(str(self.folder))[-1][0])
+    def latest(self) -> Iterator[SavedCheckpoint]:
+        uri = committed_checkpoints(str(self.folder))[-1][0]
+        yield SavedCheckpoint(Path(uri), uri)
 
 
 def resume(run: Path, cfg: PretrainConfig) -> None:

@@ -19,7 +19,7 @@ from pipelines.config.train import ModelConfig, PretrainConfig, RunConfig, Watch
 from pipelines.loading.masks.maskers import make_masker
 from pipelines.runs.checkpoints import load_tensors
 from pipelines.runs.run_folder import read_metrics
-from pipelines.training.contract import DataSource, Worker
+from pipelines.training.contract import DataSource, SavedCheckpoint, Worker
 from pipelines.training.trainer import train
 
 NUM_SAMPLES = 40  # five batches of eight an epoch
@@ -98,7 +98,7 @@ class FolderStore:
     @contextlib.contextmanager
     def latest(self):
         found = sorted(self.folder.glob("checkpoint_*"))
-        yield found[-1] if found else None
+        yield SavedCheckpoint(found[-1], str(found[-1])) if found else None
 
     def save(self, write, metrics):
         staged = Path(tempfile.mkdtemp(dir=self.folder))

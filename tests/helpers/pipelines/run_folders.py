@@ -11,7 +11,7 @@ import pipelines.training.trainer
 from helpers.pipelines.fake_training import MEMORY, FolderStore, tiny_config
 from pipelines.config.train import PretrainConfig
 from pipelines.runs.checkpoint_format import load_tensors, read_config, read_state, save_checkpoint
-from pipelines.training.contract import Worker
+from pipelines.training.contract import SavedCheckpoint, Worker
 
 LIST = "checkpoint_manager_snapshot.json"
 NAMES = ["checkpoint_00000004", "checkpoint_00000008", "checkpoint_00000012"]
@@ -23,7 +23,7 @@ class RunStore(FolderStore):
     @contextlib.contextmanager
     def latest(self):
         found = sorted(self.folder.glob("checkpoint_0*"))
-        yield found[-1] if found else None
+        yield SavedCheckpoint(found[-1], str(found[-1])) if found else None
 
     def save(self, write, metrics):
         super().save(write, metrics)
@@ -66,7 +66,7 @@ def split_in_two(checkpoint: Path) -> None:
     """Rewrites a checkpoint as two processes would have written it."""
     state, config = read_state(checkpoint), read_config(checkpoint)
     tensors = {g: load_tensors(checkpoint, g, 1) for g in ("model", "optimizer", "loop")}
-    for file in checkpoint.glob("*.safetensors"):
+    for file in [*checkpoint.glob("*.safetensors"), *checkpoint.glob("digests-*")]:
         file.unlink()
     object.__setattr__(state, "world_size", 2)
     for rank in range(2):

@@ -223,6 +223,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fault", ["missing", "unexpected", "of another shape"])
 def test_an_incomplete_load_names_the_keys(artifact: Path, fault: str) -> None:
+    (artifact / "digests.json").unlink()
     state = load_file(artifact / "model.safetensors")
     if fault == "missing":
         del state["blocks.1.attn.qkv.weight"]
@@ -247,6 +248,7 @@ def test_an_incomplete_load_names_the_keys(artifact: Path, fault: str) -> None:
 def test_timm_models_we_cannot_run_are_refused(
     artifact: Path, architecture: str, args: dict, reason: str
 ) -> None:
+    (artifact / "digests.json").unlink()
     config = {"architecture": architecture, "model_args": args, "pretrained_cfg": {}}
     (artifact / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=reason):
@@ -278,6 +280,7 @@ def test_something_else_than_an_artifact_is_refused(artifact: Path, tmp_path: Pa
         load_artifact(tmp_path / "empty")
     config = json.loads((artifact / "config.json").read_text())
     config["rayjepa"]["schema_version"] = 99
+    (artifact / "digests.json").unlink()
     (artifact / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="schema 99"):
         load_artifact(artifact)

@@ -123,6 +123,7 @@ def test_a_rectangular_timm_model_is_read(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     del config["rayjepa"]
     (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "a" / "digests.json").unlink()
     loaded = load_artifact(tmp_path / "a")
     assert loaded.encoder.image_size == loaded.preprocessing.image_size == (32, 56)
     assert loaded.preprocessing.fit == "pad"

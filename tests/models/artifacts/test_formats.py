@@ -26,8 +26,9 @@ def written(tmp_path: Path, **shape: object) -> set[str]:
     return {str(path.relative_to(tmp_path / "a")) for path in files}
 
 
-OURS = {"config.json", "model.safetensors"}
-TRANSFORMERS = {"transformers/config.json", "transformers/model.safetensors"}
+FILES = ("config.json", "model.safetensors", "digests.json")
+OURS = set(FILES)
+TRANSFORMERS = {f"transformers/{name}" for name in FILES}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A damaged run on S3 is refused before Ray starts, then resumed with --run.resume-from."""
+"""A damaged run on S3 goes on from its newest whole checkpoint; a named one must be whole."""
 
 from __future__ import annotations
 
@@ -35,19 +35,23 @@ def test_a_run_on_ray_goes_on_from_the_newest_whole_checkpoint_bitwise(
     listed = json.loads(remote.cat_file(LIST))
     end = _files(remote, f"{RUN}/checkpoint_00000012")
 
-    remote.rm(f"{RUN}/checkpoint_00000012", recursive=True)  # deleted, and the one before it cut
+    remote.rm(f"{RUN}/checkpoint_00000012", recursive=True)
     model = f"{RUN}/checkpoint_00000008/model-00000-of-00001.safetensors"
-    remote.pipe_file(model, remote.cat_file(model)[:1000])
+    damaged = bytearray(remote.cat_file(model))
+    damaged[-2] ^= 1
+    remote.pipe_file(model, bytes(damaged))
     with monkeypatch.context() as patch:
-        patch.setattr(job, "start_ray", lambda *a: pytest.fail("Ray was started first"))
-        with pytest.raises(CheckpointError, match="checkpoint_00000012 is not whole: is missing"):
-            job.pretrain(cfg)
+        patch.setattr(job, "start_ray", lambda *a, **k: pytest.fail("Ray was started first"))
+        with pytest.raises(CheckpointError, match="checkpoint_00000012: is missing"):
+            job.pretrain(change(cfg, run={"resume_from": "checkpoint_00000012"}))
 
     shown = io.StringIO()
-    back = change(cfg, run={"resume_from": "newest-whole"})
-    result = job.pretrain(back, stream=shown)
-    assert "going back to checkpoint_00000004: checkpoint_00000008 moved" in shown.getvalue()
-    assert "resuming run 'debug' at step 4" in shown.getvalue()
+    result = job.pretrain(cfg, stream=shown)
+    said = shown.getvalue()
+    assert "going on from checkpoint_00000008: checkpoint_00000012 is missing" in said
+    assert "going on from checkpoint_00000004: checkpoint_00000008 (model-00000-of-00001" in said
+    assert "is damaged: its sha256 is not" in said
+    assert "resuming run 'debug' at step 4" in said
     again = json.loads(remote.cat_file(LIST))
     assert [_untimed(r) for r in again["checkpoint_results"]] == [
         _untimed(r) for r in listed["checkpoint_results"]

@@ -60,53 +60,53 @@ def test_a_run_with_a_damaged_newest_checkpoint_resumes_from_the_newest_whole(ru
     folder, _ = run
     harm, reason = (OF_CHECKPOINT | OF_RESUMING)[damage]
     harm(folder / NAMES[2])
-    with pytest.raises(CheckpointError) as error:
-        find_start(str(folder), None, 4)
+    for asked in (None, "newest-whole"):
+        start = find_start(str(folder), asked, 4)
+        assert (start.name, start.mend) == (NAMES[1], True)
+        assert list(start.faults) == [NAMES[2]]
+        assert reason in start.faults[NAMES[2]]
+    assert find_start(str(folder), NAMES[0], 4).name == NAMES[0]
+    with pytest.raises(CheckpointError, match=f"--run.resume-from {NAMES[2]}: ") as error:
+        find_start(str(folder), NAMES[2], 4)
     first, second, third = _lines(error, folder)
-    assert f"{NAMES[2]} is not whole: " in first
     assert reason in first
     assert second.startswith(f"Whole: {NAMES[0]}, {NAMES[1]}. Not whole: {NAMES[2]} (")
-    assert "--run.resume-from newest-whole" in third
-
-    start = find_start(str(folder), "newest-whole", 4)
-    assert (start.name, start.mend) == (NAMES[1], True)
-    assert start.newer == (() if damage == "deleted" else (NAMES[2],))
-    assert find_start(str(folder), NAMES[0], 4).name == NAMES[0]
-    with pytest.raises(CheckpointError, match=f"--run.resume-from {NAMES[2]}: "):
-        find_start(str(folder), NAMES[2], 4)
+    assert "Leave --run.resume-from out" in third
 
 
 @pytest.mark.parametrize("damage", OF_LIST)
 def test_a_run_with_a_damaged_list_resumes_from_the_newest_whole_checkpoint(run, damage):
     folder, _ = run
     harm, reason = OF_LIST[damage]
+    before = json.loads((folder / LIST).read_text())
     harm(folder / LIST)
-    for ask in (
-        lambda: find_start(str(folder), None, 4),
-        lambda: resolve_checkpoint(str(folder)),
-    ):
-        with pytest.raises(CheckpointError) as error:
-            ask()
-        first, second, third = _lines(error, folder)
-        assert LIST in first
-        assert reason in first
-        assert second == f"Whole: {', '.join(NAMES)}. Not whole: none."
-        assert "--run.resume-from newest-whole" in third
-    start = find_start(str(folder), "newest-whole", 4)
-    assert (start.name, start.newer, start.mend) == (NAMES[2], (), True)
+    with pytest.raises(CheckpointError) as error:
+        resolve_checkpoint(str(folder))
+    first, second, third = _lines(error, folder)
+    assert LIST in first
+    assert reason in first
+    assert second == f"Whole: {', '.join(NAMES)}. Not whole: none."
+    assert "mended by the command that trains the run" in third
+    start = find_start(str(folder), None, 4)
+    assert (start.name, start.faults, start.mend) == (NAMES[2], {}, True)
+    said: list[str] = []
+    go_back(start, ranked=True, say=said.append)
+    assert len(said) == 1
+    assert said[0].startswith(f"going on from {NAMES[2]}: {LIST} written anew (")
+    assert reason in said[0]
+    assert json.loads((folder / LIST).read_text()) == before
 
 
-def test_a_list_of_another_ray_is_refused_before_ray_is_started(run):
+def test_a_list_of_another_ray_is_written_anew(run):
     folder, _ = run
     path = folder / LIST
     values = json.loads(path.read_text())
     del values["current_report_index"]
     path.write_text(json.dumps(values | {"ray_version": "2.99"}))
-    with pytest.raises(
-        CheckpointError, match=r"written by Ray 2\.99, and not readable by this one"
-    ):
-        find_start(str(folder), None, 4)
     assert resolve_checkpoint(str(folder)).endswith(NAMES[1])  # readers need less of it
+    start = find_start(str(folder), None, 4)
+    assert (start.name, start.mend) == (NAMES[2], True)
+    assert start.problem == "written by Ray 2.99, and not readable by this one"
 
 
 @pytest.mark.parametrize("damage", OF_CHECKPOINT)
@@ -146,8 +146,9 @@ def test_going_back_restores_the_folder_as_it_was_at_the_checkpoint(run, whole_r
     assert result.metrics == whole_run[1].reported[1]
     listed = json.loads((folder / LIST).read_text())
     assert [r["metrics"] for r in listed["checkpoint_results"]] == whole_run[1].reported[:2]
-    assert len(said) == 2
-    assert f"{NAMES[2]} moved to set-aside-1" in said[0]
+    assert len(said) == 1
+    assert said[0].startswith(f"going on from {NAMES[1]}: {NAMES[2]} ({MODEL} is cut")
+    assert said[0].endswith(" moved to set-aside-1")
 
     # Nothing is gone: moved, or where it was.
     aside = folder / "set-aside-1"
@@ -157,9 +158,9 @@ def test_going_back_restores_the_folder_as_it_was_at_the_checkpoint(run, whole_r
             assert (place / path).read_bytes() == data
     assert (aside / "metrics.jsonl").read_bytes() == before[Path("metrics.jsonl")]
     start = find_start(str(folder), None, 4)
-    assert (start.name, start.newer, start.mend) == (NAMES[1], (), False)
+    assert (start.name, start.faults, start.mend) == (NAMES[1], {}, False)
     again = find_start(str(folder), "newest-whole", 4)  # may stay on the command line
-    assert (again.name, again.newer, again.mend) == (NAMES[1], (), False)
+    assert (again.name, again.faults, again.mend) == (NAMES[1], {}, False)
 
     go_back(find_start(str(folder), NAMES[0], 4), ranked=True, say=said.append)
     assert (folder / "set-aside-2" / NAMES[1] / MODEL).exists()
@@ -211,35 +212,67 @@ def test_a_deleted_older_checkpoint_only_loses_its_entry_in_the_list(run):
     folder, _ = run
     OF_CHECKPOINT["deleted"][0](folder / NAMES[0])
     start = find_start(str(folder), None, 4)
-    assert (start.name, start.newer, start.mend) == (NAMES[2], (), True)
+    assert (start.name, start.faults, start.mend) == (NAMES[2], {}, True)
     said: list[str] = []
     go_back(start, ranked=False, say=said.append)
-    assert said == [f"{folder}/{LIST} written anew, without {NAMES[0]} (is missing)"]
+    assert said == [f"going on from {NAMES[2]}: {NAMES[0]} is missing"]
     names = [name for name, _ in committed_checkpoints(str(folder))]
     assert names == [f"{folder}/{NAMES[1]}", f"{folder}/{NAMES[2]}"]
 
 
-def test_a_damaged_older_checkpoint_is_not_moved_and_not_listed(run):
+def test_a_damaged_older_checkpoint_is_moved_aside_too(run):
     folder, _ = run
     (folder / NAMES[0] / MODEL).write_bytes(b"")
     (folder / NAMES[2] / MODEL).write_bytes(b"")
     said: list[str] = []
-    go_back(find_start(str(folder), "newest-whole", 4), ranked=False, say=said.append)
-    assert f"without {NAMES[0]} ({MODEL} is cut" in said[1]
-    assert (folder / NAMES[0] / MODEL).exists()
+    go_back(find_start(str(folder), None, 4), ranked=False, say=said.append)
+    assert f"{NAMES[0]} ({MODEL} is cut" in said[0]
+    assert {p.name for p in (folder / "set-aside-1").glob("check*")} == {NAMES[0], NAMES[2]}
     assert [Path(name).name for name, _ in committed_checkpoints(str(folder))] == [NAMES[1]]
+    assert not find_start(str(folder), None, 4).mend
+
+
+def test_an_uploaded_checkpoint_that_was_not_listed_yet_is_used(run):
+    folder, _ = run
+    uploaded = (folder / NAMES[2]).rename(folder / "elsewhere")
+    go_back(find_start(str(folder), None, 4), ranked=False, say=print)
+    uploaded.rename(folder / NAMES[2])
+    assert [Path(name).name for name, _ in committed_checkpoints(str(folder))] == NAMES[:2]
+    start = find_start(str(folder), None, 4)
+    assert (start.name, start.mend) == (NAMES[2], True)
+    said: list[str] = []
+    go_back(start, ranked=False, say=said.append)
+    assert said == []
+    assert [Path(name).name for name, _ in committed_checkpoints(str(folder))] == NAMES
+
+
+def test_what_is_left_of_an_upload_that_was_cut_off_is_removed(run):
+    folder, _ = run
+    for name in ("checkpoint_00000002", "checkpoint_00000016"):
+        (folder / name).mkdir()
+        (folder / name / MODEL).write_bytes(b"part of it")
+    said: list[str] = []
+    go_back(find_start(str(folder), None, 4), ranked=False, say=said.append)
+    assert len(said) == 1
+    assert said[0].endswith(
+        "checkpoint_00000016, checkpoint_00000002 removed, whose upload was cut off"
+    )
+    assert sorted(p.name for p in folder.glob("checkpoint_0*")) == NAMES
+    assert not list(folder.glob("set-aside-*"))
+    assert not find_start(str(folder), None, 4).mend
 
 
 def test_a_run_without_a_whole_checkpoint_and_a_run_without_any(run, tmp_path):
     folder, _ = run
     for name in NAMES:
         (folder / name / "state.json").unlink()
-    with pytest.raises(CheckpointError, match="no checkpoint is whole") as error:
-        find_start(str(folder), "newest-whole", 4)
-    assert "Whole: none." in _lines(error, folder)[1]
+    for asked in (None, "newest-whole"):
+        with pytest.raises(CheckpointError, match="no checkpoint is whole") as error:
+            find_start(str(folder), asked, 4)
+        assert "Whole: none." in _lines(error, folder)[1]
     for asked in (None, "newest-whole"):  # a run that has not begun begins
         start = find_start(str(tmp_path / "new"), asked, 4)
-        assert (start.name, start.uri, start.mend) == (None, None, False)
+        assert (start.name, start.uri, start.mend, start.faults) == (None, None, False, {})
     with pytest.raises(CheckpointError, match="the run has no such checkpoint"):
         find_start(str(tmp_path / "new"), NAMES[0], 4)
 
@@ -250,9 +283,14 @@ def test_a_first_upload_that_was_cut_off_is_no_checkpoint_yet(run):
     for name in NAMES[1:]:
         OF_CHECKPOINT["deleted"][0](folder / name)
     (folder / NAMES[0] / "state.json").unlink()
-    assert find_start(str(folder), None, 4).name is None
     with pytest.raises(CheckpointError, match="is missing"):  # the first would have been step 2's
         find_start(str(folder), None, 2)
+    start = find_start(str(folder), None, 4)
+    assert start.name is None
+    said: list[str] = []
+    go_back(start, ranked=False, say=said.append)
+    assert said == [f"going on from the beginning: {NAMES[0]} removed, whose upload was cut off"]
+    assert not (folder / NAMES[0]).exists()
 
 
 def test_the_error_has_three_lines_even_with_many_checkpoints(run):
@@ -261,7 +299,7 @@ def test_the_error_has_three_lines_even_with_many_checkpoints(run):
         (folder / f"checkpoint_{step:08d}").mkdir()
     (folder / LIST).write_text("")
     with pytest.raises(CheckpointError) as error:
-        find_start(str(folder), None, 4)
+        find_start(str(folder), "checkpoint_00000020", 4)
     lines = _lines(error, folder)
     assert "Not whole: 16 older, checkpoint_00000036 (state.json is missing)" in lines[1]
     assert len(survey(str(folder))) == 23
@@ -286,10 +324,10 @@ def test_going_back_works_on_s3_as_on_a_disk(run, s3, monkeypatch):
     remote.put(str(folder), "damaged/runs/one", recursive=True)
     uri = "s3://damaged/runs/one"
     with pytest.raises(CheckpointError) as error:
-        find_start(uri, None, 4)
+        find_start(uri, NAMES[2], 4)
     first, second, _ = str(error.value).splitlines()
     assert first == (
-        f"run {uri}: its newest checkpoint {NAMES[2]} is not whole: {MODEL} is cut or no "
+        f"run {uri}: --run.resume-from {NAMES[2]}: {MODEL} is cut or no "
         "safetensors file (1,000 bytes)."
     )
     assert second.startswith(f"Whole: {NAMES[0]}, {NAMES[1]}. Not whole: {NAMES[2]} (")
@@ -305,8 +343,7 @@ def test_going_back_works_on_s3_as_on_a_disk(run, s3, monkeypatch):
     assert (start.uri, start.mend) == (f"{uri}/{NAMES[1]}", False)
     assert resolve_checkpoint(uri) == f"{uri}/{NAMES[1]}"
     remote.pipe_file("damaged/runs/one/" + LIST, b"")
-    with pytest.raises(CheckpointError, match="it is empty"):
-        find_start(uri, None, 4)
+    assert find_start(uri, None, 4).problem == "it is empty"
 
 
 def test_the_files_of_a_checkpoint_have_the_permissions_of_the_umask(whole_run):
@@ -329,14 +366,15 @@ def test_a_sweep_refuses_a_damaged_run_of_its_own_before_ray_starts(run, tmp_pat
     trial = tmp_path / "out" / "runs" / "trial_000"
     trial.parent.mkdir(parents=True)
     folder.rename(trial)
-    (trial / NAMES[2] / MODEL).write_bytes(b"")
+    for name in NAMES:
+        (trial / name / MODEL).write_bytes(b"")
     data = write_samples(tmp_path / "shards")
     base = change(tiny_config(tmp_path / "x"), data={"train": data}, run={"storage": "runs"})
     monkeypatch.setattr(job, "start_ray", lambda *a: pytest.fail("Ray was started first"))
     cfg = SweepConfig(space=("optim.lr=0.1",), out=str(tmp_path / "out"))
     with pytest.raises(CheckpointError) as error:
         job.sweep(cfg, change(base, run={"name": "debug"}))
-    assert "not whole" in _lines(error, trial)[0]
+    assert "no checkpoint is whole" in _lines(error, trial)[0]
 
 
 def test_a_sweep_says_in_a_line_why_a_checkpoint_was_not_read(run):
