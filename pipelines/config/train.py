@@ -191,9 +191,9 @@ class RunConfig:
     max_failures: int = 3
     """Restarts from the newest checkpoint after a worker or node is lost; -1 for no limit."""
     resume_from: str | None = None
-    """Goes back to an intact checkpoint of this run: `newest-whole`, or a name,
-    `checkpoint_<step>`. Newer checkpoints are moved to `set-aside-<n>` in the run's folder. By
-    default the run continues from its newest checkpoint."""
+    """Goes back to a certain whole checkpoint of this run, `checkpoint_<step>`. Newer checkpoints
+    are moved to `set-aside-<n>` in the run's folder. By default, or with `newest-whole`, the run
+    continues from its newest whole checkpoint."""
     init_from: Annotated[str, PlaceField(required=False)] | None = None
     """Checkpoint whose weights the run starts with, if it has no checkpoint of its own. Its image
     size and clip length may differ."""
