@@ -26,7 +26,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-import fsspec
 import numpy as np
 import torch
 from PIL import Image
@@ -45,6 +44,7 @@ from models.encoders.input_batch import InputBatch, encode
 from models.encoders.predictor import Predictor
 from models.encoders.shape import EncoderShape
 from models.encoders.vit import VisionTransformer
+from models.file_systems import url_to_fs
 from models.image_size import height_width
 from models.media.preprocessing import EncoderInput, Preprocessing, normalize, prepare
 
@@ -306,7 +306,7 @@ def _check_digests(folder: Path, uri: str) -> None:
 @contextmanager
 def _local(uri: str) -> Iterator[Path]:
     """Yields the local path of a URI; a remote one is downloaded for the length of the block."""
-    fs, root = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+    fs, root = url_to_fs(uri)
     if not fs.exists(root):
         raise FileNotFoundError(f"{uri}: nothing there")
     if "file" in fs.protocol:

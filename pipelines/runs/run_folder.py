@@ -1,4 +1,8 @@
-"""A run's folder: files are appended to locally and uploaded if the run's storage is remote."""
+"""A run's folder: files are appended to locally and uploaded if the run's storage is remote.
+
+Uploads are a courtesy to whoever watches a run. One that fails is tried again at the next
+checkpoint, and never ends the run.
+"""
 
 from __future__ import annotations
 
@@ -39,15 +43,28 @@ class RunFolder:
             self._fs.get_file(f"{self._root}/{name}", str(path))
         return path
 
-    def sync(self) -> None:
-        """Uploads the files that changed since the last call; does nothing for a local run."""
+    def sync(self, *, patient: bool = False) -> str | None:
+        """Uploads the files that changed since the last call; does nothing for a local run.
+
+        Args:
+            patient: Whether to wait for S3 if it does not answer, which nobody should do between
+                two steps.
+
+        Returns:
+            Why files are left that are not uploaded; None if there are none.
+        """
         if not self.remote:
-            return
-        for path in sorted(p for p in self.local.rglob("*") if p.is_file()):
-            name, stat = path.relative_to(self.local).as_posix(), path.stat()
-            if self._uploaded.get(name) != (stat.st_size, stat.st_mtime_ns):
-                self._fs.put_file(str(path), f"{self._root}/{name}")
-                self._uploaded[name] = (stat.st_size, stat.st_mtime_ns)
+            return None
+        fs, _ = open_uri(self.uri, patience_s=None if patient else 0)
+        try:
+            for path in sorted(p for p in self.local.rglob("*") if p.is_file()):
+                name, stat = path.relative_to(self.local).as_posix(), path.stat()
+                if self._uploaded.get(name) != (stat.st_size, stat.st_mtime_ns):
+                    fs.put_file(str(path), f"{self._root}/{name}")
+                    self._uploaded[name] = (stat.st_size, stat.st_mtime_ns)
+        except Exception as error:  # each storage has classes of its own
+            return f"{type(error).__name__}: {error}"
+        return None
 
     def close(self) -> None:
         """Removes the temporary folder of a remote run."""

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from models.file_systems import S3
 from pipelines.config.places import Place, places, with_places
 from pipelines.runtime.uris import absolute_uri, check_protocol, is_local, open_uri
 
@@ -38,6 +39,7 @@ def prepare(config: C, *, write: bool = True) -> C:
     config = absolute(config)
     for place in places(config):
         with about(place):
+            _require_answer(place)
             if place.field.written:
                 if write:
                     try_writing(place)
@@ -75,6 +77,24 @@ def _absolute(place: Place) -> str:
         return place.uri
     check_protocol(place.uri, f"{place.flag}: ")
     return absolute_uri(place.uri)
+
+
+def _require_answer(place: Place) -> None:
+    """Asks S3 once, without patience: an endpoint that is wrong from the start says so at once.
+
+    Raises:
+        Exception: There is no answer; that of another kind is for whoever needs the place.
+    """
+    if not place.uri.startswith(tuple(f"{protocol}://" for protocol in S3)):
+        return
+    from models.patient_s3 import passes
+
+    fs, path = open_uri(place.uri, patience_s=0)
+    try:
+        fs.exists(path)
+    except Exception as error:
+        if passes(error):
+            raise
 
 
 MAKE = "Make it, or name another."

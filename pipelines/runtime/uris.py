@@ -18,6 +18,8 @@ from typing import Any
 import fsspec
 import pyarrow.fs
 
+from models.file_systems import file_system, url_to_fs
+
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs"}
 """PyPI packages that bring fsspec a file system, by protocol, where the two names differ."""
 READABLE = "Places are local paths, file:// or s3:// (S3 and what speaks its protocol)."
@@ -56,10 +58,14 @@ def public_name(uri: str) -> str:
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 
-def open_uri(uri: str | Path) -> tuple[Any, str]:
+def open_uri(uri: str | Path, *, patience_s: float | None = None) -> tuple[Any, str]:
     """Finds the file system of a URI.
 
     A `::` in a local path is part of a name; fsspec would take it for chained file systems.
+
+    Args:
+        uri: A local path or an address.
+        patience_s: As in `models.file_systems.url_to_fs`.
 
     Returns:
         The fsspec file system, which does not cache remote listings, and the path in it without a
@@ -70,13 +76,8 @@ def open_uri(uri: str | Path) -> tuple[Any, str]:
         fs: Any = file_system("file")
         path = str(fs._strip_protocol(uri))
     else:
-        fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+        fs, path = url_to_fs(uri, patience_s=patience_s)
     return fs, path.rstrip("/") or path
-
-
-def file_system(protocol: str) -> Any:
-    """Returns the fsspec file system of a protocol; it does not cache remote listings."""
-    return fsspec.filesystem(protocol, use_listings_cache=False)
 
 
 def protocol_of(fs: Any) -> str:

@@ -58,6 +58,7 @@ class Recorder:
         self.timer = StepTimer(worker.device)
         self._read_step, self._read_time = state.step, time.perf_counter()
         self._folder = RunFolder(join_uri(cfg.run.storage, cfg.run.name))
+        self._told = False
         self._log: MetricsLog | None = None
         self._probe: OnlineProbe | None = None
         self._rank_probe: RankProbe | None = None
@@ -181,11 +182,16 @@ class Recorder:
         self.store.save(write, report_of(state.step, values))
         self._sync()
 
-    def _sync(self) -> None:
-        if self._log is not None:
+    def _sync(self, *, last: bool = False) -> None:
+        if self._log is not None and not last:
             self._log.flush()
-        if self.worker.rank == 0 or self._samples:
-            self._folder.sync()
+        if self.worker.rank != 0 and not self._samples:
+            return
+        problem = self._folder.sync(patient=last)
+        if problem and (last or not self._told):
+            then = "the newest are lost" if last else "it is tried again at every checkpoint"
+            self.say(f"WARNING: metrics do not reach {self._folder.uri} ({problem}); {then}")
+        self._told = bool(problem)
 
     def _sample_log(self) -> SampleLog:
         attempt = [int(time.time() * 1000)]
@@ -197,6 +203,5 @@ class Recorder:
         """Closes the logs and uploads what has changed since the last checkpoint."""
         if self._log is not None:
             self._log.close()
-        if self.worker.rank == 0 or self._samples:
-            self._folder.sync()
+        self._sync(last=True)
         self._folder.close()

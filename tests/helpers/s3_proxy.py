@@ -29,6 +29,7 @@ class S3Proxy:
     def __init__(self, upstream: str) -> None:
         self.upstream = urlsplit(upstream).netloc
         self.error_rate, self.seed = 0.0, random.Random(0)
+        self.refuse: tuple[int, str] | None = None  # status and code that answer every request
         self.spoiled = self.bytes_out = 0
         self.requests: Counter[tuple[str, str]] = Counter()
         self._lock = threading.Lock()
@@ -117,6 +118,12 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._body()
         path = urlsplit(self.path).path
         self.proxy.requests[self.command, path] += 1
+        if self.proxy.refuse:
+            status, code = self.proxy.refuse
+            self._send(
+                status, [], f"<Error><Code>{code}</Code><Message>{code}</Message></Error>".encode()
+            )
+            return
         if number := self.proxy.spoils():
             self.close_connection = True
             if number % 2:

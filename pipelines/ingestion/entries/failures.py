@@ -14,7 +14,10 @@ DAMAGE = (
     *(OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError, pa.ArrowException),
     UnicodeDecodeError,  # of a Parquet file's column names
 )
-_PASSING = (errno.EBUSY, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENETUNREACH)
+_PASSING = (
+    *(errno.EBUSY, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENETUNREACH),
+    getattr(errno, "EREMOTEIO", errno.EBUSY),  # s3fs's number for S3's 500; macOS has none
+)
 
 
 def raise_if_unreachable(error: BaseException) -> None:

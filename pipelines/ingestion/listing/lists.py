@@ -9,11 +9,12 @@ from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import unquote
 
+from models.file_systems import file_system
 from pipelines.ingestion.entries.addresses import open_address
 from pipelines.ingestion.entries.entries import NO_FILE, Entry, File, entry_of, local_entry
 from pipelines.ingestion.listing.tables import FileList, readable
 from pipelines.runtime.names import escaped
-from pipelines.runtime.uris import file_system, is_local, protocol_of
+from pipelines.runtime.uris import is_local, protocol_of
 
 Place = tuple[str, str]  # protocol, path in its file system
 

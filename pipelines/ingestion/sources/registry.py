@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+from models.file_systems import file_system
 from pipelines.config.ingest import IngestConfig
 from pipelines.ingestion.entries.addresses import open_address
 from pipelines.ingestion.entries.chunks import Chunk
@@ -18,7 +19,6 @@ from pipelines.ingestion.sources.folder import FOLDER, FOLDER_BY_CONTENT
 from pipelines.ingestion.sources.parquet import PARQUET
 from pipelines.ingestion.sources.source_type import Listing, Source, SourceType
 from pipelines.ingestion.sources.webdataset import WEBDATASET
-from pipelines.runtime.uris import file_system
 
 SOURCE_TYPES: tuple[SourceType, ...] = (
     FILE_LIST,
