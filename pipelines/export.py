@@ -15,7 +15,6 @@ import importlib.metadata
 import json
 import pathlib
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -29,6 +28,7 @@ import tyro
 from models.artifacts.artifact import save_artifact
 from models.media.pictures.deep import FULL
 from models.media.preprocessing import Preprocessing
+from models.scratch import scratch
 from pipelines.config.checks import parse_colour
 from pipelines.config.jobs import ExportConfig
 from pipelines.config.train import PretrainConfig
@@ -80,8 +80,8 @@ def export(cfg: ExportConfig, *, say: Callable[[str], object] = print) -> str:
         for line in save_artifact(pathlib.Path(path), encoder, prep, provenance):
             say(f"note: {line}")
         return cfg.out
-    with tempfile.TemporaryDirectory(prefix="export-") as scratch:
-        built = pathlib.Path(scratch) / "artifact"
+    with scratch("export") as folder:
+        built = folder / "artifact"
         limits = save_artifact(built, encoder, prep, provenance)
         _upload(built, fs, path, cfg.out)
     for line in limits:

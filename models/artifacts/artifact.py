@@ -47,6 +47,7 @@ from models.encoders.vit import VisionTransformer
 from models.file_systems import url_to_fs
 from models.image_size import height_width
 from models.media.preprocessing import EncoderInput, Preprocessing, normalize, prepare
+from models.scratch import scratch
 
 FORMATS: tuple[Format, ...] = (
     RAYJEPA,
@@ -116,12 +117,12 @@ def save_artifact(
     )
     _require_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        new = Path(scratch) / "artifact"
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
+        new = Path(beside) / "artifact"
         _write_files(new, export)
         _verify(new, encoder, preprocessing)
         if folder.exists():
-            folder.rename(Path(scratch) / "old")
+            folder.rename(Path(beside) / "old")
         new.rename(folder)
     return [line for known in FORMATS for line in known.limits(export)]
 
@@ -312,8 +313,8 @@ def _local(uri: str) -> Iterator[Path]:
     if "file" in fs.protocol:
         yield Path(root)
         return
-    with tempfile.TemporaryDirectory(prefix="artifact-") as scratch:
-        target = Path(scratch) / Path(root).name
+    with scratch("artifact") as folder:
+        target = folder / Path(root).name
         if fs.isfile(root):
             fs.get_file(root, str(target))
         else:

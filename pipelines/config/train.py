@@ -194,6 +194,9 @@ class RunConfig:
     """Goes back to a certain whole checkpoint of this run, `checkpoint_<step>`. Newer checkpoints
     are moved to `set-aside-<n>` in the run's folder. By default, or with `newest-whole`, the run
     continues from its newest whole checkpoint."""
+    take_over: bool = False
+    """If another job trains this run, makes it stop, and goes on from its newest checkpoint. By
+    default this command is refused then."""
     init_from: Annotated[str, PlaceField(required=False)] | None = None
     """Checkpoint whose weights the run starts with, if it has no checkpoint of its own. Its image
     size and clip length may differ."""

@@ -55,6 +55,7 @@ def adapted(old: PretrainConfig, checkpoint: str, storage: str, cfg: AdaptConfig
             stop_after=None,
             probe_every=0,
             resume_from=None,
+            take_over=False,
             init_from=checkpoint,
         ),
     )

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from models.scratch import make_scratch
 from pipelines.runtime.uris import is_local, open_uri
 
 METRICS = "metrics.jsonl"
@@ -30,7 +30,7 @@ class RunFolder:
         self.remote = not is_local(self._fs)
         self._uploaded: dict[str, tuple[int, int]] = {}
         if self.remote:
-            self.local = Path(tempfile.mkdtemp(prefix="rayjepa-run-"))
+            self.local = make_scratch("run")
         else:
             self.local = Path(self._root)
             self.local.mkdir(parents=True, exist_ok=True)

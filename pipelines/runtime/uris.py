@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ import fsspec
 import pyarrow.fs
 
 from models.file_systems import file_system, url_to_fs
+from models.scratch import scratch
 
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs"}
 """PyPI packages that bring fsspec a file system, by protocol, where the two names differ."""
@@ -166,7 +166,7 @@ def local_file(fs: Any, path: str) -> Iterator[str]:
             pass  # raises where it cannot be read
         yield path
         return
-    with tempfile.TemporaryDirectory(prefix="rayjepa-") as folder:
+    with scratch("file") as folder:
         copy = f"{folder}/copy"
         fs.get_file(path, copy)
         yield copy
@@ -182,7 +182,7 @@ def local_copy(uri: str, *patterns: str) -> Iterator[Path]:
     if is_local(fs):
         yield Path(path)
         return
-    with tempfile.TemporaryDirectory(prefix="rayjepa-") as folder:
+    with scratch("copy") as folder:
         for remote in [found for pattern in patterns for found in fs.glob(f"{path}/{pattern}")]:
-            fs.get_file(remote, str(Path(folder) / Path(remote).name))
-        yield Path(folder)
+            fs.get_file(remote, str(folder / Path(remote).name))
+        yield folder

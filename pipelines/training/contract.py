@@ -14,6 +14,8 @@ import torch.distributed as dist
 from pipelines.config.train import PretrainConfig
 
 Say = Callable[[str], None]
+Lost = Callable[[], str | None]
+"""Says who has taken a run over; None if nobody has."""
 Message = TypeVar("Message")
 
 

@@ -21,6 +21,7 @@ from pipelines.runs.checkpoints import (
     read_state,
 )
 from pipelines.runs.initial_weights import check_initial
+from pipelines.runs.lease import Lease, RunInUseError, held, taken_over
 from pipelines.runs.resuming import Start, find_start, go_back
 from pipelines.runtime.cluster import check_fits, cpus_needed, start_ray
 from pipelines.runtime.places import prepare
@@ -64,6 +65,7 @@ def pretrain(
         ValueError: No training data is named, or the cluster cannot fit the run.
         CheckpointError: An earlier run of this name exists and cannot be continued.
         CollapseError: The run was stopped because the encoder collapsed or the loss diverged.
+        RunInUseError: Another job trains this run, or has taken it over.
     """
     if not cfg.data.train:
         raise ValueError("--data.train: name the folder or s3:// prefix of ingested shards")
@@ -71,13 +73,17 @@ def pretrain(
     run_uri = join_uri(cfg.run.storage, cfg.run.name)
     stream = stream or sys.stdout
     ready = check_early(cfg, run_uri)
-    cfg, start = ready.cfg, ready.start
     say = functools.partial(print, file=stream, flush=True)
     for note in ready.notes:
         say(note)
-    start_ray(cpus_needed(cfg), training=True)
-    check_fits(cfg)
-    outcome = _fit_from(start, cfg, callbacks, stream)
+    with held(run_uri, take_over=cfg.run.take_over, say=say) as lease:
+        if lease.taken_from is not None:  # which has written since
+            ready = check_early(cfg, run_uri)
+        start_ray(cpus_needed(ready.cfg), training=True)
+        check_fits(ready.cfg)
+        outcome = _fit_from(ready.start, ready.cfg, lease, callbacks, stream)
+    if outcome.taken_over:
+        raise RunInUseError(taken_over(run_uri, outcome.taken_over))
     if outcome.refused:
         raise CheckpointError(outcome.refused)
     if outcome.collapsed:
@@ -189,7 +195,9 @@ def _with_fit(cfg: PretrainConfig, saved: PretrainConfig | None) -> PretrainConf
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, fit=fit))
 
 
-def _fit_from(start: Start, cfg: PretrainConfig, callbacks: Sequence[Any], stream: Any) -> Outcome:
+def _fit_from(
+    start: Start, cfg: PretrainConfig, lease: Lease, callbacks: Sequence[Any], stream: Any
+) -> Outcome:
     """Trains; if the checkpoint turns out to be damaged as it is loaded, from the one before it."""
     from pipelines.training.contract import end_step
 
@@ -197,7 +205,7 @@ def _fit_from(start: Start, cfg: PretrainConfig, callbacks: Sequence[Any], strea
     while True:
         say = functools.partial(print, file=stream, flush=True)
         go_back(start, ranked=bool(cfg.run.probe_every), say=say)
-        outcome = _fit(cfg, callbacks, stream)
+        outcome = _fit(cfg, lease, callbacks, stream)
         if not outcome.damaged:
             return outcome
         fault = (outcome.refused or "").partition("\n")[0].removeprefix(f"{outcome.damaged}/")
@@ -205,7 +213,7 @@ def _fit_from(start: Start, cfg: PretrainConfig, callbacks: Sequence[Any], strea
         start = find_start(start.run_uri, cfg.run.resume_from, first_step, damaged)
 
 
-def _fit(cfg: PretrainConfig, callbacks: Sequence[Any], stream: Any) -> Outcome:
+def _fit(cfg: PretrainConfig, lease: Lease, callbacks: Sequence[Any], stream: Any) -> Outcome:
     from ray.train import ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -215,7 +223,7 @@ def _fit(cfg: PretrainConfig, callbacks: Sequence[Any], stream: Any) -> Outcome:
     resources = {"CPU": cfg.run.cpus_per_worker} | ({"GPU": 1} if cfg.run.gpu else {})
     with worker_lines(stream) as queue:
         trainer = TorchTrainer(
-            functools.partial(train_worker, cfg, queue),  # type: ignore[arg-type]
+            functools.partial(train_worker, cfg, queue, lease.token),  # type: ignore[arg-type]
             # With GPUs too, gloo is needed for CPU tensors: messages between the processes.
             torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if cfg.run.gpu else "gloo"),
             scaling_config=ScalingConfig(

@@ -15,7 +15,7 @@ from pipelines.config.train import PretrainConfig
 from pipelines.runs.checkpoint_format import CheckpointState, report_of, save_checkpoint
 from pipelines.runs.run_folder import RunFolder
 from pipelines.runtime.uris import join_uri
-from pipelines.training.contract import CheckpointStore, DataSource, Say, Worker, end_step
+from pipelines.training.contract import CheckpointStore, DataSource, Lost, Say, Worker, end_step
 from pipelines.training.loggers import MetricsLog, SampleLog, StepTimer, progress_line, speed
 from pipelines.training.online_probe import OnlineProbe, build_probe
 from pipelines.training.optimizers import averaged, read_hyperparameters
@@ -42,6 +42,8 @@ class Recorder:
         data: The data source, for the epoch and the identity of the shards.
         store: Where checkpoints are saved.
         say: Takes lines for the user.
+        lost: Says who has taken the run over, and is asked before anything is written; None if that
+            cannot happen.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Recorder:
         data: DataSource,
         store: CheckpointStore,
         say: Say,
+        lost: Lost | None = None,
     ) -> None:
         self.cfg, self.worker, self.state = cfg, worker, state
         self.data, self.store, self.say = data, store, say
@@ -59,6 +62,9 @@ class Recorder:
         self._read_step, self._read_time = state.step, time.perf_counter()
         self._folder = RunFolder(join_uri(cfg.run.storage, cfg.run.name))
         self._told = False
+        self._lost = lost
+        self.taken_over: str | None = None
+        """Who has taken the run over; then nothing is written any more."""
         self._log: MetricsLog | None = None
         self._probe: OnlineProbe | None = None
         self._rank_probe: RankProbe | None = None
@@ -89,6 +95,8 @@ class Recorder:
             Why the run must stop, or None.
         """
         run, state, step = self.cfg.run, self.state, self.state.step
+        if self._is_taken_over():
+            return None
         collapsed = None
         values: dict[str, Any] = {}
         if self._samples:
@@ -108,6 +116,16 @@ class Recorder:
         if step % run.checkpoint_every == 0 or step == end_step(self.cfg):
             self._checkpoint(values)
         return None
+
+    def _is_taken_over(self) -> bool:
+        """Asks where something is going to be written; all processes get the same answer."""
+        if self._lost is None:
+            return False
+        run, step = self.cfg.run, self.state.step
+        every = (run.log_every, run.checkpoint_every, run.probe_every, run.rank_every)
+        if step == end_step(self.cfg) or any(self._due(steps) for steps in every):
+            self.taken_over = self.worker.first(self._lost() if self.worker.rank == 0 else None)
+        return self.taken_over is not None
 
     def _due(self, every: int) -> bool:
         step = self.state.step
@@ -199,9 +217,14 @@ class Recorder:
             dist.broadcast_object_list(attempt)
         return SampleLog(self._folder, self.worker.rank, attempt[0])
 
-    def close(self) -> None:
-        """Closes the logs and uploads what has changed since the last checkpoint."""
+    def __enter__(self) -> Recorder:
+        """Returns itself."""
+        return self
+
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        """Closes the logs; uploads what has changed since the last checkpoint, unless it failed."""
         if self._log is not None:
             self._log.close()
-        self._sync(last=True)
+        if self.taken_over is None and failure is None:
+            self._sync(last=True)
         self._folder.close()

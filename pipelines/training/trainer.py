@@ -28,6 +28,7 @@ from pipelines.runs.initial_weights import load_initial
 from pipelines.training.contract import (
     CheckpointStore,
     DataSource,
+    Lost,
     SavedCheckpoint,
     Say,
     Worker,
@@ -52,6 +53,8 @@ class Outcome:
     refused: str | None = None
     damaged: str | None = None
     """URI of the run's own checkpoint, if training was refused because that is damaged."""
+    taken_over: str | None = None
+    """Who has taken the run over, if another job has."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +71,7 @@ def train(
     data: DataSource,
     store: CheckpointStore,
     say: Say = print,
+    lost: Lost | None = None,
 ) -> Outcome:
     """Trains from the run's newest state until `cfg.run.steps` or `cfg.run.stop_after`.
 
@@ -77,6 +81,7 @@ def train(
         data: Batches of the run's shards.
         store: Checkpoints of the run.
         say: Takes lines for the user; called on rank 0 only.
+        lost: Says who has taken the run over; None if that cannot happen.
 
     Returns:
         The last step and its metrics, and why the run stopped early, if it did.
@@ -92,7 +97,19 @@ def train(
         assert refusal
         return Outcome(0, {}, refused=refusal.refused, damaged=refusal.damaged)
     model = _wrap(cfg, worker, state)
-    recorder = Recorder(cfg, worker, state, data, store, say)
+    with Recorder(cfg, worker, state, data, store, say, lost) as recorder:
+        return _steps(cfg, worker, data, state, model, recorder)
+
+
+def _steps(
+    cfg: PretrainConfig,
+    worker: Worker,
+    data: DataSource,
+    state: TrainState,
+    model: nn.Module,
+    recorder: Recorder,
+) -> Outcome:
+    """Trains until the last step, or until the recorder says why not."""
     batches = data.batches(
         cfg,
         rank=worker.rank,
@@ -126,11 +143,11 @@ def train(
         timer.mark("optimizer")
 
         collapsed = recorder.after_step(batch, {"lr": rate, "wd": decay}, grad_norm)
+        if recorder.taken_over:
+            return Outcome(step, state.metrics, taken_over=recorder.taken_over)
         if collapsed:
-            recorder.close()
             return Outcome(step, state.metrics, collapsed=collapsed)
         timer.start()
-    recorder.close()
     if state.step < end_step(cfg):
         raise RuntimeError(f"the loader ended at step {state.step} of {end_step(cfg)}")
     return Outcome(state.step, state.metrics)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from models.scratch import make_scratch
 from pipelines.config.train import PretrainConfig
+from pipelines.runs.lease import LeaseWatch
 from pipelines.runtime.uris import join_uri
 from pipelines.training.contract import DataSource, SavedCheckpoint, Say, Worker
 from pipelines.training.trainer import Outcome, train
@@ -22,12 +24,15 @@ if TYPE_CHECKING:
     from ray.util.queue import Queue
 
 
-def train_worker(cfg: PretrainConfig, progress: Queue | None = None) -> Outcome:
+def train_worker(
+    cfg: PretrainConfig, progress: Queue | None = None, token: str | None = None
+) -> Outcome:
     """Trains a run inside a Ray Train worker.
 
     Args:
         cfg: The run, with absolute paths.
         progress: Queue that takes rank 0's lines to the driver; None prints them here.
+        token: Of the lease that the driver holds on the run; None if it holds none.
     """
     import ray.train
     import ray.train.torch
@@ -50,8 +55,10 @@ def train_worker(cfg: PretrainConfig, progress: Queue | None = None) -> Outcome:
     identity = identity_of([one.manifest for one in sets])
     data = DataSource(train_batches, plan.batches_per_epoch, identity)
     say = print if progress is None else say_into(progress)
-    checkpoints = RayCheckpoints(join_uri(cfg.run.storage, cfg.run.name))
-    return train(cfg, worker, data, checkpoints, say)
+    run_uri = join_uri(cfg.run.storage, cfg.run.name)
+    lost = LeaseWatch(run_uri, token) if token else None
+    with RayCheckpoints(run_uri) as checkpoints:
+        return train(cfg, worker, data, checkpoints, say, lost)
 
 
 def say_into(progress: Queue) -> Say:
@@ -87,6 +94,17 @@ class RayCheckpoints:
 
     def __init__(self, run_uri: str) -> None:
         self._run_uri = run_uri
+        self._folders: list[Path] = []
+
+    def __enter__(self) -> RayCheckpoints:
+        """Returns itself."""
+        return self
+
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        """Removes what is not going to be uploaded any more, if training has failed."""
+        if failure is not None:
+            for folder in self._folders:
+                shutil.rmtree(folder, ignore_errors=True)
 
     @contextlib.contextmanager
     def latest(self) -> Iterator[SavedCheckpoint | None]:
@@ -105,7 +123,8 @@ class RayCheckpoints:
         """Writes to local disk and returns; training continues while Ray uploads."""
         import ray.train
 
-        folder = Path(tempfile.mkdtemp(prefix="rayjepa-checkpoint-"))
+        folder = make_scratch("checkpoint")
+        self._folders = [*(f for f in self._folders if f.exists()), folder]
         write(folder)
         ray.train.report(
             metrics,

@@ -33,7 +33,7 @@ def test_an_upload_that_fails_is_quick_and_made_up_for(proxy: S3Proxy) -> None:
     proxy.down()
     started = time.monotonic()
     assert "Could not connect" in str(folder.sync())
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30  # S3 would be waited for ten times as long
     proxy.up()
     assert folder.sync() is None
     fs, path = url_to_fs(f"{STORAGE}/one/{METRICS}")
