@@ -28,6 +28,7 @@ NAME = "lease.json"
 BEAT_ENV = "RAYJEPA_LEASE_BEAT_S"
 BEAT_S = 15.0
 STALE_BEATS = 8
+GONE = f"another job, which has ended since ({NAME} is gone)"
 JOB_ENV = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
@@ -94,8 +95,15 @@ def check_token(run_uri: str, token: str) -> str | None:
         found = lease_file(f"{run_uri}/{NAME}", patience_s=0).read()
     except Exception:  # each storage has classes of its own
         return None
+    return _taken_by(found, token)
+
+
+def _taken_by(found: tuple[bytes, str] | None, token: str) -> str | None:
+    """Says whose a lease is, given what was read of it; None if it is that of `token`."""
     holder = _parse(found[0]) if found else None
-    return None if holder is None or holder.token == token else holder.told
+    if holder is None:
+        return GONE
+    return None if holder.token == token else holder.told
 
 
 class LeaseWatch:
@@ -152,6 +160,8 @@ class Lease:
                 if found is None:
                     return self._file.create(_text(self.me))
                 holder = _parse(found[0])
+                if holder is not None and holder.token == self.token:
+                    return found[1]  # our own write, answered too late
                 if holder is not None and not self._seen(holder):
                     self._require_free(holder, take_over, say)
                 return self._file.replace(_text(self.me), found[1])
@@ -180,21 +190,20 @@ class Lease:
             )
 
     def _beat(self) -> None:
-        while not self._done.wait(beat_s()):
-            self.me = dataclasses.replace(self.me, beat=self.me.beat + 1)
-            quick = self._file.without_patience()
-            try:
-                self._version = quick.replace(_text(self.me), self._version)
-            except TakenError:
-                found = quick.read()
-                holder = _parse(found[0]) if found else None
-                if holder is not None and holder.token == self.me.token:
-                    self._version = found[1] if found else ""  # our own write, answered too late
-                    continue
-                self._lost = holder.told if holder else "nobody: lease.json is gone"
-                return
-            except Exception:  # no answer: the next beat tries again, and others wait for several
-                continue
+        while self._lost is None and not self._done.wait(beat_s()):
+            with contextlib.suppress(Exception):  # no answer: others wait for several beats
+                self._beat_once()
+
+    def _beat_once(self) -> None:
+        self.me = dataclasses.replace(self.me, beat=self.me.beat + 1)
+        quick = self._file.without_patience()
+        try:
+            self._version = quick.replace(_text(self.me), self._version)
+        except TakenError:
+            found = quick.read()
+            self._lost = _taken_by(found, self.token)
+            if found is not None:  # if not lost, it is our own write, answered too late
+                self._version = found[1]
 
     def require(self) -> None:
         """Raises RunInUseError if another job has taken the lease over."""
