@@ -39,6 +39,7 @@ PASSING_CODES = {
     *("BandwidthLimitExceeded", "XAmzContentSHA256Mismatch"),
 }
 """Codes of errors that pass, beside those whose HTTP status is 429 or at least 500."""
+NOT_IMPLEMENTED = 501
 log = logging.getLogger(__name__)
 
 
@@ -47,7 +48,8 @@ def passes(error: BaseException) -> bool:
     origin = error.__cause__ if isinstance(error.__cause__, boto.ClientError) else error
     if isinstance(origin, boto.ClientError):
         status = origin.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return status == 429 or status >= 500 or origin.response["Error"]["Code"] in PASSING_CODES
+        passing = status == 429 or (status >= 500 and status != NOT_IMPLEMENTED)
+        return passing or origin.response["Error"]["Code"] in PASSING_CODES
     if isinstance(origin, FileNotFoundError | PermissionError | FileExistsError | boto.SSLError):
         return False
     return isinstance(origin, PASSING)

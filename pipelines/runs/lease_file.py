@@ -18,6 +18,9 @@ MOST_BYTES = 100_000
 """With a range, s3fs asks once and not twice."""
 
 
+NOT_IMPLEMENTED = 501
+
+
 class TakenError(RuntimeError):
     """Somebody else has made or changed the file in the meantime."""
 
@@ -155,8 +158,11 @@ class S3LeaseFile:
             raise TakenError from error
         except OSError as error:
             answer: Any = getattr(error.__cause__, "response", {})
-            if answer.get("ResponseMetadata", {}).get("HTTPStatusCode") in (409, 412):
+            status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            if status in (409, 412):
                 raise TakenError from error
+            if status == NOT_IMPLEMENTED and condition:  # some servers know no conditions
+                return self._put(data)
             raise
 
     def remove(self) -> None:

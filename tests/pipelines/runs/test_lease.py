@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ClientError
 
 from helpers.repository import ROOT
 from helpers.s3_proxy import S3Proxy, proxied
 from models.file_systems import url_to_fs
+from models.patient_s3 import passes
 from pipelines.runs import lease as leases
 from pipelines.runs.lease import (
     BEAT_ENV,
@@ -28,7 +30,7 @@ from pipelines.runs.lease import (
     held,
     this_process,
 )
-from pipelines.runs.lease_file import TakenError, lease_file
+from pipelines.runs.lease_file import S3LeaseFile, TakenError, lease_file
 
 BEAT = 0.2
 
@@ -211,3 +213,29 @@ def test_heartbeats_outlive_an_outage_of_s3(
         time.sleep(8 * BEAT)
         assert lease_file(f"{run}/{NAME}").read() != before
         lease.require()
+
+
+def test_a_server_without_conditional_writes_is_written_to_all_the_same() -> None:
+    class Simple:
+        """Answers conditions by 501, as some servers do."""
+
+        written = b""
+
+        def split_path(self, path: str) -> tuple[str, str, None]:
+            bucket, _, key = path.partition("/")
+            return bucket, key, None
+
+        def call_s3(self, method: str, Body: bytes, **arguments: str) -> dict[str, str]:
+            if arguments.keys() & {"IfMatch", "IfNoneMatch"}:
+                answer = {"Error": {"Code": "NotImplemented"}}
+                cause = ClientError({**answer, "ResponseMetadata": {"HTTPStatusCode": 501}}, method)
+                assert not passes(cause)
+                raise OSError("not implemented") from cause
+            self.written = Body
+            return {"ETag": "1"}
+
+    simple = Simple()
+    file = S3LeaseFile(simple, "bucket/run/lease.json", "s3://bucket/run/lease.json")
+    assert file.create(b"one") == "1"
+    assert file.replace(b"two", "0") == "1"
+    assert simple.written == b"two"
