@@ -80,7 +80,7 @@ def _absolute(place: Place) -> str:
 
 
 def _require_answer(place: Place) -> None:
-    """Asks S3 once, without patience: an endpoint that is wrong from the start says so at once.
+    """Asks S3 with little patience: an endpoint that is wrong from the start says so soon.
 
     Raises:
         Exception: There is no answer; that of another kind is for whoever needs the place.
@@ -89,7 +89,7 @@ def _require_answer(place: Place) -> None:
         return
     from models.patient_s3 import passes
 
-    fs, path = open_uri(place.uri, patience_s=0)
+    fs, path = open_uri(place.uri, patience_s=FIRST_ANSWER_S)
     try:
         fs.exists(path)
     except Exception as error:
@@ -97,6 +97,8 @@ def _require_answer(place: Place) -> None:
             raise
 
 
+FIRST_ANSWER_S = 3.0
+"""Patience with S3 when a command begins; one request may go wrong."""
 MAKE = "Make it, or name another."
 
 

@@ -100,6 +100,7 @@ def test_artifacts_of_before_these_settings_are_read(tmp_path: Path) -> None:
     for name in ("background", "deep_range", "fit", "exclude"):
         del config["rayjepa"]["preprocessing"][name]
     file.write_text(json.dumps(config))
+    (tmp_path / "a" / "digests.json").unlink()
     known = dataclasses.replace(PREP, patch_size=load_artifact(tmp_path / "a").encoder.patch_size)
     assert load_artifact(tmp_path / "a").preprocessing == known
 

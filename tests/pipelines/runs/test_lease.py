@@ -32,7 +32,7 @@ from pipelines.runs.lease import (
 )
 from pipelines.runs.lease_file import S3LeaseFile, TakenError, lease_file
 
-BEAT = 0.2
+BEAT = 0.4
 
 
 @pytest.fixture(scope="module")
