@@ -5,10 +5,11 @@ Shape suffixes: N clips, F frames, H and W pixels, C channels, D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -25,9 +26,9 @@ from pipelines.evaluation.features import (
 )
 from pipelines.evaluation.subject import load_subject, random_init
 
-from .data import clips, shards
+from .data import Clips, clips, shards
 from .jobs import command, once
-from .settings import RECIPE, Settings, model
+from .settings import HIDDEN, RECIPE, Family, Settings, family_of, model
 
 BATCH = 64
 """Clips of a forward pass."""
@@ -43,15 +44,18 @@ class Encoder:
     prep: Preprocessing
     network: VisionTransformer | None = None
     """None for raw pixels."""
+    hidden: Mapping[Family, Preprocessing] = field(default_factory=dict)
+    """The transforms of games in which other regions are left out than `prep` says."""
 
-    def features(self, pixels_NFHWC: np.ndarray) -> np.ndarray:
-        """Returns the features of whole clips, float32 [N, D]."""
-        kept = input_layout(*pixels_NFHWC.shape[2:4], self.prep).kept
+    def features(self, pixels_NFHWC: np.ndarray, game: str) -> np.ndarray:
+        """Returns the features of whole clips of a game, float32 [N, D]."""
+        prep = self.hidden.get(family_of(game), self.prep)
+        kept = input_layout(*pixels_NFHWC.shape[2:4], prep).kept
         parts = []
         with torch.inference_mode():
             for start in range(0, len(pixels_NFHWC), BATCH):
                 inputs = [EncoderInput(clip, kept) for clip in pixels_NFHWC[start : start + BATCH]]
-                parts.append(self.featurize(InputBatch.of(inputs, self.prep)).numpy())
+                parts.append(self.featurize(InputBatch.of(inputs, prep)).numpy())
         return np.concatenate(parts)
 
 
@@ -63,6 +67,17 @@ def untrained(cfg: Settings, seed: int) -> Encoder:
     network, prep = random_init(shape, seed), preprocessing_of(made)
     featurize = encoder_features(network, prep)
     return Encoder(name=f"random-s{seed}", featurize=featurize, prep=prep, network=network)
+
+
+def hiding(encoder: Encoder, variant: str) -> Encoder:
+    """Returns the same encoder, to which tokens that show A's or a new HUD are not given."""
+    assert encoder.network is not None
+    hidden: dict[Family, Preprocessing] = {
+        family: dataclasses.replace(encoder.prep, exclude=HIDDEN[family, variant])
+        for family in get_args(Family)
+    }
+    name = f"{encoder.name}-hiding-{variant}"
+    return dataclasses.replace(encoder, name=name, hidden=hidden)
 
 
 def raw_pixels(cfg: Settings) -> Encoder:
@@ -145,7 +160,24 @@ def features_by_game(cfg: Settings, encoder: Encoder, name: str) -> dict[str, np
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial.npy")
-        np.save(partial, encoder.features(part.pixels_NFHWC))
+        np.save(
+            partial,
+            np.concatenate(
+                [
+                    encoder.features(part.pixels_NFHWC[rows], game)
+                    for game, rows in _by_game(part).items()
+                ]
+            ),
+        )
         partial.replace(path)
     features_ND = np.load(path, mmap_mode="r")
-    return {str(game): features_ND[part.games_N == game] for game in np.unique(part.games_N)}
+    return {game: features_ND[rows] for game, rows in _by_game(part).items()}
+
+
+def _by_game(part: Clips) -> dict[str, slice]:
+    """Clips are in the order of games."""
+    games, firsts, counts = np.unique(part.games_N, return_index=True, return_counts=True)
+    return {
+        str(game): slice(first, first + count)
+        for game, first, count in zip(games, firsts, counts, strict=True)
+    }

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from .data import kept_keys
-from .encoders import Encoder, adapted, pretrained, raw_pixels, untrained
+from .encoders import Encoder, adapted, hiding, pretrained, raw_pixels, untrained
 from .jobs import once
 from .probes import Alignment, Scores, probe_scores, to_every_new
-from .settings import EXCLUDED, NEW, OLD, OTHER_GAME, Settings
+from .settings import EVERYWHERE, NEW, OLD, OTHER_GAME, Settings
 from .supervised import Training, supervised_scores
 
 A, MIXED = "A", "A-new"
@@ -56,7 +56,7 @@ def mixed(cfg: Settings, seed: int) -> Encoder:
 
 def excluding(cfg: Settings, seed: int) -> Encoder:
     """The encoder that never sees where any of the HUDs is, pretrained on A alone."""
-    return pretrained(cfg, "A-exclude", seed, [f"train/{OLD}"], exclude=EXCLUDED)
+    return pretrained(cfg, "A-exclude", seed, [f"train/{OLD}"], exclude=EVERYWHERE)
 
 
 def adapted_to(cfg: Settings, seed: int, variant: str) -> Encoder:
@@ -76,6 +76,16 @@ def _probed(
 ) -> Callable[[Settings, set[str], int], Scores]:
     def scores(cfg: Settings, kept: set[str], seed: int) -> Scores:
         return probe_scores(cfg, to_every_new(make(cfg, seed)), kept, seed, align)
+
+    return scores
+
+
+def _hiding(
+    make: Callable[[Settings, int], Encoder], align: Alignment | None = None
+) -> Callable[[Settings, set[str], int], Scores]:
+    def scores(cfg: Settings, kept: set[str], seed: int) -> Scores:
+        encoders = {variant: hiding(make(cfg, seed), variant) for variant in NEW}
+        return probe_scores(cfg, encoders, kept, seed, align)
 
     return scores
 
@@ -115,8 +125,13 @@ def rows(cfg: Settings) -> list[Row]:
     free: list[tuple[str, str, Any]] = [
         ("frozen-mean", "frozen, means aligned", _probed(frozen, "mean")),
         ("frozen-covariance", "frozen, covariances aligned", _probed(frozen, "covariance")),
-        ("exclude", "frozen, regions left out", _probed(excluding)),
-        ("exclude-mean", "frozen, regions left out, means aligned", _probed(excluding, "mean")),
+        ("hiding", "frozen, HUDs left out", _hiding(frozen)),
+        ("hiding-mean", "frozen, HUDs left out, means aligned", _hiding(frozen, "mean")),
+        ("hiding-covariance", "frozen, HUDs left out, covariances aligned",
+         _hiding(frozen, "covariance")),
+        ("exclude", "all HUDs left out, also in pretraining", _probed(excluding)),
+        ("exclude-mean", "all HUDs left out, also in pretraining, means aligned",
+         _probed(excluding, "mean")),
         ("mixed", "pretrained on A and new footage", _probed(mixed)),
         ("mixed-mean", "pretrained on A and new, means aligned", _probed(mixed, "mean")),
         ("mixed-covariance", "pretrained on A and new, covariances aligned",
@@ -131,5 +146,7 @@ def rows(cfg: Settings) -> list[Row]:
         Row(name="control", title="control: adapted on another game", scores=_probed(control)),
         Row(name="random-mean", title="control: random weights, means aligned",
             scores=_probed(untrained, "mean")),
+        Row(name="random-hiding-mean", scores=_hiding(untrained, "mean"),
+            title="control: random weights, HUDs left out, means aligned"),
     ]  # fmt: skip
     return found

@@ -21,13 +21,32 @@ SHOWN = {"hud": "A", "nohud": "none", "hud_b": "B", "hud_c": "C"}
 OTHER_GAME = "other"
 """Folder of the footage of a game that no task is about, for the control."""
 
-EXCLUDED: tuple[Region, ...] = (
-    (0.0, 0.83, 1.0, 1.0),
-    (0.22, 0.0, 0.78, 0.11),
+Family = Literal["doom", "atari"]
+"""Games with the same HUD."""
+_DOOM_BAR: Region = (0.0, 0.8334, 1.0, 1.0)
+_ATARI_SCORE: Region = (0.22, 0.0, 0.78, 0.11)
+HIDDEN: dict[tuple[Family, str], tuple[Region, ...]] = {
+    ("doom", "nohud"): (_DOOM_BAR,),
+    ("doom", "hud_b"): (_DOOM_BAR, (0.0, 0.0, 0.16, 1.0), (0.78, 0.0, 1.0, 0.36)),
+    ("doom", "hud_c"): (
+        *(_DOOM_BAR, (0.0, 0.0, 0.2, 0.36), (0.0, 0.65, 0.2, 1.0)),
+        *((0.78, 0.0, 1.0, 0.6), (0.78, 0.8334, 1.0, 1.0)),
+    ),
+    ("atari", "nohud"): (_ATARI_SCORE,),
+    ("atari", "hud_b"): (_ATARI_SCORE, (0.0, 0.0, 0.16, 1.0)),
+    ("atari", "hud_c"): (
+        *(_ATARI_SCORE, (0.0, 0.65, 0.2, 1.0)),
+        *((0.8, 0.0, 1.0, 0.6), (0.8, 0.8334, 1.0, 1.0)),
+    ),
+}
+"""Where A or a new HUD is, as somebody who looks at one frame of each would say."""
+EVERYWHERE: tuple[Region, ...] = (
+    _DOOM_BAR,
+    _ATARI_SCORE,
     (0.0, 0.0, 0.2, 1.0),
     (0.78, 0.0, 1.0, 1.0),
 )
-"""Where any of the HUDs is: Doom's bar and Atari's score (A), and the columns of B and C."""
+"""Where any of the HUDs is."""
 
 Kind = Literal["states", "counts", "distances"]
 KINDS: tuple[Kind, ...] = ("states", "counts", "distances")
@@ -48,6 +67,11 @@ class Task:
     def name(self) -> str:
         """Key of the task in results."""
         return f"{self.game}-{self.column}"
+
+
+def family_of(game: str) -> Family:
+    """Returns whose HUD a game has."""
+    return "atari" if game in ("pong", "ms_pacman", "seaquest") else "doom"
 
 
 TASKS = (
@@ -98,7 +122,7 @@ class Settings:
     size: tuple[int, int] = (48, 80)
     """Height and width of the encoder's input, pixels."""
     encoder: str = "video_micro"
-    steps: int = 300
+    steps: int = 1000
     """Steps of pretraining. Adapting takes a quarter of them, as `pipelines.adapt` does."""
     batch: int = 64
     """Clips in a step of pretraining."""
