@@ -122,7 +122,7 @@ class Settings:
     size: tuple[int, int] = (48, 80)
     """Height and width of the encoder's input, pixels."""
     encoder: str = "video_micro"
-    steps: int = 1000
+    steps: int = 600
     """Steps of pretraining. Adapting takes a quarter of them, as `pipelines.adapt` does."""
     batch: int = 64
     """Clips in a step of pretraining."""
