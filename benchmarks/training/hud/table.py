@@ -154,9 +154,7 @@ def r2_table(results: Results) -> tuple[Cells, list[Cells]]:
             for kind in kinds
             for variant in VARIANTS
         ]
-        body.append(
-            [row.title, *(cell(v).replace(".0 ±", ".0 ±") if False else _r2(v) for v in found)]
-        )
+        body.append([row.title, *map(_r2, found)])
     return heading, body
 
 
