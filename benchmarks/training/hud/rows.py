@@ -90,9 +90,13 @@ def _hiding(
     return scores
 
 
-def _adapted(align: Alignment | None = None) -> Callable[[Settings, set[str], int], Scores]:
+def _adapted(
+    align: Alignment | None = None, hide: bool = False
+) -> Callable[[Settings, set[str], int], Scores]:
     def scores(cfg: Settings, kept: set[str], seed: int) -> Scores:
         encoders = {variant: adapted_to(cfg, seed, variant) for variant in NEW}
+        if hide:
+            encoders = {variant: hiding(e, variant) for variant, e in encoders.items()}
         return probe_scores(cfg, encoders, kept, seed, align)
 
     return scores
@@ -139,6 +143,8 @@ def rows(cfg: Settings) -> list[Row]:
         ("adapted", "adapted", _adapted()),
         ("adapted-mean", "adapted, means aligned", _adapted("mean")),
         ("adapted-covariance", "adapted, covariances aligned", _adapted("covariance")),
+        ("adapted-hiding-mean", "adapted, HUDs left out, means aligned",
+         _adapted("mean", hide=True)),
     ]  # fmt: skip
     found.append(Row(name="frozen", title="frozen, pretrained on A", scores=_probed(frozen)))
     found += [Row(name=n, title=t, scores=s, label_free=True) for n, t, s in free]
