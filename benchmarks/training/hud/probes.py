@@ -95,6 +95,7 @@ def probe_scores(
     kept: set[str],
     seed: int,
     align: Alignment | None = None,
+    foreign: bool = False,
 ) -> Scores:
     """Fits the probes on A's labels and reads them on every variant's test clips.
 
@@ -105,6 +106,7 @@ def probe_scores(
         kept: test clips that count, from `data.kept_keys`.
         seed: of the draws of labels.
         align: gives the features of a new variant the mean or the covariance of A's.
+        foreign: the negative control: the statistics of the new variant are another game's.
     """
     train, old = clips(cfg, f"train/{OLD}"), clips(cfg, f"test/{OLD}")
 
@@ -114,6 +116,7 @@ def probe_scores(
     found: Scores = {}
     for task in TASKS:
         labelled = examples(cfg, task, train)
+        source = _other_game(task.game) if foreign else task.game
         for count in cfg.labels:
             chosen = labelled.drawn(count, seed)
             on_old = []
@@ -127,7 +130,7 @@ def probe_scores(
                     if align and name != OLD:
                         x_QD = aligned(
                             x_QD,
-                            features(encoder, f"new/{name}")[task.game],
+                            features(encoder, f"new/{name}")[source],
                             features(encoder, f"train/{OLD}")[task.game],
                             align,
                         )
@@ -140,6 +143,12 @@ def probe_scores(
             place = found.setdefault(str(count), {}).setdefault(OLD, {})
             place[task.name] = _mean(on_old)
     return found
+
+
+def _other_game(game: str) -> str:
+    """Returns the game after this one, of the other family where the order allows it."""
+    games = sorted({task.game for task in TASKS})
+    return games[(games.index(game) + len(games) // 2) % len(games)]
 
 
 def _mean(results: list[dict[str, Any]]) -> dict[str, Any]:

@@ -81,11 +81,13 @@ def _probed(
 
 
 def _hiding(
-    make: Callable[[Settings, int], Encoder], align: Alignment | None = None
+    make: Callable[[Settings, int], Encoder],
+    align: Alignment | None = None,
+    foreign: bool = False,
 ) -> Callable[[Settings, set[str], int], Scores]:
     def scores(cfg: Settings, kept: set[str], seed: int) -> Scores:
         encoders = {variant: hiding(make(cfg, seed), variant) for variant in NEW}
-        return probe_scores(cfg, encoders, kept, seed, align)
+        return probe_scores(cfg, encoders, kept, seed, align, foreign)
 
     return scores
 
@@ -150,6 +152,8 @@ def rows(cfg: Settings) -> list[Row]:
     found += [Row(name=n, title=t, scores=s, label_free=True) for n, t, s in free]
     found += [
         Row(name="control", title="control: adapted on another game", scores=_probed(control)),
+        Row(name="foreign", scores=_hiding(frozen, "mean", foreign=True),
+            title="control: HUDs left out, means aligned by another game's footage"),
         Row(name="random-mean", title="control: random weights, means aligned",
             scores=_probed(untrained, "mean")),
         Row(name="random-hiding-mean", scores=_hiding(untrained, "mean"),

@@ -112,7 +112,7 @@ def recovered_table(results: Results) -> tuple[Cells, list[Cells]]:
     count = results.cfg.labels[-1]
     base = results.of("frozen", count, OLD, tasks)
     for row in results.rows:
-        if not (row.label_free or row.name == "control"):
+        if not (row.label_free or row.title.startswith("control")):
             continue
         shares = [cell(results.recovered(row.name, count, v, tasks)) for v in NEW]
         own = results.of(row.name, count, OLD, tasks)
