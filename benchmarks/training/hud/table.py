@@ -163,10 +163,13 @@ def _r2(values: dict[int, float]) -> str:
 
 
 def markdown(table: tuple[Cells, list[Cells]]) -> str:
-    """Writes a table in Markdown."""
+    """Writes a table in Markdown, and below it which rows were not run."""
     heading, body = table
-    lines = [heading, ["---"] * len(heading), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    run = [line for line in body if set(line[1:]) != {NOT_RUN}]
+    lines = [heading, ["---"] * len(heading), *run]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    missing = [line[0] for line in body if line not in run]
+    return f"{text}\n\nNot run: {'; '.join(missing)}." if missing else text
 
 
 TABLES = {
