@@ -123,7 +123,7 @@ def run_of(cfg: EdgesConfig, row: str, seed: int) -> PretrainConfig:
 
 
 def measure(cfg: EdgesConfig, row: str, seed: int) -> dict[str, dict[str, float]]:
-    """Trains and evaluates one row; returns results.json's rows."""
+    """Trains and evaluates one row; returns its accuracies by encoder and probe."""
     run = run_of(cfg, row, seed)
     out = cfg.work / "evaluations" / run.run.name
     if not (out / "results.json").exists():
@@ -137,8 +137,11 @@ def measure(cfg: EdgesConfig, row: str, seed: int) -> dict[str, dict[str, float]
                 seed=seed,
             )
         )
-    found: dict[str, dict[str, float]] = json.loads((out / "results.json").read_text())["rows"]
-    return found
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    return {
+        who: {"linear": rows[who]["linear"]["accuracy"], "knn": rows[who]["knn"]}
+        for who in ("encoder", "random_init")
+    }
 
 
 def main(cfg: EdgesConfig) -> None:
