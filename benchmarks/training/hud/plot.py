@@ -37,6 +37,6 @@ def draw(results: Results) -> bytes | None:
     axis.legend(fontsize=7)
     figure.tight_layout()
     out = io.BytesIO()
-    figure.savefig(out, dpi=110)
+    figure.savefig(out, dpi=110, bbox_inches="tight")
     plt.close(figure)
     return out.getvalue()
