@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from pipelines.evaluation.arrays import standardise
+from pipelines.evaluation.drift import unpaired_alignment
 from pipelines.evaluation.probes.number_probe import number_score
 from pipelines.evaluation.ridge import fit_ridge
 from pipelines.evaluation.state_labels import Bins
@@ -27,8 +28,6 @@ from .encoders import Encoder, features_by_game
 from .settings import NEW, OLD, TASKS, Settings, Task
 
 BINS = 4
-SHRINKAGE = 0.1
-"""What is added to the covariances of an alignment, as a share of the mean variance."""
 Alignment = Literal["mean", "covariance"]
 Scores = dict[str, dict[str, dict[str, dict[str, float | None]]]]
 """By number of labels a class, variant, and task: `score` in % and, of numbers, `r2`."""
@@ -128,12 +127,9 @@ def probe_scores(
                     _, rows, values_Q = test_rows(cfg, task, part, kept)
                     x_QD = features(encoder, f"test/{name}")[task.game][rows]
                     if align and name != OLD:
-                        x_QD = aligned(
-                            x_QD,
-                            features(encoder, f"new/{name}")[source],
-                            features(encoder, f"train/{OLD}")[task.game],
-                            align,
-                        )
+                        new_MD = features(encoder, f"new/{name}")[source]
+                        old_ND = features(encoder, f"train/{OLD}")[task.game]
+                        x_QD = unpaired_alignment(new_MD, old_ND, align)(x_QD)
                     result = score(task, labelled.bins, predict(x_QD), values_Q)
                     if name == OLD:
                         on_old.append(result)
@@ -146,7 +142,7 @@ def probe_scores(
 
 
 def _other_game(game: str) -> str:
-    """Returns the game after this one, of the other family where the order allows it."""
+    """Returns the game half-way round the alphabet."""
     games = sorted({task.game for task in TASKS})
     return games[(games.index(game) + len(games) // 2) % len(games)]
 
@@ -172,33 +168,6 @@ def _fit(
         return np.asarray(out_QC.argmax(1) if states else out_QC[:, 0])
 
     return predict
-
-
-def aligned(x_QD: np.ndarray, new_MD: np.ndarray, old_ND: np.ndarray, how: Alignment) -> np.ndarray:
-    """Moves features of new footage to where A's are, by unlabelled footage of both.
-
-    `mean` adds the difference of the means (as AdaBN, arXiv 1603.04779, with one layer);
-    `covariance` also whitens by the new covariance and colours by the old one (CORAL, arXiv
-    1612.01939, applied to the new side).
-
-    Args:
-        x_QD: features of new footage.
-        new_MD: features of unlabelled new footage.
-        old_ND: features of unlabelled old footage.
-        how: what is made equal.
-    """
-    x_QD = x_QD - new_MD.mean(0)
-    if how == "covariance":
-        x_QD = (x_QD @ _power(new_MD, -0.5) @ _power(old_ND, 0.5)).astype(np.float32)
-    return np.asarray(x_QD + old_ND.mean(0), np.float32)
-
-
-def _power(x_ND: np.ndarray, power: float) -> np.ndarray:
-    """Returns a power of the features' shrunk covariance, float64 [D, D]."""
-    covariance_DD = np.cov(x_ND.astype(np.float64), rowvar=False)
-    ridge = SHRINKAGE * np.trace(covariance_DD) / len(covariance_DD)
-    values_D, vectors_DD = np.linalg.eigh(covariance_DD + ridge * np.eye(len(covariance_DD)))
-    return np.asarray((vectors_DD * values_D**power) @ vectors_DD.T)
 
 
 def to_every_new(encoder: Encoder) -> dict[str, Encoder]:
