@@ -118,12 +118,14 @@ def streamed(url: str) -> tuple[set[str], int]:
         with contextlib.suppress(ConnectionClosed):
             while True:
                 message = json.loads(socket.recv(60))
-                if message["type"] == "embedding":
-                    socket.send(json.dumps({"type": "ack", "index": message["index"]}))
-                else:
+                if message["type"] != "embedding":
                     told.add(message.get("model") or message["error"]["code"])
                 time.sleep(0.1)
-                socket.send(PICTURES[0])
+                # After the close nothing can be sent, but what came before it is still to be read.
+                with contextlib.suppress(ConnectionClosed):
+                    if message["type"] == "embedding":
+                        socket.send(json.dumps({"type": "ack", "index": message["index"]}))
+                    socket.send(PICTURES[0])
     return told, socket.close_code or 0
 
 
