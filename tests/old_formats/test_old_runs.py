@@ -39,7 +39,7 @@ from pipelines.training.trainer import train
 RUNS = ("ijepa", "vicreg", "hyper", "vjepa")
 MIDDLE, END = "checkpoint_00000003", "checkpoint_00000006"
 # On the processor that wrote the files the numbers are equal to the bit, but for `hyper`, which two
-# processes trained and one resumes. On another (AMD EPYC) a cosine of 0.58 differed by 1.1e-4 of it.
+# processes trained and one resumes. On an AMD EPYC a cosine of 0.58 differed by 1.1e-4 of itself.
 RTOL, ATOL = 5e-4, 1e-5
 WATCHED = {"rankme_centred", "std", "cosine"}
 """Readings of the collapse watch that are centred within the rows of each process."""
