@@ -12,13 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from models.patient_s3 import NOT_IMPLEMENTED
 from pipelines.runtime.uris import is_local, open_uri, write_atomic
 
 MOST_BYTES = 100_000
 """With a range, s3fs asks once and not twice."""
-
-
-NOT_IMPLEMENTED = 501
 
 
 class TakenError(RuntimeError):
