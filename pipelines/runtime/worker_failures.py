@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ray.exceptions import RayActorError
-from ray.train import UserCallback
+from ray.train import ControllerError, UserCallback
 
 from pipelines.runtime.faults import faults_of
 
@@ -15,6 +15,27 @@ MOST_WORKERS = 2
 """Workers named in one line: when one is lost, those that waited for it fail as well."""
 MOST_CHARACTERS = 240
 """Length at which the reason of one worker is cut off."""
+
+
+LOST_IN_START = "WARNING: a worker was lost while the workers started; starting them again"
+
+
+def failures_left(error: ControllerError, max_failures: int) -> int | None:
+    """Says whether Ray Train gave up only because a worker was lost in the last part of a start.
+
+    In that part Ray Train 2.60 waits for the workers without counting a lost one as a failure, and
+    ends the run.
+
+    Args:
+        error: what ended it.
+        max_failures: how many failures the run may still have; -1 for no limit.
+
+    Returns:
+        How many it may have after this one; None if it ends here.
+    """
+    if not isinstance(error.controller_failure, RayActorError) or max_failures == 0:
+        return None
+    return max_failures - 1 if max_failures > 0 else max_failures
 
 
 class FailureReporter(UserCallback):

@@ -199,13 +199,26 @@ def _fit_from(
     start: Start, cfg: PretrainConfig, lease: Lease, callbacks: Sequence[Any], stream: Any
 ) -> Outcome:
     """Trains; if the checkpoint turns out to be damaged as it is loaded, from the one before it."""
+    from ray.train import ControllerError
+
+    from pipelines.runtime.worker_failures import LOST_IN_START, failures_left
     from pipelines.training.contract import end_step
 
     first_step = min(cfg.run.checkpoint_every, end_step(cfg))
+    say = functools.partial(print, file=stream, flush=True)
     while True:
-        say = functools.partial(print, file=stream, flush=True)
         go_back(start, ranked=bool(cfg.run.probe_every), say=say)
-        outcome = _fit(cfg, lease, callbacks, stream)
+        try:
+            outcome = _fit(cfg, lease, callbacks, stream)
+        except ControllerError as error:
+            left = failures_left(error, cfg.run.max_failures)
+            if left is None:
+                raise
+            say(LOST_IN_START)
+            run = dataclasses.replace(cfg.run, max_failures=left, resume_from=None)
+            cfg = dataclasses.replace(cfg, run=run)
+            start = find_start(start.run_uri, None, first_step)
+            continue
         if not outcome.damaged:
             return outcome
         fault = (outcome.refused or "").partition("\n")[0].removeprefix(f"{outcome.damaged}/")
