@@ -39,8 +39,17 @@ from pipelines.training.trainer import train
 RUNS = ("ijepa", "vicreg", "hyper", "vjepa")
 MIDDLE, END = "checkpoint_00000003", "checkpoint_00000006"
 # On the processor that wrote the files the numbers are equal to the bit, but for `hyper`, which two
-# processes trained and one resumes. On an AMD EPYC a cosine of 0.58 differed by 1.1e-4 of itself.
-RTOL, ATOL = 5e-4, 1e-5
+# processes trained and one resumes.
+RTOL, ATOL = 1e-4, 1e-5
+UNDETERMINED = {
+    "vicreg": {
+        *("encoder.norm.bias", "projector.3.bias"),
+        *("cosine", "embedded_cosine", "rankme", "embedded_rankme"),
+    }
+}
+"""Weights without any effect on the loss, and what depends on them: a batch norm follows the first,
+and the loss ignores a shift of all embeddings. Their gradients are rounding errors, which AdamW
+makes as large as any other step, so that they differ between processors."""
 WATCHED = {"rankme_centred", "std", "cosine"}
 """Readings of the collapse watch that are centred within the rows of each process."""
 
@@ -87,10 +96,12 @@ def samples_of(run: Path, after: int) -> list[tuple[int, list[str]]]:
     return [(step, sorted(ids)) for step, ids in sorted(found.items()) if step > after]
 
 
-def assert_near(found: dict[str, Any], was: dict[str, Any], writers: int) -> None:
+def assert_near(
+    found: dict[str, Any], was: dict[str, Any], writers: int, skipped: set[str]
+) -> None:
     """Compares two lines of metrics.jsonl, the second one written by so many processes."""
     assert found.keys() - TIMED == was.keys() - TIMED
-    for key in found.keys() - TIMED - (WATCHED if writers > 1 else set()):
+    for key in found.keys() - TIMED - skipped - (WATCHED if writers > 1 else set()):
         assert found[key] == pytest.approx(was[key], rel=RTOL, abs=ATOL), key
 
 
@@ -106,11 +117,13 @@ def test_a_run_resumes_with_the_numbers_of_the_uninterrupted_one(
     assert found[:3] == was[:3]
     writers = read_state(whole / END).world_size
     for ours, theirs in zip(found[3:], was[3:], strict=True):
-        assert_near(ours, theirs, writers)
+        assert_near(ours, theirs, writers, UNDETERMINED.get(name, set()))
     assert samples_of(run, 3) == samples_of(whole, 3)
     for group in ("model", "optimizer"):
         ours, theirs = load_tensors(run / END, group, 1), load_tensors(whole / END, group, writers)
-        torch.testing.assert_close(ours, theirs, rtol=RTOL, atol=ATOL)
+        assert ours.keys() == theirs.keys()
+        for key in ours.keys() - UNDETERMINED.get(name, set()):
+            torch.testing.assert_close(ours[key], theirs[key], rtol=RTOL, atol=ATOL, msg=key)
 
 
 @pytest.mark.parametrize("name", RUNS)
