@@ -157,12 +157,16 @@ class LMClient:
         return started
 
     async def take(self, key: str, request_id: str) -> Taken | None:
-        """Pulls once; returns None if the replica of the answer has ended or is silent."""
+        """Pulls once; returns None if the replica of the answer has ended or is silent.
+
+        A replica answers within `TAKE_WAIT_S`, so it is not asked whether it is alive: if it has
+        died, another one might say so in its place.
+        """
+        handle = self._handle.options(session_id=key, method_name="take")
         try:
-            taken: Taken | None = await self._call_once(
-                key, "take", request_id, TAKE_TOKENS, TAKE_WAIT_S
-            )
-        except _LOST:
+            async with asyncio.timeout(TAKE_WAIT_S + 2 * self._silence_s):
+                taken: Taken | None = await handle.remote(request_id, TAKE_TOKENS, TAKE_WAIT_S)
+        except (*_LOST, TimeoutError):
             return None
         return taken
 
