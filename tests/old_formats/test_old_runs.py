@@ -49,7 +49,8 @@ UNDETERMINED = {
 }
 """Weights without any effect on the loss, and what depends on them: a batch norm follows the first,
 and the loss ignores a shift of all embeddings. Their gradients are rounding errors, which AdamW
-makes as large as any other step, so that they differ between processors."""
+makes as large as any other step, so that they differ a little between processors."""
+SHIFTED_RTOL = 1e-3
 WATCHED = {"rankme_centred", "std", "cosine"}
 """Readings of the collapse watch that are centred within the rows of each process."""
 
@@ -97,12 +98,13 @@ def samples_of(run: Path, after: int) -> list[tuple[int, list[str]]]:
 
 
 def assert_near(
-    found: dict[str, Any], was: dict[str, Any], writers: int, skipped: set[str]
+    found: dict[str, Any], was: dict[str, Any], writers: int, shifted: set[str]
 ) -> None:
     """Compares two lines of metrics.jsonl, the second one written by so many processes."""
     assert found.keys() - TIMED == was.keys() - TIMED
-    for key in found.keys() - TIMED - skipped - (WATCHED if writers > 1 else set()):
-        assert found[key] == pytest.approx(was[key], rel=RTOL, abs=ATOL), key
+    for key in found.keys() - TIMED - (WATCHED if writers > 1 else set()):
+        rel = SHIFTED_RTOL if key in shifted else RTOL
+        assert found[key] == pytest.approx(was[key], rel=rel, abs=ATOL), key
 
 
 @pytest.mark.usefixtures("ray_local")  # its loader reads shards in tasks of Ray Data
@@ -119,11 +121,13 @@ def test_a_run_resumes_with_the_numbers_of_the_uninterrupted_one(
     for ours, theirs in zip(found[3:], was[3:], strict=True):
         assert_near(ours, theirs, writers, UNDETERMINED.get(name, set()))
     assert samples_of(run, 3) == samples_of(whole, 3)
+    farthest = 2 * sum(line["lr"] for line in was[3:])  # each goes by a rate a step, either way
     for group in ("model", "optimizer"):
         ours, theirs = load_tensors(run / END, group, 1), load_tensors(whole / END, group, writers)
         assert ours.keys() == theirs.keys()
-        for key in ours.keys() - UNDETERMINED.get(name, set()):
-            torch.testing.assert_close(ours[key], theirs[key], rtol=RTOL, atol=ATOL, msg=key)
+        for key in ours:
+            atol = farthest if key in UNDETERMINED.get(name, set()) else ATOL
+            torch.testing.assert_close(ours[key], theirs[key], rtol=RTOL, atol=atol, msg=key)
 
 
 @pytest.mark.parametrize("name", RUNS)
