@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from models.patient_s3 import NOT_IMPLEMENTED
+from models.s3_errors import NOT_IMPLEMENTED, status_of
 from pipelines.runtime.uris import is_local, open_uri, write_atomic
 
 MOST_BYTES = 100_000
@@ -155,11 +155,9 @@ class S3LeaseFile:
         except FileNotFoundError as error:  # to be replaced, and gone
             raise TakenError from error
         except OSError as error:
-            answer: Any = getattr(error.__cause__, "response", {})
-            status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
-            if status in (409, 412):
+            if status_of(error) in (409, 412):
                 raise TakenError from error
-            if status == NOT_IMPLEMENTED and condition:  # some servers know no conditions
+            if status_of(error) == NOT_IMPLEMENTED and condition:  # some servers know no conditions
                 return self._put(data)
             raise
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from pipelines.config.places import Place, places
 from pipelines.runtime.faults import Fault, faults_of
 from pipelines.runtime.parsing import parsed
-from pipelines.runtime.places import absolute, holding
+from pipelines.runtime.places import absolute, holding, watched
 from pipelines.runtime.storage_faults import explain_storage
 
 C = TypeVar("C")
@@ -50,7 +50,8 @@ def run_command(parse: Callable[[], C], job: Callable[[C], Any], *, configs: Any
     try:
         config = parsed(parse)
         found = _places(configs(config) if configs else (config,))
-        job(config)
+        with watched(found):
+            job(config)
     except BrokenPipeError:  # `| head` has read enough; the interpreter would complain once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

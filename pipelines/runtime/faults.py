@@ -11,6 +11,8 @@ from typing import Any
 
 _LAST_LINE = re.compile(r"^(?P<name>[A-Za-z_][\w.]*): (?P<text>.+)$", re.M)
 _ERRNO = re.compile(r"\[[Ee]rrno (\d+)\] ?([^:\n]*)(?:: '([^']*)')?")
+_S3_CODE = re.compile(r"\((\w+): s3://([^/)]*)")
+"""How `models.s3_errors.named` writes the code and the object, of which this takes the bucket."""
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -91,6 +93,7 @@ def _of_exception(error: BaseException) -> Fault:
     answer: dict[str, Any] = (getattr(origin, "response", None) or {}).get("Error", {})
     details: dict[str, Any] = getattr(error, "kwargs", None) or {}
     found = _ERRNO.search(str(error))
+    named = _S3_CODE.search(str(error))
     number = getattr(error, "errno", None)
     return Fault(
         name=type(error).__name__,
@@ -99,8 +102,8 @@ def _of_exception(error: BaseException) -> Fault:
         text=str(error),
         number=number if isinstance(number, int) else int(found[1]) if found else None,
         path=str(path) if (path := getattr(error, "filename", None)) is not None else None,
-        code=answer.get("Code"),
-        bucket=answer.get("BucketName"),
+        code=answer.get("Code") or (named[1] if named else None),
+        bucket=answer.get("BucketName") or (named[2] if named else None),
         endpoint=details.get("endpoint_url"),
         about=next(iter(getattr(error, "__notes__", ())), None),
         package=(getattr(error, "name", None) or "").partition(".")[0] or None,
@@ -122,7 +125,7 @@ def _of_text(text: str) -> Iterator[Fault]:
         return
     module, _, name = found["name"].rpartition(".")
     known = getattr(builtins, name, None)
-    number = _ERRNO.search(found["text"])
+    number, named = (pattern.search(found["text"]) for pattern in (_ERRNO, _S3_CODE))
     bases = {cls.__name__ for cls in known.__mro__} if isinstance(known, type) else {name}
     if module:  # ours end in Error and are told; whether they are ValueErrors too does not matter
         bases.add(name)
@@ -133,4 +136,6 @@ def _of_text(text: str) -> Iterator[Fault]:
         text=found["text"],
         number=int(number[1]) if number else None,
         path=number[3] if number else None,
+        code=named[1] if named else None,
+        bucket=named[2] if named else None,
     )

@@ -1,6 +1,7 @@
 """Checks the places that a configuration names before work begins: they must exist or be writable.
 
-An error names the flag, before Ray is started or an image is read.
+An error names the flag, before Ray is started or an image is read. While the work goes on, S3 is
+asked whether it answers: those who wait for it are workers, whose lines nobody sees.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ import contextlib
 import errno
 import os
 import re
+import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from models.file_systems import S3
+from models.file_systems import S3, check_protocol
 from pipelines.config.places import Place, places, with_places
-from pipelines.runtime.uris import absolute_uri, check_protocol, is_local, open_uri
+from pipelines.runtime.uris import absolute_uri, is_local, open_uri
 
 C = TypeVar("C")
 
@@ -87,7 +89,7 @@ def _require_answer(place: Place) -> None:
     """
     if not place.uri.startswith(tuple(f"{protocol}://" for protocol in S3)):
         return
-    from models.patient_s3 import passes
+    from models.s3_errors import passes
 
     fs, path = open_uri(place.uri, patience_s=FIRST_ANSWER_S)
     try:
@@ -163,3 +165,38 @@ def _names(text: str, uri: str) -> bool:
     if "/" not in uri:  # a bare word may be in the text by chance
         return text == uri or text.startswith(f"{uri}:")
     return re.search(rf"(?<![\w./-]){re.escape(uri)}(?![\w-])", text) is not None
+
+
+ASK_EVERY_S = 5.0
+
+
+@contextlib.contextmanager
+def watched(found: Sequence[Place]) -> Iterator[None]:
+    """Asks S3 every few seconds whether it answers, for the length of the block.
+
+    `models.s3_waiting` writes the line, once an outage, whoever of this process asked.
+
+    Args:
+        found: The places of the job; one of each bucket is asked for.
+    """
+    uris = {place.uri.split("/")[2]: place.uri for place in found if _on_s3(place)}
+    done = threading.Event()
+    if uris:
+        ask = threading.Thread(target=_ask, args=(sorted(uris.values()), done), daemon=True)
+        ask.start()
+    try:
+        yield
+    finally:
+        done.set()  # not joined: an answer may take its time
+
+
+def _on_s3(place: Place) -> bool:
+    return place.uri.partition("://")[0] in S3 and place.uri.count("/") > 1
+
+
+def _ask(uris: Sequence[str], done: threading.Event) -> None:
+    while not done.wait(ASK_EVERY_S):
+        for uri in uris:
+            with contextlib.suppress(Exception):  # noted where it failed, and told by the job
+                fs, path = open_uri(uri, patience_s=0)
+                fs.exists(path)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import errno
 import os
 
+from models.s3_errors import CREDENTIALS, REGIONS, SKEWED
 from pipelines.config.places import Place
 from pipelines.runtime.faults import Fault
 from pipelines.runtime.places import MAKE, holding
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_CREDENTIALS = (
-    *("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"),
-    *("TokenRefreshRequired", "AuthFailure"),
-)
 SET_KEYS = "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired")
+SET_CLOCK = "Set it, as by NTP (`timedatectl`), on every machine of the cluster."
+SET_REGION = "Set AWS_DEFAULT_REGION to the bucket's own, and AWS_ENDPOINT_URL for other than AWS."
+RENEW = "Get new ones (aws sso login, a new session token); the same command then goes on."
 
 
 def explain_storage(fault: Fault, found: list[Place]) -> str | None:
@@ -42,11 +43,22 @@ def _of_s3(fault: Fault, found: list[Place]) -> str:
         return f"{where}no answer from {at}\nIs AWS_ENDPOINT_URL right, and the network there?"
     if fault.code == "NoSuchBucket":
         return f"{where}there is no bucket {fault.bucket or ''}\n{MAKE}"
-    if fault.code in _CREDENTIALS:
-        return f"{where}S3 refuses the credentials ({fault.code}: {fault.first_line})\n{SET_KEYS}"
+    if fault.code in CREDENTIALS:
+        way_out = RENEW if fault.code in EXPIRED else SET_KEYS
+        return f"{where}S3 refuses the credentials{_because(fault)}\n{way_out}"
+    if fault.code == SKEWED:
+        return f"{where}the clock of this machine is wrong, says S3{_because(fault)}\n{SET_CLOCK}"
+    if fault.code in REGIONS:
+        return f"{where}the bucket is in another region{_because(fault)}\n{SET_REGION}"
     if fault.is_a("PermissionError") or fault.code in ("AccessDenied", "403", "Forbidden"):
         return f"{where}access denied ({fault.first_line})\nThe credentials may not do this there."
     return f"{where}S3: {fault.first_line}"
+
+
+def _because(fault: Fault) -> str:
+    """Returns what S3 said, with its code."""
+    text, code = fault.first_line, str(fault.code)
+    return f" ({text})" if code in text else f" ({code}: {text})"
 
 
 def _in_s3_words(fault: Fault, found: list[Place]) -> str:

@@ -14,40 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow.fs
 
 from models.file_systems import file_system, url_to_fs
 from models.scratch import scratch
-
-PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs"}
-"""PyPI packages that bring fsspec a file system, by protocol, where the two names differ."""
-READABLE = "Places are local paths, file:// or s3:// (S3 and what speaks its protocol)."
-
-
-def check_protocol(uri: str, about: str = "") -> None:
-    """Refuses a URI whose protocol no installed file system understands.
-
-    Args:
-        uri: A local path or an address.
-        about: What the message begins with, as in `--data.train: `.
-
-    Raises:
-        ValueError: Says which package is missing, or which protocols there are.
-    """
-    protocol, separator, _ = uri.partition("://")
-    if not separator or "::" in uri:
-        return
-    about = f"{about}{uri}: "
-    try:
-        fsspec.get_filesystem_class(protocol)
-    except ImportError as error:
-        package = PACKAGES.get(protocol, f"fsspec's package for {protocol}")
-        way_out = f"to read {protocol}://, pip install {package}"
-        raise ValueError(f"{about}{way_out}\n{READABLE}") from error
-    except ValueError as error:
-        hint = f"; write {protocol.lower()}://" if protocol.lower() in ("s3", "file") else ""
-        raise ValueError(f"{about}nothing here reads {protocol}://{hint}\n{READABLE}") from error
 
 
 def public_name(uri: str) -> str:

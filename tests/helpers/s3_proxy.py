@@ -9,27 +9,35 @@ import random
 import socket
 import struct
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
 SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"
+TRICKLE_S, LONGEST_HANG_S = 0.2, 60.0
 HOP_BY_HOP = {"connection", "expect", "transfer-encoding", "content-length", "keep-alive"}
 
 
 class S3Proxy:
     """Passes requests on; `down` refuses connections, `error_rate` spoils that share of requests.
 
-    Spoiled requests are answered by 503 SlowDown or by a reset in turn. `bytes_out` are bytes of
-    bodies that were sent to clients, `requests` counts by method and path.
+    Spoiled requests meet the `troubles` in turn: `reset` of the connection, `slow_down` (a 503),
+    `hang` without an answer, `cut` in the middle of the answer's body, `late` when the request was
+    done and its answer is lost, `trickle` of the body over `TRICKLE_S`, or a code of S3 that
+    refuses it. A `rule` says instead what each request meets, "" for nothing. `bytes_out` are
+    bytes of bodies that were sent to clients, `requests` counts by method and path.
     """
 
     def __init__(self, upstream: str) -> None:
         self.upstream = urlsplit(upstream).netloc
         self.error_rate, self.seed = 0.0, random.Random(0)
+        self.troubles: tuple[str, ...] = ("reset", "slow_down")
+        self.calm = threading.Event()  # ends hanging requests
         self.refuse: tuple[int, str] | None = None  # status and code that answer every request
+        self.rule: Callable[[Any], str] | None = None  # what a request meets, by the handler
         self.spoiled = self.bytes_out = 0
         self.requests: Counter[tuple[str, str]] = Counter()
         self._lock = threading.Lock()
@@ -77,18 +85,31 @@ class S3Proxy:
         timer.start()
         return timer
 
+    def trouble_for(self, seconds: float, *troubles: str) -> threading.Timer:
+        """Spoils every request for some seconds; returns the timer that ends it."""
+        self.error_rate, self.troubles = 1.0, troubles
+        timer = threading.Timer(seconds, self.end_trouble)
+        timer.start()
+        return timer
+
+    def end_trouble(self) -> None:
+        """Passes every request on again."""
+        self.error_rate, self.troubles, self.rule = 0.0, ("reset", "slow_down"), None
+        self.calm.set()
+        self.calm = threading.Event()
+
     def close(self) -> None:
         """Ends the proxy."""
         if self._server is not None:
             self.down()
 
-    def spoils(self) -> int:
-        """Returns 0 to pass a request on, else the number of the request that is spoiled."""
+    def spoils(self) -> str:
+        """Returns what the next request meets; "" passes it on."""
         with self._lock:
             if self.seed.random() >= self.error_rate:
-                return 0
+                return ""
             self.spoiled += 1
-            return self.spoiled
+            return self.troubles[self.spoiled % len(self.troubles)]
 
 
 class _Server(ThreadingHTTPServer):
@@ -119,25 +140,36 @@ class _Handler(BaseHTTPRequestHandler):
         path = urlsplit(self.path).path
         self.proxy.requests[self.command, path] += 1
         if self.proxy.refuse:
-            status, code = self.proxy.refuse
-            self._send(
-                status, [], f"<Error><Code>{code}</Code><Message>{code}</Message></Error>".encode()
-            )
+            self._refuse(*self.proxy.refuse)
             return
-        if number := self.proxy.spoils():
-            self.close_connection = True
-            if number % 2:
-                _abort(self.connection)
-            else:
-                self._send(503, [("Content-Type", "application/xml")], SLOW_DOWN)
-            return
+        trouble = self.proxy.rule(self) if self.proxy.rule else self.proxy.spoils()
+        self.close_connection = bool(trouble)
+        if trouble[:1].isupper():
+            self._refuse(403, trouble)
+        elif trouble == "slow_down":
+            self._send(503, [("Content-Type", "application/xml")], SLOW_DOWN)
+        elif trouble in ("reset", "hang"):
+            if trouble == "hang":
+                self.proxy.calm.wait(LONGEST_HANG_S)
+            _abort(self.connection)
+        else:
+            self._pass_on(body, trouble)
+
+    def _refuse(self, status: int, code: str) -> None:
+        text = f"<Error><Code>{code}</Code><Message>{code}</Message></Error>"
+        self._send(status, [], text.encode())
+
+    def _pass_on(self, body: bytes, trouble: str) -> None:
         upstream = http.client.HTTPConnection(self.proxy.upstream, timeout=60)
         with contextlib.closing(upstream):
             headers = {k: v for k, v in self.headers.items() if k.lower() not in HOP_BY_HOP}
             upstream.request(self.command, self.path, body, headers | {"Connection": "close"})
             answer = upstream.getresponse()
             data = answer.read()
-            self._send(answer.status, answer.getheaders(), data)
+        if trouble == "late":
+            _abort(self.connection)
+        else:
+            self._send(answer.status, answer.getheaders(), data, trouble)
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _answer
 
@@ -152,7 +184,9 @@ class _Handler(BaseHTTPRequestHandler):
             pass
         return data
 
-    def _send(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
+    def _send(
+        self, status: int, headers: list[tuple[str, str]], body: bytes, trouble: str = ""
+    ) -> None:
         self.send_response_only(status)
         length = {k.lower(): v for k, v in headers}.get("content-length", "0")
         for name, value in headers:
@@ -164,7 +198,20 @@ class _Handler(BaseHTTPRequestHandler):
         if not head:
             with self.proxy._lock:
                 self.proxy.bytes_out += len(body)
+            self._write(body, trouble)
+
+    def _write(self, body: bytes, trouble: str) -> None:
+        half = len(body) // 2
+        if trouble not in ("cut", "trickle"):
             self.wfile.write(body)
+            return
+        self.wfile.write(body[:half])
+        self.wfile.flush()
+        time.sleep(TRICKLE_S)
+        if trouble == "cut":
+            _abort(self.connection)
+        else:
+            self.wfile.write(body[half:])
 
 
 def _abort(connection: socket.socket) -> None:

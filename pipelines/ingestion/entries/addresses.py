@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipelines.runtime.uris import check_protocol, open_uri
+from models.file_systems import check_protocol
+from pipelines.runtime.uris import open_uri
 
 _STREAMS = ("rtsp", "rtsps", "rtmp", "rtmps", "srt", "udp", "tcp", "rtp")
 

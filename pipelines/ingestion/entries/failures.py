@@ -9,6 +9,8 @@ import zlib
 
 import pyarrow as pa
 
+from models.s3_errors import refuses_all
+
 # What a damaged archive, or an object that the storage refuses, may raise.
 DAMAGE = (
     *(OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError, pa.ArrowException),
@@ -24,7 +26,7 @@ def raise_if_unreachable(error: BaseException) -> None:
     """Raises an error that is not about one object, as quarantining that object would lose data."""
     if not isinstance(error, DAMAGE) or isinstance(error, ConnectionError | TimeoutError):
         raise error
-    if getattr(error, "errno", None) in _PASSING:
+    if getattr(error, "errno", None) in _PASSING or refuses_all(error):
         raise error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,3 +66,31 @@ def test_shards_are_the_same_whatever_s3_does(proxy: S3Proxy) -> None:
     assert ingested("outage") == expected
     assert down
     down[0].join()
+
+
+@pytest.mark.parametrize("code", ["ExpiredToken", "RequestTimeTooSkewed", "InvalidAccessKeyId"])
+def test_credentials_that_end_meanwhile_are_no_fault_of_the_images(
+    proxy: S3Proxy, code: str
+) -> None:
+    proxy.rule = lambda r: code * (r.command == "GET" and r.path.endswith("7.png"))
+    with pytest.raises(PermissionError, match=rf"\({code}: s3://hiccups/raw/"):
+        ingested(code)
+    fs, path = url_to_fs(f"s3://hiccups/{code}")
+    assert not [name for name in fs.find(path) if name.endswith("items.parquet")]
+
+
+def test_an_image_that_may_not_be_read_is_quarantined_by_itself(proxy: S3Proxy) -> None:
+    proxy.rule = lambda r: "AccessDenied" * (r.command == "GET" and r.path.endswith("/7.png"))
+    manifest = ingest(IngestConfig(source=SOURCE, out="s3://hiccups/denied"))
+    assert (manifest.num_samples, manifest.quarantined) == (COUNT - 1, {"unreadable": 1})
+
+
+def test_an_image_that_vanishes_after_it_was_listed_is_quarantined(proxy: S3Proxy) -> None:
+    def vanish(request: Any) -> str:
+        if request.command == "GET" and request.path.endswith("/7.png"):
+            return "NoSuchKey"
+        return ""
+
+    proxy.rule = vanish
+    manifest = ingest(IngestConfig(source=SOURCE, out="s3://hiccups/vanished"))
+    assert (manifest.num_samples, manifest.quarantined) == (COUNT - 1, {"unreadable": 1})

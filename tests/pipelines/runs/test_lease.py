@@ -17,7 +17,7 @@ from botocore.exceptions import ClientError
 from helpers.repository import ROOT
 from helpers.s3_proxy import S3Proxy, proxied
 from models.file_systems import url_to_fs
-from models.patient_s3 import passes
+from models.s3_errors import passes
 from pipelines.runs import lease as leases
 from pipelines.runs.lease import (
     BEAT_ENV,
