@@ -19,6 +19,7 @@ from pipelines.config.places import Place, places
 from pipelines.runtime.faults import Fault, faults_of
 from pipelines.runtime.parsing import parsed
 from pipelines.runtime.places import absolute, holding, watched
+from pipelines.runtime.ray_faults import explain_peers, explain_ray
 from pipelines.runtime.storage_faults import explain_storage
 
 C = TypeVar("C")
@@ -85,11 +86,19 @@ def explain(error: BaseException, found: list[Place]) -> str | None:
     """
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; the same command goes on from what is done"
-    for fault in faults_of(error):
-        told = explain_storage(fault, found) or _explain_other(fault, found)
+    faults = list(faults_of(error))
+    for fault in faults:
+        told = _explain_one(fault, found)
         if told:
             return told
-    return None
+    return next(filter(None, map(explain_ray, faults)), None) or explain_peers(faults)
+
+
+def _explain_one(fault: Fault, found: list[Place]) -> str | None:
+    """Explains what is not a loss, because a loss may be what followed from it."""
+    if fault.module == "ray" and not fault.is_a("OutOfMemoryError"):
+        return None
+    return explain_storage(fault, found) or _explain_other(fault, found)
 
 
 def _explain_other(fault: Fault, found: list[Place]) -> str | None:

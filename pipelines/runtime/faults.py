@@ -65,7 +65,8 @@ def faults_of(error: BaseException) -> Iterator[Fault]:
             yield _of_exception(one)
             inner = [one.__cause__]
         elif not any(inner):  # what was inside did not survive the way here, but as text
-            yield from _of_text(_ANSI.sub("", str(one)))
+            told = list(_of_text(_ANSI.sub("", str(one))))
+            yield from told or ([_of_exception(one)] if _is_loss(one) else [])
         todo += [found for found in inner if found is not None]
 
 
@@ -83,9 +84,14 @@ def _wrapped(error: BaseException) -> list[BaseException | None] | None:
         return [None if lost else cause]
     if names & {"UserCodeException", "SystemException", "UserExceptionWithTraceback"}:
         return [getattr(error, "_original_exception", None) or error.__cause__]
-    if names & {"ActorDiedError", "RayActorError"}:
-        return [None]
-    return None
+    if "WorkerHealthCheckFailedError" in names:
+        return [getattr(error, "health_check_failure", None)]
+    return [None] if _is_loss(error) else None
+
+
+def _is_loss(error: BaseException) -> bool:
+    """Whether a process is gone; if an error of its own ended it, the text says which."""
+    return any(cls.__name__ == "RayActorError" for cls in type(error).__mro__)
 
 
 def _of_exception(error: BaseException) -> Fault:

@@ -24,9 +24,9 @@ from pipelines.runs.initial_weights import check_initial
 from pipelines.runs.lease import Lease, RunInUseError, held, taken_over
 from pipelines.runs.resuming import Start, find_start, go_back
 from pipelines.runtime.cluster import check_fits, cpus_needed, start_ray
+from pipelines.runtime.lines.worker_lines import worker_lines
 from pipelines.runtime.places import prepare
 from pipelines.runtime.uris import join_uri, local_copy, ray_storage
-from pipelines.runtime.worker_lines import worker_lines
 
 if TYPE_CHECKING:
     from pipelines.loading.mixing import TrainingSet

@@ -32,7 +32,7 @@ from pipelines.recipes.registry import RECIPES
 from pipelines.runs.checkpoints import CheckpointError, load_encoder, load_tensors
 from pipelines.runs.run_folder import read_metrics
 from pipelines.runtime.cluster import check_fits
-from pipelines.runtime.worker_lines import LinePrinter, worker_lines
+from pipelines.runtime.lines.worker_lines import LinePrinter, worker_lines
 from pipelines.training.contract import DataSource, Worker
 from pipelines.training.launch import pretrain
 from pipelines.training.trainer import train

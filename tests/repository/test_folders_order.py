@@ -35,6 +35,7 @@ ORDER = [
     "pipelines/config",
     "pipelines/recipes",
     "pipelines/runtime",
+    "pipelines/runtime/lines",
     "pipelines/dataset",
     "pipelines/ingestion/entries",
     "pipelines/ingestion/listing",
