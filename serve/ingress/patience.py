@@ -74,11 +74,12 @@ async def while_alive(
 
     Args:
         call: the call.
-        ping: calls the same replica for something that it answers at once.
+        ping: calls the same replica for something that it answers at once. May raise
+            `ReplicaSilent` to say that the replica does not work on the call.
         silence_s: seconds without an answer, to the call and then to the ping.
 
     Raises:
-        ReplicaSilent: the replica answers neither.
+        ReplicaSilent: the replica answers neither, or does not know of the call.
     """
     answer = asyncio.ensure_future(call)
     try:
@@ -86,7 +87,7 @@ async def while_alive(
             try:
                 async with asyncio.timeout(silence_s):
                     await ping()
-            except TimeoutError as error:
+            except (TimeoutError, ReplicaSilent) as error:
                 if not answer.done():
                     raise ReplicaSilent(f"no answer within {2 * silence_s:g} s") from error
         return answer.result()

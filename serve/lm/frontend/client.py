@@ -193,14 +193,22 @@ class LMClient:
         task.add_done_callback(self._cancels.discard)
 
     async def _call_once(self, session_id: str, method: str, *args: Any) -> Any:
-        def remote(name: str, *given: Any) -> Any:
-            return self._handle.options(session_id=session_id, method_name=name).remote(*given)
+        """Calls a method; the call counts as lost once its replica no longer knows of it.
+
+        A dead replica's place is taken by another one, which answers pings, but not this call.
+        """
+        call_id = uuid.uuid4().hex
+
+        def remote(name: str, *given: Any, **named: str) -> Any:
+            handle = self._handle.options(session_id=session_id, method_name=name)
+            return handle.remote(*given, **named)
 
         async def call() -> Any:
-            return await remote(method, *args)
+            return await remote(method, *args, call_id=call_id)
 
-        async def ping() -> Any:
-            return await remote("describe")
+        async def ping() -> None:
+            if not await remote("works_on", call_id):
+                raise ReplicaSilent("another replica has taken its place")
 
         return await while_alive(call(), ping, silence_s=self._silence_s)
 

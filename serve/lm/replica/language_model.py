@@ -29,7 +29,7 @@ from serve.lm.replica.resident_session import ResidentSession
 from serve.lm.replica.scheduler import Scheduler
 from serve.lm.replica.session_table import SessionTable
 from serve.lm.replica.slab_queue import SlabQueue
-from serve.lm.replica.tasks import in_background, in_full
+from serve.lm.replica.tasks import CallsInProgress, in_background, in_full, with_name
 from serve.lm.settings import LMSettings
 from serve.lm.store.session_store import SessionStore
 from serve.telemetry import Reporter
@@ -54,6 +54,7 @@ class LanguageModel:
 
     def __init__(self, settings: LMSettings, telemetry: Any) -> None:
         self._settings = settings
+        self.calls = CallsInProgress()
         device = "cuda" if settings.gpus else "cpu"
         model = load_model(settings.model, dtype=_DTYPES[settings.dtype], device=device)
         self._tokenizer = load_tokenizer(settings.model)
@@ -108,6 +109,10 @@ class LanguageModel:
         """Describes the model."""
         return self._card
 
+    async def works_on(self, call_id: str) -> bool:
+        """Whether a call is in progress here, and not lost with the replica that it went to."""
+        return call_id in self.calls
+
     def check_health(self) -> None:
         """Called by Serve every few seconds.
 
@@ -117,6 +122,7 @@ class LanguageModel:
         self._thread.check()
         self._maintenance.check()
 
+    @with_name
     async def start(self, start: Start) -> Started | ApiError | Refusal:
         """Starts a request's generations; see `Start`. Feeds of another model are refused.
 
@@ -156,6 +162,7 @@ class LanguageModel:
         """Returns once an answer has ended; Serve drains a replica until no call is in progress."""
         await self._active.over(request_id)
 
+    @with_name
     @in_full
     async def cancel(self, request_id: str) -> None:
         """Ends a request's answer at a token boundary once it has begun; its session stays."""
@@ -166,6 +173,7 @@ class LanguageModel:
         async with self._active.locks.get(request_id):
             await self._active.end(request_id)
 
+    @with_name
     @in_full
     async def create(
         self,
@@ -194,11 +202,13 @@ class LanguageModel:
             )
             return session.state(self._settings.cache)
 
+    @with_name
     @in_full
     async def describe_session(self, session_id: str) -> SessionState:
         """Describes a session."""
         return await self._sessions.describe(session_id)
 
+    @with_name
     async def list_sessions(self) -> list[SessionState]:
         """Describes all sessions, those with a slab here and those that are stored."""
         found = []
@@ -209,6 +219,7 @@ class LanguageModel:
                 continue  # expired or deleted meanwhile
         return found
 
+    @with_name
     @in_full
     async def delete(self, session_id: str) -> None:
         """Deletes a session and ends its answer, if it is generating one."""
@@ -219,12 +230,14 @@ class LanguageModel:
                 await self._active.end(session.active_request)
             await self._sessions.delete(session_id)
 
+    @with_name
     @in_full
     async def fork(self, session_id: str, new_id: str, request_id: str) -> SessionState:
         """Creates a second session with the same stream; a repeated call returns that session."""
         async with self._sessions.locked(session_id, new_id):
             return await self._sessions.fork(await self._idle(session_id), new_id, request_id)
 
+    @with_name
     @in_full
     async def snapshot(self, session_id: str) -> SessionState:
         """Stores a session's keys and values now."""
@@ -233,6 +246,7 @@ class LanguageModel:
             await self._sessions.snapshot(session)
             return session.state(self._settings.cache)
 
+    @with_name
     @in_full
     async def restore(self, session_id: str) -> SessionState:
         """Drops a session's keys and values and loads them from the store again."""

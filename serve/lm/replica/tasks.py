@@ -1,10 +1,11 @@
-"""How a replica runs its methods: to their end, in the background, in a thread, under a lock."""
+"""How a replica runs its methods: named, to their end, in the background, under a lock."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 from weakref import WeakValueDictionary
@@ -37,6 +38,36 @@ def in_full(
     async def called(self: Self, /, *args: Args.args, **kwargs: Args.kwargs) -> Result | ApiError:
         task = in_background(_refused(method(self, *args, **kwargs)))
         return await asyncio.shield(task)
+
+    return called
+
+
+class CallsInProgress:
+    """Names of the calls that a replica is working on."""
+
+    def __init__(self) -> None:
+        self._names: set[str] = set()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
+
+    @contextlib.contextmanager
+    def named(self, name: str) -> Iterator[None]:
+        """Counts a call as in progress for the length of the block."""
+        self._names.add(name)
+        try:
+            yield
+        finally:
+            self._names.discard(name)
+
+
+def with_name(method: Callable[..., Awaitable[Result]]) -> Callable[..., Awaitable[Result]]:
+    """Gives a method the keyword `call_id`, under which its replica's `calls` has it meanwhile."""
+
+    @wraps(method)
+    async def called(self: Any, /, *args: Any, call_id: str = "") -> Result:
+        with self.calls.named(call_id):
+            return await method(self, *args)
 
     return called
 

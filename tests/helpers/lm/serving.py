@@ -163,9 +163,9 @@ class Cluster:
         return self.replica
 
     def options(self, *, session_id: str, method_name: str) -> Remote:
-        async def call(*args: Any) -> Any:
+        async def call(*args: Any, **kwargs: Any) -> Any:
             replica = self.replicas[self.route(session_id)]
-            method = getattr(replica, method_name)(*args)
+            method = getattr(replica, method_name)(*args, **kwargs)
             result = await (method if self.cancels else asyncio.shield(method))
             if method_name in self.dies_after:
                 self.dies_after.discard(method_name)

@@ -94,9 +94,9 @@ def lag(made: Cluster, method: str, seconds: float) -> None:
     """Makes a method of the newest replica slow."""
     real = getattr(made.replica, method)
 
-    async def late(*args: Any) -> Any:
+    async def late(*args: Any, **kwargs: Any) -> Any:
         await asyncio.sleep(seconds)
-        return await real(*args)
+        return await real(*args, **kwargs)
 
     setattr(made.replica, method, late)
 
