@@ -146,7 +146,7 @@ def load_artifact(uri: str | Path) -> Artifact:
         for known in FORMATS:
             if known.recognises(stored):
                 artifact = _assemble(known.read(stored), stored.uri)
-                fingerprint = content_fingerprint(stored.path)
+                fingerprint = content_fingerprint(stored.path, stored.digests)
                 return dataclasses.replace(artifact, fingerprint=fingerprint)
     raise ValueError(f"{uri}: config.json is neither timm's (architecture) nor a JEPA's")
 
@@ -278,30 +278,34 @@ def _partial_tokens(encoder: VisionTransformer, prep: Preprocessing, frames: int
 def _stored(uri: str) -> Iterator[Stored]:
     """Yields what is at a URI; a local copy lasts as long as the block."""
     with _local(uri) as path:
-        _check_digests(path, uri)
+        digests = _check_digests(path, uri)
         file = path / "config.json"
         config = json.loads(file.read_text()) if file.is_file() else {}
-        yield Stored(path=path, config=config, uri=uri)
+        yield Stored(path=path, config=config, uri=uri, digests=digests)
 
 
-def _check_digests(folder: Path, uri: str) -> None:
+def _check_digests(folder: Path, uri: str) -> dict[str, str]:
     """Compares the files of a folder with their digests, if it has any.
+
+    Returns:
+        The digests by file name, of the files that are there.
 
     Raises:
         ValueError: They differ; the message names the file.
     """
     if not (folder / DIGESTS).is_file():
-        return
+        return {}
     try:
         digests = read_digests(folder)
-        for name in digests:
-            if (folder / name).is_file():
-                check_file(folder / name, digests)
+        there = {name: digest for name, digest in digests.items() if (folder / name).is_file()}
+        for name in there:
+            check_file(folder / name, digests)
     except DamagedFileError as error:
         raise ValueError(
             f"{uri.rstrip('/')}/{error}.\nExport the artifact again, or copy it from where it is "
             f"whole. If the change was made on purpose, remove {DIGESTS}."
         ) from error
+    return there
 
 
 @contextmanager

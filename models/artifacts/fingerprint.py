@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+
+from models.digests import digest_of
 
 READ = ("config.json", "*processor_config.json", "model*.safetensors")
 """Patterns of the files of a model folder that an encoder is read from."""
 
 
-def content_fingerprint(path: Path) -> str:
+def content_fingerprint(path: Path, checked: Mapping[str, str] | None = None) -> str:
     """Returns a digest of everything that an encoder is read from.
 
     Args:
         path: local folder of a model, of which the files that match `READ` count and its folders do
             not; or a checkpoint file.
+        checked: digests by name of files of the folder that agree with them, which need not be read
+            again.
 
     Returns:
         64 hexadecimal digits, from the names and the contents of the files.
     """
     total = hashlib.sha256()
     for name, file in _files(path):
-        with file.open("rb") as stream:
-            total.update(f"{name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+        digest = (checked or {}).get(name) or digest_of(file)
+        total.update(f"{name} {digest}\n".encode())
     return total.hexdigest()
 
 

@@ -24,7 +24,7 @@ from models.image_size import (
     possible_grids,
     size_text,
 )
-from models.media.fit import ASPECT_TOLERANCE, Fit, aspects_differ, effect, lost_share
+from models.media.fit import Fit, aspects_differ, effect, lost_share
 from pipelines.dataset.row_groups import read_row_group
 from pipelines.dataset.shards import Manifest
 from pipelines.runtime.uris import open_uri
@@ -186,7 +186,4 @@ def _typical(sizes_N2: npt.NDArray[np.int64]) -> tuple[int, int]:
 
 def _differing(sizes_N2: npt.NDArray[np.int64], size: ImageSize) -> npt.NDArray[np.bool_]:
     """Whether each picture's aspect differs from that of an input; see `aspects_differ`."""
-    height, width = height_width(size)
-    ratio_N = sizes_N2[:, 0] / sizes_N2[:, 1] / (height / width)
-    differing_N: npt.NDArray[np.bool_] = np.maximum(ratio_N, 1 / ratio_N) > 1 + ASPECT_TOLERANCE
-    return differing_N
+    return np.array([aspects_differ(high, wide, size) for high, wide in sizes_N2.tolist()], bool)

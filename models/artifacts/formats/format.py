@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ class Stored:
     """The folder's config.json; empty where there is none."""
     uri: str
     """What the user gave, for error messages."""
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """Digests by name of files that agree with them; see `models.digests`."""
 
 
 @dataclass(frozen=True, kw_only=True)

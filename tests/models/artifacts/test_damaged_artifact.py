@@ -8,6 +8,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from models import digests
+from models.artifacts import fingerprint
 from models.artifacts.artifact import load_artifact, load_predictor, save_artifact
 from models.digests import digest_of
 from models.encoders.shape import EncoderShape
@@ -71,3 +73,21 @@ def test_digests_are_those_of_sha256sum(artifact: Path, tmp_path: Path) -> None:
     (tmp_path / "abc").write_bytes(b"abc")  # the first example of FIPS 180-2
     known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert digest_of(tmp_path / "abc") == known
+
+
+def test_the_fingerprint_costs_no_second_reading_and_needs_no_digests(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[str] = []
+
+    def counted(path: Path) -> str:
+        hashed.append(path.name)
+        return digest_of(path)
+
+    monkeypatch.setattr(digests, "digest_of", counted)
+    monkeypatch.setattr(fingerprint, "digest_of", counted)
+    with_digests = load_artifact(artifact).fingerprint
+    assert sorted(hashed) == ["config.json", "model.safetensors"]
+    (artifact / "digests.json").unlink()
+    assert load_artifact(artifact).fingerprint == with_digests
+    assert len(hashed) == 4
