@@ -7,11 +7,13 @@ import shutil
 import subprocess
 from typing import Any
 
+import jsonschema
 import pytest
 import tyro
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
+from helpers import kuberay
 from helpers.repository import ROOT
 from pipelines.recipes.registry import RECIPES
 from serve.embeddings.settings import ServeSettings
@@ -23,45 +25,6 @@ PINS = dict(
     for line in (ROOT / "constraints.txt").read_text().splitlines()
     if not line.startswith("#")
 )
-
-# Names of fields, from the json tags of KubeRay's Go types (ray-project/kuberay,
-# ray-operator/apis/ray/v1/{raycluster,rayjob,rayservice}_types.go, read on 2026-11-29).
-CLUSTER = {
-    *("upgradeStrategy", "authOptions", "suspend", "managedBy", "autoscalerOptions"),
-    *("headServiceAnnotations", "enableInTreeAutoscaling", "gcsFaultToleranceOptions"),
-    *("networkPolicy", "tlsOptions", "headGroupSpec", "rayVersion", "workerGroupSpecs"),
-}
-AUTH = {"mode", "secretName", "enableK8sTokenAuth"}
-FAULT_TOLERANCE = {
-    *("backend", "redisUsername", "redisPassword", "redisAddress"),
-    *("externalStorageNamespace", "storage"),
-}
-AUTOSCALER = {
-    *("resources", "image", "imagePullPolicy", "securityContext", "idleTimeoutSeconds"),
-    *("upscalingMode", "env", "envFrom", "volumeMounts", "version"),
-}
-HEAD = {"template", "headService", "enableIngress", "rayStartParams", "serviceType", "resources"}
-WORKERS = {
-    *("groupName", "replicas", "minReplicas", "maxReplicas", "idleTimeoutSeconds", "suspend"),
-    *("rayStartParams", "template", "scaleStrategy", "numOfHosts", "resources"),
-}
-JOB = {
-    *("activeDeadlineSeconds", "backoffLimit", "rayClusterSpec", "submitterPodTemplate"),
-    *("metadata", "clusterSelector", "submitterConfig", "managedBy", "deletionStrategy"),
-    *("entrypoint", "runtimeEnvYAML", "jobId", "submissionMode", "entrypointResources"),
-    *("entrypointNumCpus", "entrypointNumGpus", "ttlSecondsAfterFinished", "suspend"),
-    "shutdownAfterJobFinishes",
-}
-SERVICE = {
-    *("serveConfigV2", "rayClusterConfig", "serveService", "upgradeStrategy"),
-    "excludeHeadPodFromServeSvc",
-}
-# Of Kubernetes' own PodSpec and Container, those that the manifests may use.
-POD = {
-    *("serviceAccountName", "nodeSelector", "tolerations", "terminationGracePeriodSeconds"),
-    *("securityContext", "containers", "volumes"),
-}
-CONTAINER = {"name", "image", "resources", "ports", "env", "volumeMounts", "lifecycle"}
 
 
 def documents(name: str) -> list[dict[str, Any]]:
@@ -85,43 +48,61 @@ def clusters() -> dict[str, dict[str, Any]]:
 CLUSTERS = clusters()
 
 
-def unknown_fields(cluster: dict[str, Any]) -> set[str]:
-    """Returns the fields of a RayCluster's spec that neither KubeRay nor Kubernetes knows."""
-    groups = cluster["workerGroupSpecs"]
-    found = cluster.keys() - CLUSTER
-    found |= cluster["authOptions"].keys() - AUTH
-    found |= cluster.get("gcsFaultToleranceOptions", {}).keys() - FAULT_TOLERANCE
-    found |= cluster["autoscalerOptions"].keys() - AUTOSCALER
-    found |= cluster["headGroupSpec"].keys() - HEAD
-    for group in groups:
-        found |= group.keys() - WORKERS
-    for pod in pods(cluster):
-        found |= pod.keys() - POD
-        for container in pod["containers"]:
-            found |= container.keys() - CONTAINER
-    return found
-
-
 def pods(cluster: dict[str, Any]) -> list[dict[str, Any]]:
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
     return [group["template"]["spec"] for group in groups]
 
 
+def faults(document: dict[str, Any]) -> list[str]:
+    """Returns what KubeRay's schema and its operator refuse of an object."""
+    kind, metadata = document["kind"], document["metadata"]
+    found = jsonschema.Draft202012Validator(kuberay.schema_of(kind)).iter_errors(document)
+    told = [error.message for error in found]
+    name = metadata.get("name") or metadata["generateName"] + "xxxxx"
+    if not kuberay.NAME.fullmatch(name) or len(name) > kuberay.LONGEST_NAME[kind]:
+        told.append(f"the name {name}")
+    (cluster,) = (c for c in clusters_of(document))
+    return told + kuberay.refusals(cluster)
+
+
+def clusters_of(document: dict[str, Any]) -> list[dict[str, Any]]:
+    spec = document["spec"]
+    return [one for one in (spec.get("rayClusterSpec"), spec.get("rayClusterConfig")) if one] or [
+        spec
+    ]
+
+
 @pytest.mark.parametrize("name", CLUSTERS)
-def test_kuberay_knows_every_field(name: str) -> None:
-    assert unknown_fields(CLUSTERS[name]) == set()
+def test_kuberay_takes_every_field_and_value(name: str) -> None:
+    (document,) = documents(name)
+    assert faults(document) == []
 
 
-def test_a_misspelt_field_is_found() -> None:
-    cluster = clusters()["ray_cluster.yaml"]
-    cluster["workerGroupSpecs"][0]["minReplica"] = 1
-    cluster["gcsFaultToleranceOptions"]["redisAdress"] = "redis:6379"
-    assert unknown_fields(cluster) == {"minReplica", "redisAdress"}
-
-
-def test_the_fields_of_jobs_and_services_are_known() -> None:
-    assert spec_of("ray_job.yaml").keys() <= JOB
-    assert spec_of("ray_service.yaml").keys() <= SERVICE
+@pytest.mark.parametrize(
+    ("name", "path", "value", "said"),
+    [
+        ("ray_cluster.yaml", ("workerGroupSpecs", 0, "minReplica"), 1, "minReplica"),
+        ("ray_cluster.yaml", ("workerGroupSpecs", 0, "minReplicas"), "1", "'1' is not of type"),
+        ("ray_cluster.yaml", ("headGroupSpec", "rayStartParams", "num-cpus"), 0, "0 is not of"),
+        ("ray_cluster.yaml", ("headGroupSpec", "rayStartParams", "redis-password"), "x", "Redis"),
+        ("ray_cluster.yaml", ("gcsFaultToleranceOptions", "redisAdress"), "r:1", "redisAdress"),
+        ("ray_cluster.yaml", ("rayVersion",), "2.51.0", "tokens"),
+        ("ray_job.yaml", ("submissionMode",), "K8sJob", "'K8sJob' is not one of"),
+        ("ray_job.yaml", ("rayClusterConfig",), {}, "rayClusterConfig"),
+        ("ray_job.yaml", ("shutdownAfterJobFinishes",), "yes", "'yes' is not of type"),
+        ("ray_service.yaml", ("rayClusterConfig", "authOptions", "mode"), "on", "'on' is not one"),
+        ("ray_service.yaml", ("upgradeStrategy",), {"type": "Rolling"}, "Rolling"),
+    ],
+)
+def test_what_kuberay_would_drop_or_refuse_is_found(
+    name: str, path: tuple[Any, ...], value: Any, said: str
+) -> None:
+    (document,) = documents(name)
+    place = document["spec"]
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    assert said in " ".join(faults(document))
 
 
 @pytest.mark.parametrize("name", CLUSTERS)
