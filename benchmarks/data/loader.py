@@ -165,10 +165,10 @@ def torch_batches(cfg, *, rank: int, world_size: int, start_step: int, end_step:
 
     class Collate(ArrowBatchCollateFn):
         def __call__(self, batch):
-            return loader._to_batch(cfg, reader, batch, batch.column("step")[0].as_py(), pool)
+            return loader.to_batch(cfg, reader, batch, batch.column("step")[0].as_py(), pool)
 
     reader = loader.make_reader(cfg, rank, world_size)
-    todo = loader.pieces(reader.plan, start_step, end_step, reader.most_batches)
+    todo = list(loader.iter_pieces(reader.plan, start_step, end_step, reader.most_batches))
     share = loader.cluster_share(cfg, world_size)
     with ThreadPoolExecutor(cfg.data.decode_threads) as pool:
         for first in range(0, len(todo), loader.SEGMENT_PIECES):

@@ -80,5 +80,7 @@ def uniforms(keys_B: U64, stream: int, count: int) -> F64:
 
 def permutation(key: np.uint64, count: int) -> I64:
     """Returns a random order of range(count), fixed by `key` on every numpy version."""
+    # No two words are equal, because every step of `mix` can be undone. So all ways of sorting give
+    # the same order.
     words = bits(np.array([key], np.uint64), 0, count)[0]
-    return np.argsort(words, kind="stable").astype(np.int64)
+    return np.argsort(words).astype(np.int64, copy=False)

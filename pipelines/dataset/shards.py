@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -143,7 +145,7 @@ class Manifest:
             "schema_version": self.schema_version,
             "modality": self.modality,
             "classes": self.classes,
-            "shards": [dataclasses.asdict(shard) for shard in self.shards],
+            "shards": [vars(shard) for shard in self.shards],
         }
         return hash_bytes(json.dumps(content, sort_keys=True).encode()).hex()
 
@@ -154,6 +156,16 @@ class Manifest:
             for s, shard in enumerate(self.shards)
             for g, rows in enumerate(shard.row_groups)
         ]
+
+    def row_group_array(self) -> npt.NDArray[np.int32]:
+        """Returns `row_groups` as an array [G, 3], in a tenth of the memory."""
+        counts_S = [len(shard.row_groups) for shard in self.shards]
+        shard_G = np.repeat(np.arange(len(counts_S), dtype=np.int32), counts_S)
+        starts_S = np.cumsum(counts_S, dtype=np.int64) - counts_S
+        group_G = np.arange(len(shard_G)) - np.repeat(starts_S, counts_S)
+        rows = itertools.chain.from_iterable(shard.row_groups for shard in self.shards)
+        rows_G = np.fromiter(rows, np.int32, len(shard_G))
+        return np.column_stack([shard_G, group_G.astype(np.int32), rows_G])
 
     def up_to(self, shards: int) -> Manifest:
         """Returns the set as it was with only its first shards; statistics stay those of all.
@@ -175,7 +187,8 @@ class Manifest:
 
     def to_json(self) -> str:
         """Returns the text of manifest.json."""
-        text = json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True)
+        values = {**vars(self), "shards": [vars(shard) for shard in self.shards]}
+        text = json.dumps(values, indent=1, sort_keys=True)
         # Lists of numbers on one line: a large set has thousands of row groups.
         return re.sub(r"\[[\d.,\s]+\]", lambda found: "".join(found[0].split()), text) + "\n"
 

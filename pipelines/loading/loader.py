@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import math
 from collections.abc import Generator, Iterator
@@ -35,7 +36,7 @@ from pipelines.loading.cpu_share import Share, StarvationWatch, cluster_share
 from pipelines.loading.decoding import DecodeError, decode_rows
 from pipelines.loading.masks.maskers import MASK_NAMES, Masker, make_masker
 from pipelines.loading.mixing import TrainingSet, merged, training_sets
-from pipelines.loading.plan import Piece, make_plan, pieces, rank_lanes
+from pipelines.loading.plan import Piece, iter_pieces, make_plan, rank_lanes
 from pipelines.loading.prefetch import prefetch
 from pipelines.loading.read_tasks import BLOCK_BYTES, Reader, read_pieces
 
@@ -108,12 +109,12 @@ def make_reader(
     """
     part = part or training_sets(cfg)[0]
     manifest = part.manifest
-    plan = make_plan(manifest.row_groups(), part.data, cfg.run.seed)
+    plan = make_plan(manifest.row_group_array(), part.data, cfg.run.seed)
     masker = make_masker(cfg)
     masker.check()  # here and not in the first task, so that its error is raised as it is
     return Reader(
         uri=part.data.train,
-        files=tuple(shard.file for shard in manifest.shards),
+        files={index: shard.file for index, shard in enumerate(manifest.shards)},
         plan=plan,
         lanes=rank_lanes(plan, rank, world_size),
         masker=masker,
@@ -152,9 +153,8 @@ def _batches(
     cfg: PretrainConfig, reader: Reader, steps: range, share: Share, pool: ThreadPoolExecutor
 ) -> Generator[dict[str, Any]]:
     """Yields the batches of one set, from one dataset for every `SEGMENT_PIECES`."""
-    todo = pieces(reader.plan, steps.start, steps.stop, reader.most_batches)
-    for first in range(0, len(todo), SEGMENT_PIECES):
-        segment = todo[first : first + SEGMENT_PIECES]
+    todo = iter_pieces(reader.plan, steps.start, steps.stop, reader.most_batches)
+    while segment := list(itertools.islice(todo, SEGMENT_PIECES)):
         step = segment[0].step
         dataset = _dataset(cfg, reader, segment, share)
         tables = dataset.iter_batches(
@@ -162,7 +162,7 @@ def _batches(
         )
         with contextlib.closing(iter(tables)) as tables, _plain_errors():
             for table in tables:
-                yield _to_batch(cfg, reader, table, step, pool)
+                yield to_batch(cfg, reader, table, step, pool)
                 step += 1
 
 
@@ -190,7 +190,7 @@ def _dataset(cfg: PretrainConfig, reader: Reader, segment: list[Piece], share: S
     # cluster full of train workers does not have.
     count = len(segment)
     dataset = ray.data.from_items([*range(count)], override_num_blocks=count).map_batches(
-        functools.partial(read_pieces, reader, segment),
+        functools.partial(read_pieces, reader.part(segment), segment),
         batch_size=None,
         num_cpus=share.read_cpus,
     )
@@ -239,9 +239,10 @@ def _decode_into(
     decode_rows(table, pixels, pool, jobs, outside=mean_colour(model.mean))
 
 
-def _to_batch(
+def to_batch(
     cfg: PretrainConfig, reader: Reader, table: pa.Table, step: int, pool: ThreadPoolExecutor
 ) -> dict[str, Any]:
+    """Makes the batch of a step, as `train_batches` describes it, of its rows from `read_piece`."""
     shape, rows = _pixel_shape(cfg), table.num_rows
     assert rows == reader.local_batch, f"{rows} rows at step {step}, not {reader.local_batch}"
     assert (table.column("step").to_numpy() == step).all(), f"out of order at step {step}"

@@ -7,33 +7,57 @@ one contiguous part of the global batch. So the order does not depend on W, ever
 its own row groups, and the position in the data is one integer, the step. Rows that do not fill a
 batch (fewer than L * (b + 1)) are left out for the epoch; other rows are left out in the next.
 
+Only the process of a rank orders all row groups. Its read tasks get a part of the plan (`part_of`),
+because at 10^7 row groups the whole would take each task longer than reading
+(benchmarks/data/plan_scale.md).
+
 Shape suffixes: G row groups, N rows, 3 = (shard, row group, row) or (shard, row group, rows in it).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from models.keyed_random.arrays import I64, key_of, permutation
 from models.keyed_random.streams import PlanStream
 from pipelines.config.data import DataConfig
+
+I32 = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, eq=False)
+class GroupSequence:
+    """Row groups in the order of an epoch: all of them, or those that some pieces read."""
+
+    groups_G3: I32
+    """(shard, row group, number of rows)."""
+    ends_G: I64
+    """Where each one ends in the epoch's sequence of rows."""
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
     """The read order of a whole run; made by `make_plan`."""
 
-    groups_G3: I64
-    """(shard, row group, number of rows) of every row group, in the manifest's order."""
+    groups_G3: I32
+    """(shard, row group, number of rows) of every row group, in the manifest's order; none in a
+    part of a plan."""
+    rows: int
+    """Number of rows in all row groups."""
     seed: int
     batch_size: int
     lanes: int
     window_batches: int
     """Number of batches in one shuffled window of a lane."""
+    known: Mapping[int, GroupSequence] | None = None
+    """In a part of a plan: the row groups of its pieces, by epoch."""
 
     @property
     def lane_batch(self) -> int:
@@ -43,7 +67,7 @@ class Plan:
     @property
     def lane_rows(self) -> int:
         """Number of rows of one lane in an epoch, including those that are left out."""
-        return int(self.groups_G3[:, 2].sum()) // self.lanes
+        return self.rows // self.lanes
 
     @property
     def batches_per_epoch(self) -> int:
@@ -69,27 +93,33 @@ class Piece:
     """Step of the first batch."""
 
 
-def make_plan(row_groups: Sequence[tuple[int, int, int]], data: DataConfig, seed: int) -> Plan:
+def make_plan(
+    row_groups: Sequence[tuple[int, int, int]] | I32, data: DataConfig, seed: int
+) -> Plan:
     """Makes the read order of a run.
 
     Args:
-        row_groups: (shard, row group, rows), from `Manifest.row_groups`.
+        row_groups: (shard, row group, rows), from `Manifest.row_groups`; or as an array,
+            `Manifest.row_group_array`.
         data: batch size, lanes and shuffle window.
         seed: the run's seed.
 
     Raises:
         ValueError: there are fewer rows than a batch needs.
     """
+    groups_G3 = np.asarray(row_groups, np.int32).reshape(-1, 3)
     plan = Plan(
-        groups_G3=np.array(row_groups, np.int64).reshape(-1, 3),
+        groups_G3=groups_G3,
+        rows=int(groups_G3[:, 2].sum(dtype=np.int64)),
         seed=seed,
         batch_size=data.batch_size,
         lanes=data.lanes,
         window_batches=max(1, data.shuffle_window * data.lanes // data.batch_size),
     )
     if plan.batches_per_epoch < 1:
-        rows = int(plan.groups_G3[:, 2].sum())
-        raise ValueError(f"--data.batch-size: {data.batch_size} is more than the {rows} samples")
+        raise ValueError(
+            f"--data.batch-size: {data.batch_size} is more than the {plan.rows} samples"
+        )
     return plan
 
 
@@ -107,9 +137,9 @@ def rank_lanes(plan: Plan, rank: int, world_size: int) -> range:
     return range(rank * share, (rank + 1) * share)
 
 
-def pieces(
+def iter_pieces(
     plan: Plan, start_step: int, end_step: int, most_batches: int | None = None
-) -> list[Piece]:
+) -> Iterator[Piece]:
     """Cuts the steps [start_step, end_step) at window and epoch boundaries.
 
     Args:
@@ -121,16 +151,50 @@ def pieces(
     """
     cuts = -(-plan.window_batches // (most_batches or plan.window_batches))
     size = -(-plan.window_batches // cuts)
-    found = []
     step = start_step
     while step < end_step:
         epoch, batch = plan.locate(step)
         window, inside = divmod(batch, plan.window_batches)
         stop = min(batch - inside % size + size, (window + 1) * plan.window_batches)
         stop = min(stop, plan.batches_per_epoch, batch + end_step - step)
-        found.append(Piece(epoch=epoch, window=window, start=batch, stop=stop, step=step))
+        yield Piece(epoch=epoch, window=window, start=batch, stop=stop, step=step)
         step += stop - batch
-    return found
+
+
+def pieces(
+    plan: Plan, start_step: int, end_step: int, most_batches: int | None = None
+) -> list[Piece]:
+    """Returns all of `iter_pieces`."""
+    return list(iter_pieces(plan, start_step, end_step, most_batches))
+
+
+def part_of(plan: Plan, pieces: Iterable[Piece], lanes: range) -> Plan:
+    """Returns the plan with only those row groups that some pieces read; their rows are the same.
+
+    Args:
+        plan: the plan of the run.
+        pieces: from `pieces`, in their order.
+        lanes: the lanes whose rows are read.
+    """
+    known = {}
+    for epoch, of_epoch in itertools.groupby(pieces, key=lambda piece: piece.epoch):
+        windows = [piece.window for piece in of_epoch]
+        known[epoch] = _groups_of(plan, epoch, range(windows[0], windows[-1] + 1), lanes)
+    return dataclasses.replace(plan, groups_G3=np.empty((0, 3), np.int32), known=known)
+
+
+def _groups_of(plan: Plan, epoch: int, windows: range, lanes: range) -> GroupSequence:
+    """Returns the row groups in which rows of these windows stand."""
+    sequence = _epoch_groups(plan, epoch)
+    window_rows = plan.window_batches * plan.lane_batch
+    first = windows.start * window_rows
+    last = min(windows.stop * window_rows, plan.lane_rows) - 1
+    starts_L = np.array(lanes, np.int64) * plan.lane_rows
+    low_L = np.searchsorted(sequence.ends_G, starts_L + first, side="right")
+    high_L = np.searchsorted(sequence.ends_G, starts_L + last, side="right")
+    spans = [np.arange(low, high + 1) for low, high in zip(low_L, high_L, strict=True)]
+    which_G = np.unique(np.concatenate(spans))  # a group may stand across two lanes
+    return GroupSequence(sequence.groups_G3[which_G], sequence.ends_G[which_G])
 
 
 def lane_windows(plan: Plan, piece: Piece, lanes: range) -> I64:
@@ -163,15 +227,17 @@ def _lane_rows(plan: Plan, piece: Piece, lane: int) -> I64:
 
 def _locate_rows(plan: Plan, epoch: int, places_N: I64) -> I64:
     """Turns places in the epoch's sequence into (shard, row group, row)."""
-    groups_G3, ends_G = _epoch_groups(plan, epoch)
-    which_N = np.searchsorted(ends_G, places_N, side="right")
-    row_N = places_N - (ends_G[which_N] - groups_G3[which_N, 2])
-    return np.column_stack([groups_G3[which_N, :2], row_N])
+    sequence = _epoch_groups(plan, epoch) if plan.known is None else plan.known[epoch]
+    which_N = np.searchsorted(sequence.ends_G, places_N, side="right")
+    groups_N3 = sequence.groups_G3[which_N]
+    row_N = places_N - (sequence.ends_G[which_N] - groups_N3[:, 2])
+    assert (row_N >= 0).all(), "the rows are outside this part of the plan"
+    return np.column_stack([groups_N3[:, :2], row_N])
 
 
-@functools.lru_cache(maxsize=8)
-def _epoch_groups(plan: Plan, epoch: int) -> tuple[I64, I64]:
-    """Returns the epoch's row groups in order, [G, 3], and where each ends in the sequence, [G]."""
+@functools.lru_cache(maxsize=2)
+def _epoch_groups(plan: Plan, epoch: int) -> GroupSequence:
+    """Returns all row groups in the order of the epoch."""
     order = permutation(key_of(plan.seed, PlanStream.GROUPS, epoch), len(plan.groups_G3))
     groups_G3 = plan.groups_G3[order]
-    return groups_G3, np.cumsum(groups_G3[:, 2])
+    return GroupSequence(groups_G3, np.cumsum(groups_G3[:, 2], dtype=np.int64))

@@ -8,7 +8,8 @@ Shape suffixes: B rows of one rank's batch, N rows of a block (whole batches), T
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ from pipelines.dataset.shards import sample_ids_array
 from pipelines.loading.clips import ClipSampler
 from pipelines.loading.masks.layouts import Layout, draw_crops
 from pipelines.loading.masks.maskers import Masker
-from pipelines.loading.plan import Piece, Plan, lane_windows
+from pipelines.loading.plan import Piece, Plan, lane_windows, part_of
 from pipelines.runtime.uris import open_uri
 
 I32 = npt.NDArray[np.int32]
@@ -54,7 +55,7 @@ class Reader:
     """Everything a read task needs apart from its piece; pickled once for all tasks."""
 
     uri: str
-    files: tuple[str, ...]
+    files: Mapping[int, str]
     """Shard file names by shard index."""
     plan: Plan
     lanes: range
@@ -81,6 +82,14 @@ class Reader:
     def local_batch(self) -> int:
         """Number of rows that this rank contributes to one batch."""
         return len(self.lanes) * self.plan.lane_batch
+
+    def part(self, pieces: Sequence[Piece]) -> Reader:
+        """Returns a reader that knows no more of the data set than these pieces need."""
+        plan = part_of(self.plan, pieces, self.lanes)
+        sequences = (plan.known or {}).values()
+        shards = np.unique(np.concatenate([part.groups_G3[:, 0] for part in sequences])).tolist()
+        files = {shard: self.files[shard] for shard in shards}
+        return dataclasses.replace(self, plan=plan, files=files)
 
 
 def read_pieces(
@@ -123,7 +132,7 @@ def _read_rows(reader: Reader, rows_N3: I64) -> tuple[pa.Table, I64]:
 
     def read(group: I64, rows: I64) -> pa.Table:
         columns, encoded = COLUMNS[reader.modality], reader.modality
-        table = read_row_group(fs, root, reader.files[group[0]], int(group[1]), columns)
+        table = read_row_group(fs, root, reader.files[int(group[0])], int(group[1]), columns)
         # Arrow's `binary` has 32-bit offsets: taking or joining rows fails beyond 2 GiB of images.
         place = table.schema.get_field_index(encoded)
         large = table.column(encoded).cast(pa.large_binary())

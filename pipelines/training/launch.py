@@ -139,7 +139,7 @@ def check_early(cfg: PretrainConfig, run_uri: str) -> Ready:
     ready = complete(cfg, run_uri)
     cfg = ready.cfg
     for one in ready.sets:
-        make_plan(one.manifest.row_groups(), one.data, cfg.run.seed)  # refuses too few rows
+        make_plan(one.manifest.row_group_array(), one.data, cfg.run.seed)  # refuses too few rows
     find_preset(cfg.model.encoder)
     find_objective(cfg.objective.name)
     make_masker(cfg).check()

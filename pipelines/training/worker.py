@@ -51,7 +51,7 @@ def train_worker(
     )
     sets = training_sets(cfg)
     first = sets[0]
-    plan = make_plan(first.manifest.row_groups(), first.data, cfg.run.seed)
+    plan = make_plan(first.manifest.row_group_array(), first.data, cfg.run.seed)
     identity = identity_of([one.manifest for one in sets])
     data = DataSource(train_batches, plan.batches_per_epoch, identity)
     say = print if progress is None else say_into(progress)

@@ -76,6 +76,24 @@ def test_manifest_round_trips(shards: tuple[Path, Manifest]) -> None:
         *((0, 0, 16), (0, 1, 16), (0, 2, 8)),
         *((1, 0, 16), (1, 1, 14)),
     ]
+    assert again.row_group_array().tolist() == [list(group) for group in again.row_groups()]
+
+
+def test_a_set_without_shards_has_no_row_groups(shards: tuple[Path, Manifest]) -> None:
+    empty = dataclasses.replace(shards[1], shards=())
+    assert empty.row_group_array().shape == (0, 3)
+
+
+def test_manifest_text_and_hash_are_what_they_always_were(
+    shards: tuple[Path, Manifest],
+) -> None:
+    """Both are made without copying every row group; `dataclasses.asdict` is what they were."""
+    folder, manifest = shards
+    values = dataclasses.asdict(manifest)
+    assert json.loads((folder / MANIFEST).read_text()) == json.loads(json.dumps(values))
+    content = {k: values[k] for k in ("schema_version", "modality", "classes", "shards")}
+    text = json.dumps(content, sort_keys=True)
+    assert manifest.manifest_hash == hash_bytes(text.encode()).hex()
 
 
 def test_manifests_of_before_read(shards: tuple[Path, Manifest]) -> None:
