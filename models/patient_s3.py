@@ -1,10 +1,11 @@
 """S3 that waits out what passes by itself: refused connections, resets, timeouts, 5xx, throttling.
 
-A request is repeated for minutes, with growing and random pauses, and slower while S3 throttles
-(botocore's adaptive mode). A body is part of its request: one that breaks off or trickles is asked
-for again. What waiting cannot mend is raised at once: denied access, missing buckets and keys,
-wrong or expired credentials, another region, a wrong clock. s3fs alone gives up after 6 to 8 s and
-does not repeat refused connections or 500s at all.
+A request is repeated for minutes, with growing and random pauses. botocore's adaptive mode, which
+slows all requests of a process down, would take one error in ten for throttling and read ten
+objects a second. A body is part of its request: one that breaks off or trickles is asked for again.
+What waiting cannot mend is raised at once: denied access, missing buckets and keys, wrong or
+expired credentials, another region, a wrong clock. s3fs alone gives up after 6 to 8 s and does not
+repeat refused connections or 500s at all.
 
 Code that opens S3 goes through `models.file_systems.url_to_fs`.
 """
@@ -55,7 +56,7 @@ class PatientS3FileSystem(S3FileSystem):  # type: ignore[misc]
 
     def __init__(self, *args: Any, patience_s: float | None = None, **options: Any) -> None:
         quick = QUICK if patience_s is not None and patience_s < QUICK_S else {}
-        config = CONFIG | quick | {"retries": {"mode": "adaptive", "total_max_attempts": 1}}
+        config = CONFIG | quick | {"retries": {"mode": "standard", "total_max_attempts": 1}}
         options["config_kwargs"] = config | (options.get("config_kwargs") or {})
         super().__init__(*args, **options)
         self._patience_s = patience_s

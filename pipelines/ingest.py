@@ -81,9 +81,9 @@ from pipelines.ingestion.staging import (
 from pipelines.runtime.cluster import start_ray
 from pipelines.runtime.errors import run_command
 from pipelines.runtime.places import prepare
-from pipelines.runtime.progress import Meter
+from pipelines.runtime.progress import Meter, counting
 from pipelines.runtime.signals import stop_on_signals
-from pipelines.runtime.uris import open_uri, write_atomic
+from pipelines.runtime.uris import abort_uploads, open_uri, write_atomic
 
 IO_THREADS = 16
 NOT_IN_CLASSES = "label_not_in_classes"
@@ -106,7 +106,8 @@ def ingest(cfg: IngestConfig) -> Manifest:
     cfg = prepare(cfg)
     _check_out(cfg.out)
     fixed = read_classes(cfg.classes) if cfg.classes else ()
-    listing = list_source(cfg)
+    with counting(console, "listing", "files") as progress:
+        listing = list_source(cfg, progress)
     for note in listing.notes:
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     cfg = dataclasses.replace(cfg, modality=listing.modality)
@@ -244,7 +245,8 @@ def _merge(
     with Meter(console, "writing", num_bytes, "samples") as meter:
         _write_shards(plans, cfg, meter)
     fs, root = open_uri(cfg.out)
-    notes = [read_shard_note(fs, root, plan) for plan in plans]
+    with ThreadPoolExecutor(IO_THREADS) as pool:
+        notes = list(pool.map(lambda plan: read_shard_note(fs, root, plan), plans))
     num_samples = sum(shard.rows for shard, _ in notes)
     kept, duplicates = (int((index.firsts_N & keep).sum()) for keep in (keep_N, ~keep_N))
     assert num_samples == keep_N.sum(), "a row was lost"
@@ -322,6 +324,7 @@ def _clean_up(cfg: IngestConfig, manifest: Manifest) -> None:
     if not manifest.losses and LOSSES in list_names(cfg.out):
         fs.rm(f"{root}/{LOSSES}")
     remove_unnamed(cfg.out, manifest.shards)
+    abort_uploads(cfg.out)  # of tasks that were killed
 
 
 def _summary(

@@ -13,6 +13,7 @@ from helpers.ray_marks import (  # noqa: F401 (a hook and a fixture of every tes
     only_marked_tests_start_ray,
     pytest_collection_modifyitems,
 )
+from helpers.s3_proxy import S3Proxy
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,7 +28,15 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def ray_local(s3: dict[str, str]) -> Iterator[None]:
+def ray_s3(s3: dict[str, str]) -> Iterator[S3Proxy]:
+    """The proxy through which the workers of `ray_local` reach S3: it passes all on unless told."""
+    proxy = S3Proxy(s3["AWS_ENDPOINT_URL"])
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture(scope="session")
+def ray_local(s3: dict[str, str], ray_s3: S3Proxy) -> Iterator[None]:
     """Starts Ray once for the session: 4 logical CPUs, whatever the machine has.
 
     Its workers know the way to the session's S3; this process only where a test says so.
@@ -36,7 +45,7 @@ def ray_local(s3: dict[str, str]) -> Iterator[None]:
 
     os.environ.pop("RAY_ADDRESS", None)
     with pytest.MonkeyPatch.context() as patch:
-        for key, value in s3.items():
+        for key, value in (s3 | {"AWS_ENDPOINT_URL": ray_s3.url}).items():
             patch.setenv(key, value)
         ray.init(num_cpus=4, include_dashboard=False, log_to_driver=True)
     yield

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from models.s3_errors import NOT_IMPLEMENTED, status_of
-from pipelines.runtime.uris import is_local, open_uri, write_atomic
+from pipelines.runtime.uris import is_local, is_s3, open_uri, write_atomic
 
 MOST_BYTES = 100_000
 """With a range, s3fs asks once and not twice."""
@@ -50,7 +50,7 @@ def lease_file(uri: str, *, patience_s: float | None = None) -> LeaseFile:
     fs, path = open_uri(uri, patience_s=patience_s)
     if is_local(fs):
         return LocalLeaseFile(Path(path))
-    return S3LeaseFile(fs, path, uri) if "s3" in fs.protocol else PlainLeaseFile(fs, path)
+    return S3LeaseFile(fs, path, uri) if is_s3(fs) else PlainLeaseFile(fs, path)
 
 
 def _version(data: bytes) -> str:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from models.file_systems import S3, check_protocol
 from pipelines.config.places import Place, places, with_places
-from pipelines.runtime.uris import absolute_uri, is_local, open_uri
+from pipelines.runtime.uris import absolute_uri, is_local, is_s3, open_uri
 
 C = TypeVar("C")
 
@@ -119,7 +119,7 @@ def _require_there(place: Place) -> None:
 
 def missing_bucket(fs: Any, path: str) -> str | None:
     """Returns the bucket of a path on S3 if it does not exist; else None."""
-    if "s3" not in fs.protocol:
+    if not is_s3(fs):
         return None
     bucket: str = fs.split_path(path)[0]
     return None if fs.exists(bucket) else bucket

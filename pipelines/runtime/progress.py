@@ -1,8 +1,10 @@
-"""A progress bar that counts items and bytes; without a terminal it prints lines instead."""
+"""Progress of items and bytes, and counts that grow; without a terminal they are lines."""
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 from rich.console import Console
@@ -61,3 +63,28 @@ class Meter:
         self._bar.stop()
         if kind is None:
             self._console.print(f"{self._title} done  {self._rates()}")
+
+
+@contextlib.contextmanager
+def counting(console: Console, title: str, noun: str) -> Iterator[Callable[[int], None]]:
+    """Yields what takes a count whose end is not known, and shows it as it grows.
+
+    Args:
+        console: Where it is shown; without a terminal, as a line now and then.
+        title: What is done.
+        noun: What is counted.
+    """
+    status = console.status(title) if console.is_terminal else None
+    last = time.monotonic()
+
+    def show(count: int) -> None:
+        nonlocal last
+        text, now = f"{title}  {count:,} {noun}", time.monotonic()
+        if status is not None:
+            status.update(text)
+        elif now - last >= SECONDS_BETWEEN_LINES:
+            last = now
+            console.print(text)
+
+    with status or contextlib.nullcontext():
+        yield show

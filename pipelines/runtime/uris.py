@@ -60,6 +60,11 @@ def is_local(fs: Any) -> bool:
     return "file" in (fs.protocol if isinstance(fs.protocol, tuple | list) else (fs.protocol,))
 
 
+def is_s3(fs: Any) -> bool:
+    """Whether a file system is S3, or what speaks its protocol."""
+    return "s3" in (fs.protocol if isinstance(fs.protocol, tuple | list) else (fs.protocol,))
+
+
 def uri_of(fs: Any, path: str) -> str:
     """Returns the URI of a path in a file system, as messages name it; a local path itself."""
     return path if is_local(fs) else f"{protocol_of(fs)}://{path.lstrip('/')}"
@@ -122,6 +127,18 @@ def write_atomic(fs: Any, path: str, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(target)
+
+
+def abort_uploads(uri: str) -> None:
+    """Ends uploads below a URI that nobody will finish; S3 keeps and bills their parts.
+
+    Only for a place where nobody else writes at the moment. A storage that knows no such uploads,
+    or lets nobody ask for them, is let be: a lifecycle rule of the bucket removes them too.
+    """
+    fs, path = open_uri(uri)
+    if is_s3(fs):
+        with contextlib.suppress(OSError):
+            fs.abort_uploads(path)
 
 
 @contextlib.contextmanager

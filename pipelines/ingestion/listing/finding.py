@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 import glob
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
 
 from pipelines.ingestion.entries.entries import UNLISTED, Entry, entry_of, local_entry
 from pipelines.ingestion.listing.folders import Found, walk, walk_matching
 from pipelines.runtime.names import escaped
-from pipelines.runtime.uris import is_local
+from pipelines.runtime.uris import is_local, is_s3
+
+Progress: TypeAlias = Callable[[int], None]
+"""Takes the number of files found so far."""
 
 
-def find(fs: Any, root: str, out: str) -> tuple[Found, str]:
+def find(fs: Any, root: str, out: str, progress: Progress | None = None) -> tuple[Found, str]:
     """Returns every visible file below `root`, sorted by path, and the folder `root` stands for.
 
     Hidden files, and what lies below `out`, are passed over. A file's label is its folder's name.
@@ -23,6 +26,7 @@ def find(fs: Any, root: str, out: str) -> tuple[Found, str]:
         fs: the file system.
         root: a folder, a glob pattern, or one file, in it.
         out: where the data set is written, in it.
+        progress: is called while a bucket is listed, page by page.
 
     Raises:
         ValueError: this user may not list it.
@@ -31,7 +35,7 @@ def find(fs: Any, root: str, out: str) -> tuple[Found, str]:
     if is_local(fs):
         found, base = walk_matching(root, out) if is_pattern else _walk(root, out)
     else:
-        found, base = _list_remote(fs, root, out, is_pattern=is_pattern)
+        found, base = _list_remote(fs, root, out, progress, is_pattern=is_pattern)
     files = [_with_folder(entry, base) for entry in found.files]
     return dataclasses.replace(found, files=files), base
 
@@ -61,13 +65,16 @@ def _walk(root: str, out: str) -> tuple[Found, str]:
         raise ValueError(f"--source: {root} may not be listed by this user") from error
 
 
-def _list_remote(fs: Any, root: str, out: str, *, is_pattern: bool) -> tuple[Found, str]:
+def _list_remote(
+    fs: Any, root: str, out: str, progress: Progress | None, *, is_pattern: bool
+) -> tuple[Found, str]:
     infos: dict[str, dict[str, Any]]
     if is_pattern:
         base = re.split("[*?[]", root)[0].rpartition("/")[0] + "/"
         infos = fs.glob(root, detail=True)
     else:
-        infos = fs.find(root, detail=True)
+        on_page = {"on_page": progress} if is_s3(fs) and progress else {}
+        infos = fs.find(root, detail=True, **on_page)
         base = root.rpartition("/")[0] + "/" if root in infos else root + "/"
     found = Found()
     for path, info in sorted(infos.items()):
@@ -79,5 +86,5 @@ def _list_remote(fs: Any, root: str, out: str, *, is_pattern: bool) -> tuple[Fou
 
 
 def _with_folder(entry: Entry, base: str) -> Entry:
-    folders = entry.path.removeprefix(base).split("/")[:-1]
+    folders = list(filter(None, entry.path.removeprefix(base).split("/")[:-1]))
     return dataclasses.replace(entry, label=folders[-1]) if folders else entry

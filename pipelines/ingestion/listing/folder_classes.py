@@ -31,7 +31,7 @@ def folder_labels(
         names: paths below the source.
         level: the folder to take: 1 is the first below the source, -1 the file's own, 0 none.
     """
-    folders = [tuple(name.strip("/").split("/")[:-1]) for name in names]
+    folders = [tuple(filter(None, name.split("/")[:-1])) for name in names]  # keys may hold `//`
     if level is not None:
         return [_at(path, level) for path in folders], ()
     own = [_at(path, -1) for path in folders]

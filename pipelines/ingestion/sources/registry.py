@@ -11,7 +11,7 @@ from pipelines.ingestion.entries.addresses import open_address
 from pipelines.ingestion.entries.chunks import Chunk
 from pipelines.ingestion.listing.choosing import count_suffixes, says_what_it_is, told
 from pipelines.ingestion.listing.chunking import path_hash
-from pipelines.ingestion.listing.finding import find, notes_of
+from pipelines.ingestion.listing.finding import Progress, find, notes_of
 from pipelines.ingestion.listing.media import look_into
 from pipelines.ingestion.reading.items import Item, Tally
 from pipelines.ingestion.sources.file_list import FILE_LIST
@@ -43,15 +43,19 @@ def source_type(name: str) -> SourceType:
     return next(each for each in SOURCE_TYPES if each.name == name)
 
 
-def list_source(cfg: IngestConfig) -> Listing:
+def list_source(cfg: IngestConfig, progress: Progress | None = None) -> Listing:
     """Lists `cfg.source` and cuts it into chunks.
+
+    Args:
+        cfg: The ingest configuration.
+        progress: Takes the number of files found so far.
 
     Raises:
         ValueError: There is nothing to read; there are images and videos and `cfg.modality` does
             not say which; a flag does not go with this type of source; or a Parquet file lacks the
             image column or the label column that was named.
     """
-    source = open_source(cfg)
+    source = open_source(cfg, progress)
     kind = choose_type(source, cfg)
     _check_flags(kind, cfg)
     listing = kind.list_chunks(source, cfg)
@@ -73,15 +77,19 @@ def read_chunk(chunk: Chunk, cfg: IngestConfig, tally: Tally | None = None) -> I
     yield from read(file_system(chunk.protocol), chunk, cfg, Tally() if tally is None else tally)
 
 
-def open_source(cfg: IngestConfig) -> Source:
+def open_source(cfg: IngestConfig, progress: Progress | None = None) -> Source:
     """Finds the files at `cfg.source`, and looks into those whose suffix says nothing.
+
+    Args:
+        cfg: The ingest configuration.
+        progress: Takes the number of files found so far.
 
     Raises:
         ValueError: The source does not exist, may not be listed, or has an address that is not
             read.
     """
     fs, root = open_address(cfg.source)
-    found, base = find(fs, root, fs._strip_protocol(cfg.out))
+    found, base = find(fs, root, fs._strip_protocol(cfg.out), progress)
     if not found.files and not fs.exists(root):
         raise ValueError(f"--source: {cfg.source} does not exist")
     unknown = [entry for entry in found.files if not says_what_it_is(entry.path)]
