@@ -1,8 +1,9 @@
-"""How the size of an encoder's input and the regions it leaves out are written as flags."""
+"""How sizes of inputs, regions that are left out and numbers of workers are written as flags."""
 
 from __future__ import annotations
 
 import contextlib
+import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -144,3 +145,46 @@ def checked_regions(flag: str, regions: Sequence[Sequence[float]]) -> tuple[Regi
         if not all(len(region) == 4 for region in regions):
             raise ValueError(f"a region is LEFT,TOP,RIGHT,BOTTOM, got {regions}")
         return tuple(check_region((r[0], r[1], r[2], r[3])) for r in regions)
+
+
+Workers = int | tuple[int, int]
+"""A number of workers, or the fewest and the most."""
+
+
+def as_workers(value: int | Sequence[int]) -> Workers:
+    """Reads a number of workers out of JSON, which has lists instead of tuples.
+
+    Raises:
+        ValueError: it is no number of workers; the flag is named.
+    """
+    least, most = (value, value) if isinstance(value, int) else tuple(value)
+    if not 0 < least <= most:
+        raise ValueError(f"--run.workers: must be positive, fewest first; got {least}..{most}")
+    return least if least == most else (least, most)
+
+
+def workers_text(workers: Workers) -> str:
+    """Returns a number of workers as it is written on the command line."""
+    return str(workers) if isinstance(workers, int) else f"{workers[0]}..{workers[1]}"
+
+
+def workers_flag(flag: str) -> Spec[Any]:
+    """Returns how a flag's number of workers is read: `4`, or `2..8`.
+
+    Args:
+        flag: its name without dashes, for errors.
+    """
+
+    def read(texts: list[str]) -> Workers:
+        found = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", texts[0])
+        if not found:
+            raise ValueError(f"--{flag}: {texts[0]!r} is neither a number nor FEWEST..MOST")
+        return as_workers((int(found[1]), int(found[2] or found[1])))
+
+    return Spec(
+        nargs=1,
+        metavar="NUMBER|FEWEST..MOST",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, int | tuple),
+        str_from_instance=lambda workers: [workers_text(workers)],
+    )

@@ -12,7 +12,15 @@ from models.media.fit import Fit
 from models.media.regions import Region
 from pipelines.config.checks import require
 from pipelines.config.data import ClipConfig, DataConfig, MaskConfig, VideoMaskConfig
-from pipelines.config.input_flags import checked_regions, exclude_flag, size_flag
+from pipelines.config.input_flags import (
+    Workers,
+    as_workers,
+    checked_regions,
+    exclude_flag,
+    size_flag,
+    workers_flag,
+    workers_text,
+)
 from pipelines.config.objectives import REGISTERED, Masks, Modality, ObjectiveConfig
 from pipelines.config.optim import OptimConfig
 from pipelines.config.places import PlaceField, WrittenPlace
@@ -160,8 +168,10 @@ class RunConfig:
     """Stop, checkpointed, after this step as if interrupted; the schedules still aim at `steps`."""
     seed: int = 0
     """Seed of the weights, the order of samples, the crops and the masks."""
-    workers: int = 1
-    """Training processes; must divide --data.lanes."""
+    workers: Annotated[Workers, workers_flag("run.workers")] = 1
+    """Training processes: a number, which must divide --data.lanes, or FEWEST..MOST for a group
+    that shrinks when hosts are lost and grows when there are more. It takes the sizes in the range
+    that divide --data.lanes."""
     gpu: bool = False
     """Give every worker one GPU (NCCL). Otherwise workers train on CPUs (gloo)."""
     cpus_per_worker: float = 0.5
@@ -171,7 +181,8 @@ class RunConfig:
     accumulate: int = 1
     """Micro-batches per optimizer step on every worker. It changes the loss of objectives that
     compare the rows of a batch (lejepa, levjepa, vicreg, --objective.regularize), because each
-    micro-batch is compared by itself."""
+    micro-batch is compared by itself. A group that has shrunk makes more of them where that changes
+    nothing, so that its micro-batches stay as small as those of the largest group."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Autocast type; weights, EMA and optimizer state stay fp32."""
     compile: bool = False
@@ -204,7 +215,8 @@ class RunConfig:
     """Write the sample ids of every step to `samples-rank*.jsonl` (audits and tests)."""
 
     def __post_init__(self) -> None:
-        for flag in ("steps", "workers", "accumulate", "log_every", "checkpoint_every"):
+        object.__setattr__(self, "workers", as_workers(self.workers))
+        for flag in ("steps", "accumulate", "log_every", "checkpoint_every"):
             require(getattr(self, flag) > 0, f"run.{flag.replace('_', '-')}", "must be positive")
         stops = self.stop_after is None or self.stop_after > 0
         require(stops, "run.stop-after", "must be positive")
@@ -221,6 +233,21 @@ class RunConfig:
         require(plain, "run.name", f"{self.name!r} must be printable ASCII (letters, digits, -, _)")
         up = ".." in self.name.split("/") or self.name.startswith("/")
         require(not up, "run.name", f"{self.name!r} must stay inside --run.storage")
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the number of workers may change."""
+        return not isinstance(self.workers, int)
+
+    @property
+    def fewest_workers(self) -> int:
+        """The smallest number of workers that may train."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        """The largest number of workers."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,12 +282,14 @@ class PretrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        lanes, workers, accumulate = self.data.lanes, self.run.workers, self.run.accumulate
-        require(lanes % workers == 0, "run.workers", f"must divide --data.lanes ({lanes})")
+        lanes, accumulate = self.data.lanes, self.run.accumulate
+        by_lanes = [n for n in self._range if lanes % n == 0]
+        told = f"must divide --data.lanes ({lanes}), got {workers_text(self.run.workers)}"
+        require(bool(by_lanes), "run.workers", told)
         require(
-            self.data.batch_size % (workers * accumulate) == 0,
+            any(self.data.batch_size % (n * accumulate) == 0 for n in by_lanes),
             "run.accumulate",
-            f"workers x accumulate ({workers * accumulate}) must divide --data.batch-size",
+            f"workers x accumulate ({by_lanes[-1] * accumulate}) must divide --data.batch-size",
         )
         require(
             self.optim.warmup_steps <= self.run.steps,
@@ -317,10 +346,29 @@ class PretrainConfig:
             "anchor.weight",
             "reads whole pictures, but views leave --model.exclude out",
         )
-        parts = self.run.workers * self.run.accumulate
-        ok = data.lanes % parts == 0
-        require(ok, "run.accumulate", f"workers x accumulate ({parts}) must divide --data.lanes "
-                f"({data.lanes}), so that every part has old footage for the anchor")  # fmt: skip
+        require(
+            bool(self.group_sizes),
+            "run.accumulate",
+            f"workers x accumulate ({self.run.most_workers * self.run.accumulate}) must divide "
+            f"--data.lanes ({data.lanes}), so that every part has old footage for the anchor",
+        )
+
+    @property
+    def _range(self) -> range:
+        return range(self.run.fewest_workers, self.run.most_workers + 1)
+
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        """The numbers of workers with which the run may train, ascending.
+
+        Every worker has whole lanes of the batch, and equal micro-batches.
+        """
+        whole = self.data.lanes if self.anchor.weight else self.data.batch_size
+        return tuple(
+            n
+            for n in self._range
+            if self.data.lanes % n == 0 and whole % (n * self.run.accumulate) == 0
+        )
 
     @property
     def modality(self) -> Modality:

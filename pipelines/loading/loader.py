@@ -18,7 +18,7 @@ import functools
 import itertools
 import logging
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -32,7 +32,7 @@ from models.media.preprocessing import mean_colour
 from models.media.regions import Region
 from pipelines.config.train import ModelConfig, PretrainConfig
 from pipelines.loading.clips import training_sampler
-from pipelines.loading.cpu_share import Share, StarvationWatch, cluster_share
+from pipelines.loading.cpu_share import DataWatch, Share, cluster_share, tell_crowd
 from pipelines.loading.decoding import DecodeError, decode_rows
 from pipelines.loading.masks.maskers import MASK_NAMES, Masker, make_masker
 from pipelines.loading.mixing import TrainingSet, merged, training_sets
@@ -45,7 +45,13 @@ SEGMENT_PIECES = 512
 
 
 def train_batches(
-    cfg: PretrainConfig, *, rank: int, world_size: int, start_step: int, end_step: int
+    cfg: PretrainConfig,
+    *,
+    rank: int,
+    world_size: int,
+    start_step: int,
+    end_step: int,
+    say: Callable[[str], None] = print,
 ) -> Iterator[dict[str, Any]]:
     """Yields this rank's part of the batch of every step from `start_step` to `end_step`.
 
@@ -59,6 +65,7 @@ def train_batches(
         world_size: number of workers; must divide `cfg.data.lanes`.
         start_step: first step, inclusive.
         end_step: last step, exclusive.
+        say: takes lines for the user, about waiting for CPUs or data.
 
     Yields:
         A dict with these entries:
@@ -80,17 +87,19 @@ def train_batches(
 
     Raises:
         ValueError: the settings cannot work with these shards; the flag is named.
-        StarvedError: no CPU is left for Ray Data.
+        StarvedError: the workers leave no CPU for Ray Data.
         DecodeError: a stored image or video does not decode; the sample is named.
     """
     readers = [make_reader(cfg, rank, world_size, part) for part in training_sets(cfg)]
     if start_step >= end_step:
         return
-    share = cluster_share(cfg, world_size, datasets=len(readers))
+    share = cluster_share(cfg, world_size, datasets=len(readers), say=say)
+    if rank == 0:
+        tell_crowd(share, world_size * len(readers), say)
     threads = cfg.data.decode_threads
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         source = _all_batches(cfg, readers, range(start_step, end_step), share, pool)
-        yield from prefetch(source, cfg.data.prefetch_batches, StarvationWatch(share))
+        yield from prefetch(source, cfg.data.prefetch_batches, DataWatch(rank, say))
 
 
 def make_reader(

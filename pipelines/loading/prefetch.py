@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -12,18 +13,19 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 WATCH_SECONDS = 5.0
-"""How often `watch` is called while the first item is awaited."""
+"""How often `watch` is called while an item is awaited."""
 CLOSE_SECONDS = 10.0
 """How long closing waits for the thread, which may be blocked in Ray."""
 
 
-def prefetch(source: Generator[T], depth: int, watch: Callable[[], None]) -> Iterator[T]:
+def prefetch(source: Generator[T], depth: int, watch: Callable[[float], None]) -> Iterator[T]:
     """Runs `source` in a thread of its own, at most `depth` items ahead.
 
     Args:
         source: the generator, which is closed in its thread when the consumer stops.
         depth: number of items kept ready.
-        watch: called every `WATCH_SECONDS` while the first item is awaited; may raise.
+        watch: called every `WATCH_SECONDS` while an item is awaited, with the seconds since it has
+            been; may raise.
 
     Raises:
         Whatever `source` raises, where it would have yielded.
@@ -50,12 +52,10 @@ def prefetch(source: Generator[T], depth: int, watch: Callable[[], None]) -> Ite
     thread = threading.Thread(target=run, name="loader", daemon=True)
     thread.start()
     try:
-        item = _first(items, watch)
-        while item is not end:
+        while (item := _next(items, watch)) is not end:
             if isinstance(item, _Failure):
                 raise item.error
             yield item
-            item = items.get()
     finally:
         stop.set()
         thread.join(timeout=CLOSE_SECONDS)
@@ -66,9 +66,10 @@ class _Failure:
     error: BaseException
 
 
-def _first(items: queue.Queue[Any], watch: Callable[[], None]) -> Any:
+def _next(items: queue.Queue[Any], watch: Callable[[float], None]) -> Any:
+    began = time.monotonic()
     while True:
         try:
             return items.get(timeout=WATCH_SECONDS)
         except queue.Empty:
-            watch()
+            watch(time.monotonic() - began)

@@ -63,8 +63,9 @@ def adapted(old: PretrainConfig, checkpoint: str, storage: str, cfg: AdaptConfig
 
 def _can_anchor(old: PretrainConfig) -> bool:
     """Whether the anchor goes with the old run's settings, as `PretrainConfig` requires."""
-    parts = old.run.workers * old.run.accumulate
-    return old.data.lanes % parts == 0 and (old.masks != "none" or not old.model.exclude)
+    parts = (n * old.run.accumulate for n in old.group_sizes)
+    whole = any(old.data.lanes % part == 0 for part in parts)
+    return whole and (old.masks != "none" or not old.model.exclude)
 
 
 def _mixed(old: DataConfig, cfg: AdaptConfig) -> DataConfig:

@@ -140,8 +140,8 @@ def runtime_env() -> dict[str, Any] | None:
 
 
 def cpus_needed(cfg: PretrainConfig) -> float:
-    """Returns the CPUs that a run's workers and its data tasks reserve."""
-    return cfg.run.workers * cfg.run.cpus_per_worker + DATA_CPUS
+    """Returns the CPUs that a run's workers and its data tasks reserve, at the least."""
+    return cfg.group_sizes[0] * cfg.run.cpus_per_worker + DATA_CPUS
 
 
 def check_fits(cfg: PretrainConfig, *, runs: int = 1) -> None:
@@ -166,14 +166,14 @@ def check_fits(cfg: PretrainConfig, *, runs: int = 1) -> None:
     many = f", --concurrent {runs} times," if runs > 1 else ""
     if cpus < needed:
         raise ValueError(
-            f"the Ray cluster has {cpus:g} CPUs; {cfg.run.workers} workers at "
+            f"the Ray cluster has {cpus:g} CPUs; {cfg.group_sizes[0]} workers at "
             f"--run.cpus-per-worker {cfg.run.cpus_per_worker:g} and {DATA_CPUS:g} for the data "
             f"tasks{many} need {needed:g}. Lower --run.cpus-per-worker or --run.workers, or add "
             "nodes."
         )
     gpus = max(there.get("GPU", 0.0), may_grow.get("GPU", 0.0))
-    if cfg.run.gpu and gpus < runs * cfg.run.workers:
+    if cfg.run.gpu and gpus < runs * cfg.group_sizes[0]:
         raise ValueError(
-            f"the Ray cluster has {gpus:g} GPUs; --run.workers {cfg.run.workers} with --run.gpu"
+            f"the Ray cluster has {gpus:g} GPUs; --run.workers {cfg.group_sizes[0]} with --run.gpu"
             f"{many} needs one each."
         )

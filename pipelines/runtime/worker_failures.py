@@ -1,13 +1,12 @@
-"""Tells the driver which worker failed and why; Ray Train itself restarts the workers silently."""
+"""Says which worker failed and why; Ray Train itself restarts the workers silently."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from ray.exceptions import RayActorError
-from ray.train import ControllerError, UserCallback
+from ray.train import ControllerError
 
 from pipelines.runtime.faults import faults_of
 
@@ -38,37 +37,34 @@ def failures_left(error: ControllerError, max_failures: int) -> int | None:
     return max_failures - 1 if max_failures > 0 else max_failures
 
 
-class FailureReporter(UserCallback):
-    """A Ray Train callback that says one line whenever workers fail, before they are restarted.
-
-    Args:
-        say: Takes the line. It must survive pickling: callbacks run in Ray Train's controller.
-    """
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
-
-    def after_exception(
-        self, run_context: Any, worker_exceptions: Mapping[int, BaseException]
-    ) -> None:
-        """Called by Ray Train with the exceptions of the failed workers by rank."""
-        self._say(failure_line(worker_exceptions))
-
-
-def failure_line(worker_exceptions: Mapping[int, BaseException]) -> str:
-    """One line naming each failed worker, the class of its error and what the error says.
+def failure_line(
+    worker_exceptions: Mapping[int, BaseException], hosts: Mapping[int, object] | None = None
+) -> str:
+    """One line naming each failed worker, its host, the class of its error and what that says.
 
     Lost processes come first, because other workers usually fail as a consequence.
+
+    Args:
+        worker_exceptions: By rank.
+        hosts: The addresses of the workers' hosts by rank, as far as they are known.
     """
+    where = {rank: f" on {host}" for rank, host in (hosts or {}).items()}
     failures = {
         # Ray Train wraps the error of a worker that no longer answers.
         rank: getattr(error, "health_check_failure", error)
         for rank, error in worker_exceptions.items()
     }
     ranks = sorted(failures, key=lambda rank: (not isinstance(failures[rank], RayActorError), rank))
-    told = [f"worker {rank} failed ({_reason(failures[rank])})" for rank in ranks[:MOST_WORKERS]]
+    told = [
+        f"worker {rank}{where.get(rank, '')} {_verb(failures[rank])} ({_reason(failures[rank])})"
+        for rank in ranks[:MOST_WORKERS]
+    ]
     hidden = len(ranks) - len(told)
     return "WARNING: " + "; ".join(told + ([f"{hidden} more failed"] if hidden else []))
+
+
+def _verb(error: BaseException) -> str:
+    return "was lost" if isinstance(error, RayActorError) else "failed"
 
 
 def _reason(error: BaseException) -> str:

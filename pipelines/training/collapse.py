@@ -32,7 +32,7 @@ class MeanMeter:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._count = 0
+        self._count = 0.0
 
     def update(self, values: dict[str, Tensor]) -> None:
         """Adds one step's scalars; no host sync."""
@@ -49,24 +49,35 @@ class MeanMeter:
         sums = torch.stack([self._sums[name] for name in names])
         total = torch.full_like(sums[:1], self._count)
         *means, count = all_reduce_sum(torch.cat([sums, total])).tolist()
-        self._sums, self._count = {}, 0
+        self._sums, self._count = {}, 0.0
         return {name: mean / count for name, mean in zip(names, means, strict=True)}
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps so that the next reading is the uninterrupted run's."""
-        count = torch.tensor(float(self._count), dtype=torch.float64)
+        count = torch.tensor(self._count, dtype=torch.float64)
         return {"count": count, **{f"sum.{name}": s.clone() for name, s in self._sums.items()}}
 
     def load(self, states: Iterable[dict[str, Tensor]], device: torch.device) -> None:
         """Takes over the sums of one or several processes' `state`."""
-        self._sums, self._count = {}, 0
+        self._sums, self._count = {}, 0.0
         for state in states:
-            self._count += int(state["count"])
+            self._count += float(state["count"])
             for key, value in state.items():
                 name = key.removeprefix("sum.")
                 if key != "count":
                     value = value.to(device)
                     self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def reweigh(self, before: int, now: int) -> None:
+        """Makes steps that are in the sums weigh as much as those to come.
+
+        Args:
+            before: Updates that all processes together made in one step, when the sums were made.
+            now: Updates that they make now.
+        """
+        if before != now:
+            self._sums = {name: value * (now / before) for name, value in self._sums.items()}
+            self._count *= now / before
 
 
 class CollapseWatch:

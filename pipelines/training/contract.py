@@ -16,6 +16,8 @@ from pipelines.config.train import PretrainConfig
 Say = Callable[[str], None]
 Lost = Callable[[], str | None]
 """Says who has taken a run over; None if nobody has."""
+StopReason = Callable[[], str | None]
+"""Says why a group should stop after a checkpoint; None if it should go on."""
 Message = TypeVar("Message")
 
 
@@ -42,8 +44,12 @@ class CheckpointStore(Protocol):
     def latest(self) -> AbstractContextManager[SavedCheckpoint | None]:
         """Yields this run's newest committed checkpoint, or None."""
 
-    def save(self, write: Callable[[Path], None], metrics: dict[str, Any]) -> None:
-        """Lets `write` fill a folder and commits it; may return before the upload is done."""
+    def save(self, write: Callable[[Path], None], metrics: dict[str, Any]) -> str | None:
+        """Lets `write` fill a folder and commits it; may return before the upload is done.
+
+        Returns:
+            None, or why no checkpoint could be made, which every process gets alike.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,14 +69,20 @@ class Worker:
     world_size: int = 1
     local_world_size: int = 1
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
+    host: str = "this host"
+    """Where it runs, for messages."""
 
     def first(self, message: Message | None) -> Message | None:
         """Returns on every process the message of the lowest rank that has one, or None."""
+        return next((m for m in self.all(message) if m is not None), None)
+
+    def all(self, message: Message) -> list[Message]:
+        """Returns on every process the messages of all, by rank."""
         if self.world_size == 1:
-            return message
-        messages: list[Message | None] = [None] * self.world_size
+            return [message]
+        messages: list[Any] = [None] * self.world_size
         dist.all_gather_object(messages, message)
-        return next((m for m in messages if m is not None), None)
+        return messages
 
 
 def end_step(cfg: PretrainConfig) -> int:

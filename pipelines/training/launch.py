@@ -227,22 +227,21 @@ def _fit_from(
 
 
 def _fit(cfg: PretrainConfig, lease: Lease, callbacks: Sequence[Any], stream: Any) -> Outcome:
-    from ray.train import ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
-    from pipelines.runtime.worker_failures import FailureReporter
     from pipelines.training.worker import say_into, train_worker
+    from pipelines.worker_group.trainer import GroupTrainer, group_watch, scaling_of
 
-    resources = {"CPU": cfg.run.cpus_per_worker} | ({"GPU": 1} if cfg.run.gpu else {})
     with worker_lines(stream) as queue:
-        trainer = TorchTrainer(
-            functools.partial(train_worker, cfg, queue, lease.token),  # type: ignore[arg-type]
+        say = say_into(queue)
+        trainer = GroupTrainer(
+            functools.partial(train_worker, cfg, queue, lease.token),
             # With GPUs too, gloo is needed for CPU tensors: messages between the processes.
             torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if cfg.run.gpu else "gloo"),
-            scaling_config=ScalingConfig(
-                num_workers=cfg.run.workers, use_gpu=cfg.run.gpu, resources_per_worker=resources
-            ),
-            run_config=_run_config(cfg, [FailureReporter(say_into(queue)), *callbacks]),
+            scaling_config=scaling_of(cfg),
+            run_config=_run_config(cfg, [group_watch(cfg, say), *callbacks]),
+            sizes=cfg.group_sizes,
+            say=say,
         )
         # The public import path is typed as Ray Train V1, but is V2 at run time.
         result: Any = trainer.fit()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,27 @@ from pipelines.config.train import PretrainConfig
 from pipelines.runs.checkpoint_format import CheckpointState, report_of, save_checkpoint
 from pipelines.runs.run_folder import RunFolder
 from pipelines.runtime.uris import join_uri
-from pipelines.training.contract import CheckpointStore, DataSource, Lost, Say, Worker, end_step
+from pipelines.training.contract import (
+    CheckpointStore,
+    DataSource,
+    Lost,
+    Say,
+    StopReason,
+    Worker,
+    end_step,
+)
 from pipelines.training.loggers import MetricsLog, SampleLog, StepTimer, progress_line, speed
 from pipelines.training.online_probe import OnlineProbe, build_probe
 from pipelines.training.optimizers import averaged, read_hyperparameters
 from pipelines.training.rank_probe import RankProbe
 from pipelines.training.state import TrainState
+from pipelines.worker_group.stragglers import Pace, Stragglers
+
+ASK_ENV = "RAYJEPA_ASK_EVERY_S"
+"""Seconds between two questions whether a group should stop, about; tests shorten them."""
+ASK_S = 10.0
+RETRY_S = 60.0
+"""Pause before the last checkpoint of a run is tried again, if there was no room for it."""
 
 
 def _not_finite(loss: float, step: int) -> str | None:
@@ -44,6 +60,7 @@ class Recorder:
         say: Takes lines for the user.
         lost: Says who has taken the run over, and is asked before anything is written; None if that
             cannot happen.
+        stop_reason: Says why this group should stop; None if nobody asks it to.
     """
 
     def __init__(
@@ -55,16 +72,23 @@ class Recorder:
         store: CheckpointStore,
         say: Say,
         lost: Lost | None = None,
+        stop_reason: StopReason | None = None,
     ) -> None:
         self.cfg, self.worker, self.state = cfg, worker, state
         self.data, self.store, self.say = data, store, say
         self.timer = StepTimer(worker.device)
+        self._stragglers = Stragglers()
         self._read_step, self._read_time = state.step, time.perf_counter()
         self._folder = RunFolder(join_uri(cfg.run.storage, cfg.run.name))
         self._told = False
         self._lost = lost
         self.taken_over: str | None = None
         """Who has taken the run over; then nothing is written any more."""
+        self._stop_reason = stop_reason
+        self._asked_step, self._asked_time = state.step, time.perf_counter()
+        self._ask_step = state.step + 1
+        self.stopped: str | None = None
+        """Why the group stops after this step, of which there is a checkpoint."""
         self._log: MetricsLog | None = None
         self._probe: OnlineProbe | None = None
         self._rank_probe: RankProbe | None = None
@@ -95,7 +119,8 @@ class Recorder:
             Why the run must stop, or None.
         """
         run, state, step = self.cfg.run, self.state, self.state.step
-        if self._is_taken_over():
+        reason = self._asked_to_stop()
+        if self._is_taken_over(writes=reason is not None):
             return None
         collapsed = None
         values: dict[str, Any] = {}
@@ -113,17 +138,34 @@ class Recorder:
             self._write(values)
         if stop:
             return collapsed
-        if step % run.checkpoint_every == 0 or step == end_step(self.cfg):
+        if reason or step % run.checkpoint_every == 0 or step == end_step(self.cfg):
             self._checkpoint(values)
+        if reason:
+            self.say(f"stopping after step {step}: {reason}")
+            self.stopped = reason
         return None
 
-    def _is_taken_over(self) -> bool:
+    def _asked_to_stop(self) -> str | None:
+        """Asks every ten seconds or so; all processes ask at the same steps and get one answer."""
+        step = self.state.step
+        if self._stop_reason is None or step < self._ask_step or step == end_step(self.cfg):
+            return None
+        now, mine = time.perf_counter(), self._stop_reason()
+        seconds = (now - self._asked_time) / (step - self._asked_step)
+        self._asked_step, self._asked_time = step, now
+        every = float(os.environ.get(ASK_ENV, ASK_S))
+        answer = (mine, step + max(1, math.ceil(every / max(seconds, 1e-4))))
+        reason, self._ask_step = self.worker.all(answer)[0]
+        return reason
+
+    def _is_taken_over(self, *, writes: bool) -> bool:
         """Asks where something is going to be written; all processes get the same answer."""
         if self._lost is None:
             return False
         run, step = self.cfg.run, self.state.step
         every = (run.log_every, run.checkpoint_every, run.probe_every, run.rank_every)
-        if step == end_step(self.cfg) or any(self._due(steps) for steps in every):
+        writes |= step == end_step(self.cfg) or any(self._due(steps) for steps in every)
+        if writes:
             self.taken_over = self.worker.first(self._lost() if self.worker.rank == 0 else None)
         return self.taken_over is not None
 
@@ -148,14 +190,29 @@ class Recorder:
             verdict = _not_finite(values["loss"], state.step)
             found = [w.judge(readings[name], state.step) for name, w in state.watches.items()]
             verdict = verdict or next((line for line in found if line), None)
+        phases = self.timer.totals()
         # All processes have the same sums, but their eigenvalues may differ in the last bit.
-        verdict = self.worker.first(verdict)
+        told = self.worker.all((verdict, self._pace(phases)))
+        verdict = next((line for line, _ in told if line), None)
+        slow, line = self._stragglers.read([pace for _, pace in told])
+        values |= slow
+        if line:
+            self.say(line)
         if verdict:
             values["collapsed"] = True
             self.say(f"WARNING: {verdict}" if cfg.watch.action == "warn" else verdict)
         samples = (state.step - self._read_step) * cfg.data.batch_size
-        values |= speed(self.timer.totals(), samples, self.worker.device)
+        values |= speed(phases, samples, self.worker.device)
         return values, verdict
+
+    def _pace(self, phases: dict[str, float]) -> Pace:
+        steps = max(1, self.state.step - self._read_step)
+        return Pace(
+            host=self.worker.host,
+            data_s=phases["data"] / steps,
+            forward_s=phases["forward"] / steps,
+            step_s=sum(phases.values()) / steps,
+        )
 
     def _say_skipped(self, count: float) -> None:
         new = count - self.state.metrics.get("skipped_steps", 0.0)
@@ -197,7 +254,12 @@ class Recorder:
         def write(folder: Path) -> None:
             save_checkpoint(folder, state.tensors(), saved, cfg, rank=worker.rank)
 
-        self.store.save(write, report_of(state.step, values))
+        report = report_of(state.step, values)
+        while problem := self.store.save(write, report):
+            self.say(f"WARNING: no checkpoint of step {state.step}: {problem}")
+            if state.step != end_step(cfg):
+                break
+            time.sleep(RETRY_S)
         self._sync()
 
     def _sync(self, *, last: bool = False) -> None:

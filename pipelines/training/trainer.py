@@ -31,12 +31,14 @@ from pipelines.training.contract import (
     Lost,
     SavedCheckpoint,
     Say,
+    StopReason,
     Worker,
     end_step,
 )
 from pipelines.training.recorder import Recorder
 from pipelines.training.schedules import set_schedules
 from pipelines.training.state import TrainState, new_state
+from pipelines.worker_group.sizes import at_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Outcome:
     """URI of the run's own checkpoint, if training was refused because that is damaged."""
     taken_over: str | None = None
     """Who has taken the run over, if another job has."""
+    stopped: str | None = None
+    """Why the group stopped after a checkpoint, if it was asked to."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +76,7 @@ def train(
     store: CheckpointStore,
     say: Say = print,
     lost: Lost | None = None,
+    stop_reason: StopReason | None = None,
 ) -> Outcome:
     """Trains from the run's newest state until `cfg.run.steps` or `cfg.run.stop_after`.
 
@@ -82,6 +87,7 @@ def train(
         store: Checkpoints of the run.
         say: Takes lines for the user; called on rank 0 only.
         lost: Says who has taken the run over; None if that cannot happen.
+        stop_reason: Says why this group should stop; None if nobody asks it to.
 
     Returns:
         The last step and its metrics, and why the run stopped early, if it did.
@@ -97,8 +103,8 @@ def train(
         assert refusal
         return Outcome(0, {}, refused=refusal.refused, damaged=refusal.damaged)
     model = _wrap(cfg, worker, state)
-    with Recorder(cfg, worker, state, data, store, say, lost) as recorder:
-        return _steps(cfg, worker, data, state, model, recorder)
+    with Recorder(cfg, worker, state, data, store, say, lost, stop_reason) as recorder:
+        return _steps(at_size(cfg, worker.world_size), worker, data, state, model, recorder)
 
 
 def _steps(
@@ -147,6 +153,8 @@ def _steps(
             return Outcome(step, state.metrics, taken_over=recorder.taken_over)
         if collapsed:
             return Outcome(step, state.metrics, collapsed=collapsed)
+        if recorder.stopped:
+            return Outcome(step, state.metrics, stopped=recorder.stopped)
         timer.start()
     if state.step < end_step(cfg):
         raise RuntimeError(f"the loader ended at step {state.step} of {end_step(cfg)}")
@@ -195,6 +203,10 @@ def _restore(
     position = read_state(saved.folder, saved.uri)
     check_resumable(settings, position, cfg, data.manifest_hash)
     state.restore(saved.folder, rank=worker.rank, world_size=worker.world_size, uri=saved.uri)
+    state.meter.reweigh(
+        at_size(settings, position.world_size).run.accumulate * position.world_size,
+        at_size(cfg, worker.world_size).run.accumulate * worker.world_size,
+    )
 
 
 def _wrap(cfg: PretrainConfig, worker: Worker, state: TrainState) -> nn.Module:

@@ -16,9 +16,11 @@ import torch
 from models.scratch import make_scratch
 from pipelines.config.train import PretrainConfig
 from pipelines.runs.lease import LeaseWatch
-from pipelines.runtime.uris import join_uri
+from pipelines.runtime.uris import join_uri, open_uri
 from pipelines.training.contract import DataSource, SavedCheckpoint, Say, Worker
 from pipelines.training.trainer import Outcome, train
+from pipelines.worker_group.room import here, is_full, no_room, require_room
+from pipelines.worker_group.stopping import GroupStoppedError, stop_reason, wait_until_committed
 
 if TYPE_CHECKING:
     from ray.util.queue import Queue
@@ -48,17 +50,23 @@ def train_worker(
         world_size=context.get_world_size(),
         local_world_size=context.get_local_world_size(),
         device=ray.train.torch.get_device() if cfg.run.gpu else torch.device("cpu"),
+        host=here(),
     )
     sets = training_sets(cfg)
     first = sets[0]
     plan = make_plan(first.manifest.row_group_array(), first.data, cfg.run.seed)
     identity = identity_of([one.manifest for one in sets])
-    data = DataSource(train_batches, plan.batches_per_epoch, identity)
     say = print if progress is None else say_into(progress)
+    batches = functools.partial(train_batches, say=say)
+    data = DataSource(batches, plan.batches_per_epoch, identity)
     run_uri = join_uri(cfg.run.storage, cfg.run.name)
     lost = LeaseWatch(run_uri, token) if token else None
-    with RayCheckpoints(run_uri) as checkpoints:
-        return train(cfg, worker, data, checkpoints, say, lost)
+    with RayCheckpoints(run_uri, worker) as checkpoints:
+        outcome = train(cfg, worker, data, checkpoints, say, lost, stop_reason)
+        if outcome.stopped:
+            wait_until_committed()
+            raise GroupStoppedError(outcome.stopped)
+        return outcome
 
 
 def say_into(progress: Queue) -> Say:
@@ -90,11 +98,13 @@ class RayCheckpoints:
 
     Args:
         run_uri: The run's folder.
+        worker: This process.
     """
 
-    def __init__(self, run_uri: str) -> None:
-        self._run_uri = run_uri
+    def __init__(self, run_uri: str, worker: Worker) -> None:
+        self._run_uri, self._worker = run_uri, worker
         self._folders: list[Path] = []
+        self._bytes = 0
 
     def __enter__(self) -> RayCheckpoints:
         """Returns itself."""
@@ -119,17 +129,50 @@ class RayCheckpoints:
             with checkpoint.as_directory() as folder:
                 yield SavedCheckpoint(Path(folder), join_uri(self._run_uri, name))
 
-    def save(self, write: Callable[[Path], None], metrics: dict[str, Any]) -> None:
+    def save(self, write: Callable[[Path], None], metrics: dict[str, Any]) -> str | None:
         """Writes to local disk and returns; training continues while Ray uploads."""
         import ray.train
 
-        folder = make_scratch("checkpoint")
+        name = f"checkpoint_{metrics['step']:08d}"
+        folder, problem = self._write(write)
+        if self._worker.rank == 0:
+            self._remove_left_over(name)
+        problem = self._worker.first(problem)
+        if problem or folder is None:
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+            return problem
         self._folders = [*(f for f in self._folders if f.exists()), folder]
-        write(folder)
         ray.train.report(
             metrics,
             checkpoint=ray.train.Checkpoint.from_directory(folder),
-            checkpoint_dir_name=f"checkpoint_{metrics['step']:08d}",
+            checkpoint_dir_name=name,
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
             delete_local_checkpoint_after_upload=True,
         )
+        return None
+
+    def _write(self, write: Callable[[Path], None]) -> tuple[Path | None, str | None]:
+        """Returns the folder with this process's share, or why there is no room for it."""
+        folder: Path | None = None
+        try:
+            require_room(self._bytes)
+            folder = make_scratch("checkpoint")
+            write(folder)
+        except Exception as error:
+            if not is_full(error):
+                raise
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+            return None, no_room(self._bytes)
+        self._bytes = sum(file.stat().st_size for file in folder.rglob("*"))
+        return folder, None
+
+    def _remove_left_over(self, name: str) -> None:
+        """Removes what a group that was lost while it uploaded this checkpoint has left there.
+
+        Another number of workers writes files of other names, so the two would be mixed.
+        """
+        fs, path = open_uri(join_uri(self._run_uri, name))
+        if fs.exists(path):
+            fs.rm(path, recursive=True)

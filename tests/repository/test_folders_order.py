@@ -36,6 +36,7 @@ ORDER = [
     "pipelines/recipes",
     "pipelines/runtime",
     "pipelines/runtime/lines",
+    "pipelines/worker_group",
     "pipelines/dataset",
     "pipelines/ingestion/entries",
     "pipelines/ingestion/listing",

@@ -1,0 +1,63 @@
+"""Room on the disk where checkpoints wait for their upload, and what is said if there is none."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import socket
+import tempfile
+
+from pipelines.runtime.faults import faults_of
+from pipelines.worker_group.failures import FULL, FULL_TEXT
+
+SPARE = 64 * 2**20
+"""Bytes that a checkpoint leaves free: a disk that is full to the last byte stops Ray too."""
+
+
+def require_room(size: int) -> None:
+    """Checks that a checkpoint fits on the disk of TMPDIR.
+
+    Args:
+        size: Bytes that this process is going to write; 0 if that is not known yet.
+
+    Raises:
+        OSError: There is no room for it, or the disk is full.
+    """
+    place = tempfile.gettempdir()
+    if size and shutil.disk_usage(place).free < size + SPARE:
+        raise OSError(errno.ENOSPC, "no room for a checkpoint", place)
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that a disk is full; safetensors says it in words alone."""
+    return any(f.number in FULL or FULL_TEXT.search(f.text) for f in faults_of(error))
+
+
+def no_room(size: int) -> str:
+    """Says in which folder of which host there is no room for a checkpoint, and how much there is.
+
+    Args:
+        size: Bytes that one takes; 0 if that is not known.
+    """
+    place = tempfile.gettempdir()
+    usage = shutil.disk_usage(place)
+    needed = f" of the {_gb(size)} that it takes" if size else ""
+    return (
+        f"{place} on host {here()} has {_gb(usage.free)} free{needed} ({_gb(usage.total)} in "
+        "all); free some there, or set TMPDIR where Ray is started"
+    )
+
+
+def here() -> str:
+    """Returns the address and the name of this host."""
+    import ray
+
+    name = socket.gethostname()
+    if not ray.is_initialized():
+        return name
+    address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    return f"{address} ({name})"
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"

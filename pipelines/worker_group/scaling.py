@@ -1,0 +1,112 @@
+"""Ray Train's scaling policies with our sizes: which group starts, and when it is asked to grow.
+
+Ray's elastic policy resizes a running group at once, and the steps since the last checkpoint are
+lost. Here the group is asked to stop after a checkpoint instead; then the next one starts, as after
+a failure, with as many workers as fit by then.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.train.v2._internal.execution.scaling_policy import (
+    ElasticScalingPolicy,
+    FixedScalingPolicy,
+    NoopDecision,
+    ResizeDecision,
+    ScalingDecision,
+)
+from ray.train.v2._internal.execution.worker_group import (
+    WorkerGroupPollStatus,
+    WorkerGroupState,
+)
+
+from pipelines.worker_group.cluster_use import read_use
+from pipelines.worker_group.group import selector, this_group
+from pipelines.worker_group.sizes import largest_size
+from pipelines.worker_group.stopping import ask_to_stop
+
+GROW_ENV = "RAYJEPA_GROW_EVERY_S"
+"""Seconds between looks for room for more workers; tests shorten them."""
+GROW_S = 60.0
+WAIT_S = 1.0
+"""Pause between two looks while no group can start; Ray itself would not pause."""
+
+
+def grow_every_s() -> float:
+    """Returns the seconds between two looks for room for more workers."""
+    return float(os.environ.get(GROW_ENV, GROW_S))
+
+
+class FixedGroup(FixedScalingPolicy):
+    """A group of one size, which avoids hosts that have just failed by themselves."""
+
+    def on_controller_start_worker_group(self, **_: Any) -> dict[str, str] | None:
+        """Returns where the workers may be placed; None for anywhere."""
+        return selector(this_group().avoided())
+
+
+class ElasticGroup(ElasticScalingPolicy):
+    """A group of one of several sizes: the largest for which there is room.
+
+    Ray counts what nodes have, whoever holds it; here only what others do not hold counts.
+
+    Args:
+        scaling_config: Ray's, with the range of workers.
+        sizes: Allowed sizes, ascending.
+        say: Takes a line. Must survive pickling.
+    """
+
+    def __init__(
+        self, scaling_config: Any, sizes: tuple[int, ...], say: Callable[[str], None]
+    ) -> None:
+        super().__init__(scaling_config)
+        self._sizes, self._say = sizes, say
+        self._asked: str | None = None
+
+    def _count_possible_workers(self, reserved_resources: Any) -> int:
+        group = this_group()
+        need = self.scaling_config._resources_per_worker_not_none
+        use = read_use(group.placement)
+        avoided = group.avoided()
+        return largest_size(
+            self._sizes,
+            min(super()._count_possible_workers(reserved_resources), use.fitting(need, avoided)),
+            use.cpus - use.held_cpus,
+            need.get("CPU", 0.0),
+        )
+
+    def on_controller_start_worker_group(self, **_: Any) -> dict[str, str] | None:
+        """Returns where the workers may be placed; None for anywhere."""
+        return selector(this_group().avoided())
+
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        """Starts as many workers as fit, or waits."""
+        decision = super().make_decision_for_non_running_worker_group()
+        if isinstance(decision, NoopDecision):
+            time.sleep(WAIT_S)
+        return decision
+
+    def make_decision_for_running_worker_group(
+        self, worker_group_state: WorkerGroupState, worker_group_status: WorkerGroupPollStatus
+    ) -> ScalingDecision:
+        """Asks a group to stop after a checkpoint if a larger one fits; never ends it itself."""
+        decision = super().make_decision_for_running_worker_group(
+            worker_group_state, worker_group_status
+        )
+        group = worker_group_state.placement_group_handle.placement_group.id.hex()
+        now = worker_group_state.num_workers
+        if (
+            isinstance(decision, ResizeDecision)
+            and decision.num_workers > now
+            and self._asked != group
+        ):
+            self._asked = group
+            reason = f"there is room for {decision.num_workers} workers instead of {now}"
+            asked: Any = [w.execute_async(ask_to_stop, reason) for w in worker_group_state.workers]
+            ray.get(asked)
+        return NoopDecision()

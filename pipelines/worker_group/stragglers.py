@@ -1,0 +1,98 @@
+"""Finds a worker that is slower than the others, from step times gathered where metrics are read.
+
+In the backward pass all workers wait for the slowest one, so that their steps take equally long.
+What tells them apart is the time that each of them waits for data and the time of its forward pass.
+Objectives that compare rows of all workers wait for one another in the forward pass too; of those,
+only a worker that waits for data is found.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+FACTOR = 1.5
+"""How many times as long as the others' median a worker takes before it counts as slow."""
+LEAST_SHARE = 0.1
+"""Share of a step that it has to cost before it counts."""
+PATIENCE = 3
+"""Number of consecutive readings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How long the parts of a step took one worker, on average since the last reading."""
+
+    host: str
+    """Address and name of its host."""
+    data_s: float
+    """Waiting for data."""
+    forward_s: float
+    """Forward pass."""
+    step_s: float
+    """The whole step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slow:
+    """A worker that is slower than the others."""
+
+    rank: int
+    what: str
+    mine_s: float
+    others_s: float
+
+
+def slowest(paces: Sequence[Pace]) -> tuple[float, Slow | None]:
+    """Compares workers.
+
+    Args:
+        paces: By rank; two or more.
+
+    Returns:
+        The share of a step for which the others wait for the slowest worker, about; and the worker
+        that is slow, if one is.
+    """
+    found: list[tuple[float, Slow]] = []
+    for rank, pace in enumerate(paces):
+        others = [other for index, other in enumerate(paces) if index != rank]
+        for what, mine, theirs in (
+            ("waiting for data", pace.data_s, [other.data_s for other in others]),
+            ("forward pass", pace.forward_s, [other.forward_s for other in others]),
+        ):
+            median = statistics.median(theirs)
+            share = (mine - median) / pace.step_s if pace.step_s else 0.0
+            found.append((share, Slow(rank=rank, what=what, mine_s=mine, others_s=median)))
+    share, worst = max(found, key=lambda item: item[0])
+    slow = share >= LEAST_SHARE and worst.mine_s >= FACTOR * worst.others_s
+    return max(0.0, share), worst if slow else None
+
+
+class Stragglers:
+    """Names a worker that is slow at several readings in a row, once until that changes."""
+
+    def __init__(self) -> None:
+        self._last: tuple[int, str] | None = None
+        self._strikes = 0
+
+    def read(self, paces: Sequence[Pace]) -> tuple[dict[str, float], str | None]:
+        """Takes one reading of all workers.
+
+        Returns:
+            The metric `straggler_share`, and a line for the user or None.
+        """
+        if len(paces) < 2:
+            return {}, None
+        share, slow = slowest(paces)
+        now = (slow.rank, slow.what) if slow else None
+        self._strikes = self._strikes + 1 if now is not None and now == self._last else 1
+        self._last = now
+        told = None
+        if slow and self._strikes == PATIENCE:
+            told = (
+                f"WARNING: worker {slow.rank} on {paces[slow.rank].host} is slower than the others "
+                f"at {PATIENCE} readings: {slow.what} takes it {slow.mine_s:.3g} s a step, them "
+                f"{slow.others_s:.3g} s"
+            )
+        return {"straggler_share": share}, told

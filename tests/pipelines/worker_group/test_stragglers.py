@@ -1,0 +1,54 @@
+"""A worker that is slower than the others is named, once, and what it is slow at."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipelines.worker_group.stragglers import PATIENCE, Pace, Stragglers, slowest
+
+
+def pace(data_s: float = 0.01, forward_s: float = 0.1, step_s: float = 0.4) -> Pace:
+    return Pace(host="10.0.0.7 (w7)", data_s=data_s, forward_s=forward_s, step_s=step_s)
+
+
+def test_equal_workers_are_not_named() -> None:
+    watch = Stragglers()
+    for _ in range(3 * PATIENCE):
+        metrics, line = watch.read([pace(), pace(forward_s=0.11), pace(data_s=0.02)])
+        assert line is None
+        assert metrics["straggler_share"] < 0.1
+
+
+@pytest.mark.parametrize(
+    ("slow", "what"),
+    [(pace(data_s=0.3), "waiting for data takes it 0.3 s a step, them 0.01 s"),
+     (pace(forward_s=0.25), "forward pass takes it 0.25 s a step, them 0.1 s")],
+)  # fmt: skip
+def test_a_slow_one_is_named_once_after_several_readings(slow: Pace, what: str) -> None:
+    watch = Stragglers()
+    told = [watch.read([pace(), pace(), slow])[1] for _ in range(3 * PATIENCE)]
+    assert [line is not None for line in told].count(True) == 1
+    line = told[PATIENCE - 1]
+    assert line is not None
+    assert "worker 2 on 10.0.0.7 (w7) is slower" in line
+    assert what in line
+
+
+def test_one_slow_reading_is_not_told_and_a_new_spell_is() -> None:
+    watch, slow = Stragglers(), pace(data_s=0.3)
+    readings = [[pace(), slow], [pace(), pace()]] * PATIENCE
+    assert all(watch.read(paces)[1] is None for paces in readings)
+    for _ in range(2):
+        told = [watch.read([pace(), slow])[1] for _ in range(PATIENCE)]
+        assert [line is not None for line in told] == [False] * (PATIENCE - 1) + [True]
+        watch.read([pace(), pace()])
+
+
+def test_a_small_part_of_a_step_does_not_count() -> None:
+    share, slow = slowest([pace(data_s=0.001), pace(data_s=0.02)])
+    assert slow is None
+    assert share == pytest.approx(0.019 / 0.4)
+
+
+def test_a_single_worker_has_nobody_to_be_slower_than() -> None:
+    assert Stragglers().read([pace(data_s=9)]) == ({}, None)
