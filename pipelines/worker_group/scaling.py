@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
     FixedScalingPolicy,
@@ -35,6 +36,7 @@ GROW_ENV = "RAYJEPA_GROW_EVERY_S"
 GROW_S = 60.0
 WAIT_S = 1.0
 """Pause between two looks while no group can start; Ray itself would not pause."""
+ANSWER_S = 10.0
 
 
 def grow_every_s() -> float:
@@ -67,6 +69,15 @@ class ElasticGroup(ElasticScalingPolicy):
         super().__init__(scaling_config)
         self._sizes, self._say = sizes, say
         self._asked: str | None = None
+
+    def _get_reserved_resources(self) -> Any:
+        # Ray's own answer may be 20 s old, and include nodes that are gone by then.
+        asked: Any = self._autoscaling_coordinator.get_reserved_resources
+        try:
+            found = ray.get(asked.remote(self._requester_id, recompute=True), timeout=ANSWER_S)
+        except RayError:  # the next look will do
+            return None
+        return found
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
         group = this_group()

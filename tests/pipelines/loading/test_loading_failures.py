@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -38,10 +40,12 @@ def test_workers_that_leave_no_cpu_fail_at_once(data: str, ray_local: None) -> N
 
 
 @pytest.mark.ray
-def test_cpus_taken_by_others_fail_soon(
+def test_cpus_taken_by_others_are_waited_for_and_told(
     data: str, ray_local: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ray
+
+    lines: list[str] = []
 
     @ray.remote(num_cpus=4)
     class Hog:
@@ -50,15 +54,42 @@ def test_cpus_taken_by_others_fail_soon(
 
     hog = Hog.remote()
     ray.get(hog.hold.remote())
-    monkeypatch.setattr(cpu_share, "STARVED_SECONDS", 1.0)
-    monkeypatch.setattr(prefetch, "WATCH_SECONDS", 0.1)
-    monkeypatch.setattr(prefetch, "CLOSE_SECONDS", 0.1)
-    batches = train_batches(config(data), rank=0, world_size=1, start_step=0, end_step=4)
-    try:
-        with pytest.raises(StarvedError, match=r"--run\.cpus-per-worker"):
-            next(batches)
-    finally:
+    monkeypatch.setattr(cpu_share, "LOOK_SECONDS", 0.1)
+
+    def say(line: str) -> None:
+        lines.append(line)
         ray.kill(hog)
+
+    batches = train_batches(config(data), rank=0, world_size=1, start_step=0, end_step=4, say=say)
+    assert len(list(batches)) == 4
+    assert lines[0] == "waiting for a CPU to read data with: others hold 4 of 4 CPUs (Hog 4)"
+
+
+@pytest.mark.ray
+def test_cpus_taken_later_are_told(
+    data: str, ray_local: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody holds them when the run begins."""
+    import ray
+
+    lines: list[str] = []
+    release = threading.Event()
+    monkeypatch.setattr(cpu_share, "TOLD_SECONDS", 0.2)
+    monkeypatch.setattr(prefetch, "WATCH_SECONDS", 0.1)
+
+    def slow() -> Generator[int]:
+        yield 0
+        release.wait(60)
+        yield 1
+
+    def say(line: str) -> None:
+        lines.append(line)
+        release.set()
+
+    batches = prefetch.prefetch(slow(), 2, cpu_share.DataWatch(3, say))
+    assert list(batches) == [0, 1]
+    assert lines[0].startswith("worker 3 has waited for data for 0 s: 4 CPUs are free, ")
+    assert ray.is_initialized()
 
 
 @pytest.mark.ray

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-from pipelines.runtime.worker_failures import FailureReporter, failure_line
+from pipelines.runtime.worker_failures import failure_line
 
 
 def test_the_line_has_the_class_and_the_first_line_of_the_error():
@@ -17,7 +17,7 @@ def test_a_lost_process_comes_before_the_errors_that_follow_from_it():
     lost = WorkerHealthCheckFailedError("A worker health check failed.", ActorDiedError())
     failures = {0: RuntimeError("connection reset"), 1: lost, 2: RuntimeError("connection reset")}
     first, second, more = failure_line(failures).split("; ")
-    assert first.startswith("WARNING: worker 1 failed (ActorDiedError: The actor died")
+    assert first.startswith("WARNING: worker 1 was lost (ActorDiedError: The actor died")
     assert second == "worker 0 failed (RuntimeError: connection reset)"
     assert more == "1 more failed"
 
@@ -28,7 +28,8 @@ def test_wrappers_of_ray_are_taken_off():
     assert "OSError" in failure_line({0: wrapped.as_instanceof_cause()})
 
 
-def test_the_callback_says_the_line():
-    lines: list[str] = []
-    FailureReporter(lines.append).after_exception(None, {0: ValueError("x")})
-    assert lines == ["WARNING: worker 0 failed (ValueError: x)"]
+def test_the_host_is_named_where_it_is_known():
+    told = failure_line({0: ValueError("x"), 1: ValueError("y")}, {1: "10.0.0.7"})
+    assert told == (
+        "WARNING: worker 0 failed (ValueError: x); worker 1 on 10.0.0.7 failed (ValueError: y)"
+    )

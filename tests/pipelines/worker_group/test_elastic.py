@@ -24,8 +24,9 @@ from pipelines.runs.run_folder import read_metrics
 from pipelines.training.contract import DataSource, Worker
 from pipelines.training.trainer import train
 
-STEPS, EPOCH = 64, 16
+STEPS, EPOCH = 96, 16
 PATIENCE_S = 240
+MODEL: dict[str, Any] = {"encoder": "vit_small32", "patch_size": 4}
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -86,6 +87,7 @@ class Run:
     def __init__(self, data: str, storage: Path, address: str) -> None:
         self.folder = storage / "elastic"
         self._log = storage / "output.txt"
+        self.began: list[float] = []
         command = [
             *(
                 sys.executable,
@@ -96,6 +98,8 @@ class Run:
             ),
             *("--run.storage", str(storage), "--run.name", "elastic", "--run.workers", "1..2"),
             *("--run.cpus-per-worker", "1.5", "--run.steps", str(STEPS), "--run.log-every", "1"),
+            # A fraction of a second a step, so that the run is still there when a node comes.
+            *("--model.encoder", MODEL["encoder"], "--model.patch-size", str(MODEL["patch_size"])),
             *("--run.checkpoint-every", "1000", "--run.threads", "1", "--run.log-samples"),
         ]
         env = {**os.environ, "RAY_ADDRESS": address}
@@ -117,6 +121,7 @@ class Run:
             steps = {row["step"] for row in newest}
             ranks = {row["rank"] for row in newest}
             if len(attempts) == groups and len(steps) > 2 and len(ranks) == workers:
+                self.began.append(time.monotonic())
                 return
             time.sleep(0.1)
         raise TimeoutError(self.output)
@@ -129,7 +134,7 @@ def fixed_run(data: str, storage: Path) -> tuple[dict[int, list[str]], list[floa
     """Samples and losses of one process that nothing happens to."""
     run = {"steps": STEPS, "log_every": 1, "checkpoint_every": 1000, "threads": 1}
     run |= {"storage": str(storage), "name": "fixed", "log_samples": True}
-    cfg = change(debug(), data={"train": data}, run=run)
+    cfg = change(debug(), data={"train": data}, run=run, model=MODEL)
     source = DataSource(train_batches, EPOCH, read_manifest(data).manifest_hash)
     train(cfg, Worker(), source, FolderStore(storage / "checkpoints"))
     return chain(samples(storage / "fixed")), losses(storage / "fixed")
@@ -170,7 +175,8 @@ def test_two_one_two_workers_train_as_a_fixed_group(
         assert (len(epoch), set(epoch.values())) == (512, {1})
     assert ours == pytest.approx(theirs, abs=1e-4)
     with capsys.disabled():
-        print(f"\n{run.output}\n{seconds:.0f} s")
+        seen = [round(moment - began) for moment in run.began]
+        print(f"\n{run.output}\n{seconds:.0f} s, groups seen after {seen} s")
         print(
             f"largest difference {max(abs(a - b) for a, b in zip(ours, theirs, strict=True)):.2e}"
         )
