@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -67,4 +68,6 @@ def train_group(cfg: PretrainConfig, folder: Path, size: int, stop: int | None =
     if size == 1:
         _worker(0, *arguments)
     else:
-        mp.spawn(_worker, arguments, nprocs=size)  # type: ignore[no-untyped-call]
+        # Forked from one process that has imported everything once.
+        multiprocessing.set_forkserver_preload([__name__])
+        mp.start_processes(_worker, arguments, nprocs=size, start_method="forkserver")
