@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ray.train import ControllerError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.failure_handling import (
     DefaultFailurePolicy,
     FailureDecision,
@@ -56,6 +57,8 @@ class Failures(DefaultFailurePolicy):
         seen = found is not None and (found[0].address, found[1]) in group.faults
         decision = FailureDecision.RETRY if seen else super().make_decision(error)
         if isinstance(error, ControllerError):  # told where the workers start
+            if isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
+                group.refuse(error.controller_failure.num_workers)
             return decision
         parts = [self._what(error), self._count(error, seen=seen)]
         if found is not None:

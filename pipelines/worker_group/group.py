@@ -16,6 +16,8 @@ from ray.train.v2._internal.execution.callback import ReportCallback, WorkerGrou
 
 FIRST_PAUSE_S = 30.0
 LONGEST_PAUSE_S = 600.0
+REFUSED_S = 120.0
+"""How long a size is not tried again for which Ray found no place."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,8 @@ class Group:
     """How often a host failed by itself, by its address and the kind of the fault."""
     left_out: dict[str, float] = dataclasses.field(default_factory=dict)
     """Nodes that are not used for a while, and until when (`time.monotonic`)."""
+    refused: tuple[int, float] | None = None
+    """A size for which Ray found no place, and until when it is not tried again."""
 
     def leave_out(self, host: Host, fault: str) -> float:
         """Uses a host no more for a time that doubles with every further fault of one kind.
@@ -62,6 +66,16 @@ class Group:
         """Returns the nodes that are not used now."""
         now = time.monotonic()
         return frozenset(node for node, until in self.left_out.items() if until > now)
+
+    def refuse(self, size: int) -> None:
+        """Tries smaller groups for a while: tasks hold what should be free, or a host is gone."""
+        self.refused = (size, time.monotonic() + REFUSED_S)
+
+    def worth_trying(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the sizes below one that was refused a moment ago; all if there is none."""
+        if self.refused is None or self.refused[1] <= time.monotonic():
+            return sizes
+        return tuple(size for size in sizes if size < self.refused[0]) or sizes
 
     def since(self) -> str:
         """Says from where the next group goes on."""

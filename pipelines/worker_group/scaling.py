@@ -85,7 +85,7 @@ class ElasticGroup(ElasticScalingPolicy):
         use = read_use(group.placement)
         avoided = group.avoided()
         return largest_size(
-            self._sizes,
+            group.worth_trying(self._sizes),
             min(super()._count_possible_workers(reserved_resources), use.fitting(need, avoided)),
             use.cpus - use.held_cpus,
             need.get("CPU", 0.0),

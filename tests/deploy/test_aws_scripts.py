@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -43,11 +44,11 @@ class Node:
         path.write_text(f'#!/bin/sh\necho "$(basename "$0") $*" >> {self.folder}/log\n{does}\n')
         path.chmod(0o755)
 
-    def run(self, script: str, **env: str) -> list[str]:
+    def run(self, script: str, *arguments: str, **env: str) -> list[str]:
         """Returns the calls of one run of a script."""
         (self.folder / "log").write_text("")
         paths = {"HOME": str(self.folder), "PATH": f"{self.bin}:{os.environ['PATH']}"}
-        subprocess.run(["bash", SCRIPTS / script], env=paths | env, check=True)
+        subprocess.run(["bash", SCRIPTS / script, *arguments], env=paths | env, check=True)
         return (self.folder / "log").read_text().splitlines()
 
 
@@ -107,3 +108,26 @@ def test_disks_of_the_instance_are_mounted_if_there_are_any(node: Node, disks: i
     assert made == [[], ["/dev/nvme0n1"], ["/dev/md/scratch"]][disks]
     assert len([call for call in calls if call.startswith("mount ")]) == min(disks, 1)
     assert not any("nvme9n1" in call for call in calls)  # the root volume is left alone
+
+
+@pytest.mark.parametrize("asked_before", [0, 2])
+def test_ray_is_told_when_a_spot_instance_ends(node: Node, asked_before: int) -> None:
+    """AWS's metadata answers 404, for which curl ends with 22, until there is a notice."""
+    ends = datetime.now(UTC) + timedelta(seconds=110)
+    told = f'{{"action": "terminate", "time": "{ends:%Y-%m-%dT%H:%M:%SZ}"}}'
+    node.stub(
+        "curl",
+        f'case "$*" in *token) echo t; exit;; esac; echo x >> {node.folder}/asked\n'
+        f'[ "$(wc -l < {node.folder}/asked)" -gt {asked_before} ] || exit 22\n'
+        f"echo '{told}'",
+    )
+    node.stub("pgrep", "echo '77 /ray/raylet --node_id=0 --node-id=4fe2 --node-ip-address=1'")
+    node.stub("ray")
+    calls = node.run("spot_notice.sh", "10.0.0.1:6379")
+    (drained,) = (call for call in calls if call.startswith("ray "))
+    assert drained.startswith(
+        "ray drain-node --address 10.0.0.1:6379 --node-id 4fe2 "
+        "--reason DRAIN_NODE_REASON_PREEMPTION "
+    )
+    assert 60 < int(drained.rpartition(" ")[2]) <= 110
+    assert len([call for call in calls if call.startswith("sleep")]) == asked_before

@@ -22,6 +22,7 @@ from pipelines.worker_group.failures import Failures
 from pipelines.worker_group.group import (
     FIRST_PAUSE_S,
     LONGEST_PAUSE_S,
+    REFUSED_S,
     Group,
     Host,
     selector,
@@ -145,6 +146,22 @@ def test_waiting_for_a_place_is_no_failure_and_told_elsewhere(group: Group) -> N
     error = ControllerError(WorkerGroupStartupTimeoutError(num_workers=2))
     assert failures.make_decision(error) is RETRY
     assert lines == []
+
+
+def test_a_size_without_a_place_is_not_tried_again_at_once(
+    group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tasks, which are not counted, may hold what should be free; a smaller group fits."""
+    failures, _ = policy(0)
+    assert group.worth_trying((2, 4, 8)) == (2, 4, 8)
+    failures.make_decision(ControllerError(WorkerGroupStartupTimeoutError(num_workers=8)))
+    assert group.worth_trying((2, 4, 8)) == (2, 4)
+    failures.make_decision(ControllerError(WorkerGroupStartupTimeoutError(num_workers=2)))
+    assert group.worth_trying((2, 4, 8)) == (2, 4, 8)  # there is no smaller one
+    now = time.monotonic()
+    group.refuse(4)
+    monkeypatch.setattr(time, "monotonic", lambda: now + REFUSED_S + 1)
+    assert group.worth_trying((2, 4, 8)) == (2, 4, 8)
 
 
 def test_the_line_of_a_size_and_rays_selector() -> None:
