@@ -7,6 +7,9 @@ from typing import Literal
 
 from pipelines.config.checks import require
 
+WHOLE_MATRICES = ("muon", "prodigy")
+"""Optimizers that cannot work on a part of the rows of every weight."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:

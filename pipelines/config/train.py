@@ -22,7 +22,7 @@ from pipelines.config.input_flags import (
     workers_text,
 )
 from pipelines.config.objectives import REGISTERED, Masks, Modality, ObjectiveConfig
-from pipelines.config.optim import OptimConfig
+from pipelines.config.optim import WHOLE_MATRICES, OptimConfig
 from pipelines.config.places import PlaceField, WrittenPlace
 from pipelines.config.views import ViewsConfig
 
@@ -186,7 +186,14 @@ class RunConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """Autocast type; weights, EMA and optimizer state stay fp32."""
     compile: bool = False
-    """torch.compile the objective (static shapes)."""
+    """torch.compile the objective (static shapes); its blocks, if the model is sharded."""
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    """How workers share the model. ddp: each holds all of it. fsdp: each holds a part of every
+    weight, gradient and optimizer state. hsdp: fsdp within a host, ddp between hosts
+    (docs/sharded_training.md)."""
+    cpu_offload: bool = False
+    """fsdp, hsdp: keep weights, gradients and optimizer state in the host's memory, where the
+    optimizer then works too. Slow; for models that do not fit otherwise."""
     log_every: int = 10
     """Steps between readings of metrics, which are the only times when the host waits for the
     device."""
@@ -227,6 +234,11 @@ class RunConfig:
             f"{NEWEST_WHOLE}, or a checkpoint of the run as checkpoint_<step>; got {named!r}",
         )
         require(self.cpus_per_worker > 0, "run.cpus-per-worker", "must be positive")
+        require(
+            not self.cpu_offload or (self.gpu and self.parallel != "ddp"),
+            "run.cpu-offload",
+            "needs --run.gpu and --run.parallel fsdp or hsdp",
+        )
         require(self.keep_checkpoints > 0, "run.keep-checkpoints", "must be positive")
         # Ray labels its metrics with it, which takes ASCII; and it is the name of a folder.
         plain = self.name.isascii() and self.name.isprintable() and self.name.strip(" ./") != ""
@@ -311,6 +323,13 @@ class PretrainConfig:
             not self.compares_rows or self.data.batch_size // accumulate > 1,
             "run.accumulate",
             f"{self.objective.name} needs two rows or more in a micro-batch",
+        )
+        require(
+            self.run.parallel == "ddp" or self.optim.name not in WHOLE_MATRICES,
+            "run.parallel",
+            f"--optim.name {self.optim.name} reads whole matrices or sums over them, of which a "
+            f"worker of {self.run.parallel} has a part.\nUse --run.parallel ddp, or --optim.name "
+            "adamw, hyper-adamw or schedulefree.",
         )
         self._check_anchor()
         masks = self.mask if self.modality == "image" else self.video_mask

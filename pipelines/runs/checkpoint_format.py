@@ -8,7 +8,9 @@
     digests-00000-of-00002.json            SHA-256 of the files that this process wrote
 
 Each of W processes writes its share of the tensors to its own files, without communicating with the
-others; Ray Train merges the folders. There is no pickle, so reading a checkpoint runs no code.
+others; Ray Train merges the folders. A share is some of the tensors or, if the model is sharded,
+the rows that the process holds of every tensor (`models.tensor_rows`). There is no pickle, so
+reading a checkpoint runs no code.
 """
 
 from __future__ import annotations
@@ -16,20 +18,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from models.digests import DamagedFileError, check_file, read_digests, write_digests
-from models.tensor_files import save_tensors
+from models.shards import is_first_replica, local
+from models.tensor_rows import Piece, join, load_pieces, piece_of, save_pieces
 from pipelines.config.as_json import from_json, to_json
 from pipelines.config.train import PretrainConfig
 
-FORMAT = 2
+FORMAT = 3
+READABLE = (2, FORMAT)
+"""Versions that are read. In version 2 every tensor is whole in one file."""
 GROUPS = ("model", "optimizer", "loop")
 REPORTED = ("knn", "loss", "fixed_rankme", "lidar")
 """Metrics that are reported to Ray Train with a checkpoint."""
@@ -81,6 +86,37 @@ class CheckpointState:
     """Version of this layout."""
 
 
+Share = Mapping[str, Mapping[str, Piece]]
+"""What one process writes of a checkpoint: by group of `GROUPS` and by name."""
+
+
+def share_of(tensors: Mapping[str, Mapping[str, Tensor]], rank: int, world_size: int) -> Share:
+    """Copies one process's share to the host's memory, so that training can go on as it is written.
+
+    Args:
+        tensors: Named tensors by group of `GROUPS`. Those of `model` and `optimizer` are the same
+            on every process and are divided among them, or are sharded; `loop` belongs to this
+            process.
+        rank: Rank of this process.
+        world_size: Number of processes.
+    """
+    return {
+        group: {
+            name: piece_of(tensors[group][name])
+            for name in (named if group == "loop" else _mine(named, rank, world_size))
+        }
+        for group, named in tensors.items()
+    }
+
+
+def _mine(tensors: Mapping[str, Tensor], rank: int, world_size: int) -> list[str]:
+    """Names of the tensors of which process `rank` writes something."""
+    copied = {name: t for name, t in tensors.items() if not isinstance(t, DTensor)}
+    sharded = {name: t for name, t in tensors.items() if isinstance(t, DTensor)}
+    held = [n for n, t in sharded.items() if is_first_replica(t) and local(t).numel()]
+    return _shares(copied, world_size)[rank] + held
+
+
 def save_checkpoint(
     folder: Path,
     tensors: Mapping[str, Mapping[str, Tensor]],
@@ -89,22 +125,26 @@ def save_checkpoint(
     *,
     rank: int = 0,
 ) -> None:
+    """Writes one process's share of a checkpoint; arguments as of `share_of` and `save_share`."""
+    share = share_of(tensors, rank, state.world_size)
+    save_share(folder, share, state, config, rank=rank)
+
+
+def save_share(
+    folder: Path, share: Share, state: CheckpointState, config: PretrainConfig, *, rank: int
+) -> None:
     """Writes one process's share of a checkpoint into `folder`, with the digests of its files.
 
     Args:
         folder: Existing folder; the processes' folders are merged afterwards.
-        tensors: Named tensors by group of `GROUPS`. `model` and `optimizer` are the same on every
-            process and are divided among them; `loop` belongs to this process.
+        share: Result of `share_of`.
         state: Contents of state.json, which rank 0 writes.
         config: Contents of config.json, which rank 0 writes.
         rank: Rank of this process among `state.world_size`.
     """
     names = [file_name(group, rank, state.world_size) for group in GROUPS]
     for group, name in zip(GROUPS, names, strict=True):
-        share = dict(tensors[group])
-        if group != "loop":
-            share = {key: share[key] for key in _shares(share, state.world_size)[rank]}
-        save_tensors(share, folder / name)
+        save_pieces(share[group], folder / name)
     if rank == 0:
         (folder / "config.json").write_text(to_json(config))
         (folder / "state.json").write_text(json.dumps(dataclasses.asdict(state), indent=2))
@@ -143,7 +183,7 @@ def parse_state(text: str) -> CheckpointState:
         state = CheckpointState(**json.loads(text))
     except TypeError as error:
         raise ValueError(f"not what a checkpoint holds: {error}") from error
-    if state.format != FORMAT:
+    if state.format not in READABLE:
         raise ValueError(f"checkpoint format {state.format}, expected {FORMAT}")
     for name, least in (("step", 0), ("position", 0), ("world_size", 1)):
         value = getattr(state, name)
@@ -177,18 +217,34 @@ def read_config(folder: Path, uri: str | None = None) -> PretrainConfig:
 
 
 def load_tensors(
-    folder: Path, group: str, world_size: int, uri: str | None = None
+    folder: Path,
+    group: str,
+    world_size: int,
+    uri: str | None = None,
+    like: Callable[[str], Tensor | None] = lambda name: None,
 ) -> dict[str, Tensor]:
     """Reads the tensors of one group onto the CPU, from the shares of all processes.
+
+    Args:
+        folder: The checkpoint's folder, or a local copy of it.
+        group: Entry of `GROUPS`.
+        world_size: Number of the processes that wrote it.
+        uri: The checkpoint's URI, if `folder` is a copy; errors name it.
+        like: Gives a tensor for a name. If that is sharded, the one that is read is sharded in the
+            same way, and lies on its device; only the rows of this process are read.
 
     Raises:
         CheckpointError: A share is missing, cut short, not a safetensors file, or not as it was
             saved.
     """
-    tensors: dict[str, Tensor] = {}
+    pieces: dict[str, list[Piece]] = {}
     for rank in range(world_size):
-        tensors |= load_share(folder, group, rank, world_size, uri)
-    return tensors
+        for name, piece in _load_pieces(folder, group, rank, world_size, uri).items():
+            pieces.setdefault(name, []).append(piece)
+    try:
+        return {name: join(found, like(name)) for name, found in pieces.items()}
+    except ValueError as error:
+        raise DamagedCheckpointError(uri or str(folder), f"{group}: {error}") from error
 
 
 def load_share(
@@ -200,8 +256,15 @@ def load_share(
         CheckpointError: The file is missing, cut short, not a safetensors file, or not as it was
             saved.
     """
+    found = _load_pieces(folder, group, rank, world_size, uri)
+    return {name: piece.rows for name, piece in found.items()}
+
+
+def _load_pieces(
+    folder: Path, group: str, rank: int, world_size: int, uri: str | None
+) -> dict[str, Piece]:
     with _naming(folder, file_name(group, rank, world_size), uri) as path:
-        return load_file(path)
+        return load_pieces(path)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from torch import Tensor
 from models.encoders.vit import VisionTransformer
 from models.objectives.objective import Objective
 from models.objectives.registry import build_objective
+from models.shards import placed_like
 from pipelines.config.train import PretrainConfig
 from pipelines.runs.checkpoint_format import (
     FORMAT,
@@ -164,8 +165,9 @@ def load_weights(objective: Objective, tensors: Mapping[str, Tensor], origin: st
             f"{origin}: {len(wrong)} weights do not fit the model of this configuration "
             f"({'; '.join(shown)})"
         )
+    weights = objective.state_dict()
     with torch.no_grad():
-        objective.load_state_dict(dict(tensors))
+        objective.load_state_dict({n: placed_like(t, weights[n]) for n, t in tensors.items()})
 
 
 def load_encoder(uri: str) -> tuple[VisionTransformer, PretrainConfig, dict[str, Any]]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from models.digests import CHANGED, digest_of_bytes, parse_digests
+from models.tensor_rows import parse_offsets
 from pipelines.config.as_json import from_json
 from pipelines.config.train import PretrainConfig
 from pipelines.runs.checkpoint_format import (
@@ -148,16 +149,18 @@ def read_header(fs: Any, path: str) -> Shapes:
 
 
 def _parse_header(entries: dict[str, Any]) -> tuple[Shapes, int]:
-    """Returns shapes by name, and the number of bytes of all tensors, which lie end to end."""
+    """Returns the shapes of the whole tensors by name, and the number of bytes of those that are
+    here, which lie end to end."""
     shapes: Shapes = {}
+    offsets = parse_offsets(entries.get("__metadata__"))
     spans = []
     for name, entry in entries.items():
         if name == "__metadata__":
             continue
-        shapes[name] = tuple(entry["shape"])
         begin, end = entry["data_offsets"]
-        if end - begin != math.prod(shapes[name]) * BYTES[entry["dtype"]]:
+        if end - begin != math.prod(entry["shape"]) * BYTES[entry["dtype"]]:
             raise ValueError(f"{name} has another size")
+        _, shapes[name] = offsets.get(name, (0, tuple(entry["shape"])))
         spans.append((begin, end))
     position = 0
     for begin, end in sorted(spans):

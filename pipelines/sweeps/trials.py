@@ -214,7 +214,7 @@ def _score(cfg: PretrainConfig) -> Reading:
     import torch
 
     from pipelines.runs.checkpoints import committed_checkpoints, load_encoder
-    from pipelines.training.rank_probe import RankProbe
+    from pipelines.training.probes.rank_probe import RankProbe
 
     checkpoints = committed_checkpoints(join_uri(cfg.run.storage, cfg.run.name))
     if not checkpoints:

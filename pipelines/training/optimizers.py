@@ -16,8 +16,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from models.hyperoptim.optimizer import HyperAdamW, HyperOptimizer
+from models.hyperoptim.optimizer import HyperAdamW, HyperOptimizer, sum_over
 from models.hyperoptim.tuner import Tuner
+from models.shards import shard_group
 from pipelines.config.optim import OptimConfig
 
 Groups = list[dict[str, Any]]
@@ -73,7 +74,15 @@ def _adamw(groups: Groups, cfg: OptimConfig) -> Optimizer:
 
 def _hyper_adamw(groups: Groups, cfg: OptimConfig) -> Optimizer:
     tuner = Tuner(tune=cfg.tune, lr=cfg.hyper_lr, bounds=cfg.tune_bounds, shared=True)
-    return HyperAdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, tuner=tuner)
+    shards = shard_group(p for group in groups for p in group["params"])
+    return HyperAdamW(
+        groups,
+        lr=cfg.lr,
+        betas=cfg.betas,
+        eps=cfg.eps,
+        tuner=tuner,
+        reduce=None if shards is None else sum_over(shards),
+    )
 
 
 def _schedulefree(groups: Groups, cfg: OptimConfig) -> Optimizer:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipelines.config.as_json import to_json
 from pipelines.config.train import PretrainConfig
-from pipelines.runs.checkpoint_format import CheckpointState, report_of, save_checkpoint
+from pipelines.runs.checkpoint_format import CheckpointState, report_of, save_share, share_of
 from pipelines.runs.run_folder import RunFolder
 from pipelines.runtime.uris import join_uri
 from pipelines.training.contract import (
@@ -26,9 +26,10 @@ from pipelines.training.contract import (
     end_step,
 )
 from pipelines.training.loggers import MetricsLog, SampleLog, StepTimer, progress_line, speed
-from pipelines.training.online_probe import OnlineProbe, build_probe
 from pipelines.training.optimizers import averaged, read_hyperparameters
-from pipelines.training.rank_probe import RankProbe
+from pipelines.training.parallel import whole_encoder
+from pipelines.training.probes.online_probe import OnlineProbe, build_probe
+from pipelines.training.probes.rank_probe import RankProbe
 from pipelines.training.state import TrainState
 from pipelines.worker_group.stragglers import Pace, Stragglers
 
@@ -98,8 +99,9 @@ class Recorder:
             self._log = MetricsLog(self._folder, state.step)
             self._probe = build_probe(cfg, say)
             self._rank_probe = RankProbe(cfg) if cfg.run.rank_every else None
-            if self._probe and state.step == 0:
-                self._log.write(0, self._with_knn({}))
+        values = self._probed(knn=bool(cfg.run.probe_every)) if state.step == 0 else {}
+        if self._log is not None and values:
+            self._log.write(0, values)
 
     def reads_at(self, step: int) -> bool:
         """Whether metrics are read after `step`: every `log_every` steps, and after the last."""
@@ -118,7 +120,7 @@ class Recorder:
         Returns:
             Why the run must stop, or None.
         """
-        run, state, step = self.cfg.run, self.state, self.state.step
+        run, step = self.cfg.run, self.state.step
         reason = self._asked_to_stop()
         if self._is_taken_over(writes=reason is not None):
             return None
@@ -129,11 +131,8 @@ class Recorder:
         if self.reads_at(step):
             values, collapsed = self._read(schedule, grad_norm)
         stop = collapsed is not None and self.cfg.watch.action == "stop"
-        if self._due(run.probe_every) and not stop:
-            values |= self._with_knn({})
-        if self._rank_probe and self._due(run.rank_every) and not stop:
-            with averaged(state.optimizer):
-                values |= self._rank_probe(state.objective.feature_encoder)
+        if not stop:
+            values |= self._probed(knn=self._due(run.probe_every), ranks=self._due(run.rank_every))
         if values:
             self._write(values)
         if stop:
@@ -219,11 +218,18 @@ class Recorder:
         if new:
             self.say(f"WARNING: {new:.0f} steps skipped: the gradient was not finite")
 
-    def _with_knn(self, values: dict[str, Any]) -> dict[str, Any]:
-        if self._probe is None:
-            return values
+    def _probed(self, *, knn: bool, ranks: bool = False) -> dict[str, Any]:
+        """Runs the probes that are due, on rank 0, with the weights of all processes."""
+        if not (knn or ranks):
+            return {}
+        values: dict[str, Any] = {}
         with averaged(self.state.optimizer):
-            return {**values, "knn": self._probe(self.state.objective)}
+            encoder = whole_encoder(self.state.objective.feature_encoder, self.worker)
+            if encoder is not None and knn and self._probe:
+                values["knn"] = self._probe(encoder)
+            if encoder is not None and ranks and self._rank_probe:
+                values |= self._rank_probe(encoder)
+        return values
 
     def _epoch(self) -> float:
         return self.state.step / self.data.steps_per_epoch
@@ -251,8 +257,10 @@ class Recorder:
             world_size=worker.world_size,
         )
 
+        share = share_of(state.tensors(), worker.rank, worker.world_size)
+
         def write(folder: Path) -> None:
-            save_checkpoint(folder, state.tensors(), saved, cfg, rank=worker.rank)
+            save_share(folder, share, saved, cfg, rank=worker.rank)
 
         report = report_of(state.step, values)
         while problem := self.store.save(write, report):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from models.encoders.blocks import use_plain_attention
 from models.hyperoptim.optimizer import HyperOptimizer
@@ -26,6 +27,7 @@ from pipelines.runs.checkpoints import (
 )
 from pipelines.training.collapse import CollapseWatch, MeanMeter
 from pipelines.training.optimizers import averaged, build_optimizer, is_schedule_free
+from pipelines.training.parallel import shard
 
 
 @dataclasses.dataclass
@@ -37,15 +39,12 @@ class TrainState:
     watches: dict[str, CollapseWatch]
     """Collapse watches by the name of the feature each one reads from `Output.monitored`."""
     meter: MeanMeter
+    device: torch.device
+    """Where the forward pass runs."""
     step: int = 0
     """Optimizer steps taken."""
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     """The newest reading of every metric."""
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the weights."""
-        return next(self.objective.parameters()).device
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Returns the tensors of a checkpoint, by group of `checkpoint_format.GROUPS`."""
@@ -84,15 +83,20 @@ class TrainState:
         """
         uri = uri or str(folder)
         saved = read_state(folder, uri)
-        weights, moments = (
-            load_tensors(folder, group, saved.world_size, uri) for group in ("model", "optimizer")
+        weights = load_tensors(
+            folder, "model", saved.world_size, uri, self.objective.state_dict().get
         )
         load_weights(self.objective, weights, origin=uri)
+        mine = dict(self.objective.named_parameters())
+        moments = load_tensors(
+            *(folder, "optimizer", saved.world_size, uri),
+            lambda key: mine.get(key.rpartition(":")[0]),
+        )
         load_optimizer(self.objective, self.optimizer, moments)
         # With as many processes as before, each restores its own meters; otherwise the saved
         # meters are distributed and added up.
-        mine = range(rank, saved.world_size, world_size)
-        shares = [load_share(folder, "loop", r, saved.world_size, uri) for r in mine]
+        theirs = range(rank, saved.world_size, world_size)
+        shares = [load_share(folder, "loop", r, saved.world_size, uri) for r in theirs]
         self._restore_loop(shares)
         self.step, self.metrics = saved.step, saved.metrics
         for name, watch in self.watches.items():
@@ -113,12 +117,19 @@ def _select(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
-def new_state(cfg: PretrainConfig, device: torch.device) -> TrainState:
-    """Builds the state of a run at step 0; the weights depend on `cfg.run.seed` alone."""
+def new_state(
+    cfg: PretrainConfig, device: torch.device, mesh: DeviceMesh | None = None
+) -> TrainState:
+    """Builds the state of a run at step 0; the weights depend on `cfg.run.seed` alone.
+
+    With a mesh, they are divided among its processes.
+    """
     torch.manual_seed(cfg.run.seed)
     objective = anchored(new_objective(cfg), cfg).to(device)
     if device.type == "cpu" and cfg.run.precision == "bf16":
         use_plain_attention(objective)
+    if mesh is not None:
+        shard(objective, cfg, mesh)
     return TrainState(
         objective=objective,
         optimizer=build_optimizer(objective, cfg.optim),
@@ -127,6 +138,7 @@ def new_state(cfg: PretrainConfig, device: torch.device) -> TrainState:
             for name, columns in objective.watched.items()
         },
         meter=MeanMeter(),
+        device=device,
     )
 
 

@@ -6,7 +6,6 @@ number of workers, and makes the host wait for the device only when metrics are 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from models.objectives.objective import OPTIONAL_INPUTS, Output
+from models.shards import total_norm
 from pipelines.config.train import PretrainConfig
 from pipelines.runs.checkpoints import (
     CheckpointError,
@@ -35,6 +35,7 @@ from pipelines.training.contract import (
     Worker,
     end_step,
 )
+from pipelines.training.parallel import exchanging, processes, shard_mesh, wrap
 from pipelines.training.recorder import Recorder
 from pipelines.training.schedules import set_schedules
 from pipelines.training.state import TrainState, new_state
@@ -98,13 +99,14 @@ def train(
     """
     say = say if worker.rank == 0 else lambda line: None
     _set_up_process(cfg, worker)
-    state, refusal = _start(cfg, worker, data, store, say)
-    if state is None:
-        assert refusal
-        return Outcome(0, {}, refused=refusal.refused, damaged=refusal.damaged)
-    model = _wrap(cfg, worker, state)
-    with Recorder(cfg, worker, state, data, store, say, lost, stop_reason) as recorder:
-        return _steps(at_size(cfg, worker.world_size), worker, data, state, model, recorder)
+    with processes(cfg):
+        state, refusal = _start(cfg, worker, data, store, say)
+        if state is None:
+            assert refusal
+            return Outcome(0, {}, refused=refusal.refused, damaged=refusal.damaged)
+        model = wrap(state.objective, cfg, worker)
+        with Recorder(cfg, worker, state, data, store, say, lost, stop_reason) as recorder:
+            return _steps(at_size(cfg, worker.world_size), worker, data, state, model, recorder)
 
 
 def _steps(
@@ -182,7 +184,7 @@ def _start(
     error: _Refusal | None = None
     with store.latest() as found:
         try:
-            state = new_state(cfg, worker.device)
+            state = new_state(cfg, worker.device, shard_mesh(cfg, worker))
             if found is not None:
                 _restore(state, found, cfg, worker, data)
                 say(f"resuming run {cfg.run.name!r} at step {state.step}")
@@ -206,22 +208,6 @@ def _restore(
     state.meter.reweigh(
         at_size(settings, position.world_size).run.accumulate * position.world_size,
         at_size(cfg, worker.world_size).run.accumulate * worker.world_size,
-    )
-
-
-def _wrap(cfg: PretrainConfig, worker: Worker, state: TrainState) -> nn.Module:
-    if cfg.run.compile:
-        # Compiled in place, so that the names in checkpoints do not change.
-        state.objective.compile(dynamic=False)
-    if worker.world_size == 1:
-        return state.objective
-    return nn.parallel.DistributedDataParallel(
-        state.objective,
-        device_ids=[worker.device] if worker.device.type == "cuda" else None,
-        # Buffers are constants of the configuration (mean, std) or count steps, so every process
-        # has the same ones already.
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
     )
 
 
@@ -251,10 +237,7 @@ def _micro_batches(
     for part in range(count):
         rows = slice(part * size, (part + 1) * size)
         micro = {name: _to_device(batch[name][rows], worker.device) for name in names}
-        exchange: AbstractContextManager[None] = contextlib.nullcontext()
-        if isinstance(model, nn.parallel.DistributedDataParallel) and part < count - 1:
-            exchange = model.no_sync()
-        yield micro, exchange
+        yield micro, exchanging(model, last=part == count - 1)
 
 
 def _to_device(values: Tensor, device: torch.device) -> Tensor:
@@ -270,9 +253,10 @@ def _clip(cfg: PretrainConfig, state: TrainState, *, reading: bool) -> Tensor | 
     Returns:
         The gradient's norm before clipping; None if it is neither clipped nor about to be logged.
     """
-    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
-    if cfg.optim.clip_norm is not None:
-        return nn.utils.clip_grad_norm_(parameters, cfg.optim.clip_norm)
-    if not reading:
+    if cfg.optim.clip_norm is None and not reading:
         return None
-    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    norm = total_norm([p.grad for p in parameters if p.grad is not None])
+    if cfg.optim.clip_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, cfg.optim.clip_norm, norm)
+    return norm

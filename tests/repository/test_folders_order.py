@@ -51,6 +51,7 @@ ORDER = [
     "pipelines/evaluation/probes",
     "pipelines/evaluation/blocks",
     "pipelines/evaluation/report",
+    "pipelines/training/probes",
     "pipelines/training",
     "pipelines/sweeps",
     "pipelines/fetchers/games",

@@ -34,7 +34,7 @@ from pipelines.evaluation.features import (
     pixel_features,
 )
 from pipelines.runtime.uris import open_uri
-from pipelines.training.online_probe import build_probe
+from pipelines.training.probes.online_probe import build_probe
 
 
 @pytest.fixture

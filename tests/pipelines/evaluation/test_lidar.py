@@ -23,7 +23,7 @@ from pipelines.dataset.rows import load_samples
 from pipelines.evaluation.features import extract_features
 from pipelines.evaluation.ranks import lidar, rankme
 from pipelines.training.contract import Worker
-from pipelines.training.rank_probe import RankProbe
+from pipelines.training.probes.rank_probe import RankProbe
 from pipelines.training.trainer import train
 
 

@@ -17,9 +17,9 @@ from pipelines.dataset.rows import load_samples
 from pipelines.dataset.shards import IMAGE_SCHEMA
 from pipelines.evaluation.features import extract_features, preprocessing_of
 from pipelines.evaluation.ranks import rankme
-from pipelines.training import rank_probe
-from pipelines.training.online_probe import build_probe
-from pipelines.training.rank_probe import RankProbe
+from pipelines.training.probes import rank_probe
+from pipelines.training.probes.online_probe import build_probe
+from pipelines.training.probes.rank_probe import RankProbe
 
 KINDS = ("cat", "dog")
 

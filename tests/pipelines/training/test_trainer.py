@@ -23,8 +23,8 @@ from pipelines.runs.checkpoints import load_tensors
 from pipelines.training import recorder
 from pipelines.training.contract import DataSource, Worker
 from pipelines.training.loggers import StepTimer, progress_line
+from pipelines.training.parallel import wrap
 from pipelines.training.state import new_state
-from pipelines.training.trainer import _wrap
 
 CPU = torch.device("cpu")
 
@@ -139,7 +139,7 @@ def test_no_buffer_travels_between_processes_at_a_step(tmp_path):
         cfg = tiny_config(tmp_path)
         state = new_state(cfg, CPU)
         assert list(state.objective.buffers())
-        model = _wrap(cfg, Worker(world_size=2), state)
+        model = wrap(state.objective, cfg, Worker(world_size=2))
         assert not model.will_sync_module_buffers()
         plain = torch.nn.parallel.DistributedDataParallel(state.objective)
         assert plain.will_sync_module_buffers()  # what the assertion above would miss

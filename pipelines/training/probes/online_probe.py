@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from torch import nn
 
 from models.encoders.input_batch import InputBatch
-from models.objectives.objective import Objective
 from pipelines.config.data import DataConfig
 from pipelines.config.train import PretrainConfig
 from pipelines.loading.clips import training_sampler
@@ -40,14 +40,13 @@ class OnlineProbe:
             self._samples.append(decode_all(table, self._prep, sampler))
             self._labels.append(table_labels(table))
 
-    def __call__(self, objective: Objective) -> float:
+    def __call__(self, encoder: nn.Module) -> float:
         """Returns the accuracy as a fraction."""
         from pipelines.evaluation.features import extract_features
         from pipelines.evaluation.probes.knn import knn_accuracy
 
         bank, query = (
-            extract_features(objective.feature_encoder, self._prep, x, autocast=self._autocast)
-            for x in self._samples
+            extract_features(encoder, self._prep, x, autocast=self._autocast) for x in self._samples
         )
         return knn_accuracy(bank, self._labels[0], query, self._labels[1])
 

@@ -1,0 +1,158 @@
+"""How the workers of a run share its model (`--run.parallel`), and what they exchange at a step.
+
+ddp: every worker holds all of it. fsdp: each holds some rows of every weight, of its gradient and
+of its optimizer state, and gathers one transformer block at a time. hsdp: fsdp within a host, ddp
+between hosts. Zhao et al. 2023, arXiv 2304.11277; in torch: `fully_shard`.
+
+Objectives call methods of their encoders and read weights directly, where `fully_shard` has no
+hooks. This is why only blocks are units of their own, which are always called as modules. All else
+(patch embedding, positions, norms, mask tokens, projector) belongs to the objective itself and is
+whole from the beginning of its forward pass to the end of its backward pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+
+import torch
+import torch.distributed as dist
+from timm.models.vision_transformer import Block
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+
+from models.encoders.vit import VisionTransformer
+from models.objectives.objective import Objective
+from models.shards import whole
+from pipelines.config.train import PretrainConfig
+from pipelines.training.contract import Worker
+
+
+@contextlib.contextmanager
+def processes(cfg: PretrainConfig) -> Iterator[None]:
+    """A context in which there is a process group for sharding, if only of this one process."""
+    alone = cfg.run.parallel != "ddp" and not dist.is_initialized()
+    if alone:
+        backend = "cpu:gloo,cuda:nccl" if cfg.run.gpu else "gloo"
+        store = dist.HashStore()  # type: ignore[attr-defined]  # as its documentation names it
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        if alone:
+            dist.destroy_process_group()
+
+
+def shard_mesh(cfg: PretrainConfig, worker: Worker) -> DeviceMesh | None:
+    """Arranges the workers for sharding: (replicas, shards) or (shards,); None under ddp.
+
+    Raises:
+        ValueError: hosts have different numbers of workers, which cannot form hsdp's rectangle.
+    """
+    if cfg.run.parallel == "ddp":
+        return None
+    kind, count = worker.device.type, worker.world_size
+    if cfg.run.parallel == "fsdp":
+        return init_device_mesh(kind, (count,), mesh_dim_names=("shard",))
+    found: list[int] = [worker.local_world_size] * count
+    if count > 1:
+        dist.all_gather_object(found, worker.local_world_size)
+    if len(set(found)) > 1:
+        raise ValueError(
+            f"--run.parallel hsdp: hosts have {', '.join(map(str, sorted(set(found))))} workers, "
+            "but each must have as many as every other.\nUse --run.parallel fsdp, or another "
+            "--run.workers."
+        )
+    shape = (count // found[0], found[0])
+    return init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def shard(objective: Objective, cfg: PretrainConfig, mesh: DeviceMesh) -> None:
+    """Divides the weights of an objective among the workers, in place.
+
+    Every worker must hold the same weights before. An optimizer must be made afterwards, because
+    parameters become others.
+    """
+    # Views of a batch are returned to be watched, and nobody changes them in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+    offload = CPUOffloadPolicy() if cfg.run.cpu_offload else OffloadPolicy()
+    for block in [part for part in objective.modules() if isinstance(part, Block)]:
+        if cfg.run.compile:
+            # The forward function alone, so that the hooks, which communicate, stay outside.
+            block.forward = torch.compile(block.forward, dynamic=False)  # type: ignore[method-assign]
+        unit = fully_shard(block, mesh=mesh, mp_policy=_precision(cfg), offload_policy=offload)
+        if not any(parameter.requires_grad for parameter in block.parameters()):
+            unit.set_unshard_in_backward(False)  # target encoders have no backward pass
+    fully_shard(objective, mesh=mesh, offload_policy=offload)
+
+
+def _precision(cfg: PretrainConfig) -> MixedPrecisionPolicy:
+    """Gathers weights in the type in which autocast uses them; reduces gradients in fp32."""
+    if cfg.run.precision == "fp32":
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+
+
+def wrap(objective: Objective, cfg: PretrainConfig, worker: Worker) -> nn.Module:
+    """Returns the module to call in training: the objective, under ddp wrapped to exchange
+    gradients."""
+    if isinstance(objective, FSDPModule):
+        return objective
+    if cfg.run.compile:
+        # Compiled in place, so that the names in checkpoints do not change.
+        objective.compile(dynamic=False)
+    if worker.world_size == 1:
+        return objective
+    return nn.parallel.DistributedDataParallel(
+        objective,
+        device_ids=[worker.device] if worker.device.type == "cuda" else None,
+        # Buffers are constants of the configuration (mean, std) or count steps, so every process
+        # has the same ones already.
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+
+
+def exchanging(model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
+    """A context for one micro-batch: gradients cross the network in the last one of a step.
+
+    Shards are reduced after every micro-batch, because whole gradients would take the memory that
+    sharding saves; the sum over hosts of hsdp is left to the last.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(last)
+    elif isinstance(model, nn.parallel.DistributedDataParallel) and not last:
+        return model.no_sync()
+    return contextlib.nullcontext()
+
+
+def whole_encoder(encoder: nn.Module, worker: Worker) -> nn.Module | None:
+    """Returns an encoder that rank 0 can run by itself; every process must call this.
+
+    It is the encoder itself or, if that is sharded, a copy; None on other ranks then.
+    """
+    if not any(isinstance(part, FSDPModule) for part in encoder.modules()):
+        return encoder
+    assert isinstance(encoder, VisionTransformer)
+    weights = {}
+    for name, tensor in encoder.state_dict().items():
+        gathered = whole(tensor)
+        if worker.rank == 0:
+            weights[name] = gathered
+    if worker.rank != 0:
+        return None
+    with torch.random.fork_rng(devices=[]), worker.device:
+        copy = VisionTransformer(encoder.shape)
+    copy.load_state_dict(weights)
+    return copy.eval().requires_grad_(False)
