@@ -1,0 +1,128 @@
+"""Counts the memory of one training step of a recipe on one of W GPUs, without any GPU.
+
+    PYTHONPATH=. python benchmarks/training/sharded_memory.py ijepa_vitg16_in22k \\
+        --workers 8 --rows 32 64 --parallel fsdp --checkpointing off
+
+Tensors are fake (they have a shape and no data), and so are the processes: what is counted is every
+allocation of rank 0 in two steps, the second of which has the optimizer's state. A GPU needs more:
+the allocator's gaps, NCCL's and cuBLAS's buffers, and the CUDA context, together a few GB.
+
+Prints a row of Markdown for each number of rows (images or clips) in a micro-batch of a worker.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import warnings
+from collections.abc import Iterable
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from models.encoders.vit import VisionTransformer
+from models.objectives import latent
+from models.shards import local
+from pipelines.config.train import PretrainConfig
+from pipelines.loading.masks.maskers import make_masker
+from pipelines.recipes.registry import RECIPES
+from pipelines.runs.checkpoints import new_objective
+from pipelines.training.contract import Worker
+from pipelines.training.optimizers import build_optimizer
+from pipelines.training.parallel import shard, shard_mesh
+
+GIB = 2**30
+KIND = "cpu"  # fake CUDA tensors need a CUDA build of torch
+
+
+def fresh_target(encoder: VisionTransformer) -> VisionTransformer:
+    """Replaces `make_target`, because a fake tensor cannot be copied deeply."""
+    return VisionTransformer(encoder.shape).requires_grad_(False)
+
+
+def batch_of(cfg: PretrainConfig, rows: int) -> dict[str, Tensor]:
+    """A batch of zeros with the shapes of the recipe's."""
+    height, width = cfg.model.height_width
+    frames = (cfg.model.frames,) if cfg.modality == "video" else ()
+    name = "clips" if cfg.modality == "video" else "images"
+    batch = {name: torch.zeros(rows, 3, *frames, height, width, dtype=torch.uint8)}
+    batch["sample_keys"] = torch.zeros(rows, dtype=torch.int64)
+    drawn = make_masker(cfg).for_samples(torch.arange(rows).numpy().astype("uint64"))
+    return batch | {k: torch.zeros(v.shape, dtype=torch.int64) for k, v in drawn.items()}
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> float:
+    """Memory of this process's rows of tensors, GiB."""
+    return sum(local(tensor).nbytes for tensor in tensors) / GIB
+
+
+def measure(cfg: PretrainConfig, batch: dict[str, Tensor]) -> dict[str, float]:
+    """Takes two fake steps; returns GiB of weights, gradients, optimizer state and in all."""
+    mesh = shard_mesh(cfg, Worker(0, cfg.run.workers, cfg.run.workers, torch.device(KIND)))
+    keep = lambda tensor, **_: tensor  # noqa: E731  # drawing needs data
+    with (
+        FakeTensorMode() as mode,
+        mock.patch.object(nn.init, "trunc_normal_", keep),
+        mock.patch.object(latent, "make_target", fresh_target),
+    ):
+        objective = new_objective(cfg)
+        if mesh is not None:
+            shard(objective, cfg, mesh)
+        optimizer = build_optimizer(objective, cfg.optim)
+        fake = {name: mode.from_tensor(tensor) for name, tensor in batch.items()}
+        weights = list(objective.parameters())
+        tracker = MemTracker() if mesh is None else FSDPMemTracker(objective, optimizer)
+        tracker.track_external(objective) if mesh is None else tracker.track_inputs((fake,))
+        with tracker:
+            for step in range(2):
+                with torch.autocast(KIND, torch.bfloat16, enabled=cfg.run.precision == "bf16"):
+                    loss = objective(fake).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                objective.after_step(step, cfg.run.steps)
+    moments = [t for state in optimizer.state.values() for t in state.values()]
+    return {
+        "weights": bytes_of(weights),
+        "gradients": bytes_of(w for w in weights if w.requires_grad),
+        "optimizer": bytes_of(moments),
+        "all": tracker.get_tracker_snapshot("peak")[torch.device(KIND)]["Total"] / GIB,
+    }
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("recipe")
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--rows", type=int, nargs="+", default=[32])
+    parser.add_argument("--parallel", choices=["ddp", "fsdp"], default="fsdp")
+    parser.add_argument("--checkpointing", choices=["on", "off"], default="off")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    dist.init_process_group("fake", rank=0, world_size=args.workers, store=FakeStore())
+    (_, cfg), count = RECIPES[args.recipe], args.workers
+    cfg = dataclasses.replace(
+        cfg,
+        data=dataclasses.replace(cfg.data, lanes=count, batch_size=count * max(args.rows)),
+        run=dataclasses.replace(cfg.run, workers=count, parallel=args.parallel, accumulate=1),
+        model=dataclasses.replace(cfg.model, activation_checkpointing=args.checkpointing == "on"),
+    )
+    for rows in args.rows:
+        found = measure(cfg, batch_of(cfg, rows))
+        numbers = " | ".join(f"{value:.1f}" for value in found.values())
+        print(
+            f"| {args.recipe} | {args.parallel} | {count} | {rows} | {args.checkpointing} "
+            f"| {numbers} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
