@@ -63,9 +63,7 @@ def shard_mesh(cfg: PretrainConfig, worker: Worker) -> DeviceMesh | None:
     kind, count = worker.device.type, worker.world_size
     if cfg.run.parallel == "fsdp":
         return init_device_mesh(kind, (count,), mesh_dim_names=("shard",))
-    found: list[int] = [worker.local_world_size] * count
-    if count > 1:
-        dist.all_gather_object(found, worker.local_world_size)
+    found = worker.all(worker.local_world_size)
     if len(set(found)) > 1:
         raise ValueError(
             f"--run.parallel hsdp: hosts have {', '.join(map(str, sorted(set(found))))} workers, "
