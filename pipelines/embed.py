@@ -70,6 +70,8 @@ from pipelines.evaluation.features import (
 from pipelines.loading.clips import ClipSampler
 from pipelines.runtime.cluster import start_ray
 from pipelines.runtime.errors import run_command
+from pipelines.runtime.lines.quiet import RESTARTS, stderr_without
+from pipelines.runtime.lines.watch import cluster_lines, plainly
 from pipelines.runtime.places import prepare
 from pipelines.runtime.progress import Meter
 from pipelines.runtime.signals import stop_on_signals
@@ -265,7 +267,11 @@ def _run(parts: list[Part], cfg: EmbedConfig, manifest: Manifest, console: Conso
         )
     share = sum(part.rows for part in parts) / max(manifest.num_samples, 1)
     noun = "images" if manifest.modality == "image" else "segments"
-    with Meter(console, "embedding", int(manifest.num_bytes * share), noun) as meter:
+    with (
+        stderr_without(RESTARTS),
+        cluster_lines(plainly(console)),
+        Meter(console, "embedding", int(manifest.num_bytes * share), noun) as meter,
+    ):
         for result in results.iter_rows():
             meter.advance(result["rows"], result["bytes"])
 

@@ -80,6 +80,7 @@ from pipelines.ingestion.staging import (
 )
 from pipelines.runtime.cluster import start_ray
 from pipelines.runtime.errors import run_command
+from pipelines.runtime.lines.watch import cluster_lines, plainly
 from pipelines.runtime.places import prepare
 from pipelines.runtime.progress import Meter, counting
 from pipelines.runtime.signals import stop_on_signals
@@ -120,8 +121,9 @@ def ingest(cfg: IngestConfig) -> Manifest:
         console.print(f"{cfg.out}: {finished.num_samples:,} samples, up to date")
         return finished
     start_ray()
-    items = _stage(chunks, keys, listing, cfg, console)
-    manifest = _merge(keys, items, listing, fixed, fingerprint, cfg, console)
+    with cluster_lines(plainly(console)):
+        items = _stage(chunks, keys, listing, cfg, console)
+        manifest = _merge(keys, items, listing, fixed, fingerprint, cfg, console)
     write_manifest(cfg.out, manifest)
     _clean_up(cfg, manifest)
     aspects = read_aspects(cfg.out, manifest)

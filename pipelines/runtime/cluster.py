@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config.train import PretrainConfig
+from pipelines.runtime.lines.quiet import quiet_ray
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DATA_CPUS = 0.5
@@ -48,7 +49,7 @@ def start_ray(cpus: float = 0.0, *, training: bool = False) -> None:
         # before.
         "log_to_driver": None if LOG_ENV in os.environ else False,
     }
-    _quiet_loggers()
+    quiet_ray(training=training)
     own: dict[str, Any] = {"num_cpus": max(os.cpu_count() or 1, math.ceil(cpus))}
     address = os.environ.get("RAY_ADDRESS") or None
     if address == "local":
@@ -108,22 +109,6 @@ def _join_or_start(settings: dict[str, Any], own: dict[str, Any]) -> None:
             ray.init(**settings)
         except ConnectionError:  # one that was killed: its address stays behind
             ray.init("local", **settings, **own)
-
-
-def _quiet_loggers() -> None:
-    """Silences console lines of Ray except warnings about this machine or the data."""
-    for name in (
-        "ray._private.authentication.authentication_token_setup",  # that its default is its default
-        "ray.data._internal.progress",  # that our meters stand in place of its bars
-    ):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler):
-            handler.addFilter(_is_warning)
-
-
-def _is_warning(record: logging.LogRecord) -> bool:
-    return record.levelno == logging.WARNING
 
 
 def runtime_env() -> dict[str, Any] | None:

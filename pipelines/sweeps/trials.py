@@ -21,6 +21,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from pipelines.config.sweep import SweepConfig
 from pipelines.config.train import PretrainConfig
+from pipelines.runtime.errors import explain
 from pipelines.runtime.uris import join_uri, local_copy, ray_storage
 
 METRIC = {"rankme": "fixed_rankme", "lidar": "lidar"}
@@ -43,7 +44,6 @@ def train_trial(cfg: PretrainConfig) -> Reading:
     # Imported here and below, so that the trial's process does not load torch before it needs it.
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    from pipelines.runs.checkpoints import CheckpointError
     from pipelines.training.launch import CollapseError, pretrain
 
     try:
@@ -51,9 +51,21 @@ def train_trial(cfg: PretrainConfig) -> Reading:
         result = pretrain(cfg, callbacks=[report], stream=io.StringIO())
     except CollapseError as error:
         return {"outcome": "collapsed", "reason": str(error)}
-    except (CheckpointError, ValueError) as error:
-        return {"outcome": "failed", "reason": str(error)}
+    except Exception as error:
+        return {"outcome": "failed", "reason": _reason(error)}
     return {"outcome": "finished", "reason": None, **_ranks(result.metrics)}
+
+
+def _reason(error: BaseException) -> str:
+    """Returns what a command would say of an error.
+
+    Raises:
+        BaseException: The error itself, if it is a fault of ours.
+    """
+    told = explain(error, [])
+    if told is None:
+        raise error
+    return " ".join(told.splitlines())
 
 
 def _ranks(metrics: Mapping[str, float]) -> Reading:
@@ -122,9 +134,11 @@ def run_trials(
     for result in (grid[i] for i in range(len(grid))):
         if result.error is not None:  # the process died, or raised an unexpected error
             lines = str(result.error).strip().splitlines() or [type(result.error).__name__]
+            reason = " ".join((explain(result.error, []) or lines[-1]).splitlines())
             seconds = round((result.metrics or {}).get("time_total_s", 0.0), 1)
             trial = (result.config or {})["trial"]
-            record(trial, {"outcome": "failed", "reason": lines[-1], "seconds": seconds})
+            say(f"trial {trial} failed: {reason}")
+            record(trial, {"outcome": "failed", "reason": reason, "seconds": seconds})
 
 
 def _name(trial: Any) -> str:

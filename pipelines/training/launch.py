@@ -24,6 +24,7 @@ from pipelines.runs.initial_weights import check_initial
 from pipelines.runs.lease import Lease, RunInUseError, held, taken_over
 from pipelines.runs.resuming import Start, find_start, go_back
 from pipelines.runtime.cluster import check_fits, cpus_needed, start_ray
+from pipelines.runtime.lines.watch import Group, cluster_lines
 from pipelines.runtime.lines.worker_lines import worker_lines
 from pipelines.runtime.places import prepare
 from pipelines.runtime.uris import join_uri, local_copy, ray_storage
@@ -232,13 +233,14 @@ def _fit(cfg: PretrainConfig, lease: Lease, callbacks: Sequence[Any], stream: An
     from pipelines.training.worker import say_into, train_worker
     from pipelines.worker_group.trainer import GroupTrainer, group_watch, scaling_of
 
-    with worker_lines(stream) as queue:
-        say = say_into(queue)
+    scaling = scaling_of(cfg)
+    group = Group(scaling.resources_per_worker, cfg.group_sizes[0])
+    with worker_lines(stream) as queue, cluster_lines(say := say_into(queue), group):
         trainer = GroupTrainer(
             functools.partial(train_worker, cfg, queue, lease.token),
             # With GPUs too, gloo is needed for CPU tensors: messages between the processes.
             torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if cfg.run.gpu else "gloo"),
-            scaling_config=scaling_of(cfg),
+            scaling_config=scaling,
             run_config=_run_config(cfg, [group_watch(cfg, say), *callbacks]),
             sizes=cfg.group_sizes,
             say=say,

@@ -181,7 +181,10 @@ def test_a_pod_ends_after_its_requests() -> None:
         hook = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
         assert hook[0] == "sleep"
         assert drain_s < int(hook[1])
-        assert int(hook[1]) + drain_s < pod["terminationGracePeriodSeconds"]
+        env = {one["name"]: one["value"] for one in pod["containers"][0]["env"]}
+        node_s = int(env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
+        assert drain_s < node_s
+        assert int(hook[1]) + node_s + 30 < pod["terminationGracePeriodSeconds"]
 
 
 @pytest.mark.parametrize("name", ["ray_cluster.yaml", "ray_service.yaml"])

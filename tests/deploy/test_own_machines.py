@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import yaml
 from ray.autoscaler._private import util
 from ray.scripts.scripts import start
@@ -17,6 +18,7 @@ from ray.scripts.scripts import start
 from helpers.repository import ROOT
 
 FOLDER = ROOT / "deploy/own_machines"
+DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 FLAGS = {flag for parameter in start.params for flag in parameter.opts}
 
 
@@ -89,8 +91,23 @@ def test_a_machine_comes_back_by_itself(role: str) -> None:
 def test_serve_has_its_time_to_drain() -> None:
     applications = yaml.safe_load((ROOT / "serve/config.yaml").read_text())["applications"]
     drain_s = applications[0]["args"]["drain_s"]
+    text = (FOLDER / "ray.env").read_text()
+    node_s = re.search(rf"^{DRAIN}=(\d+)$", text, re.M)
+    assert node_s is not None
+    assert drain_s < int(node_s[1])
     for role in ("head", "worker"):
-        assert int(unit(role)["TimeoutStopSec"][0]) > drain_s
+        assert int(node_s[1]) + 30 < int(unit(role)["TimeoutStopSec"][0])
+
+
+def test_ray_knows_its_settings() -> None:
+    """Those that its Python code reads; of others its C++ core reads the names."""
+    text = (FOLDER / "ray.env").read_text()
+    names = set(re.findall(r"^#?(RAY_[A-Z_]+)=", text, re.M))
+    assert {DRAIN, "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S"} <= names
+    folder = Path(ray.__file__).parent
+    files = ("_private/ray_constants.py", "serve/_private/constants.py", "_private/node.py")
+    code = "".join((folder / file).read_text() for file in files)
+    assert {name for name in names if name not in code} == {"RAY_AUTH_MODE"}  # read in the core
 
 
 def test_the_environment_names_what_the_units_use() -> None:

@@ -119,7 +119,7 @@ SERVICE = fields(
     *("serveConfigV2", "rayClusterConfig"),
 )
 SPECS = {"RayCluster": CLUSTER, "RayJob": JOB, "RayService": SERVICE}
-LONGEST_NAME = {"RayCluster": 63, "RayJob": 47, "RayService": 47}
+LONGEST_NAME = {"RayCluster": 53, "RayJob": 47, "RayService": 47}
 """Characters of a name; generated ones get five more."""
 NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 FIRST_RAY_WITH_TOKENS = (2, 52)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ray.exceptions import WorkerCrashedError
+from ray.train import ControllerError
 from rich.console import Console
 
 from helpers.pipelines.fake_training import change
@@ -198,6 +200,9 @@ def test_a_trial_returns_how_its_run_ended_instead_of_raising(monkeypatch):
 
     assert end(job.CollapseError("rank 1")) == {"outcome": "collapsed", "reason": "rank 1"}
     assert end(ValueError("--data.x"))["outcome"] == "failed"
+    lost = end(ControllerError(WorkerCrashedError()))
+    assert lost["outcome"] == "failed"  # and so it is tried again
+    assert lost["reason"].startswith("a process of the job was lost (WorkerCrashedError: ")
     with pytest.raises(RuntimeError):  # what is not foreseen is Ray Tune's to record
         end(RuntimeError("disk"))
 

@@ -191,6 +191,32 @@ def test_the_variant_with_efa_is_valid(
     assert "InterfaceKind" in ParamValidator().validate(request, shape).generate_report()
 
 
+def test_the_variant_with_redis_is_cluster_yaml_but_for_the_heads_state(
+    written: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    changes = yaml.safe_load((ROOT / "deploy/aws/redis.yaml").read_text())
+    head = changes["available_node_types"]["head"]["node_config"]
+    assert head["NetworkInterfaces"][0]["PrivateIpAddress"]  # workers know the head by it
+    for key in ("head_start_ray_commands", "worker_start_ray_commands"):
+        ours, plain = (
+            {word.rstrip(";") for c in commands if "ray start" in c for word in c.split()}
+            for commands in (changes[key], written[key])
+        )
+        assert plain <= ours
+        assert "RAY_gcs_rpc_server_reconnect_timeout_s=300" in ours
+        assert ("--head" in ours) == any("=rediss://" in word for word in ours - plain)
+    written["available_node_types"]["head"]["node_config"] |= head
+    written |= {key: changes[key] for key in changes if key.endswith("commands")}
+    util.validate_config(util.prepare_config(written))
+    service = boto3.client("ec2", region_name="us-west-2").meta.service_model
+    shape = service.operation_model("RunInstances").input_shape
+    request = {"MinCount": 1, "MaxCount": 1} | written["available_node_types"]["head"][
+        "node_config"
+    ]
+    assert ParamValidator().validate(request, shape).generate_report() == ""
+
+
 def test_mounts_hold_what_the_installation_needs(cluster: dict[str, Any]) -> None:
     remote = "/home/ubuntu/rayjepa/"
     mounts = {r: path for r, path in cluster["file_mounts"].items() if r.startswith(remote)}

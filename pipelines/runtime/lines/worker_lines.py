@@ -50,8 +50,8 @@ def _drain(queue: Queue, show: Callable[[str], None], done: threading.Event) -> 
         try:
             while not queue.empty():
                 show(queue.get())
-        except RayActorError as error:
-            show(f"no more progress lines, the run goes on: {error}")
+        except RayActorError:
+            show("WARNING: the process that brings progress lines here is lost; the run goes on")
             return
 
 
