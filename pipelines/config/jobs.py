@@ -1,4 +1,5 @@
-"""Settings of the jobs after training (adapt, align, evaluate, export, embed) and of the demo."""
+"""Settings of the jobs around training (plan_run, adapt, align, evaluate, export, embed) and of the
+demo."""
 
 from __future__ import annotations
 
@@ -297,3 +298,41 @@ class DemoConfig:
     """Optimizer steps; None takes the recipe's."""
     precision: Literal["fp32", "bf16"] | None = None
     """Autocast type; None takes bf16 where the CPU has it, else the recipe's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRunConfig:
+    """Estimates what a pretraining run needs and takes on a cluster. Nothing is trained."""
+
+    cluster: str = "this"
+    """Type of the hosts: `this` for this machine, or a type of AWS, such as g6.2xlarge, p4d or
+    p5."""
+    hosts: int | None = None
+    """Number of hosts; None takes as many as --run.workers need."""
+    price: float | None = None
+    """US dollars for one host and hour. None takes the price that is noted for the type."""
+    images: int | None = None
+    """Images, or segments of video. None counts those of --data.train; without it, 1,281,167 as in
+    ImageNet-1k."""
+    image_bytes: float | None = None
+    """Mean bytes of an encoded image or segment. None takes those of --data.train; without it,
+    110,000 for images and 500,000 for segments."""
+    shard_over: int = 1
+    """Number of workers over which weights, gradients, optimizer and target encoder are divided; 1
+    if every worker has them all."""
+    measure: bool = False
+    """Measure on this machine what can be: the speed of training, decoding and reading (of
+    --data.train), writing checkpoints, and exchanging gradients between processes."""
+    constants: ReadPlace | None = None
+    """JSON file of measured constants, from --save on a machine like those of the cluster."""
+    save: Annotated[str, PlaceField(written=True, file=True)] | None = None
+    """JSON file for what --measure has measured."""
+    json: bool = False
+    """Print JSON, with all constants, instead of the table."""
+
+    def __post_init__(self) -> None:
+        for flag in ("hosts", "images", "image_bytes", "shard_over"):
+            value = getattr(self, flag)
+            require(value is None or value > 0, flag.replace("_", "-"), "must be positive")
+        require(self.price is None or self.price >= 0, "price", "must not be negative")
+        require(self.save is None or self.measure, "save", "keeps what --measure measures; add it")

@@ -54,6 +54,7 @@ ORDER = [
     "pipelines/training/probes",
     "pipelines/training",
     "pipelines/sweeps",
+    "pipelines/capacity",
     "pipelines/fetchers/games",
     "pipelines/fetchers",
     "serve/telemetry",

@@ -1,0 +1,54 @@
+"""Measures how fast the workers of one host exchange gradients, with gloo."""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+import time
+
+import torch
+import torch.distributed as dist
+
+from pipelines.capacity.constants import Constant, measured_rate
+
+EXCHANGED_BYTES, ROUNDS = 2**25, 8
+
+
+def measure_exchange(workers: int) -> Constant:
+    """Measures bytes/s of a ring: what a process sends in an all-reduce, by its seconds.
+
+    Args:
+        workers: number of processes, which run on this machine; two or more.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    processes = [
+        context.Process(target=_exchange, args=(rank, workers, port, queue))
+        for rank in range(workers)
+    ]
+    for process in processes:
+        process.start()
+    seconds = queue.get()
+    for process in processes:
+        process.join()
+    sent = 2 * EXCHANGED_BYTES * (1 - 1 / workers)
+    return measured_rate(sent, seconds, f"measured here, gloo between {workers} processes")
+
+
+def _exchange(rank: int, workers: int, port: int, queue: object) -> None:
+    torch.set_num_threads(1)
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=workers)
+    values = torch.ones(EXCHANGED_BYTES // 4)
+    seconds = []
+    for _ in range(ROUNDS + 1):
+        dist.barrier()
+        start = time.perf_counter()
+        dist.all_reduce(values)
+        seconds.append(time.perf_counter() - start)
+    if rank == 0:
+        queue.put(seconds[1:])  # type: ignore[attr-defined]
+    dist.destroy_process_group()
