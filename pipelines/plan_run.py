@@ -63,10 +63,6 @@ def plan_run(cfg: PlanRunConfig, run: PretrainConfig) -> Planned:
     cfg = prepare(cfg)
     run = prepare(_completed(run), write=False)
     cluster = find_cluster(run, cfg.cluster, cfg.hosts, cfg.price)
-    if cfg.shard_over > run.run.workers or run.run.workers % cfg.shard_over:
-        raise ValueError(
-            f"--shard-over: {cfg.shard_over} must divide the {run.run.workers} of --run.workers"
-        )
     data = data_size(cfg, run)
     constants = assumed(run, cluster, data.sample_bytes)
     if cfg.constants:
@@ -81,19 +77,24 @@ def plan_run(cfg: PlanRunConfig, run: PretrainConfig) -> Planned:
         constants = dataclasses.replace(constants, **found)
         if cfg.save:
             _save(cfg.save, run, {name: dataclasses.astuple(one) for name, one in found.items()})
-    plan = estimate(run, cluster, cost, data, constants, shard_over=cfg.shard_over)
+    plan = estimate(run, cluster, cost, data, constants)
     return Planned(cfg=run, cluster=cluster, data=data, constants=constants, plan=plan, notes=notes)
 
 
 def _completed(run: PretrainConfig) -> PretrainConfig:
-    """Squashes pictures where the recipe leaves it open, as `pretrain` does in a new run, and names
-    no places but those of the training data, because a plan needs no other."""
+    """Squashes pictures where the recipe leaves it open, as `pretrain` does in a new run, takes a
+    group that may shrink at its largest, and names no places but those of the training data."""
     return dataclasses.replace(
         run,
         model=dataclasses.replace(run.model, fit=run.model.fit or "squash"),
         data=dataclasses.replace(run.data, test=""),
         anchor=AnchorConfig(),
-        run=dataclasses.replace(run.run, storage=RunConfig().storage, init_from=None),
+        run=dataclasses.replace(
+            run.run,
+            workers=run.run.most_workers,
+            storage=RunConfig().storage,
+            init_from=None,
+        ),
     )
 
 

@@ -102,17 +102,18 @@ def find_cluster(
         )
     if not cfg.run.gpu:
         found = dataclasses.replace(found, accelerator=None, accelerators=0)
-    a_host = found.accelerators or cfg.run.workers
-    needed = -(-cfg.run.workers // a_host)
+    workers = cfg.run.most_workers
+    a_host = found.accelerators or workers
+    needed = -(-workers // a_host)
     found = dataclasses.replace(found, hosts=hosts or needed)
-    if found.slots is not None and cfg.run.workers > found.slots:
+    if found.slots is not None and workers > found.slots:
         raise ValueError(
-            f"--run.workers: {cfg.run.workers} do not fit the {found.slots} GPUs of {found.hosts} "
+            f"--run.workers: {workers} do not fit the {found.slots} GPUs of {found.hosts} "
             f"{found.name}; use --hosts {needed}, or fewer workers"
         )
-    if cfg.run.workers < found.hosts:
+    if workers < found.hosts:
         raise ValueError(
-            f"--hosts: {found.hosts} hosts are more than the {cfg.run.workers} of --run.workers"
+            f"--hosts: {found.hosts} hosts are more than the {workers} of --run.workers"
         )
     return found
 

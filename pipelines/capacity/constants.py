@@ -131,7 +131,7 @@ def _capped(constant: Constant, network: float) -> Constant:
 
 def _cores(cfg: PretrainConfig, cluster: Cluster) -> float:
     """Cores of one worker that trains without a GPU."""
-    on_host = -(-cfg.run.workers // cluster.hosts)
+    on_host = -(-cfg.run.most_workers // cluster.hosts)
     return float(cfg.run.threads or max(1, cluster.vcpus // on_host))
 
 

@@ -88,6 +88,8 @@ class RunPlan:
     """What the speed depends on: device, network, decode or storage."""
     fits: bool
     """Whether memory suffices, by the middle values."""
+    sharded: bool
+    """Whether the model is divided among workers."""
 
 
 def estimate(
@@ -96,8 +98,6 @@ def estimate(
     cost: StepCost,
     data: DataSize,
     constants: Constants,
-    *,
-    shard_over: int = 1,
 ) -> RunPlan:
     """Estimates a run.
 
@@ -107,9 +107,8 @@ def estimate(
         cost: from `count_step`.
         data: what it trains on.
         constants: what is known of the hardware.
-        shard_over: number of workers over which the model is sharded.
     """
-    case = _Case(cfg, cluster, cost, data, shard_over)
+    case = _Case(cfg, cluster, cost, data)
 
     def ranged(function: Callable[[Constants], float]) -> Range:
         return spread(function, constants)
@@ -136,6 +135,7 @@ def estimate(
         epochs=case.steps * batch / data.samples,
         binds=case.binds(step),
         fits=memory_total.value <= case.memory_limit,
+        sharded=case.shards > 1,
     )
 
 
@@ -145,7 +145,6 @@ class _Case:
     cluster: Cluster
     cost: StepCost
     data: DataSize
-    shard_over: int
 
     @property
     def steps(self) -> int:
@@ -154,12 +153,18 @@ class _Case:
     @property
     def local(self) -> float:
         """Samples of one worker in a step."""
-        return self.cfg.data.batch_size / self.cfg.run.workers
+        return self.cfg.data.batch_size / self.cfg.run.most_workers
 
     @property
     def on_host(self) -> int:
         """Workers of the fullest host."""
-        return -(-self.cfg.run.workers // self.cluster.hosts)
+        return -(-self.cfg.run.most_workers // self.cluster.hosts)
+
+    @property
+    def shards(self) -> int:
+        """Workers among which the model is divided."""
+        by_kind = {"ddp": 1, "fsdp": self.cfg.run.most_workers, "hsdp": self.on_host}
+        return by_kind[self.cfg.run.parallel]
 
     @property
     def memory_limit(self) -> float:
@@ -172,7 +177,7 @@ class _Case:
         return worker_memory(
             self.cost,
             self.cfg,
-            shard_over=self.shard_over,
+            shards=self.shards,
             activation_share=constants.activation_share.value,
         )
 
@@ -194,7 +199,7 @@ class _Case:
         """Weights, state and target are read and written, gradients are read."""
         state = optimizer_bytes(self.cost, self.cfg.optim)
         trained, frozen = FP32 * self.cost.trained, FP32 * self.cost.frozen
-        return (3 * trained + 2 * state + 3 * frozen) / self.shard_over
+        return (3 * trained + 2 * state + 3 * frozen) / self.shards
 
     def _shared(self, busy: float, constants: Constants) -> float:
         """Seconds if the workers of a host and their data share its cores evenly."""
@@ -203,11 +208,16 @@ class _Case:
         return self.on_host * work / self.cluster.vcpus
 
     def ring(self, constants: Constants) -> float:
-        """Seconds to exchange the gradients: in every host, then between the hosts."""
-        size = FP32 * self.cost.trained * (1.5 if self.shard_over > 1 else 1.0)
-        inside = 2 * size * (1 - 1 / self.on_host) / constants.link_bytes_s.value
-        between = 2 * size * (1 - 1 / self.cluster.hosts) / constants.network_bytes_s.value
-        return inside + between
+        """Seconds to exchange the gradients: in every host, then between the hosts.
+
+        Sharded workers also gather the weights, twice, and sum gradients only once: half as much
+        again; under hsdp only within hosts.
+        """
+        size, kind = 2 * FP32 * self.cost.trained, self.cfg.run.parallel
+        inside = size * (1 - 1 / self.on_host) / constants.link_bytes_s.value
+        between = size * (1 - 1 / self.cluster.hosts) / constants.network_bytes_s.value
+        more = 1.5 if self.shards > 1 else 1.0
+        return more * inside + (more if kind == "fsdp" else 1.0) * between
 
     def data_seconds(self, constants: Constants) -> float:
         """CPU seconds of one core for the samples of one worker in a step."""
@@ -225,7 +235,7 @@ class _Case:
     def data_threads(self, constants: Constants) -> float:
         """Hardware threads of all hosts that the data take."""
         share = constants.vcpu_share.value if self.cluster.accelerator else 1.0
-        seconds = self.cfg.run.workers * self.data_seconds(constants)
+        seconds = self.cfg.run.most_workers * self.data_seconds(constants)
         return seconds / self.step(constants).device / share
 
     def checkpoint(self, constants: Constants) -> float:

@@ -73,9 +73,9 @@ def measure(
         found |= measure_data(cfg)
     else:
         notes.append("reading and decoding: not measured, name shards by --data.train")
-    if cfg.run.workers > 1 and not cfg.run.gpu:
-        found["link_bytes_s"] = measure_exchange(min(cfg.run.workers, cluster.vcpus))
-    elif cfg.run.workers > 1:
+    if cfg.run.most_workers > 1 and not cfg.run.gpu:
+        found["link_bytes_s"] = measure_exchange(min(cfg.run.most_workers, cluster.vcpus))
+    elif cfg.run.most_workers > 1:
         notes.append("exchange of gradients between GPUs: not measured")
     if cluster.hosts > 1:
         notes.append("the network between hosts: not measured")
@@ -84,7 +84,7 @@ def measure(
 
 def fitting_size(cfg: PretrainConfig, cost: StepCost, guess: Constants) -> Size:
     """Chooses the largest step that this machine does in `STEP_BUDGET_S` and has memory for."""
-    local = max(1, cfg.data.batch_size // cfg.run.workers // cfg.run.accumulate)
+    local = max(1, cfg.data.batch_size // cfg.run.most_workers // cfg.run.accumulate)
     depth = blocks = deepest(empty_objective(cfg))
     most_bytes = MEMORY_SHARE * _memory(cfg)
     while True:
@@ -148,6 +148,7 @@ def _new_state(cfg: PretrainConfig, device: torch.device, depth: int | None) -> 
         optimizer=build_optimizer(objective, cfg.optim),
         watches=watches,
         meter=MeanMeter(),
+        device=device,
     )
 
 
@@ -157,7 +158,7 @@ def _threads(cfg: PretrainConfig) -> Iterator[None]:
     before = torch.get_num_threads()
     if not cfg.run.gpu:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else before
-        torch.set_num_threads(cfg.run.threads or max(1, cores // cfg.run.workers))
+        torch.set_num_threads(cfg.run.threads or max(1, cores // cfg.run.most_workers))
     try:
         yield
     finally:

@@ -31,7 +31,7 @@ def measure_data(cfg: PretrainConfig) -> dict[str, Constant]:
     Raises:
         ValueError: there are no shards, or the run cannot be trained on them; the flag is named.
     """
-    reader = make_reader(cfg, 0, cfg.run.workers)
+    reader = make_reader(cfg, 0, cfg.run.most_workers)
     todo = list(islice(iter_pieces(reader.plan, 0, _many(reader), reader.most_batches), PIECES))
     reads, decodes = [], []
     with ThreadPoolExecutor(1) as pool:

@@ -13,6 +13,8 @@ from pipelines.config.train import PretrainConfig
 from pipelines.training.optimizers import build_optimizer
 
 FP32 = 4
+GATHERED_BLOCKS = 2
+"""Whole blocks that a sharded run holds: the one that runs, and the next."""
 CONTEXT_BYTES = 1.5 * 2**30
 """What a process takes of a GPU beside its tensors: CUDA's context, kernels, workspaces of cuBLAS,
 buffers of NCCL. Assumed."""
@@ -20,8 +22,8 @@ buffers of NCCL. Assumed."""
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes of one worker. Sharded over N workers, a part of all but the activations is N times
-    smaller."""
+    """Bytes of one worker's device. Sharded over N workers, all but the activations and what is
+    gathered is N times smaller."""
 
     weights: float
     """Trained parameters, fp32."""
@@ -34,7 +36,7 @@ class Memory:
     casts: float
     """Weights in the type of autocast, which are kept from the forward to the backward pass."""
     gathered: float
-    """Whole blocks that a sharded run gathers: the one that runs, and the next."""
+    """Whole blocks of a sharded run."""
     other: float
 
     @property
@@ -44,26 +46,28 @@ class Memory:
 
 
 def worker_memory(
-    cost: StepCost, cfg: PretrainConfig, *, shard_over: int = 1, activation_share: float = 1.0
+    cost: StepCost, cfg: PretrainConfig, *, shards: int = 1, activation_share: float = 1.0
 ) -> Memory:
     """Returns the memory of one worker.
 
     Args:
         cost: what a step of the run needs.
         cfg: the run.
-        shard_over: number of workers over which weights, gradients, optimizer and target are
-            divided; 1 as in data parallel training.
+        shards: number of workers among which weights, gradients, optimizer and target are divided;
+            1 if each has all of them.
         activation_share: activations that are really kept, as a share of the count.
     """
-    local = cfg.data.batch_size / cfg.run.workers / cfg.run.accumulate
+    local = cfg.data.batch_size / cfg.run.most_workers / cfg.run.accumulate
+    on_device = 0.0 if cfg.run.cpu_offload else 1.0
+    wide = 1.0 if cfg.run.precision == "fp32" else 0.5  # blocks are gathered in autocast's type
     return Memory(
-        weights=FP32 * cost.trained / shard_over,
-        gradients=FP32 * cost.trained / shard_over,
-        optimizer=optimizer_bytes(cost, cfg.optim) / shard_over,
-        target=FP32 * cost.frozen / shard_over,
+        weights=on_device * FP32 * cost.trained / shards,
+        gradients=on_device * FP32 * cost.trained / shards,
+        optimizer=on_device * optimizer_bytes(cost, cfg.optim) / shards,
+        target=on_device * FP32 * cost.frozen / shards,
         activations=cost.kept_bytes * local * activation_share,
-        casts=cost.cast_bytes if shard_over == 1 else cost.cast_bytes / shard_over,
-        gathered=2 * cost.block_bytes if shard_over > 1 else 0.0,
+        casts=cost.cast_bytes if shards == 1 else 0.0,
+        gathered=GATHERED_BLOCKS * wide * cost.block_bytes if shards > 1 else 0.0,
         other=CONTEXT_BYTES if cfg.run.gpu else 0.0,
     )
 

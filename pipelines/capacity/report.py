@@ -19,7 +19,7 @@ def table(plan: RunPlan, cfg: PretrainConfig, cluster: Cluster) -> Table:
     """Returns the plan as one table."""
     kind = cluster.accelerator.name if cluster.accelerator else "no GPU"
     each = f"{cluster.accelerators} x {kind}, " if cluster.accelerators else ""
-    workers = "1 worker" if cfg.run.workers == 1 else f"{cfg.run.workers} workers"
+    workers = "1 worker" if cfg.run.most_workers == 1 else f"{cfg.run.most_workers} workers"
     title = (
         f"{cfg.run.name}: {workers} on {cluster.hosts} x {cluster.name} "
         f"({each}{cluster.vcpus} vCPUs, {cluster.network_gbit:g} Gbit/s)"
@@ -106,8 +106,8 @@ def advice(plan: RunPlan, cfg: PretrainConfig, cluster: Cluster) -> list[str]:
 
 def _decode_advice(plan: RunPlan, cfg: PretrainConfig, cluster: Cluster) -> str:
     needed, there = plan.decode_cores.value, cluster.hosts * cluster.vcpus
-    threads = -(-needed // cfg.run.workers)
-    if cfg.data.decode_in == "trainer" and threads * cfg.run.workers <= 0.9 * there:
+    threads = -(-needed // cfg.run.most_workers)
+    if cfg.data.decode_in == "trainer" and threads * cfg.run.most_workers <= 0.9 * there:
         return f"Change: --data.decode-threads {threads:.0f} (now {cfg.data.decode_threads})."
     more = max(1.0, needed - 0.9 * there)
     return (
@@ -122,13 +122,14 @@ def _memory_advice(plan: RunPlan, cfg: PretrainConfig, cluster: Cluster) -> list
     limit = cluster.accelerator.memory_gib if cluster.accelerator else 0.7 * cluster.memory_gib
     memory = plan.memory
     fixed = (memory.total - memory.activations) / GIB
-    local = cfg.data.batch_size // cfg.run.workers
+    local = cfg.data.batch_size // cfg.run.most_workers
     parts = [n for n in range(1, local + 1) if local % n == 0]
     whole = memory.activations * cfg.run.accumulate / GIB
     fitting = [n for n in parts if fixed + whole / n <= 0.95 * limit]
     line = f"Memory does not suffice: {plan.memory_total.value / GIB:.1f} of {limit:.1f} GiB. "
     if fixed > 0.95 * limit:
-        return [line + "Change: shard the model (--shard-over), or GPUs with more memory."]
+        way = "GPUs with more memory" if plan.sharded else "--run.parallel fsdp or hsdp"
+        return [line + f"Change: {way}."]
     ways = ["--model.activation-checkpointing"]
     if fitting and not cfg.compares_rows:
         ways.insert(0, f"--run.accumulate {fitting[0]}")
@@ -141,7 +142,7 @@ def as_json(
     """Returns the plan with all that it stands on, in seconds, bytes and dollars."""
     return {
         "run": cfg.run.name,
-        "workers": cfg.run.workers,
+        "workers": cfg.run.most_workers,
         "cluster": dataclasses.asdict(cluster),
         "data": dataclasses.asdict(data),
         "plan": dataclasses.asdict(plan),

@@ -317,9 +317,6 @@ class PlanRunConfig:
     image_bytes: float | None = None
     """Mean bytes of an encoded image or segment. None takes those of --data.train; without it,
     110,000 for images and 500,000 for segments."""
-    shard_over: int = 1
-    """Number of workers over which weights, gradients, optimizer and target encoder are divided; 1
-    if every worker has them all."""
     measure: bool = False
     """Measure on this machine what can be: the speed of training, decoding and reading (of
     --data.train), writing checkpoints, and exchanging gradients between processes."""
@@ -331,7 +328,7 @@ class PlanRunConfig:
     """Print JSON, with all constants, instead of the table."""
 
     def __post_init__(self) -> None:
-        for flag in ("hosts", "images", "image_bytes", "shard_over"):
+        for flag in ("hosts", "images", "image_bytes"):
             value = getattr(self, flag)
             require(value is None or value > 0, flag.replace("_", "-"), "must be positive")
         require(self.price is None or self.price >= 0, "price", "must not be negative")

@@ -64,6 +64,11 @@ def test_measured_constants_are_kept_and_read_again(
     assert command.plan_run(PlanRunConfig(), cfg).constants != first.constants
 
 
+def test_a_group_that_may_shrink_is_planned_at_its_largest() -> None:
+    cfg = change(debug(), run={"workers": (1, 4)})
+    assert command.plan_run(PlanRunConfig(), cfg).cfg.run.workers == 4
+
+
 def test_the_size_of_the_data_can_be_given() -> None:
     cfg = change(debug(), run={"steps": 10})
     found = command.data_size(PlanRunConfig(), cfg)
@@ -81,8 +86,7 @@ def test_the_size_of_the_data_can_be_given() -> None:
         (["--price", "-1"], "--price"),
         (["--images", "0"], "--images"),
         (["--image-bytes", "0"], "--image-bytes"),
-        (["--shard-over", "0"], "--shard-over"),
-        (["--shard-over", "2"], "--shard-over"),
+        (["--run.workers", "3"], "--run.workers"),
         (["--save", "{tmp}/c.json"], "--save"),
         (["--constants", "{tmp}/none.json"], "--constants"),
         (["--constants", "{tmp}/bad.json"], "--constants"),

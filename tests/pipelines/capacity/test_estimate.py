@@ -133,9 +133,26 @@ def test_memory_that_does_not_suffice_is_told_with_a_way_out() -> None:
     assert "--run.accumulate 4" in line
     assert estimate(change(RUN, run={"accumulate": 4}), HOSTS, heavy, DATA, KNOWN).fits
     large = dataclasses.replace(COST, trained=4 * 10**9, matrices=4 * 10**9)
-    assert any("--shard-over" in line for line in advice(
-        estimate(RUN, HOSTS, large, DATA, KNOWN), RUN, HOSTS))  # fmt: skip
-    assert estimate(RUN, HOSTS, large, DATA, KNOWN, shard_over=16).fits
+    lines = advice(estimate(RUN, HOSTS, large, DATA, KNOWN), RUN, HOSTS)
+    assert any("--run.parallel fsdp" in line for line in lines)
+    for parallel in ("fsdp", "hsdp"):
+        plan = estimate(change(RUN, run={"parallel": parallel}), HOSTS, large, DATA, KNOWN)
+        assert plan.fits
+        assert plan.memory.weights == 4 * 4e9 / {"fsdp": 16, "hsdp": 8}[parallel]
+
+
+def test_sharding_costs_traffic() -> None:
+    slow = dataclasses.replace(KNOWN, network_bytes_s=sure(1e9), link_bytes_s=sure(1e9))
+    seconds = {
+        parallel: estimate(
+            change(RUN, run={"parallel": parallel}), HOSTS, COST, DATA, slow
+        ).step.exchange
+        for parallel in ("ddp", "fsdp", "hsdp")
+    }
+    inside, between, hidden = 8.0 * 7 / 8, 8.0 / 2, 0.5 * 0.192
+    assert seconds["ddp"] == pytest.approx(inside + between - hidden)
+    assert seconds["fsdp"] == pytest.approx(1.5 * (inside + between) - hidden)
+    assert seconds["hsdp"] == pytest.approx(1.5 * inside + between - hidden)
 
 
 def test_hosts_are_as_many_as_the_workers_need() -> None:

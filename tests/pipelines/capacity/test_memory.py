@@ -37,11 +37,15 @@ def test_memory_is_what_a_hand_count_says() -> None:
 def test_micro_batches_keep_less_and_sharding_divides_the_rest() -> None:
     parts = worker_memory(COST, change(CFG, run={"accumulate": 4}))
     assert parts.activations == 4 * 1000
-    whole, shared = worker_memory(COST, CFG), worker_memory(COST, CFG, shard_over=4)
+    whole, shared = worker_memory(COST, CFG), worker_memory(COST, CFG, shards=4)
     for name in ("weights", "gradients", "optimizer", "target"):
         assert getattr(shared, name) == getattr(whole, name) / 4
     assert shared.activations == whole.activations
-    assert shared.gathered == 14_000
+    assert (shared.gathered, shared.casts) == (14_000, 0)
+    half = worker_memory(COST, change(CFG, run={"precision": "bf16"}), shards=4)
+    assert half.gathered == 7_000
+    away = change(CFG, run={"gpu": True, "parallel": "fsdp", "cpu_offload": True})
+    assert worker_memory(COST, away, shards=4).weights == 0
 
 
 @pytest.mark.parametrize(
