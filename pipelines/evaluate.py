@@ -39,6 +39,7 @@ from pipelines.evaluation.blocks.choice import (
     with_chosen_blocks,
 )
 from pipelines.evaluation.input_sets import read_manifests, read_sets
+from pipelines.evaluation.near_duplicates import near_duplicate_notes
 from pipelines.evaluation.probe_sets import SETS, ProbeSet, number_set
 from pipelines.evaluation.probes.probe import ProbeTask, Readouts
 from pipelines.evaluation.probes.registry import best_score, run_probes
@@ -188,11 +189,13 @@ def measure(
 
 
 def data_used(manifests: Sequence[Manifest], sets: Sequence[ProbeSet]) -> dict[str, Any]:
-    """Returns every set's manifest hash and how many of its samples were used."""
+    """Returns every set's manifest hash, and how many of its samples were used and left out."""
     found: dict[str, Any] = {}
     for name, manifest, part in zip(SETS, manifests, sets, strict=False):
         count = len(part.labels_N)
         found[name] = {"manifest_hash": manifest.manifest_hash, f"{manifest.modality}s": count}
+        if part.duplicates is not None:
+            found[name]["near_duplicates"] = part.duplicates
         lost = {number: number_set(part, number).left_out for number in part.numbers}
         if lost:
             found[name]["numbers"] = {
@@ -208,10 +211,12 @@ def versions() -> dict[str, str]:
 
 
 def show(results: dict[str, Any], compared: Sequence[dict[str, Any]], console: Console) -> None:
-    """Prints the table of results, the warnings, and the comparison where there is one."""
+    """Prints the table of results, what was left out, the warnings, and the comparison."""
     console.print(*results_tables(results), sep="\n")
     if blocks := block_table(results):
         console.print(draw_blocks(blocks))
+    for note in near_duplicate_notes(results["data"]):
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
     for warning in results["warnings"]:
         console.print(f"warning: {warning}", markup=False, highlight=False, style="yellow")
     if compared:

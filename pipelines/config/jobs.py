@@ -78,6 +78,10 @@ class EvaluateConfig:
     exclude: Annotated[tuple[Region, ...] | None, exclude_flag("exclude")] = None
     """Regions of the picture that are left out, in place of the encoder's own:
     LEFT,TOP,RIGHT,BOTTOM in fractions of the width and height, FILE:SET of a TOML file, or none."""
+    near_duplicates: float | None = None
+    """Leave out samples of --test and --shift-test that nearly equal one of --data: no cell of
+    their grey thumbnails differs by more than so many of 255 levels (4 tells scenes of games
+    apart). Of a clip, the middle frame is compared; regions left out do not count."""
     batch_size: int = 256
     """Images, or frames of clips, per forward pass."""
     limit: int | None = None
@@ -95,6 +99,8 @@ class EvaluateConfig:
         for flag in ("attentive_lrs", "attentive_decays"):
             require(len(getattr(self, flag)) > 0, flag.replace("_", "-"), "needs a value")
         require(self.supervised_epochs >= 0, "supervised-epochs", "must not be negative")
+        levels = self.near_duplicates is None or 0 <= self.near_duplicates < 255
+        require(levels, "near-duplicates", "must be at least 0 and below 255")
         given = self.state is not None or bool(self.number) or self.columns is None
         require(given, "columns", "names the columns of --state or --number; neither is given")
         require(len(set(self.number)) == len(self.number), "number", "names a column twice")

@@ -41,6 +41,7 @@ from models.media.regions import Region
 from models.media.videos import decode_frames
 from pipelines.config.train import ModelConfig
 from pipelines.dataset.rows import in_order
+from pipelines.evaluation.near_duplicates import LUMA, THUMBNAIL
 from pipelines.loading.clips import ClipSampler
 
 Pooling: TypeAlias = Literal["mean", "patches"]
@@ -175,19 +176,39 @@ def pixel_features(prep: Preprocessing) -> Featurizer:
 
     def featurize(batch: InputBatch) -> Tensor:
         x = normalize(batch.pixels, prep.mean, prep.std)
-        if batch.kept_BM is not None:
-            mask_B1HW = _kept_pixels(batch.kept_BM, x.shape[-2:])
-            x = x * (mask_B1HW if x.ndim == 4 else mask_B1HW[:, :, None])
         side = PIXEL_SIDE
         if x.ndim == 5:
             side = min(side, max(1, math.isqrt(CLIP_NUMBERS // (x.shape[1] * x.shape[2]))))
         size = _small_size(height_width(prep.image_size), side)
-        pictures = dataclasses.replace(batch, pixels=x).pictures()
+        pictures = _shown(x, batch)
         if len({picture.shape for picture in pictures}) == 1:
             return _shrink(torch.stack(pictures), size)
         return torch.cat([_shrink(picture[None], size) for picture in pictures])
 
     return featurize
+
+
+def thumbnail_features(batch: InputBatch) -> Tensor:
+    """Returns grey thumbnails of images, or of the middle frames of clips, fp32 [B, cells].
+
+    They show what the encoder is shown, for `near_duplicates.compare_thumbnails`. Patches that are
+    left out are black.
+    """
+    cells = []
+    for picture in _shown(batch.pixels, batch):
+        frame_CHW = picture if picture.ndim == 3 else picture[:, picture.shape[1] // 2]
+        grey_HW = torch.tensordot(torch.from_numpy(LUMA), frame_CHW.float(), dims=1)
+        cells.append(F.adaptive_avg_pool2d(grey_HW[None], THUMBNAIL).flatten())
+    return torch.stack(cells)
+
+
+def _shown(x: Tensor, batch: InputBatch) -> list[Tensor]:
+    """Returns each picture of `x`, the pixels of `batch` or numbers in their place, with zeros
+    where patches are left out."""
+    if batch.kept_BM is not None:
+        mask_B1HW = _kept_pixels(batch.kept_BM, x.shape[-2:])
+        x = x * (mask_B1HW if x.ndim == 4 else mask_B1HW[:, :, None])
+    return dataclasses.replace(batch, pixels=x).pictures()
 
 
 def _kept_pixels(kept_BM: Tensor, size: Sequence[int]) -> Tensor:

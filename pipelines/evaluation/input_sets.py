@@ -28,6 +28,7 @@ from pipelines.evaluation.probe_sets import (
     probe_featurizers,
     probe_set,
     with_finite_labels,
+    without_near_duplicates,
 )
 from pipelines.evaluation.state_labels import Bins, find_column, state_reader
 from pipelines.evaluation.subject import Subject
@@ -80,6 +81,7 @@ def read_sets(
         clips=subject.sampler is not None,
         attentive=attentive,
         pixels=cfg.supervised_epochs > 0,
+        thumbnails=cfg.near_duplicates is not None,
     )
     pooling: Pooling = "patches" if attentive else "mean"
     for name, encoder in (others or {}).items():
@@ -165,6 +167,9 @@ def _read(
         uris = [uri for uri in (cfg.data, cfg.test, cfg.shift_test) if uri is not None]
         totals = _totals(cfg, manifests)
         sets = [read(uri, total) for uri, total in zip(uris, totals, strict=False)]
+    if cfg.near_duplicates is not None:
+        train, *tests = sets
+        sets = [train, *(without_near_duplicates(t, train, cfg.near_duplicates) for t in tests)]
     _check_numbers(sets)
     if _of_shards(cfg):
         return sets, list(manifests[0].classes)

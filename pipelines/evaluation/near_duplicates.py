@@ -8,18 +8,22 @@ mean of the differences would overlook a ball or a paddle that has moved.
 A HUD must not decide, because its numbers differ between frames of the same scene: give the frames
 of the recording without HUD, or leave the HUD's regions out.
 
+`pipelines.evaluate --near-duplicates` compares what the encoder is shown.
+
 Shape suffixes: N frames, H height, W width, P cells (patches) of a thumbnail, V values of a state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from scipy.spatial.distance import cdist
+from torch.nn.functional import adaptive_avg_pool2d
 
 from models.media.regions import Region, kept_patches
 
@@ -31,6 +35,8 @@ THRESHOLD = 4.0
 In games recorded at 72 x 128 without HUD (Doom, Pong, Ms. Pac-Man), pairs below it showed the same
 state: the same place and direction, paddle and ball. Pairs between 4 and 8 no longer did.
 """
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+"""Shares of red, green and blue in grey (ITU-R BT.601)."""
 CHUNK = 2**24
 """Entries of the matrix of distances that are in memory at a time."""
 
@@ -67,6 +73,21 @@ class NearDuplicates:
         }
 
 
+def near_duplicate_notes(data: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Says in whole sentences how many samples of each set were left out as near duplicates.
+
+    Args:
+        data: `data` of results.json.
+    """
+    return [
+        f"--{name.replace('_', '-')}: {counts['removed']:,} of {counts['test']:,} samples "
+        f"({100 * counts['share']:.1f}%) are left out, because no part of their picture differs by "
+        f"more than {counts['threshold']:g} of 255 levels from a sample of --data"
+        for name, found in data.items()
+        if (counts := found.get("near_duplicates")) is not None
+    ]
+
+
 def find_near_duplicates(
     train_NHW3: npt.NDArray[np.uint8],
     test_NHW3: npt.NDArray[np.uint8],
@@ -87,7 +108,15 @@ def find_near_duplicates(
     """
     if not len(train_NHW3) or not len(test_NHW3):
         raise ValueError("near duplicates: there are no frames to compare")
-    train_NP, test_NP = thumbnails(train_NHW3, exclude), thumbnails(test_NHW3, exclude)
+    return compare_thumbnails(
+        thumbnails(train_NHW3, exclude), thumbnails(test_NHW3, exclude), threshold
+    )
+
+
+def compare_thumbnails(
+    train_NP: npt.NDArray[np.float32], test_NP: npt.NDArray[np.float32], threshold: float
+) -> NearDuplicates:
+    """Compares every thumbnail of a test frame with every one of a training frame."""
     step = max(1, CHUNK // len(train_NP))
     distances, nearest = [], []
     for start in range(0, len(test_NP), step):
@@ -109,8 +138,7 @@ def thumbnails(
     Raises:
         ValueError: `exclude` leaves no cell.
     """
-    grey_NHW = frames_NHW3 @ np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601 luma
-    cells_NHW = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(grey_NHW), THUMBNAIL)
+    cells_NHW = adaptive_avg_pool2d(torch.from_numpy(frames_NHW3 @ LUMA), THUMBNAIL)
     size, cells = frames_NHW3.shape[1:3], THUMBNAIL[0] * THUMBNAIL[1]
     box = (0, 0, size[1], size[0])
     kept_P = kept_patches(tuple(exclude), [size], [box], [THUMBNAIL], cells)[0]

@@ -27,8 +27,10 @@ from pipelines.evaluation.features import (
     encoder_features,
     pixel_features,
     single_frame,
+    thumbnail_features,
     tubelet_features,
 )
+from pipelines.evaluation.near_duplicates import compare_thumbnails
 from pipelines.loading.clips import ClipSampler
 
 SETS = ("data", "test", "shift_test")
@@ -38,6 +40,7 @@ TOKEN_BYTES = 8 * 2**30
 TUBELETS = "raw_tubelets"  # raw pixels as tokens, for the attentive probe
 # As they are, for the supervised baseline; the two others only where tokens may be left out.
 PIXELS, GRIDS, KEPT = "pixels", "grids", "kept"
+THUMBNAILS = "thumbnails"  # to find near duplicates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +61,10 @@ class ProbeSet:
     """Numbers to read from the features, fp64 [N] by name; not finite where there is none."""
     left_out: int = 0
     """Samples that are not here because their label is no finite number."""
+    thumbnails_NP: np.ndarray | None = None
+    """Grey thumbnails (`features.thumbnail_features`); None unless near duplicates are sought."""
+    duplicates: dict[str, float] | None = None
+    """What `NearDuplicates.report` says of those left out; None if they were not sought."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +87,12 @@ def probe_featurizers(
     clips: bool,
     attentive: bool,
     pixels: bool,
+    thumbnails: bool = False,
 ) -> dict[str, Featurizer]:
     """Builds the featurizers by row of the table.
 
     With `attentive` they return all tokens, which `probe_set` averages for the other probes.
+    `pixels` and `thumbnails` add those of `ProbeSet.pixels` and `ProbeSet.thumbnails_NP`.
     """
     pooling: Pooling = "patches" if attentive else "mean"
     encoded = encoder_features(encoder, prep, pooling=pooling)
@@ -100,6 +109,8 @@ def probe_featurizers(
         featurizers[PIXELS] = lambda batch: batch.pixels
         if prep.partial:
             featurizers |= {GRIDS: _grids, KEPT: _kept}
+    if thumbnails:
+        featurizers[THUMBNAILS] = thumbnail_features
     return featurizers
 
 
@@ -169,6 +180,7 @@ def probe_set(
     found = compute_features(halved, batches)
     kept = {name: found.pop(name) for name in (PIXELS, GRIDS, KEPT) if name in found}
     pixels = InputBatch(*map(torch.from_numpy, kept.values())) if kept else None
+    thumbnails_NP = found.pop(THUMBNAILS, None)
     tokens = {name: values for name, values in found.items() if values.ndim == 3}
     features = {
         name: values if values.ndim == 2 else np.concatenate(means[name])
@@ -179,7 +191,17 @@ def probe_set(
         tokens["raw_pixels"] = tokens.pop(TUBELETS)
     labels_N, places_N3, ids_N16 = map(np.concatenate, (read, places, ids))
     values = {name: np.concatenate(parts) for name, parts in numbers.items()}
-    return ProbeSet(uri, features, labels_N, places_N3, ids_N16, tokens, pixels, values)
+    return ProbeSet(
+        uri,
+        features,
+        labels_N,
+        places_N3,
+        ids_N16,
+        tokens,
+        pixels,
+        values,
+        thumbnails_NP=thumbnails_NP,
+    )
 
 
 def number_set(part: ProbeSet, name: str) -> ProbeSet:
@@ -193,6 +215,33 @@ def with_finite_labels(part: ProbeSet) -> ProbeSet:
     kept_N = np.isfinite(part.labels_N)
     if kept_N.all():
         return part
+    return dataclasses.replace(selected(part, kept_N), left_out=int((~kept_N).sum()))
+
+
+def without_near_duplicates(part: ProbeSet, train: ProbeSet, threshold: float) -> ProbeSet:
+    """Leaves out the samples that nearly equal one of the training set, and reports how many.
+
+    Args:
+        part: a test set, with thumbnails.
+        train: the training set, with thumbnails.
+        threshold: largest difference of near duplicates, in grey levels from 0 to 255.
+
+    Raises:
+        ValueError: no sample stays.
+    """
+    assert part.thumbnails_NP is not None
+    assert train.thumbnails_NP is not None
+    found = compare_thumbnails(train.thumbnails_NP, part.thumbnails_NP, threshold)
+    if not found.kept_N.any():
+        raise ValueError(
+            f"--near-duplicates {threshold:g}: every sample of {part.uri} nearly equals one of "
+            "--data;\ngive fewer levels, or a test set of its own"
+        )
+    return dataclasses.replace(selected(part, found.kept_N), duplicates=found.report())
+
+
+def selected(part: ProbeSet, kept_N: np.ndarray) -> ProbeSet:
+    """Returns some of the samples."""
     return dataclasses.replace(
         part,
         features={row: values[kept_N] for row, values in part.features.items()},
@@ -202,7 +251,7 @@ def with_finite_labels(part: ProbeSet) -> ProbeSet:
         tokens={row: values[kept_N] for row, values in part.tokens.items()},
         pixels=None if part.pixels is None else part.pixels[torch.from_numpy(kept_N)],
         numbers={name: values[kept_N] for name, values in part.numbers.items()},
-        left_out=int((~kept_N).sum()),
+        thumbnails_NP=None if part.thumbnails_NP is None else part.thumbnails_NP[kept_N],
     )
 
 

@@ -46,18 +46,24 @@ def facts_of(
     """Collects the facts of sets, which come in the order of `probe_sets.SETS`, by flag.
 
     Args:
-        all_rows: whether a missing label is the only reason for leaving a sample out.
+        all_rows: whether a missing label is the only reason for leaving a sample out, besides a
+            near duplicate in the training set.
     """
     return {
         f"--{name.replace('_', '-')}": SetFacts(
             manifest_hash=manifest.manifest_hash,
             labels_N=part.labels_N,
             ids_N16=part.ids_N16,
-            unlabelled=manifest.num_samples - len(part.labels_N) if all_rows else 0,
+            unlabelled=manifest.num_samples - _labelled(part) if all_rows else 0,
             left_out=_left_out(part),
         )
         for name, manifest, part in zip(SETS, manifests, sets, strict=False)
     }
+
+
+def _labelled(part: ProbeSet) -> int:
+    """Counts the samples with a label, near duplicates that were left out included."""
+    return len(part.labels_N) if part.duplicates is None else int(part.duplicates["test"])
 
 
 def _left_out(part: ProbeSet) -> dict[str, int]:

@@ -9,6 +9,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -240,6 +241,44 @@ def test_an_artifact_is_evaluated_without_its_run(
     assert results["provenance"]["run"] == "elsewhere"
     assert results["data"]["data"]["images"] == 60
     assert "<svg" not in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_near_duplicates_are_left_out_and_told(
+    cifar_shards: Shards, small_checkpoint: str, tmp_path: Path
+) -> None:
+    """The threshold is so high that a tenth of real pictures count; they are found by hand."""
+    grey = []
+    for uri in cifar_shards:
+        (pixels_NCHW,) = compute_features(
+            {"x": lambda batch: batch.pixels}, decode_batches(load_labelled(uri), PREP, 64)
+        ).values()
+        grey.append(np.tensordot(pixels_NCHW, [0.299, 0.587, 0.114], axes=(1, 0)))
+    train, test = grey
+    # 18 rows of cells of a 32 x 32 picture are 3 pixels high at most; columns are single pixels.
+    rows = [(i * 32 // 18, -(-(i + 1) * 32 // 18)) for i in range(18)]
+    cells = [np.stack([g[:, a:b].mean(1) for a, b in rows], axis=1) for g in (train, test)]
+    apart = np.array([np.abs(cells[0] - one).max(axis=(1, 2)).min() for one in cells[1]])
+    levels = float(np.quantile(apart, 0.1, method="midpoint"))
+    removed = int((apart <= levels).sum())
+    assert 0 < removed < len(test) / 2
+    cfg = EvaluateConfig(
+        checkpoint=small_checkpoint,
+        data=cifar_shards[0],
+        test=cifar_shards[1],
+        out=str(tmp_path),
+        probe_epochs=1,
+        near_duplicates=levels,
+    )
+    shown = io.StringIO()
+    results = evaluate(cfg, console=Console(file=shown, width=300))
+    assert results["data"]["test"]["near_duplicates"]["removed"] == removed
+    assert results["data"]["test"]["images"] == len(test) - removed
+    note = f"--test: {removed} of {len(test)} samples"
+    assert note in shown.getvalue()
+    assert note in (tmp_path / "report.html").read_text()
+    assert not [text for text in results["warnings"] if "no label" in text]
+    with pytest.raises(ValueError, match="--near-duplicates 0: every sample"):
+        evaluate(dataclasses.replace(cfg, test=cifar_shards[0], near_duplicates=0))
 
 
 def test_what_cannot_be_evaluated_says_why(

@@ -12,6 +12,7 @@ import jinja2
 from models.encoders.vit import VisionTransformer
 from pipelines.config.as_json import to_json
 from pipelines.evaluation.features import decode_all
+from pipelines.evaluation.near_duplicates import near_duplicate_notes
 from pipelines.evaluation.probe_sets import ProbeSet
 from pipelines.evaluation.probes.probe import Column, Readouts, percent
 from pipelines.evaluation.probes.registry import (
@@ -79,6 +80,7 @@ def write_report(
         number_meanings=_number_meanings(numbers, results),
         compared=table_of(beside) if beside else None,
         compared_numbers=number_tables(beside) if beside else {},
+        notes=near_duplicate_notes(results["data"]),
         headline=[*_headline(results), *_number_headline(results)],
         sections=training_curves(subject.run_uri),
         neighbours=samples.neighbours(results, subject, train, test),

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
+import torch
 
+from models.encoders.input_batch import InputBatch
+from models.media.preprocessing import EncoderInput, Preprocessing
+from pipelines.dataset.shards import Manifest
+from pipelines.evaluation.features import thumbnail_features
 from pipelines.evaluation.near_duplicates import (
     find_near_duplicates,
+    near_duplicate_notes,
     repeated_states,
     thumbnails,
 )
+from pipelines.evaluation.probe_sets import ProbeSet, without_near_duplicates
+from pipelines.evaluation.validity import facts_of
 
 TOP = (0.0, 0.0, 1.0, 0.25)
 
@@ -79,6 +89,113 @@ def test_cells_and_their_grey() -> None:
         thumbnails(frames, [(0, 0, 1, 1)])
     with pytest.raises(ValueError, match="no frames"):
         find_near_duplicates(frames[:0], frames)
+
+
+def prep(**settings: object) -> Preprocessing:
+    return Preprocessing(
+        image_size=(72, 128), mean=(0.5,) * 3, std=(0.25,) * 3, patch_size=8, **settings
+    )
+
+
+def test_thumbnails_of_what_the_encoder_is_shown() -> None:
+    frames = noisy(scenes(6, seed=6))
+    pictures = InputBatch.of([EncoderInput(frame) for frame in frames], prep())
+    np.testing.assert_allclose(thumbnail_features(pictures).numpy(), thumbnails(frames), rtol=1e-4)
+    clip = InputBatch.of([EncoderInput(frames[:4]), EncoderInput(frames[2:])], prep())
+    np.testing.assert_allclose(
+        thumbnail_features(clip).numpy(), thumbnails(frames[[2, 4]]), rtol=1e-4
+    )
+
+
+def test_thumbnails_are_black_where_nothing_is_encoded() -> None:
+    """Two scenes that differ in a region left out alone have the same thumbnail."""
+    one, other = scenes(2, seed=7)
+    other[16:] = one[16:]
+    kept = np.ones((9, 16), np.bool_)
+    kept[:2] = False
+    batch = InputBatch.of([EncoderInput(p, kept) for p in (one, other)], prep(exclude=[TOP]))
+    first, second = thumbnail_features(batch)
+    assert torch.equal(first, second)
+    shown = InputBatch.of([EncoderInput(p) for p in (one, other)], prep())
+    assert not torch.equal(*thumbnail_features(shown))
+
+
+def test_thumbnails_of_pictures_with_grids_of_their_own() -> None:
+    """A picture that fills a third of the grid is compared whole, and not its strip."""
+    frame = noisy(scenes(1, seed=8))[0]
+    small = frame[:48, :64]
+    inputs = [EncoderInput(p, np.ones((len(p) // 8, p.shape[1] // 8), np.bool_)) for p in (small,)]
+    batch = InputBatch.of(inputs, prep(fit="whole"))
+    assert batch.pixels.shape[-2:] == (8, 8 * 9 * 16)
+    np.testing.assert_allclose(
+        thumbnail_features(batch).numpy(), thumbnails(small[None]), rtol=1e-4
+    )
+
+
+def probed(frames: np.ndarray, first: int) -> ProbeSet:
+    """A set whose features, labels and numbers say which sample they are of."""
+    number_N = np.arange(first, first + len(frames))
+    return ProbeSet(
+        uri=f"from {first}",
+        features={"encoder": number_N[:, None].astype(np.float32)},
+        labels_N=number_N % 2,
+        places_N3=np.stack([number_N] * 3, axis=1),
+        ids_N16=np.repeat(number_N[:, None], 16, axis=1).astype(np.uint8),
+        tokens={"encoder": number_N[:, None, None].astype(np.float16)},
+        pixels=InputBatch(torch.from_numpy(frames)),
+        numbers={"score": number_N.astype(np.float64)},
+        thumbnails_NP=thumbnails(frames),
+    )
+
+
+def test_near_duplicates_are_left_out_of_all_that_is_probed() -> None:
+    train = probed(scenes(20, seed=10), 0)
+    frames = scenes(5, seed=11)
+    frames[[1, 3]] = noisy(scenes(20, seed=10)[[4, 9]])
+    test = probed(frames, 100)
+    left = without_near_duplicates(test, train, 16.0)
+    assert left.labels_N.tolist() == [0, 0, 0]
+    for values in (*left.features.values(), *left.tokens.values(), *left.numbers.values()):
+        assert values.ravel().tolist() == [100, 102, 104]
+    assert left.places_N3[:, 0].tolist() == left.ids_N16[:, 0].tolist() == [100, 102, 104]
+    assert left.pixels is not None
+    assert torch.equal(left.pixels.pixels, torch.from_numpy(frames[[0, 2, 4]]))
+    assert left.duplicates is not None
+    assert (left.duplicates["test"], left.duplicates["removed"]) == (5, 2)
+    (note,) = near_duplicate_notes({"data": {}, "test": {"near_duplicates": left.duplicates}})
+    assert note.startswith("--test: 2 of 5 samples (40.0%) are left out")
+    none = without_near_duplicates(probed(scenes(5, seed=11), 100), train, 16.0)
+    assert len(none.labels_N) == 5
+    with pytest.raises(ValueError, match="--near-duplicates 16: every sample of from 0"):
+        without_near_duplicates(train, train, 16.0)
+
+
+def test_near_duplicates_are_not_taken_for_samples_without_a_label() -> None:
+    train = probed(scenes(20, seed=10), 0)
+    test = probed(scenes(20, seed=10)[:8], 100)
+    test = without_near_duplicates(
+        dataclasses.replace(test, thumbnails_NP=thumbnails(noisy(scenes(8, seed=12)))), train, 4.0
+    )
+    frames = np.concatenate([scenes(20, seed=10)[:2], scenes(6, seed=13)])
+    some = without_near_duplicates(probed(frames, 100), train, 4.0)
+    manifests = [manifest(20), manifest(9)]
+    for part, lost in ((test, 1), (some, 1)):  # a ninth sample has no label
+        assert facts_of(manifests, [train, part], all_rows=True)["--test"].unlabelled == lost
+    assert len(some.labels_N) == 6
+
+
+def manifest(samples: int) -> Manifest:
+    return Manifest(
+        num_samples=samples,
+        num_bytes=0,
+        shards=(),
+        mean=(0, 0, 0),
+        std=(1, 1, 1),
+        quarantined={},
+        duplicates=0,
+        ingest={},
+        fingerprint="",
+    )
 
 
 def test_repeated_states() -> None:
