@@ -20,7 +20,8 @@ def vjepa_movingmnist() -> PretrainConfig:
 
     Ingest the output of `pipelines.fetch movingmnist` with --video.fps 10. Expected time and
     result: not run with these settings. No V-JEPA run with similar settings learned the direction
-    of motion (docs/log.md, 2026-11-24); `vjepa_motion` and `levjepa_movingmnist` do.
+    of motion (docs/log.md, 2026-11-24); `vjepa_motion` learns its axis and `levjepa_movingmnist` all
+    of it.
     """
     return PretrainConfig(
         data=DataConfig(batch_size=32, lanes=8, crop_scale=(0.5, 1.0), shuffle_window=256),
@@ -171,7 +172,8 @@ def vjepa_motion() -> PretrainConfig:
     one frame, so that a single token tells nothing of motion. Two frames of four are hidden; the
     predictor reads only the mean of the visible tokens, targets are standardised at their place,
     and SIGReg keeps that mean spread out. A linear probe reads the direction with 34 to 36%
-    accuracy, 17 to 19% with random weights; see benchmarks/training/vjepa.md.
+    accuracy, 17 to 19% with random weights. Where it was looked at, all of that was the axis and
+    not the way along it; see benchmarks/training/vjepa.md.
     """
     base = vjepa_movingmnist()
     return replace(
