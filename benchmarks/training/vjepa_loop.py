@@ -27,9 +27,7 @@ import tyro
 from models.encoders.vit import VisionTransformer
 from models.keyed_random.arrays import sample_keys
 from models.media.preprocessing import normalize
-from models.objectives.latent import LatentPrediction
 from models.objectives.registry import build_objective
-from models.objectives.sigreg import SIGReg
 from pipelines.config.train import PretrainConfig
 from pipelines.evaluation.probes.knn import knn_predict
 from pipelines.evaluation.probes.linear import PROBE_LRS, PROBE_WEIGHT_DECAYS, fit_linear
@@ -170,9 +168,9 @@ def train(run: Run, cfg: PretrainConfig, digits: dict[str, Digits]) -> VisionTra
     network = build_objective(
         cfg.objective.name, model=cfg.model_settings, objective=cfg.objective_settings
     )
-    assert isinstance(network, LatentPrediction)
-    report("random weights", network.feature_encoder, digits, cfg)
-    spread = SIGReg(slices=cfg.objective.slices)
+    encoder = network.feature_encoder
+    assert isinstance(encoder, VisionTransformer)
+    report("random weights", encoder, digits, cfg)
     params = [p for p in network.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in params if p.ndim > 1], "weight_decay": cfg.optim.weight_decay},
@@ -183,18 +181,16 @@ def train(run: Run, cfg: PretrainConfig, digits: dict[str, Digits]) -> VisionTra
     for step in range(count):
         for group in optimizer.param_groups:
             group["lr"] = rate(step, run.steps, cfg)
-        out = network(batch_of(run, cfg, digits["train"], network.encoder.grid, rng, step))
-        kept_apart = spread(out.monitored[str(cfg.objective.regularize)])
+        out = network(batch_of(run, cfg, digits["train"], encoder.grid, rng, step))
         optimizer.zero_grad(set_to_none=True)
-        (out.loss + cfg.objective.regularizer_weight * kept_apart).backward()
+        out.loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 10.0)
         optimizer.step()
         network.after_step(step, run.steps)
-        spread.advance()
         if (step + 1) % 250 == 0:
             spent = (time.process_time() - start) / (step + 1)
             print(f"step {step + 1}: loss {out.loss.item():.3f}, {spent:.3f} CPU s a step")
-    return network.feature_encoder
+    return encoder
 
 
 def batch_of(
