@@ -20,7 +20,7 @@ def vjepa_movingmnist() -> PretrainConfig:
 
     Ingest the output of `pipelines.fetch movingmnist` with --video.fps 10. Expected time and
     result: not run with these settings. No V-JEPA run with similar settings learned the direction
-    of motion (docs/log.md, 2026-11-24); `vjepa_motion` learns its axis and `levjepa_movingmnist` all
+    of motion (docs/log.md, 2026-11-24); `vjepa_motion` learns its axis, `levjepa_movingmnist` all
     of it.
     """
     return PretrainConfig(
