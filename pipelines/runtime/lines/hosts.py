@@ -47,5 +47,5 @@ def _where(node: Node) -> str:
 
 def _fate(node: Node) -> str:
     if node.get("DeathReason") == PREEMPTED:
-        return "was taken away by its provider"
+        return "was taken away with notice; what ran there starts again elsewhere"
     return "is lost; what ran there starts again elsewhere"

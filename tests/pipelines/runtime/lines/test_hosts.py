@@ -25,10 +25,10 @@ def test_a_loss_and_what_comes_after_it() -> None:
     assert hosts.lines(came) == []
 
 
-def test_a_host_that_its_provider_takes_back() -> None:
+def test_a_host_that_is_taken_away_with_notice() -> None:
     hosts = Hosts()
     hosts.lines([node(1)])
-    assert "taken away by its provider" in hosts.lines([node(1, False, PREEMPTED)])[0]
+    assert "taken away with notice" in hosts.lines([node(1, False, PREEMPTED)])[0]
 
 
 def test_what_the_autoscaler_does_every_day_is_not_told() -> None:
