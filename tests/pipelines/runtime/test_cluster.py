@@ -28,6 +28,7 @@ import fsspec
 import pytest
 import torch
 from moto.server import ThreadedMotoServer
+from PIL import Image
 
 from helpers.repository import ROOT
 from helpers.serve.free_ports import free_ports
@@ -186,6 +187,27 @@ def test_the_job_server_asks_for_the_token(cluster: LocalCluster) -> None:
             cluster.get("/api/jobs/", token)
         assert refused.value.code in (401, 403)
     assert cluster.get("/api/jobs/", cluster.token) == []
+
+
+@pytest.mark.ray
+@pytest.mark.xdist_group("programs")
+def test_a_command_with_another_token_is_told_so(cluster: LocalCluster, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text(secrets.token_hex(32))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    arguments = ("--source", str(tmp_path), "--out", str(tmp_path / "out"))
+    done = subprocess.run(
+        [sys.executable, "-m", "pipelines.ingest", *arguments],
+        cwd=ROOT,
+        env=cluster.env | {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    told = done.stderr.splitlines()
+    assert told[0] == "error: the Ray cluster refuses the token of this process, or got none"
+    assert len(told) == 2
+    assert "RAY_AUTH_TOKEN" in told[1]
 
 
 @pytest.fixture(scope="module")
