@@ -15,9 +15,25 @@ from pipelines.capacity.constants import Constant, assumed
 from pipelines.capacity.measure import Size, fitting_size, measure, measure_training
 from pipelines.capacity.measure_data import measure_data
 from pipelines.capacity.measure_exchange import measure_exchange
-from pipelines.capacity.step_cost import count_step
+from pipelines.capacity.step_cost import StepCost
 from pipelines.recipes.images import debug, ijepa_vith14_in1k
 from pipelines.training import collapse
+
+
+SMALL = StepCost(
+    trained=10**6,
+    frozen=10**6,
+    matrices=10**6,
+    forward_flops=1e7,
+    backward_flops=1e7,
+    parts={},
+    kept_bytes=1e5,
+    cast_bytes=0.0,
+    block_bytes=1e5,
+)
+LARGE = dataclasses.replace(
+    SMALL, trained=65 * 10**7, forward_flops=5e11, backward_flops=3e11, kept_bytes=2e8
+)
 
 
 def is_sound(constant: Constant) -> bool:
@@ -44,9 +60,8 @@ def test_training_is_measured_as_the_trainer_does_it(monkeypatch: pytest.MonkeyP
 def test_a_model_too_large_for_this_machine_is_measured_in_part() -> None:
     small, large = debug(), change(ijepa_vith14_in1k(), run={"gpu": False})
     sizes = {}
-    for cfg in (small, large):
-        cluster = find_cluster(cfg, "this")
-        sizes[cfg] = fitting_size(cfg, count_step(cfg), assumed(cfg, cluster, 1e5))
+    for cfg, cost in ((small, SMALL), (large, LARGE)):
+        sizes[cfg] = fitting_size(cfg, cost, assumed(cfg, find_cluster(cfg, "this"), 1e5))
     assert sizes[small] == Size(32, None)
     assert sizes[large].samples <= 8
     assert sizes[large].depth is not None
@@ -65,7 +80,7 @@ def test_what_cannot_be_measured_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     cfg = ijepa_vith14_in1k()
     cluster = find_cluster(cfg, "p4d")
-    found, notes = measure(cfg, cluster, count_step(cfg), assumed(cfg, cluster, 1e5))
+    found, notes = measure(cfg, cluster, LARGE, assumed(cfg, cluster, 1e5))
     assert found == {}
     assert [note.partition(":")[0] for note in notes] == [
         "speed of training",
@@ -84,7 +99,7 @@ def test_measured_constants_replace_the_assumed_ones(monkeypatch: pytest.MonkeyP
     cfg = debug()
     cluster = find_cluster(cfg, "this")
     guess = assumed(cfg, cluster, 3000)
-    found, _ = measure(cfg, cluster, count_step(cfg), guess)
+    found, _ = measure(cfg, cluster, SMALL, guess)
     after = dataclasses.replace(guess, **found)
     assert after.compute_flops.source.startswith("measured")
     assert after.decode_cpu_s == guess.decode_cpu_s
