@@ -19,7 +19,6 @@ from pipelines.capacity.step_cost import StepCost
 from pipelines.recipes.images import debug, ijepa_vith14_in1k
 from pipelines.training import collapse
 
-
 SMALL = StepCost(
     trained=10**6,
     frozen=10**6,

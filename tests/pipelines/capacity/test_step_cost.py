@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from helpers.pipelines.fake_training import change
 from models.encoders.shape import find_preset
@@ -124,3 +125,12 @@ def test_kept_storages_are_what_a_hand_count_says() -> None:
         model(torch.randn(5, 16)).sum()
     # The first layer's input, and the rectified values, which the third layer shares.
     assert kept.bytes == 4 * (5 * 16 + 5 * 32)
+
+
+def test_nothing_fake_is_left_behind() -> None:
+    """Functions of `models` cache constants by device; a count once left fake ones there."""
+    cfg = RECIPES["lejepa_cifar10_demo"][1]
+    step_cost.count_step(cfg)
+    loss = new_objective(cfg)(step_cost.make_batch(cfg, 4)).loss
+    assert not isinstance(loss, FakeTensor)
+    assert loss.item() > 0
