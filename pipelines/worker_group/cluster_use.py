@@ -78,13 +78,19 @@ def read_use(own_group: str | None = None) -> ClusterUse:
     from ray._private.state import state
 
     groups: dict[str, dict[str, Any]] = state.placement_group_table()  # type: ignore[no-untyped-call]
-    leaving = state.get_draining_nodes() or {}
-    nodes = state.total_resources_per_node()
+    leaving, nodes = read_leaving(), state.total_resources_per_node()
     return use_of(
         nodes={node: there for node, there in nodes.items() if node not in leaving},
         groups={key: group for key, group in groups.items() if key != own_group},
         actors=[a for a in _actors(state) if a.group is None or a.group != own_group],
     )
+
+
+def read_leaving() -> frozenset[str]:
+    """Returns the nodes that are about to be taken away."""
+    from ray._private.state import state
+
+    return frozenset(state.get_draining_nodes() or {})
 
 
 @dataclass(frozen=True, kw_only=True)

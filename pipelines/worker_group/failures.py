@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import errno
 import re
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
 from ray.train import ControllerError
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+)
 from ray.train.v2._internal.execution.failure_handling import (
     DefaultFailurePolicy,
     FailureDecision,
@@ -56,9 +60,8 @@ class Failures(DefaultFailurePolicy):
         found = host_fault(error, group.hosts)
         seen = found is not None and (found[0].address, found[1]) in group.faults
         decision = FailureDecision.RETRY if seen else super().make_decision(error)
-        if isinstance(error, ControllerError):  # told where the workers start
-            if isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
-                group.refuse(error.controller_failure.num_workers)
+        if isinstance(error, ControllerError):
+            self._tell_start(error.controller_failure)
             return decision
         parts = [self._what(error), self._count(error, seen=seen)]
         if found is not None:
@@ -68,6 +71,14 @@ class Failures(DefaultFailurePolicy):
             parts.append(f"going on from {group.since()}")
         self._say("; ".join(parts))
         return decision
+
+    def _tell_start(self, error: Exception) -> None:
+        """Reacts to a group that did not start, which Ray tries again without counting."""
+        if isinstance(error, WorkerGroupStartupTimeoutError):  # that it waits is told elsewhere
+            this_group().refuse(error.num_workers)
+        elif isinstance(error, WorkerGroupStartupFailedError):
+            reason = textwrap.shorten(str(error.__cause__ or error), 160)
+            self._say(f"WARNING: workers did not start ({reason}); starting them again")
 
     def _what(self, error: TrainingFailedError) -> str:
         group = this_group()

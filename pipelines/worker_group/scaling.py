@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -26,7 +25,7 @@ from ray.train.v2._internal.execution.worker_group import (
     WorkerGroupState,
 )
 
-from pipelines.worker_group.cluster_use import read_use
+from pipelines.worker_group.cluster_use import read_leaving, read_use
 from pipelines.worker_group.group import selector, this_group
 from pipelines.worker_group.sizes import largest_size
 from pipelines.worker_group.stopping import ask_to_stop
@@ -44,12 +43,17 @@ def grow_every_s() -> float:
     return float(os.environ.get(GROW_ENV, GROW_S))
 
 
+def places() -> dict[str, str] | None:
+    """Returns Ray's selector of nodes for a group that starts now; None for any node."""
+    return selector(this_group().avoided() | read_leaving())
+
+
 class FixedGroup(FixedScalingPolicy):
-    """A group of one size, which avoids hosts that have just failed by themselves."""
+    """A group of one size; avoids hosts that failed by themselves or are about to go."""
 
     def on_controller_start_worker_group(self, **_: Any) -> dict[str, str] | None:
         """Returns where the workers may be placed; None for anywhere."""
-        return selector(this_group().avoided())
+        return places()
 
 
 class ElasticGroup(ElasticScalingPolicy):
@@ -60,14 +64,11 @@ class ElasticGroup(ElasticScalingPolicy):
     Args:
         scaling_config: Ray's, with the range of workers.
         sizes: Allowed sizes, ascending.
-        say: Takes a line. Must survive pickling.
     """
 
-    def __init__(
-        self, scaling_config: Any, sizes: tuple[int, ...], say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, scaling_config: Any, sizes: tuple[int, ...]) -> None:
         super().__init__(scaling_config)
-        self._sizes, self._say = sizes, say
+        self._sizes = sizes
         self._asked: str | None = None
 
     def _get_reserved_resources(self) -> Any:
@@ -93,7 +94,7 @@ class ElasticGroup(ElasticScalingPolicy):
 
     def on_controller_start_worker_group(self, **_: Any) -> dict[str, str] | None:
         """Returns where the workers may be placed; None for anywhere."""
-        return selector(this_group().avoided())
+        return places()
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         """Starts as many workers as fit, or waits."""

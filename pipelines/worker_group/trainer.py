@@ -55,7 +55,7 @@ class GroupTrainer(TorchTrainer):
         # Ray has no public way to choose a policy.
         config: Any = self.scaling_config
         elastic = config.elasticity_enabled
-        policy = ElasticGroup(config, self._sizes, self._say) if elastic else FixedGroup(config)
+        policy = ElasticGroup(config, self._sizes) if elastic else FixedGroup(config)
         failures = Failures(self.run_config.failure_config, self._say)
         replaced = {**kwargs, "scaling_policy": policy, "failure_policy": failures}
         return super()._initialize_and_run_controller(**replaced)  # type: ignore[misc]

@@ -10,6 +10,7 @@ import pytest
 from ray.exceptions import ActorDiedError
 from ray.train import ControllerError
 from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
     WorkerHealthCheckFailedError,
 )
@@ -146,6 +147,14 @@ def test_waiting_for_a_place_is_no_failure_and_told_elsewhere(group: Group) -> N
     error = ControllerError(WorkerGroupStartupTimeoutError(num_workers=2))
     assert failures.make_decision(error) is RETRY
     assert lines == []
+
+
+def test_workers_that_do_not_start_are_told_each_time(group: Group) -> None:
+    failures, lines = policy(0)
+    error = ControllerError(WorkerGroupStartupFailedError("a worker failed to initialize"))
+    assert [failures.make_decision(error) for _ in range(2)] == [RETRY, RETRY]
+    told = "WARNING: workers did not start (a worker failed to initialize); starting them again"
+    assert lines == [told] * 2
 
 
 def test_a_size_without_a_place_is_not_tried_again_at_once(
