@@ -10,6 +10,7 @@ from helpers.pipelines.fake_training import TIMED, change, lines_of, tiny_config
 from helpers.pipelines.group_training import train_group
 from helpers.pipelines.sample_logs import chain, samples
 
+OPTIMS = {"ijepa": {"name": "hyper-adamw", "tune": ("lr", "beta1")}, "vicreg": {}}
 TIMINGS = TIMED | {"straggler_share"}
 
 
@@ -25,7 +26,7 @@ def run(folder: Path, objective: str, groups: list[tuple[int, int | None]]) -> l
         The lines of metrics.jsonl.
     """
     cfg = tiny_config(folder, name="run", workers=(1, 2), log_samples=True)
-    cfg = change(cfg, objective={"name": objective})
+    cfg = change(cfg, objective={"name": objective}, optim=OPTIMS[objective])
     for size, stop in groups:
         train_group(cfg, folder / "checkpoints", size, stop)
     return [{k: v for k, v in row.items() if k not in TIMINGS} for row in lines_of(cfg)]
