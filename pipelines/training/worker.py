@@ -19,7 +19,7 @@ from pipelines.runs.lease import LeaseWatch
 from pipelines.runtime.uris import join_uri, open_uri
 from pipelines.training.contract import DataSource, SavedCheckpoint, Say, Worker
 from pipelines.training.trainer import Outcome, train
-from pipelines.worker_group.room import here, is_full, no_room, require_room
+from pipelines.worker_group.room import here, is_full, no_room, require_room, telling_room
 from pipelines.worker_group.stopping import GroupStoppedError, stop_reason, wait_until_committed
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def train_worker(
     data = DataSource(batches, plan.batches_per_epoch, identity)
     run_uri = join_uri(cfg.run.storage, cfg.run.name)
     lost = LeaseWatch(run_uri, token) if token else None
-    with RayCheckpoints(run_uri, worker) as checkpoints:
+    with telling_room(), RayCheckpoints(run_uri, worker) as checkpoints:
         outcome = train(cfg, worker, data, checkpoints, say, lost, stop_reason)
         if outcome.stopped:
             wait_until_committed()

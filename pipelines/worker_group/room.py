@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import shutil
 import socket
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 from pipelines.runtime.faults import faults_of
 from pipelines.worker_group.failures import FULL, FULL_TEXT
@@ -31,6 +34,29 @@ def require_room(size: int) -> None:
 def is_full(error: BaseException) -> bool:
     """Whether an error says that a disk is full; safetensors says it in words alone."""
     return any(f.number in FULL or FULL_TEXT.search(f.text) for f in faults_of(error))
+
+
+@contextlib.contextmanager
+def telling_room() -> Iterator[None]:
+    """Adds to the error of a full disk how much of it is free; of TMPDIR if it names no place.
+
+    Raises:
+        OSError: A disk is full.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_full(error):
+            raise
+        place = getattr(error, "filename", None) or tempfile.gettempdir()
+        free = _free(str(place))
+        raise OSError(errno.ENOSPC, f"No space left on device ({free})", str(place)) from error
+
+
+def _free(place: str) -> str:
+    folder = next((p for p in (Path(place), *Path(place).parents) if p.is_dir()), Path("/"))
+    usage = shutil.disk_usage(folder)
+    return f"{_gb(usage.free)} of {_gb(usage.total)} free"
 
 
 def no_room(size: int) -> str:

@@ -16,7 +16,7 @@ from pipelines.training import recorder
 from pipelines.training.contract import Worker
 from pipelines.training.trainer import train
 from pipelines.training.worker import RayCheckpoints
-from pipelines.worker_group.room import is_full, no_room, require_room
+from pipelines.worker_group.room import is_full, no_room, require_room, telling_room
 
 FULL = [
     OSError(errno.ENOSPC, "No space left on device"),
@@ -97,6 +97,21 @@ def test_what_a_lost_group_left_of_the_same_checkpoint_is_removed(
     assert store[0].save(whole, {"step": 1}) is None
     assert not left.exists()
     assert other.exists()
+
+
+def test_an_error_of_a_full_disk_tells_what_is_free(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "metrics.jsonl"  # of which the folder is not there
+    with (
+        pytest.raises(
+            OSError, match=r"No space left on device \([\d.]+ GB of [\d.]+ GB free\)"
+        ) as told,
+        telling_room(),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+    assert told.value.filename == str(path)
+    assert is_full(told.value)
+    with pytest.raises(PermissionError), telling_room():
+        raise PermissionError(errno.EACCES, "denied")
 
 
 class FullStore(FolderStore):
