@@ -83,7 +83,8 @@ class Failures(DefaultFailurePolicy):
     def _what(self, error: TrainingFailedError) -> str:
         group = this_group()
         if isinstance(error, WorkerGroupError):
-            return failure_line(error.worker_failures, group.hosts)
+            failures = error.worker_failures
+            return failure_line({**failures, **group.lost(failures)}, group.hosts)
         ranks = error.preemption_info.preempted_ranks if isinstance(error, PreemptionError) else []
         gone = {str(group.hosts[rank]) for rank in ranks if rank in group.hosts}
         return f"WARNING: host {', '.join(sorted(gone)) or 'of a worker'} was taken away"

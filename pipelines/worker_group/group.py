@@ -12,10 +12,14 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import ray
+from ray.exceptions import RayActorError
 from ray.train.v2._internal.execution.callback import ReportCallback, WorkerGroupCallback
 
 FIRST_PAUSE_S = 30.0
 LONGEST_PAUSE_S = 600.0
+ANSWER_S = 10.0
+"""How long a worker may take to answer before its host counts as lost."""
 REFUSED_S = 120.0
 """How long a size is not tried again for which Ray found no place."""
 
@@ -39,6 +43,8 @@ class Group:
 
     hosts: dict[int, Host] = dataclasses.field(default_factory=dict)
     """By rank; those of the newest group."""
+    actors: dict[int, Any] = dataclasses.field(default_factory=dict)
+    """Handles of its workers, by rank."""
     placement: str | None = None
     """Id of its placement group, hex."""
     step: int | None = None
@@ -61,6 +67,30 @@ class Group:
         pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** (self.faults[key] - 1))
         self.left_out[host.node] = time.monotonic() + pause
         return pause
+
+    def lost(self, known: Collection[int]) -> dict[int, RayActorError]:
+        """Returns why workers do not answer, by rank, and uses their hosts no more for a while.
+
+        When a host is lost, the first errors come from workers that had been talking to it.
+
+        Args:
+            known: Ranks of which there is an error already.
+        """
+        asked = {r: a.get_metadata.remote() for r, a in self.actors.items() if r not in known}
+        if not asked:
+            return {}
+        answered, _ = ray.wait([*asked.values()], num_returns=len(asked), timeout=ANSWER_S)
+        silent = {rank: ref for rank, ref in asked.items() if ref not in answered}
+        found = {rank: RayActorError(error_msg="it does not answer") for rank in silent}
+        for rank, ref in asked.items():
+            if rank not in silent:
+                try:
+                    ray.get(ref)
+                except RayActorError as error:
+                    found[rank] = error
+        until = time.monotonic() + FIRST_PAUSE_S
+        self.left_out |= {self.hosts[rank].node: until for rank in silent}
+        return found
 
     def avoided(self) -> frozenset[str]:
         """Returns the nodes that are not used now."""
@@ -103,7 +133,9 @@ class GroupWatch(WorkerGroupCallback, ReportCallback):
         """Called by Ray Train when all workers of a new group are there."""
         group, before = this_group(), len(this_group().hosts)
         workers = worker_group.get_workers()
-        group.hosts = {worker.distributed_context.world_rank: _host(worker) for worker in workers}
+        by_rank = {worker.distributed_context.world_rank: worker for worker in workers}
+        group.hosts = {rank: _host(worker) for rank, worker in by_rank.items()}
+        group.actors = {rank: worker.actor for rank, worker in by_rank.items()}
         handle = worker_group.get_worker_group_state().placement_group_handle
         group.placement = handle.placement_group.id.hex()
         if self._most is not None and len(workers) != before:

@@ -24,7 +24,7 @@ from pipelines.runs.run_folder import read_metrics
 from pipelines.training.contract import DataSource, Worker
 from pipelines.training.trainer import train
 
-STEPS, EPOCH = 96, 16
+STEPS, EPOCH = 64, 16
 PATIENCE_S = 240
 MODEL: dict[str, Any] = {"encoder": "vit_small32", "patch_size": 4}
 
@@ -182,3 +182,6 @@ def test_two_one_two_workers_train_as_a_fixed_group(
         )
     assert re.search(r"stopping after step \d+: host [\d.]+ is going to be taken away", run.output)
     assert "there is room for 2 workers instead of 1" in run.output
+    assert re.search(
+        r"WARNING: worker 1 on [\d.]+ was lost .*; failure 1 of 3; going on", run.output
+    )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
+import ray
 from ray.exceptions import ActorDiedError
 from ray.train import ControllerError
 from ray.train.v2._internal.exceptions import (
@@ -73,6 +75,38 @@ def test_failures_are_counted_and_told_with_the_host(group: Group) -> None:
     assert lines[0].endswith("; failure 1 of 2; going on from step 40")
     assert "failure 2 of 2" in lines[1]
     assert lines[2].endswith("failure 3 of 2")
+
+
+def test_a_host_that_does_not_answer_is_named_before_those_that_miss_it(
+    group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Worker 0 has met a broken connection; 1 is silent, 2 has died, 3 answers."""
+    group.hosts |= {rank: Host(node="cc", address="10.0.0.3") for rank in (2, 3)}
+    answers = {"silent": None, "dead": ActorDiedError(), "alive": "here"}
+    names = {1: "silent", 2: "dead", 3: "alive"}
+    group.actors = {
+        rank: SimpleNamespace(get_metadata=SimpleNamespace(remote=lambda name=name: name))
+        for rank, name in {0: "not asked", **names}.items()
+    }
+
+    def get(name: str) -> str:
+        answer = answers[name]
+        if isinstance(answer, Exception):
+            raise answer
+        return str(answer)
+
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(
+        ray, "wait", lambda refs, **_: ([r for r in refs if answers[r]], ["silent"])
+    )
+    failures, lines = policy(3)
+    assert failures.make_decision(failed(r0=RuntimeError("connection reset"))) is RETRY
+    assert lines[0].startswith(
+        "WARNING: worker 1 on 10.0.0.2 was lost (RayActorError: it does not answer); "
+        "worker 2 on 10.0.0.3 was lost (ActorDiedError: "
+    )
+    assert "; 1 more failed; failure 1 of 3" in lines[0]
+    assert group.avoided() == {"bb"}
 
 
 def test_without_a_limit_the_count_alone_is_told(group: Group) -> None:
