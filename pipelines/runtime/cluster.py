@@ -74,7 +74,7 @@ def _join(address: str, settings: dict[str, Any]) -> None:
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
         if address != "auto":
-            _require_listener(address)
+            _require_ray(address)
         ray.init(address, **settings)
     except OSError as error:
         raise ConnectionError(
@@ -82,13 +82,34 @@ def _join(address: str, settings: dict[str, Any]) -> None:
         ) from error
 
 
-def _require_listener(address: str) -> None:
-    """Checks that a port is open, because Ray would try a dead address for minutes.
+def _require_ray(address: str) -> None:
+    """Asks a head whether it is there: Ray would ask for long, and print a line for every try.
 
     Raises:
-        OSError: nobody listens there.
-        ValueError: not HOST:PORT.
+        OSError: Nobody listens there, or it is no Ray.
+        ray.exceptions.AuthenticationError: It refuses the token of this process, or its lack.
+        ValueError: Not HOST:PORT.
     """
+    import grpc  # type: ignore[import-untyped]
+    from ray._private.grpc_utils import init_grpc_channel  # brings the token along
+    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+    from ray.exceptions import AuthenticationError
+
+    _require_listener(address)
+    messages: Any = gcs_service_pb2
+    stubs: Any = gcs_service_pb2_grpc
+    with init_grpc_channel(address) as channel:
+        nodes = stubs.NodeInfoGcsServiceStub(channel)
+        try:
+            nodes.CheckAlive(messages.CheckAliveRequest(), timeout=ANSWER_S)
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+                raise AuthenticationError(f"{address} refuses the token") from error
+            raise ConnectionError(f"no Ray at {address}: {error.code()}") from error
+
+
+def _require_listener(address: str) -> None:
+    """Raises OSError if nobody listens, and ValueError if it is not HOST:PORT."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
         raise ValueError(f"RAY_ADDRESS: {address!r} is not HOST:PORT, `auto` or `local`")
@@ -99,6 +120,7 @@ def _require_listener(address: str) -> None:
 def _join_or_start(settings: dict[str, Any], own: dict[str, Any]) -> None:
     """Joins a Ray started here by `ray start`, which refuses `num_cpus`, or starts one."""
     import ray
+    from ray._private.services import get_ray_address_from_environment
 
     try:
         ray.init(**settings, **own)
@@ -106,8 +128,9 @@ def _join_or_start(settings: dict[str, Any], own: dict[str, Any]) -> None:
         if "existing cluster" not in str(error):
             raise
         try:
+            _require_ray(get_ray_address_from_environment("auto", None))
             ray.init(**settings)
-        except ConnectionError:  # one that was killed: its address stays behind
+        except OSError:  # one that was killed: its address stays behind
             ray.init("local", **settings, **own)
 
 

@@ -9,13 +9,17 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import fsspec
+import grpc
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
-from ray.exceptions import RayTaskError, UserCodeException
+from ray.exceptions import AuthenticationError, RayTaskError, UserCodeException
 from ray.train import ControllerError, WorkerGroupError
 
 from helpers.pipelines.refusals import Told, teller
@@ -242,6 +246,50 @@ def test_addresses_that_are_no_ray_are_refused_at_once(
     ) as refused:
         start_ray()
     assert explain(refused.value, []) == str(refused.value)
+
+
+@pytest.fixture
+def foreign(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A gRPC server that refuses every call with a code, and is the Ray that RAY_ADDRESS names."""
+    refused: dict[str, grpc.StatusCode] = {}
+
+    class Refusing(grpc.GenericRpcHandler):
+        def service(self, details: Any) -> Any:
+            def refuse(_: bytes, context: Any) -> None:
+                context.abort(refused["code"], "no")
+
+            return grpc.unary_unary_rpc_method_handler(refuse)
+
+    server = grpc.server(ThreadPoolExecutor(1), handlers=[Refusing()])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+    yield refused
+    server.stop(None)
+
+
+def test_a_cluster_that_wants_another_token_is_told_at_once(foreign: Any) -> None:
+    foreign["code"] = grpc.StatusCode.UNAUTHENTICATED
+    with pytest.raises(AuthenticationError) as refused:
+        start_ray()
+    first, way_out = (explain(refused.value, []) or "").splitlines()
+    assert first.startswith("the Ray cluster refuses the token of this process")
+    assert "RAY_AUTH_TOKEN" in way_out
+
+
+def test_what_is_no_ray_is_told_at_once(foreign: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    foreign["code"] = grpc.StatusCode.UNIMPLEMENTED
+    with pytest.raises(ConnectionError, match=r"^RAY_ADDRESS: no Ray answers at 127\.0\.0\.1:"):
+        start_ray()
+    with socket.socket() as mute:  # takes connections and says nothing
+        mute.bind(("127.0.0.1", 0))
+        mute.listen()
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{mute.getsockname()[1]}")
+        monkeypatch.setattr("pipelines.runtime.cluster.ANSWER_S", 0.5)
+        with pytest.raises(ConnectionError, match="no Ray answers"):
+            start_ray()
 
 
 def test_workers_are_told_where_the_packages_are_unless_a_job_brings_them(
