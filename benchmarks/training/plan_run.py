@@ -5,53 +5,87 @@
 Every recipe is planned and trained in turns (plan, run, plan, run, ..., plan), so that what else
 the machine does falls on both. The plan of a run is the mean of the two around it. A run is a whole
 `pretrain` on Ray; its time of a step is the median reading of metrics.jsonl after the first third
-of its steps.
+of its steps. With `--without-ray` the trainer runs in this process, and a thread that calls the
+functions of the read tasks takes the place of Ray Data; ingest's tasks run here then, too.
+
+The images are the shipped sample of CIFAR-10, the clips moving squares of noise.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from pipelines.config.jobs import PlanRunConfig  # noqa: E402
 from pipelines.config.train import PretrainConfig  # noqa: E402
-from pipelines.fetchers.shipped import SAMPLE_VIDEO, sample_folder  # noqa: E402
+from pipelines.fetchers.moving_mnist import write_moving  # noqa: E402
+from pipelines.fetchers.shipped import sample_folder  # noqa: E402
 from pipelines.plan_run import Planned, plan_run  # noqa: E402
 from pipelines.recipes.registry import RECIPES  # noqa: E402
 
-SMALL = {"data.batch_size": 32, "data.lanes": 8}
+CLIPS = 640
 # Name of the case: recipe, data, and what is changed of the recipe.
 CASES: dict[str, tuple[str, str, dict[str, float | int]]] = {
-    "I-JEPA, images of 32 pixels": ("cifar10_demo", "images", {}),
-    "LeJEPA, images of 32 pixels": ("lejepa_cifar10_demo", "images", {}),
-    "LeVJEPA, clips of 64 pixels": ("levjepa_gameplay", "video", SMALL),
-    "V-JEPA, clips of 64 pixels": ("vjepa_gameplay", "video", SMALL),
-    "I-JEPA, two workers": ("cifar10_demo", "images", {"run.workers": 2}),
-    "I-JEPA, ViT-Ti/16 at 128 pixels": ("laptop", "images", {}),
+    "I-JEPA": ("cifar10_demo", "images", {}),
+    "LeJEPA": ("lejepa_cifar10_demo", "images", {}),
+    "MAE": ("mae_cifar10_demo", "images", {}),
+    "LeVJEPA": ("levjepa_movingmnist", "video", {}),
+    "V-JEPA": ("vjepa_movingmnist", "video", {}),
+    "I-JEPA, 2 workers": ("cifar10_demo", "images", {"run.workers": 2}),
 }
 
 
-def shards(out: Path, kind: str) -> Path:
-    """Ingests the shipped images or video once."""
+def shards(out: Path, kind: str, *, ray: bool) -> Path:
+    """Ingests images or clips once."""
     folder = out / kind
-    if not (folder / "manifest.json").is_file():
-        flags = ["--out", str(folder)]
-        if kind == "images":
-            flags += ["--source", str(sample_folder(out / "raw") / "train")]
-        else:
-            flags += ["--source", str(SAMPLE_VIDEO / "gameplay"), "--short-side", "64"]
-            flags += ["--video.segment-seconds", "2", "--video.fps", "15"]
+    if (folder / "manifest.json").is_file():
+        return folder
+    flags = ["--out", str(folder)]
+    if kind == "images":
+        flags += ["--source", str(sample_folder(out / "raw") / "train")]
+    else:
+        rng = np.random.default_rng(0)
+        squares = rng.integers(0, 256, (100, 28, 28), dtype=np.uint8)
+        write_moving(
+            [("train", squares, np.zeros(100, int))], out / "clips", CLIPS, 0, edges="bounce"
+        )
+        flags += ["--source", str(out / "clips" / "train"), "--video.fps", "10"]
+    if ray:
         python(["-m", "pipelines.ingest", *flags])
+    else:
+        ingest_here(flags)
     return folder
+
+
+def ingest_here(flags: list[str]) -> None:
+    """Runs the tasks of ingest one after the other in this process."""
+    import tyro
+
+    from pipelines import ingest as job
+    from pipelines.config.ingest import IngestConfig
+
+    def run(function: Callable[..., Any], rows: list[Any], cfg: IngestConfig, _: object) -> None:
+        for row in rows:
+            function(row, cfg=cfg)
+
+    job._run, job.start_ray = run, lambda: None  # type: ignore[assignment]
+    with contextlib.redirect_stdout(sys.stderr):
+        job.ingest(tyro.cli(IngestConfig, args=flags))
 
 
 def python(arguments: list[str]) -> None:
@@ -95,14 +129,65 @@ def train(cfg: PretrainConfig, recipe: str, out: Path, name: str) -> float:
     }
     line = [f"--{flag}={value}" for flag, value in flags.items()]
     python(["-m", "pipelines.pretrain", recipe, *line])
-    lines = (out / "runs" / name / "metrics.jsonl").read_text().splitlines()
-    readings = [json.loads(text) for text in lines]
+    return step_seconds(out / "runs" / name, cfg)
+
+
+def step_seconds(run: Path, cfg: PretrainConfig) -> float:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
     speeds = [
         reading["samples_per_s"]
-        for reading in readings
-        if "samples_per_s" in reading and reading["step"] > run.steps // 3
+        for reading in map(json.loads, lines)
+        if "samples_per_s" in reading and reading["step"] > cfg.run.steps // 3
     ]
-    return data.batch_size / statistics.median(speeds)
+    return cfg.data.batch_size / statistics.median(speeds)
+
+
+def train_here(cfg: PretrainConfig, out: Path, name: str) -> float:
+    """Trains in this process, and returns the seconds of a step."""
+    from pipelines.training.contract import DataSource, Worker
+    from pipelines.training.trainer import train as train_run
+
+    run = dataclasses.replace(cfg.run, name=name, storage=str(out / "runs"))
+    model = dataclasses.replace(cfg.model, fit="squash")
+    cfg = dataclasses.replace(cfg, run=run, model=model)
+    train_run(cfg, Worker(), DataSource(batches, 1, ""), NoStore(), print_nothing)  # type: ignore[arg-type]
+    return step_seconds(out / "runs" / name, cfg)
+
+
+def print_nothing(_: str) -> None:
+    pass
+
+
+class NoStore:
+    """Keeps no checkpoint."""
+
+    @contextlib.contextmanager
+    def latest(self) -> Iterator[None]:
+        yield None
+
+    def save(self, write: object, metrics: object) -> None:
+        pass
+
+
+def batches(
+    cfg: PretrainConfig, *, rank: int, world_size: int, start_step: int, end_step: int, **_: object
+) -> Iterator[dict[str, Any]]:
+    """What `train_batches` yields, without Ray."""
+    from pipelines.loading.prefetch import prefetch
+
+    def source() -> Iterator[dict[str, Any]]:
+        from pipelines.loading import loader, read_tasks
+
+        reader, step = loader.make_reader(cfg, rank, world_size), start_step
+        todo = loader.iter_pieces(reader.plan, start_step, end_step, reader.most_batches)
+        size = reader.local_batch
+        with ThreadPoolExecutor(cfg.data.decode_threads) as pool:
+            for table in (t for piece in todo for t in read_tasks.read_piece(reader, piece)):
+                for first in range(0, table.num_rows, size):
+                    yield loader.to_batch(cfg, reader, table.slice(first, size), step, pool)
+                    step += 1
+
+    yield from prefetch(source(), cfg.data.prefetch_batches, lambda _: None)  # type: ignore[arg-type]
 
 
 def main() -> None:
@@ -111,6 +196,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--without-ray", action="store_true", help="all in this process")
     options = parser.parse_args()
     options.out = options.out.resolve()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -122,11 +208,15 @@ def main() -> None:
 
 def compare(case: str, options: argparse.Namespace) -> None:
     recipe, kind, changes = CASES[case]
-    cfg = config(recipe, changes, shards(options.out, kind), options.steps)
+    data = shards(options.out, kind, ray=not options.without_ray)
+    cfg = config(recipe, changes, data, options.steps)
     before = plan(cfg)
     for turn in range(options.rounds):
-        name = f"{recipe}-{cfg.run.workers}-{turn}"
-        measured = train(cfg, recipe, options.out, name)
+        name = f"{recipe}-{cfg.run.workers}-{turn}-{os.getpid()}"
+        if options.without_ray:
+            measured = train_here(cfg, options.out, name)
+        else:
+            measured = train(cfg, recipe, options.out, name)
         after = plan(cfg)
         steps = [one.plan.step_s for one in (before, after)]
         middle, low, high = (

@@ -56,6 +56,9 @@ class Constants:
     """Bytes/s of a ring of the workers of one host."""
     network_bytes_s: Constant
     """Bytes/s of a ring of the hosts."""
+    standstill_share: Constant = Constant(0.5, 0.1, 1.0, "I-JEPA on two cores, plan_run.md")
+    """Where a worker trains and decodes on the same CPU: share of the CPU seconds of decoding in
+    which training stands still, for Python's lock and for caches."""
     activation_share: Constant = Constant(1.0, 0.6, 1.15, "eager count; torch.compile keeps less")
     """Activations in memory, as a share of what is counted."""
 

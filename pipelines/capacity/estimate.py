@@ -190,7 +190,9 @@ class _Case:
         read = self.on_host * self.local * self.data.sample_bytes / constants.read_bytes_s.value
         total = max(compute + update + exchange, decode, read)
         if not self.cluster.accelerator:
-            total = max(total, self._shared(compute + update, constants))
+            still = self._standstill(constants)
+            shared = self._shared(compute + update, constants)
+            total = max(total, compute + update + exchange + still, shared)
         return StepSeconds(
             compute=compute, update=update, exchange=exchange, decode=decode, read=read, total=total
         )
@@ -200,6 +202,12 @@ class _Case:
         state = optimizer_bytes(self.cost, self.cfg.optim)
         trained, frozen = FP32 * self.cost.trained, FP32 * self.cost.frozen
         return (3 * trained + 2 * state + 3 * frozen) / self.shards
+
+    def _standstill(self, constants: Constants) -> float:
+        """Seconds for which decoding in the same process keeps a worker from training."""
+        if self.cfg.data.decode_in == "data":
+            return 0.0
+        return self.local * constants.decode_cpu_s.value * constants.standstill_share.value
 
     def _shared(self, busy: float, constants: Constants) -> float:
         """Seconds if the workers of a host and their data share its cores evenly."""
@@ -258,7 +266,7 @@ class _Case:
             "decode": step.decode,
             "storage": step.read,
         }
-        if step.total > max(step.device, step.decode, step.read) * 1.001:
+        if step.total > max(step.device, step.decode, step.read) * 1.1:
             return "cores"
         slowest = max(step.device, step.decode, step.read)
         if slowest == step.device:

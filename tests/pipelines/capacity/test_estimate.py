@@ -59,6 +59,7 @@ KNOWN = Constants(
     upload_bytes_s=sure(1e9),
     link_bytes_s=sure(1e30),
     network_bytes_s=sure(1e30),
+    standstill_share=sure(1e-12),
     activation_share=sure(1.0),
 )
 
@@ -109,6 +110,10 @@ def test_training_and_data_share_the_cores_of_a_machine_without_gpu() -> None:
         )
         plan = estimate(cfg, cluster, COST, DATA, constants)
         assert plan.step_s.value == pytest.approx(max(expected, 64 * decode / 2), rel=1e-6)
+    still = dataclasses.replace(constants, standstill_share=sure(0.5))
+    held = dataclasses.replace(still, decode_cpu_s=sure(1e-3))
+    plan = estimate(cfg, cluster, COST, DATA, held)
+    assert plan.step_s.value == pytest.approx(64 * (3e-3 + 0.5e-3))
     both = change(cfg, run={"threads": 2})
     plan = estimate(both, cluster, COST, DATA, constants)
     assert plan.step_s.value == pytest.approx(64 * (2 * 3e-3 + 5e-3) / 2)
