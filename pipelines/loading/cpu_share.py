@@ -159,6 +159,11 @@ def crowd(use: ClusterUse) -> str:
     return f"others hold {use.held_cpus:g} of {use.cpus:g} CPUs{who}"
 
 
+def crowd_now() -> str:
+    """Says in a worker what others hold of the cluster's CPUs now."""
+    return crowd(read_use(_own_group()))
+
+
 def tell_crowd(share: Share, shares: int, say: Callable[[str], None]) -> None:
     """Says a line if others hold CPUs, and what is left to read with.
 
@@ -200,5 +205,5 @@ class DataWatch:
         free = ray.available_resources().get("CPU", 0.0)  # type: ignore[no-untyped-call]
         self._say(
             f"worker {self._rank} has waited for data for {waited:.0f} s: {free:.3g} CPUs are "
-            f"free, {crowd(read_use(_own_group()))}"
+            f"free, {crowd_now()}"
         )

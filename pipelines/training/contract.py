@@ -59,6 +59,8 @@ class DataSource:
     batches: Batches
     steps_per_epoch: int
     manifest_hash: str
+    crowd: Callable[[], str] | None = None
+    """Says what others hold of the cluster that reads the batches; None if that is not known."""
 
 
 @dataclasses.dataclass(frozen=True)

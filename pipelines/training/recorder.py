@@ -31,7 +31,7 @@ from pipelines.training.parallel import whole_encoder
 from pipelines.training.probes.online_probe import OnlineProbe, build_probe
 from pipelines.training.probes.rank_probe import RankProbe
 from pipelines.training.state import TrainState
-from pipelines.worker_group.stragglers import Pace, Stragglers
+from pipelines.worker_group.stragglers import Hunger, Pace, Stragglers
 
 ASK_ENV = "RAYJEPA_ASK_EVERY_S"
 """Seconds between two questions whether a group should stop, about; tests shorten them."""
@@ -78,7 +78,7 @@ class Recorder:
         self.cfg, self.worker, self.state = cfg, worker, state
         self.data, self.store, self.say = data, store, say
         self.timer = StepTimer(worker.device)
-        self._stragglers = Stragglers()
+        self._stragglers, self._hunger = Stragglers(), Hunger()
         self._read_step, self._read_time = state.step, time.perf_counter()
         self._folder = RunFolder(join_uri(cfg.run.storage, cfg.run.name))
         self._told = False
@@ -202,6 +202,10 @@ class Recorder:
             self.say(f"WARNING: {verdict}" if cfg.watch.action == "warn" else verdict)
         samples = (state.step - self._read_step) * cfg.data.batch_size
         values |= speed(phases, samples, self.worker.device)
+        if self.worker.rank == 0:
+            line = self._hunger.read(values["data_wait_share"], self.data.crowd)
+            if line:
+                self.say(line)
         return values, verdict
 
     def _pace(self, phases: dict[str, float]) -> Pace:

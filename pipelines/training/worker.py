@@ -39,6 +39,7 @@ def train_worker(
     import ray.train
     import ray.train.torch
 
+    from pipelines.loading.cpu_share import crowd_now
     from pipelines.loading.loader import train_batches
     from pipelines.loading.mixing import identity_of, training_sets
     from pipelines.loading.plan import make_plan
@@ -58,7 +59,7 @@ def train_worker(
     identity = identity_of([one.manifest for one in sets])
     say = print if progress is None else say_into(progress)
     batches = functools.partial(train_batches, say=say)
-    data = DataSource(batches, plan.batches_per_epoch, identity)
+    data = DataSource(batches, plan.batches_per_epoch, identity, crowd_now)
     run_uri = join_uri(cfg.run.storage, cfg.run.name)
     lost = LeaseWatch(run_uri, token) if token else None
     with telling_room(), RayCheckpoints(run_uri, worker) as checkpoints:

@@ -9,7 +9,7 @@ only a worker that waits for data is found.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 FACTOR = 1.5
@@ -18,6 +18,10 @@ LEAST_SHARE = 0.1
 """Share of a step that it has to cost before it counts."""
 PATIENCE = 3
 """Number of consecutive readings."""
+WAIT_SHARE = 0.5
+"""Share of a step above which waiting for data is told."""
+WAIT_PATIENCE = 5
+"""Number of consecutive readings until it is told; the first ones of a run always wait."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +71,35 @@ def slowest(paces: Sequence[Pace]) -> tuple[float, Slow | None]:
     share, worst = max(found, key=lambda item: item[0])
     slow = share >= LEAST_SHARE and worst.mine_s >= FACTOR * worst.others_s
     return max(0.0, share), worst if slow else None
+
+
+class Hunger:
+    """Says once that all workers wait for data for much of their time."""
+
+    def __init__(self) -> None:
+        self._strikes = 0
+
+    def read(self, data_wait_share: float, crowd: Callable[[], str] | None) -> str | None:
+        """Takes one reading.
+
+        Args:
+            data_wait_share: Share of a step for which this worker waits for data.
+            crowd: Says what others hold of the cluster; None if that is not known.
+
+        Returns:
+            A line for the user, or None.
+        """
+        if not data_wait_share >= WAIT_SHARE:
+            self._strikes = 0
+            return None
+        self._strikes += 1
+        if self._strikes != WAIT_PATIENCE:
+            return None
+        others = f"; {crowd()}" if crowd else ""
+        return (
+            f"WARNING: training waits for data {data_wait_share:.0%} of the time{others}. Give it "
+            "more CPUs, see --data.decode-in and --data.decode-threads"
+        )
 
 
 class Stragglers:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from pipelines.worker_group.stragglers import PATIENCE, Pace, Stragglers, slowest
+from pipelines.worker_group.stragglers import (
+    PATIENCE,
+    WAIT_PATIENCE,
+    Hunger,
+    Pace,
+    Stragglers,
+    slowest,
+)
 
 
 def pace(data_s: float = 0.01, forward_s: float = 0.1, step_s: float = 0.4) -> Pace:
@@ -48,6 +55,24 @@ def test_a_small_part_of_a_step_does_not_count() -> None:
     share, slow = slowest([pace(data_s=0.001), pace(data_s=0.02)])
     assert slow is None
     assert share == pytest.approx(0.019 / 0.4)
+
+
+def test_waiting_for_data_is_told_once_and_again_after_it_has_ended() -> None:
+    hunger, crowd = Hunger(), lambda: "others hold 6 of 8 CPUs (Serve's Embedder 6)"
+    told = [hunger.read(0.7, crowd) for _ in range(3 * WAIT_PATIENCE)]
+    assert [line is not None for line in told].index(True) == WAIT_PATIENCE - 1
+    assert len([line for line in told if line]) == 1
+    assert "waits for data 70% of the time; others hold 6 of 8 CPUs (Serve's Embedder 6)." in str(
+        told[WAIT_PATIENCE - 1]
+    )
+    assert hunger.read(0.1, crowd) is None
+    assert [hunger.read(0.7, None) for _ in range(WAIT_PATIENCE)][-1] is not None
+
+
+def test_a_run_that_is_read_for_in_time_hears_nothing() -> None:
+    hunger = Hunger()
+    shares = [0.98, 0.7, 0.2, 0.6, 0.6, 0.6, 0.6, 0.1] * 3
+    assert all(hunger.read(share, None) is None for share in shares)
 
 
 def test_a_single_worker_has_nobody_to_be_slower_than() -> None:
