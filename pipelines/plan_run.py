@@ -26,7 +26,7 @@ from pipelines.capacity.clusters import Cluster, find_cluster
 from pipelines.capacity.constants import Constants, assumed, read_values, with_measured
 from pipelines.capacity.estimate import DataSize, RunPlan, estimate
 from pipelines.capacity.report import advice, as_json, table
-from pipelines.capacity.step_cost import count_step
+from pipelines.capacity.step_cost import count_step, countable
 from pipelines.config.jobs import PlanRunConfig
 from pipelines.config.train import AnchorConfig, PretrainConfig, RunConfig
 from pipelines.recipes.registry import RECIPES
@@ -47,7 +47,7 @@ class Planned:
     constants: Constants
     plan: RunPlan
     notes: list[str]
-    """What was not measured and why."""
+    """What was not counted or measured, and why."""
 
 
 def plan_run(cfg: PlanRunConfig, run: PretrainConfig) -> Planned:
@@ -70,10 +70,13 @@ def plan_run(cfg: PlanRunConfig, run: PretrainConfig) -> Planned:
         constants = with_measured(constants, values, "--constants")
     cost = count_step(run)
     notes: list[str] = []
+    if countable(run) != run:
+        notes.append("FLOPs and memory: counted as if --model.exclude left nothing out of views")
     if cfg.measure:
         from pipelines.capacity.measure import measure
 
-        found, notes = measure(run, cluster, cost, constants)
+        found, unmeasured = measure(run, cluster, cost, constants)
+        notes += unmeasured
         constants = dataclasses.replace(constants, **found)
         if cfg.save:
             _save(cfg.save, run, {name: dataclasses.astuple(one) for name, one in found.items()})

@@ -118,6 +118,12 @@ def test_regions_and_whole_pictures_are_counted() -> None:
     assert count_step(left_out).parts["target_encoder"] == blocks
 
 
+def test_regions_of_views_are_counted_as_if_they_were_there() -> None:
+    cfg = RECIPES["lejepa_cifar10_demo"][1]
+    left_out = change(cfg, model={"exclude": ((0.0, 0.0, 1.0, 0.25),)})
+    assert count_step(left_out) == count_step(cfg)
+
+
 def test_kept_storages_are_what_a_hand_count_says() -> None:
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
     kept = _KeptStorages(model)
