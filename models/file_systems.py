@@ -30,19 +30,16 @@ def check_protocol(uri: str, about: str = "") -> None:
     protocol, separator, _ = uri.partition("://")
     if not separator or "::" in uri:
         return
-    about = f"{about}{uri}: "
+    package, lower = PACKAGES.get(protocol), protocol.lower()
     try:
         fsspec.get_filesystem_class(protocol)
-    except ImportError as error:
-        package = PACKAGES.get(protocol)
-        way_out = f"pip install {package}" if package else str(error)
-        raise ValueError(f"{about}to read {protocol}://, {way_out}\n{READABLE}") from error
-    except ValueError as error:
-        low = protocol.lower()
-        hint = (
-            f"; write {low}://" if low != protocol and low in fsspec.available_protocols() else ""
-        )
-        raise ValueError(f"{about}nothing here reads {protocol}://{hint}\n{READABLE}") from error
+    except (ImportError, ValueError) as error:
+        told = f"nothing here reads {protocol}://"
+        if package or isinstance(error, ImportError):
+            told = f"to read {protocol}://, {f'pip install {package}' if package else error}"
+        elif lower != protocol and lower in fsspec.available_protocols():
+            told += f"; write {lower}://"
+        raise ValueError(f"{about}{uri}: {told}\n{READABLE}") from error
 
 
 def url_to_fs(uri: str, *, patience_s: float | None = None) -> tuple[Any, str]:

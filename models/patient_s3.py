@@ -38,6 +38,9 @@ QUICK = {"connect_timeout": 3, "read_timeout": 10}
 QUICK_S = 10.0
 BODY_S, SLOWEST = 60.0, 16_384
 """A body may take these seconds, and one more for each so many bytes."""
+CHECKSUMS = ("request_checksum_calculation", "response_checksum_validation")
+"""Settings of botocore. By default it checks more than other servers than AWS's understand: rclone
+sends the checksum of the whole file with every part of it."""
 OUTAGES = Outages()
 _HEADS = {"head_object": "get_object", "head_bucket": "list_objects_v2"}
 """Requests whose answers have no body that could say why they are refused, and what can."""
@@ -60,6 +63,14 @@ class PatientS3FileSystem(S3FileSystem):  # type: ignore[misc]
         options["config_kwargs"] = config | (options.get("config_kwargs") or {})
         super().__init__(*args, **options)
         self._patience_s = patience_s
+
+    def _prepare_config_kwargs(self) -> dict[str, Any]:
+        config: dict[str, Any] = super()._prepare_config_kwargs()
+        named = self.endpoint_url, *map(os.environ.get, ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"))
+        if any(endpoint and "amazonaws.com" not in endpoint for endpoint in named):
+            unset = [name for name in CHECKSUMS if f"AWS_{name.upper()}" not in os.environ]
+            config = dict.fromkeys(unset, "when_required") | config
+        return config
 
     async def _call_s3(self, method: str, *args: Any, **kwargs: Any) -> Any:
         started, pause, renewed = time.monotonic(), FIRST_PAUSE_S, False
@@ -95,6 +106,9 @@ class PatientS3FileSystem(S3FileSystem):  # type: ignore[misc]
         except OSError as error:
             told = await self._telling(method, error, kwargs)
             raise told from told.__cause__
+        except RecursionError:  # botocore asks for the region, and is sent on by that answer too
+            text = f"sent elsewhere without an end (PermanentRedirect: {_uri(kwargs)})"
+            raise PermissionError(text) from None
         if method == "get_object":
             size = int(answer.get("ContentLength") or 0)
             if "Range" in arguments or size <= self.default_block_size:

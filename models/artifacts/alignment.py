@@ -13,13 +13,13 @@ import hashlib
 import json
 from typing import Any, Literal
 
-import fsspec
 import numpy as np
 import safetensors
 import safetensors.numpy
 
 from models.artifacts.artifact import weights_hash
 from models.encoders.vit import VisionTransformer
+from models.file_systems import read_bytes
 from models.media.preprocessing import Preprocessing
 
 SCHEMA_VERSION = 1
@@ -141,8 +141,7 @@ def load_alignment(uri: str) -> StoredAlignment:
         FileNotFoundError: there is nothing at the URI.
         ValueError: it is no alignment, or one of an older version, without its origin.
     """
-    with fsspec.open(uri, "rb") as handle:
-        data = handle.read()
+    data = read_bytes(uri)
     try:
         tensors, header = safetensors.numpy.load(data), _header(data)
         alignment = Alignment(tensors["weight"], tensors["bias"])

@@ -8,9 +8,9 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import fsspec
 import tyro
 
+from models.file_systems import read_bytes
 from models.image_size import ImageSize, parse_image_size, size_text
 from models.media.regions import Region, check_region
 
@@ -91,8 +91,7 @@ def _read_regions(text: str) -> Sequence[Region]:
 def _read_set(file: str, name: str) -> list[Region]:
     """Reads one of the sets of a TOML file, such as `hud_a = [[0.0, 0.0, 1.0, 0.1]]`."""
     try:
-        with fsspec.open(file, "rb") as handle:
-            sets = tomllib.loads(handle.read().decode())
+        sets = tomllib.loads(read_bytes(file).decode())
     except FileNotFoundError as error:
         raise ValueError(f"{file}: there is no such file of regions") from error
     except OSError as error:

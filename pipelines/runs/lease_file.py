@@ -124,7 +124,11 @@ class LocalLeaseFile:
 
 
 class S3LeaseFile:
-    """On S3, by requests that S3 refuses (412) unless the version is the one that was seen."""
+    """On S3, by requests that S3 refuses (412) unless the version is the one that was seen.
+
+    Some servers pass over the condition. There the one whose file was overwritten notices it when
+    it changes the file next.
+    """
 
     def __init__(self, fs: Any, path: str, uri: str) -> None:
         self._fs, self._uri = fs, uri
@@ -147,6 +151,12 @@ class S3LeaseFile:
 
     def replace(self, data: bytes, version: str) -> str:
         """See `LeaseFile`."""
+        try:
+            now = str(self._fs.call_s3("head_object", **self._at)["ETag"])
+        except FileNotFoundError as error:
+            raise TakenError from error
+        if now != version:
+            raise TakenError
         return self._put(data, IfMatch=version)
 
     def _put(self, data: bytes, **condition: str) -> str:
@@ -196,10 +206,13 @@ class PlainLeaseFile:
         return data, _version(data)
 
     def create(self, data: bytes) -> str:
-        """See `LeaseFile`."""
-        if self._fs.exists(self._path):
+        """See `LeaseFile`; Google's storage and Azure's let one of several make it."""
+        if self._fs.exists(self._path):  # not every file system knows the mode
             raise TakenError
-        self._fs.pipe_file(self._path, data)
+        try:
+            self._fs.pipe_file(self._path, data, mode="create")
+        except FileExistsError as error:
+            raise TakenError from error
         return _version(data)
 
     def replace(self, data: bytes, version: str) -> str:

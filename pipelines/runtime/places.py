@@ -78,7 +78,8 @@ def _absolute(place: Place) -> str:
     if place.field.or_name:
         return place.uri
     check_protocol(place.uri, f"{place.flag}: ")
-    return absolute_uri(place.uri)
+    with about(place):
+        return absolute_uri(place.uri)
 
 
 def _require_answer(place: Place) -> None:

@@ -12,6 +12,8 @@ from pipelines.runtime.places import MAKE, holding
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 SET_KEYS = "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+FOREIGN = ("gcsfs", "google", "adlfs", "azure", "ossfs", "oss2", "huggingface_hub")
+"""Packages whose errors other storages raise."""
 EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired")
 SET_CLOCK = "Set it, as by NTP (`timedatectl`), on every machine of the cluster."
 SET_REGION = "Set AWS_DEFAULT_REGION to the bucket's own, and AWS_ENDPOINT_URL for other than AWS."
@@ -27,6 +29,13 @@ def explain_storage(fault: Fault, found: list[Place]) -> str | None:
     """
     if fault.module in ("botocore", "aiobotocore", "aiohttp") or fault.code is not None:
         return _of_s3(fault, found)
+    if fault.is_a("ValueError") and fault.text.startswith("Invalid endpoint"):
+        where = _where(fault, found, remote=True)
+        return (
+            f"{where}{fault.first_line}\nSet AWS_ENDPOINT_URL to http://HOST:PORT or https://HOST."
+        )
+    if fault.module in FOREIGN:
+        return f"{_where(fault, found, remote=True)}{fault.name}: {fault.first_line}"
     if not fault.is_a("OSError"):
         return None
     if fault.number is None or "--" in fault.text:
@@ -41,6 +50,9 @@ def _of_s3(fault: Fault, found: list[Place]) -> str:
     if fault.is_a("EndpointConnectionError", "HTTPClientError", "ClientConnectorError"):
         at = fault.endpoint or os.environ.get("AWS_ENDPOINT_URL") or "S3"
         return f"{where}no answer from {at}\nIs AWS_ENDPOINT_URL right, and the network there?"
+    if fault.is_a("ResponseParserError"):
+        at = os.environ.get("AWS_ENDPOINT_URL") or "S3's address"
+        return f"{where}what answers at {at} is no S3 ({fault.first_line})\nSet AWS_ENDPOINT_URL."
     if fault.code == "NoSuchBucket":
         return f"{where}there is no bucket {fault.bucket or ''}\n{MAKE}"
     if fault.code in CREDENTIALS:

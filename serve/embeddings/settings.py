@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from serve.ingress.settings import ApplicationSettings, split_list
+from serve.ingress.settings import ApplicationSettings, Stored, split_list
 
 # [private:]host[:port]; a leading dot means "any subdomain of", a lone * any public host.
 _HOST_RULE = re.compile(
@@ -32,11 +32,11 @@ def _split_hosts(value: object) -> object:
 class ServeSettings(ApplicationSettings):
     """Settings of the embeddings application: the artifact, batching and all limits."""
 
-    artifact: str = Field(min_length=1)
+    artifact: Stored
     """Folder or `s3://` prefix of an exported artifact (`python -m pipelines.export`)."""
     model: str | None = Field(None, min_length=1)
     """The model's name in requests; None takes the name of the artifact's folder."""
-    align: str | None = Field(None, min_length=1)
+    align: Stored | None = None
     """File of `pipelines.align` or `pipelines.adapt`, local or `s3://`, that maps all features
     before they are normalised, so that old probes read them."""
 

@@ -5,7 +5,17 @@ from __future__ import annotations
 import re
 from typing import Annotated, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
+
+from models.file_systems import check_protocol
 
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[^\s/?#@\[\]:]+)(:\d{1,5})?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -28,6 +38,15 @@ def _origins(value: object) -> object:
         if not _ORIGIN.fullmatch(origin):
             raise ValueError(f"{origin!r} is not an origin, `https://host[:port]` without a path")
     return origins
+
+
+def _understood(place: str) -> str:
+    check_protocol(place)
+    return place
+
+
+Stored = Annotated[str, Field(min_length=1), AfterValidator(_understood)]
+"""A folder or file, local or at an address that an installed file system understands."""
 
 
 class ApplicationSettings(BaseModel):

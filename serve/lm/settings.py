@@ -10,7 +10,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from serve.ingress.settings import ApplicationSettings
+from serve.ingress.settings import ApplicationSettings, Stored
 
 
 class LMSettings(ApplicationSettings):
@@ -20,7 +20,7 @@ class LMSettings(ApplicationSettings):
     """Hugging Face folder or hub id (safetensors), a `.gguf` file, or a folder with one."""
     name: str | None = Field(None, min_length=1)
     """The model's name in requests; None takes the last part of the model's path."""
-    store: str | None = Field(None, min_length=1)
+    store: Stored | None = None
     """Folder that all nodes share, or fsspec URL (`s3://...`), where sessions are stored. None
     keeps them in memory only: they end with their replica and cannot be resumed or swapped out."""
 

@@ -36,6 +36,7 @@ class S3Proxy:
         self.error_rate, self.seed = 0.0, random.Random(0)
         self.troubles: tuple[str, ...] = ("reset", "slow_down")
         self.calm = threading.Event()  # ends hanging requests
+        self.withheld: frozenset[str] = frozenset()  # headers of requests, in lower case
         self.refuse: tuple[int, str] | None = None  # status and code that answer every request
         self.rule: Callable[[Any], str] | None = None  # what a request meets, by the handler
         self.spoiled = self.bytes_out = 0
@@ -162,7 +163,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _pass_on(self, body: bytes, trouble: str) -> None:
         upstream = http.client.HTTPConnection(self.proxy.upstream, timeout=60)
         with contextlib.closing(upstream):
-            headers = {k: v for k, v in self.headers.items() if k.lower() not in HOP_BY_HOP}
+            withheld = HOP_BY_HOP | self.proxy.withheld
+            headers = {k: v for k, v in self.headers.items() if k.lower() not in withheld}
             upstream.request(self.command, self.path, body, headers | {"Connection": "close"})
             answer = upstream.getresponse()
             data = answer.read()

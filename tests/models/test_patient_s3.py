@@ -23,8 +23,8 @@ DOWN_S = 4.0
 
 
 @pytest.fixture(scope="module")
-def through(s3: dict[str, str]) -> Iterator[S3Proxy]:
-    with proxied(s3) as proxy:
+def through(each_s3: dict[str, str]) -> Iterator[S3Proxy]:
+    with proxied(each_s3) as proxy:
         url_to_fs("s3://")[0].mkdir(BUCKET)
         yield proxy
 

@@ -21,12 +21,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from models.file_systems import url_to_fs
 from models.sink_lm.engine.session import SessionExists, UnknownSession
 from serve.lm.contract import is_session_id
 from serve.lm.store.segmented_log import SegmentedLog, list_segments
@@ -34,6 +34,8 @@ from serve.lm.store.token_log import TOKEN_BYTES, LocalLog, TokenLog
 
 FORMAT = 1
 KEEP_SNAPSHOTS = 2
+PATIENCE_S = 60.0
+"""Seconds for which S3 is waited for: as long as a log waits (`segmented_log.WAIT_S`)."""
 RECENT = 256
 """Tokens before a snapshot that it includes."""
 
@@ -178,7 +180,7 @@ class SessionStore:
     """
 
     def __init__(self, uri: str, fingerprint: str) -> None:
-        self.fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+        self.fs, path = url_to_fs(uri)
         protocol = self.fs.protocol
         self._local = "file" in (protocol if isinstance(protocol, tuple | list) else (protocol,))
         self._root = str(Path(path).resolve()) if self._local else str(path).rstrip("/")

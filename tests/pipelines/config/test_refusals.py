@@ -5,8 +5,10 @@ Every command's own `main`, in this process, with S3 by moto; only what a worker
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import s3fs
 from PIL import Image
 
 from helpers.pipelines.refusals import Told, teller
+from helpers.s3_proxy import proxied
 
 
 @pytest.fixture
@@ -134,14 +137,69 @@ def test_a_bucket_that_does_not_exist(
     assert not fsspec.filesystem("s3", skip_instance_cache=True).exists("nobucket")
 
 
-@pytest.mark.parametrize(("command", "flag", "others"), S3_WRITES, ids=ids(S3_WRITES))
-@pytest.mark.parametrize("address", ["gs://b/x", "az://b/x", "S3://b/x", "r2://b/x"])
+PROTOCOLS = {
+    "gs": "pip install gcsfs",
+    "az": "pip install adlfs",
+    "abfss": "pip install adlfs",
+    "S3": "write s3://",
+    "r2": "nothing here reads r2://",
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "others"), READS[:-1] + S3_WRITES, ids=ids(READS[:-1] + S3_WRITES)
+)
 def test_protocols_that_are_not_read(
-    told: Told, pictures: Path, address: str, command: str, flag: str, others: list[str]
+    told: Told, pictures: Path, command: str, flag: str, others: list[str]
 ) -> None:
-    said = told(command, *command_line(command, flag, address, others, pictures))
-    assert f"{flag}: {address}: " in said
-    assert "s3://" in said
+    for protocol, way_out in PROTOCOLS.items():
+        if importlib.util.find_spec(way_out.rpartition(" ")[2]):
+            continue  # somebody has it installed
+        address = f"{protocol}://b/x"
+        said = told(command, *command_line(command, flag, address, others, pictures))
+        assert f"{flag}: {address}: " in said
+        assert way_out in said
+        assert "s3://" in said
+
+
+REFUSALS = {
+    "ExpiredToken": (400, "refuses the credentials", "aws sso login"),
+    "InvalidAccessKeyId": (403, "refuses the credentials", "AWS_ACCESS_KEY_ID"),
+    "SignatureDoesNotMatch": (403, "refuses the credentials", "AWS_SECRET_ACCESS_KEY"),
+    "AccessDenied": (403, "access denied", "may not do this there"),
+    "RequestTimeTooSkewed": (403, "the clock of this machine is wrong", "timedatectl"),
+    "PermanentRedirect": (301, "in another region", "AWS_DEFAULT_REGION"),
+    "AuthorizationHeaderMalformed": (400, "in another region", "AWS_DEFAULT_REGION"),
+}
+
+
+@pytest.mark.parametrize("code", REFUSALS)
+@pytest.mark.parametrize("flag", ["--source", "--out"])
+def test_what_s3_refuses_is_told_at_once(
+    told: Told, pictures: Path, s3: dict[str, str], bucket: str, code: str, flag: str
+) -> None:
+    status, what, way_out = REFUSALS[code]
+    with proxied(s3) as proxy:
+        proxy.refuse = (status, code)
+        place = f"s3://{bucket}/raw"
+        others = ("--out", pictures.parent / "o") if flag == "--source" else ("--source", pictures)
+        started = time.monotonic()
+        said = told("ingest", flag, place, *others)
+        assert time.monotonic() - started < 10
+    assert said.startswith(f"error: {flag}: {place}: ")
+    assert what in said
+    assert way_out in said
+
+
+def test_an_endpoint_without_a_protocol(
+    told: Told, pictures: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost:9000")
+    s3fs.S3FileSystem.clear_instance_cache()
+    said = told("ingest", "--source", f"s3://{bucket}/raw", "--out", pictures.parent / "out")
+    assert "--source: s3://refusals/raw: " in said
+    assert "AWS_ENDPOINT_URL" in said
+    assert "localhost:9000" in said
 
 
 def test_no_credentials(

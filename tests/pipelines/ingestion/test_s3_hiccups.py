@@ -22,8 +22,8 @@ SOURCE = "s3://hiccups/raw"
 
 
 @pytest.fixture
-def proxy(s3: dict[str, str], in_process: None) -> Iterator[S3Proxy]:
-    with proxied(s3) as proxy:
+def proxy(each_s3: dict[str, str], in_process: None) -> Iterator[S3Proxy]:
+    with proxied(each_s3) as proxy:
         fs, path = url_to_fs(SOURCE)
         fs.makedirs("hiccups", exist_ok=True)
         for number in range(COUNT):

@@ -225,7 +225,9 @@ def test_a_server_without_conditional_writes_is_written_to_all_the_same() -> Non
             bucket, _, key = path.partition("/")
             return bucket, key, None
 
-        def call_s3(self, method: str, Body: bytes, **arguments: str) -> dict[str, str]:
+        def call_s3(self, method: str, Body: bytes = b"", **arguments: str) -> dict[str, str]:
+            if method == "head_object":
+                return {"ETag": "1"}
             if arguments.keys() & {"IfMatch", "IfNoneMatch"}:
                 answer = {"Error": {"Code": "NotImplemented"}}
                 cause = ClientError({**answer, "ResponseMetadata": {"HTTPStatusCode": 501}}, method)
@@ -237,5 +239,21 @@ def test_a_server_without_conditional_writes_is_written_to_all_the_same() -> Non
     simple = Simple()
     file = S3LeaseFile(simple, "bucket/run/lease.json", "s3://bucket/run/lease.json")
     assert file.create(b"one") == "1"
-    assert file.replace(b"two", "0") == "1"
+    assert file.replace(b"two", "1") == "1"
     assert simple.written == b"two"
+
+
+def test_where_a_server_passes_over_conditions_the_overwritten_one_notices(
+    proxy: S3Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proxy, "withheld", frozenset({"if-match", "if-none-match"}))
+    uri = f"s3://leases/unconditional/{NAME}"
+    mine, theirs = lease_file(uri), lease_file(uri)
+    version = mine.create(b"mine")
+    version = mine.replace(b"mine, later", version)
+    theirs.create(b"theirs")  # both found none when they looked
+    with pytest.raises(TakenError):
+        mine.replace(b"mine again", version)
+    found = mine.read()
+    assert found is not None
+    assert found[0] == b"theirs"
