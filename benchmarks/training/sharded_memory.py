@@ -87,6 +87,8 @@ def measure(cfg: PretrainConfig, batch: dict[str, Tensor]) -> dict[str, float]:
                 optimizer.step()
                 optimizer.zero_grad()
                 objective.after_step(step, cfg.run.steps)
+                if step == 0:
+                    tracker.reset_mod_stats()
     moments = [t for state in optimizer.state.values() for t in state.values()]
     return {
         "weights": bytes_of(weights),

@@ -7,6 +7,7 @@ import functools
 import logging
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,7 +63,9 @@ def train_worker(
     data = DataSource(batches, plan.batches_per_epoch, identity, crowd_now)
     run_uri = join_uri(cfg.run.storage, cfg.run.name)
     lost = LeaseWatch(run_uri, token) if token else None
-    with telling_room(), RayCheckpoints(run_uri, worker) as checkpoints:
+    sharded = cfg.run.parallel != "ddp"
+    checkpoints = RayCheckpoints(run_uri, worker, in_background=sharded)
+    with telling_room(), checkpoints:
         outcome = train(cfg, worker, data, checkpoints, say, lost, stop_reason)
         if outcome.stopped:
             wait_until_committed()
@@ -100,10 +103,12 @@ class RayCheckpoints:
     Args:
         run_uri: The run's folder.
         worker: This process.
+        in_background: Write to the local disk in the background too, while training goes on.
     """
 
-    def __init__(self, run_uri: str, worker: Worker) -> None:
-        self._run_uri, self._worker = run_uri, worker
+    def __init__(self, run_uri: str, worker: Worker, *, in_background: bool = False) -> None:
+        self._run_uri, self._worker, self._in_background = run_uri, worker, in_background
+        self._writing = threading.Lock()
         self._folders: list[Path] = []
         self._bytes = 0
 
@@ -131,11 +136,15 @@ class RayCheckpoints:
                 yield SavedCheckpoint(Path(folder), join_uri(self._run_uri, name))
 
     def save(self, write: Callable[[Path], None], metrics: dict[str, Any]) -> str | None:
-        """Writes to local disk and returns; training continues while Ray uploads."""
+        """Writes to local disk and returns; training continues while Ray uploads.
+
+        In the background, Ray's thread writes before it uploads. Then there is a wait only while
+        the previous checkpoint is written, so that few are in memory.
+        """
         import ray.train
 
         name = f"checkpoint_{metrics['step']:08d}"
-        folder, problem = self._write(write)
+        folder, problem = self._begin(write)
         if self._worker.rank == 0:
             self._remove_left_over(name)
         problem = self._worker.first(problem)
@@ -149,25 +158,45 @@ class RayCheckpoints:
             checkpoint=ray.train.Checkpoint.from_directory(folder),
             checkpoint_dir_name=name,
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=self._upload(write, folder) if self._in_background else None,
             delete_local_checkpoint_after_upload=True,
         )
         return None
 
-    def _write(self, write: Callable[[Path], None]) -> tuple[Path | None, str | None]:
-        """Returns the folder with this process's share, or why there is no room for it."""
+    def _begin(self, write: Callable[[Path], None]) -> tuple[Path | None, str | None]:
+        """Returns the folder for this process's share, or why there is no room for it."""
         folder: Path | None = None
+        with self._writing:
+            pass
         try:
             require_room(self._bytes)
             folder = make_scratch("checkpoint")
-            write(folder)
+            if not self._in_background:
+                self._fill(folder, write)
         except Exception as error:
             if not is_full(error):
                 raise
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
             return None, no_room(self._bytes)
-        self._bytes = sum(file.stat().st_size for file in folder.rglob("*"))
         return folder, None
+
+    def _fill(self, folder: Path, write: Callable[[Path], None]) -> None:
+        with self._writing:
+            write(folder)
+            self._bytes = sum(file.stat().st_size for file in folder.rglob("*"))
+
+    def _upload(self, write: Callable[[Path], None], folder: Path) -> Callable[[Any, str], Any]:
+        """Returns what a thread of Ray Train does: it writes, and uploads as Ray Train does."""
+        import ray.train
+
+        storage: Any = ray.train.get_context().get_storage()
+
+        def write_and_upload(checkpoint: Any, name: str) -> Any:
+            self._fill(folder, write)
+            return storage.persist_current_checkpoint(checkpoint, name)
+
+        return write_and_upload
 
     def _remove_left_over(self, name: str) -> None:
         """Removes what a group that was lost while it uploaded this checkpoint has left there.

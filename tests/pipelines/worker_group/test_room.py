@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -112,6 +113,28 @@ def test_an_error_of_a_full_disk_tells_what_is_free(tmp_path: Path) -> None:
     assert is_full(told.value)
     with pytest.raises(PermissionError), telling_room():
         raise PermissionError(errno.EACCES, "denied")
+
+
+def test_shares_of_sharded_models_are_written_by_the_thread_that_uploads(
+    store: tuple[RayCheckpoints, list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray.train
+
+    class Storage:
+        def persist_current_checkpoint(self, checkpoint: Any, name: str) -> str:
+            return f"{name}: {[file.name for file in Path(checkpoint).iterdir()]}"
+
+    context = SimpleNamespace(get_storage=Storage)
+    monkeypatch.setattr(ray.train, "get_context", lambda: context)
+    checkpoints = RayCheckpoints(str(tmp_path / "run"), Worker(), in_background=True)
+    assert checkpoints.save(whole, {"step": 1}) is None
+    (report,) = store[1]
+    folder = Path(report["checkpoint"].path)
+    assert list(folder.iterdir()) == []  # training goes on
+    assert report["checkpoint_upload_fn"](folder, "name") == "name: ['whole']"
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=64 * 2**20 + 999))
+    assert "0.00 GB that it takes" in str(checkpoints.save(whole, {"step": 2}))
 
 
 class FullStore(FolderStore):

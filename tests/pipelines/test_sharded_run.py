@@ -1,0 +1,44 @@
+"""A sharded run on Ray Train: killed, resumed by another number of workers, exported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from helpers.pipelines.fake_training import change
+from pipelines.config.train import PretrainConfig
+from pipelines.recipes.registry import RECIPES
+from pipelines.runs.checkpoints import committed_checkpoints, load_objective
+from pipelines.training.launch import pretrain
+
+pytestmark = pytest.mark.ray
+
+
+def config(shards: tuple[str, str], folder: Path, **run: object) -> PretrainConfig:
+    settings = {"storage": str(folder), "workers": 2, "cpus_per_worker": 0.25, "threads": 1}
+    _, cfg = RECIPES["debug"]
+    return change(cfg, data={"train": shards[0], "batch_size": 16}, run={**settings, **run})
+
+
+def test_a_sharded_run_is_interrupted_goes_on_whole_and_is_exported(
+    cifar_shards: tuple[str, str], tmp_path: Path
+) -> None:
+    from pipelines.config.jobs import ExportConfig
+    from pipelines.export import export
+
+    whole = pretrain(config(cifar_shards, tmp_path, name="ddp"))
+    part = config(cifar_shards, tmp_path, name="fsdp", parallel="fsdp", stop_after=5)
+    assert pretrain(part).step == 5
+    end = pretrain(change(part, run={"stop_after": None}))
+    assert end.step == 10
+    ours, theirs = (load_objective(r.last_checkpoint)[0].state_dict() for r in (end, whole))
+    assert max(float((ours[n] - theirs[n]).abs().max()) for n in theirs) < 1e-5
+    assert end.metrics["loss"] == pytest.approx(whole.metrics["loss"], rel=1e-5)
+    assert len(committed_checkpoints(end.run_uri)) == 2
+    export(ExportConfig(checkpoint=end.run_uri, out=str(tmp_path / "artifact")))
+    exported = load_file(tmp_path / "artifact" / "model.safetensors")
+    name = "blocks.0.mlp.fc1.weight"
+    assert torch.equal(exported[name], ours[f"target_encoder.{name}"])
