@@ -13,6 +13,7 @@ whole from the beginning of its forward pass to the end of its backward pass.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -34,7 +35,7 @@ from models.encoders.vit import VisionTransformer
 from models.objectives.objective import Objective
 from models.shards import whole
 from pipelines.config.train import PretrainConfig
-from pipelines.training.contract import Worker
+from pipelines.training.contract import Say, Worker
 
 
 @contextlib.contextmanager
@@ -52,26 +53,29 @@ def processes(cfg: PretrainConfig) -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def shard_mesh(cfg: PretrainConfig, worker: Worker) -> DeviceMesh | None:
+def shard_mesh(cfg: PretrainConfig, worker: Worker, say: Say = print) -> DeviceMesh | None:
     """Arranges the workers for sharding: (replicas, shards) or (shards,); None under ddp.
 
-    Raises:
-        ValueError: hosts have different numbers of workers, which cannot form hsdp's rectangle.
+    A group whose hosts have different numbers of workers forms no rectangle, as hsdp needs. It may
+    become one again, if a host was lost; until then it is sharded over all of its workers.
     """
     if cfg.run.parallel == "ddp":
         return None
     kind, count = worker.device.type, worker.world_size
-    if cfg.run.parallel == "fsdp":
-        return init_device_mesh(kind, (count,), mesh_dim_names=("shard",))
-    found = worker.all(worker.local_world_size)
-    if len(set(found)) > 1:
-        raise ValueError(
-            f"--run.parallel hsdp: hosts have {', '.join(map(str, sorted(set(found))))} workers, "
-            "but each must have as many as every other.\nUse --run.parallel fsdp, or another "
-            "--run.workers."
+    if cfg.run.parallel == "hsdp":
+        hosts = [
+            (host, len(list(ranks))) for host, ranks in itertools.groupby(worker.all(worker.host))
+        ]
+        sizes = {size for _, size in hosts}
+        if len(sizes) == 1 and len(dict(hosts)) == len(hosts):
+            shape = (len(hosts), hosts[0][1])
+            return init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+        told = ", ".join(f"{host} {size}" for host, size in hosts)
+        say(
+            f"WARNING: --run.parallel hsdp: hosts have different numbers of workers ({told}), so "
+            "the model is sharded over all of them, as by fsdp"
         )
-    shape = (count // found[0], found[0])
-    return init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(kind, (count,), mesh_dim_names=("shard",))
 
 
 def shard(objective: Objective, cfg: PretrainConfig, mesh: DeviceMesh) -> None:
@@ -87,15 +91,20 @@ def shard(objective: Objective, cfg: PretrainConfig, mesh: DeviceMesh) -> None:
         if cfg.run.compile:
             # The forward function alone, so that the hooks, which communicate, stay outside.
             block.forward = torch.compile(block.forward, dynamic=False)  # type: ignore[method-assign]
-        unit = fully_shard(block, mesh=mesh, mp_policy=_precision(cfg), offload_policy=offload)
+        policy = _precision(cfg, mesh.device_type)
+        unit = fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=offload)
         if not any(parameter.requires_grad for parameter in block.parameters()):
             unit.set_unshard_in_backward(False)  # target encoders have no backward pass
     fully_shard(objective, mesh=mesh, offload_policy=offload)
 
 
-def _precision(cfg: PretrainConfig) -> MixedPrecisionPolicy:
-    """Gathers weights in the type in which autocast uses them; reduces gradients in fp32."""
-    if cfg.run.precision == "fp32":
+def _precision(cfg: PretrainConfig, device_type: str) -> MixedPrecisionPolicy:
+    """Gathers weights in the type in which autocast uses them; reduces gradients in fp32.
+
+    On a CPU autocast casts them after they are gathered, because LayerNorm's kernel there takes no
+    bf16 weights for fp32 tokens.
+    """
+    if cfg.run.precision == "fp32" or device_type == "cpu":
         return MixedPrecisionPolicy()
     return MixedPrecisionPolicy(
         param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False

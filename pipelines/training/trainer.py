@@ -184,7 +184,7 @@ def _start(
     error: _Refusal | None = None
     with store.latest() as found:
         try:
-            state = new_state(cfg, worker.device, shard_mesh(cfg, worker))
+            state = new_state(cfg, worker.device, shard_mesh(cfg, worker, say))
             if found is not None:
                 _restore(state, found, cfg, worker, data)
                 say(f"resuming run {cfg.run.name!r} at step {state.step}")

@@ -22,9 +22,11 @@ from torch.distributed.tensor.debug import CommDebugMode
 from helpers.pipelines.fake_training import FolderStore, change, memory_batches, tiny_config
 from helpers.repository import ROOT
 from models.encoders.shape import PRESETS, Preset
+from models.encoders.vit import VisionTransformer
 from models.objectives import latent
 from pipelines.config.train import PretrainConfig
-from pipelines.training import recorder, trainer
+from pipelines.runs.anchor import Anchored
+from pipelines.training import recorder, state, trainer
 from pipelines.training.contract import DataSource, Worker
 from pipelines.training.parallel import shard_mesh
 from pipelines.training.state import new_state
@@ -54,6 +56,9 @@ OTHERS: dict[str, dict[str, Any]] = {
     "dmjd": {"mask": {"context_keep": 6}},
     "levjepa": {"model": CLIPS, "objective": VIEWS, "optim": STILL},
     "videomae": {"model": CLIPS, "video_mask": {"kind": "tube"}},
+    "regularized": {"objective": {"name": "ijepa", "regularize": "context_pooled", "slices": 16}},
+    "anchored": {"objective": {"name": "ijepa"}},
+    "bf16": {"objective": {"name": "ijepa"}, "run": {"precision": "bf16"}},
 }
 
 
@@ -64,7 +69,8 @@ def config(folder: Path, case: str, parallel: str, workers: int, **run: Any) -> 
     settings = {"steps": STEPS, "checkpoint_every": HALF, "log_every": HALF, "probe_every": STEPS}
     settings |= {"name": f"{case}-{parallel}-{workers}", "parallel": parallel}
     cfg = tiny_config(folder / "runs", **settings)
-    cfg = change(cfg, data={"lanes": 4}, run={"workers": workers, **run})
+    run = {"workers": workers, **own.get("run", {}), **run}
+    cfg = change(cfg, data={"lanes": 4}, run=run)
     objective = {"name": name, **own.get("objective", {})}
     model = {"encoder": "nano", **own.get("model", {})}
     masks = {part: own[part] for part in ("mask", "video_mask") if part in own}
@@ -77,7 +83,14 @@ def batches(cfg: PretrainConfig, **where: Any) -> Iterator[dict[str, Any]]:
         if cfg.modality == "video":
             images, count = batch.pop("images"), cfg.model.frames
             batch["clips"] = torch.stack([images.roll(8 * t, 3) for t in range(count)], dim=2)
+        batch["sets"] = torch.ones(len(batch["sample_ids"]), dtype=torch.int64)
         yield batch
+
+
+def anchored(objective: Any, cfg: PretrainConfig) -> Anchored:
+    """Anchors to an encoder of other weights, as --anchor.checkpoint does."""
+    frozen = VisionTransformer(objective.encoder.shape)
+    return Anchored(objective, frozen, weight=0.5)
 
 
 class SharedStore(FolderStore):
@@ -99,8 +112,7 @@ def sum_of_weights(encoder: torch.nn.Module) -> float:
 def run(folder: Path, case: str, parallel: str, rank: int, workers: int, **settings: Any) -> None:
     cfg = config(folder, case, parallel, workers, **settings)
     store = SharedStore(folder / cfg.run.name)
-    # On two hosts, for hsdp.
-    worker = Worker(rank, workers, max(1, workers // 2), torch.device("cpu"))
+    worker = Worker(rank, workers, host=f"host {2 * rank // workers}")  # two, for hsdp
     recorder.build_probe = lambda cfg, say: sum_of_weights
     torch.manual_seed(rank)  # what the process's generator holds does not matter
     outcome = trainer.train(cfg, worker, DataSource(batches, 5, "hash"), store, lambda line: None)
@@ -122,9 +134,9 @@ def communication_of_the_ema(folder: Path, rank: int, workers: int) -> int:
     """Counts the collectives of `after_step`."""
     cfg = config(folder, "ijepa.ema", "fsdp", workers)
     worker = Worker(rank, workers)
-    state = new_state(cfg, worker.device, shard_mesh(cfg, worker))
+    built = new_state(cfg, worker.device, shard_mesh(cfg, worker))
     with CommDebugMode() as mode:
-        state.objective.after_step(3, STEPS)
+        built.objective.after_step(3, STEPS)
     return mode.get_total_counts()
 
 
@@ -163,7 +175,10 @@ def every(rank: int, folder: Path) -> None:
     with group(rank, 4, folder):
         for case in CASES | OTHERS:
             for parallel in ("ddp", "fsdp", "hsdp"):
-                run(folder, f"{case}.every", parallel, rank, 4)
+                with replaced(
+                    state, "anchored", anchored if case == "anchored" else state.anchored
+                ):
+                    run(folder, f"{case}.every", parallel, rank, 4)
 
 
 update = latent.update_target

@@ -20,6 +20,8 @@ from pipelines.config.train import PretrainConfig
 from pipelines.runs.checkpoint_format import read_state
 from pipelines.runs.checkpoints import CheckpointError, load_encoder, load_tensors
 from pipelines.runs.integrity import find_fault, read_shapes
+from pipelines.training import parallel
+from pipelines.training.contract import Worker
 
 TOLERANCE = 1e-5
 METRICS = ("loss", "grad_norm", "rankme", "knn")
@@ -104,9 +106,10 @@ def test_every_objective_is_the_same_under_ddp_and_sharded(tmp_path: Path) -> No
     make_runs(tmp_path, "every")
     for case in CASES | OTHERS:
         reference = checkpoint(tmp_path, f"{case}.every-ddp-4")
-        for parallel in ("fsdp", "hsdp"):
-            ours = checkpoint(tmp_path, f"{case}.every-{parallel}-4")
-            assert distance(ours, reference) < TOLERANCE, (case, parallel)
+        for kind in ("fsdp", "hsdp"):
+            ours = checkpoint(tmp_path, f"{case}.every-{kind}-4")
+            # A product in bf16 is off by up to 2^-9, and Adam makes steps of small gradients.
+            assert distance(ours, reference) < (0.01 if case == "bf16" else TOLERANCE), ours
 
 
 # The files.
@@ -179,6 +182,42 @@ def test_rows_come_back_in_any_order_and_gaps_are_refused(tmp_path: Path) -> Non
 
 
 # Settings.
+
+
+class Told(Worker):
+    """A process of a group whose hosts are known."""
+
+    def all(self, message: object) -> list[str]:
+        return HOSTS
+
+
+HOSTS: list[str] = []
+
+
+@pytest.mark.parametrize(
+    ("hosts", "shape", "lines"),
+    [
+        (["a", "a", "b", "b"], (2, 2), 0),
+        (["a", "b", "c", "d"], (4, 1), 0),
+        (["a", "a", "a", "a"], (1, 4), 0),
+        (["a", "a", "a", "b"], (4,), 1),
+        (["a", "b", "a", "b"], (4,), 1),
+    ],
+)
+def test_hsdp_shards_within_hosts_if_they_form_a_rectangle(
+    hosts: list[str],
+    shape: tuple[int, ...],
+    lines: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(f"{__name__}.HOSTS", hosts)
+    shapes: list[tuple[int, ...]] = []
+    monkeypatch.setattr(parallel, "init_device_mesh", lambda kind, s, **_: shapes.append(s))
+    said: list[str] = []
+    cfg = change(tiny_config(tmp_path), data={"lanes": 4}, run={"workers": 4, "parallel": "hsdp"})
+    parallel.shard_mesh(cfg, Told(world_size=4), said.append)
+    assert (shapes, len(said)) == ([shape], lines)
 
 
 @pytest.mark.parametrize("name", ["muon", "prodigy"])
