@@ -106,10 +106,9 @@ def test_every_objective_is_the_same_under_ddp_and_sharded(tmp_path: Path) -> No
     make_runs(tmp_path, "every")
     for case in CASES | OTHERS:
         reference = checkpoint(tmp_path, f"{case}.every-ddp-4")
-        for kind in ("fsdp", "hsdp"):
-            ours = checkpoint(tmp_path, f"{case}.every-{kind}-4")
-            # A product in bf16 is off by up to 2^-9, and Adam makes steps of small gradients.
-            assert distance(ours, reference) < (0.01 if case == "bf16" else TOLERANCE), ours
+        ours = checkpoint(tmp_path, f"{case}.every-fsdp-4")
+        # A product in bf16 is off by up to 2^-9, and Adam makes steps of small gradients.
+        assert distance(ours, reference) < (0.01 if case == "bf16" else TOLERANCE), case
 
 
 # The files.
