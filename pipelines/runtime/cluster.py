@@ -128,7 +128,7 @@ def _join_or_start(settings: dict[str, Any], own: dict[str, Any]) -> None:
         if "existing cluster" not in str(error):
             raise
         try:
-            _require_ray(get_ray_address_from_environment("auto", None))
+            _require_ray(get_ray_address_from_environment(None, None))  # type: ignore[arg-type]
             ray.init(**settings)
         except OSError:  # one that was killed: its address stays behind
             ray.init("local", **settings, **own)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -111,6 +112,8 @@ def run_trials(
     missing = [t for t in range(len(plan)) if t not in ended]
     if not missing:
         return
+    # Ray Tune's newer output prints a box and two hints even where it is told to be silent.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     trainable = tune.with_parameters(_run_trial, plan=list(plan), train=train)
     path, filesystem = ray_storage(cfg.out)
     tuner = tune.Tuner(

@@ -314,7 +314,9 @@ def test_a_sweep_stops_worse_runs_records_failures_and_resumes(ray_local, cifar_
 
 @pytest.mark.slow  # half a minute and more, nearly all of it starting processes
 @pytest.mark.ray
-def test_a_trial_is_a_real_run_whose_readings_reach_ray_tune(ray_local, cifar_shards, tmp_path):
+def test_a_trial_is_a_real_run_whose_readings_reach_ray_tune(
+    ray_local, cifar_shards, tmp_path, capsys
+):
     base = change(
         debug(),
         data={"train": cifar_shards[0], "test": cifar_shards[1]},
@@ -323,6 +325,9 @@ def test_a_trial_is_a_real_run_whose_readings_reach_ray_tune(ray_local, cifar_sh
     cfg = SweepConfig(space=("optim.lr=0.001",), out=str(tmp_path / "sweep"))
     said = io.StringIO()
     (row,) = sweep(cfg, base, console=Console(file=said, width=200))
+    printed = capsys.readouterr().out
+    assert "Configuration for experiment" not in printed  # Ray Tune's own
+    assert "View detailed results" not in printed
     assert (row.outcome, row.step) == ("finished", 4)
     readings = [
         json.loads(line)

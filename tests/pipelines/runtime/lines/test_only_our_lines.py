@@ -19,6 +19,7 @@ OURS = (
     r"step \d+/\d+ loss .*",
     r"WARNING: worker .*",
     r"waiting for .*",
+    r"others hold .* CPUs .*",
     r"there is room for the workers .*",
     r"resuming run 'debug' at step \d+",
     r"(best|last) checkpoint /.*",
