@@ -12,6 +12,7 @@ from typing import Any
 
 from pipelines.config.train import PretrainConfig
 from pipelines.runtime.lines.quiet import quiet_ray
+from pipelines.runtime.signals import ending_in_order
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DATA_CPUS = 0.5
@@ -52,12 +53,13 @@ def start_ray(cpus: float = 0.0, *, training: bool = False) -> None:
     quiet_ray(training=training)
     own: dict[str, Any] = {"num_cpus": max(os.cpu_count() or 1, math.ceil(cpus))}
     address = os.environ.get("RAY_ADDRESS") or None
-    if address == "local":
-        ray.init(address, **settings, **own)
-    elif address is not None:
-        _join(address, settings)
-    else:
-        _join_or_start(settings, own)
+    with ending_in_order():
+        if address == "local":
+            ray.init(address, **settings, **own)
+        elif address is not None:
+            _join(address, settings)
+        else:
+            _join_or_start(settings, own)
 
 
 def _join(address: str, settings: dict[str, Any]) -> None:
