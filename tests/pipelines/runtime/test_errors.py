@@ -323,33 +323,6 @@ def test_what_a_task_meets_is_told_by_the_command(
 
 
 @pytest.mark.ray
-def test_sigterm_ends_a_job_in_order(ray_local: None) -> None:
-    """Ray's own handler prints a traceback of C++, and what the job holds would stay."""
-    import ray
-
-    code = (
-        "import time; from pipelines.runtime.cluster import start_ray; start_ray();"
-        "\ntry: print('begun', flush=True); time.sleep(60)"
-        "\nfinally: print('let go', flush=True)"
-    )
-    job = subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert job.stdout is not None
-    assert job.stdout.readline() == "begun\n"
-    job.terminate()
-    out, err = job.communicate(timeout=60)
-    assert out == "let go\n"
-    assert err == "error: stopped by SIGTERM; the same command goes on from what is done\n"
-    assert job.returncode == 1
-
-
-@pytest.mark.ray
 def test_the_command_joins_ray_from_another_folder(ray_local: None, tmp_path: Path) -> None:
     """Uninstalled, its places relative to a folder that Ray's workers do not run in."""
     import ray
