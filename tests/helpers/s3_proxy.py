@@ -29,9 +29,14 @@ class S3Proxy:
     done and its answer is lost, `trickle` of the body over `TRICKLE_S`, or a code of S3 that
     refuses it. A `rule` says instead what each request meets, "" for nothing. `bytes_out` are
     bytes of bodies that were sent to clients, `requests` counts by method and path.
+
+    Args:
+        upstream: The server's URL.
+        host: The address to listen at.
+        port: The port; 0 for any.
     """
 
-    def __init__(self, upstream: str) -> None:
+    def __init__(self, upstream: str, host: str = "127.0.0.1", port: int = 0) -> None:
         self.upstream = urlsplit(upstream).netloc
         self.error_rate, self.seed = 0.0, random.Random(0)
         self.troubles: tuple[str, ...] = ("reset", "slow_down")
@@ -44,12 +49,12 @@ class S3Proxy:
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
         self._server: ThreadingHTTPServer | None = None
-        self.port = 0
+        self.host, self.port = host, port
         self.up()
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     def count(self, method: str) -> int:
         """Requests of a method."""
@@ -64,7 +69,7 @@ class S3Proxy:
         """Listens, on the same port as before."""
         assert self._server is None
         handler = type("Handler", (_Handler,), {"proxy": self})
-        self._server = _Server(("127.0.0.1", self.port), handler)
+        self._server = _Server((self.host, self.port), handler)
         self.port = self._server.server_port
         threading.Thread(
             target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
@@ -88,10 +93,14 @@ class S3Proxy:
 
     def trouble_for(self, seconds: float, *troubles: str) -> threading.Timer:
         """Spoils every request for some seconds; returns the timer that ends it."""
-        self.error_rate, self.troubles = 1.0, troubles
+        self.begin_trouble(1.0, *troubles)
         timer = threading.Timer(seconds, self.end_trouble)
         timer.start()
         return timer
+
+    def begin_trouble(self, rate: float, *troubles: str) -> None:
+        """Spoils a share of all requests from now on."""
+        self.error_rate, self.troubles = rate, troubles
 
     def end_trouble(self) -> None:
         """Passes every request on again."""

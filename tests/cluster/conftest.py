@@ -1,0 +1,86 @@
+"""Fixtures of the rig: the hosts, the cluster on them, data and a run that is disturbed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from helpers.cluster.cluster import RigCluster
+from helpers.cluster.data import BATCH, SAMPLES, upload_pictures
+from helpers.cluster.faults import Begin, Watch
+from helpers.cluster.jobs import ENDED, Job
+from helpers.cluster.rig import Rig, missing, running_rig
+from helpers.cluster.runs import CHECKPOINT_EVERY, check_samples, pretrain
+from helpers.cluster.s3 import BUCKET, RigS3
+
+TRANSCRIPT = "RAYJEPA_TRANSCRIPT"
+START_S = 240
+
+
+@pytest.fixture(scope="session")
+def rig() -> Iterator[Rig]:
+    """Hosts and S3, on and without Ray."""
+    if reason := missing():
+        pytest.skip(f"no rig on this machine: {reason}")
+    with running_rig() as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def s3(rig: Rig) -> RigS3:
+    """The storage of the rig, in place of the session's other one."""
+    return rig.s3
+
+
+@pytest.fixture(scope="session")
+def cluster(rig: Rig) -> Iterator[RigCluster]:
+    """A Ray cluster on the rig by `ray up`, with all workers; `ray down` ends it.
+
+    If RAYJEPA_TRANSCRIPT names a file, the commands of the walk and their output go there.
+    """
+    transcript: list[str] = []
+    made = RigCluster(rig, say=transcript.append)
+    try:
+        made.up()
+        yield made
+        made.say = transcript.append
+        made.down()
+        if path := os.environ.get(TRANSCRIPT):
+            Path(path).write_text("\n".join(transcript))
+        assert made.processes() == {name: [] for name in rig.hosts}
+    finally:
+        made.close_tunnel()
+
+
+@pytest.fixture(scope="session")
+def shards(cluster: RigCluster) -> str:
+    """URI of `SAMPLES` pictures, ingested by a job."""
+    source, uri = upload_pictures(cluster.rig.s3, "pictures"), f"s3://{BUCKET}/shards/pictures"
+    cluster.job(
+        *("python", "pipelines/ingest.py", "--source", source, "--out", uri),
+        *("--row-group-rows", "32"),
+    )
+    return uri
+
+
+@pytest.fixture(scope="module")
+def training(cluster: RigCluster, shards: str) -> Iterator[Job]:
+    """A run that all tests of a module disturb; at its end every sample is accounted for."""
+    job = cluster.start_job("disturbed", *pretrain(shards, "disturbed"))
+    job.wait_for_step(CHECKPOINT_EVERY + 4, START_S)  # it has a checkpoint
+    yield job
+    if job.status() not in ENDED:
+        cluster.stop_job(job)
+    # The last attempt of the chain: it ends by itself, so that the sample log is complete.
+    stop = job.last_step() + 2 * SAMPLES // BATCH
+    cluster.job(*pretrain(shards, "disturbed", "--run.stop-after", str(stop)))
+    check_samples(cluster.rig.s3, "disturbed", stop)
+
+
+@pytest.fixture
+def begin(training: Job, request: pytest.FixtureRequest) -> Begin:
+    """Begins to watch the run for a fault, given its number and name."""
+    return lambda number, fault: Watch(training, number, fault, request.node.name)
