@@ -1,7 +1,7 @@
 """Counts the memory of one training step of a recipe on one of W GPUs, without any GPU.
 
     PYTHONPATH=. python benchmarks/training/sharded_memory.py ijepa_vitg16_in22k \\
-        --workers 8 --rows 32 64 --parallel fsdp --checkpointing off
+        --workers 8 --rows 32 64 --checkpointing off
 
 Tensors are fake (they have a shape and no data), and so are the processes: what is counted is every
 allocation of rank 0 in the forward and backward pass of the second step, which has the optimizer's
@@ -24,7 +24,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
-from torch.distributed._tools.mem_tracker import MemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from models.encoders.vit import VisionTransformer
@@ -74,6 +73,7 @@ def backward(cfg: PretrainConfig, objective: Objective, batch: dict[str, Tensor]
 def measure(cfg: PretrainConfig, batch: dict[str, Tensor]) -> dict[str, float]:
     """Returns GiB of weights, gradients, optimizer state, and the most that is held at a time."""
     mesh = shard_mesh(cfg, Worker(0, cfg.run.workers, cfg.run.workers, torch.device(KIND)))
+    assert mesh is not None
     keep = lambda tensor, **_: tensor  # noqa: E731  # drawing needs data
     with (
         FakeTensorMode() as mode,
@@ -81,18 +81,14 @@ def measure(cfg: PretrainConfig, batch: dict[str, Tensor]) -> dict[str, float]:
         mock.patch.object(latent, "make_target", fresh_target),
     ):
         objective = new_objective(cfg)
-        if mesh is not None:
-            shard(objective, cfg, mesh)
+        shard(objective, cfg, mesh)
         optimizer = build_optimizer(objective, cfg.optim)
         fake = {name: mode.from_tensor(tensor) for name, tensor in batch.items()}
         weights = list(objective.parameters())
         for _ in range(2):
             # The tracker also leaves out the collectives, which want data.
-            tracker = MemTracker() if mesh is None else FSDPMemTracker(objective, optimizer)
-            if mesh is None:
-                tracker.track_external(objective, optimizer)
-            else:
-                tracker.track_inputs((fake,))
+            tracker = FSDPMemTracker(objective, optimizer)
+            tracker.track_inputs((fake,))
             with tracker:
                 backward(cfg, objective, fake)
             # Not counted: DTensor plans the step with whole tensors that are fake on a GPU too. The
@@ -114,7 +110,6 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--rows", type=int, nargs="+", default=[32])
-    parser.add_argument("--parallel", choices=["ddp", "fsdp"], default="fsdp")
     parser.add_argument("--checkpointing", choices=["on", "off"], default="off")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -123,15 +118,14 @@ def main() -> None:
     cfg = dataclasses.replace(
         cfg,
         data=dataclasses.replace(cfg.data, lanes=count, batch_size=count * max(args.rows)),
-        run=dataclasses.replace(cfg.run, workers=count, parallel=args.parallel, accumulate=1),
+        run=dataclasses.replace(cfg.run, workers=count, parallel="fsdp", accumulate=1),
         model=dataclasses.replace(cfg.model, activation_checkpointing=args.checkpointing == "on"),
     )
     for rows in args.rows:
         found = measure(cfg, batch_of(cfg, rows))
         numbers = " | ".join(f"{value:.1f}" for value in found.values())
         print(
-            f"| {args.recipe} | {args.parallel} | {count} | {rows} | {args.checkpointing} "
-            f"| {numbers} |",
+            f"| {args.recipe} | {count} | {rows} | {args.checkpointing} | {numbers} |",
             flush=True,
         )
 
