@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 
 import pytest
+import torch
 
 from helpers.pipelines.fake_training import change
 from helpers.pipelines.loading import config, write_samples
@@ -40,20 +40,22 @@ def is_sound(constant: Constant) -> bool:
 
 
 def test_training_is_measured_as_the_trainer_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measuring, "TIMED_S", 0.3)
-    quick = measure_training(debug(), Size(32, None))
-    assert set(quick) == {"compute_flops", "update_bytes_s", "checkpoint_bytes_s"}
-    assert all(is_sound(constant) for constant in quick.values())
+    monkeypatch.setattr(measuring, "TIMED_S", 0.1)
+    seen: list[int] = []
     update = collapse.CollapseWatch.update
 
-    def slow(self: object, values: object) -> None:
-        time.sleep(0.2)
-        update(self, values)
+    def counted(self: collapse.CollapseWatch, pooled_BD: torch.Tensor) -> None:
+        seen.append(len(pooled_BD))
+        update(self, pooled_BD)
 
-    monkeypatch.setattr(collapse.CollapseWatch, "update", slow)
-    assert measure_training(debug(), Size(32, None))["compute_flops"].value < (
-        0.7 * quick["compute_flops"].value
-    )
+    monkeypatch.setattr(collapse.CollapseWatch, "update", counted)
+    before = torch.get_num_threads()
+    found = measure_training(change(debug(), run={"threads": 1}), Size(32, None))
+    assert set(found) == {"compute_flops", "update_bytes_s", "checkpoint_bytes_s"}
+    assert all(is_sound(constant) for constant in found.values())
+    assert set(seen) == {32}
+    assert len(seen) >= measuring.LEAST_STEPS + 2  # two steps to warm up
+    assert torch.get_num_threads() == before
 
 
 def test_a_model_too_large_for_this_machine_is_measured_in_part() -> None:
