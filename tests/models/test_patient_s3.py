@@ -87,6 +87,7 @@ def test_the_user_hears_once_of_an_outage_and_once_of_its_end(
     proxy: S3Proxy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(s3_waiting, "SAY_AFTER_S", 1.0)
+    monkeypatch.delenv(PATIENCE_ENV, raising=False)
     fs, _ = url_to_fs("s3://")
     paths = [f"{BUCKET}/told/{n}" for n in range(20)]
     fs.pipe(dict.fromkeys(paths, b"x"))
@@ -196,7 +197,7 @@ def test_what_waiting_cannot_mend_is_raised_at_once(
         with pytest.raises(OSError, match=rf"{code}: s3://{BUCKET}/one\)"):
             fs.cat_file(f"{BUCKET}/one", start=0, end=1)
     proxy.refuse = None
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 60  # and not its patience of 300
     assert sum(proxy.requests.values()) <= 2 + len(REFUSALS)  # none of them repeated
 
 

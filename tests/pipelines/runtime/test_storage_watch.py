@@ -10,6 +10,7 @@ import pytest
 from helpers.s3_proxy import S3Proxy, proxied
 from models import s3_waiting
 from models.file_systems import url_to_fs
+from models.patient_s3 import PATIENCE_ENV
 from pipelines.config.ingest import IngestConfig
 from pipelines.runtime import places
 from pipelines.runtime.errors import run_command
@@ -19,6 +20,7 @@ from pipelines.runtime.errors import run_command
 def proxy(s3: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Proxy]:
     monkeypatch.setattr(places, "ASK_EVERY_S", 0.2)
     monkeypatch.setattr(s3_waiting, "SAY_AFTER_S", 0.6)
+    monkeypatch.delenv(PATIENCE_ENV, raising=False)
     with proxied(s3) as proxy:
         url_to_fs("s3://")[0].makedirs("watched", exist_ok=True)
         yield proxy
