@@ -170,4 +170,4 @@ def _called(class_name: str) -> str:
         return "workers of other runs"
     if class_name.startswith("ServeReplica:"):
         return f"Serve's {class_name.rpartition(':')[2]}"
-    return class_name
+    return class_name.rpartition(".")[2]

@@ -41,13 +41,14 @@ def test_groups_and_actors_hold_what_they_reserve_once() -> None:
         actor("RayTrainWorker", "b", 1.5, "g1"),
         actor("ServeReplica:default:Embedder", "a", 2),
         actor("Controller", "b", 0),
+        actor("evaluate.<locals>.Reader", "b", 0.25),
         actor("Lost", "gone", 3),
     ]  # fmt: skip
     use = use_of(NODES, groups, actors)
-    assert use.held_cpus == 5
+    assert use.held_cpus == 5.25
     assert use.readers == 2
-    assert use.told() == "workers of other runs 3, Serve's Embedder 2"
-    assert use.fitting(NEED) == 1  # 0.5 left on a, 2.5 on b
+    assert use.told() == "workers of other runs 3, Serve's Embedder 2, Reader 0.25"
+    assert use.fitting(NEED) == 1  # 0.5 left on a, 2.25 on b
 
 
 @pytest.mark.ray
