@@ -140,7 +140,7 @@ def s3() -> Iterator[dict[str, str]]:
     s3fs.S3FileSystem.clear_instance_cache()
 
 
-@pytest.fixture(scope="module", params=["moto", "rclone"])
+@pytest.fixture(scope="module", params=["moto", pytest.param("rclone", marks=pytest.mark.slow)])
 def each_s3(
     request: pytest.FixtureRequest, s3: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, str]]:
