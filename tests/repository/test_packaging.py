@@ -238,7 +238,7 @@ def ci(tmp_path: Path) -> Path:
     shutil.copy(ROOT / ".ci/run", tmp_path / ".ci/run")
     shutil.copy(ROOT / "README.md", tmp_path / "README.md")
     (tmp_path / "bin").mkdir()
-    for tool in ("python3.11", "python", "pip", "pytest", "ruff", "mypy"):
+    for tool in ("python3.11", "python", "pip", "pytest", "ruff", "mypy", "apt-get"):
         stub = tmp_path / "bin" / tool
         stub.write_text(f'#!/bin/sh\necho "{tool} $*" >> log\ntest "$FAIL" != {tool}\n')
         stub.chmod(0o755)
@@ -251,10 +251,11 @@ def run_ci(ci: Path, fail: str = "") -> tuple[int, str]:
     return done.returncode, (ci / "log").read_text() + done.stdout
 
 
-def test_ci_runs_the_readmes_test_command_then_lint_and_types(ci: Path) -> None:
+def test_ci_runs_the_readmes_test_command_then_lint_types_and_the_cluster(ci: Path) -> None:
     code, log = run_ci(ci)
     assert code == 0, log
     calls = (ci / "log").read_text().splitlines()
+    calls = [call for call in calls if not call.startswith("apt-get")]  # which needs root
     assert calls[0].startswith("python3.11 -m venv ")
     assert calls[1:-1] == [
         "pip install -e .[test] -c constraints.txt",
@@ -262,6 +263,7 @@ def test_ci_runs_the_readmes_test_command_then_lint_and_types(ci: Path) -> None:
         "ruff check .",
         "ruff format --check .",
         "mypy ",
+        "pytest -n 0 -rs tests/cluster",
     ]
     assert list(ci.glob("tmp.*")) == []  # the venv is gone
 
