@@ -10,18 +10,24 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from helpers.cluster import network
 from helpers.cluster.network import run
+from helpers.repository import ROOT
 
 BOOT = Path(__file__).with_name("boot.sh")
 BOOT_S = 30
+CODE = "/root/rayjepa"
+NOTHING: Mapping[str, str] = {}
+NO_CACHES = shutil.ignore_patterns("__pycache__")
 DISK = "4G"
 """Sparse: what the host does not write takes no room."""
 
@@ -95,23 +101,27 @@ class Host:
         self.power_off()
         network.remove_cable(self.name)
 
-    def run(self, *command: str, timeout: float = 60) -> str:
-        """Returns what a command prints on the host; it must succeed."""
+    def _entered(self, command: tuple[str, ...], env: Mapping[str, str]) -> list[str]:
         enter = ["nsenter", "-t", str(self.pid), "--mount", "--uts", "--ipc", "--net", "--pid"]
-        path = f"/root/venv/bin:{os.environ['PATH']}"
+        path = f"PATH=/root/venv/bin:{os.environ['PATH']}"
+        settings = [f"{name}={value}" for name, value in env.items()]
+        return [
+            *enter,
+            "--root",
+            "env",
+            "-i",
+            "-C",
+            "/root",
+            "HOME=/root",
+            path,
+            *settings,
+            *command,
+        ]
+
+    def run(self, *command: str, env: Mapping[str, str] = NOTHING, timeout: float = 60) -> str:
+        """Returns what a command prints on the host; it must succeed."""
         done = subprocess.run(
-            [
-                *enter,
-                "--root",
-                "--",
-                "env",
-                "-i",
-                "-C",
-                "/root",
-                "HOME=/root",
-                f"PATH={path}",
-                *command,
-            ],
+            self._entered(command, env),
             capture_output=True,
             text=True,
             timeout=timeout,
@@ -120,6 +130,22 @@ class Host:
         if done.returncode:
             raise RuntimeError(f"{self.name}: {' '.join(command)}: {done.stderr or done.stdout}")
         return done.stdout
+
+    def start(self, *command: str, env: Mapping[str, str] = NOTHING) -> subprocess.Popen[str]:
+        """Starts a command on the host; its output comes through a pipe."""
+        return subprocess.Popen(
+            self._entered(command, env),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def install(self, *packages: str) -> None:
+        """Copies packages of the checkout to `CODE`, as `ray up` does."""
+        for package in packages:
+            to = self.root / CODE.lstrip("/") / package
+            shutil.copytree(ROOT / package, to, dirs_exist_ok=True, ignore=NO_CACHES)
 
     def processes(self, pattern: str) -> dict[int, str]:
         """Returns command lines of the host's processes that match, by this machine's PID."""

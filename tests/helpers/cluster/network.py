@@ -67,6 +67,16 @@ def unplug(host: str) -> None:
 
 
 @contextlib.contextmanager
+def cut(host: str) -> Iterator[None]:
+    """Pulls the cable for the length of a block."""
+    unplug(host)
+    try:
+        yield
+    finally:
+        plug(host)
+
+
+@contextlib.contextmanager
 def parted(one: str, address_of_one: str, other: str, address_of_other: str) -> Iterator[None]:
     """Lets no packet pass between two hosts, which reach all others."""
     routes = ((one, address_of_other), (other, address_of_one))
