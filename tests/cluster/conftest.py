@@ -76,7 +76,7 @@ def shards(cluster: RigCluster) -> str:
 def training(cluster: RigCluster, shards: str) -> Iterator[Job]:
     """A run that all tests of a module disturb; at its end every sample is accounted for."""
     job = cluster.start_job("disturbed", *pretrain(shards, "disturbed"))
-    job.wait_for_step(CHECKPOINT_EVERY + 4, START_S)  # it has a checkpoint
+    job.wait_for_step(2 * CHECKPOINT_EVERY, START_S)  # its first checkpoint is committed
     yield job
     if job.status() not in ENDED:
         cluster.stop_job(job)

@@ -19,11 +19,9 @@ from helpers.cluster.report import record_job
 from helpers.cluster.rig import Rig
 from helpers.cluster.s3 import BUCKET
 
-pytestmark = pytest.mark.slow
-
 BEAT_S = 1.5
 STALE_S = 8 * BEAT_S
-WITHIN_S = 60.0
+WITHIN_S = 30.0
 HOLD = """
 import sys, time
 from pipelines.runs.lease import RunInUseError, held
@@ -127,7 +125,7 @@ def test_a_host_that_is_cut_off_for_long_stops_when_it_is_back(installed: Rig, a
     first = ask("w1", "lost")
     first.says("holds")
     with network.cut("w1"):
-        time.sleep(STALE_S)
+        time.sleep(STALE_S + BEAT_S)
         second = ask("w2", "lost")
         second.says("shows no sign of life")
         second.says("holds")
@@ -152,7 +150,7 @@ def test_a_host_that_loses_power_holds_a_run_no_longer_than_its_heartbeats(
     installed["w1"].power_off()
     try:
         ask("w2", "dark").says("is in use by")
-        time.sleep(STALE_S)
+        time.sleep(STALE_S + BEAT_S)
         again = ask("w2", "dark")
         again.says("shows no sign of life")
         again.says("holds")
@@ -171,7 +169,7 @@ def test_a_clock_that_is_wrong_does_not_matter(installed: Rig, ask: Ask) -> None
     lease |= {"since": f"{year}{lease['since'][4:]}", "host": "ahead", "machine": "of its own"}
     files.pipe_file(path, json.dumps(lease).encode())
     ask("w2", "clock").says("is in use by")
-    time.sleep(STALE_S)
+    time.sleep(STALE_S + BEAT_S)
     ask("w2", "clock").says("holds")
 
 

@@ -169,7 +169,6 @@ def test_a_disk_is_full(cluster: RigCluster, begin: Begin) -> None:
 
 
 def test_two_jobs_of_one_name(cluster: RigCluster, training: Job, shards: str) -> None:
-    started = time.monotonic()
     second = cluster.start_job("second", *pretrain(shards, "disturbed"))
     assert second.wait_for_end(RESTART_S) == "FAILED"
     told = second.log()
@@ -183,7 +182,6 @@ def test_two_jobs_of_one_name(cluster: RigCluster, training: Job, shards: str) -
         "test_two_jobs_of_one_name",
     )
     assert "in use by" in told
-    assert time.monotonic() - started < 60
     training.wait_for_step(training.last_step() + 2, RESTART_S)
 
 

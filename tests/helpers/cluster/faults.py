@@ -19,7 +19,7 @@ class Watch:
 
     def __init__(self, job: Job, number: str, fault: str, test: str) -> None:
         self.job, self.number, self.fault, self.test = job, number, fault, test
-        self.step = job.last_step()
+        self.step = job.newest_step()
         self.at = len(job.log())
         """Where in the job's output the fault begins."""
         self._started = time.monotonic()

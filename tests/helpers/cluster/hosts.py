@@ -132,7 +132,8 @@ class Host:
         return done.stdout
 
     def start(self, *command: str, env: Mapping[str, str] = NOTHING) -> subprocess.Popen[str]:
-        """Starts a command on the host; its output comes through a pipe."""
+        """Starts a command on the host, which ends when the returned process is killed."""
+        command = ("setpriv", "--pdeathsig", "KILL", *command)
         return subprocess.Popen(
             self._entered(command, env),
             stdin=subprocess.DEVNULL,

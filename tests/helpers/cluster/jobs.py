@@ -33,8 +33,12 @@ class Job:
     def status(self) -> str:
         return str(self.get(f"/api/jobs/{self.name}")["status"])
 
+    def newest_step(self) -> int:
+        """The step that the job told last, perhaps for the second time; 0 before the first."""
+        return int(["0", *STEP.findall(self.log())][-1])
+
     def last_step(self) -> int:
-        """The newest step that the job told; 0 before the first."""
+        """The furthest step that the job told; 0 before the first."""
         return max((int(step) for step in STEP.findall(self.log())), default=0)
 
     def wait_until(self, done: Callable[[str], bool], within_s: float, what: str) -> float:
