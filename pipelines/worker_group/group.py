@@ -109,7 +109,7 @@ class Group:
 
     def since(self) -> str:
         """Says from where the next group goes on."""
-        return "the newest checkpoint" if self.step is None else f"step {self.step}"
+        return "the newest checkpoint, if any" if self.step is None else f"step {self.step}"
 
 
 @functools.cache
