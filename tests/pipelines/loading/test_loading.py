@@ -229,6 +229,9 @@ def test_workers_that_leave_a_quarter_cpu(alone: list[dict], data: str) -> None:
 
     @ray.remote(num_cpus=1.75)
     class Worker:
+        def is_up(self) -> bool:
+            return True
+
         def start(self, cfg: PretrainConfig, rank: int) -> None:
             torch.set_num_threads(1)
             self.share = cluster_share(cfg, 2)
@@ -242,6 +245,8 @@ def test_workers_that_leave_a_quarter_cpu(alone: list[dict], data: str) -> None:
 
     workers = [Worker.remote() for _ in range(2)]
     try:
+        # Ray Train's workers hold their CPUs from the start, actors once they are up.
+        assert all(ray.get([worker.is_up.remote() for worker in workers]))
         ray.get([worker.start.remote(config(data), rank) for rank, worker in enumerate(workers)])
         assert ray.get(workers[0].cpus.remote()) == pytest.approx(0.25)
         found = [
