@@ -22,6 +22,7 @@ CLIENTS = 3
 missing = next((name for name in ("redis-server", "unshare") if shutil.which(name) is None), None)
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(missing is not None, reason=f"{missing} is not installed"),
     pytest.mark.skipif(os.geteuid() != 0, reason="a PID namespace needs root"),
 ]

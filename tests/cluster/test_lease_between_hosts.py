@@ -19,6 +19,8 @@ from helpers.cluster.report import record_job
 from helpers.cluster.rig import Rig
 from helpers.cluster.s3 import BUCKET
 
+pytestmark = pytest.mark.slow
+
 BEAT_S = 1.5
 STALE_S = 8 * BEAT_S
 WITHIN_S = 30.0
