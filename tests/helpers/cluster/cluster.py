@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from helpers.cluster.hosts import CODE
 from helpers.cluster.jobs import Job
 from helpers.cluster.rig import ADDRESSES, Rig
 from helpers.repository import ROOT
@@ -36,7 +37,7 @@ def rig_config(rig: Rig, env: dict[str, str]) -> dict[str, Any]:
     text = (ROOT / "deploy/own_machines/cluster.yaml").read_text()
     exports = "".join(f"export {name}={shlex.quote(value)}; " for name, value in env.items())
     text = text.replace("ulimit -n 65536;", f"{exports}ulimit -n 65536;")
-    text = text.replace("~/rayjepa", "/root/rayjepa")
+    text = text.replace("~/rayjepa", CODE)
     config: dict[str, Any] = yaml.safe_load(text)
     head, *workers = ADDRESSES.values()
     config["cluster_name"] = NAME
@@ -104,7 +105,7 @@ class RigCluster:
         """`ray up`, the tunnel, and all three nodes."""
         if not (self.rig.home / ".ray/auth_token").exists():
             self.laptop("ray", "get-auth-token", "--generate")
-        env = self.rig.s3.env | {"PYTHONPATH": "/root/rayjepa", "OMP_NUM_THREADS": "1"} | self.more
+        env = self.rig.s3.env | {"PYTHONPATH": CODE, "OMP_NUM_THREADS": "1"} | self.more
         self.config.write_text(yaml.safe_dump(rig_config(self.rig, env)))
         self.laptop("ray", "up", "-y", str(self.config), timeout=UP_S)
         self.tunnel()

@@ -25,7 +25,9 @@ from helpers.repository import ROOT
 
 BOOT = Path(__file__).with_name("boot.sh")
 BOOT_S = 30
-CODE = "/root/rayjepa"
+HOME = "/root"
+"""Home folder of the only user of a host; boot.sh fills it."""
+CODE = f"{HOME}/rayjepa"
 NOTHING: Mapping[str, str] = {}
 NO_CACHES = shutil.ignore_patterns("__pycache__")
 DISK = "4G"
@@ -103,7 +105,7 @@ class Host:
 
     def _entered(self, command: tuple[str, ...], env: Mapping[str, str]) -> list[str]:
         enter = ["nsenter", "-t", str(self.pid), "--mount", "--uts", "--ipc", "--net", "--pid"]
-        path = f"PATH=/root/venv/bin:{os.environ['PATH']}"
+        path = f"PATH={HOME}/venv/bin:{os.environ['PATH']}"
         settings = [f"{name}={value}" for name, value in env.items()]
         return [
             *enter,
@@ -111,8 +113,8 @@ class Host:
             "env",
             "-i",
             "-C",
-            "/root",
-            "HOME=/root",
+            HOME,
+            f"HOME={HOME}",
             path,
             *settings,
             *command,
