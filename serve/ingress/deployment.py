@@ -26,6 +26,10 @@ MAX_ONGOING = 65_536
 """Requests that Serve passes to an ingress replica at the same time. It is large because a request
 whose body has not arrived counts too. What is processed is limited by `RequestLimits`, whose errors
 are in OpenAI's form; Serve's are plain text."""
+SURGE_PERCENT = 25
+"""In an update, so many more ingress replicas may run than are wanted, rounded up: one more for up
+to four. A new one runs before an old one is stopped; otherwise a single one would leave nobody to
+answer until its last stream has ended. More at once would only ask for more room."""
 
 _VISIBLE = re.compile(r"[!-~]+")
 
@@ -82,9 +86,7 @@ def ingress_options(settings: ApplicationSettings) -> dict[str, Any]:
         # would refuse requests of a burst although every replica is idle.
         "max_queued_requests": -1,
         "graceful_shutdown_timeout_s": settings.drain_s,
-        # In an update the new replica runs before the old one is stopped. Otherwise a single one
-        # would leave nobody to answer until its last stream has ended.
-        "max_surge_percent": 100,
+        "max_surge_percent": SURGE_PERCENT,
         "backpressure_config": BackpressureConfig(status_code=429, retry_after_s=1),
         "max_constructor_retry_count": 2,
         "logging_config": {"enable_access_log": settings.access_log},

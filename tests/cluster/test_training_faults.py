@@ -23,7 +23,6 @@ from helpers.cluster.s3 import RigS3
 pytestmark = pytest.mark.slow
 
 WORKER = r"^ray::RayTrainWorker|^ray::_RayTrainWorker"
-STARTING = r"^ray::RayTrainWorker\.run_train_fn"
 
 
 def test_a_worker_is_killed(cluster: RigCluster, begin: Begin) -> None:
@@ -34,18 +33,19 @@ def test_a_worker_is_killed(cluster: RigCluster, begin: Begin) -> None:
     assert lost <= 2 * 20
 
 
-def test_a_worker_is_killed_in_the_start(cluster: RigCluster, begin: Begin) -> None:
-    """While Ray Train waits for the train function's first answer, which it does not retry."""
-    watch = begin("1b", "the same while the workers start")
+@pytest.mark.parametrize("after_s", [0.0, 1.0])
+def test_a_worker_is_killed_in_the_start(cluster: RigCluster, begin: Begin, after_s: float) -> None:
+    """Before the train function gives its first answer: phases that Ray Train does not retry."""
+    watch = begin("1b", f"a worker killed again, {after_s:g} s after it was started anew")
     host = cluster.rig["w2"]
     host.signal(WORKER)
     first = set(host.processes(WORKER))
     deadline = time.monotonic() + RESTART_S
-    while not (found := set(host.processes(STARTING)) - first):
+    while not (found := set(host.processes(WORKER)) - first):
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    host.signal(STARTING)
-    assert found
+    time.sleep(after_s)
+    assert found & set(host.signal(WORKER)), "the worker had gone by itself"
     lost = watch.restarted(RESTART_S)
     watch.record("the workers start again", f"{lost} steps repeated")
 

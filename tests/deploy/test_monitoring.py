@@ -70,9 +70,12 @@ def test_a_counter_without_its_suffix_is_found() -> None:
     assert not asked("rate(rayjepa_a[5m])", "rayjepa") <= set().union(*declared.values())
 
 
-def test_rays_metrics_are_those_of_its_own_dashboards() -> None:
-    folder = Path(ray.__file__).parent / "dashboard/modules/metrics/dashboards"
-    text = "\n".join(path.read_text() for path in sorted(folder.glob("*_panels.py")))
+def test_rays_metrics_are_those_of_its_own_dashboards_and_of_serve() -> None:
+    ray_folder = Path(ray.__file__).parent
+    panels = sorted(ray_folder.glob("dashboard/modules/metrics/dashboards/*_panels.py"))
+    text = "\n".join(path.read_text() for path in panels)
+    of_serve = (ray_folder / "serve/_private/deployment_state.py").read_text()
+    text += "".join(f"ray_{name} " for name in re.findall(r'"(serve_deployment_\w+)"', of_serve))
     labels = {"ray_train_run_name"}
     for prefix in ("ray", "autoscaler"):
         known = asked(text, prefix)

@@ -36,7 +36,8 @@ def serve_config(artifact: str, **arguments: Any) -> str:
         options["num_cpus"] = min(options.get("num_cpus", 0.5), 0.5)
         if deployment["name"] in ("Ingress", "Embedder"):
             deployment.pop("autoscaling_config")
-            deployment |= {"num_replicas": 2, "max_replicas_per_node": 1}
+            one_a_host = {"max_replicas_per_node": 1, "max_surge_percent": 0}
+            deployment |= {"num_replicas": 2} | one_a_host
     return yaml.safe_dump(config)
 
 
