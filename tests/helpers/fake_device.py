@@ -66,10 +66,9 @@ class Watch(TorchDispatchMode):
                     raise WrongDevice(f"{func}: a tensor is on {tensor.device}")
             return None
         result = func(*args, **kwargs)
-        if func is aten._to_copy.default and not kwargs.get("non_blocking"):
-            self._copied(args[0].device, result.device)
-        if func is aten.copy_.default and not any(args[2:]):
-            self._copied(args[1].device, args[0].device)
+        if name in ("_to_copy", "to", "copy_") and not _queued(func, args, kwargs):
+            source = args[1] if name == "copy_" else args[0]
+            self._copied(source.device, result.device)
         if name in ("index", "index_put", "index_put_"):
             for index in args[1]:
                 if index is not None:
@@ -82,6 +81,13 @@ class Watch(TorchDispatchMode):
         self.left[target.type] -= 1
         if self.left[target.type] < 0:
             raise HostWait(f"a tensor on {source.type} is copied to {target.type}, and awaited")
+
+
+def _queued(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a copy is `non_blocking`."""
+    names = [argument.name for argument in func._schema.arguments]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    return bool(given.get("non_blocking"))
 
 
 @contextlib.contextmanager
@@ -101,6 +107,21 @@ def fake(values: Tensor, device: torch.device | str = "cpu") -> Tensor:
 
 
 def put(module: nn.Module, device: torch.device = GPU) -> nn.Module:
-    """Makes a module's parameters and buffers fake, as `.to(device)` would move them: one by one,
-    and nothing else that the module may hold."""
-    return module._apply(lambda tensor: fake(tensor, device))
+    """Makes a module's parameters and buffers fake and puts them on a device, one by one, in place.
+
+    What else the module holds stays where it is, as with `.to(device)`.
+    """
+    moved: dict[int, Tensor] = {}  # tied weights stay one
+
+    def of(tensor: Tensor) -> Tensor:
+        if id(tensor) not in moved:
+            made = fake(tensor, device)
+            if isinstance(tensor, nn.Parameter):
+                made = nn.Parameter(made, requires_grad=tensor.requires_grad)
+            moved[id(tensor)] = made
+        return moved[id(tensor)]
+
+    for part in module.modules():
+        for held in (part._parameters, part._buffers):
+            held.update({name: of(tensor) for name, tensor in held.items() if tensor is not None})
+    return module
