@@ -56,7 +56,7 @@ def telling_room() -> Iterator[None]:
 def _free(place: str) -> str:
     folder = next((p for p in (Path(place), *Path(place).parents) if p.is_dir()), Path("/"))
     usage = shutil.disk_usage(folder)
-    return f"{_gb(usage.free)} of {_gb(usage.total)} free"
+    return f"{_size(usage.free)} of {_size(usage.total)} free"
 
 
 def no_room(size: int) -> str:
@@ -67,10 +67,10 @@ def no_room(size: int) -> str:
     """
     place = tempfile.gettempdir()
     usage = shutil.disk_usage(place)
-    needed = f" of the {_gb(size)} that it takes" if size else ""
+    needed = f" and a checkpoint takes {_size(size + SPARE)}" if size else ""
     return (
-        f"{place} on host {here()} has {_gb(usage.free)} free{needed} ({_gb(usage.total)} in "
-        "all); free some there, or set TMPDIR where Ray is started"
+        f"{place} on host {here()} has {_size(usage.free)} of {_size(usage.total)} free"
+        f"{needed}; free some there, or set TMPDIR where Ray is started"
     )
 
 
@@ -85,5 +85,5 @@ def here() -> str:
     return f"{address} ({name})"
 
 
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.2f} GB"
+def _size(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

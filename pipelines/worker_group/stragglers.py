@@ -9,6 +9,7 @@ only a worker that waits for data is found.
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,9 @@ FACTOR = 1.5
 LEAST_SHARE = 0.1
 """Share of a step that it has to cost before it counts."""
 PATIENCE = 3
-"""Number of consecutive readings."""
+"""Number of consecutive readings, which must be at least `PATIENCE_S` apart in all."""
+PATIENCE_S = 30.0
+"""Seconds. Where readings follow one another at once, any other work on a host looks like this."""
 WAIT_SHARE = 0.5
 """Share of a step above which waiting for data is told."""
 WAIT_PATIENCE = 5
@@ -103,11 +106,16 @@ class Hunger:
 
 
 class Stragglers:
-    """Names a worker that is slow at several readings in a row, once until that changes."""
+    """Names a worker that is slow at several readings in a row, once until that changes.
 
-    def __init__(self) -> None:
+    Args:
+        clock: Returns seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._last: tuple[int, str] | None = None
-        self._strikes = 0
+        self._since, self._strikes, self._named = 0.0, 0, False
 
     def read(self, paces: Sequence[Pace]) -> tuple[dict[str, float], str | None]:
         """Takes one reading of all workers.
@@ -118,14 +126,19 @@ class Stragglers:
         if len(paces) < 2:
             return {}, None
         share, slow = slowest(paces)
-        now = (slow.rank, slow.what) if slow else None
-        self._strikes = self._strikes + 1 if now is not None and now == self._last else 1
+        self._count((slow.rank, slow.what) if slow else None)
+        lasted = self._clock() - self._since
+        if not slow or self._named or self._strikes < PATIENCE or lasted < PATIENCE_S:
+            return {"straggler_share": share}, None
+        self._named = True
+        return {"straggler_share": share}, (
+            f"WARNING: worker {slow.rank} on {paces[slow.rank].host} is slower than the others "
+            f"since {lasted:.0f} s: {slow.what} takes it {slow.mine_s:.3g} s a step, them "
+            f"{slow.others_s:.3g} s"
+        )
+
+    def _count(self, now: tuple[int, str] | None) -> None:
+        if now is None or now != self._last:
+            self._since, self._strikes, self._named = self._clock(), 0, False
         self._last = now
-        told = None
-        if slow and self._strikes == PATIENCE:
-            told = (
-                f"WARNING: worker {slow.rank} on {paces[slow.rank].host} is slower than the others "
-                f"at {PATIENCE} readings: {slow.what} takes it {slow.mine_s:.3g} s a step, them "
-                f"{slow.others_s:.3g} s"
-            )
-        return {"straggler_share": share}, told
+        self._strikes += 1

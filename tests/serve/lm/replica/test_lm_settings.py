@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from helpers.lm.serving import MODEL, cluster, run, web
-from helpers.waiting import eventually
+from helpers.lm.serving import MODEL, cluster, eventually, run, web
 from models.sink_lm.engine.generation import Generation
 from serve.ingress.deployment import ingress_deployment
 from serve.lm.settings import LMSettings

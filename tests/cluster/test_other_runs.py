@@ -1,0 +1,60 @@
+"""Runs of other kinds than the one of test_training_faults.py lose a worker or a host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from helpers.cluster.cluster import RigCluster
+from helpers.cluster.data import BATCH, SAMPLES
+from helpers.cluster.faults import RESTART_S, Watch
+from helpers.cluster.jobs import ENDED, Job
+from helpers.cluster.runs import CHECKPOINT_EVERY, check_samples, pretrain
+
+pytestmark = pytest.mark.slow
+
+WORKER = r"^ray::RayTrainWorker|^ray::_RayTrainWorker"
+GROWN = "there is room for 2 workers instead of 1"
+
+
+@contextmanager
+def disturbed(cluster: RigCluster, run: str, command: tuple[str, ...]) -> Iterator[Job]:
+    """A run until after its first checkpoint; at its end every sample is accounted for."""
+    job = cluster.start_job(run, *command)
+    job.wait_for_step(2 * CHECKPOINT_EVERY, RESTART_S)
+    yield job
+    if job.status() not in ENDED:
+        cluster.stop_job(job)
+    stop = job.last_step() + 2 * SAMPLES // BATCH
+    cluster.job(*command, "--run.stop-after", str(stop))
+    check_samples(cluster.rig.s3, run, stop)
+
+
+def test_an_elastic_run_goes_on_without_a_host(cluster: RigCluster, shards: str) -> None:
+    command = pretrain(shards, "elastic", workers="1..2")
+    with disturbed(cluster, "elastic", command) as job:
+        fault = "elastic run 1..2, a host loses power for 90 s"
+        watch = Watch(job, "11", fault, "test_an_elastic_run_goes_on_without_a_host")
+        host = cluster.rig["w2"]
+        host.power_off()
+        lost = watch.restarted(2 * RESTART_S)
+        alone = job.last_step()
+        assert not host.processes(WORKER)
+        host.power_on()
+        job.wait_until(lambda _: GROWN in watch.new(), 2 * RESTART_S, "grown")
+        job.wait_for_step(alone + CHECKPOINT_EVERY, RESTART_S)
+        assert host.processes(WORKER)
+        watch.record("one worker goes on, and two when the host is back", f"{lost} steps repeated")
+
+
+def test_a_sharded_run_loses_a_worker(cluster: RigCluster, shards: str) -> None:
+    command = pretrain(shards, "sharded", "--run.parallel", "fsdp")
+    with disturbed(cluster, "sharded", command) as job:
+        fault = "worker of a sharded run SIGKILL"
+        watch = Watch(job, "own 13", fault, "test_a_sharded_run_loses_a_worker")
+        cluster.rig["w2"].signal(WORKER)
+        lost = watch.restarted(RESTART_S)
+        watch.record("all workers start again from the newest checkpoint", f"{lost} steps repeated")
+        assert lost <= 2 * CHECKPOINT_EVERY
