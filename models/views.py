@@ -292,11 +292,29 @@ def _recolour(view: torch.Tensor, draws: Draws, how: Augmentation) -> torch.Tens
     return mapped.view_as(view)
 
 
-@functools.cache
-def _constants(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns `GREY`, RGB to YIQ and its inverse; cached, because a copy waits for the device."""
+Constants = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _constants(device: torch.device) -> Constants:
+    """Returns `GREY`, RGB to YIQ and its inverse, from a cache: a copy may wait for the device.
+
+    Where a mode makes tensors of its own (fake ones, as `pipelines.capacity` counts with), they are
+    made anew, because they mean nothing outside of it, nor cached ones inside.
+    """
+    cached = type(torch.empty(0)) is torch.Tensor
+    return _cached_constants(device) if cached else _make_constants(device)
+
+
+def _make_constants(device: torch.device) -> Constants:
     to_CC = torch.tensor(_TO_YIQ)
-    return torch.tensor(GREY).to(device), to_CC.to(device), torch.linalg.inv(to_CC).to(device)
+    grey_C, to_CC, back_CC = (
+        values.to(device, non_blocking=True)
+        for values in (torch.tensor(GREY), to_CC, torch.linalg.inv(to_CC))
+    )
+    return grey_C, to_CC, back_CC
+
+
+_cached_constants = functools.cache(_make_constants)
 
 
 def _mixed(one_CC: torch.Tensor, other_CC: torch.Tensor, share_B: torch.Tensor) -> torch.Tensor:

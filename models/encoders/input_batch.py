@@ -161,6 +161,17 @@ class Encoded:
         there_BN = self.kept.in_grid(torch.ones_like(self.tokens_BKD[..., :1]), self.count) > 0
         return self.kept.in_grid(self.tokens_BKD, self.count).masked_fill(~there_BN, math.nan)
 
+    def on_host(self, rows: Sequence[int]) -> Encoded:
+        """Returns some of the images or clips in the host's memory."""
+
+        def copied(values: Tensor) -> Tensor:
+            return torch.stack([values[row] for row in rows]).cpu()
+
+        kept = self.kept
+        if kept is not None:
+            kept = KeptTokens(copied(kept.grids_B2), copied(kept.ids_BK), copied(kept.valid_BK))
+        return Encoded(copied(self.tokens_BKD), kept, self.count)
+
     def each(self) -> list[Tensor]:
         """Returns each one's tokens in ascending order, [K', D] with K' of its own."""
         if self.kept is None:
@@ -184,15 +195,16 @@ def encode(
         autocast: run the forward in bfloat16.
     """
     weight = next(encoder.parameters())
+    # Counted where the batch is, because the device would be waited for.
+    tubelet = encoder.tubelet if isinstance(encoder, VisionTransformer) else 1
+    kept = batch.kept(tubelet)
     batch = batch.to(weight.device)
     pixels = normalize(batch.pixels, prep.mean, prep.std).to(weight.dtype)
     with torch.autocast(weight.device.type, torch.bfloat16, enabled=autocast):
-        if batch.kept_BM is None or batch.grids_B2 is None:
+        if kept is None:
             tokens_BND = encoder(pixels)
             return Encoded(tokens_BND.float(), None, tokens_BND.shape[1])
         assert isinstance(encoder, VisionTransformer)
-        patches_BNP = encoder.patch_embed.patchify(pixels)
-        kept = batch.kept(encoder.tubelet)
-        assert kept is not None
+        patches_BNP, kept = encoder.patch_embed.patchify(pixels), kept.to(weight.device)
         tokens_BKD = kept.encode(encoder, patches_BNP)
         return Encoded(tokens_BKD.float(), kept, patches_BNP.shape[1])

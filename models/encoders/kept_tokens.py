@@ -48,6 +48,11 @@ class KeptTokens:
         valid_BK = torch.gather(kept_BN, 1, ids_BK)
         return cls(grids_B2, ids_BK * valid_BK, valid_BK)
 
+    def to(self, device: torch.device) -> KeptTokens:
+        """Returns them on a device."""
+        parts = (self.grids_B2, self.ids_BK, self.valid_BK)
+        return KeptTokens(*(part.to(device, non_blocking=True) for part in parts))
+
     def encode(self, encoder: VisionTransformer, patches_BNP: torch.Tensor) -> torch.Tensor:
         """Encodes the kept tokens: [B, N, P] to [B, K, D]. No other patch reaches the encoder."""
         patches_BKP = gather_tokens(patches_BNP, self.ids_BK)

@@ -33,12 +33,12 @@ from models.hyperoptim.tensor_lists import (
     Value,
     add_scaled_,
     add_squares_,
-    as_number,
     gated,
     inner,
     keep_,
     only_if,
     over_root,
+    plus,
     scale_,
     with_decay,
 )
@@ -67,7 +67,7 @@ class Adam:
         c1, c2 = 1 - used["beta1"] ** step, 1 - used["beta2"] ** step
         root = list(torch._foreach_sqrt(lists.buffers["exp_avg_sq"]))
         scale_(root, c2**-0.5)
-        floor = list(torch._foreach_add(root, as_number(used["eps"], root)))
+        floor = plus(root, used["eps"])
         ratio = list(torch._foreach_div(average, floor))  # c1 u
         along = inner(lists.grads, ratio) / c1
         found = {"lr": -along}
@@ -158,7 +158,7 @@ class Adam:
         scale_(square, b2)
         add_squares_(square, grads, 1 - b2)
         c1, c2 = 1 - values["beta1"] ** step, 1 - values["beta2"] ** step
-        floor = list(torch._foreach_sqrt(square))
-        scale_(floor, c2**-0.5)
-        torch._foreach_add_(floor, as_number(values["eps"], floor))
+        root = list(torch._foreach_sqrt(square))
+        scale_(root, c2**-0.5)
+        floor = plus(root, values["eps"])
         add_scaled_(params, list(torch._foreach_div(average, floor)), -rate / c1)

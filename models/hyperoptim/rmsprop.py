@@ -24,12 +24,12 @@ from models.hyperoptim.tensor_lists import (
     Value,
     add_scaled_,
     add_squares_,
-    as_number,
     gated,
     inner,
     keep_,
     only_if,
     over_root,
+    plus,
     scale_,
     with_decay,
 )
@@ -55,7 +55,7 @@ class RMSprop:
             return {"lr": -inner(lists.grads, buffer)} if tuned else {}
         lr, last = used["lr"], lists.buffers["last_grad"]
         root = torch._foreach_sqrt(lists.buffers["square_avg"])
-        floor = torch._foreach_add(root, as_number(used["eps"], list(root)))
+        floor = plus(list(root), used["eps"])
         scaled = list(torch._foreach_div(lists.grads, floor))  # G / d
         step_now = list(torch._foreach_div(last, floor))  # g / d
         own = inner(scaled, last)
@@ -83,8 +83,7 @@ class RMSprop:
         square, alpha = lists.buffers["square_avg"], gated(values["alpha"], gate, 1.0)
         scale_(square, alpha)
         add_squares_(square, grads, 1 - alpha)
-        floor = torch._foreach_sqrt(square)
-        torch._foreach_add_(floor, as_number(values["eps"], square))
+        floor = plus(list(torch._foreach_sqrt(square)), values["eps"])
         rate = gated(values["lr"], gate, 0.0)
         if buffer := lists.buffers.get("momentum_buffer"):
             scale_(buffer, gated(values["momentum"], gate, 1.0))

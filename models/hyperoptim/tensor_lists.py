@@ -73,6 +73,14 @@ def scale_(xs: list[Tensor], factor: Value) -> None:
     torch._foreach_mul_(xs, as_number(factor, xs))
 
 
+def plus(xs: list[Tensor], value: Value) -> list[Tensor]:
+    """Returns xs plus a value."""
+    if isinstance(value, Tensor):
+        # Without alpha, torch takes a tensor of one number for a number, and waits for it.
+        return list(torch._foreach_add(xs, value.to(xs[0].dtype), alpha=1))
+    return list(torch._foreach_add(xs, value))
+
+
 def add_scaled_(xs: list[Tensor], ys: list[Tensor], factor: Value) -> None:
     """Adds factor * ys to xs, in place."""
     if isinstance(factor, Tensor):

@@ -205,17 +205,19 @@ def normalize(
 ) -> Tensor:
     """Converts uint8 pixels to float32 and normalizes the channels, on the input's device.
 
-    Statistics that are already tensors on that device are not copied.
-
     Args:
         pixels_BCHW: images [B, C, H, W] or clips [B, C, T, H, W].
-        mean: channel means of values in [0, 1].
-        std: channel standard deviations of values in [0, 1].
+        mean: channel means of values in [0, 1]; a tensor must be on that device.
+        std: channel standard deviations of values in [0, 1], in the same way.
     """
     import torch
 
-    mean_C = torch.as_tensor(mean, dtype=torch.float32, device=pixels_BCHW.device)
-    std_C = torch.as_tensor(std, dtype=torch.float32, device=pixels_BCHW.device)
+    mean_C, std_C = (
+        values.float()
+        if isinstance(values, torch.Tensor)
+        else torch.tensor(values).to(pixels_BCHW.device, torch.float32, non_blocking=True)
+        for values in (mean, std)
+    )
     scale_C, shift_C = 1.0 / (255.0 * std_C), mean_C / std_C
     channels = (-1,) + (1,) * (pixels_BCHW.ndim - 2)
     return pixels_BCHW.float() * scale_C.view(channels) - shift_C.view(channels)

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.encoders.blocks import use_plain_attention
 from models.scratch import scratch
 from pipelines.capacity.clusters import Cluster
 from pipelines.capacity.constants import Constant, Constants, measured_rate
@@ -25,10 +24,8 @@ from pipelines.capacity.memory import FP32, optimizer_bytes
 from pipelines.capacity.step_cost import StepCost, count_step, deepest, empty_objective, make_batch
 from pipelines.config.train import PretrainConfig
 from pipelines.runs.checkpoint_format import CheckpointState, save_checkpoint
-from pipelines.training.collapse import CollapseWatch, MeanMeter
-from pipelines.training.optimizers import build_optimizer
 from pipelines.training.schedules import set_schedules
-from pipelines.training.state import TrainState
+from pipelines.training.state import TrainState, state_of
 
 STEP_BUDGET_S = 3.0
 """A step that would take longer, by the assumed speed, is made smaller."""
@@ -135,21 +132,9 @@ def _new_state(cfg: PretrainConfig, device: torch.device, depth: int | None) -> 
             parameter.normal_(std=0.02)
         for buffer in objective.buffers():
             buffer.fill_(1)
-    if device.type == "cpu" and cfg.run.precision == "bf16":
-        use_plain_attention(objective)
     if cfg.run.compile and device.type == "cuda":
         objective.compile(dynamic=False)
-    watches = {
-        name: CollapseWatch(cfg.watch, columns, device, of=name)
-        for name, columns in objective.watched.items()
-    }
-    return TrainState(
-        objective=objective,
-        optimizer=build_optimizer(objective, cfg.optim),
-        watches=watches,
-        meter=MeanMeter(),
-        device=device,
-    )
+    return state_of(objective, cfg, device)
 
 
 @contextlib.contextmanager

@@ -8,8 +8,6 @@ and attention; everything else is below a few percent.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,26 +153,12 @@ class _Counted:
 def _run_fake(cfg: PretrainConfig, objective: Objective) -> list[_Counted]:
     """Runs steps of `COUNTED` samples forward and backward on fake tensors."""
     batches = [make_batch(cfg, samples) for samples in COUNTED]
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            fake = objective.to_empty(device="cpu")
-            return [
-                _count(
-                    cfg, fake, {name: mode.from_tensor(values) for name, values in batch.items()}
-                )
-                for batch in batches
-            ]
-    finally:
-        _forget_cached()
-
-
-def _forget_cached() -> None:
-    """Empties the caches of functions in `models`, which may now hold fake tensors."""
-    for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] == "models":
-            for function in vars(module).values():
-                if isinstance(function, functools._lru_cache_wrapper):
-                    function.cache_clear()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = objective.to_empty(device="cpu")
+        return [
+            _count(cfg, fake, {name: mode.from_tensor(values) for name, values in batch.items()})
+            for batch in batches
+        ]
 
 
 def _count(cfg: PretrainConfig, objective: Objective, batch: dict[str, Tensor]) -> _Counted:

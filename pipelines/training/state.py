@@ -126,6 +126,13 @@ def new_state(
     """
     torch.manual_seed(cfg.run.seed)
     objective = anchored(new_objective(cfg), cfg).to(device)
+    return state_of(objective, cfg, device, mesh)
+
+
+def state_of(
+    objective: Objective, cfg: PretrainConfig, device: torch.device, mesh: DeviceMesh | None = None
+) -> TrainState:
+    """Builds the state of a run at step 0 around an objective that is on its device already."""
     if device.type == "cpu" and cfg.run.precision == "bf16":
         use_plain_attention(objective)
     if mesh is not None:

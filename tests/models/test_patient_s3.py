@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import pickle
 import random
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import s3fs
 
 from helpers.s3_proxy import S3Proxy, proxied
+from helpers.waiting import wait_until
 from models import patient_s3, s3_waiting
 from models.file_systems import url_to_fs
 from models.patient_s3 import PATIENCE_ENV
@@ -48,10 +50,10 @@ def test_reading_writing_and_listing_wait_while_s3_refuses(proxy: S3Proxy, tmp_p
         lambda: fs.ls(f"s3://{BUCKET}"),
         lambda: fs.exists(path),
     ):
-        timer = proxy.down_for(DOWN_S / 2)
         started = time.monotonic()
+        timer = proxy.down_for(DOWN_S / 2)
         use()
-        assert time.monotonic() - started > DOWN_S / 4
+        assert time.monotonic() - started > DOWN_S / 2
         timer.join()
     assert fs.cat_file(path) == b"before"
     assert {p.rpartition("/")[2] for p in fs.ls(f"s3://{BUCKET}")} == {"one", "two", "three"}
@@ -91,10 +93,17 @@ def test_the_user_hears_once_of_an_outage_and_once_of_its_end(
     fs, _ = url_to_fs("s3://")
     paths = [f"{BUCKET}/told/{n}" for n in range(20)]
     fs.pipe(dict.fromkeys(paths, b"x"))
-    timer = proxy.down_for(3.0)
+
+    def come_back() -> None:
+        wait_until(lambda: caplog.messages)
+        proxy.up()
+
+    proxy.down()
+    back = threading.Thread(target=come_back)
+    back.start()
     with caplog.at_level(logging.WARNING):
         assert fs.cat_ranges(paths, None, None, on_error="raise") == [b"x"] * 20
-    timer.join()
+    back.join()
     waiting, answers = caplog.messages
     assert waiting.startswith(f"waiting for S3: no answer from {proxy.url} since ")
     assert waiting.endswith("gives up after 300 s (RAYJEPA_S3_PATIENCE_S)")
@@ -132,8 +141,8 @@ def test_what_ray_train_uploads_through_is_patient_too(proxy: S3Proxy, tmp_path:
     path, filesystem = ray_storage(f"s3://{BUCKET}/runs")
     filesystem = pickle.loads(pickle.dumps(filesystem))
     (tmp_path / "model").write_bytes(random.randbytes(1_000_000))
-    timer = proxy.down_for(DOWN_S)
     started = time.monotonic()
+    timer = proxy.down_for(DOWN_S)
     local = pyarrow.fs.LocalFileSystem()
     pyarrow.fs.copy_files(
         str(tmp_path),
@@ -141,7 +150,7 @@ def test_what_ray_train_uploads_through_is_patient_too(proxy: S3Proxy, tmp_path:
         source_filesystem=local,
         destination_filesystem=filesystem,
     )
-    assert time.monotonic() - started > DOWN_S / 2
+    assert time.monotonic() - started > DOWN_S
     timer.join()
     fs, at = url_to_fs(f"s3://{BUCKET}/runs/checkpoint/model")
     assert fs.cat_file(at) == (tmp_path / "model").read_bytes()
@@ -166,7 +175,7 @@ def test_patience_ends(proxy: S3Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     started = time.monotonic()
     with pytest.raises(Exception, match="Could not connect"):
         fs.cat_file(path)
-    assert 1 < time.monotonic() - started < 20
+    assert 1 < time.monotonic() - started < 60  # and not its patience of 300
     proxy.up()
 
 
@@ -178,7 +187,7 @@ def test_without_patience_the_first_failure_is_raised(proxy: S3Proxy) -> None:
         started = time.monotonic()
         with pytest.raises(Exception, match="Could not connect"):
             impatient.cat_file(path)
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 60  # and not its patience of 300
         proxy.up()
 
 

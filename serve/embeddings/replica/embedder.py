@@ -105,18 +105,17 @@ class Encoder:
         return [results[index] for index in range(len(items))]
 
     def _pool(self, encoded: Encoded, poolings: list[Pooling]) -> list[Floats]:
-        """Pools on the device: `mean` for the whole batch at once."""
+        """Pools; the host waits for the device once for all means, and once for tokens if any are
+        asked for."""
         steps, D = encoded.count // self.card.num_patches, self.card.dimensions
-        mean_BD, each = encoded.mean().cpu().numpy(), encoded.each()
-        pooled: list[Floats] = []
-        for row, pooling in enumerate(poolings):
-            if pooling == "mean":
-                pooled.append(mean_BD[row])
-                continue
-            tokens_ND = each[row]
-            if pooling == "per_frame":  # every time step has the same patches
+        pooled: list[Floats] = list(encoded.mean().cpu().numpy())
+        rows = [row for row, pooling in enumerate(poolings) if pooling != "mean"]
+        if not rows:
+            return pooled
+        for row, tokens_ND in zip(rows, encoded.on_host(rows).each(), strict=True):
+            if poolings[row] == "per_frame":  # every time step has the same patches
                 tokens_ND = tokens_ND.reshape(steps, -1, D).mean(dim=1)
-            pooled.append(tokens_ND.cpu().numpy())
+            pooled[row] = tokens_ND.numpy()
         return pooled
 
 

@@ -16,6 +16,7 @@ import pytest
 from helpers.lm.serving import MODEL
 from helpers.serve.embeddings import miss_killed_replicas_soon
 from helpers.serve.free_ports import free_ports
+from helpers.waiting import LIMIT_S
 
 APP = f"lm{os.getpid()}"
 GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0}
@@ -49,6 +50,7 @@ def serve_tiny_lm(model: Path, store: Path) -> Iterator[Served]:
         max_choices=3,
         max_queued=0,
         ping_s=0.3,
+        reader_timeout_s=2 * LIMIT_S,  # what a test waits for shall not come about by it
         max_reply_tokens=400,
         max_prompt_tokens=2_000,
         max_request_bytes=100_000,

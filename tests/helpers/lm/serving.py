@@ -20,6 +20,7 @@ from ray.exceptions import ActorDiedError
 from tokenizers import decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
+from helpers.waiting import LIMIT_S
 from models.sink_lm.checkpoints.tokenizer import load_tokenizer
 from models.sink_lm.engine.sampling_params import SamplingParams
 from serve.ingress.application import IngressParts
@@ -120,13 +121,6 @@ def replica_pids(app: str, name: str) -> list[int]:
     return found
 
 
-def wait_until(condition: Any, seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.05)
-
-
 class Remote:
     """`handle.method.remote(...)`."""
 
@@ -188,6 +182,8 @@ class Cluster:
 async def cluster(folder: Path, **settings: Any) -> AsyncIterator[Cluster]:
     """Yields one replica, without Ray."""
     defaults = {"sessions": 2, "cache": 32, "max_choices": 2, "threads": 1, "prefill_chunk": 16}
+    # What a test waits for shall not come about by these.
+    defaults |= {"reader_timeout_s": 2 * LIMIT_S, "queue_timeout_s": 2 * LIMIT_S}
     made = Cluster(LMSettings(model=str(folder), name=MODEL, **(defaults | settings)))
     try:
         yield made
@@ -247,13 +243,6 @@ async def read(replica: LanguageModel, request_id: str) -> tuple[list[int], str]
             tokens += [token.token for token in piece.tokens]
             if piece.end is not None:
                 return tokens, piece.end.reason
-
-
-async def eventually(condition: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        await asyncio.sleep(0.01)
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:

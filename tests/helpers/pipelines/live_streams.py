@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import io
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import av
 
 from helpers.models.video_files import CYCLE, number_of
+from helpers.waiting import wait_until
 from models.media.videos import decode_frames
 from pipelines.config.ingest import IngestConfig, LiveConfig, VideoConfig
 from pipelines.dataset.shards import list_names, read_manifest, read_rows
@@ -46,13 +45,6 @@ def uris(out: Path) -> str:
     return " ".join(read_rows(out, columns=["source_uri"])["source_uri"].to_pylist())
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + LONG_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def frames_in(out: Path | str) -> int:
     return (read_manifest(out).num_frames or 0) if "manifest.json" in list_names(out) else 0
 
@@ -60,7 +52,7 @@ def frames_in(out: Path | str) -> int:
 def follow_until(cfg: IngestConfig, frames: int) -> None:
     """Follows until that many frames are published, which must be within whole segments."""
     with Following(cfg) as running:
-        wait_for(lambda: running.error is not None or frames_in(cfg.out) >= frames)
+        wait_until(lambda: running.error is not None or frames_in(cfg.out) >= frames)
 
 
 def check_numbers(out: Path | str) -> None:

@@ -13,7 +13,8 @@ import av
 import pytest
 
 from helpers.models.video_files import CYCLE, number_of, write_video
-from helpers.pipelines.live_streams import Following, config, frames_in, numbers, wait_for
+from helpers.pipelines.live_streams import Following, config, frames_in, numbers
+from helpers.waiting import wait_until
 from models.media.video.containers import choose_stream, open_video
 from models.media.video.video_reader import FrameReader, Restarts, TimedFrame
 from models.media.videos import RgbConverter
@@ -128,7 +129,7 @@ def test_a_live_source_that_restarts_is_published_completely(tmp_path: Path) -> 
     source, out = tmp_path / "a.webm", tmp_path / "out"
     source.write_bytes(film(30) + film(24, size=(96, 128)))
     with Following(config(source, out)):
-        wait_for(lambda: frames_in(out) >= 10)
+        wait_until(lambda: frames_in(out) >= 10)
     assert numbers(out) == [*range(0, 30, 3), *range(0, 24, 3)]
 
 

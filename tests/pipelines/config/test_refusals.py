@@ -185,7 +185,7 @@ def test_what_s3_refuses_is_told_at_once(
         others = ("--out", pictures.parent / "o") if flag == "--source" else ("--source", pictures)
         started = time.monotonic()
         said = told("ingest", flag, place, *others)
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 60  # and not its patience of 300
     assert said.startswith(f"error: {flag}: {place}: ")
     assert what in said
     assert way_out in said

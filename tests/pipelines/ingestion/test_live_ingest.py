@@ -32,8 +32,8 @@ from helpers.pipelines.live_streams import (
     ids,
     numbers,
     uris,
-    wait_for,
 )
+from helpers.waiting import wait_until
 from models.media.videos import decode_frames
 from pipelines.dataset import live_set as publishing
 from pipelines.dataset.shards import list_names, read_manifest, read_rows, verify_shards
@@ -63,14 +63,14 @@ def test_a_file_that_grows_is_published_while_it_grows(transport: bytes, tmp_pat
     source.write_bytes(transport[:half])
     before = dt.datetime.now(dt.UTC)
     with Following(config(source, out)):
-        wait_for(lambda: frames_in(out) >= 10)
+        wait_until(lambda: frames_in(out) >= 10)
         early = verify_shards(out)
         assert early.live is not None
         assert early.live["open"]
         first = ids(out)
         with source.open("ab") as file:
             file.write(transport[half:])
-        wait_for(lambda: frames_in(out) >= COMPLETE)
+        wait_until(lambda: frames_in(out) >= COMPLETE)
     manifest = verify_shards(out)
     check_numbers(out)
     assert ids(out)[: len(first)] == first
@@ -130,8 +130,8 @@ def test_a_broken_connection_is_made_again(
     out = tmp_path / "out"
     port, server = serve([transport[: len(transport) // 2], transport])
     with Following(config(f"tcp://user:secret@127.0.0.1:{port}", out)) as following_:
-        wait_for(lambda: not server.is_alive())
-        wait_for(lambda: frames_in(out) > len(WHOLE) + 10)
+        wait_until(lambda: not server.is_alive())
+        wait_until(lambda: frames_in(out) > len(WHOLE) + 10)
     server.join()
     assert following_.error is None
     shown, length = numbers(out), len(WHOLE)
@@ -159,8 +159,8 @@ def test_a_break_in_the_middle_of_a_packet_is_no_end_of_the_stream(
     cut = len(transport) // 3
     port, server = serve([torn, transport[cut:]])
     with Following(config(f"tcp://127.0.0.1:{port}", out)):
-        wait_for(lambda: not server.is_alive())
-        wait_for(lambda: frames_in(out) > 0 and "connection=2" in uris(out))
+        wait_until(lambda: not server.is_alive())
+        wait_until(lambda: frames_in(out) > 0 and "connection=2" in uris(out))
     verify_shards(out)
     rows = read_rows(out).to_pylist()
     second = next(row for row in rows if row["source_uri"].endswith("connection=2"))

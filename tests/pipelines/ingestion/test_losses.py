@@ -13,8 +13,9 @@ import av
 import pytest
 
 from helpers.models.video_files import picture, write_video
-from helpers.pipelines.live_streams import FRAMES, Following, config, frames_in, wait_for
+from helpers.pipelines.live_streams import FRAMES, Following, config, frames_in
 from helpers.pipelines.video_ingestion import prepare
+from helpers.waiting import wait_until
 from models.media.video.containers import VideoError
 from pipelines.dataset.shards import read_manifest
 
@@ -70,10 +71,10 @@ def test_a_connection_that_is_reset_is_a_connection_lost(tmp_path: Path) -> None
     server.start()
     out = tmp_path / "out"
     with Following(config(f"tcp://127.0.0.1:{listener.getsockname()[1]}", out)):
-        wait_for(lambda: frames_in(out) > 0)
+        wait_until(lambda: frames_in(out) > 0)
         before = frames_in(out)
         seen.set()
-        wait_for(lambda: not server.is_alive())
-        wait_for(lambda: frames_in(out) > before + 20)
+        wait_until(lambda: not server.is_alive())
+        wait_until(lambda: frames_in(out) > before + 20)
     server.join()
     assert read_manifest(out).losses.get("connection_lost") == 1

@@ -26,7 +26,7 @@ def port() -> Iterator[int]:
 
 def fetch(*urls: str, rule: str, video: bool = False, **limits: Any) -> list[bytes]:
     async def run() -> list[bytes]:
-        fetcher = ImageFetcher((rule,), **({"max_bytes": 100_000, "timeout_s": 5.0} | limits))
+        fetcher = ImageFetcher((rule,), **({"max_bytes": 100_000, "timeout_s": 60.0} | limits))
         try:
             sampling = Sampling() if video else None
             return [await fetcher.fetch(Reference("input", url, True, sampling)) for url in urls]
@@ -47,7 +47,7 @@ def test_one_address_that_is_not_public_is_enough_to_refuse(
 
     monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", resolve)
     with pytest.raises(ApiError) as caught:
-        fetch(f"http://two.example.org:{port}/", rule=f"two.example.org:{port}", timeout_s=0.2)
+        fetch(f"http://two.example.org:{port}/", rule=f"two.example.org:{port}")
     assert (caught.value.code, caught.value.param) == ("url_not_allowed", "input")
 
 

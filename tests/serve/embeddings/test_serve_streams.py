@@ -31,6 +31,7 @@ from helpers.serve.videos import (
     direct_clip_tokens,
     local_server,
 )
+from helpers.waiting import wait_until
 from models.artifacts.artifact import load_artifact
 from models.media.images import decode_image
 from models.media.preprocessing import Preprocessing, eval_transform
@@ -109,13 +110,6 @@ def read_all(socket: ClientConnection, *, acknowledge: bool = True) -> list[dict
 
 def end(socket: ClientConnection) -> None:
     socket.send(json.dumps({"type": "end"}))
-
-
-def wait_until(condition: Any, seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def pixels_of(jpegs: list[bytes], prep: Preprocessing) -> np.ndarray:

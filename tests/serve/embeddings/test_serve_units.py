@@ -157,7 +157,7 @@ def port() -> Iterator[int]:
         yield number
 
 
-def fetch(url: str, *rules: str, max_bytes: int = 100_000, timeout_s: float = 5.0) -> bytes:
+def fetch(url: str, *rules: str, max_bytes: int = 100_000, timeout_s: float = 60.0) -> bytes:
     async def run() -> bytes:
         fetcher = ImageFetcher(rules, max_bytes=max_bytes, timeout_s=timeout_s)
         try:
@@ -259,21 +259,26 @@ def test_batches_fill_while_the_model_is_busy() -> None:
 def test_cancelled_and_failed_items_leave_the_others_alone() -> None:
     seen: list[list[int]] = []
 
-    async def run(items: list[int]) -> list[int]:
-        seen.append(items)
-        await asyncio.sleep(0.02)
-        if 99 in items:
-            raise RuntimeError("device lost")
-        return items
-
     async def main() -> None:
+        is_busy, is_free = asyncio.Event(), asyncio.Event()
+
+        async def run(items: list[int]) -> list[int]:
+            seen.append(items)
+            is_busy.set()
+            await is_free.wait()
+            if 99 in items:
+                raise RuntimeError("device lost")
+            return items
+
         batcher = Batcher(run, batch_size=4, max_wait_s=0.0)
         running = asyncio.create_task(batcher.submit(1))
-        await asyncio.sleep(0.005)
+        await is_busy.wait()
         leaving, staying = (asyncio.create_task(batcher.submit(item)) for item in (2, 3))
         await asyncio.sleep(0)
         leaving.cancel()
         running.cancel()  # in the middle of its batch: the batch runs to its end
+        await asyncio.sleep(0)
+        is_free.set()
         assert await staying == 3
         with pytest.raises(RuntimeError, match="device lost"):
             await batcher.submit(99)

@@ -41,6 +41,7 @@ from helpers.serve.videos import (
     direct_clip_tokens,
     local_server,
 )
+from helpers.waiting import wait_until
 from models.media.preprocessing import EncoderInput, Preprocessing, eval_transform
 from models.media.video.containers import VideoError
 from serve.embeddings.frontend.service import embed_items
@@ -318,10 +319,7 @@ def test_hostile_videos_get_typed_errors_in_time(server: LocalServer) -> None:
     assert sum(reply.status_code == 200 for reply, _ in replies) < len(cases) / 2
     np.testing.assert_allclose(vectors_of(post(server, input=good)), expected, atol=1e-6)
     assert server.parts.service.admission.videos == 0
-    deadline = time.monotonic() + 5
-    while len(children(os.getpid())) > 1 and time.monotonic() < deadline:  # the template is left
-        time.sleep(0.05)
-    assert len(children(os.getpid())) == 1
+    wait_until(lambda: len(children(os.getpid())) == 1)  # the template is left
     after = resident_mib()
     large = [c for c in cases if c.name in ("too many bytes", "100,000 frames", "much memory")]
     for case in large * 6:  # 72 MB of requests
@@ -341,14 +339,9 @@ def test_a_leaving_client_ends_the_decoding(server: LocalServer) -> None:
     service = server.parts.service
     body = json.dumps({"input": {"video": data_uri(slow_to_decode(), "video/webm")}}).encode()
     request = asyncio.run_coroutine_threadsafe(service.answer(body), server.loop)
-    deadline = time.monotonic() + DEADLINE_S
-    while len(children(os.getpid())) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert len(children(os.getpid())) == 2
+    wait_until(lambda: len(children(os.getpid())) == 2)
     request.cancel()  # what Serve does when a client leaves
-    while len(children(os.getpid())) > 1 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert len(children(os.getpid())) == 1
+    wait_until(lambda: len(children(os.getpid())) == 1)
     assert (service.admission.videos, service.media.decoders.busy) == (0, 0)
 
 

@@ -22,9 +22,10 @@ import s3fs
 
 from helpers.lm import served as one_server
 from helpers.lm.served import text_of
-from helpers.lm.serving import events, replica_pids, same_text, wait_until
+from helpers.lm.serving import events, replica_pids, same_text
 from helpers.serve.embeddings import WIDTH, miss_killed_replicas_soon, png_uri, save_tiny_artifact
 from helpers.serve.free_ports import free_ports
+from helpers.waiting import LIMIT_S, wait_until
 from pipelines.chat import ChatClient, ChatConfig, chat
 
 pytestmark = pytest.mark.ray
@@ -164,7 +165,7 @@ def test_sessions_stay_with_their_replica_and_survive_kill_9(
     for reader in readers[1::2]:
         reader.start()
     for reader in readers:
-        reader.join(60)
+        reader.join(LIMIT_S)
     for name in names:
         assert same_text(got[name] + kept[name], expected[name])
     moved = {name for name, owner in owners(served, names).items()

@@ -15,6 +15,7 @@ from ray.serve._private.common import (
 )
 from ray.serve._private.request_router.common import PendingRequest
 
+from helpers.waiting import LIMIT_S
 from serve.lm.contract import is_session_id, key_of_replica
 from serve.lm.router import SessionRouter
 
@@ -44,7 +45,7 @@ def routed(
             number = str(next(numbers))
             told = RequestMetadata(number, number, session_id=key)
             chosen: Any = await asyncio.wait_for(
-                router._choose_replica_for_request(PendingRequest([], {}, told)), 5
+                router._choose_replica_for_request(PendingRequest([], {}, told)), LIMIT_S
             )
             return str(chosen.replica_id.unique_id)
 

@@ -19,7 +19,7 @@ from PIL import Image
 from rich.console import Console
 
 from helpers.repository import ROOT
-from helpers.s3_proxy import S3Proxy, proxied
+from helpers.s3_proxy import LONGEST_HANG_S, S3Proxy, proxied
 from models.file_systems import url_to_fs
 from models.patient_s3 import PatientS3FileSystem
 from pipelines.config.ingest import IngestConfig
@@ -155,9 +155,7 @@ def test_ctrl_c_ends_a_listing_that_waits(proxy: S3Proxy) -> None:
     )
     assert listing.wait(120)
     job.send_signal(signal.SIGINT)
-    started = time.monotonic()
-    _, said = job.communicate(timeout=30)
+    _, said = job.communicate(timeout=LONGEST_HANG_S)  # before there is an answer
     proxy.end_trouble()
     assert said == "error: interrupted; the same command goes on from what is done\n"
     assert job.returncode == 1
-    assert time.monotonic() - started < 15

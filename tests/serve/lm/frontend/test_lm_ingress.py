@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import threading
-import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from typing import Any
 import httpx
 import pytest
 
-from helpers.lm.serving import MODEL, Cluster, cluster, events, eventually, run, same_text, web
+from helpers.lm.serving import MODEL, Cluster, cluster, events, run, same_text, web
+from helpers.waiting import LIMIT_S, eventually
 from serve.lm.frontend.client import LMClient
 from serve.lm.replica import maintenance
 
@@ -34,7 +34,7 @@ def test_after_a_5xx_a_session_s_prompt_is_not_to_be_sent_again(
     """OpenAI's clients repeat a 5xx: the prompt would be in the stream twice."""
 
     async def test() -> None:
-        async with cluster(tiny_lm, store=str(tmp_path), timeout_s=0.3) as made, web(made) as http:
+        async with cluster(tiny_lm, store=str(tmp_path), timeout_s=2) as made, web(made) as http:
             body = GREEDY | {"prompt": "a", "max_tokens": 4}
             if session_id is not None:
                 body["session_id"] = session_id
@@ -42,7 +42,7 @@ def test_after_a_5xx_a_session_s_prompt_is_not_to_be_sent_again(
             real = replica._scheduler.start
 
             async def late(start: Any) -> Any:
-                await asyncio.sleep(0.6)
+                await asyncio.sleep(LIMIT_S)
                 return await real(start)
 
             replica._scheduler.start = late  # type: ignore[method-assign]
@@ -141,7 +141,7 @@ def test_a_client_who_leaves_before_the_first_event(tiny_lm: Path) -> None:
             with contextlib.suppress(Exception):
                 await app(scope, receive, send)
             assert sent[0] == "http.response.start"
-            await eventually(lambda: not made.replica._engine.sessions(), 10)
+            await eventually(lambda: not made.replica._engine.sessions())
 
     run(test())
 
@@ -154,7 +154,7 @@ def test_a_generation_whose_ingress_died_ends_and_is_resumed(
     monkeypatch.setattr(LMClient, "cancel", lambda *_: None)  # the dead do not cancel
 
     async def test() -> None:
-        settings = {"store": str(tmp_path), "reader_timeout_s": 0.5, "max_stream_bytes": 3_000}
+        settings = {"store": str(tmp_path), "reader_timeout_s": 2, "max_stream_bytes": 3_000}
         async with cluster(tiny_lm, **settings) as made, web(made) as http:
             data = await stream(http, prompt="ab", session_id="s", max_tokens=None)
             text = "".join(chunk["choices"][0]["text"] for _, chunk in data[:-1])
@@ -238,7 +238,7 @@ def test_a_long_prompt_does_not_hold_up_the_others(
 ) -> None:
     """It is tokenized once, and not in the loop that serves everybody."""
     seen: list[str] = []
-    main = threading.current_thread()
+    main, go_on = threading.current_thread(), threading.Event()
 
     async def test() -> None:
         async with cluster(tiny_lm) as made, web(made) as http:
@@ -248,15 +248,16 @@ def test_a_long_prompt_does_not_hold_up_the_others(
             def slow(self: Any, text: str, **how: Any) -> list[int]:
                 seen.append(text)
                 assert threading.current_thread() is not main
-                time.sleep(0.5)
+                assert go_on.wait(LIMIT_S)
                 return real(self, text, **how)
 
             monkeypatch.setattr(tokenizer_type, "encode", slow)
             body = GREEDY | {"prompt": "ab", "max_tokens": 1}
             call = asyncio.ensure_future(http.post("/v1/completions", json=body))
-            await asyncio.sleep(0.05)
+            await eventually(lambda: seen)
             assert (await http.get("/healthz")).status_code == 200
             assert not call.done()
+            go_on.set()
             assert (await call).status_code == 200
             assert seen == ["ab"]
 

@@ -14,26 +14,26 @@ import openai
 import pytest
 
 from helpers.lm.serving import Cluster, cluster, run, same_text, web
-from helpers.lm.timed import GREEDY, timed
+from helpers.lm.streamed import GREEDY, streamed
+from helpers.waiting import eventually
 from serve.lm.frontend import replies
 from serve.lm.frontend.events import PING, event, with_pings
 
 PING_S = 0.05
 
 
-def quick(seconds: float) -> Any:
+@pytest.mark.parametrize("pings", [0, 2])
+def test_a_comment_is_sent_after_every_silence_and_only_then(pings: int) -> None:
+    got: list[bytes] = []
+
     async def events() -> AsyncGenerator[bytes, None]:
         yield b"a"
-        await asyncio.sleep(seconds)
+        await eventually(lambda: got.count(PING) >= pings, every_s=0.0)
         yield b"b"
 
-    return events()
-
-
-@pytest.mark.parametrize(("seconds", "pings"), [(0.0, 0), (0.25, 2)])
-def test_a_comment_is_sent_after_every_silence_and_only_then(seconds: float, pings: int) -> None:
     async def test() -> None:
-        got = [data async for data in with_pings(quick(seconds), 0.1)]
+        async for data in with_pings(events(), 0.3):
+            got.append(data)
         assert got == [b"a", *[PING] * pings, b"b"]
 
     run(test())
@@ -146,7 +146,7 @@ def test_the_official_client_reads_over_a_lost_replica(tiny_lm: Path, tmp_path: 
                 calls += 1
                 if calls == 3:
                     made.add()
-                    lag(made, "start", 6 * PING_S)
+                    lag(made, "start", 12 * PING_S)
                 return await taken(*args)
 
             made.replica.take = lost  # type: ignore[method-assign]
@@ -175,21 +175,35 @@ def test_a_stream_that_has_not_begun_is_opened_and_pinged(
 
     async def test() -> None:
         async with cluster(tiny_lm, ping_s=PING_S) as made, web(made) as http:
-            lag(made, "start", 0.6)
-            sent = await timed(http, {"prompt": "ab", "n": 2, "max_tokens": 3})
-            assert sent[0][1] == "http.response.start"
-            assert sent[0][0] < 0.5
-            assert [data for _, _, data in sent[1:5]] == [PING] * 4
-            assert sent[-2][2] == b"data: [DONE]\n\n"
-            late = await timed(http, {"session_id": "nobody"})
-            assert b'"code":"session_not_found"' in late[-2][2]
+            real, go_on = made.replica.start, asyncio.Event()
+
+            async def late(*args: Any, **kwargs: Any) -> Any:
+                await go_on.wait()
+                return await real(*args, **kwargs)
+
+            made.replica.start = late  # type: ignore[method-assign]
+
+            async def pinged(**body: Any) -> bytes:
+                """Returns the last part of a stream, for whose begin four pings are waited."""
+                go_on.clear()
+                sent: list[tuple[str, bytes]] = []
+                call = asyncio.ensure_future(streamed(http, body, sent))
+                await eventually(lambda: len(sent) > 4)
+                assert sent[0][0] == "http.response.start"
+                assert [data for _, data in sent[1:5]] == [PING] * 4
+                go_on.set()
+                await call
+                return sent[-2][1]
+
+            assert await pinged(prompt="ab", n=2, max_tokens=3) == b"data: [DONE]\n\n"
+            assert b'"code":"session_not_found"' in await pinged(session_id="nobody")
 
             async def broken(start: Any) -> Any:
                 raise RuntimeError("a secret")
 
             made.replica._scheduler.start = broken  # type: ignore[method-assign]
-            failed = await timed(http, {"prompt": "ab"})
-            assert b'"code":"internal_error"' in failed[-2][2]
-            assert b"secret" not in failed[-2][2]
+            failed = await pinged(prompt="ab")
+            assert b'"code":"internal_error"' in failed
+            assert b"secret" not in failed
 
     run(test())

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from helpers.lm.serving import ask, cluster, eventually, run, save_tiny_lm, say
+from helpers.lm.serving import ask, cluster, run, save_tiny_lm, say
+from helpers.waiting import LIMIT_S, eventually
 from models.sink_lm.checkpoints.tokenizer import load_tokenizer
 from serve.ingress.errors import ApiError
 from serve.lm.contract import LMCard, Refusal
@@ -162,7 +163,7 @@ def test_a_replica_is_held_until_its_answer_has_ended(tiny_lm: Path) -> None:
             assert not holding.done()
             async for _ in pieces:
                 pass
-            await asyncio.wait_for(holding, 20)
-            await asyncio.wait_for(made.replica.hold("r1"), 1)  # it is over
+            await asyncio.wait_for(holding, LIMIT_S)
+            await asyncio.wait_for(made.replica.hold("r1"), LIMIT_S)  # it is over
 
     run(test())

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from helpers.waiting import LIMIT_S
 from serve.lm.frontend import client as lm_client
 from serve.lm.frontend.client import LMClient
 
@@ -40,7 +41,7 @@ class Busy:
 
         async def snapshot(*_: Any, call_id: str) -> str:
             self.calls.append(call_id)
-            await asyncio.sleep(60 if self._dies and len(self.calls) == 1 else 0.1)
+            await asyncio.sleep(2 * LIMIT_S if self._dies and len(self.calls) == 1 else 0.1)
             return f"answer to call {len(self.calls)}"
 
         return SimpleNamespace(remote=works_on if method_name == "works_on" else snapshot)
@@ -49,7 +50,7 @@ class Busy:
 def test_the_answer_counts_as_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lm_client, "TAKE_WAIT_S", 0.01)
     client = LMClient(Handle(), persistent=True, silence_s=0.01)
-    assert asyncio.run(asyncio.wait_for(client.take("key", "request"), 5)) is None
+    assert asyncio.run(asyncio.wait_for(client.take("key", "request"), LIMIT_S)) is None
 
 
 @pytest.mark.parametrize(("dies", "calls"), [(False, 1), (True, 2)])
@@ -58,6 +59,6 @@ def test_a_call_is_repeated_when_the_one_who_answers_pings_does_not_work_on_it(
 ) -> None:
     replica = Busy(dies=dies)
     client = LMClient(replica, persistent=True, silence_s=0.02)
-    answer = asyncio.run(asyncio.wait_for(client.call("key", "snapshot", "key"), 5))
+    answer = asyncio.run(asyncio.wait_for(client.call("key", "snapshot", "key"), LIMIT_S))
     assert answer == f"answer to call {calls}"
     assert len(set(replica.calls)) == calls

@@ -10,8 +10,9 @@ from typing import Any
 import httpx
 import pytest
 
-from helpers.lm.serving import MODEL, Cluster, ask, cluster, eventually, read, run, say, slabs, web
-from helpers.lm.timed import timed
+from helpers.lm.serving import MODEL, Cluster, ask, cluster, read, run, say, slabs, web
+from helpers.lm.streamed import streamed
+from helpers.waiting import LIMIT_S, eventually
 from serve.ingress.errors import ApiError
 from serve.lm.frontend import replies as lm_http_replies
 from serve.lm.frontend.events import PING
@@ -90,10 +91,11 @@ def test_a_wait_has_an_end_and_counts_as_part_of_the_reply_s_time(tiny_lm: Path)
             begun = time.monotonic()
             late = await post(http)
             assert (late.status_code, late.json()["error"]["code"]) == (status, code)
-            assert 0.3 <= time.monotonic() - begun < 5
+            assert 0.3 <= time.monotonic() - begun < LIMIT_S
             await eventually(waits(made, 0))
             await made.replica.cancel("holder")
-            assert (await post(http)).status_code == 200
+            while (await post(http)).status_code != 200:  # 0.3 s may be short for a busy machine
+                await asyncio.sleep(0.01)
 
     run(test(429, "no_free_slab", queue_timeout_s=0.3))
     run(test(504, "timeout", timeout_s=0.3))
@@ -111,9 +113,9 @@ def test_a_client_who_leaves_frees_its_place(
             waiting = asyncio.ensure_future(made.client().answer(ask("gone", session_id, "ab")))
             await eventually(waits(made, 1))
             waiting.cancel()
-            await eventually(waits(made, 0), 2)
+            await eventually(waits(made, 0))
             await made.replica.cancel("holder")
-            await eventually(lambda: not slabs(made.replica), 5)
+            await eventually(lambda: not slabs(made.replica))
 
     run(test())
 
@@ -126,14 +128,16 @@ def test_a_waiting_stream_is_open_and_pinged(
     async def test() -> None:
         async with one_slab(tiny_lm, ping_s=0.1) as made, web(made) as http:
             await made.replica.start(ask("holder", None, "x", **ENDLESS))
-            call = asyncio.ensure_future(timed(http, {"prompt": "ab", "max_tokens": 3}))
-            await asyncio.sleep(0.7)
+            sent: list[tuple[str, bytes]] = []
+            body = {"prompt": "ab", "max_tokens": 3}
+            call = asyncio.ensure_future(streamed(http, body, sent))
+            await eventually(lambda: len(sent) > 3)
+            assert sent[0][0] == "http.response.start"
+            assert [data for _, data in sent[1:4]] == [PING] * 3
             assert not call.done()
             await made.replica.cancel("holder")
-            sent = await call
-            assert sent[0][0] < 0.5
-            assert [data for _, _, data in sent[1:4]] == [PING] * 3
-            assert sent[-2][2] == b"data: [DONE]\n\n"
+            await call
+            assert sent[-2][1] == b"data: [DONE]\n\n"
 
     run(test())
 
@@ -163,7 +167,7 @@ def test_who_has_a_slab_does_not_wait_for_one(tiny_lm: Path, tmp_path: Path) -> 
             # The idle session makes room for one that waits, but not for two at once.
             two = asyncio.ensure_future(replica.start(ask("two", None, "x", n=2)))
             await eventually(waits(made, 1))
-            assert await asyncio.wait_for(say(replica, "here", "cd", max_tokens=2), 5)
+            assert await asyncio.wait_for(say(replica, "here", "cd", max_tokens=2), LIMIT_S)
             assert not two.done()
             await replica.cancel("holder")
             assert not isinstance(await two, ApiError)
@@ -172,9 +176,12 @@ def test_who_has_a_slab_does_not_wait_for_one(tiny_lm: Path, tmp_path: Path) -> 
     run(test())
 
 
-async def reading(made: Cluster, **body: Any) -> asyncio.Task[Any]:
-    """Returns a running request in the middle of a prompt that takes many seconds to read."""
-    real, chunks = made.replica._engine.model.read, []
+CHUNKS = 200
+
+
+async def reading(made: Cluster, **body: Any) -> tuple[asyncio.Task[Any], list[int]]:
+    """Returns a running request in the middle of a prompt of `CHUNKS`, and those that were read."""
+    real, chunks = made.replica._engine.model.read, list[int]()
 
     def slow(*args: Any) -> Any:
         chunks.append(0)
@@ -185,7 +192,7 @@ async def reading(made: Cluster, **body: Any) -> asyncio.Task[Any]:
     client = made.client()
 
     async def ask_and_read() -> None:
-        answer = client.open(ask("r", None, "ab" * 1600, **body))
+        answer = client.open(ask("r", None, "ab" * 8 * CHUNKS, **body))
         try:
             async for _ in answer.pieces():
                 continue
@@ -194,23 +201,22 @@ async def reading(made: Cluster, **body: Any) -> asyncio.Task[Any]:
 
     call = asyncio.ensure_future(ask_and_read())
     await eventually(lambda: len(chunks) > 2)
-    return call
+    return call, chunks
 
 
 @pytest.mark.parametrize("cancels", [True, False])
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_prompt_is_not_read_for_a_client_who_left(n: int, cancels: bool, tiny_lm: Path) -> None:
-    """The prompt has 200 chunks of 0.05 s; slabs are free after the one in progress."""
+    """Slabs are free after the chunk in progress."""
 
     async def test() -> None:
         async with cluster(tiny_lm) as made:
             made.cancels = cancels
-            call = await reading(made, n=n)
+            call, chunks = await reading(made, n=n)
             assert len(slabs(made.replica)) == n
-            begun = time.monotonic()
             call.cancel()
-            await eventually(lambda: not slabs(made.replica), 5)
-            assert time.monotonic() - begun < 1
+            await eventually(lambda: not slabs(made.replica))
+            assert len(chunks) < CHUNKS / 2
 
     run(test())
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from helpers.lm.serving import ask, cluster, eventually, load_ids, read, run, say, slabs, slow
+from helpers.lm.serving import ask, cluster, load_ids, read, run, say, slabs, slow
 from helpers.lm.text_reference import greedy
+from helpers.waiting import LIMIT_S, eventually
 from serve.ingress.errors import ApiError
 from serve.lm.replica import maintenance, stored_sessions, tasks
 from serve.lm.replica.language_model import LanguageModel
@@ -86,7 +87,7 @@ def test_a_caller_who_stops_waiting_wants_no_answer(
                 async with asyncio.timeout(0.05):
                     await made.client().answer(start)
             await begun.wait()
-            await eventually(lambda: not len(made.replica._active), 15)
+            await eventually(lambda: not len(made.replica._active))
             state = await made.replica.describe_session("s")
             assert not isinstance(state, ApiError)
             assert state.status == "idle"
@@ -122,7 +123,7 @@ def test_one_failure_does_not_stop_maintenance(
     monkeypatch.setattr(StoredSession, "save_snapshot", fail)
 
     async def test() -> None:
-        changes = {"snapshot_every": 5, "reader_timeout_s": 0.2}
+        changes = {"snapshot_every": 5, "reader_timeout_s": 1.0}
         async with cluster(tiny_lm, store=str(tmp_path), sessions=3, **changes) as made:
             replica = made.replica
             for name in ("a", "b"):
@@ -183,8 +184,6 @@ def test_a_session_whose_time_is_over_goes_without_being_named(
     tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(maintenance, "MAINTENANCE_S", 0.02)
-    monkeypatch.setattr(maintenance, "EXPIRE_STORED_S", 0.1)
-    monkeypatch.setattr(stored_sessions, "ELSEWHERE_S", 1.5)
 
     async def test() -> None:
         async with cluster(tiny_lm, store=str(tmp_path)) as made:
@@ -193,6 +192,7 @@ def test_a_session_whose_time_is_over_goes_without_being_named(
                 await say(made.replica, name, "x", max_tokens=1)
             assert "brief" not in slabs(made.replica)
             assert (tmp_path / "brief").exists()
+            monkeypatch.setattr(maintenance, "EXPIRE_STORED_S", 0.1)
             await eventually(lambda: not (tmp_path / "brief").exists())
             assert (tmp_path / "a").exists()  # a day's time
             # One that another replica has had last may still be in use there.
@@ -202,6 +202,7 @@ def test_a_session_whose_time_is_over_goes_without_being_named(
             other._maintenance._task.cancel()
             await asyncio.sleep(0.5)
             assert (tmp_path / "theirs").exists()
+            monkeypatch.setattr(stored_sessions, "ELSEWHERE_S", 0.1)
             await eventually(lambda: not (tmp_path / "theirs").exists())
 
     run(test())
@@ -229,7 +230,7 @@ def test_two_forks_to_one_name(tiny_lm: Path, tmp_path: Path) -> None:
             for name in ("a", "b"):
                 await say(made.replica, name, name, max_tokens=3)
             calls = (made.replica.fork(name, "twin", f"from-{name}") for name in ("a", "b"))
-            one, other = await asyncio.wait_for(asyncio.gather(*calls), 10)
+            one, other = await asyncio.wait_for(asyncio.gather(*calls), LIMIT_S)
             assert not isinstance(one, ApiError)
             assert isinstance(other, ApiError)
             assert (other.status, other.code) == (409, "session_exists")
@@ -239,7 +240,7 @@ def test_two_forks_to_one_name(tiny_lm: Path, tmp_path: Path) -> None:
                     for names in (("a", "b"), ("b", "a"))
                 ]
                 await asyncio.sleep(0.05)  # each waits, for its own session or for the other's
-            for refused in await asyncio.wait_for(asyncio.gather(*crossed), 10):
+            for refused in await asyncio.wait_for(asyncio.gather(*crossed), LIMIT_S):
                 assert isinstance(refused, ApiError)
 
     run(test(None))

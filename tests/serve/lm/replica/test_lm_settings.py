@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from helpers.lm.serving import MODEL, cluster, eventually, run, web
+from helpers.lm.serving import MODEL, cluster, run, web
+from helpers.waiting import eventually
 from models.sink_lm.engine.generation import Generation
 from serve.ingress.deployment import ingress_deployment
 from serve.lm.settings import LMSettings

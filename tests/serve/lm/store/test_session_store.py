@@ -14,6 +14,7 @@ import fsspec
 import pytest
 import torch
 
+from helpers.waiting import wait_until
 from models.sink_lm.engine.session import SessionExists, UnknownSession
 from serve.lm.store import segmented_log
 from serve.lm.store.segmented_log import SegmentedLog, list_segments
@@ -232,10 +233,7 @@ def test_segments_go_out_together_and_are_merged(monkeypatch: pytest.MonkeyPatch
     log = SegmentedLog(fs, folder, epoch=1)
     for token in range(20):
         log.append([token])
-        deadline = time.monotonic() + 5
-        while log.durable < log.position and time.monotonic() < deadline:
-            time.sleep(0.001)
-        assert log.durable == log.position
+        wait_until(lambda: log.durable == log.position, every_s=0.001)
     log.close()
     assert len(fs.glob(f"{folder}/*.i32")) <= 20 // 9 + 2 + 2
     assert read_log(fs, folder) == list(range(20))
@@ -354,9 +352,7 @@ def test_a_store_that_fails_is_told_to_whoever_generates(monkeypatch: pytest.Mon
     log.when_durable(lambda: told.append(True))
     monkeypatch.setattr(fs, "pipe_file", fail)
     log.append([1])
-    deadline = time.monotonic() + 5
-    while not told and time.monotonic() < deadline:
-        time.sleep(0.001)
+    wait_until(lambda: told, every_s=0.001)
     assert log.durable == 0
     with pytest.raises(OSError, match="no space"):
         log.append([2])
