@@ -28,7 +28,8 @@ from pipelines.capacity.estimate import DataSize, RunPlan, estimate
 from pipelines.capacity.report import advice, as_json, table
 from pipelines.capacity.step_cost import count_step, countable
 from pipelines.config.jobs import PlanRunConfig
-from pipelines.config.train import AnchorConfig, PretrainConfig, RunConfig
+from pipelines.config.run import RunConfig
+from pipelines.config.train import AnchorConfig, PretrainConfig
 from pipelines.recipes.registry import RECIPES
 from pipelines.runtime.errors import run_command
 from pipelines.runtime.places import prepare

@@ -25,8 +25,9 @@ import tyro
 from ray.exceptions import RayError
 from rich.console import Console
 
-from pipelines.config.sweep import SweepConfig
-from pipelines.config.train import PretrainConfig, RunConfig
+from pipelines.config.jobs import SweepConfig
+from pipelines.config.run import RunConfig
+from pipelines.config.train import PretrainConfig
 from pipelines.recipes.registry import RECIPES
 from pipelines.runs.checkpoints import CheckpointError, decides_the_run, flatten
 from pipelines.runtime.cluster import check_fits, cpus_needed, start_ray

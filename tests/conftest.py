@@ -102,7 +102,8 @@ def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     import json
 
     from models.objectives.registry import build_objective
-    from pipelines.config.train import ModelConfig, PretrainConfig, RunConfig
+    from pipelines.config.run import RunConfig
+    from pipelines.config.train import ModelConfig, PretrainConfig
     from pipelines.runs.checkpoints import CheckpointState, save_checkpoint
 
     run = tmp_path_factory.mktemp("runs") / "small"

@@ -32,7 +32,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from pipelines.config.data import DataConfig  # noqa: E402
-from pipelines.config.train import PretrainConfig, RunConfig  # noqa: E402
+from pipelines.config.run import RunConfig  # noqa: E402
+from pipelines.config.train import PretrainConfig  # noqa: E402
 from pipelines.dataset.shards import (  # noqa: E402
     Manifest,
     Shard,

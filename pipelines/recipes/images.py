@@ -7,7 +7,8 @@ from dataclasses import replace
 from pipelines.config.data import DataConfig, MaskConfig
 from pipelines.config.objectives import ObjectiveConfig
 from pipelines.config.optim import OptimConfig
-from pipelines.config.train import ModelConfig, PretrainConfig, RunConfig
+from pipelines.config.run import RunConfig
+from pipelines.config.train import ModelConfig, PretrainConfig
 from pipelines.recipes.recipe import recipe
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines.config.train import NEWEST_WHOLE
+from pipelines.config.run import NEWEST_WHOLE
 from pipelines.runs.checkpoint_format import recover_report
 from pipelines.runs.checkpoint_list import (
     LIST,

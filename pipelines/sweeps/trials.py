@@ -20,7 +20,7 @@ import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
-from pipelines.config.sweep import SweepConfig
+from pipelines.config.jobs import SweepConfig
 from pipelines.config.train import PretrainConfig
 from pipelines.runtime.errors import explain
 from pipelines.runtime.uris import join_uri, local_copy, ray_storage

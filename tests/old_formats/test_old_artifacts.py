@@ -20,9 +20,8 @@ from models.encoders.input_batch import InputBatch
 from models.media.preprocessing import normalize
 from pipelines import sweep as job
 from pipelines.config.data import ClipConfig
-from pipelines.config.jobs import EmbedConfig
-from pipelines.config.sweep import SweepConfig
-from pipelines.config.train import RunConfig
+from pipelines.config.jobs import EmbedConfig, SweepConfig
+from pipelines.config.run import RunConfig
 from pipelines.dataset.shards import read_rows
 from pipelines.embed import embed
 from pipelines.evaluation.features import decode_all, encoder_features

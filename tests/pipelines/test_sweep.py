@@ -16,7 +16,7 @@ from ray.train import ControllerError
 from rich.console import Console
 
 from helpers.pipelines.fake_training import change
-from pipelines.config.sweep import SweepConfig
+from pipelines.config.jobs import SweepConfig
 from pipelines.recipes.images import debug, lejepa_cifar10_demo
 from pipelines.runs.checkpoints import CheckpointError
 from pipelines.sweep import make_plan, sweep

@@ -15,7 +15,8 @@ from models.keyed_random.arrays import sample_keys
 from pipelines.config.data import DataConfig
 from pipelines.config.objectives import ObjectiveConfig
 from pipelines.config.optim import OptimConfig
-from pipelines.config.train import ModelConfig, PretrainConfig, RunConfig, WatchConfig
+from pipelines.config.run import RunConfig
+from pipelines.config.train import ModelConfig, PretrainConfig, WatchConfig
 from pipelines.loading.masks.maskers import make_masker
 from pipelines.runs.checkpoints import load_tensors
 from pipelines.runs.run_folder import read_metrics

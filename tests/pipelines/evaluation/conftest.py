@@ -12,7 +12,8 @@ from helpers.pipelines.evaluation import CLIP_SHAPE as SHAPE
 from models.objectives.registry import build_objective
 from pipelines.config.data import ClipConfig
 from pipelines.config.objectives import ObjectiveConfig
-from pipelines.config.train import ModelConfig, PretrainConfig, RunConfig
+from pipelines.config.run import RunConfig
+from pipelines.config.train import ModelConfig, PretrainConfig
 from pipelines.runs.checkpoints import CheckpointState, save_checkpoint
 
 

@@ -17,7 +17,8 @@ from helpers.pipelines.evaluation import PREP, Shards, small_encoder
 from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import Preprocessing, normalize
 from pipelines.config.data import DataConfig
-from pipelines.config.train import ModelConfig, PretrainConfig, RunConfig
+from pipelines.config.run import RunConfig
+from pipelines.config.train import ModelConfig, PretrainConfig
 from pipelines.dataset.row_groups import read_row_group
 from pipelines.dataset.rows import PLACE, iter_labelled, load_labelled, read_places, table_labels
 from pipelines.dataset.shards import (

@@ -20,7 +20,7 @@ from helpers.pipelines.run_folders import (
     copy_run,
     train_run,
 )
-from pipelines.config.sweep import SweepConfig
+from pipelines.config.jobs import SweepConfig
 from pipelines.runs.checkpoint_format import read_config, read_state, recover_report
 from pipelines.runs.checkpoint_list import committed_checkpoints, survey
 from pipelines.runs.checkpoints import CheckpointError, load_encoder, resolve_checkpoint

@@ -27,7 +27,8 @@ from helpers.repository import ROOT
 from pipelines.config.ingest import IngestConfig
 from pipelines.config.jobs import ExportConfig
 from pipelines.config.places import places
-from pipelines.config.train import PretrainConfig, RunConfig
+from pipelines.config.run import RunConfig
+from pipelines.config.train import PretrainConfig
 from pipelines.export import export
 from pipelines.runtime.cluster import JOB_ENV, runtime_env, start_ray
 from pipelines.runtime.errors import TRACEBACK, explain, run_command

@@ -15,7 +15,8 @@ from pipelines.config.as_json import from_json, to_json
 from pipelines.config.data import ClipConfig, DataConfig, VideoMaskConfig
 from pipelines.config.objectives import ObjectiveConfig
 from pipelines.config.optim import OptimConfig
-from pipelines.config.train import ModelConfig, PretrainConfig, RunConfig, WatchConfig
+from pipelines.config.run import RunConfig
+from pipelines.config.train import ModelConfig, PretrainConfig, WatchConfig
 from pipelines.loading.loader import train_batches
 from pipelines.runs.checkpoints import load_objective
 from pipelines.training.contract import DataSource, Worker

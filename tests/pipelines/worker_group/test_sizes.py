@@ -10,7 +10,8 @@ from helpers.pipelines.fake_training import change, tiny_config
 from pipelines.config.as_json import from_json, to_json
 from pipelines.config.input_flags import workers_flag
 from pipelines.config.objectives import ObjectiveConfig
-from pipelines.config.train import PretrainConfig, RunConfig
+from pipelines.config.run import RunConfig
+from pipelines.config.train import PretrainConfig
 from pipelines.worker_group.sizes import at_size, largest_size
 
 
