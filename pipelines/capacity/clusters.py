@@ -26,6 +26,10 @@ class Accelerator:
     link_gb_s: float
     """Bandwidth to the other GPUs of its host, 10^9 bytes/s in one direction."""
 
+    def peak_flops(self, precision: str) -> float:
+        """FLOP/s at its peak; fp32 by the tensor cores' shorter format reaches 40% of bf16."""
+        return self.tflops * 1e12 * (1.0 if precision == "bf16" else 0.4)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:

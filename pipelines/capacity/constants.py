@@ -89,7 +89,7 @@ def assumed(cfg: PretrainConfig, cluster: Cluster, sample_bytes: float) -> Const
     gpu = cluster.accelerator
     network = cluster.network_gbit * 1e9 / 8
     if gpu:
-        peak = gpu.tflops * 1e12 * (1.0 if cfg.run.precision == "bf16" else 0.4)
+        peak = gpu.peak_flops(cfg.run.precision)
         compute = Constant(
             0.3 * peak, 0.18 * peak, 0.5 * peak,
             "30% of peak; I-JEPA's own ViT-H/14 run had about 20% (72 h on 16 A100)",
@@ -99,7 +99,7 @@ def assumed(cfg: PretrainConfig, cluster: Cluster, sample_bytes: float) -> Const
         )
         link = Constant(0.7, 0.4, 0.9, "70% of the link").scaled(gpu.link_gb_s * 1e9)
     else:
-        cores = _cores(cfg, cluster)
+        cores = cores_of_worker(cfg, cluster)
         compute = Constant(30e9, 10e9, 100e9, "30 GFLOP/s a core").scaled(cores)
         update, link = Constant(4e9, 1e9, 2e10), Constant(1e9, 3e8, 5e9)
     decode = LOADER_SHARE * (JPEG_RESIZE_S + JPEG_BYTE_S * sample_bytes)
@@ -132,7 +132,7 @@ def _capped(constant: Constant, network: float) -> Constant:
     )
 
 
-def _cores(cfg: PretrainConfig, cluster: Cluster) -> float:
+def cores_of_worker(cfg: PretrainConfig, cluster: Cluster) -> float:
     """Cores of one worker that trains without a GPU."""
     on_host = -(-cfg.run.most_workers // cluster.hosts)
     return float(cfg.run.threads or max(1, cluster.vcpus // on_host))

@@ -139,6 +139,24 @@ def estimate(
     )
 
 
+def workers_on_host(cfg: PretrainConfig, cluster: Cluster) -> int:
+    """Returns the workers of the fullest host."""
+    return -(-cfg.run.most_workers // cluster.hosts)
+
+
+def shards_of(cfg: PretrainConfig, cluster: Cluster) -> int:
+    """Returns the number of workers among which the model is divided."""
+    inside = workers_on_host(cfg, cluster)
+    return {"ddp": 1, "fsdp": cfg.run.most_workers, "hsdp": inside}[cfg.run.parallel]
+
+
+def memory_limit(cfg: PretrainConfig, cluster: Cluster) -> float:
+    """Returns the bytes that one worker may take."""
+    if cluster.accelerator:
+        return cluster.accelerator.memory_gib * 2**30
+    return 0.7 * cluster.memory_gib * 2**30 / workers_on_host(cfg, cluster)
+
+
 @dataclass(frozen=True)
 class _Case:
     cfg: PretrainConfig
@@ -158,20 +176,17 @@ class _Case:
     @property
     def on_host(self) -> int:
         """Workers of the fullest host."""
-        return -(-self.cfg.run.most_workers // self.cluster.hosts)
+        return workers_on_host(self.cfg, self.cluster)
 
     @property
     def shards(self) -> int:
         """Workers among which the model is divided."""
-        by_kind = {"ddp": 1, "fsdp": self.cfg.run.most_workers, "hsdp": self.on_host}
-        return by_kind[self.cfg.run.parallel]
+        return shards_of(self.cfg, self.cluster)
 
     @property
     def memory_limit(self) -> float:
         """Bytes that one worker may take."""
-        if self.cluster.accelerator:
-            return self.cluster.accelerator.memory_gib * 2**30
-        return 0.7 * self.cluster.memory_gib * 2**30 / self.on_host
+        return memory_limit(self.cfg, self.cluster)
 
     def memory(self, constants: Constants) -> Memory:
         return worker_memory(

@@ -27,9 +27,9 @@ def table(plan: RunPlan, cfg: PretrainConfig, cluster: Cluster) -> Table:
     found = Table("what", "estimate", "from", "to", "notes", title=title, title_justify="left")
     for what, value, unit, note in _rows(plan, cfg, cluster):
         if isinstance(value, Range):
-            numbers = [_short(n) for n in (value.value, value.low, value.high)]
+            numbers = [short(n) for n in (value.value, value.low, value.high)]
         else:
-            numbers = [_short(value), "", ""]
+            numbers = [short(value), "", ""]
         found.add_row(what, f"{numbers[0]} {unit}".strip(), *numbers[1:], note)
     return found
 
@@ -70,7 +70,8 @@ def _memory(memory: Any) -> str:
     return ", ".join(f"{name} {value:.3g}" for name, value in parts.items())
 
 
-def _short(number: float) -> str:
+def short(number: float) -> str:
+    """Returns a number with three digits, or whole from 1,000 on."""
     return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.3g}"
 
 

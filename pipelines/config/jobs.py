@@ -306,6 +306,26 @@ class DemoConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DryRunConfig:
+    """What a run needs, counted and printed instead of training it."""
+
+    dry_run: bool = False
+    """Print parameters, FLOPs of a step, memory of a worker, and images or clips a second at --mfu,
+    and train nothing. No data is read and no Ray is started."""
+    accelerator: str | None = None
+    """--dry-run: the GPU of a worker: A100, A100-80GB, H100, H200, A10G or L4. None takes this
+    machine's own device, whose rate of matrix products is measured; and all of these for a recipe
+    with GPUs where there is none."""
+    mfu: float = 0.3
+    """--dry-run: the share of the device's peak that the step reaches. I-JEPA's own ViT-H/14 run
+    had about 0.2."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.mfu <= 1, "mfu", f"a share between 0 and 1; got {self.mfu}")
+        require(self.dry_run or self.accelerator is None, "accelerator", "goes with --dry-run")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlanRunConfig:
     """Estimates what a pretraining run needs and takes on a cluster. Nothing is trained."""
 
