@@ -21,7 +21,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 # Lets `python pipelines/perplexity.py` work from an uninstalled checkout.
 if __name__ == "__main__" and not __package__:
@@ -33,18 +33,13 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
+from models.sink_lm.dtype_names import DTypeName
 from models.sink_lm.modes import Mode, recomputed_losses, seconds_per_token, stream_losses
 from models.sink_lm.network.llama import Llama
+from models.sink_lm.network.tuning import tune
 from pipelines.config.places import PlaceField
 from pipelines.runtime.errors import run_command
 from pipelines.runtime.places import prepare
-
-DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "int8": torch.int8,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +62,9 @@ class PerplexityConfig:
     """Also recompute the window for this many tokens, evenly spread after the largest cache."""
     chunk: int = 256
     """Tokens read at once. It changes the speed, but not the result."""
-    dtype: Literal["fp32", "bf16", "fp16", "int8"] = "fp32"
-    """Type of weights, keys and values; int8 rounds the linear layers and leaves the rest bf16."""
+    dtype: DTypeName = "fp32"
+    """Type of weights, keys and values. int8 rounds the linear layers, int4 keeps those of a GGUF
+    file in the bits that they have, and both leave the rest bf16; auto takes the fastest."""
     device: str = "cpu"
     """Device to compute on."""
     threads: int | None = None
@@ -179,6 +175,7 @@ def perplexity(cfg: PerplexityConfig) -> list[Row]:
     Raises:
         ValueError: the text is shorter than the cache.
     """
+    from models.sink_lm.checkpoints.dtypes import dtype_of
     from models.sink_lm.checkpoints.loading import load_model
     from models.sink_lm.checkpoints.tokenizer import load_tokenizer
 
@@ -190,7 +187,9 @@ def perplexity(cfg: PerplexityConfig) -> list[Row]:
     tokens_T = torch.tensor(ids[: cfg.max_tokens])
     if len(tokens_T) <= max(numbers("--cache", cfg.cache)):
         raise ValueError(f"--text {cfg.text} has {len(tokens_T)} tokens, fewer than --cache")
-    model = load_model(cfg.model, dtype=DTYPES[cfg.dtype], device=cfg.device)
+    dtype = dtype_of(cfg.dtype, cfg.model, cfg.device)
+    model = load_model(cfg.model, dtype=dtype, device=cfg.device)
+    tune(model)
     rows, curves = [], {}
     with Progress() as progress:
         for mode in modes(cfg, len(tokens_T)):

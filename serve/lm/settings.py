@@ -6,10 +6,11 @@ serve/lm_config.yaml. An unknown key is refused by name.
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import Field, model_validator
 
+from models.sink_lm.dtype_names import DTypeName
 from serve.ingress.settings import ApplicationSettings, Stored
 
 
@@ -24,9 +25,10 @@ class LMSettings(ApplicationSettings):
     """Folder that all nodes share, or fsspec URL (`s3://...`), where sessions are stored. None
     keeps them in memory only: they end with their replica and cannot be resumed or swapped out."""
 
-    dtype: Literal["fp32", "bf16", "fp16", "int8"] = "fp32"
-    """Type of weights, keys and values; `int8` rounds the linear layers to 8 bits and keeps the
-    rest in bf16 (docs/language_model.md has the numbers)."""
+    dtype: DTypeName = "fp32"
+    """Type of weights, keys and values. `int8` rounds the linear layers to 8 bits, `int4` keeps
+    those of a GGUF file in the bits that they have, and both keep the rest in bf16. `auto` takes
+    the fastest that suits the file and the processor (docs/language_model.md has the numbers)."""
     sessions: int = Field(16, ge=1)
     """Sessions of a replica that can generate at the same time, each in a slab of memory."""
     cache: int = Field(1024, ge=2)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from models.sink_lm.network.config import LMConfig, UnsupportedModel, config_from_hf
+from models.sink_lm.network.int4 import Grid
 
 Shape = tuple[int, ...]
 
@@ -133,6 +134,10 @@ class Checkpoint:
     """Every tensor's shape by name."""
     read: Callable[[str], Tensor]
     """Reads one tensor."""
+    read_grid: Callable[[str], Grid] | None = None
+    """Reads one matrix as whole numbers; None where the weights are not quantised."""
+    few_bits: bool = False
+    """Whether most weights have four bits each."""
 
 
 def open_folder(folder: Path, stack: ExitStack) -> Checkpoint:

@@ -1,4 +1,4 @@
-"""Reads GGUF files of the Llama family: the configuration and the weights, dequantised.
+"""Reads GGUF files of the Llama family: the configuration and the weights.
 
 The `gguf` package reads the file, one tensor at a time. transformers' own loader takes three times
 as long, drops tensors whose names it does not know, and does not read the rotary scaling.
@@ -20,7 +20,9 @@ from gguf import GGUFReader, ReaderTensor, dequantize
 from torch import Tensor
 
 from models.sink_lm.checkpoints.checkpoint import Checkpoint, errors_name
+from models.sink_lm.checkpoints.gguf_grids import grid_of, has_few_bits
 from models.sink_lm.network.config import LMConfig, RopeConfig, UnsupportedModel, config_from_hf
+from models.sink_lm.network.int4 import Grid
 from models.sink_lm.network.rope import frequencies
 
 CONFIG_KEYS = {
@@ -85,13 +87,30 @@ def open_gguf(path: Path) -> Checkpoint:
         if factors is not None:
             cfg = replace(cfg, rope=_llama3(cfg, _dequantised(factors)))
 
-    def read(name: str) -> Tensor:
-        tensor = _dequantised(tensors[name])
+    def ordered(tensor: Tensor, name: str) -> Tensor:
         is_llama = fields["general.architecture"] == "llama"
         return _unpermuted(tensor, name, cfg) if is_llama else tensor
 
+    def read(name: str) -> Tensor:
+        return ordered(_dequantised(tensors[name]), name)
+
+    def read_grid(name: str) -> Grid:
+        grid = grid_of(tensors[name], _dequantised(tensors[name]))
+        return Grid(
+            levels_OI=ordered(grid.levels_OI, name),
+            scale_OG=ordered(grid.scale_OG, name),
+            centre_OG=ordered(grid.centre_OG, name),
+        )
+
     shapes = {name: tuple(map(int, reversed(tensor.shape))) for name, tensor in tensors.items()}
-    return Checkpoint(cfg=cfg, shapes=shapes, read=read)
+    few = sum(int(t.n_elements) for t in tensors.values() if has_few_bits(t.tensor_type))
+    return Checkpoint(
+        cfg=cfg,
+        shapes=shapes,
+        read=read,
+        read_grid=read_grid,
+        few_bits=2 * few > sum(int(t.n_elements) for t in tensors.values()),
+    )
 
 
 def _fields(reader: GGUFReader) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from models.sink_lm.checkpoints.checkpoint import Checkpoint, Shape, locate, open_folder
 from models.sink_lm.checkpoints.gguf_file import open_gguf
 from models.sink_lm.network.config import LMConfig
+from models.sink_lm.network.int4 import INT4, Grid, Int4Linear, TiedWide, fits, is_supported
 from models.sink_lm.network.int8 import ACTIVATIONS, quantised, without_weights
 from models.sink_lm.network.llama import Llama
 
@@ -34,15 +36,20 @@ def load_model(
         path: a Hugging Face folder (`config.json` and safetensors, sharded or not), a hub id, a
             `.gguf` file or a folder that holds one.
         dtype: type of the weights; quantised ones are dequantised. `torch.int8` rounds the linear
-            layers to 8 bits (models/sink_lm/network/int8.py) and computes in bfloat16.
+            layers to 8 bits (models/sink_lm/network/int8.py), `torch.int4` keeps those of a GGUF
+            file in the bits that they have (models/sink_lm/network/int4.py); both compute in
+            bfloat16.
         device: where the weights go.
 
     Raises:
         FileNotFoundError: there is no model, or a shard is missing.
         UnsupportedModel: names what cannot stream.
-        ValueError: names the file, and every missing, unexpected or mis-shaped tensor.
+        ValueError: names the file, and every missing, unexpected or mis-shaped tensor; or
+            `torch.int4` does not go with the file or the device.
     """
     source = locate(path)
+    if dtype == INT4:
+        _check_int4(source, device)
     with ExitStack() as stack:
         checkpoint = open_gguf(source) if source.is_file() else open_folder(source, stack)
         cfg = checkpoint.cfg
@@ -59,8 +66,40 @@ def load_model(
             tensors = [checkpoint.read(row).to(device) for row in rows]
             whole = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
             state |= _stored(name, whole, dtype, cfg)
-    model.load_state_dict(state, assign=True)
+        model.load_state_dict(state, assign=True)
+        if dtype == INT4:
+            _make_int4(model, checkpoint, parts)
     return model.requires_grad_(False).eval()
+
+
+def _check_int4(source: Path, device: torch.device | str) -> None:
+    if not source.is_file():
+        raise ValueError(
+            f"dtype int4 keeps the bits of a GGUF file, and {source} holds safetensors.\n"
+            "Take dtype bf16 or int8, or give a .gguf file."
+        )
+    if not is_supported(device):
+        raise ValueError(
+            f"dtype int4: torch {torch.__version__} has no 4-bit operator for the device {device}."
+            "\nTake dtype bf16, or int8 on a CPU."
+        )
+
+
+def _make_int4(
+    model: Llama, checkpoint: Checkpoint, parts: Mapping[str, Mapping[str, Shape]]
+) -> None:
+    """Puts 4-bit layers in front of the bfloat16 ones, and one in front of the tied embedding."""
+    assert checkpoint.read_grid is not None
+    for index, layer in enumerate(model.layers):
+        for name, child in list(layer.named_children()):
+            if isinstance(child, nn.Linear) and fits(*child.weight.shape):
+                rows = parts[f"layers.{index}.{name}.weight"]
+                grid = Grid.stacked([checkpoint.read_grid(row) for row in rows])
+                setattr(layer, name, Int4Linear(grid, child, child.bias))
+    if fits(*model.embed.weight.shape):
+        wide = TiedWide(model.embed) if model.head is None else model.head
+        grid = checkpoint.read_grid(EMBED if model.head is None else HEAD)
+        model.head = Int4Linear(grid, wide)
 
 
 def _make_int8(model: Llama) -> None:
@@ -76,7 +115,7 @@ def _make_int8(model: Llama) -> None:
 def _stored(name: str, whole: Tensor, dtype: torch.dtype, cfg: LMConfig) -> dict[str, Tensor]:
     """Returns a tensor as the model stores it: one entry, or levels and scales."""
     if dtype != torch.int8:
-        return {name: whole.to(dtype)}
+        return {name: whole.to(ACTIVATIONS if dtype == INT4 else dtype)}
     if name == "embed.weight":
         found = {name: whole.to(ACTIVATIONS)}
         return found | _stored("head.weight", whole, dtype, cfg) if cfg.tie_embeddings else found

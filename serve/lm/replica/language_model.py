@@ -9,16 +9,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from ray import serve as ray_serve
 from ray.serve.exceptions import RayServeException
 
+from models.sink_lm.checkpoints.dtypes import dtype_of
 from models.sink_lm.checkpoints.loading import load_model
 from models.sink_lm.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from models.sink_lm.engine.engine import Engine
 from models.sink_lm.engine.output import End
 from models.sink_lm.network.llama import Llama
+from models.sink_lm.network.tuning import tune
 from serve.ingress.errors import ApiError
 from serve.lm.contract import LMCard, Piece, Refusal, SessionState, Start, Started, Taken
 from serve.lm.replica.active_generations import ActiveGenerations
@@ -36,13 +37,6 @@ from serve.telemetry import Reporter
 
 QUEUE_BUCKETS_S = (0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
-_DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "int8": torch.int8,
-}
-
 
 class LanguageModel:
     """Serve deployment around an `Engine`. Its methods always run to their end: see `in_full`.
@@ -56,7 +50,8 @@ class LanguageModel:
         self._settings = settings
         self.calls = CallsInProgress()
         device = "cuda" if settings.gpus else "cpu"
-        model = load_model(settings.model, dtype=_DTYPES[settings.dtype], device=device)
+        dtype = dtype_of(settings.dtype, settings.model, device)
+        model = load_model(settings.model, dtype=dtype, device=device)
         self._tokenizer = load_tokenizer(settings.model)
         self._engine = Engine(
             model,
@@ -68,6 +63,7 @@ class LanguageModel:
             journal=self._journal,
         )
         self._card, self._name = self._make_card(model), _replica_name()
+        tune(model)  # after the card, whose fingerprint reads the weights
         store = None
         if settings.store is not None:
             store = SessionStore(settings.store, self._card.fingerprint)
