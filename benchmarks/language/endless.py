@@ -32,6 +32,7 @@ from models.sink_lm.modes import now
 from models.sink_lm.network.buckets import BucketDecoder
 from models.sink_lm.network.config import LMConfig
 from models.sink_lm.network.llama import Llama
+from models.sink_lm.network.tuning import tune
 
 SMALL = LMConfig(
     vocab_size=512,
@@ -55,7 +56,7 @@ class Config:
     chunk: int | None = None
     device: str = "cpu"
     graphs: bool = False
-    dtype: Annotated[str, tyro.conf.arg(help="float32, bfloat16, float16 or int8")] = "float32"
+    dtype: Annotated[str, tyro.conf.arg(help="float32, bfloat16, int8 or int4")] = "float32"
     json: Path | None = None
 
 
@@ -68,6 +69,7 @@ class Streams:
             self.model = Llama(SMALL).eval().to(cfg.device, dtype)
         else:
             self.model = load_model(cfg.model, dtype=dtype, device=cfg.device)
+            tune(self.model)
         self.slabs = self.model.slabs(sessions=cfg.sessions, capacity=cfg.cache + 1)
         self.slots = [self.slabs.allocate(cfg.sinks) for _ in range(cfg.sessions)]
         self.tokens = torch.arange(cfg.sessions, device=self.slabs.device)

@@ -9,6 +9,9 @@ when its context is full it drops the older half of the rest and moves the posit
 left. So its context swings between half the cache and all of it, and tokens are not evicted one by
 one: another function than the paper's, with less to read on average. Timed is one such swing. Its
 weights stay quantised as they are in the file.
+
+With `--passages FILE`, a JSON list of lists of token ids, it prints the mean loss of the second
+half of every passage instead, each read from an empty context (`int4_quality.py` compares ours).
 """
 
 from __future__ import annotations
@@ -67,16 +70,48 @@ def time_decode(server: object, cache: int) -> dict[str, float]:
     }
 
 
+def mean_loss(server: object, passages: list[list[int]]) -> dict[str, float]:
+    """Mean nats of the tokens in the second halves.
+
+    The server gives no losses of a prompt, so that every token costs a request for the one after
+    the tokens before it, which it keeps in its cache.
+    """
+    losses = []
+    for passage in passages:
+        for place in range(len(passage) // 2, len(passage)):
+            found = None
+            for count in (1000, 200_000):  # few first: the whole vocabulary takes long to print
+                top = likeliest(server, passage[:place], count)
+                if (found := top.get(passage[place])) is not None:
+                    break
+            losses.append(-found)
+    return {"tokens": len(losses), "mean_loss": sum(losses) / len(losses)}
+
+
+def likeliest(server: object, prompt: list[int], count: int) -> dict[int, float]:
+    request = {"prompt": prompt, "n_predict": 1, "n_probs": count, "temperature": 0.0}
+    replies: list[dict] = []
+    server.handle_completions(request | {"cache_prompt": True}, replies.append)
+    content = replies[-1]["choices"][0]["logprobs"]["content"][0]
+    return {token["id"]: token["logprob"] for token in content["top_logprobs"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gguf", required=True)
     parser.add_argument("--caches", type=int, nargs="+", default=[256, 1024, 4096])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--passages", type=Path)
     args = parser.parse_args()
     try:
         import xllamacpp
     except ImportError as error:
         sys.exit(f"not run: xllamacpp is not installed ({error})")
+    if args.passages:
+        passages = json.loads(args.passages.read_text())
+        server = serve(xllamacpp, args.gguf, len(passages[0]) + 8, args.threads)
+        print(json.dumps(mean_loss(server, passages) | {"xllamacpp": version("xllamacpp")}))
+        return
     random.seed(0)
     for cache in args.caches:
         server = serve(xllamacpp, args.gguf, cache, args.threads)

@@ -24,6 +24,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from models.sink_lm.checkpoints.loading import load_model
 from models.sink_lm.modes import now
 from models.sink_lm.network.llama import Llama
+from models.sink_lm.network.tuning import tune
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +106,7 @@ def main(cfg: Config) -> None:
     torch.manual_seed(0)
     dtype = getattr(torch, cfg.dtype)
     ours = load_model(str(cfg.gguf), dtype=dtype, device=cfg.device)
+    tune(ours)
     theirs, rows = load_theirs(cfg.gguf, dtype, cfg.device), []
     for cache in cfg.caches:
         tokens = torch.randint(1000, 40_000, (cache,), device=cfg.device)

@@ -38,6 +38,7 @@ from models.sink_lm.network.buckets import BucketDecoder
 from models.sink_lm.network.cache import Slabs
 from models.sink_lm.network.llama import Llama
 from models.sink_lm.network.rope import rotation
+from models.sink_lm.network.tuning import tune
 
 SINKS = 4
 
@@ -51,7 +52,7 @@ class Config:
     threads: int = 2
     device: str = "cpu"
     graphs: bool = False
-    dtype: Annotated[str, tyro.conf.arg(help="float32, bfloat16, float16 or int8")] = "float32"
+    dtype: Annotated[str, tyro.conf.arg(help="float32, bfloat16, int8 or int4")] = "float32"
     json: Path | None = None
 
 
@@ -217,6 +218,7 @@ def main(cfg: Config) -> None:
     difference = check_same_function(cfg.model)
     print(f"ours against the original in float64, largest difference of logits: {difference:.1e}")
     model = load_model(cfg.model, dtype=getattr(torch, cfg.dtype), device=cfg.device)
+    tune(model)
     head = ("cache", "sessions", "ours ms", "attention", "original ms", "attention", "recompute ms")
     table = Table(*head, "tokens/s", "attention x", "step x", "x recompute")
     rows = []

@@ -37,18 +37,16 @@ class SinkAttention:
         self, slabs: Slabs, positions_B: Tensor, last: int, frequencies_F: Tensor, scale: float
     ) -> None:
         self.slabs = slabs
-        self.dtype = slabs.keys_LNHCD.dtype
-        self.rotate = rotation(positions_B, frequencies_F, scale, self.dtype)
+        dtype, width = slabs.keys_LNHCD.dtype, slabs.keys_LNHCD.shape[-1]
+        # A query's rotation also divides by the square root of D.
+        query_scale = scale * width**-0.5
+        self.rotate_key = rotation(positions_B, frequencies_F, scale, dtype)
+        self.rotate_query = rotation(positions_B, frequencies_F, query_scale, dtype)
         # Before tokens are evicted, the sinks' positions inside the cache are those in the stream.
         self.rotate_for_sinks: Rotation | None = None
         if last >= slabs.capacity:
             inside_B = positions_B.clamp(max=slabs.capacity - 1)
-            self.rotate_for_sinks = rotation(inside_B, frequencies_F, scale, self.dtype)
-
-    def softmax(self, scores: Tensor) -> Tensor:
-        """Computes in float32 at least and returns the model's type."""
-        wide = torch.promote_types(self.dtype, torch.float32)
-        return torch.softmax(scores, dim=-1, dtype=wide).to(self.dtype)
+            self.rotate_for_sinks = rotation(inside_B, frequencies_F, query_scale, dtype)
 
 
 class DecodeAttention(SinkAttention):
@@ -86,11 +84,10 @@ class DecodeAttention(SinkAttention):
             [B, H * G * D].
         """
         keys, values = self.slabs.keys_LNHCD[layer], self.slabs.values_LNHCD[layer]
-        keys[self._slots_B, :, self._writes_B] = self.rotate(k_BHD)
+        keys[self._slots_B, :, self._writes_B] = self.rotate_key(k_BHD)
         values[self._slots_B, :, self._writes_B] = v_BHD
-        scaled_BHD = q_BHD * q_BHD.shape[-1] ** -0.5
-        window_q = self.rotate(scaled_BHD)
-        sink_q = self.rotate_for_sinks(scaled_BHD) if self.rotate_for_sinks else None
+        window_q = self.rotate_query(q_BHD)
+        sink_q = self.rotate_for_sinks(q_BHD) if self.rotate_for_sinks else None
         parts = [self._attend(run, keys, values, window_q, sink_q) for run in self._runs]
         return (torch.cat(parts) if len(parts) > 1 else parts[0]).flatten(1)
 
@@ -106,7 +103,8 @@ class DecodeAttention(SinkAttention):
             scores_bGC[..., : run.sinks] = sinks_bGS
         if run.is_empty_bC is not None:
             scores_bGC.masked_fill_(run.is_empty_bC, -torch.inf)
-        out_bGD = torch.bmm(self.softmax(scores_bGC), values_bCD)
+        # torch sums a softmax of half-width numbers in float32.
+        out_bGD = torch.bmm(torch.softmax(scores_bGC, dim=-1), values_bCD)
         return out_bGD.view(len(run.rows), -1, out_bGD.shape[-1])
 
 
@@ -214,15 +212,14 @@ class ChunkAttention(SinkAttention):
         """
         keys_HCD = self.slabs.keys_LNHCD[layer, self._slot]
         values_HCD = self.slabs.values_LNHCD[layer, self._slot]
-        new_keys_HTD, new_values_HTD = self.rotate(k_THD).transpose(0, 1), v_THD.transpose(0, 1)
+        new_keys_HTD, new_values_HTD = self.rotate_key(k_THD).transpose(0, 1), v_THD.transpose(0, 1)
         keys_HCD[:, self._sink_slots] = new_keys_HTD[:, self._sink_rows]
         values_HCD[:, self._sink_slots] = new_values_HTD[:, self._sink_rows]
 
-        scaled_THD = q_THD * q_THD.shape[-1] ** -0.5
-        window_q = self._grouped(self.rotate(scaled_THD), len(keys_HCD))
+        window_q = self._grouped(self.rotate_query(q_THD), len(keys_HCD))
         sink_q = window_q
         if self.rotate_for_sinks:
-            sink_q = self._grouped(self.rotate_for_sinks(scaled_THD), len(keys_HCD))
+            sink_q = self._grouped(self.rotate_for_sinks(q_THD), len(keys_HCD))
         ring_used = slice(self._sinks, self._sinks + self._ring_used)
         parts = [
             sink_q @ keys_HCD[:, : self._sinks].mT,
@@ -233,7 +230,7 @@ class ChunkAttention(SinkAttention):
         by_token_HGTK = scores_HRK.view(len(keys_HCD), -1, *self._is_hidden_TK.shape)
         by_token_HGTK.masked_fill_(self._is_hidden_TK, -torch.inf)
         sizes = [part.shape[-1] for part in parts]
-        on_sinks, on_ring, on_new = torch.split(self.softmax(scores_HRK), sizes, dim=-1)
+        on_sinks, on_ring, on_new = torch.split(torch.softmax(scores_HRK, -1), sizes, dim=-1)
         out_HRD = on_sinks @ values_HCD[:, : self._sinks]
         out_HRD += on_ring @ values_HCD[:, ring_used]
         out_HRD += on_new @ new_values_HTD
