@@ -3,8 +3,9 @@
 A session's stream is the list of all its tokens, both of prompts and sampled. A slab is the cache
 memory of one session; its content follows from the stream's tokens that the model has read. Tokens
 that were accepted but not read yet (a prompt, or the token sampled last) wait in `pending`. One
-tick reads at most one chunk of one prompt, then one token of every session that generates. Nothing
-here grows with a stream: its tokens are kept by the journal.
+tick reads at most one chunk of prompts, of one session or of several that share it, then one token
+of every session that generates. Nothing here grows with a stream: its tokens are kept by the
+journal.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from models.sink_lm.checkpoints.tokenizer import Tokenizer
 from models.sink_lm.engine.generation import Generation
 from models.sink_lm.engine.model_runner import ModelRunner
 from models.sink_lm.engine.output_processor import OutputProcessor
+from models.sink_lm.engine.prefix_sharing import share_prefix
 from models.sink_lm.engine.sampling import Choice, choose
 from models.sink_lm.engine.sampling_params import SamplingParams
 from models.sink_lm.engine.session import (
@@ -47,7 +49,7 @@ class Engine:
         tokenizer: its tokenizer.
         sessions: number of slabs.
         capacity: tokens a session sees at most, see `Slabs`.
-        prefill_chunk: prompt tokens read between two decode steps.
+        prefill_chunk: prompt tokens read between two decode steps, of all sessions together.
         max_buffered: unread events of an answer at which its session pauses.
         by_bucket: decode with static shapes, on CUDA as graphs (models/sink_lm/network/buckets.py).
         journal: called with a session's name and its new tokens before anyone sees them. If it
@@ -194,7 +196,7 @@ class Engine:
             self._append(session_id, session, tokens)
         while len(session.pending) > 1:
             with self._lock.between_ticks():
-                self._read_chunk(self._idle(session_id))
+                self._read([(self._idle(session_id), self._prefill_chunk)])
 
     def fork(self, session_id: str, new_id: str) -> None:
         """Opens a second session with the same stream.
@@ -210,7 +212,7 @@ class Engine:
             self.open(new_id, sinks=self.slabs.sinks(source.slot))
             target = self._sessions[new_id]
             self.slabs.copy(source.slot, target.slot)
-            target.pending = source.pending.copy()
+            target.pending, target.prefix = source.pending.copy(), source.prefix.copy()
 
     def export(self, session_id: str) -> dict[str, Tensor]:
         """Copies a session's state as of the last tick, whether it generates or not.
@@ -260,7 +262,7 @@ class Engine:
         return self._work.wait(timeout)
 
     def tick(self) -> bool:
-        """Reads one chunk of a prompt and one token of every session that generates.
+        """Reads one chunk of prompts and one token of every session that generates.
 
         Returns:
             Whether there was anything to do.
@@ -274,29 +276,45 @@ class Engine:
             return worked
 
     def _prefill(self) -> bool:
-        """Reads one chunk of the prompt whose turn it is; a restored stream may have one too."""
+        """Reads one chunk, of the prompt whose turn it is and of the next ones if it is short.
+
+        A restored stream may have a prompt too.
+        """
         waiting = {name for name, session in self._sessions.items() if session.has_prompt}
         self._turn = deque(name for name in self._turn if name in waiting)
         self._turn.extend(sorted(waiting.difference(self._turn)))
         if not self._turn:
             return False
-        self._turn.rotate(-1)
-        self._read_chunk(self._sessions[self._turn[-1]])
+        left, chosen = self._prefill_chunk, []
+        for name in list(self._turn):
+            if left:
+                session = self._sessions[name]
+                share_prefix(session, self._sessions.values(), self.slabs)
+                chosen.append((session, left))
+                left -= min(left, len(session.pending) - 1)
+                self._turn.rotate(-1)
+        self._read(chosen)
         return True
 
-    def _read_chunk(self, session: Session) -> None:
-        """Moves pending tokens into the cache; leaves the last one to the decoder."""
-        count = min(self._prefill_chunk, len(session.pending) - 1)
-        if count < 1:
+    def _read(self, chosen: Sequence[tuple[Session, int]]) -> None:
+        """Moves up to so many pending tokens into the cache; leaves the last to the decoder."""
+        sizes = [(session, min(count, len(session.pending) - 1)) for session, count in chosen]
+        chunks = [
+            (session, [session.pending[i] for i in range(size + 1)])
+            for session, size in sizes
+            if size > 0
+        ]
+        if not chunks:
             return
-        ids = [session.pending[i] for i in range(count + 1)]
-        x_TE = self._runner.read(ids[:-1], session.slot)
-        for _ in range(count):
-            session.pending.popleft()
-        generation = session.generation
-        if generation is not None and generation.params.prompt_logprobs is not None:
-            for choices in self._runner.score(x_TE, ids[1:], generation.params.prompt_logprobs):
-                generation.accept_prompt(choices)
+        slots = [session.slot for session, _ in chunks]
+        read = self._runner.read([ids[:-1] for _, ids in chunks], slots)
+        for (session, ids), x_TE in zip(chunks, read, strict=True):
+            for _ in ids[:-1]:
+                session.pending.popleft()
+            generation = session.generation
+            if generation is not None and generation.params.prompt_logprobs is not None:
+                for choices in self._runner.score(x_TE, ids[1:], generation.params.prompt_logprobs):
+                    generation.accept_prompt(choices)
 
     def _decode(self) -> bool:
         """Feeds the last pending token of each session, and samples the next."""
@@ -331,6 +349,9 @@ class Engine:
         """Accepts tokens into a stream: the journal has them before anyone else."""
         if self._journal is not None and tokens:
             self._journal(name, tokens)
+        if self._position(session) == len(session.prefix):  # all tokens so far, and all sinks
+            room = self.slabs.sinks(session.slot) - len(session.prefix)
+            session.prefix.extend(tokens[:room])
         session.pending.extend(tokens)
 
     def _end_cancelled(self) -> None:

@@ -33,13 +33,14 @@ class ModelRunner:
         self.slabs = model.slabs(sessions=sessions, capacity=capacity)
         self._bucket_decoder = BucketDecoder(model, self.slabs) if by_bucket else None
 
-    def read(self, tokens: Sequence[int], slot: int) -> Tensor:
-        """Reads T tokens of a prompt into a slab.
+    def read(self, prompts: Sequence[Sequence[int]], slots: Sequence[int]) -> list[Tensor]:
+        """Reads T tokens of a prompt into each of several slabs, in one pass.
 
         Returns:
-            The last layer's output, [T, E].
+            The last layer's output for each, [T, E].
         """
-        return self.model.read(self._on_device(tokens), self.slabs, slot)
+        tokens = [self._on_device(prompt) for prompt in prompts]
+        return self.model.read_packed(tokens, self.slabs, slots)
 
     def decode(self, tokens: Sequence[int], slots: list[int]) -> Tensor:
         """Reads one token into each of B slabs.

@@ -53,12 +53,15 @@ class Session:
     Attributes:
         slot: number of its slab.
         pending: accepted tokens that the model has not read yet.
+        prefix: the stream's first tokens, at most as many as it has sinks; empty where they are not
+            known (a restored session).
         generation: the answer that it generates, if any.
         used_at: `time.monotonic` of the last token or request.
     """
 
     slot: int
     pending: deque[int] = field(default_factory=deque)
+    prefix: list[int] = field(default_factory=list)
     generation: Generation | None = None
     used_at: float = field(default_factory=time.monotonic)
 

@@ -163,6 +163,9 @@ class ChunkAttention(SinkAttention):
         slabs: the memory; see also `SinkAttention`.
         frequencies_F: float64 [D / 2].
         scale: factor on rotated heads.
+
+    Attributes:
+        tokens: length of the chunk.
     """
 
     def __init__(
@@ -172,7 +175,7 @@ class ChunkAttention(SinkAttention):
         start, self._sinks = slabs.length(slot), slabs.sinks(slot)
         positions_T = torch.arange(start, start + tokens, device=device)
         super().__init__(slabs, positions_T, start + tokens - 1, frequencies_F, scale)
-        self._slot = slot
+        self._slot, self.tokens = slot, tokens
         ring = slabs.capacity - self._sinks
         # Rows of the chunk that are sinks, and rows that are still in the ring after the chunk.
         self._sink_rows = slice(0, min(max(self._sinks - start, 0), tokens))
@@ -245,3 +248,20 @@ class ChunkAttention(SinkAttention):
         """Reshapes [T, H * G, D] to [H, G * T, D]."""
         q_THGD = q_THD.view(len(q_THD), heads, -1, q_THD.shape[-1])
         return q_THGD.permute(1, 2, 0, 3).flatten(1, 2)
+
+
+class PackedAttention:
+    """Chunks of several sessions, one after the other in the same rows.
+
+    Args:
+        chunks: of different sessions.
+    """
+
+    def __init__(self, chunks: Sequence[ChunkAttention]) -> None:
+        self._chunks, self._sizes = chunks, [chunk.tokens for chunk in chunks]
+
+    def __call__(self, layer: int, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor) -> Tensor:
+        """Attends within each session; see `ChunkAttention`."""
+        parts = (torch.split(x_THD, self._sizes) for x_THD in (q_THD, k_THD, v_THD))
+        mixed = zip(self._chunks, *parts, strict=True)
+        return torch.cat([chunk(layer, q, k, v) for chunk, q, k, v in mixed])

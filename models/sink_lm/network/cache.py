@@ -160,6 +160,16 @@ class Slabs:
         self.values_LNHCD[:, slot, :, :used] = state["values"]
         self._lengths[slot], self._sinks[slot] = length, sinks
 
+    def copy_prefix(self, source: int, target: int, tokens: int) -> None:
+        """Copies the first tokens of the stream of slab `source` into `target`, an empty one.
+
+        They must be sinks of both, and read by `source`.
+        """
+        assert tokens <= min(self._lengths[source], self._sinks[source], self._sinks[target])
+        for memory in (self.keys_LNHCD, self.values_LNHCD):
+            memory[:, target, :, :tokens] = memory[:, source, :, :tokens]
+        self._lengths[target] = tokens
+
     def copy(self, source: int, target: int) -> None:
         """Copies the state of slab `source` into `target`, which must be allocated."""
         used = min(self._lengths[source], self.capacity)

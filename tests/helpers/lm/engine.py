@@ -35,12 +35,14 @@ def ids(events: list) -> list[int]:
     return [event.token for event in events if isinstance(event, Token)]
 
 
-def alone(prompt: bytes | list[int], count: int, sinks: int = 4) -> list[int]:
+def alone(
+    prompt: bytes | list[int], count: int, sinks: int = 4, *, capacity: int = 24
+) -> list[int]:
     """Returns greedy tokens from `decode` alone, one token at a time."""
     import torch
 
     model = tiny_llama()
-    slabs = model.slabs(sessions=1, capacity=24)
+    slabs = model.slabs(sessions=1, capacity=capacity)
     slot, out = slabs.allocate(sinks), list(prompt)
     for index in range(len(prompt) + count - 1):
         logits = model.decode(torch.tensor(out[index : index + 1]), slabs, [slot])

@@ -236,6 +236,66 @@ def test_a_damaged_state_takes_no_slab() -> None:
     assert (other.slabs.free, other.sessions()) == (1, [])
 
 
+def test_short_prompts_share_a_chunk_and_a_long_one_takes_turns() -> None:
+    engine = make(prefill_chunk=8, sessions=5)
+    prompts = [b"x" * 30, b"abc", b"defg", b"hijkl", b"mno"]
+    generations = []
+    for number, prompt in enumerate(prompts):
+        engine.open(f"s{number}")
+        generations.append(engine.submit(f"s{number}", list(prompt), ask(9)))
+    read = []
+    for _ in range(4):
+        engine.tick()
+        read.append([min(engine.slabs.length(slot), 30) for slot in range(5)])
+    # All but the last token of a prompt are read in chunks of 8; the last is decoded.
+    assert read[0] == [8, 0, 0, 0, 0]
+    assert read[1][0] == 8
+    assert read[1][1:] == [2 + 1, 3 + 1, 3, 0]  # the chunk ends within the fourth prompt
+    assert [read[2][0], *read[2][3:]] == [8 + 6, 3, 2 + 1]
+    assert [read[3][0], read[3][3]] == [14 + 7, 4 + 1]
+    for prompt, events in zip(prompts, run(engine, *generations), strict=True):
+        assert ids(events) == alone(prompt, 9)
+
+
+def test_pinned_prefixes_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, read = make(prefill_chunk=64, capacity=32), []
+    model_read = engine.model.read_packed
+
+    def counted(prompts, slabs, slots):  # type: ignore[no-untyped-def]
+        read.append([len(prompt) for prompt in prompts])
+        return model_read(prompts, slabs, slots)
+
+    monkeypatch.setattr(engine.model, "read_packed", counted)
+    system = b"you are a parrot"
+    prompts = {"a": system + b" one", "b": system + b" two", "c": b"you are not a", "d": system}
+    found = {}
+    for name, prompt in prompts.items():
+        engine.open(name, sinks=len(system) if name != "d" else 4)
+        found[name] = ids(run(engine, engine.submit(name, list(prompt), ask(40)))[0])
+    # 19 of 20 tokens; 3 after 16 shared; "you are " shared, 4 of 5 left; 4 sinks shared, 11 of 12.
+    assert read == [[19], [3], [4], [11]]
+    for name, prompt in prompts.items():
+        sinks = len(system) if name != "d" else 4
+        assert found[name] == alone(prompt, 40, sinks, capacity=32)
+
+
+def test_prefixes_are_not_shared_where_logits_are_asked_for_or_tokens_are_unknown() -> None:
+    engine = make(sessions=4, capacity=32)
+    engine.open("a", sinks=8)
+    run(engine, engine.submit("a", list(b"pinned, and more"), ask(3)))
+    engine.open("b", sinks=8)
+    rules = ask(3, prompt_logprobs=1)
+    run(engine, generation := engine.submit("b", list(b"pinned, and more"), rules))
+    assert generation.ended
+    engine.restore("c", engine.export("a"))
+    engine.close("a")
+    engine.close("b")
+    engine.open("d", sinks=8)
+    engine.submit("d", list(b"pinned, and more"), ask(3))
+    engine.tick()
+    assert engine.slabs.length(engine._sessions["d"].slot) == 5  # one chunk, nothing copied
+
+
 def test_a_restored_tail_is_read_before_the_first_request() -> None:
     engine = make()
     engine.open("a")

@@ -188,6 +188,25 @@ def test_eight_sessions_of_mixed_age_and_sinks_decode_together() -> None:
         torch.testing.assert_close(found, wanted, atol=1e-9, rtol=0)
 
 
+def test_chunks_of_several_sessions_in_one_pass_equal_the_paper() -> None:
+    """Sessions of mixed age and sinks; one chunk is a single token, one longer than the cache."""
+    model = build(small())
+    ages, sinks, sizes = [0, 2, CACHE, 3 * CACHE], [3, 5, 0, 2], [7, 1, 2 * CACHE, 4]
+    slabs = model.slabs(sessions=4, capacity=CAPACITY)
+    streams = [tokens(age + size, seed=age) for age, size in zip(ages, sizes, strict=True)]
+    slots = [slabs.allocate(count) for count in sinks]
+    for age, stream, slot in zip(ages, streams, slots, strict=True):
+        if age:
+            model.prefill(stream[:age], slabs, slot, logits="none")
+    parts = [stream[age:] for age, stream in zip(ages, streams, strict=True)]
+    read = model.read_packed(parts, slabs, slots)
+    for age, stream, count, x_TE in zip(ages, streams, sinks, read, strict=True):
+        expected = reference_logits(model, stream, count, CACHE - count)[age:]
+        torch.testing.assert_close(model.logits(x_TE), expected, atol=1e-9, rtol=0)
+    with pytest.raises(ValueError, match="twice"):
+        model.read_packed(parts[:2], slabs, slots[:1] * 2)
+
+
 def test_keeping_sinks_at_their_true_distance_gives_other_logits() -> None:
     """Negative control: without the correction the assertion of this file fails by far."""
     model = build(small())
