@@ -28,7 +28,8 @@ class LMSettings(ApplicationSettings):
     dtype: DTypeName = "fp32"
     """Type of weights, keys and values. `int8` rounds the linear layers to 8 bits, `int4` keeps
     those of a GGUF file in the bits that they have, and both keep the rest in bf16. `auto` takes
-    the fastest that suits the file and the processor (docs/language_model.md has the numbers)."""
+    the fastest that suits the file and the processor (docs/language_model.md has the numbers).
+    Replicas that share stored sessions need the same type: name it where processors differ."""
     sessions: int = Field(16, ge=1)
     """Sessions of a replica that can generate at the same time, each in a slab of memory."""
     cache: int = Field(1024, ge=2)
