@@ -119,7 +119,9 @@ def peer_perplexity(cfg: Config, passages: list[list[int]]) -> float:
 @torch.inference_mode()
 def main(cfg: Config) -> None:
     torch.set_num_threads(cfg.threads)
-    ids = load_tokenizer(cfg.model).encode(cfg.text.read_text(encoding="utf-8"))[: cfg.tokens]
+    tokenizer = load_tokenizer(cfg.model)
+    text = cfg.text.read_text(encoding="utf-8")
+    ids = tokenizer.encode(text, bos=tokenizer.adds_bos)[: cfg.tokens]
     tokens_T = torch.tensor(ids)
     starts = range(0, len(ids) - PASSAGE, max(len(ids) // cfg.passages, PASSAGE))
     passages = [ids[start : start + PASSAGE] for start in starts][: cfg.passages]

@@ -39,6 +39,10 @@ class LMSettings(ApplicationSettings):
     """Sink tokens of a session whose request does not set them."""
     prefill_chunk: int = Field(256, ge=1)
     """Prompt tokens that are processed between two decode steps of the other sessions."""
+    draft_tokens: int = Field(0, ge=0, le=32)
+    """Tokens that are guessed from the stream's own past and checked in one step while a single
+    session generates; 0 for none. Greedy tokens stay the same, and so does the distribution of
+    sampled ones (docs/language_model.md)."""
     threads: int | None = Field(None, ge=1)
     """Torch threads of a replica on CPU; None takes every core that the process may use."""
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from models.sink_lm.checkpoints.tokenizer import Tokenizer
+from models.sink_lm.engine.drafts import Drafter
 from models.sink_lm.engine.generation import Generation
 from models.sink_lm.engine.model_runner import ModelRunner
 from models.sink_lm.engine.output_processor import OutputProcessor
@@ -51,6 +52,8 @@ class Engine:
         capacity: tokens a session sees at most, see `Slabs`.
         prefill_chunk: prompt tokens read between two decode steps, of all sessions together.
         max_buffered: unread events of an answer at which its session pauses.
+        draft_tokens: tokens guessed from the stream's own past (drafts.py) and checked in one step
+            while a single session generates; 0 for none.
         by_bucket: decode with static shapes, on CUDA as graphs (models/sink_lm/network/buckets.py).
         journal: called with a session's name and its new tokens before anyone sees them. If it
             raises, the tokens do not enter the stream: `submit` and `extend` raise too, and an
@@ -70,6 +73,7 @@ class Engine:
         capacity: int,
         prefill_chunk: int = 128,
         max_buffered: int = 256,
+        draft_tokens: int = 0,
         by_bucket: bool = False,
         journal: Journal | None = None,
     ) -> None:
@@ -80,7 +84,7 @@ class Engine:
         self._runner = ModelRunner(model, sessions=sessions, capacity=capacity, by_bucket=by_bucket)
         self.slabs = self._runner.slabs
         self._prefill_chunk, self._max_buffered = prefill_chunk, max_buffered
-        self._journal = journal
+        self._draft_tokens, self._journal = draft_tokens, journal
         self._sessions: dict[str, Session] = {}
         self._turn: deque[str] = deque()  # sessions whose prompt is being read, in turn
         self._lock = TickLock()
@@ -97,7 +101,8 @@ class Engine:
         with self._lock.between_ticks():
             if session_id in self._sessions:
                 raise SessionExists(session_id)
-            self._sessions[session_id] = Session(self.slabs.allocate(sinks))
+            drafter = Drafter(self._draft_tokens) if self._draft_tokens else None
+            self._sessions[session_id] = Session(self.slabs.allocate(sinks), drafter=drafter)
 
     def close(self, session_id: str) -> None:
         """Ends a session; an answer that it generates ends as cancelled.
@@ -124,20 +129,7 @@ class Engine:
             UnknownSession: there is none.
         """
         with self._lock.between_ticks():
-            session = self._get(session_id)
-            sinks, capacity = self.slabs.sinks(session.slot), self.slabs.capacity
-            position = self._position(session)
-            cached = min(position, capacity - 1)
-            return SessionInfo(
-                position=position,
-                cached_tokens=cached,
-                evicted_tokens=position - cached,
-                sinks=sinks,
-                window=capacity - 1 - sinks,
-                bytes=self.slabs.bytes_per_session,
-                busy=session.busy,
-                idle_s=0.0 if session.busy else time.monotonic() - session.used_at,
-            )
+            return self._get(session_id).describe(self.slabs)
 
     def submit(
         self,
@@ -174,7 +166,7 @@ class Engine:
                 max_buffered=self._max_buffered,
                 on_room=self._work.set,
             )
-            is_first = self._position(session) == 0
+            is_first = session.position(self.slabs) == 0
             self._append(session_id, session, tokens)
             session.generation, session.used_at = generation, time.monotonic()
             if is_first and params.prompt_logprobs is not None:
@@ -225,7 +217,7 @@ class Engine:
         """
         with self._lock.between_ticks():
             session = self._get(session_id)
-            pending = torch.tensor(list(session.pending), dtype=torch.long)
+            pending = torch.tensor([*session.pending], dtype=torch.long)
             return self.slabs.export(session.slot) | {"pending": pending}
 
     def restore(self, session_id: str, state: dict[str, Tensor], tail: Sequence[int] = ()) -> None:
@@ -322,6 +314,8 @@ class Engine:
         ready = [(name, s) for name, s in running if len(s.pending) == 1 and not s.end_if_read()]
         if not ready:
             return False
+        if len(ready) == 1 and self._look_ahead(*ready[0]):
+            return True
         ready.sort(key=lambda item: item[1].slot)
         tokens = [session.pending[0] for _, session in ready]
         logits_BV = self._runner.decode(tokens, [session.slot for _, session in ready])
@@ -333,12 +327,36 @@ class Engine:
             self._deliver(name, session, generation, choice)
         return True
 
+    def _look_ahead(self, name: str, session: Session) -> bool:
+        """Reads guesses behind the pending token, and takes tokens as long as they come true.
+
+        Every token is sampled from the logits after the ones before it, so that its distribution is
+        that of single steps. Returns whether there was a guess.
+        """
+        generation, drafter = session.generation, session.drafter
+        if generation is None or drafter is None or not (draft := drafter.draft()):
+            return False
+        ahead = self._runner.look_ahead([session.pending[0], *draft], session.slot)
+        if ahead is None:
+            return False
+        logits_TV, rows = ahead
+        for place, logits_V in enumerate(logits_TV):
+            choice = choose(logits_V[None], [generation.sampler])[0]
+            rows.keep()
+            session.pending.clear()
+            self._deliver(name, session, generation, choice)
+            goes_on = not (generation.ended or generation.cancelled or generation.is_paused)
+            if draft[place : place + 1] != [choice.token] or not goes_on:
+                break
+        drafter.learn(len(draft), place)
+        return True
+
     def _deliver(self, name: str, session: Session, generation: Generation, choice: Choice) -> None:
         """Hands an answer its token; a failure here ends this answer and no other."""
         session.used_at = time.monotonic()
         try:
             self._append(name, session, [choice.token])
-            generation.accept(choice, self._position(session))
+            generation.accept(choice, session.position(self.slabs))
         except Exception as error:
             log.exception("session %s: the answer ends", name)
             generation.end("error", message=f"{type(error).__name__}: {error}")
@@ -349,10 +367,12 @@ class Engine:
         """Accepts tokens into a stream: the journal has them before anyone else."""
         if self._journal is not None and tokens:
             self._journal(name, tokens)
-        if self._position(session) == len(session.prefix):  # all tokens so far, and all sinks
+        if session.position(self.slabs) == len(session.prefix):  # all tokens so far, and all sinks
             room = self.slabs.sinks(session.slot) - len(session.prefix)
             session.prefix.extend(tokens[:room])
         session.pending.extend(tokens)
+        if session.drafter is not None:
+            session.drafter.push(tokens)
 
     def _end_cancelled(self) -> None:
         for session in self._sessions.values():
@@ -365,9 +385,6 @@ class Engine:
         wrong = [token for token in tokens if not 0 <= token < vocab]
         if wrong:
             raise ValueError(f"token {wrong[0]} is not below {vocab}")
-
-    def _position(self, session: Session) -> int:
-        return self.slabs.length(session.slot) + len(session.pending)
 
     def _get(self, session_id: str) -> Session:
         if session_id not in self._sessions:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from models.sink_lm.engine.sampling import Choice, scored
+from models.sink_lm.network.attention import DraftAttention
 from models.sink_lm.network.buckets import BucketDecoder
 from models.sink_lm.network.llama import Llama
 
@@ -52,6 +53,18 @@ class ModelRunner:
         if self._bucket_decoder is not None:
             return self._bucket_decoder(tokens_B, slots)
         return self.model.decode(tokens_B, self.slabs, slots)
+
+    def look_ahead(self, tokens: Sequence[int], slot: int) -> tuple[Tensor, DraftAttention] | None:
+        """Reads T tokens of which only the first is sure; see `Llama.look_ahead`.
+
+        Returns:
+            None where the slab is not ready for that: its sinks are not all read, or its ring is
+            shorter.
+        """
+        sinks = self.slabs.sinks(slot)
+        if self.slabs.length(slot) < sinks or len(tokens) >= self.slabs.capacity - sinks:
+            return None
+        return self.model.look_ahead(self._on_device(tokens), self.slabs, slot)
 
     def score(self, x_TE: Tensor, after: Sequence[int], count: int) -> Iterator[list[Choice]]:
         """Yields a prompt's tokens with their log probabilities, a few at a time.

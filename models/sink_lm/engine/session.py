@@ -6,7 +6,9 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
+from models.sink_lm.engine.drafts import Drafter
 from models.sink_lm.engine.generation import Generation
+from models.sink_lm.network.cache import Slabs
 
 
 class UnknownSession(KeyError):
@@ -55,6 +57,7 @@ class Session:
         pending: accepted tokens that the model has not read yet.
         prefix: the stream's first tokens, at most as many as it has sinks; empty where they are not
             known (a restored session).
+        drafter: guesses its next tokens; None where the engine does not.
         generation: the answer that it generates, if any.
         used_at: `time.monotonic` of the last token or request.
     """
@@ -62,6 +65,7 @@ class Session:
     slot: int
     pending: deque[int] = field(default_factory=deque)
     prefix: list[int] = field(default_factory=list)
+    drafter: Drafter | None = None
     generation: Generation | None = None
     used_at: float = field(default_factory=time.monotonic)
 
@@ -69,6 +73,25 @@ class Session:
     def busy(self) -> bool:
         """Whether it generates."""
         return self.generation is not None
+
+    def position(self, slabs: Slabs) -> int:
+        """Returns the tokens in the stream."""
+        return slabs.length(self.slot) + len(self.pending)
+
+    def describe(self, slabs: Slabs) -> SessionInfo:
+        """Returns the description for others."""
+        sinks, position = slabs.sinks(self.slot), self.position(slabs)
+        cached = min(position, slabs.capacity - 1)
+        return SessionInfo(
+            position=position,
+            cached_tokens=cached,
+            evicted_tokens=position - cached,
+            sinks=sinks,
+            window=slabs.capacity - 1 - sinks,
+            bytes=slabs.bytes_per_session,
+            busy=self.busy,
+            idle_s=0.0 if self.busy else time.monotonic() - self.used_at,
+        )
 
     @property
     def has_prompt(self) -> bool:

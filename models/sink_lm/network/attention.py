@@ -238,16 +238,59 @@ class ChunkAttention(SinkAttention):
         out_HRD += on_ring @ values_HCD[:, ring_used]
         out_HRD += on_new @ new_values_HTD
 
-        keys_HCD[:, self._ring_slots] = new_keys_HTD[:, self._ring_rows]
-        values_HCD[:, self._ring_slots] = new_values_HTD[:, self._ring_rows]
+        self._store(layer, new_keys_HTD, new_values_HTD)
         out_HGTD = out_HRD.view(len(keys_HCD), -1, len(q_THD), out_HRD.shape[-1])
         return out_HGTD.permute(2, 0, 1, 3).flatten(1)
+
+    def _store(self, layer: int, new_keys_HTD: Tensor, new_values_HTD: Tensor) -> None:
+        """Writes what is still in the ring after the chunk."""
+        for memory_LNHCD, new_HTD in (
+            (self.slabs.keys_LNHCD, new_keys_HTD),
+            (self.slabs.values_LNHCD, new_values_HTD),
+        ):
+            memory_LNHCD[layer, self._slot][:, self._ring_slots] = new_HTD[:, self._ring_rows]
 
     @staticmethod
     def _grouped(q_THD: Tensor, heads: int) -> Tensor:
         """Reshapes [T, H * G, D] to [H, G * T, D]."""
         q_THGD = q_THD.view(len(q_THD), heads, -1, q_THD.shape[-1])
         return q_THGD.permute(1, 2, 0, 3).flatten(1, 2)
+
+
+class DraftAttention(ChunkAttention):
+    """A chunk of guesses: the slab stays as it is until `keep` accepts the tokens one by one.
+
+    Written at once, a guess would overwrite the token that leaves the window for it.
+
+    Args:
+        slot: slab number, whose sinks are all read.
+        tokens: length of the chunk, shorter than the ring.
+        slabs: the memory; see also `SinkAttention`.
+        frequencies_F: float64 [D / 2].
+        scale: factor on rotated heads.
+    """
+
+    def __init__(
+        self, slot: int, tokens: int, slabs: Slabs, frequencies_F: Tensor, scale: float
+    ) -> None:
+        super().__init__(slot, tokens, slabs, frequencies_F, scale)
+        assert slabs.length(slot) >= slabs.sinks(slot)
+        assert tokens < slabs.capacity - slabs.sinks(slot)
+        self._new: list[tuple[Tensor, Tensor]] = []
+        self._kept = 0
+
+    def _store(self, layer: int, new_keys_HTD: Tensor, new_values_HTD: Tensor) -> None:
+        self._new.append((new_keys_HTD, new_values_HTD))
+
+    def keep(self) -> None:
+        """Writes the chunk's next token and counts it."""
+        place = self.slabs.slot_of(self._slot, self.slabs.length(self._slot))
+        memories = (self.slabs.keys_LNHCD, self.slabs.values_LNHCD)
+        for memory_LNHCD, new in zip(memories, zip(*self._new, strict=True), strict=True):
+            rows = [new_HTD[:, self._kept] for new_HTD in new]
+            memory_LNHCD[:, self._slot, :, place] = torch.stack(rows)
+        self._kept += 1
+        self.slabs.advance(self._slot, 1)
 
 
 class PackedAttention:

@@ -13,7 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.sink_lm.network.attention import ChunkAttention, DecodeAttention, PackedAttention
+from models.sink_lm.network.attention import (
+    ChunkAttention,
+    DecodeAttention,
+    DraftAttention,
+    PackedAttention,
+)
 from models.sink_lm.network.cache import Slabs
 from models.sink_lm.network.config import LMConfig
 from models.sink_lm.network.rope import attention_scale, frequencies
@@ -191,6 +196,24 @@ class Llama(nn.Module):
         for slot, size in zip(slots, sizes, strict=True):
             slabs.advance(slot, size)
         return list(torch.split(x_TE, sizes))
+
+    @torch.inference_mode()
+    def look_ahead(
+        self, tokens_T: Tensor, slabs: Slabs, slot: int
+    ) -> tuple[Tensor, DraftAttention]:
+        """Reads tokens that may not all come true, without feeding them.
+
+        Args:
+            tokens_T: int64 [T], fewer than the ring has slots.
+            slabs: the cache.
+            slot: slab number of a session whose sinks are all read.
+
+        Returns:
+            Logits after each, float32 (float64 for a float64 model) [T, V], and the attention,
+            whose `keep` feeds the tokens one by one.
+        """
+        attend = DraftAttention(slot, len(tokens_T), slabs, *self.rotary(tokens_T.device))
+        return self.logits(self.run(tokens_T, attend)), attend
 
     def rotary(self, device: torch.device) -> tuple[Tensor, float]:
         """Returns the frequencies, float64 [D / 2], and the factor on rotated heads.

@@ -60,6 +60,7 @@ class LanguageModel:
             capacity=settings.cache,
             prefill_chunk=settings.prefill_chunk,
             max_buffered=settings.max_buffered,
+            draft_tokens=settings.draft_tokens,
             journal=self._journal,
         )
         self._card, self._name = self._make_card(model), _replica_name()
