@@ -314,7 +314,7 @@ class Engine:
         ready = [(name, s) for name, s in running if len(s.pending) == 1 and not s.end_if_read()]
         if not ready:
             return False
-        if len(ready) == 1 and self._look_ahead(*ready[0]):
+        if len(running) == 1 and self._look_ahead(*ready[0]):
             return True
         ready.sort(key=lambda item: item[1].slot)
         tokens = [session.pending[0] for _, session in ready]

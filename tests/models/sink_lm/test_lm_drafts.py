@@ -149,14 +149,18 @@ def test_an_answer_ends_and_pauses_within_a_guess() -> None:
 
 
 def test_several_sessions_are_not_guessed_for() -> None:
-    engine = make(draft_tokens=6)
+    engine = make(draft_tokens=6, max_buffered=1000)
     sizes = counted(engine)
     generations = []
-    for name in "ab":
+    for name, count in (("a", 30), ("b", 60)):
         engine.open(name)
-        generations.append(engine.submit(name, list(b"x" * 20), ask(30)))
-    assert [ids(events) for events in run(engine, *generations)] == [alone(b"x" * 20, 30)] * 2
+        rules = ask(count, logit_bias={120: 1000.0})
+        generations.append(engine.submit(name, list(b"x" * 20), rules))
+    while not generations[0].ended:
+        engine.tick()
     assert not sizes
+    run(engine, *generations)
+    assert sizes  # the other one is alone now
 
 
 def test_rejected_guesses_leave_the_slab_as_it_was() -> None:
