@@ -22,9 +22,9 @@ _DTYPES: dict[str, torch.dtype] = {
 def dtype_of(name: DTypeName, model: str, device: torch.device | str) -> torch.dtype:
     """Returns the type that a setting names.
 
-    `auto` is the fastest type that keeps what the checkpoint holds: on a CPU `int4` for a GGUF file
-    of 4-bit weights, else bfloat16 where the processor multiplies it, else float32; on other
-    devices bfloat16.
+    `auto` is the fastest type that keeps what the checkpoint holds: on a CPU that multiplies
+    bfloat16 `int4` for a GGUF file of 4-bit weights, else bfloat16; on another CPU float32; on
+    other devices bfloat16.
 
     Args:
         name: the setting.
@@ -40,7 +40,8 @@ def dtype_of(name: DTypeName, model: str, device: torch.device | str) -> torch.d
         return _DTYPES[name]
     if torch.device(device).type != "cpu":
         return torch.bfloat16
+    if not can_pack(torch.bfloat16):
+        return torch.float32
     source = locate(model)
-    if source.is_file() and is_supported(device) and open_gguf(source).few_bits:
-        return INT4
-    return torch.bfloat16 if can_pack(torch.bfloat16) else torch.float32
+    has_few_bits = source.is_file() and is_supported(device) and open_gguf(source).few_bits
+    return INT4 if has_few_bits else torch.bfloat16

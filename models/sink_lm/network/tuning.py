@@ -51,18 +51,24 @@ class PackedLinear(nn.Module):
 def tune(model: Llama) -> None:
     """Packs the decoder's matrices and measures how many rows its 4-bit matrices are best for.
 
-    Takes about as long as some hundred decode steps. Its weights can no longer be read afterwards.
-    Does nothing to a decoder that is not on a CPU, or where torch is built without oneDNN.
+    Takes about as long as some hundred decode steps. Packed weights can no longer be read
+    afterwards. Does nothing to a decoder that is not on a CPU, and packs only where oneDNN
+    multiplies the type of the weights.
     """
-    if model.embed.weight.device.type != "cpu" or not can_pack(model.embed.weight.dtype):
+    if model.embed.weight.device.type != "cpu":
         return
+    if can_pack(model.embed.weight.dtype):
+        _pack(model)
+    choose_rows(model)
+
+
+def _pack(model: Llama) -> None:
     if model.head is None:
         model.head = PackedLinear(model.embed.weight, None)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(parent, name, PackedLinear(child.weight, child.bias))
-    choose_rows(model)
 
 
 def can_pack(dtype: torch.dtype) -> bool:

@@ -138,8 +138,8 @@ def test_auto_takes_what_suits_the_file(tmp_path: Path, monkeypatch: pytest.Monk
     write(few, "llama", 112, FOUR_BITS)
     write(wide, "llama", 112, {})
     make_hf("Llama").save_pretrained(tmp_path / "hf")
-    native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    other = torch.bfloat16 if native else torch.float32
+    monkeypatch.setattr(dtypes, "can_pack", lambda dtype: True)
+    other = torch.bfloat16
     assert dtype_of("auto", str(few), "cpu") == torch.int4
     assert dtype_of("auto", str(wide), "cpu") == other
     assert dtype_of("auto", str(tmp_path / "hf"), "cpu") == other
@@ -147,6 +147,8 @@ def test_auto_takes_what_suits_the_file(tmp_path: Path, monkeypatch: pytest.Monk
     assert dtype_of("fp16", "not looked at", "cpu") == torch.float16
     monkeypatch.setattr(dtypes, "is_supported", lambda device: False)
     assert dtype_of("auto", str(few), "cpu") == other
+    monkeypatch.setattr(dtypes, "can_pack", lambda dtype: False)
+    assert dtype_of("auto", str(few), "cpu") == torch.float32
 
 
 def test_int4_says_where_it_does_not_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
