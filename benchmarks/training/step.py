@@ -5,27 +5,31 @@
         --models vit_s:16 vit_b:16 vit_l:16 vit_h:14
 
 Both sides start from the same weights and see the same images and masks (`--tape`), so that their
-fp32 losses can be compared step by step. Variants are timed in turn, round after round, and the
-median round counts. Peak FLOP/s for the MFU column is given by `--peak-tflops`.
+fp32 losses can be compared step by step. A ratio is that of two times of one round, a few seconds
+apart, and what is told is the median over rounds with the least and the most. The order of the
+variants changes from round to round; each has a step that is not timed before those that are; and
+everything is built anew a few times, so that no ratio hangs on where its memory lies. `--clock cpu`
+times CPU seconds of the process, for a machine that is not quiet. Peak FLOP/s for the MFU column is
+given by `--peak-tflops`.
 """
 
 import dataclasses
 import gc
+import os
 import random
 import statistics
 import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from unittest import mock
 
 import numpy as np
 import torch
 import tyro
 from reference_loop import Encoder, Predictor, ReferenceLoop, collate_masks
-from rich.console import Console
-from rich.table import Table
 
 from models.encoders.blocks import use_plain_attention
+from models.encoders.linear import onednn_is_faster
 from models.encoders.shape import find_preset
 from models.image_size import Grid
 from models.media.preprocessing import normalize
@@ -47,14 +51,18 @@ class Args:
     """Preset and patch size of every row."""
     device: str = "cpu"
     """cpu or cuda."""
-    batch: int = 16
+    batch: int = 8
     """Images a step."""
     image_size: int = 224
     """Pixels a side."""
-    rounds: int = 5
-    """Rounds; each times every variant once."""
-    steps: int = 2
-    """Steps a round."""
+    builds: int = 3
+    """How often everything is built anew."""
+    rounds: int = 3
+    """Rounds of a build; each times every variant once."""
+    steps: int = 1
+    """Timed steps of a variant in a round, after one that is not timed."""
+    clock: Literal["wall", "cpu"] = "wall"
+    """What is timed."""
     parity_steps: int = 5
     """Steps of the fp32 loss comparison."""
     compile: bool = False
@@ -65,6 +73,7 @@ class Args:
     """Torch threads on CPU."""
 
 
+Times = dict[str, float]
 Tape = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -144,13 +153,14 @@ def parity(args: Args, preset: str, patch: int, tape: Tape) -> float:
     return worst
 
 
-def timed(run: Any, steps: int, device: str) -> float:
-    start = time.perf_counter()
+def timed(run: Any, steps: int, device: str, clock: str = "wall") -> float:
+    now = time.perf_counter if clock == "wall" else time.process_time
+    start = now()
     for _ in range(steps):
         run()
     if device == "cuda":
         torch.cuda.synchronize()
-    return (time.perf_counter() - start) / steps
+    return (now() - start) / steps
 
 
 def flops_per_image(objective: IJEPA, K: int, M: int, T: int) -> float:
@@ -180,63 +190,101 @@ def mask_seconds(args: Args, grid: int) -> tuple[float, float]:
     return theirs, ours
 
 
-def bench(args: Args, name: str, table: Table) -> None:
-    preset, patch = name.split(":")
-    find_preset(preset)
-    tape = make_tape(args, args.image_size // int(patch))
-    difference = parity(args, preset, int(patch), tape)
+def with_mkl(loop: OurLoop, tape: Tape) -> None:
+    """A step with the library for fp32 matrices that torch takes by itself."""
+    with mock.patch("models.encoders.linear.onednn_is_faster", return_value=False):
+        loop.step(tape)
+
+
+def build_variants(args: Args, preset: str, patch: int, tape: Tape) -> dict[str, Any]:
+    """Steps of every variant, on weights of its own."""
     runs: dict[str, Any] = {}
-    for bf16 in (False, True):
-        reference = build_reference(build_ours(args, preset, int(patch)), int(patch))
-        kind = "bf16" if bf16 else "fp32"
+    for kind in ("fp32", "bf16"):
+        bf16 = kind == "bf16"
+        reference = build_reference(build_ours(args, preset, patch), patch)
         runs[f"reference {kind}"] = lambda r=reference, b=bf16: reference_step(r, tape, b)
-        ours = OurLoop(build_ours(args, preset, int(patch)), bf16)
+        ours = OurLoop(build_ours(args, preset, patch), bf16)
         runs[f"ours {kind}"] = lambda o=ours: o.step(tape)
+        if not bf16 and onednn_is_faster():
+            by_mkl = OurLoop(build_ours(args, preset, patch), bf16)
+            runs["ours fp32, MKL's products"] = lambda o=by_mkl: with_mkl(o, tape)
         if args.compile:
-            compiled = OurLoop(build_ours(args, preset, int(patch)), bf16, compiled=True)
-            runs[f"ours {kind} compiled"] = lambda o=compiled: o.step(tape)
-    times: dict[str, list[float]] = {variant: [] for variant in runs}
-    peaks: dict[str, float] = {}
-    for round_ in range(args.rounds + 1):
-        for variant, run in runs.items():
-            gc.collect()
-            if args.device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            seconds = timed(run, args.steps, args.device)
-            if args.device == "cuda":
-                peaks[variant] = torch.cuda.max_memory_allocated() / 2**30
-            if round_:  # the first round warms up
-                times[variant].append(seconds)
-    flops = flops_per_image(ours.objective, tape[1].shape[1], *tape[2].shape[1:])
-    masks_theirs, masks_ours = mask_seconds(args, args.image_size // int(patch))
-    base = statistics.median(times["reference fp32"])
-    for variant, seconds in times.items():
-        median = statistics.median(seconds)
-        rate = args.batch / median
-        same = statistics.median(times["reference " + variant.split()[1]])
-        mfu = f"{rate * flops / args.peak_tflops / 1e10:.0f}%" if args.peak_tflops else "-"
-        memory = f"{peaks[variant]:.1f}" if peaks else "-"
-        table.add_row(
-            name, variant, f"{rate:.1f}", f"{same / median:.2f}x", f"{base / median:.2f}x",
-            f"{rate * flops / 1e9:.0f}", mfu, memory,
-        )  # fmt: skip
+            compiled = OurLoop(build_ours(args, preset, patch), bf16, compiled=True)
+            runs[f"ours {kind}, compiled"] = lambda o=compiled: o.step(tape)
+    return runs
+
+
+def time_rounds(args: Args, preset: str, patch: int, tape: Tape) -> tuple[list[Times], Times]:
+    """Seconds of a step by variant, round for round, and GiB on a GPU."""
+    found: list[Times] = []
+    peaks: Times = {}
+    for _ in range(args.builds):
+        runs = build_variants(args, preset, patch, tape)
+        for number in range(args.rounds):
+            names = list(runs)[number % len(runs) :] + list(runs)[: number % len(runs)]
+            times = {}
+            for name in reversed(names) if number % 2 else names:
+                gc.collect()
+                if args.device == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                timed(runs[name], 1, args.device)
+                times[name] = timed(runs[name], args.steps, args.device, args.clock)
+                if args.device == "cuda":
+                    peaks[name] = torch.cuda.max_memory_allocated() / 2**30
+            found.append(times)
+    return found, peaks
+
+
+def ratio(rounds: list[Times], base: str, variant: str) -> str:
+    """How many times faster than the base: median over the rounds, least and most."""
+    each = [times[base] / times[variant] for times in rounds]
+    return f"{statistics.median(each):.2f} ({min(each):.2f} to {max(each):.2f})"
+
+
+def bench(args: Args, name: str) -> str:
+    """Prints the table of one model and returns its ratios."""
+    preset, patch = name.split(":")[0], int(name.split(":")[1])
+    find_preset(preset)
+    grid = args.image_size // patch
+    tape = make_tape(args, grid)
+    difference = parity(args, preset, patch, tape)
+    rounds, peaks = time_rounds(args, preset, patch, tape)
+    flops = flops_per_image(build_ours(args, preset, patch), tape[1].shape[1], *tape[2].shape[1:])
+    theirs, ours = mask_seconds(args, grid)
     print(
         f"{name}: {flops / 1e9:.1f} GFLOP/image; largest fp32 loss difference over "
-        f"{args.parity_steps} steps {difference:.1e}; masks a batch: collator "
-        f"{masks_theirs * 1e3:.1f} ms, vectorised {masks_ours * 1e3:.1f} ms"
+        f"{args.parity_steps} steps {difference:.1e}; masks a batch: collator {theirs * 1e3:.1f} "
+        f"ms, vectorised {ours * 1e3:.1f} ms"
     )
+    head = ("model", "variant", "in the same precision", "against fp32", "images/s", "GFLOP/s")
+    print(f"| {' | '.join(head)} | MFU | GiB |")
+    print("|---|---|---|---|---|---|---|---|")
+    told = []
+    for variant in rounds[0]:
+        rate = args.batch / statistics.median(times[variant] for times in rounds)
+        same = ratio(rounds, "reference " + variant.split()[1].rstrip(","), variant)
+        mfu = f"{rate * flops / args.peak_tflops / 1e10:.0f}%" if args.peak_tflops else ""
+        memory = f"{peaks[variant]:.1f}" if peaks else ""
+        print(
+            f"| {name} | {variant} | {same} | {ratio(rounds, 'reference fp32', variant)} | "
+            f"{rate:.1f} | {rate * flops / 1e9:.0f} | {mfu} | {memory} |"
+        )
+        if variant.startswith("ours"):
+            told.append(f"{variant.removeprefix('ours ')} {same}")
+    return f"{name} {', '.join(told)}"
 
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     torch.set_num_threads(args.threads)
-    table = Table(
-        "model", "variant", "images/s", "same precision", "vs fp32", "GFLOP/s", "MFU", "GiB"
+    print(
+        f"torch {torch.__version__}, {args.device}, batch {args.batch}, {args.threads} threads, "
+        f"{args.clock} clock, {args.builds} builds of {args.rounds} rounds, load "
+        f"{os.getloadavg()[0]:.1f} at the start"
     )
-    for name in args.models:
-        bench(args, name, table)
-    print(f"torch {torch.__version__}, {args.device}, batch {args.batch}, {Path(__file__).name}")
-    Console(width=110).print(table)
+    found = [bench(args, name) for name in args.models]
+    print(f"load {os.getloadavg()[0]:.1f} at the end")
+    print(f"result: times faster than the reference loop: {'; '.join(found)}")
 
 
 if __name__ == "__main__":

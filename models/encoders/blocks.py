@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from models.encoders.linear import use_linear
 from models.encoders.positions import Rotation
 
 LN_EPS = 1e-6
@@ -67,7 +68,9 @@ def transformer_blocks(
     norm: Any = partial(nn.LayerNorm, eps=LN_EPS)  # timm's annotation knows only classes
     kind = RotaryBlock if rotary else Block
     make = partial(kind, dim=width, num_heads=heads, mlp_ratio=mlp_ratio, qkv_bias=True)
-    return nn.ModuleList([make(norm_layer=norm) for _ in range(depth)])
+    blocks = nn.ModuleList([make(norm_layer=norm) for _ in range(depth)])
+    use_linear(blocks)
+    return blocks
 
 
 def run_blocks(

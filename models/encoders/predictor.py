@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from models.encoders.blocks import LN_EPS, init_weights, run_blocks, transformer_blocks
+from models.encoders.linear import Linear
 from models.encoders.positions import embed_places, make_positions
 from models.image_size import Grid
 
@@ -61,14 +62,14 @@ class Predictor(nn.Module):
         self.pool_context = pool_context
         self.heads, self.mlp_ratio, self.positions = heads, mlp_ratio, positions
         self.activation_checkpointing = activation_checkpointing
-        self.embed = nn.Linear(encoder_width, width)
+        self.embed = Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.zeros(mask_tokens, 1, width))
         self.grid = grid
         self.pos_embed, self.rope = make_positions(positions, width=width, heads=heads, grid=grid)
         rotary = self.rope is not None
         self.blocks = transformer_blocks(width, depth, heads, mlp_ratio, rotary=rotary)
         self.norm = nn.LayerNorm(width, eps=LN_EPS)
-        self.proj = nn.Linear(width, output_width or encoder_width)
+        self.proj = Linear(width, output_width or encoder_width)
         init_weights(self, init)
         if not zero_mask_tokens:
             nn.init.trunc_normal_(self.mask_token, std=0.02)

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from models.encoders.blocks import LN_EPS, init_weights, run_blocks, transformer_blocks
+from models.encoders.linear import linear
 from models.encoders.positions import embed_places, make_positions
 from models.encoders.shape import EncoderShape
 from models.image_size import height_width
@@ -66,7 +66,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, patches_BKP: torch.Tensor) -> torch.Tensor:
         """Embeds patches: [B, K, P] to [B, K, D]."""
-        return functional.linear(patches_BKP, self.proj.weight.flatten(1), self.proj.bias)
+        return linear(patches_BKP, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class VisionTransformer(nn.Module):

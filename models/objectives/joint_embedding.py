@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from models.encoders.linear import Linear
 from models.encoders.vit import VisionTransformer, gather_tokens
 from models.objectives.objective import Batch, EncoderObjective, Output
 from models.objectives.view_regions import pick_tokens, regions_in_view, shows_none
@@ -212,5 +213,5 @@ def make_projector(widths: Sequence[int]) -> nn.Sequential:
     """
     layers: list[nn.Module] = []
     for inner, outer in pairwise(widths[:-1]):
-        layers += [nn.Linear(inner, outer, bias=False), SyncedBatchNorm(outer), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))
+        layers += [Linear(inner, outer, bias=False), SyncedBatchNorm(outer), nn.ReLU()]
+    return nn.Sequential(*layers, Linear(widths[-2], widths[-1]))

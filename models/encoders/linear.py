@@ -1,0 +1,96 @@
+"""Linear layers that multiply fp32 matrices by oneDNN where torch would take a slower library.
+
+On x86 torch multiplies fp32 matrices by Intel's MKL, which uses no AVX-512 on processors of other
+makers. oneDNN, which is part of torch and multiplies its bf16 matrices, does: on an AMD EPYC it
+takes half the time (benchmarks/training/step.md). Its products of fp32 are fp32; only the order of
+the sums differs. What is chosen depends on the machine and on shapes, never on a measurement, so
+that runs repeat bit for bit.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+LEAST = 2**21
+"""Multiplications below which a call of oneDNN costs more than it saves."""
+CPUINFO = Path("/proc/cpuinfo")
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear`, computed by `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [..., in] to [..., out]."""
+        return linear(x, self.weight, self.bias)
+
+
+def use_linear(module: nn.Module) -> None:
+    """Makes the linear layers of a module `Linear`s, in place; names and weights stay."""
+    for part in module.modules():
+        if type(part) is nn.Linear:
+            part.__class__ = Linear
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Returns x W^T + b, as `torch.nn.functional.linear`."""
+    if not _takes_onednn(x, weight):
+        return functional.linear(x, weight, bias)
+    if torch.is_grad_enabled():
+        product: Tensor = _Product.apply(x, weight, bias)
+        return product
+    return _product(x, weight, bias)
+
+
+def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
+    plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter)  # not fake, not sharded
+    return (
+        plain
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.numel() * weight.shape[0] >= LEAST
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and onednn_is_faster()
+    )
+
+
+@functools.cache
+def onednn_is_faster() -> bool:
+    """Whether this is a processor with AVX-512 that MKL makes no use of."""
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+        return False
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not CPUINFO.exists():
+        return False
+    return "GenuineIntel" not in CPUINFO.read_text()
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        grad, by_x, by_weight, by_bias = grads[0], None, None, None
+        rows, flat = grad.flatten(0, -2), x.flatten(0, -2)
+        if ctx.needs_input_grad[0]:
+            by_x = _product(grad, weight.t(), None)
+        if ctx.needs_input_grad[1]:
+            by_weight = _product(rows.t(), flat.t(), None)
+        if ctx.needs_input_grad[2]:
+            by_bias = rows.sum(0)
+        return by_x, by_weight, by_bias
