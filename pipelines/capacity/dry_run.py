@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from models.encoders.linear import linear
 from pipelines.capacity.clusters import CLUSTERS, Accelerator, Cluster, find_cluster, this_machine
 from pipelines.capacity.constants import cores_of_worker
 from pipelines.capacity.estimate import memory_limit, shards_of
@@ -109,7 +110,8 @@ def _gpu(cfg: PretrainConfig, cluster: Cluster) -> Device:
 
 
 def matmul_rate(cfg: PretrainConfig, threads: int) -> float:
-    """Measures the FLOP/s of matrix products on this machine's CPU, in the run's precision."""
+    """Measures the FLOP/s of the model's matrix products on this machine's CPU, in the run's
+    precision."""
     dtype = torch.bfloat16 if cfg.run.precision == "bf16" else torch.float32
     left = torch.ones(MATRIX, MATRIX, dtype=dtype)
     before = torch.get_num_threads()
@@ -119,7 +121,7 @@ def matmul_rate(cfg: PretrainConfig, threads: int) -> float:
         end = time.perf_counter() + TIMED_S
         while len(seconds) < 4 or time.perf_counter() < end:
             start = time.perf_counter()
-            left @ left
+            linear(left, left)
             seconds.append(time.perf_counter() - start)
     finally:
         torch.set_num_threads(before)
