@@ -3,8 +3,8 @@
 On x86 torch multiplies fp32 matrices by Intel's MKL, which uses no AVX-512 on processors of other
 makers. oneDNN, which is part of torch and multiplies its bf16 matrices, does: on an AMD EPYC it
 takes half the time (benchmarks/training/step.md). Its products of fp32 are fp32; only the order of
-the sums differs. What is chosen depends on the machine and on shapes, never on a measurement, so
-that runs repeat bit for bit.
+the sums differs. What is chosen depends on the machine and on the layer, never on a measurement or
+on the rows, so that runs repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-LEAST = 2**21
-"""Multiplications below which a call of oneDNN costs more than it saves."""
+LEAST = 2**14
+"""Weights below which a call of oneDNN costs more than it saves, at the usual numbers of rows."""
 CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -53,7 +53,7 @@ def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
         plain
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and x.numel() * weight.shape[0] >= LEAST
+        and weight.numel() >= LEAST
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and onednn_is_faster()
