@@ -63,7 +63,8 @@ def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
 @functools.cache
 def onednn_is_faster() -> bool:
     """Whether this is a processor with AVX-512 that MKL makes no use of."""
-    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+    backends: Any = torch.backends
+    if not (backends.mkl.is_available() and backends.mkldnn.is_available()):
         return False
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not CPUINFO.exists():
         return False
@@ -82,7 +83,7 @@ class _Product(torch.autograd.Function):
         return _product(x, weight, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         grad, by_x, by_weight, by_bias = grads[0], None, None, None
