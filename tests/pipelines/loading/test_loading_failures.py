@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 
 from helpers.pipelines.loading import config, encode, picture, row_of, write_rows, write_samples
+from helpers.waiting import LIMIT_S, wait_until
 from pipelines.config.data import MaskConfig
 from pipelines.config.train import PretrainConfig
 from pipelines.dataset.shards import read_manifest
@@ -79,7 +79,7 @@ def test_cpus_taken_later_are_told(
 
     def slow() -> Generator[int]:
         yield 0
-        release.wait(60)
+        release.wait(LIMIT_S)
         yield 1
 
     def say(line: str) -> None:
@@ -99,10 +99,7 @@ def test_closing_early_frees_the_cluster(data: str, ray_local: None) -> None:
     batches = train_batches(config(data), rank=0, world_size=1, start_step=0, end_step=100_000)
     next(batches)
     batches.close()
-    deadline = time.monotonic() + 20
-    while ray.available_resources().get("CPU") != 4:
-        assert time.monotonic() < deadline, "tasks still running"
-        time.sleep(0.2)
+    wait_until(lambda: ray.available_resources().get("CPU") == 4, every_s=0.2)
 
 
 # --- data and settings

@@ -11,7 +11,6 @@ import re
 import signal
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +42,7 @@ from helpers.serve.embeddings import (
     unit,
 )
 from helpers.serve.free_ports import free_ports
+from helpers.waiting import wait_until
 
 pytestmark = pytest.mark.ray
 
@@ -261,10 +261,9 @@ def test_models_health_metrics_and_request_ids(http: httpx.Client, client: opena
     assert (health.status_code, health.headers.get_list("x-request-id")) == (200, ["mine-1"])
     assert http.get("/docs").status_code == 200
     assert http.post("/v1/embeddings", json={"input": URI}).status_code == 200
-    deadline = time.monotonic() + 15  # model replicas report every five seconds
-    while "rayjepa_images_total" not in (text := http.get("/metrics").text):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    # Model replicas report every five seconds.
+    wait_until(lambda: "rayjepa_images_total" in http.get("/metrics").text, every_s=0.2)
+    text = http.get("/metrics").text
     assert 'rayjepa_requests_total{route="/v1/embeddings",status="200"}' in text
     assert 'rayjepa_request_seconds_bucket{le="0.1",route="/v1/embeddings"}' in text
     assert "rayjepa_batch_size_count" in text
@@ -356,17 +355,15 @@ def test_killed_replicas_lose_no_request(served: Served) -> None:
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(answered))]
     for thread in threads:
         thread.start()
-    time.sleep(0.5)
-    os.kill(replica_pids("Embedder")[0], signal.SIGKILL)
-    time.sleep(1.0)
-    os.kill(replica_pids("Ingress")[0], signal.SIGKILL)
-    before = sum(answered)
-    deadline = time.monotonic() + 45
-    while sum(answered) < before + 50 and time.monotonic() < deadline:
-        time.sleep(0.1)
-    stop.set()
-    for thread in threads:
-        thread.join()
+    try:
+        wait_until(lambda: all(answered))
+        for deployment in ("Embedder", "Ingress"):
+            os.kill(replica_pids(deployment)[0], signal.SIGKILL)
+            before = sum(answered)
+            wait_until(lambda before=before: sum(answered) >= before + 50)  # it came back
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
     assert not failures
-    assert sum(answered) >= before + 50  # it came back
     assert len(replica_pids("Embedder")) >= 1

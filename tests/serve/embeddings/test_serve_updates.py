@@ -28,6 +28,7 @@ from helpers.serve.embeddings import (
     unit,
 )
 from helpers.serve.free_ports import free_ports
+from helpers.waiting import LIMIT_S, wait_until
 
 pytestmark = pytest.mark.ray
 
@@ -139,7 +140,7 @@ def test_no_request_fails_or_is_answered_by_two_models_during_updates(
     threads.append(threading.Thread(target=lambda: streams.append(streamed(url))))
     for thread in threads:
         thread.start()
-    time.sleep(0.5)
+    wait_until(lambda: all(load.replies for load in loads))
     for name in ("large", "tight"):
         deploy(artifacts[name])
     with httpx.Client(base_url=url, timeout=60) as http:
@@ -153,7 +154,7 @@ def test_no_request_fails_or_is_answered_by_two_models_during_updates(
     for load in loads:
         load.stop.set()
     for thread in threads:
-        thread.join(60)
+        thread.join(LIMIT_S)
 
     replies = [reply for load in loads for reply in load.replies]
     assert {reply.status_code for _, reply in replies} == {200}

@@ -15,6 +15,7 @@ import pytest
 from helpers.lm.serving import events, save_tiny_lm
 from helpers.serve.embeddings import miss_killed_replicas_soon
 from helpers.serve.free_ports import free_ports
+from helpers.waiting import LIMIT_S, wait_until
 
 pytestmark = pytest.mark.ray
 
@@ -106,13 +107,14 @@ def test_an_update_of_the_model_mixes_no_two_and_ends_no_answer(
         with httpx.Client(base_url=http.base_url, timeout=60) as client:
             body["stream_options"] = {"include_usage": True}
             with client.stream("POST", "/v1/completions", json=body) as reply:
-                answer.extend(data for _, data in events(reply.iter_lines()))
+                for _, data in events(reply.iter_lines()):
+                    answer.append(data)
 
     threads = [threading.Thread(target=read, args=(answer,)) for answer in answers]
     threads.append(threading.Thread(target=ask))
     for thread in threads:
         thread.start()
-    time.sleep(0.5)
+    wait_until(lambda: len(replies) > 1 and all(len(answer) > 1 for answer in answers))
     deploy(models["new"], tmp_path)
     with httpx.Client(base_url=http.base_url, timeout=60) as client:
         expected["new"] = {p: text_of(complete(client, prompt=p)) for p in PROMPTS}
@@ -121,7 +123,7 @@ def test_an_update_of_the_model_mixes_no_two_and_ends_no_answer(
         lost = complete(client, session_id="kept")
     stop.set()
     for thread in threads:
-        thread.join(60)
+        thread.join(LIMIT_S)
 
     assert {reply.status_code for _, reply in replies} == {200}
     for prompt, reply in replies:
