@@ -135,26 +135,25 @@ def test_s3_takes_requests_and_does_not_answer(s3: RigS3, begin: Begin) -> None:
     watch.record("training goes on or waits; nothing is restarted", "nothing")
 
 
-def test_s3_errors_in_training(s3: RigS3, begin: Begin) -> None:
-    watch = begin("6", "S3 answers 10% of requests with 503 or a reset for 30 s, in training")
+@pytest.mark.parametrize(
+    ("number", "does", "rate", "troubles"),
+    [
+        ("6", "answers 10% of requests with 503 or a reset", 0.1, ("reset", "slow_down")),
+        # Bodies that break off or come slowly; requests that were done, whose answer is lost.
+        ("own 4", "cuts, delays or loses half of its answers", 0.5, ("cut", "trickle", "late")),
+    ],
+    ids=["refused", "cut"],
+)
+def test_s3_spoils_requests_in_training(
+    s3: RigS3, begin: Begin, number: str, does: str, rate: float, troubles: tuple[str, ...]
+) -> None:
+    watch = begin(number, f"S3 {does} for 30 s, in training")
     s3.proxy.reset()
-    s3.proxy.begin_trouble(0.1, "reset", "slow_down")
+    s3.proxy.begin_trouble(rate, *troubles)
     time.sleep(30)
     s3.proxy.end_trouble()
     watch.went_on(RESTART_S)
     watch.record(f"{s3.proxy.spoiled} requests are repeated, nothing is noticed", "nothing")
-    assert s3.proxy.spoiled
-
-
-def test_s3_cuts_and_delays_answers(s3: RigS3, begin: Begin) -> None:
-    """Bodies that break off or come slowly, requests that were done and whose answer is lost."""
-    watch = begin("own 4", "S3 cuts, delays or loses half of its answers for 30 s, in training")
-    s3.proxy.reset()
-    s3.proxy.begin_trouble(0.5, "cut", "trickle", "late")
-    time.sleep(30)
-    s3.proxy.end_trouble()
-    watch.went_on(RESTART_S)
-    watch.record(f"{s3.proxy.spoiled} requests are repeated", "nothing")
     assert s3.proxy.spoiled
 
 
