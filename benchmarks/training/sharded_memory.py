@@ -17,45 +17,25 @@ import argparse
 import dataclasses
 import warnings
 from collections.abc import Iterable
-from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from models.encoders.vit import VisionTransformer
-from models.objectives import latent
 from models.objectives.objective import Objective
 from models.shards import local
+from pipelines.capacity.step_cost import empty_objective, make_batch
 from pipelines.config.train import PretrainConfig
-from pipelines.loading.masks.maskers import make_masker
 from pipelines.recipes.registry import RECIPES
-from pipelines.runs.checkpoints import new_objective
 from pipelines.training.contract import Worker
 from pipelines.training.optimizers import build_optimizer
 from pipelines.training.parallel import shard, shard_mesh
 
 GIB = 2**30
-KIND = "cpu"  # fake CUDA tensors need a CUDA build of torch
-
-
-def fresh_target(encoder: VisionTransformer) -> VisionTransformer:
-    """Replaces `make_target`, because a fake tensor cannot be copied deeply."""
-    return VisionTransformer(encoder.shape).requires_grad_(False)
-
-
-def batch_of(cfg: PretrainConfig, rows: int) -> dict[str, Tensor]:
-    """A batch of zeros with the shapes of the recipe's."""
-    height, width = cfg.model.height_width
-    frames = (cfg.model.frames,) if cfg.modality == "video" else ()
-    name = "clips" if cfg.modality == "video" else "images"
-    batch = {name: torch.zeros(rows, 3, *frames, height, width, dtype=torch.uint8)}
-    batch["sample_keys"] = torch.zeros(rows, dtype=torch.int64)
-    drawn = make_masker(cfg).for_samples(torch.arange(rows).numpy().astype("uint64"))
-    return batch | {k: torch.zeros(v.shape, dtype=torch.int64) for k, v in drawn.items()}
+KIND = "cpu"  # autograd does not run on fake CUDA tensors
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> float:
@@ -74,13 +54,9 @@ def measure(cfg: PretrainConfig, batch: dict[str, Tensor]) -> dict[str, float]:
     """Returns GiB of weights, gradients, optimizer state, and the most that is held at a time."""
     mesh = shard_mesh(cfg, Worker(0, cfg.run.workers, cfg.run.workers, torch.device(KIND)))
     assert mesh is not None
-    keep = lambda tensor, **_: tensor  # noqa: E731  # drawing needs data
-    with (
-        FakeTensorMode() as mode,
-        mock.patch.object(nn.init, "trunc_normal_", keep),
-        mock.patch.object(latent, "make_target", fresh_target),
-    ):
-        objective = new_objective(cfg)
+    empty = empty_objective(cfg)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        objective = empty.to_empty(device=KIND)
         shard(objective, cfg, mesh)
         optimizer = build_optimizer(objective, cfg.optim)
         fake = {name: mode.from_tensor(tensor) for name, tensor in batch.items()}
@@ -122,7 +98,7 @@ def main() -> None:
         model=dataclasses.replace(cfg.model, activation_checkpointing=args.checkpointing == "on"),
     )
     for rows in args.rows:
-        found = measure(cfg, batch_of(cfg, rows))
+        found = measure(cfg, make_batch(cfg, rows))
         numbers = " | ".join(f"{value:.1f}" for value in found.values())
         print(
             f"| {args.recipe} | {count} | {rows} | {args.checkpointing} | {numbers} |",

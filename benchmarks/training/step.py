@@ -19,7 +19,7 @@ import os
 import random
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 from unittest import mock
 
@@ -214,10 +214,20 @@ def build_variants(args: Args, preset: str, patch: int, tape: Tape) -> dict[str,
     return runs
 
 
-def time_rounds(args: Args, preset: str, patch: int, tape: Tape) -> tuple[list[Times], Times]:
-    """Seconds of a step by variant, round for round, and GiB on a GPU."""
-    found: list[Times] = []
-    peaks: Times = {}
+@dataclass
+class Timings:
+    """What was timed of one model."""
+
+    rounds: list[Times] = field(default_factory=list)
+    """Seconds of a step by variant, round for round."""
+    firsts: list[float] = field(default_factory=list)
+    """How many times longer the first step after another variant took than those after it."""
+    peaks: Times = field(default_factory=dict)
+    """GiB of a GPU by variant."""
+
+
+def time_rounds(args: Args, preset: str, patch: int, tape: Tape) -> Timings:
+    found = Timings()
     for _ in range(args.builds):
         runs = build_variants(args, preset, patch, tape)
         for number in range(args.rounds):
@@ -227,12 +237,14 @@ def time_rounds(args: Args, preset: str, patch: int, tape: Tape) -> tuple[list[T
                 gc.collect()
                 if args.device == "cuda":
                     torch.cuda.reset_peak_memory_stats()
-                timed(runs[name], 1, args.device)
+                first = timed(runs[name], 1, args.device, args.clock)
                 times[name] = timed(runs[name], args.steps, args.device, args.clock)
+                if number:  # the first round warms up
+                    found.firsts.append(first / times[name])
                 if args.device == "cuda":
-                    peaks[name] = torch.cuda.max_memory_allocated() / 2**30
-            found.append(times)
-    return found, peaks
+                    found.peaks[name] = torch.cuda.max_memory_allocated() / 2**30
+            found.rounds.append(times)
+    return found
 
 
 def ratio(rounds: list[Times], base: str, variant: str) -> str:
@@ -248,7 +260,8 @@ def bench(args: Args, name: str) -> str:
     grid = args.image_size // patch
     tape = make_tape(args, grid)
     difference = parity(args, preset, patch, tape)
-    rounds, peaks = time_rounds(args, preset, patch, tape)
+    timings = time_rounds(args, preset, patch, tape)
+    rounds, peaks = timings.rounds, timings.peaks
     flops = flops_per_image(build_ours(args, preset, patch), tape[1].shape[1], *tape[2].shape[1:])
     theirs, ours = mask_seconds(args, grid)
     print(
@@ -256,6 +269,19 @@ def bench(args: Args, name: str) -> str:
         f"{args.parity_steps} steps {difference:.1e}; masks a batch: collator {theirs * 1e3:.1f} "
         f"ms, vectorised {ours * 1e3:.1f} ms"
     )
+    if timings.firsts:
+        least, most = min(timings.firsts), max(timings.firsts)
+        print(
+            "The first step after another variant, which is not counted, takes "
+            f"{statistics.median(timings.firsts):.2f} ({least:.2f} to {most:.2f}) of the next."
+        )
+    by_build = [rounds[i : i + args.rounds] for i in range(0, len(rounds), args.rounds)]
+    for kind in ("fp32", "bf16"):
+        each = (
+            statistics.median(t[f"reference {kind}"] / t[f"ours {kind}"] for t in part)
+            for part in by_build
+        )
+        print(f"ours in {kind}, build by build: {', '.join(f'{one:.2f}' for one in each)}")
     head = ("model", "variant", "in the same precision", "against fp32", "images/s", "GFLOP/s")
     print(f"| {' | '.join(head)} | MFU | GiB |")
     print("|---|---|---|---|---|---|---|---|")
