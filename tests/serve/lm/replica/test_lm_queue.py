@@ -181,14 +181,14 @@ CHUNKS = 200
 
 async def reading(made: Cluster, **body: Any) -> tuple[asyncio.Task[Any], list[int]]:
     """Returns a running request in the middle of a prompt of `CHUNKS`, and those that were read."""
-    real, chunks = made.replica._engine.model.read, list[int]()
+    real, chunks = made.replica._engine.model.read_packed, list[int]()
 
     def slow(*args: Any) -> Any:
         chunks.append(0)
         time.sleep(0.05)
         return real(*args)
 
-    made.replica._engine.model.read = slow  # type: ignore[method-assign]
+    made.replica._engine.model.read_packed = slow  # type: ignore[method-assign]
     client = made.client()
 
     async def ask_and_read() -> None:
