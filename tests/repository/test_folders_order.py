@@ -27,6 +27,7 @@ ORDER = [
     "models/artifacts/formats",
     "models/artifacts",
     "models/objectives",
+    "models/planning",
     "models/hyperoptim",
     "models/sink_lm/network",
     "models/sink_lm",
