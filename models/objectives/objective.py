@@ -28,6 +28,8 @@ Batch = dict[str, Tensor]
   `target_ids_g` int64 [B, T_g].
 - `sets` int64 [B]: which of the data sets of a mix a sample is from, 0 for `--data.train`; absent
   without a mix.
+- `actions` float32 [B, T - 1, A], for world models: what was done between each frame of a clip and
+  the next; NaN where the segment has ended and the clip only repeats its last frame.
 - The entries `OPTIONAL_INPUTS`, where the loader makes them.
 
 Masks are drawn by the masker of the run, see `pipelines.loading.masks.maskers`. Their lengths are
@@ -141,8 +143,26 @@ class WrappedObjective(Objective):
         self.objective.after_step(step, total_steps)
 
 
-class EncoderObjective(Objective):
-    """An objective that trains one encoder and can be registered by name.
+class RegisteredObjective(Objective):
+    """An objective that can be registered by name, because it is built from settings."""
+
+    @classmethod
+    @abstractmethod
+    def from_settings(cls, model: Settings, objective: Settings) -> Self:
+        """Builds the objective with fresh weights.
+
+        Args:
+            model: fields of `pipelines.config.train.ModelConfig`.
+            objective: fields of the objective's own class in `pipelines.config.objectives`, and the
+                run's `views` and `seed`.
+
+        Raises:
+            ValueError: the settings are incompatible.
+        """
+
+
+class EncoderObjective(RegisteredObjective):
+    """An objective that trains one encoder.
 
     Args:
         encoder: the network that is trained.
@@ -159,20 +179,6 @@ class EncoderObjective(Objective):
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
-
-    @classmethod
-    @abstractmethod
-    def from_settings(cls, model: Settings, objective: Settings) -> Self:
-        """Builds the objective with fresh weights.
-
-        Args:
-            model: fields of `pipelines.config.train.ModelConfig`.
-            objective: fields of the objective's own class in `pipelines.config.objectives`, and the
-                run's `views` and `seed`.
-
-        Raises:
-            ValueError: the settings are incompatible.
-        """
 
     @property
     def feature_encoder(self) -> VisionTransformer:

@@ -8,14 +8,16 @@ from collections.abc import Callable
 from functools import cache
 from typing import TypeVar
 
-import models.objectives
 from models.encoders.from_settings import Settings
-from models.objectives.objective import EncoderObjective, Objective
+from models.objectives.objective import Objective, RegisteredObjective
 from models.objectives.sigreg import Regularized, sigreg_from_settings
 
-_REGISTERED: dict[str, type[EncoderObjective]] = {}
+PACKAGES = ("models.objectives", "models.planning")
+"""Where objectives are defined; named, because planning stands above this package."""
 
-C = TypeVar("C", bound=type[EncoderObjective])
+_REGISTERED: dict[str, type[RegisteredObjective]] = {}
+
+C = TypeVar("C", bound=type[RegisteredObjective])
 
 
 def register_objective(name: str) -> Callable[[C], C]:
@@ -29,14 +31,15 @@ def register_objective(name: str) -> Callable[[C], C]:
 
 
 @cache
-def objectives() -> dict[str, type[EncoderObjective]]:
-    """Returns all objectives by name; the first call imports every module of this folder."""
-    for module in pkgutil.iter_modules(models.objectives.__path__, "models.objectives."):
-        importlib.import_module(module.name)
+def objectives() -> dict[str, type[RegisteredObjective]]:
+    """Returns all objectives by name; the first call imports every module of `PACKAGES`."""
+    for package in PACKAGES:
+        for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+            importlib.import_module(f"{package}.{module.name}")
     return dict(sorted(_REGISTERED.items()))
 
 
-def find_objective(name: str) -> type[EncoderObjective]:
+def find_objective(name: str) -> type[RegisteredObjective]:
     """Returns the objective class registered under a name.
 
     Raises:

@@ -106,7 +106,7 @@ def assumed(cfg: PretrainConfig, cluster: Cluster, sample_bytes: float) -> Const
     if cfg.modality == "video":
         # From the key frame before the clip to its end, at a short side a little above the crop's.
         height, width = cfg.model.height_width
-        span = cfg.model.frames * max(cfg.clip.stride, 15 / cfg.clip.fps if cfg.clip.fps else 1)
+        span = cfg.clip_frames * max(cfg.clip.stride, 15 / cfg.clip.fps if cfg.clip.fps else 1)
         decode = LOADER_SHARE * FRAME_PIXEL_S * 1.8 * height * width * span
     return Constants(
         compute_flops=compute,

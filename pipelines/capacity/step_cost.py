@@ -126,11 +126,13 @@ def make_batch(cfg: PretrainConfig, samples: int) -> dict[str, Tensor]:
     if cfg.model.chosen_fit == "whole":
         patch = cfg.model.patch_size
         height, width = patch, patch * cfg.model.grid.per_step
-    time = () if cfg.modality == "image" else (cfg.model.frames,)
+    time = () if cfg.modality == "image" else (cfg.clip_frames,)
     pixels = torch.randint(0, 256, (samples, 3, *time, height, width), dtype=torch.uint8)
     batch = {name: torch.from_numpy(ids.astype(np.int64)) for name, ids in masks.items()}
     batch["images" if cfg.modality == "image" else "clips"] = pixels
     batch["sample_keys"] = torch.from_numpy(keys_B.view(np.int64))
+    if cfg.objective.registered.actions:
+        batch["actions"] = torch.zeros(samples, cfg.clip_frames - 1, cfg.objective.action_width)
     batch["sets"] = torch.zeros(samples, dtype=torch.int64)
     if layout is not None:
         ids = [torch.from_numpy(kept) for kept in layout.kept_ids(cfg.model.grid.tubes)]

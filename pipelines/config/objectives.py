@@ -36,6 +36,9 @@ class Registered:
     """Masks that the loader draws for it (`pipelines.loading.masks.maskers.MASKERS`)."""
     modality: Modality
     """What it learns from, which the shards must hold."""
+    actions: bool = False
+    """Whether it is a world model: it also reads what was done between the frames of a clip. It
+    encodes every frame by itself, so the length of its clips is `window` and not `model.frames`."""
 
 
 REGISTERED: dict[str, Registered] = {}
@@ -44,11 +47,15 @@ REGISTERED: dict[str, Registered] = {}
 C = TypeVar("C", bound=type[Settings])
 
 
-def objective(name: str, *, masks: Masks, modality: Modality = "image") -> Callable[[C], C]:
+def objective(
+    name: str, *, masks: Masks, modality: Modality = "image", actions: bool = False
+) -> Callable[[C], C]:
     """Registers a class of settings under the name of an objective that reads it."""
 
     def enter(settings: C) -> C:
-        REGISTERED[name] = Registered(settings=settings, masks=masks, modality=modality)
+        REGISTERED[name] = Registered(
+            settings=settings, masks=masks, modality=modality, actions=actions
+        )
         return settings
 
     return enter
@@ -160,6 +167,58 @@ class MAEConfig(Settings):
     deviation. In flat patches this amplifies noise."""
 
 
+@objective("worldmodel", masks="none", modality="video", actions=True)
+@dataclass(frozen=True, kw_only=True)
+class WorldModelConfig(SIGRegConfig):
+    """Settings of the world model (docs/planning.md)."""
+
+    perception: Literal["keypoints", "vit"] = "keypoints"
+    """worldmodel: what encodes a frame. `keypoints` is a small convolutional network that says
+    where things are, which suits worlds of moving points. `vit` is the encoder of --model.encoder,
+    and the only one that can be exported."""
+    window: int = 9
+    """worldmodel: frames of a clip. The model imagines all of them from the first, and must agree
+    with what it sees."""
+    action_width: int = 2
+    """worldmodel: numbers that describe what was done between two frames of a clip: those of one
+    frame's action, times --clip.stride."""
+    latent_width: int = 32
+    """worldmodel: dimensions of the latent state."""
+    dynamics_width: int = 64
+    """worldmodel: width of the predictor of the next latent."""
+    dynamics_depth: int = 2
+    """worldmodel: number of its blocks."""
+    ensemble: int = 1
+    """worldmodel: number of predictors, whose disagreement says how sure the model is."""
+    isotropy_weight: float = 0.0
+    """worldmodel: weight of SIGReg of the latents. LeWM (arXiv 2603.19312) has this alone."""
+    variance_weight: float = 16.0
+    """worldmodel: weight of VICReg's variance of the latents."""
+    covariance_weight: float = 8.0
+    """worldmodel: weight of VICReg's covariance of the latents."""
+    smoothness_weight: float = 60.0
+    """worldmodel: weight of the change of the latents from frame to frame."""
+    inverse_weight: float = 1.0
+    """worldmodel: weight of telling the action from the latents before and after it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.window >= 2, "objective.window", "must be at least 2 frames")
+        for name in ("action", "latent", "dynamics"):
+            width = getattr(self, f"{name}_width")
+            require(width > 0, f"objective.{name}-width", "must be positive")
+        require(
+            self.perception != "keypoints" or self.latent_width % 2 == 0,
+            "objective.latent-width",
+            f"keypoints have two coordinates each, so it must be even, got {self.latent_width}",
+        )
+        require(self.dynamics_depth > 0, "objective.dynamics-depth", "must be positive")
+        require(self.ensemble > 0, "objective.ensemble", "must be positive")
+        for name in ("isotropy", "variance", "covariance", "smoothness", "inverse"):
+            weight = getattr(self, f"{name}_weight")
+            require(weight >= 0, f"objective.{name}-weight", "must be >= 0")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RegularizerConfig(SIGRegConfig):
     """Settings of SIGReg as an addition to any objective."""
@@ -186,7 +245,13 @@ class NameConfig(Settings):
 # Python collects the fields of bases from right to left.
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig(
-    RegularizerConfig, MAEConfig, VICRegConfig, LeJEPAConfig, LatentPredictionConfig, NameConfig
+    WorldModelConfig,
+    RegularizerConfig,
+    MAEConfig,
+    VICRegConfig,
+    LeJEPAConfig,
+    LatentPredictionConfig,
+    NameConfig,
 ):
     """What is learned: the objective's name, and the settings of all objectives."""
 

@@ -217,6 +217,7 @@ class PretrainConfig:
             f"worker of {self.run.parallel} has a part.\nUse --run.parallel ddp, or --optim.name "
             "adamw, hyper-adamw or schedulefree.",
         )
+        self._check_actions()
         self._check_anchor()
         masks = self.mask if self.modality == "image" else self.video_mask
         require(
@@ -239,6 +240,29 @@ class PretrainConfig:
                 f"whole needs a masked objective; {self.objective.name} compares views of one size."
                 " Use squash or pad",
             )
+
+    def _check_actions(self) -> None:
+        if not self.objective.registered.actions:
+            return
+        name, width = self.objective.name, self.objective.action_width
+        require(
+            self.clip.fps is None and width % self.clip.stride == 0,
+            "clip.stride",
+            f"--objective.name {name} needs the actions of whole frames: give no --clip.fps, and a "
+            f"stride that divides --objective.action-width ({width})",
+        )
+        require(
+            self.model.frames == 1,
+            "model.frames",
+            f"{name} encodes frames one by one; --objective.window is the length of its clips",
+        )
+        require(
+            not self.data.flip and self.data.crop_scale == self.data.crop_ratio == (1.0, 1.0),
+            "data.crop-scale",
+            f"{name} must see where things are: use --data.crop-scale 1 1 --data.crop-ratio 1 1 "
+            "and no --data.flip",
+        )
+        require(not self.model.partial, "model.exclude", f"{name} reads whole frames of one size")
 
     def _check_anchor(self) -> None:
         anchor, data = self.anchor, self.data
@@ -279,6 +303,11 @@ class PretrainConfig:
     def modality(self) -> Modality:
         """What the objective learns from, and the shards must hold."""
         return self.objective.registered.modality
+
+    @property
+    def clip_frames(self) -> int:
+        """Frames of the clips that the loader makes; 1 for images."""
+        return self.objective.window if self.objective.registered.actions else self.model.frames
 
     @property
     def masks(self) -> Masks:

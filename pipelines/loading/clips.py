@@ -65,4 +65,4 @@ def training_sampler(cfg: PretrainConfig) -> ClipSampler | None:
     """Returns the clip sampler of a run; None if it learns from images."""
     if cfg.modality == "image":
         return None
-    return ClipSampler(frames=cfg.model.frames, settings=cfg.clip)
+    return ClipSampler(frames=cfg.clip_frames, settings=cfg.clip)

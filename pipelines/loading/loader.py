@@ -31,6 +31,7 @@ from models.keyed_random.arrays import sample_keys
 from models.media.preprocessing import mean_colour
 from models.media.regions import Region
 from pipelines.config.train import ModelConfig, PretrainConfig
+from pipelines.loading.actions import ActionError, action_reader
 from pipelines.loading.clips import training_sampler
 from pipelines.loading.cpu_share import DataWatch, Share, cluster_share, tell_crowd
 from pipelines.loading.decoding import DecodeError, decode_rows
@@ -83,12 +84,15 @@ def train_batches(
             grid, its tokens in ascending order, and which of these are not padding. With `whole`,
             pixels are strips (`pipelines.loading.decoding`).
         frames: int32 array [B, T], for clips: frame numbers in the segment.
+        actions: float32 tensor [B, T - 1, A], only for world models: what was done between the
+            frames of a clip, NaN where the segment has ended.
         step, epoch: ints.
 
     Raises:
         ValueError: the settings cannot work with these shards; the flag is named.
         StarvedError: the workers leave no CPU for Ray Data.
         DecodeError: a stored image or video does not decode; the sample is named.
+        ActionError: a segment lacks the actions that the objective takes; it is named.
     """
     readers = [make_reader(cfg, rank, world_size, part) for part in training_sets(cfg)]
     if start_step >= end_step:
@@ -131,6 +135,7 @@ def make_reader(
         model=cfg.model,
         row_bytes=max(1.0, manifest.num_bytes / manifest.num_samples),
         sampler=training_sampler(cfg),
+        actions=action_reader(cfg),
     )
 
 
@@ -140,7 +145,7 @@ def _pixel_shape(cfg: PretrainConfig) -> tuple[int, ...]:
     size = model.height_width
     if model.chosen_fit == "whole":
         size = (model.patch_size, model.patch_size * model.grid.per_step)
-    return (3, *size) if cfg.modality == "image" else (3, model.frames, *size)
+    return (3, *size) if cfg.modality == "image" else (3, cfg.clip_frames, *size)
 
 
 def _all_batches(
@@ -177,13 +182,13 @@ def _batches(
 
 @contextlib.contextmanager
 def _plain_errors() -> Iterator[None]:
-    """Raises a task's DecodeError itself instead of Ray's exception around it."""
+    """Raises a task's own errors instead of Ray's exception around them."""
     from ray.exceptions import RayTaskError
 
     try:
         yield
     except RayTaskError as error:
-        if isinstance(error.cause, DecodeError):
+        if isinstance(error.cause, DecodeError | ActionError):
             raise error.cause from error
         raise
 
@@ -277,6 +282,9 @@ def to_batch(
     }
     if reader.sampler is not None:
         batch["frames"] = _numbers(table, "frames").reshape(rows, -1)
+    if reader.actions is not None:
+        steps = (rows, cfg.clip_frames - 1, reader.actions.width)
+        batch["actions"] = torch.from_numpy(_numbers(table, "between").reshape(steps).copy())
     if "kept_ids" in table.column_names:
         batch |= _layout(table)
         batch["regions"] = _regions(cfg.model.exclude, table, batch)

@@ -24,6 +24,7 @@ from torch.nn import functional
 from pipelines.config.data import DataConfig
 from pipelines.config.train import PretrainConfig
 from pipelines.dataset.shards import Manifest, hash_bytes, read_manifest
+from pipelines.loading.actions import check_actions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,7 @@ def training_sets(cfg: PretrainConfig) -> list[TrainingSet]:
             data, train=uri, mix=(), mix_shares=(), published=(), batch_size=rows
         )
         manifest = manifest.up_to(shards) if shards else manifest
+        check_actions(cfg, uri, manifest, flag)
         found.append(TrainingSet(flag=flag, data=own, manifest=manifest))
     return found
 

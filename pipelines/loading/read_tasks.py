@@ -24,6 +24,7 @@ from pipelines.config.data import DataConfig
 from pipelines.config.train import ModelConfig
 from pipelines.dataset.row_groups import read_row_group
 from pipelines.dataset.shards import sample_ids_array
+from pipelines.loading.actions import ActionReader
 from pipelines.loading.clips import ClipSampler
 from pipelines.loading.masks.layouts import Layout, draw_crops
 from pipelines.loading.masks.maskers import Masker
@@ -67,6 +68,8 @@ class Reader:
     """Mean number of encoded bytes in a sample."""
     sampler: ClipSampler | None = None
     """Chooses the frames of a clip; None for images."""
+    actions: ActionReader | None = None
+    """Reads the actions between them; None if the objective takes none."""
 
     @property
     def most_batches(self) -> int:
@@ -77,6 +80,11 @@ class Reader:
     def modality(self) -> str:
         """`image` or `video`, which is also the name of the column of encoded bytes."""
         return "image" if self.sampler is None else "video"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns that are read from the shards."""
+        return (*COLUMNS[self.modality], *(("actions",) if self.actions else ()))
 
     @property
     def local_batch(self) -> int:
@@ -110,7 +118,8 @@ def read_piece(reader: Reader, piece: Piece) -> Iterator[pa.Table]:
     Yields:
         Tables of about BLOCK_BYTES, each of whole batches in order. Columns are the shard's, and
         `step`, `crop` (left, top, right, bottom, in pixels), `flipped`, the masks (flattened) and,
-        for video, `frames` (the clip's frame numbers).
+        for video, `frames` (the clip's frame numbers) and, for world models, `between` (the actions
+        between them, flattened).
     """
     rows_N3 = lane_windows(reader.plan, piece, reader.lanes)
     table, index_N = _read_rows(reader, rows_N3)
@@ -131,7 +140,7 @@ def _read_rows(reader: Reader, rows_N3: I64) -> tuple[pa.Table, I64]:
     fs, root = open_uri(reader.uri)
 
     def read(group: I64, rows: I64) -> pa.Table:
-        columns, encoded = COLUMNS[reader.modality], reader.modality
+        columns, encoded = reader.columns, reader.modality
         table = read_row_group(fs, root, reader.files[int(group[0])], int(group[1]), columns)
         # Arrow's `binary` has 32-bit offsets: taking or joining rows fails beyond 2 GiB of images.
         place = table.schema.get_field_index(encoded)
@@ -169,6 +178,10 @@ def _with_draws(reader: Reader, block: pa.Table, piece: Piece, first: int, stop:
         frames_NT = reader.sampler.random(lengths_N, fps_N, keys_N)
         flat = pa.array(frames_NT.reshape(-1))
         added["frames"] = pa.FixedSizeListArray.from_arrays(flat, frames_NT.shape[1])
+        if reader.actions is not None:
+            between = reader.actions.between(block, frames_NT)
+            added["between"] = _lists([between])
+            block = block.drop_columns(["actions"])
     if layout is not None:
         grids = pa.array(layout.grids_B2.astype(np.int32).reshape(-1))
         added["grid"] = pa.FixedSizeListArray.from_arrays(grids, 2)
@@ -197,7 +210,7 @@ def _masks(
     return {name: [masks[name][mine] for masks in drawn] for name in drawn[0]}
 
 
-def _lists(parts: list[I32]) -> Any:
+def _lists(parts: Sequence[npt.NDArray[Any]]) -> Any:
     """Returns a column of lists, one for each row of the arrays; lengths differ between arrays."""
     flat = np.concatenate([part.reshape(-1) for part in parts])
     lengths = np.concatenate([np.full(len(p), p[0].size if len(p) else 0) for p in parts])

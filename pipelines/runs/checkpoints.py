@@ -178,5 +178,10 @@ def load_encoder(uri: str) -> tuple[VisionTransformer, PretrainConfig, dict[str,
     """
     objective, config, info = load_objective(uri)
     encoder = objective.feature_encoder
-    assert isinstance(encoder, VisionTransformer)
+    if not isinstance(encoder, VisionTransformer):
+        raise CheckpointError(
+            f"{info['uri']}: a world model with --objective.perception "
+            f"{config.objective.perception} has no ViT.\nTrain one with --objective.perception vit,"
+            " or use this one with pipelines.plan_episodes."
+        )
     return encoder, config, info

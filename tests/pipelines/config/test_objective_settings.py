@@ -8,7 +8,14 @@ from pipelines.config.objectives import REGISTERED, ObjectiveConfig, Regularizer
 from pipelines.config.train import PretrainConfig
 
 ALWAYS = {"slices", "knots", "regularize", "regularizer_weight"}
+WORLD_MODEL = {
+    *("perception", "window", "ensemble"),
+    *(f"{name}_width" for name in ("action", "latent", "dynamics")),
+    "dynamics_depth",
+    *(f"{n}_weight" for n in ("isotropy", "variance", "covariance", "smoothness", "inverse")),
+}
 OWN = {
+    "worldmodel": WORLD_MODEL,
     "ijepa": {"loss", "ema", "target", "target_norm"},
     "vjepa": {"loss", "ema", "target", "target_norm"},
     "dmjd": {"loss", "ema", "target", "target_norm"},
@@ -42,6 +49,10 @@ def test_objective_config_has_the_fields_of_every_settings_class(name: str) -> N
         ("slices", 0, "slices"),
         ("knots", 1, "knots"),
         ("vicreg_weights", (1.0, -1.0, 0.0), "vicreg-weights"),
+        ("window", 1, "window"),
+        ("latent_width", 5, "latent-width"),
+        ("ensemble", 0, "ensemble"),
+        ("inverse_weight", -1.0, "inverse-weight"),
         ("regularizer_weight", -1.0, "regularizer-weight"),
     ],
 )

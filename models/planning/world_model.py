@@ -1,0 +1,184 @@
+"""A world model: latents of frames, and what actions do to them. Trained as an objective.
+
+    z_t       = perception(frame_t)
+    p_0       = z_0,   p_(t+1) = predictor(p_t, a_t)                    k steps from one frame
+    loss      = mean |p_t - z_t|^2
+                + isotropy * SIGReg(z_t)                       the two losses of LeWM (2603.19312)
+                + variance * hinge + covariance * off-diagonal  VICReg's terms, as PLDM (2502.14819)
+                + smoothness * mean |z_(t+1) - z_t|^2
+                + inverse * mean |IDM(z_t, z_(t+1)) - a_t|^2
+
+Gradients flow through both sides of the prediction. What keeps the latents from collapsing is one
+of the regularisers; without any, the negative control, they do collapse. Statistics are taken over
+the batch, step by step, and averaged over steps.
+
+With E predictors in the ensemble each is trained on its own rollout, and their disagreement says
+how far an imagined future can be trusted.
+
+Shape legend: B clips, C = 3 channels, T frames, H and W pixels, D latent width, A action width,
+E predictors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from models.encoders.from_settings import Settings
+from models.objectives.objective import Batch, Output, RegisteredObjective
+from models.objectives.registry import register_objective
+from models.objectives.sigreg import SIGReg, sigreg_from_settings
+from models.objectives.vicreg import variance_and_covariance
+from models.planning.perception import Perception, perception_from_settings
+from models.planning.predictor import LatentPredictor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Weights of the regularisers beside the prediction."""
+
+    isotropy: float = 0.0
+    variance: float = 0.0
+    covariance: float = 0.0
+    smoothness: float = 0.0
+    inverse: float = 0.0
+
+
+@register_objective("worldmodel")
+class WorldModel(RegisteredObjective):
+    """Perception and predictors, trained together.
+
+    Args:
+        perception: encodes single frames.
+        predictors: the ensemble.
+        sigreg: computes the statistic of `weights.isotropy`.
+        actions: A.
+        weights: of the regularisers.
+        mean: channel means that are subtracted from the pixels, of values in [0, 1].
+        std: channel standard deviations that the pixels are divided by.
+    """
+
+    def __init__(
+        self,
+        perception: Perception,
+        predictors: list[LatentPredictor],
+        sigreg: SIGReg,
+        *,
+        actions: int,
+        weights: Weights,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ) -> None:
+        super().__init__()
+        self.perception, self.predictors = perception, nn.ModuleList(predictors)
+        self.sigreg, self.weights, self.actions = sigreg, weights, actions
+        width = perception.width
+        self.inverse = nn.Sequential(
+            nn.Linear(2 * width, 2 * width), nn.ReLU(), nn.Linear(2 * width, actions)
+        )
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    @classmethod
+    def from_settings(cls, model: Settings, objective: Settings) -> Self:
+        """See `RegisteredObjective.from_settings`."""
+        perception = perception_from_settings(model, objective)
+        sizes = {
+            "latent": perception.width,
+            "actions": objective["action_width"],
+            "width": objective["dynamics_width"],
+            "depth": objective["dynamics_depth"],
+        }
+        return cls(
+            perception,
+            [LatentPredictor(**sizes) for _ in range(objective["ensemble"])],
+            sigreg_from_settings(objective),
+            actions=objective["action_width"],
+            weights=Weights(**{name: objective[f"{name}_weight"] for name in vars(Weights())}),
+            mean=model["mean"],
+            std=model["std"],
+        )
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Clips, and the actions between their frames."""
+        return ("clips", "actions")
+
+    @property
+    def feature_encoder(self) -> nn.Module:
+        """The encoder of single frames."""
+        return self.perception.backbone
+
+    @property
+    def regularizable(self) -> tuple[str, ...]:
+        """The latents."""
+        return ("latent",)
+
+    @property
+    def watched(self) -> dict[str, int]:
+        """The latents."""
+        return {"latent": self.perception.width}
+
+    def forward(self, batch: Batch) -> Output:
+        """Computes the loss of clips uint8 [B, C, T, H, W] and actions [B, T - 1, A].
+
+        Actions are NaN where a clip has ended; these steps do not count.
+        """
+        clips_BCTHW, actions_BTA = batch["clips"], batch["actions"]
+        latents_BTD = self.encode(clips_BCTHW.transpose(1, 2).flatten(0, 1))
+        latents_BTD = latents_BTD.view(len(clips_BCTHW), -1, self.perception.width)
+        with torch.autocast(latents_BTD.device.type, enabled=False):
+            latents_BTD = latents_BTD.float()
+            loss, metrics = self.compare(latents_BTD, actions_BTA)
+        return Output(loss, metrics, {"latent": latents_BTD.flatten(0, 1)})
+
+    def compare(self, latents_BTD: Tensor, actions_BTA: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss of latents and the actions between them, and its parts, detached."""
+        real_BT = ~actions_BTA.isnan().any(-1)
+        actions_BTA = actions_BTA.nan_to_num()
+        share_BT = real_BT / real_BT.sum().clamp(min=1)  # of each real step in a mean over them
+
+        def over_steps(errors_BTX: Tensor) -> Tensor:
+            return (errors_BTX.square().mean(-1) * share_BT).sum()
+
+        future_EBTD = self.rollout(latents_BTD[:, 0], actions_BTA)
+        change_BTD = latents_BTD[:, 1:] - latents_BTD[:, :-1]
+        pairs_BTX = torch.cat([latents_BTD[:, :-1], latents_BTD[:, 1:]], dim=-1)
+        parts = {
+            "prediction": torch.stack(
+                [over_steps(future_BTD - latents_BTD[:, 1:]) for future_BTD in future_EBTD]
+            ).mean(),
+            "smoothness": over_steps(change_BTD),
+            "inverse": over_steps(self.inverse(pairs_BTX) - actions_BTA),
+        }
+        steps = latents_BTD.unbind(1)
+        if self.weights.isotropy:
+            parts["isotropy"] = torch.stack([self.sigreg(step_BD) for step_BD in steps]).mean()
+        spread = [variance_and_covariance(step_BD) for step_BD in steps]
+        for name, values in zip(("variance", "covariance"), zip(*spread, strict=True), strict=True):
+            parts[name] = torch.stack(values).mean()
+        weighted = {name: getattr(self.weights, name, 1.0) * part for name, part in parts.items()}
+        return torch.stack([*weighted.values()]).sum(), {
+            name: part.detach() for name, part in parts.items()
+        }
+
+    def encode(self, frames_BCHW: Tensor) -> Tensor:
+        """Encodes frames, uint8 [B, C, H, W], as latents [B, D]."""
+        pixels = (frames_BCHW.float() / 255 - self.mean) / self.std
+        found: Tensor = self.perception(pixels)
+        return found
+
+    def rollout(self, latents_BD: Tensor, actions_BTA: Tensor) -> Tensor:
+        """Imagines what T actions lead to, by each predictor of the ensemble, [E, B, T, D]."""
+        members = cast(Sequence[LatentPredictor], self.predictors)
+        return torch.stack([one.rollout(latents_BD, actions_BTA) for one in members])
+
+    def after_step(self, step: int, total_steps: int) -> None:
+        """Draws new slices for the next step."""
+        self.sigreg.advance()

@@ -1,0 +1,81 @@
+"""Recipes for world models."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pipelines.config.data import DataConfig
+from pipelines.config.objectives import ObjectiveConfig
+from pipelines.config.optim import OptimConfig
+from pipelines.config.run import RunConfig
+from pipelines.config.train import ModelConfig, PretrainConfig, WatchConfig
+from pipelines.recipes.recipe import recipe
+
+
+@recipe
+def worldmodel_tworooms() -> PretrainConfig:
+    """A world model of Two-Rooms, which `pipelines.plan_episodes` then plans with.
+
+    python -m pipelines.pretrain worldmodel_tworooms --data.train SHARDS
+
+    Ingest the output of `pipelines.fetch tworooms` with --video.fps 10 --video.crf 8.
+    """
+    return PretrainConfig(
+        data=DataConfig(
+            batch_size=32,
+            lanes=8,
+            crop_scale=(1.0, 1.0),
+            crop_ratio=(1.0, 1.0),
+            shuffle_window=256,
+        ),
+        model=ModelConfig(
+            encoder="vit_micro32",
+            image_size=32,
+            patch_size=8,
+            mean=(0.05, 0.05, 0.1),
+            std=(0.2, 0.2, 0.3),
+            patch_std=0.14,
+        ),
+        objective=ObjectiveConfig(name="worldmodel"),
+        optim=OptimConfig(
+            lr=2e-3,
+            start_lr=2e-5,
+            final_lr=4e-5,
+            warmup_steps=100,
+            weight_decay=1e-5,
+            final_weight_decay=1e-5,
+            clip_norm=2.0,
+        ),
+        watch=WatchConfig(grace_steps=200),  # latents start close together
+        run=RunConfig(
+            name="worldmodel_tworooms",
+            steps=1200,
+            threads=1,
+            log_every=50,
+            checkpoint_every=300,
+        ),
+    )
+
+
+@recipe
+def worldmodel_tworooms_vit() -> PretrainConfig:
+    """The same with a ViT as perception, which can be exported; its two losses are LeWM's.
+
+    python -m pipelines.pretrain worldmodel_tworooms_vit --data.train SHARDS
+
+    Expected time and result: not run.
+    """
+    base = worldmodel_tworooms()
+    return replace(
+        base,
+        objective=replace(
+            base.objective,
+            perception="vit",
+            isotropy_weight=0.09,
+            variance_weight=0.0,
+            covariance_weight=0.0,
+            smoothness_weight=0.0,
+            inverse_weight=0.0,
+        ),
+        run=replace(base.run, name="worldmodel_tworooms_vit"),
+    )
