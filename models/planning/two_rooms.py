@@ -71,7 +71,8 @@ class TwoRooms:
     def shortened(self, actions_B2: Tensor) -> Tensor:
         """Returns actions of at most `max_step`, in the same direction, [..., 2]."""
         length_B1 = actions_B2.norm(dim=-1, keepdim=True)
-        return actions_B2 * (self.max_step / length_B1.clamp(min=self.max_step))
+        shortened_B2: Tensor = actions_B2 * (self.max_step / length_B1.clamp(min=self.max_step))
+        return shortened_B2
 
     def render(self, places_B2: Tensor) -> Tensor:
         """Draws the world as RGB: the dot is white, the wall blue.
@@ -152,4 +153,5 @@ class TwoRooms:
 
     def reached(self, places_B2: Tensor, goals_B2: Tensor) -> Tensor:
         """Returns whether each point is at its goal, bool [B]."""
-        return (places_B2 - goals_B2).norm(dim=-1) < REACHED
+        near_B: Tensor = (places_B2 - goals_B2).norm(dim=-1) < REACHED
+        return near_B

@@ -49,6 +49,7 @@ ORDER = [
     "pipelines/loading",
     "pipelines/runs",
     "pipelines/evaluation",
+    "pipelines/planning",
     "pipelines/evaluation/probes",
     "pipelines/evaluation/blocks",
     "pipelines/evaluation/report",

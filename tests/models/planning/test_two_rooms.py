@@ -55,9 +55,11 @@ def test_no_walk_passes_the_wall_outside_the_door() -> None:
     assert within.any()
     assert ((y_BT[within] >= 14) & (y_BT[within] <= 18)).all()
     rooms_BT = WORLD.room(places_BT2)
-    assert not ((rooms_BT[:, 1:] - rooms_BT[:, :-1]).abs() == 1).logical_and(
-        (rooms_BT[:, 1:] >= 0) & (rooms_BT[:, :-1] >= 0)
-    ).any()  # never from one room straight into the other
+    assert (
+        not ((rooms_BT[:, 1:] - rooms_BT[:, :-1]).abs() == 1)
+        .logical_and((rooms_BT[:, 1:] >= 0) & (rooms_BT[:, :-1] >= 0))
+        .any()
+    )  # never from one room straight into the other
     assert (rooms_BT == 0).float().mean() == pytest.approx(0.5, abs=0.1)
 
 

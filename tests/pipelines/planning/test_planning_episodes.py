@@ -1,0 +1,124 @@
+"""Paired tasks, episodes, intervals and the gate."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from models.planning.agent import TrueModel
+from models.planning.two_rooms import TwoRooms
+from pipelines.plan_episodes import PlanEpisodesConfig
+from pipelines.planning.episodes import (
+    LEAST_DISTANCE,
+    draw_tasks,
+    map_policy,
+    random_policy,
+    run_episodes,
+)
+from pipelines.planning.imagination import Readout, open_loop
+from pipelines.planning.results import gate, interval, summary
+
+WORLD = TwoRooms()
+
+
+def test_tasks_are_of_their_kind_and_do_not_depend_on_their_number() -> None:
+    for kind, same in (("same", True), ("cross", False)):
+        tasks, few = (draw_tasks(WORLD, kind, count, seed=3) for count in (60, 60))
+        assert torch.equal(tasks.starts_B2, few.starts_B2)
+        rooms = [WORLD.room(places) for places in (tasks.starts_B2, tasks.goals_B2)]
+        assert len(rooms[0]) == 60
+        assert ((rooms[0] == rooms[1]) == same).all()
+        assert (tasks.starts_B2 - tasks.goals_B2).norm(dim=-1).min() >= LEAST_DISTANCE
+    other = draw_tasks(WORLD, "same", 60, seed=4)
+    assert not torch.equal(other.starts_B2, draw_tasks(WORLD, "same", 60, seed=3).starts_B2)
+
+
+def test_episodes_end_on_arrival_and_parts_of_them_are_the_same() -> None:
+    tasks = draw_tasks(WORLD, "cross", 40, seed=0)
+    whole = run_episodes(WORLD, map_policy(WORLD, tasks), tasks, 50)
+    assert whole.reached_B.all()
+    assert whole.places_BT2.shape == (40, 51, 2)
+    ends_B2 = whole.places_BT2[torch.arange(40), whole.steps_B]
+    assert WORLD.reached(ends_B2, tasks.goals_B2).all()
+    assert torch.equal(whole.places_BT2[:, -1], ends_B2)  # who has arrived stays
+    before_B2 = whole.places_BT2[torch.arange(40), whole.steps_B - 1]
+    assert not WORLD.reached(before_B2, tasks.goals_B2).any()
+    part = tasks.part(slice(10, 20))
+    again = run_episodes(WORLD, map_policy(WORLD, part), part, 50)
+    assert torch.equal(again.places_BT2, whole.places_BT2[10:20])
+    floor = run_episodes(WORLD, random_policy(WORLD, 0), tasks, 50)
+    assert floor.reached_B.float().mean() < 0.1
+    assert (floor.steps_B[~floor.reached_B] == 50).all()
+
+
+def test_the_true_model_has_no_error_and_the_controls_do() -> None:
+    class Seeing(TrueModel):
+        """Reads the place off the frame, by the centre of the dot."""
+
+        def encode(self, frames: torch.Tensor) -> torch.Tensor:
+            red = frames[:, 0].float()
+            centres, total = torch.arange(32) + 0.5, red.sum((1, 2))
+            return torch.stack([red.sum(1) @ centres, red.sum(2) @ centres], -1) / total[:, None]
+
+    places = WORLD.sample_places(500, torch.Generator().manual_seed(0))
+    readout = Readout.fit(places / 16 - 1, places)
+    assert (readout(places / 16 - 1) - places).norm(dim=-1).mean() < 0.2
+    exact = Readout(weight_D2=torch.tensor([[1.0, 0], [0, 1], [0, 0]]))
+    found = open_loop(Seeing(world=WORLD), exact, WORLD, seed=0)
+    errors = found["open_loop_px"]
+    assert found["probe_px"] < 0.2  # at the edge the dot is cut
+    assert errors["model"]["20"] < 0.5
+    assert errors["copy_last"]["5"] > 2
+    assert errors["shuffled"]["5"] > 2
+    assert found["effective_rank"] == pytest.approx(2, abs=0.1)
+
+
+def test_an_interval_covers_the_truth_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    covered = [
+        low <= 0.7 <= high for low, high in (interval(rng.random(60) < 0.7) for _ in range(100))
+    ]
+    assert 0.86 < np.mean(covered) <= 0.99
+
+
+def rows(**rates: tuple[float, float]) -> dict:
+    drawn = np.arange(100) / 100
+    reached = {
+        row: {"same": drawn < same, "cross": drawn < cross} for row, (same, cross) in rates.items()
+    }
+    return summary(reached)
+
+
+GOOD = {
+    "random": (0.1, 0.0),
+    "shuffled": (0.05, 0.0),
+    "ours": (0.8, 0.4),
+    "ours_critic": (0.8, 0.7),
+    "oracle_cem": (1.0, 0.7),
+}
+
+
+def test_the_gate_holds_for_a_good_model_and_every_condition_can_fail() -> None:
+    found = rows(**GOOD)
+    assert found["critic"]["cross"]["lift"] == pytest.approx(0.3)
+    assert found["critic"]["cross"]["interval"][0] > 0.2
+    assert all(gate(found["rows"], 0.7).values())
+    for changed, error in (
+        ({"ours": (0.5, 0.4)}, 0.7),
+        ({"random": (0.3, 0.0), "shuffled": (0.3, 0.0)}, 0.7),
+        ({"ours": (0.8, 0.3)}, 0.7),
+        ({"ours_critic": (0.8, 0.3)}, 0.7),
+        ({"shuffled": (0.5, 0.0)}, 0.7),
+        ({}, 1.6),
+        ({"control": (0.7, 0.0)}, 0.7),
+    ):
+        held = gate(rows(**GOOD | changed)["rows"], error)
+        assert sum(not value for value in held.values()) == 1, (changed, held)
+
+
+def test_impossible_jobs_are_refused() -> None:
+    with pytest.raises(ValueError, match="--episodes: must be positive"):
+        PlanEpisodesConfig(checkpoint="runs/x", episodes=0)
+    with pytest.raises(ValueError, match="--budget: needs at least 96"):
+        PlanEpisodesConfig(checkpoint="runs/x", budget=10)
