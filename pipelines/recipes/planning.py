@@ -18,7 +18,8 @@ def worldmodel_tworooms() -> PretrainConfig:
 
     python -m pipelines.pretrain worldmodel_tworooms --data.train SHARDS
 
-    Ingest the output of `pipelines.fetch tworooms` with --video.fps 10 --video.crf 8.
+    Ingest the output of `pipelines.fetch tworooms` with --video.fps 10 --video.crf 8. What it
+    reaches, and how long it takes, is in docs/planning.md.
     """
     return PretrainConfig(
         data=DataConfig(
