@@ -1,7 +1,8 @@
 """The training loop that every worker runs: data, forward, backward, step, EMA, log, checkpoint.
 
 The loop draws no random numbers (crops and masks come with the batch), does not depend on the
-number of workers, and makes the host wait for the device only when metrics are read.
+number of workers, and makes the host wait for the device only when metrics are read. Views that
+leave regions out, the anchor and Prodigy make it wait in every step.
 """
 
 from __future__ import annotations

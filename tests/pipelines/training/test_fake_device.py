@@ -20,6 +20,7 @@ from helpers.pipelines.fake_training import change
 from pipelines.capacity.step_cost import empty_objective, make_batch
 from pipelines.config.train import PretrainConfig
 from pipelines.recipes.registry import RECIPES
+from pipelines.runs.anchor import Anchored
 from pipelines.training import trainer
 from pipelines.training.contract import DataSource, Worker
 from pipelines.training.state import TrainState, state_of
@@ -122,6 +123,20 @@ WAITING = {
 def test_settings_that_are_known_to_wait_do_so(cfg: PretrainConfig) -> None:
     with pytest.raises(WAITS):
         take_steps(cfg)
+
+
+def test_the_anchor_is_known_to_wait() -> None:
+    """How many rows are of old footage is read from the batch (pipelines/runs/anchor.py)."""
+    cfg = of("cifar10_demo")
+    objective, frozen = empty_objective(cfg, depth=2), empty_objective(cfg, depth=2).encoder
+    anchored, batch = Anchored(objective, frozen, 1.0), make_batch(cfg, ROWS)
+    with fake_gpu():
+        put(anchored)
+        put(frozen)
+        there = {name: fake(values, GPU) for name, values in batch.items()}
+        assert objective(there).loss.device == GPU
+        with Watch(), pytest.raises(WAITS):
+            anchored(there)
 
 
 # --- controls: what each of these leaves in the wrong place, or waits for, is found
