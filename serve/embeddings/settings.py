@@ -43,10 +43,11 @@ class ServeSettings(ApplicationSettings):
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Type of weights and activations in the forward pass; embeddings are float32 either way."""
     batch_size: int = Field(32, ge=1)
-    """Images or clips in one forward pass at most."""
+    """Images or clips that an embedder computes at the same time at most: in one forward pass on a
+    GPU, and on CPU in up to four side by side, which share the threads."""
     max_wait_ms: float = Field(2.0, ge=0)
     """Milliseconds that an idle embedder waits for more images before it runs a batch that is not
-    full."""
+    full. After a batch of a single image it does not wait: a client alone has no company."""
     threads: int | None = Field(None, ge=1)
     """Torch threads of an embedder on CPU; None takes every core that the process may use."""
     decode_threads: int = Field(2, ge=1)

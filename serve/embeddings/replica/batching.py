@@ -1,4 +1,4 @@
-"""Dynamic batching: a batch is closed only when the model is free to run it.
+"""Dynamic batching: a batch is closed only when a lane of the model is free to run it.
 
 So the batches grow with the load. Ray's `@serve.batch` closes a batch `batch_wait_timeout_s` after
 its first item, even while the model still runs the previous one, so that many small batches queue
@@ -8,7 +8,10 @@ up under load; benchmarks/serving/batching.py compares the two.
 from __future__ import annotations
 
 import asyncio
+import math
+from collections import deque
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -23,12 +26,17 @@ class _Waiting(Generic[Item, Result]):
 
 
 class Batcher(Generic[Item, Result]):
-    """Collects single items into batches and runs one batch at a time.
+    """Collects single items into batches and runs one batch at a time in every lane.
+
+    Items leave in the order in which they came. Lanes that are free at the same time share what
+    waits evenly.
 
     Args:
         run: maps a list of items to the list of their results.
-        batch_size: items in one batch at most.
-        max_wait_s: seconds to wait for more items after the first, while `run` is idle.
+        batch_size: items in progress at most, in all lanes together.
+        max_wait_s: seconds that a free lane waits for a full batch. It waits only if the batch
+            before had company, that is more than one item: a single client gains nothing from it.
+        lanes: batches that run at the same time.
     """
 
     def __init__(
@@ -37,12 +45,16 @@ class Batcher(Generic[Item, Result]):
         *,
         batch_size: int,
         max_wait_s: float,
+        lanes: int = 1,
     ) -> None:
         self._run = run
-        self._batch_size = batch_size
+        self._batch_size, self._most = batch_size, max(1, batch_size // lanes)
         self._max_wait_s = max_wait_s
-        self._queue: asyncio.Queue[_Waiting[Item, Result]] = asyncio.Queue()
-        self._task = asyncio.get_running_loop().create_task(self._loop())
+        self._waiting: deque[_Waiting[Item, Result]] = deque()
+        self._arrived, self._turn = asyncio.Event(), asyncio.Lock()
+        self._had_company, self._free = False, lanes
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._lane()) for _ in range(lanes)]
 
     async def submit(self, item: Item) -> Result:
         """Queues an item and returns its result; if cancelled before its batch, it is not run.
@@ -51,35 +63,44 @@ class Batcher(Generic[Item, Result]):
             Exception: what `run` raised for the batch.
         """
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        self._queue.put_nowait(_Waiting(item, future))
+        self._waiting.append(_Waiting(item, future))
+        self._arrived.set()
         return await future
 
-    async def _loop(self) -> None:
+    async def _lane(self) -> None:
         while True:
-            batch = [w for w in await self._next_batch() if not w.future.done()]
-            if not batch:
-                continue
-            try:
-                results = await self._run([waiting.item for waiting in batch])
-            except Exception as error:  # handed to every caller of the batch
-                for waiting in batch:
-                    if not waiting.future.done():
-                        waiting.future.set_exception(error)
-                continue
-            for waiting, result in zip(batch, results, strict=True):
+            async with self._turn:
+                batch = await self._next_batch()
+            self._free -= 1
+            await self._answer([waiting for waiting in batch if not waiting.future.done()])
+            self._free += 1
+
+    async def _answer(self, batch: list[_Waiting[Item, Result]]) -> None:
+        if not batch:
+            return
+        try:
+            results = await self._run([waiting.item for waiting in batch])
+        except Exception as error:  # handed to every caller of the batch
+            for waiting in batch:
                 if not waiting.future.done():
-                    waiting.future.set_result(result)
+                    waiting.future.set_exception(error)
+            return
+        for waiting, result in zip(batch, results, strict=True):
+            if not waiting.future.done():
+                waiting.future.set_result(result)
 
     async def _next_batch(self) -> list[_Waiting[Item, Result]]:
-        batch = [await self._queue.get()]
-        deadline = asyncio.get_running_loop().time() + self._max_wait_s
-        while len(batch) < self._batch_size:
-            if not self._queue.empty():
-                batch.append(self._queue.get_nowait())
-                continue
-            try:
-                async with asyncio.timeout_at(deadline):
-                    batch.append(await self._queue.get())
-            except TimeoutError:
-                break
-        return batch
+        await self._filled(1)
+        if self._had_company:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._max_wait_s):
+                    await self._filled(self._most * self._free)
+        size = min(self._most, math.ceil(len(self._waiting) / self._free))
+        self._had_company = len(self._waiting) > 1
+        return [self._waiting.popleft() for _ in range(size)]
+
+    async def _filled(self, count: int) -> None:
+        """Returns when as many items wait."""
+        while len(self._waiting) < count:
+            self._arrived.clear()
+            await self._arrived.wait()

@@ -9,10 +9,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
-import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from models.image_size import height_width
 from models.media.preprocessing import EncoderInput, Preprocessing
 from serve.embeddings.contract import Floats, ModelCard, Pooling, Refusal
 from serve.embeddings.replica.batching import Batcher
+from serve.embeddings.replica.lanes import Lanes
 from serve.embeddings.settings import ServeSettings
 from serve.telemetry import BATCH_BUCKETS, LATENCY_BUCKETS_S, Reporter
 
@@ -131,9 +131,9 @@ def _alignment(settings: ServeSettings, artifact: Artifact) -> StoredAlignment |
 class Embedder:
     """Serve deployment around an `Encoder`.
 
-    The forward pass runs in a thread of its own, so that requests and health checks are answered
-    meanwhile. Requests hold decoded pixels of the right shape: an image that cannot be decoded
-    fails in the ingress, and no batch fails because of it.
+    Forward passes run in threads of their own, so that requests and health checks are answered
+    meanwhile (see `Lanes`). Requests hold decoded pixels of the right shape: an image that cannot
+    be decoded fails in the ingress, and no batch fails because of it.
 
     Args:
         settings: see `ServeSettings`.
@@ -145,8 +145,6 @@ class Embedder:
     """
 
     def __init__(self, settings: ServeSettings, telemetry: Any, card: ModelCard) -> None:
-        threads = settings.threads or len(os.sched_getaffinity(0))
-        self._thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,))
         self._encoder = Encoder(settings)
         self._card = self._encoder.card
         if self._card != card:
@@ -155,10 +153,13 @@ class Embedder:
                 "Give every model a folder of its own, and deploy that"
             )
         self._metrics(telemetry)
+        self._lanes = Lanes(settings)
         self._warm_up(settings.batch_size)
-        self._busy_since: float | None = None
         self._batcher = Batcher(
-            self._run, batch_size=settings.batch_size, max_wait_s=settings.max_wait_ms / 1000
+            self._run,
+            batch_size=settings.batch_size,
+            max_wait_s=settings.max_wait_ms / 1000,
+            lanes=self._lanes.count,
         )
 
     async def describe(self) -> ModelCard:
@@ -190,16 +191,16 @@ class Embedder:
         Raises:
             RuntimeError: a forward pass takes too long.
         """
-        if self._busy_since is not None and time.monotonic() - self._busy_since > STUCK_AFTER_S:
+        if self._lanes.longest_s() > STUCK_AFTER_S:
             raise RuntimeError(f"a forward pass has been running for over {STUCK_AFTER_S:.0f} s")
 
     async def _run(self, items: list[tuple[EncoderInput, Pooling]]) -> list[Floats]:
-        loop = asyncio.get_running_loop()
-        self._busy_since = started = time.monotonic()
+        started = time.monotonic()
         try:
-            return await loop.run_in_executor(self._thread, self._encoder.run, items)
+            return await self._lanes.run(
+                partial(self._encoder.run, items), is_single=len(items) == 1
+            )
         finally:
-            self._busy_since = None
             self._batch_size.observe(len(items))
             self._forward_s.observe(time.monotonic() - started)
             self._images.inc(len(items))
@@ -211,11 +212,11 @@ class Embedder:
         """
         size, frames = height_width(self._card.preprocessing.image_size), self._card.frames
         image = EncoderInput(np.zeros((*size, 3), np.uint8))
-        for count in (batch_size, 1):
-            self._thread.submit(self._encoder.run, [(image, "mean")] * count).result()
+        for count in (max(1, batch_size // self._lanes.count), 1):
+            self._lanes.warm_up(partial(self._encoder.run, [(image, "mean")] * count))
         if frames > 1:
             clip = EncoderInput(np.zeros((frames, *size, 3), np.uint8))
-            self._thread.submit(self._encoder.run, [(clip, "mean")]).result()
+            self._lanes.warm_up(partial(self._encoder.run, [(clip, "mean")]))
 
     def _metrics(self, telemetry: Any) -> None:
         registry = CollectorRegistry()

@@ -19,7 +19,6 @@ from serve.app import Ingress
 from serve.embeddings.contract import EMBEDDER
 from serve.embeddings.media.fetching import HostRule, ImageFetcher, is_public
 from serve.embeddings.media.inputs import Reference, decode_base64, parse_input, to_input
-from serve.embeddings.replica.batching import Batcher
 from serve.embeddings.settings import ServeSettings
 from serve.embeddings.streams.frame_queue import QUEUE_BYTES, FrameQueue
 from serve.embeddings.streams.routes import BUFFER_BYTES, ByteBuffer
@@ -232,62 +231,6 @@ def test_fetch_connects_to_the_address_it_checked(
     assert caught.value.code in ("fetch_timeout", "fetch_failed")  # never reached loopback
 
 
-def test_batches_fill_while_the_model_is_busy() -> None:
-    sizes: list[int] = []
-
-    async def main() -> list[int]:
-        is_busy, is_free = asyncio.Event(), asyncio.Event()
-
-        async def run(items: list[int]) -> list[int]:
-            sizes.append(len(items))
-            is_busy.set()
-            await is_free.wait()
-            return [item * 10 for item in items]
-
-        batcher = Batcher(run, batch_size=8, max_wait_s=0.0)
-        first = asyncio.create_task(batcher.submit(0))
-        await is_busy.wait()
-        rest = [asyncio.create_task(batcher.submit(item)) for item in range(1, 13)]
-        await asyncio.sleep(0)  # they come during the first batch
-        is_free.set()
-        return await asyncio.gather(first, *rest)
-
-    assert asyncio.run(main()) == [item * 10 for item in range(13)]
-    assert sizes == [1, 8, 4]
-
-
-def test_cancelled_and_failed_items_leave_the_others_alone() -> None:
-    seen: list[list[int]] = []
-
-    async def main() -> None:
-        is_busy, is_free = asyncio.Event(), asyncio.Event()
-
-        async def run(items: list[int]) -> list[int]:
-            seen.append(items)
-            is_busy.set()
-            await is_free.wait()
-            if 99 in items:
-                raise RuntimeError("device lost")
-            return items
-
-        batcher = Batcher(run, batch_size=4, max_wait_s=0.0)
-        running = asyncio.create_task(batcher.submit(1))
-        await is_busy.wait()
-        leaving, staying = (asyncio.create_task(batcher.submit(item)) for item in (2, 3))
-        await asyncio.sleep(0)
-        leaving.cancel()
-        running.cancel()  # in the middle of its batch: the batch runs to its end
-        await asyncio.sleep(0)
-        is_free.set()
-        assert await staying == 3
-        with pytest.raises(RuntimeError, match="device lost"):
-            await batcher.submit(99)
-        assert await batcher.submit(4) == 4  # and the loop goes on
-
-    asyncio.run(main())
-    assert seen == [[1], [3], [99], [4]]
-
-
 def test_dropping_the_newest_and_skipping_to_a_rate() -> None:
     async def kept(queue: FrameQueue, times: list[float]) -> list[float]:
         for time_s in times:
@@ -374,21 +317,27 @@ def test_shipped_config_is_valid() -> None:
 
 def test_load_test_s_table_and_client() -> None:
     """The parts of benchmarks/serving/serving.py that a run would only reach at its end."""
-    from benchmarks.serving import serving
+    from benchmarks.serving import load, serving
 
-    bare = [{"images_per_s": 10.0, "cpu_ms_per_image": 180.0, "decode_share": 0.1}] * 2
-    level = {
-        "concurrency": 32,
-        "requests": 100,
-        "errors": 1,
-        "images_per_s": 8.0,
-        "p50_ms": 900.0,
-        "p99_ms": 1200.0,
-        "cpu_ms_per_request": {"Ingress": 5.0, "client": 0.2},
-    }
-    text = serving.table(bare, [level])
-    assert "| endpoint, 32 clients | 8.0 | 0.80 | 900 | 1200 | 1 / 100 |" in text
-    assert serving.role_of("ray::ServeReplica:bench:Ingress") == "Ingress"
-    (request,) = serving.make_requests(1234, [b"abc"])
+    def a_round(rate: float) -> dict[str, Any]:
+        bare = [{"images_per_s": speed, "cpu_ms_per_image": 180.0} for speed in (9.0, 11.0)]
+        level = {
+            "concurrency": 32,
+            "requests": 100,
+            "errors": 1,
+            "images_per_s": rate,
+            "p50_ms": 900.0,
+            "p99_ms": 1200.0,
+            "cpu_ms_per_request": {"Ingress": 5.0, "client": 0.2},
+        }
+        return {"bare": bare, "in_lanes": bare[1], "levels": {"endpoint": [level]}}
+
+    text = serving.table([a_round(8.0), a_round(7.0), a_round(8.5)])
+    row = "| endpoint, 32 clients | 0.80 (0.70 to 0.85) | 8.0 (7.0 to 8.5) | 900 | 1200 | 3 / 300 |"
+    assert row in text
+    assert "| bare loop | 1 | 10.0 | | | |" in text
+    assert "- endpoint, 32: Ingress 5.0, client 0.2" in text
+    assert load.role_of("ray::ServeReplica:bench:Ingress") == "Ingress"
+    (request,) = load.make_requests(load.Target(port=1234), [b"abc"])
     head, _, body = request.partition(b"\r\n\r\n")
     assert f"Content-Length: {len(body)}".encode() in head

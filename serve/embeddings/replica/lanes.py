@@ -1,0 +1,83 @@
+"""The threads in which forward passes run.
+
+On a CPU, several small batches with few torch threads each take less time than a large one with
+all of them: nothing waits at the end of every operator for the slowest thread, which is the one
+whose core also decodes pictures or answers requests. And when one batch ends, the others keep the
+cores busy until its clients have sent their next pictures.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+from serve.embeddings.settings import ServeSettings
+
+MOST_LANES = 4
+"""Forward passes at the same time at most, on a CPU."""
+
+Result = TypeVar("Result")
+
+
+class Lanes:
+    """Runs several calls at the same time, and one that is alone with all torch threads.
+
+    Args:
+        settings: the torch threads in all, and whether the model is on a GPU, which has one lane.
+
+    Attributes:
+        count: the calls that may run at the same time.
+    """
+
+    def __init__(self, settings: ServeSettings) -> None:
+        threads = settings.threads or len(os.sched_getaffinity(0))
+        self.count = 1 if settings.gpus else min(threads, settings.batch_size, MOST_LANES)
+        each, more = divmod(threads, self.count)
+        self._shared = _pool([each + (lane < more) for lane in range(self.count)])
+        self._alone = _pool([threads])
+        self._begun: list[float] = []
+
+    async def run(self, call: Callable[[], Result], *, is_single: bool) -> Result:
+        """Runs a call in a thread; the caller sees to it that no more than `count` run.
+
+        Args:
+            call: a forward pass.
+            is_single: whether it is of a single item, which takes all torch threads if no other
+                call runs.
+        """
+        pool = self._alone if is_single and not self._begun else self._shared
+        begun = time.monotonic()
+        self._begun.append(begun)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(pool, call)
+        finally:
+            self._begun.remove(begun)
+
+    def longest_s(self) -> float:
+        """Returns for how many seconds the oldest call has been running, or 0."""
+        return time.monotonic() - min(self._begun) if self._begun else 0.0
+
+    def warm_up(self, call: Callable[[], object]) -> None:
+        """Runs a call in every thread, all at the same time, and waits."""
+        pools = [self._alone] + [self._shared] * self.count
+        for done in [pool.submit(call) for pool in pools]:
+            done.result()
+
+
+def _pool(threads: list[int]) -> ThreadPoolExecutor:
+    """Returns threads of which each calls torch with its own number of torch threads."""
+    left = list(threads)
+
+    def begin() -> None:
+        # The first question in a thread gives it the number that any thread has set last, so it
+        # comes before the thread's own number, which torch then keeps.
+        torch.get_num_threads()
+        torch.set_num_threads(left.pop())
+
+    return ThreadPoolExecutor(len(left), initializer=begin)
