@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import statistics
@@ -54,7 +55,7 @@ class Config:
     rounds: int = 3
     """Every round measures everything once."""
     bare_images: int = 384
-    """Images of each bare loop."""
+    """Images of each bare loop; 0 leaves the bare loops out, and with them the ratios."""
     infinity: str = ""
     """Python of an environment with infinity (see peer_infinity.py); empty leaves that row out."""
     environment: tuple[str, ...] = ()
@@ -139,6 +140,8 @@ def one_round(config: Config, folder: str, jpegs: list[bytes]) -> dict[str, Any]
     """Measures everything once; returns what `table` takes."""
 
     def bare(lanes: int) -> dict[str, float]:
+        if not config.bare_images:
+            return {"images_per_s": math.nan, "cpu_ms_per_image": math.nan}
         found = in_process(bare_loop, config.model, folder, jpegs, config.bare_images, lanes)
         print(json.dumps({"lanes": lanes} | found), flush=True)
         return dict(found)
