@@ -172,24 +172,37 @@ def table(rounds: list[dict[str, Any]]) -> str:
     def over(value: Callable[[dict[str, Any]], float], digits: int) -> str:
         return spread([value(each) for each in rounds], digits)
 
-    def bare(each: dict[str, Any]) -> float:
-        return statistics.mean(loop["images_per_s"] for loop in each["bare"])
-
     rate = over(lambda each: each["in_lanes"]["images_per_s"], 1)
-    ratio = over(lambda each: each["in_lanes"]["images_per_s"] / bare(each), 2)
+    ratio = over(lambda each: each["in_lanes"]["images_per_s"] / _bare(each), 2)
     rows = [
         "| | of bare loop | images/s | p50 ms | p99 ms | errors / requests |",
         "|---|---|---|---|---|---|",
-        f"| {BARE} | 1 | {over(bare, 1)} | | | |",
+        f"| {BARE} | 1 | {over(_bare, 1)} | | | |",
         f"| {IN_LANES} | {ratio} | {rate} | | | |",
     ]
     costs = [f"- {BARE} {over(lambda each: each['bare'][0]['cpu_ms_per_image'], 1)}"]
     for name, levels in rounds[0]["levels"].items():
         for at in range(len(levels)):
             found = [each["levels"][name][at] for each in rounds]
-            rows.append(_row(name, found, [bare(each) for each in rounds]))
+            rows.append(_row(name, found, [_bare(each) for each in rounds]))
             costs.append(_cost(name, found))
-    return "\n".join([*rows, "", "CPU ms a request, by process:", "", *costs])
+    return "\n".join([*rows, "", "CPU ms a request, by process:", "", *costs, "", result(rounds)])
+
+
+def result(rounds: list[dict[str, Any]]) -> str:
+    """Returns one line: the ratio of every server and number of clients to the bare loop."""
+    found = []
+    for name, levels in rounds[0]["levels"].items():
+        for at, level in enumerate(levels):
+            rates = [each["levels"][name][at]["images_per_s"] for each in rounds]
+            ratios = [rate / _bare(each) for rate, each in zip(rates, rounds, strict=True)]
+            found.append(f"{name} {spread(ratios, 2)} at {level['concurrency']}")
+    return f"result: of the bare loop, by clients: {'; '.join(found)}"
+
+
+def _bare(each: dict[str, Any]) -> float:
+    """Images a second of a round's two bare loops, on average."""
+    return statistics.mean(loop["images_per_s"] for loop in each["bare"])
 
 
 def _row(name: str, found: list[dict[str, Any]], bare: list[float]) -> str:

@@ -337,6 +337,9 @@ def test_load_test_s_table_and_client() -> None:
     assert row in text
     assert "| bare loop | 1 | 10.0 | | | |" in text
     assert "- endpoint, 32: Ingress 5.0, client 0.2" in text
+    assert text.endswith(
+        "\nresult: of the bare loop, by clients: endpoint 0.80 (0.70 to 0.85) at 32"
+    )
     assert load.role_of("ray::ServeReplica:bench:Ingress") == "Ingress"
     (request,) = load.make_requests(load.Target(port=1234), [b"abc"])
     head, _, body = request.partition(b"\r\n\r\n")
