@@ -11,9 +11,12 @@ import torch
 from helpers.pipelines.fake_training import run_training, tiny_config
 from helpers.pipelines.walks import train_on_walks, walk_config
 from models.encoders.vit import VisionTransformer
+from models.planning.two_rooms import TwoRooms
 from models.planning.world_model import WorldModel
+from pipelines import plan_episodes as plan_job
 from pipelines.plan_episodes import PlanEpisodesConfig, make_cast, plan_episodes, table
-from pipelines.planning.rows import ROWS
+from pipelines.planning.episodes import KINDS, Tasks, draw_tasks
+from pipelines.planning.rows import ROWS, Cast, play
 from pipelines.runs.checkpoints import CheckpointError, load_encoder, load_objective
 
 TINY = {"latent_width": 8, "dynamics_width": 16, "ensemble": 2}
@@ -48,8 +51,15 @@ def test_only_a_vit_can_be_exported(checkpoint: str, tmp_path: Path) -> None:
     assert encoder(torch.zeros(2, 3, 32, 32)).shape == (2, 16, encoder.width)
 
 
-@pytest.mark.ray
-def test_all_rows_are_played_and_written(checkpoint: str, ray_local: None, tmp_path: Path) -> None:
+def play_here(cfg: PlanEpisodesConfig, parts: Cast, tasks: dict[str, Tasks]) -> dict:
+    """What Ray's tasks do, in this process."""
+    return {(row, kind): play(parts, row, tasks[kind]) for row in parts.rows for kind in KINDS}
+
+
+def test_all_rows_are_compared_written_and_drawn(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_job, "_play_all", play_here)
     cfg = PlanEpisodesConfig(checkpoint=checkpoint, control=checkpoint, out=str(tmp_path), **FEW)
     found = plan_episodes(cfg)
     written = json.loads((tmp_path / "results.json").read_text())
@@ -62,6 +72,17 @@ def test_all_rows_are_played_and_written(checkpoint: str, ray_local: None, tmp_p
     assert all(row in lines for row in ROWS)
     # The control is the same checkpoint, and everything is paired.
     assert written["rows"]["control"] == written["rows"]["ours"]
+
+
+@pytest.mark.ray
+def test_tasks_play_the_episodes_that_one_process_plays(checkpoint: str, ray_local: None) -> None:
+    cfg = PlanEpisodesConfig(checkpoint=checkpoint, **FEW | {"chunk": 4})
+    parts, _ = make_cast(cfg)
+    tasks = {kind: draw_tasks(TwoRooms(), kind, cfg.episodes, 0) for kind in KINDS}
+    found, expected = plan_job._play_all(cfg, parts, tasks), play_here(cfg, parts, tasks)
+    assert found.keys() == expected.keys()
+    for key, (episodes, _) in expected.items():
+        assert torch.equal(found[key][0].places_BT2, episodes.places_BT2), key
 
 
 def test_other_objectives_are_refused(tmp_path: Path) -> None:
