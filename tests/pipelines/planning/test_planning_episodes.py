@@ -24,8 +24,9 @@ WORLD = TwoRooms()
 
 def test_tasks_are_of_their_kind_and_do_not_depend_on_their_number() -> None:
     for kind, same in (("same", True), ("cross", False)):
-        tasks, few = (draw_tasks(WORLD, kind, count, seed=3) for count in (60, 60))
-        assert torch.equal(tasks.starts_B2, few.starts_B2)
+        tasks, few = (draw_tasks(WORLD, kind, count, seed=3) for count in (60, 7))
+        assert torch.equal(tasks.starts_B2[:7], few.starts_B2)
+        assert torch.equal(tasks.goals_B2[:7], few.goals_B2)
         rooms = [WORLD.room(places) for places in (tasks.starts_B2, tasks.goals_B2)]
         assert len(rooms[0]) == 60
         assert ((rooms[0] == rooms[1]) == same).all()
