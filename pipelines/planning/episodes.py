@@ -54,7 +54,7 @@ class Episodes:
 
 
 def draw_tasks(world: TwoRooms, kind: str, count: int, seed: int) -> Tasks:
-    """Draws tasks whose goal is not near the start; task number n is the same in any number of them.
+    """Draws tasks whose goal is not near the start; the first are the same however many there are.
 
     Args:
         world: the world.
