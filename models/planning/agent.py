@@ -5,7 +5,7 @@
                                  memory <- what was expected, what it cost, how wrong it was
 
 Every part is handed in and can be replaced: anything with `encode` and `rollout` is a world model,
-among them the true simulator (`TrueModel`), which makes the oracle that plans as we do.
+among them the true simulator (`two_rooms.TrueModel`), which makes the oracle that plans as we do.
 
 Shape legend: B episodes, S plans of each, H steps of a plan, E predictors, D latent width, A action
 width.
@@ -32,7 +32,6 @@ from models.planning.cost import (
 )
 from models.planning.critic import Critic
 from models.planning.memory import Memory
-from models.planning.two_rooms import TwoRooms
 
 
 class Model(Protocol):
@@ -45,21 +44,6 @@ class Model(Protocol):
     def rollout(self, latents_BD: Tensor, actions_BHA: Tensor) -> Tensor:
         """Returns the latents after each action, by each predictor, [E, B, H, D]."""
         ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrueModel:
-    """The true simulator as a world model; its observations and latents are the places."""
-
-    world: TwoRooms
-
-    def encode(self, places_B2: Tensor) -> Tensor:
-        """Returns the places."""
-        return places_B2
-
-    def rollout(self, places_B2: Tensor, actions_BT2: Tensor) -> Tensor:
-        """Returns the places after each action, [1, B, T, 2]."""
-        return self.world.rollout(places_B2, actions_BT2)[None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -155,3 +155,18 @@ class TwoRooms:
         """Returns whether each point is at its goal, bool [B]."""
         near_B: Tensor = (places_B2 - goals_B2).norm(dim=-1) < REACHED
         return near_B
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrueModel:
+    """The true simulator as a world model; its observations and latents are the places."""
+
+    world: TwoRooms
+
+    def encode(self, places_B2: Tensor) -> Tensor:
+        """Returns the places."""
+        return places_B2
+
+    def rollout(self, places_B2: Tensor, actions_BT2: Tensor) -> Tensor:
+        """Returns the places after each action, [1, B, T, 2]."""
+        return self.world.rollout(places_B2, actions_BT2)[None]

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.planning.agent import Model, ShuffledModel, TrueModel, build_agent
+from models.planning.agent import Model, ShuffledModel, build_agent
 from models.planning.configurator import AgentConfig
 from models.planning.critic import Critic
-from models.planning.two_rooms import TwoRooms
+from models.planning.two_rooms import TrueModel, TwoRooms
 from pipelines.planning.episodes import (
     Episodes,
     Policy,

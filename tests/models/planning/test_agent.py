@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from models.planning.actor import Actor, Search
-from models.planning.agent import Agent, ShuffledModel, TrueModel, build_agent
+from models.planning.agent import Agent, ShuffledModel, build_agent
 from models.planning.configurator import TaskSpec, configure
 from models.planning.cost import (
     Future,
@@ -19,7 +19,7 @@ from models.planning.cost import (
 )
 from models.planning.critic import CriticTraining, train_critic, ways_to
 from models.planning.memory import Memory
-from models.planning.two_rooms import TwoRooms
+from models.planning.two_rooms import TrueModel, TwoRooms
 
 WORLD = TwoRooms()
 

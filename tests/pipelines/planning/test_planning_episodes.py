@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.planning.agent import TrueModel
-from models.planning.two_rooms import TwoRooms
+from models.planning.two_rooms import TrueModel, TwoRooms
 from pipelines.plan_episodes import PlanEpisodesConfig
 from pipelines.planning.episodes import (
     LEAST_DISTANCE,
