@@ -89,7 +89,9 @@ def mean_loss(server: object, passages: list[list[int]]) -> dict[str, float]:
 
 
 def likeliest(server: object, prompt: list[int], count: int) -> dict[int, float]:
-    request = {"prompt": prompt, "n_predict": 1, "n_probs": count, "temperature": 0.0}
+    # Reported are the probabilities before sampling, which `ignore_eos` does not change; without it
+    # a reply that would be the end token reports none.
+    request = {"prompt": prompt, "n_predict": 1, "n_probs": count, "ignore_eos": True}
     replies: list[dict] = []
     server.handle_completions(request | {"cache_prompt": True}, replies.append)
     content = replies[-1]["choices"][0]["logprobs"]["content"][0]
