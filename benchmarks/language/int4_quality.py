@@ -5,9 +5,9 @@
 
 All read the same GGUF file; float32 multiplies by its weights exactly. First one stream of
 `--tokens` tokens through a cache of 4 + 252: perplexity, the largest difference of a logit, and how
-often the likeliest token is the same. int4 is read in both of its ways: with the 4-bit operator,
-which decodes few sessions, and with the bf16 matrices, which read prompts. Then passages of 512
-tokens from an empty context, of which the second half counts, beside llama.cpp.
+often the likeliest token is the same. int4 multiplies with the 4-bit operator throughout, as it
+does for few sessions; its other way, for many rows, is bf16's. Then passages of 512 tokens from an
+empty context, of which the second half counts, beside llama.cpp.
 """
 
 from __future__ import annotations
@@ -48,13 +48,12 @@ class Config:
 
 def models(path: str) -> Iterator[tuple[str, Llama]]:
     """The ways to read the file beside float32."""
-    types = {"bf16": torch.bfloat16, "int8": torch.int8}
-    for name, dtype in (types | {"int4, operator": INT4, "int4, bf16 matrices": INT4}).items():
+    for name, dtype in {"bf16": torch.bfloat16, "int4": INT4}.items():
         model = load_model(path, dtype=dtype)
         tune(model)
         for module in model.modules():
             if isinstance(module, Int4Linear):
-                module.few_rows = 10**9 if name == "int4, operator" else 0
+                module.few_rows = 10**9
         yield name, model
 
 
