@@ -7,6 +7,8 @@ One session: our engine (prompt, ticks, sampler, text) beside llama.cpp's server
 a full cache. Many sessions: a decode step of ours beside one of `transformers` in float32. What the
 peers compute is said in peer_llama_cpp.py, which runs in an environment of its own, and in
 peer_transformers.py. A round takes every peer once, so that a machine that slows down slows all.
+For one session it also gives tokens per CPU second of the process, which tell more on a machine
+that others use.
 """
 
 from __future__ import annotations
@@ -46,8 +48,10 @@ class Config:
     dtypes: tuple[DTypeName, ...] = ("int4",)
 
 
-def engine_speed(model: Llama, tokenizer: Tokenizer, cache: int, tokens: int) -> float:
-    """Tokens/s of one session of the engine, whose cache is full."""
+def engine_speed(
+    model: Llama, tokenizer: Tokenizer, cache: int, tokens: int
+) -> tuple[float, float]:
+    """Tokens per second and per CPU second of one session of the engine, whose cache is full."""
     engine = Engine(model, tokenizer, sessions=1, capacity=cache + 1, prefill_chunk=256)
     engine.open("one")
     prompt = torch.randint(1000, 40_000, (cache + 1,)).tolist()
@@ -57,19 +61,21 @@ def engine_speed(model: Llama, tokenizer: Tokenizer, cache: int, tokens: int) ->
     while taken < 8:
         engine.tick()
         taken += len(generation.take())
-    started, before = time.perf_counter(), taken
+    started, cpu_started, before = time.perf_counter(), time.process_time(), taken
     while taken < before + tokens:
         engine.tick()
         taken += len(generation.take())
-    return (taken - before) / (time.perf_counter() - started)
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    return (taken - before) / seconds, (taken - before) / cpu_seconds
 
 
-def llama_cpp_speed(cfg: Config, cache: int) -> float:
+def llama_cpp_speed(cfg: Config, cache: int) -> tuple[float, float]:
     script = Path(__file__).with_name("peer_llama_cpp.py")
     command = [str(cfg.peer_python), str(script), "--gguf", str(cfg.gguf)]
     command += ["--caches", str(cache), "--threads", str(cfg.threads)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(json.loads(done.stdout.splitlines()[-1])["tokens_per_s"])
+    row = json.loads(done.stdout.splitlines()[-1])
+    return row["tokens_per_s"], row["tokens_per_cpu_s"]
 
 
 def main(cfg: Config) -> None:
@@ -82,17 +88,19 @@ def main(cfg: Config) -> None:
     theirs, tokenizer = load_theirs(cfg.gguf, torch.float32, "cpu"), load_tokenizer(str(cfg.gguf))
     rows: dict[str, list[float]] = {}
 
-    def note(what: str, value: float) -> None:
-        rows.setdefault(what, []).append(value)
-        print(json.dumps({what: value}), flush=True)
+    def note(what: str, per_second: float, per_cpu_second: float | None = None) -> None:
+        rows.setdefault(what, []).append(per_second)
+        if per_cpu_second is not None:
+            rows.setdefault(f"{what}, per CPU second", []).append(per_cpu_second)
+        print(json.dumps({what: (per_second, per_cpu_second)}), flush=True)
 
     for _ in range(cfg.rounds):
         for cache in cfg.caches:
             if cfg.peer_python:
-                note(f"llama.cpp, 1 session, cache {cache}", llama_cpp_speed(cfg, cache))
+                note(f"llama.cpp, 1 session, cache {cache}", *llama_cpp_speed(cfg, cache))
             for name, model in models.items():
-                speed = engine_speed(model, tokenizer, cache, cfg.tokens)
-                note(f"ours {name}, 1 session, cache {cache}", speed)
+                speeds = engine_speed(model, tokenizer, cache, cfg.tokens)
+                note(f"ours {name}, 1 session, cache {cache}", *speeds)
             prompt, many = torch.randint(1000, 40_000, (cache,)), cfg.sessions
             seconds = time_theirs(theirs, prompt, many, cfg.steps)
             note(f"transformers, {many} sessions, cache {cache}", many / seconds)

@@ -44,7 +44,7 @@ def serve(llama: object, gguf: str, cache: int, threads: int) -> object:
 
 def time_decode(server: object, cache: int) -> dict[str, float]:
     """Fills the context, then decodes until it is full the next time."""
-    times: list[float] = []
+    times: list[tuple[float, float]] = []
     fill, swing = 16, (cache - KEEP) // 2
     request = {
         "prompt": [random.randrange(1000, 40_000) for _ in range(cache - fill)],
@@ -57,15 +57,19 @@ def time_decode(server: object, cache: int) -> dict[str, float]:
     replies: list[object] = []
 
     def take(reply: object) -> None:
-        times.append(time.perf_counter())
+        times.append((time.perf_counter(), time.process_time()))
         replies.append(reply)
 
     server.handle_completions(request, take)
     if len(times) < fill + swing:
         raise SystemExit(f"only {len(times)} tokens came: {replies[-1]}")
+    seconds, cpu_seconds = (
+        late - early for early, late in zip(times[fill - 1], times[fill + swing - 1], strict=True)
+    )
     return {
         "tokens": swing,
-        "tokens_per_s": swing / (times[fill + swing - 1] - times[fill - 1]),
+        "tokens_per_s": swing / seconds,
+        "tokens_per_cpu_s": swing / cpu_seconds,
         "rss_mib": resident_mib(),
     }
 
