@@ -79,6 +79,7 @@ KNOWN = {
         arguments=("--rows", "benchmarks/training/objectives.jsonl", "--out", "WORK/plot.png"),
         page="training/objectives.md",
     ),
+    "our_endpoint": Benchmark(needs="--folder FOLDER and --port PORT; serving.py starts it"),
     "peer_infinity": Benchmark(needs="an environment with infinity; serving.py starts it"),
     "peer_llama_cpp": Benchmark(needs=GGUF),
     "peer_mlx": Benchmark(needs="an environment with mlx-lm"),

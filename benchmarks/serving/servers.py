@@ -2,126 +2,70 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.serving.load import HOST, Target
+from benchmarks.serving.model import Model
 
-APP, STARTED_WITHIN_S = "bench", 240.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """The model that every server has, and its threads."""
-
-    preset: str = "vit_s"
-    """Row of `models.encoders.shape.PRESETS`."""
-    image_size: int = 224
-    """Pixels on a side of the encoder's input."""
-    patch_size: int = 16
-    """Pixels on a side of a patch."""
-    dtype: str = "bf16"
-    """fp32 or bf16."""
-    threads: int = 2
-    """Torch threads."""
-    decode_threads: int = 2
-    """Threads that decode pictures."""
-    batch_size: int = 32
-    """Images in one forward pass at most; the bare loop's batches are always full."""
-    max_wait_ms: float = 2.0
-    """See `ServeSettings.max_wait_ms`."""
-
+STARTED_WITHIN_S, ENDED_WITHIN_S = 240.0, 60.0
+THROUGHPUT = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+HAPROXY = THROUGHPUT | {"RAY_SERVE_ENABLE_HA_PROXY": "1"}
 
 Server = Callable[[Model, str], AbstractContextManager[Target]]
 """Serves the artifact in a folder."""
 
 
-def settings_for(model: Model, folder: str) -> Any:
-    """Returns the settings of our endpoint."""
-    from serve.embeddings.settings import ServeSettings
+def endpoint(environment: Mapping[str, str], batching: str = "ours") -> Server:
+    """Returns our endpoint.
 
-    return ServeSettings(
-        artifact=folder,
-        dtype=model.dtype,  # type: ignore[arg-type]
-        threads=model.threads,
-        decode_threads=model.decode_threads,
-        batch_size=model.batch_size,
-        max_wait_ms=model.max_wait_ms,
-    )
+    Args:
+        environment: of Ray and Serve.
+        batching: see `our_endpoint.Config`.
+    """
 
+    @contextmanager
+    def serve(model: Model, folder: str) -> Iterator[Target]:
+        target = Target(port=free_port())
+        options = endpoint_options(model, folder, target.port, batching)
+        url = f"http://{HOST}:{target.port}/healthz"
+        with _process(sys.executable, "our_endpoint.py", options, url, environment):
+            yield target
 
-def free_port() -> int:
-    """Returns a port that is free now."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
+    return serve
 
 
-@contextmanager
-def endpoint(model: Model, folder: str) -> Iterator[Target]:
-    """Our endpoint on a Ray of its own."""
-    from serve.app import build_app
-
-    with _served(build_app(settings_for(model, folder))) as target:
-        yield target
-
-
-@contextmanager
-def endpoint_with_serve_batch(model: Model, folder: str) -> Iterator[Target]:
-    """Our endpoint with Ray's `@serve.batch` in the place of `Batcher`."""
-    from benchmarks.serving.serve_batch import ServeBatchEmbedder
-    from serve.app import Ingress, model_deployment
-    from serve.embeddings.replica.embedder import read_card
-    from serve.ingress.deployment import build_application
-
-    settings = settings_for(model, folder)
-    deployment = model_deployment(settings).options(func_or_class=ServeBatchEmbedder)
-    application = build_application(settings, deployment, Ingress, card=read_card(settings))
-    with _served(application) as target:
-        yield target
-
-
-@contextmanager
-def _served(application: Any) -> Iterator[Target]:
-    import ray
-    from ray import serve as ray_serve
-
-    os.environ.pop("RAY_ADDRESS", None)
-    target = Target(port=free_port())
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
-    try:
-        ray_serve.start(http_options={"host": HOST, "port": target.port})
-        ray_serve.run(application, name=APP)
-        _wait_for(target.port)
-        yield target
-    finally:
-        ray_serve.shutdown()
-        ray.shutdown()
+def endpoint_options(model: Model, folder: str, port: int, batching: str) -> dict[str, Any]:
+    """Returns the options of `our_endpoint.py`."""
+    fields = dataclasses.asdict(model).items()
+    options = {f"model.{name.replace('_', '-')}": value for name, value in fields}
+    return {"folder": folder, "port": port, "batching": batching} | options
 
 
 @contextmanager
 def plain_fastapi(model: Model, folder: str) -> Iterator[Target]:
     """`plain_app.py`."""
     target = Target(port=free_port())
-    program = pathlib.Path(__file__).with_name("plain_app.py")
     options = {
-        "--artifact": folder,
-        "--port": target.port,
-        "--dtype": model.dtype,
-        "--threads": model.threads,
-        "--decode-threads": model.decode_threads,
-        "--batch-size": model.batch_size,
+        "artifact": folder,
+        "port": target.port,
+        "dtype": model.dtype,
+        "threads": model.threads,
+        "decode-threads": model.decode_threads,
+        "batch-size": model.batch_size,
     }
-    with _process(sys.executable, program, options, target.port):
+    url = f"http://{HOST}:{target.port}/openapi.json"
+    with _process(sys.executable, "plain_app.py", options, url):
         yield target
 
 
@@ -136,45 +80,70 @@ def infinity(python: str) -> Server:
         target = Target(port=free_port(), path="/embeddings", fields=fields)
         shape = PRESETS[model.preset]
         options = {
-            "--folder": f"{folder}-clip",
-            "--port": target.port,
-            "--width": shape.width,
-            "--depth": shape.depth,
-            "--heads": shape.heads,
-            "--image-size": model.image_size,
-            "--patch-size": model.patch_size,
-            "--threads": model.threads,
-            "--batch-size": model.batch_size,
+            "folder": f"{folder}-clip",
+            "port": target.port,
+            "width": shape.width,
+            "depth": shape.depth,
+            "heads": shape.heads,
+            "image-size": model.image_size,
+            "patch-size": model.patch_size,
+            "threads": model.threads,
+            "batch-size": model.batch_size,
         }
-        program = pathlib.Path(__file__).with_name("peer_infinity.py")
-        with _process(python, program, options, target.port):
+        url = f"http://{HOST}:{target.port}/health"
+        with _process(python, "peer_infinity.py", options, url):
             yield target
 
     return serve
 
 
+def arguments(options: Mapping[str, Any]) -> list[str]:
+    """Returns options as a command line has them."""
+    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
+
+
+def free_port() -> int:
+    """Returns a port that is free now."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
 @contextmanager
 def _process(
-    python: str, program: pathlib.Path, options: dict[str, Any], port: int
+    python: str,
+    program: str,
+    options: Mapping[str, Any],
+    url: str,
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[None]:
-    arguments = [str(part) for pair in options.items() for part in pair]
-    command = [python, str(program), *arguments]
+    """Runs a program of this folder, from its first answer to the end of the block."""
+    path = pathlib.Path(__file__).with_name(program)
+    command = [python, str(path), *arguments(options)]
+    env = os.environ | dict(environment or {})
     quiet = subprocess.DEVNULL
-    with subprocess.Popen(command, stdout=quiet, stderr=quiet) as process:
+    with subprocess.Popen(command, stdout=quiet, stderr=quiet, env=env) as process:
         try:
-            _wait_for(port)
+            _wait_for(url, process)
             yield
         finally:
             process.terminate()
+            try:
+                process.wait(ENDED_WITHIN_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
-def _wait_for(port: int) -> None:
-    """Returns when a server listens; it has then loaded its model."""
+def _wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
+    """Returns when a server answers; it has then loaded its model."""
     deadline = time.monotonic() + STARTED_WITHIN_S
     while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise RuntimeError(f"{process.args!r} ended with {process.returncode}")
         try:
-            socket.create_connection((HOST, port), timeout=1).close()
+            urllib.request.urlopen(url, timeout=5).close()
             return
-        except OSError:
-            time.sleep(0.2)
-    raise TimeoutError(f"nothing listens on port {port} after {STARTED_WITHIN_S:.0f} s")
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    raise TimeoutError(f"{url} does not answer after {STARTED_WITHIN_S:.0f} s")

@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import pathlib
 import statistics
 import sys
@@ -33,14 +32,14 @@ if __name__ == "__main__" and not __package__:  # so that it runs from an uninst
 import tyro
 
 from benchmarks.serving.load import Load, in_process, make_jpegs, make_requests, measure
+from benchmarks.serving.model import Model, settings_for
 from benchmarks.serving.servers import (
-    Model,
+    HAPROXY,
+    THROUGHPUT,
     Server,
     endpoint,
-    endpoint_with_serve_batch,
     infinity,
     plain_fastapi,
-    settings_for,
 )
 
 BARE, IN_LANES = "bare loop", "bare loop, in lanes"
@@ -58,10 +57,16 @@ class Config:
     """Images of each bare loop; 0 leaves the bare loops out, and with them the ratios."""
     infinity: str = ""
     """Python of an environment with infinity (see peer_infinity.py); empty leaves that row out."""
-    environment: tuple[str, ...] = ()
-    """NAME=VALUE for Ray and Serve, besides this process's environment."""
-    rows: tuple[str, ...] = ("endpoint", "@serve.batch", "FastAPI", "infinity")
-    """Servers to measure, in this order."""
+    rows: tuple[str, ...] = (
+        "endpoint",
+        "endpoint, throughput mode",
+        "endpoint, HAProxy",
+        "@serve.batch",
+        "FastAPI",
+        "infinity",
+    )
+    """Servers to measure, in this order. The throughput mode is Serve's
+    (`RAY_SERVE_THROUGHPUT_OPTIMIZED`); HAProxy is that and `RAY_SERVE_ENABLE_HA_PROXY`."""
     out: str = ""
     """Add the rounds to this JSON-lines file; the table is of all rounds in it."""
 
@@ -127,8 +132,10 @@ def bare_loop(
 def servers(config: Config) -> dict[str, Server]:
     """Returns the servers to measure, by the name of their rows."""
     known: dict[str, Server] = {
-        "endpoint": endpoint,
-        "@serve.batch": endpoint_with_serve_batch,
+        "endpoint": endpoint({}),
+        "endpoint, throughput mode": endpoint(THROUGHPUT),
+        "endpoint, HAProxy": endpoint(HAPROXY),
+        "@serve.batch": endpoint({}, "serve.batch"),
         "FastAPI": plain_fastapi,
     }
     if config.infinity:
@@ -226,7 +233,6 @@ def _cost(name: str, found: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Runs the benchmark and prints the table."""
     config = tyro.cli(Config)
-    os.environ |= dict(pair.split("=", 1) for pair in config.environment)
     jpegs = make_jpegs(config.load)
     rounds = []
     with tempfile.TemporaryDirectory() as scratch:

@@ -313,34 +313,3 @@ def test_shipped_config_is_valid() -> None:
     assert settings.drain_s > settings.timeout_s
     for name in ("Ingress", EMBEDDER):  # or Serve's value would stand against that of the settings
         assert "graceful_shutdown_timeout_s" not in deployments[name].model_fields_set
-
-
-def test_load_test_s_table_and_client() -> None:
-    """The parts of benchmarks/serving/serving.py that a run would only reach at its end."""
-    from benchmarks.serving import load, serving
-
-    def a_round(rate: float) -> dict[str, Any]:
-        bare = [{"images_per_s": speed, "cpu_ms_per_image": 180.0} for speed in (9.0, 11.0)]
-        level = {
-            "concurrency": 32,
-            "requests": 100,
-            "errors": 1,
-            "images_per_s": rate,
-            "p50_ms": 900.0,
-            "p99_ms": 1200.0,
-            "cpu_ms_per_request": {"Ingress": 5.0, "client": 0.2},
-        }
-        return {"bare": bare, "in_lanes": bare[1], "levels": {"endpoint": [level]}}
-
-    text = serving.table([a_round(8.0), a_round(7.0), a_round(8.5)])
-    row = "| endpoint, 32 clients | 0.80 (0.70 to 0.85) | 8.0 (7.0 to 8.5) | 900 | 1200 | 3 / 300 |"
-    assert row in text
-    assert "| bare loop | 1 | 10.0 | | | |" in text
-    assert "- endpoint, 32: Ingress 5.0, client 0.2" in text
-    assert text.endswith(
-        "\nresult: of the bare loop, by clients: endpoint 0.80 (0.70 to 0.85) at 32"
-    )
-    assert load.role_of("ray::ServeReplica:bench:Ingress") == "Ingress"
-    (request,) = load.make_requests(load.Target(port=1234), [b"abc"])
-    head, _, body = request.partition(b"\r\n\r\n")
-    assert f"Content-Length: {len(body)}".encode() in head

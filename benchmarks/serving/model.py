@@ -1,0 +1,42 @@
+"""The model that every server of the benchmark has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The model that every server has, and its threads."""
+
+    preset: str = "vit_s"
+    """Row of `models.encoders.shape.PRESETS`."""
+    image_size: int = 224
+    """Pixels on a side of the encoder's input."""
+    patch_size: int = 16
+    """Pixels on a side of a patch."""
+    dtype: str = "bf16"
+    """fp32 or bf16."""
+    threads: int = 2
+    """Torch threads."""
+    decode_threads: int = 2
+    """Threads that decode pictures."""
+    batch_size: int = 32
+    """Images in one forward pass at most; the bare loop's batches are always full."""
+    max_wait_ms: float = 2.0
+    """See `ServeSettings.max_wait_ms`."""
+
+
+def settings_for(model: Model, folder: str) -> Any:
+    """Returns the settings of our endpoint."""
+    from serve.embeddings.settings import ServeSettings
+
+    return ServeSettings(
+        artifact=folder,
+        dtype=model.dtype,  # type: ignore[arg-type]
+        threads=model.threads,
+        decode_threads=model.decode_threads,
+        batch_size=model.batch_size,
+        max_wait_ms=model.max_wait_ms,
+    )
