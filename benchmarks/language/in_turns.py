@@ -7,8 +7,7 @@ One session: our engine (prompt, ticks, sampler, text) beside llama.cpp's server
 a full cache. Many sessions: a decode step of ours beside one of `transformers` in float32. What the
 peers compute is said in peer_llama_cpp.py, which runs in an environment of its own, and in
 peer_transformers.py. A round takes every peer once, so that a machine that slows down slows all.
-For one session it also gives tokens per CPU second of the process, which tell more on a machine
-that others use.
+Tokens per CPU second of the process tell more than tokens per second on a machine that others use.
 """
 
 from __future__ import annotations
@@ -88,10 +87,9 @@ def main(cfg: Config) -> None:
     theirs, tokenizer = load_theirs(cfg.gguf, torch.float32, "cpu"), load_tokenizer(str(cfg.gguf))
     rows: dict[str, list[float]] = {}
 
-    def note(what: str, per_second: float, per_cpu_second: float | None = None) -> None:
+    def note(what: str, per_second: float, per_cpu_second: float) -> None:
         rows.setdefault(what, []).append(per_second)
-        if per_cpu_second is not None:
-            rows.setdefault(f"{what}, per CPU second", []).append(per_cpu_second)
+        rows.setdefault(f"{what}, per CPU second", []).append(per_cpu_second)
         print(json.dumps({what: (per_second, per_cpu_second)}), flush=True)
 
     for _ in range(cfg.rounds):
@@ -103,10 +101,11 @@ def main(cfg: Config) -> None:
                 note(f"ours {name}, 1 session, cache {cache}", *speeds)
             prompt, many = torch.randint(1000, 40_000, (cache,)), cfg.sessions
             seconds = time_theirs(theirs, prompt, many, cfg.steps)
-            note(f"transformers, {many} sessions, cache {cache}", many / seconds)
+            speeds = [many / each for each in seconds]
+            note(f"transformers, {many} sessions, cache {cache}", *speeds)
             for name, model in models.items():
-                seconds = time_ours(model, prompt, many, cfg.steps)
-                note(f"ours {name}, {many} sessions, cache {cache}", many / seconds)
+                speeds = [many / each for each in time_ours(model, prompt, many, cfg.steps)]
+                note(f"ours {name}, {many} sessions, cache {cache}", *speeds)
     for what, values in rows.items():
         print(f"{what}: {statistics.median(values):.1f} tokens/s", end=" ")
         print(f"({min(values):.1f} to {max(values):.1f}, {len(values)} rounds)")

@@ -44,7 +44,7 @@ def test_float64_is_left_alone(tmp_path: Path) -> None:
     assert not any(isinstance(module, PackedLinear) for module in model.modules())
 
 
-@pytest.mark.parametrize(("narrow_ms", "expected"), [(1, 32), (7, 8), (70, 0)])
+@pytest.mark.parametrize(("narrow_ms", "expected"), [(1, 32), (6, 8), (7, 4), (70, 0)])
 def test_rows_follow_the_measurement(
     narrow_ms: float, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
