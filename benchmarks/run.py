@@ -19,6 +19,7 @@ import os
 import platform
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -138,10 +139,13 @@ def _shown(command: list[str]) -> tuple[list[str], int]:
     )
     assert process.stdout
     lines = []
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        lines.append(line.rstrip())
-    return lines, process.wait()
+    try:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line.rstrip())
+        return lines, process.wait()
+    finally:
+        process.terminate()  # if this process is stopped, the benchmark does not go on alone
 
 
 def result_of(lines: Sequence[str], pattern: str) -> str:
@@ -209,6 +213,7 @@ def main() -> None:
     parser.add_argument("name", nargs="?", help="a benchmark, or all; none lists them")
     parser.add_argument("--print", action="store_true", help="print the row, and write nothing")
     args, given = parser.parse_known_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     found = benchmarks()
     if args.name is None:
         return show(found)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -80,6 +84,38 @@ def test_the_result_is_what_the_pattern_finds(
     pattern: str, lines: list[str], expected: str
 ) -> None:
     assert result_of(lines, pattern) == expected
+
+
+def is_gone(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    time.sleep(0.1)
+    return False
+
+
+def test_a_benchmark_ends_with_the_runner(made: Benchmark, tmp_path: Path) -> None:
+    made.script.write_text(
+        "import os, time\nprint(os.getpid(), flush=True)\nfor _ in range(600): time.sleep(0.1)\n"
+    )
+    code = (
+        "import pathlib, sys\n"
+        "from benchmarks import run\n"
+        f"made = run.Benchmark(script=pathlib.Path({str(made.script)!r}), page={made.page!r})\n"
+        "run.benchmarks = lambda: {'made': made}\n"
+        "sys.argv = ['run.py', 'made']\n"
+        "run.main()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout
+    process.stdout.readline()  # the command
+    child = int(process.stdout.readline())
+    process.terminate()
+    assert process.wait(20) == 143
+    assert any(is_gone(child) for _ in range(200))
 
 
 def test_what_needs_something_says_so(
