@@ -63,6 +63,11 @@ GAMES = "--footage FOLDER (`python -m pipelines.fetch gameplay`)"
 CIFAR10 = "--cifar10 FOLDER (`python -m pipelines.fetch cifar10 --out FOLDER`)"
 
 KNOWN = {
+    "against_torchcodec": Benchmark(
+        needs=f"torchcodec, and {FILM.replace('--film FILE', '--films FILES')}",
+        page="data/decode.md",
+        result=r"^\| ours .*",
+    ),
     "decode": Benchmark(needs=f"--work FOLDER and, once, {FILM} --prepare"),
     "edges": Benchmark(needs=f"{GAMES}, --work FOLDER", page="training/grids.md"),
     "endless": Benchmark(arguments=("--tokens", "200000")),

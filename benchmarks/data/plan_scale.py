@@ -116,7 +116,8 @@ def read(options: argparse.Namespace) -> Figures:
 def rank(options: argparse.Namespace) -> Figures:
     import ray.cloudpickle
 
-    from pipelines.loading import loader
+    from pipelines.loading import loader, tables
+    from pipelines.loading.plan import iter_pieces
     from pipelines.loading.read_tasks import read_pieces
 
     cfg = config(options)
@@ -127,14 +128,14 @@ def rank(options: argparse.Namespace) -> Figures:
     steps = options.epochs * plan.batches_per_epoch
     count, figure = timed(
         f"pieces of {options.epochs} epochs",
-        lambda: sum(1 for _ in loader.iter_pieces(plan, 0, steps, reader.most_batches)),
+        lambda: sum(1 for _ in iter_pieces(plan, 0, steps, reader.most_batches)),
     )
     yield figure
     yield (
         "their number",
-        f"{count:,} ({count / loader.SEGMENT_PIECES / options.epochs:.1f} datasets an epoch)",
+        f"{count:,} ({count / tables.SEGMENT_PIECES / options.epochs:.1f} datasets an epoch)",
     )
-    some = [*loader.iter_pieces(plan, 0, steps, reader.most_batches)][: loader.SEGMENT_PIECES]
+    some = [*iter_pieces(plan, 0, steps, reader.most_batches)][: tables.SEGMENT_PIECES]
     part, figure = timed("part of the first dataset", lambda: reader.part(some))
     yield figure
     yield "its row groups", f"{sum(len(s.ends_G) for s in (part.plan.known or {}).values()):,}"

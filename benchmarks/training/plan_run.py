@@ -21,7 +21,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -173,13 +173,13 @@ def batches(
     cfg: PretrainConfig, *, rank: int, world_size: int, start_step: int, end_step: int, **_: object
 ) -> Iterator[dict[str, Any]]:
     """What `train_batches` yields, without Ray."""
-    from pipelines.loading.prefetch import prefetch
+    from pipelines.loading.prefetch import Prefetch
 
-    def source() -> Iterator[dict[str, Any]]:
-        from pipelines.loading import loader, read_tasks
+    def source() -> Generator[dict[str, Any]]:
+        from pipelines.loading import loader, plan, read_tasks
 
         reader, step = loader.make_reader(cfg, rank, world_size), start_step
-        todo = loader.iter_pieces(reader.plan, start_step, end_step, reader.most_batches)
+        todo = plan.iter_pieces(reader.plan, start_step, end_step, reader.most_batches)
         size = reader.local_batch
         with ThreadPoolExecutor(cfg.data.decode_threads) as pool:
             for table in (t for piece in todo for t in read_tasks.read_piece(reader, piece)):
@@ -187,7 +187,8 @@ def batches(
                     yield loader.to_batch(cfg, reader, table.slice(first, size), step, pool)
                     step += 1
 
-    yield from prefetch(source(), cfg.data.prefetch_batches, lambda _: None)  # type: ignore[arg-type]
+    with contextlib.closing(Prefetch(source(), cfg.data.prefetch_batches)) as ahead:
+        yield from ahead
 
 
 def main() -> None:

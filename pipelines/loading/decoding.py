@@ -30,8 +30,10 @@ from models.media.images import BLACK, Rgb, decode_image
 from models.media.pictures.colour import is_of_other_colours
 from models.media.pictures.errors import ImageError
 from models.media.pictures.metadata import JPEG, PNG, has_transparent_colour
+from models.media.preprocessing import mean_colour
 from models.media.video.containers import VideoError
 from models.media.videos import decode_frames
+from pipelines.config.train import ModelConfig, PretrainConfig
 
 U8 = npt.NDArray[np.uint8]
 Box = tuple[int, int, int, int]
@@ -46,6 +48,32 @@ which can place the box between reduced pixels."""
 
 class DecodeError(ValueError):
     """A stored image or video does not decode: an error of ingest, or a damaged shard."""
+
+
+def pixel_shape(cfg: PretrainConfig) -> tuple[int, ...]:
+    """Returns the shape of one sample: [C, H, W], or [C, T, H, W] of a clip; or of its strip."""
+    model = cfg.model
+    size = model.height_width
+    if model.chosen_fit == "whole":
+        size = (model.patch_size, model.patch_size * model.grid.per_step)
+    return (3, *size) if cfg.modality == "image" else (3, cfg.clip_frames, *size)
+
+
+def decode_into(
+    model: ModelConfig, table: pa.Table, out: U8, pool: Executor | None = None, jobs: int = 1
+) -> None:
+    """Decodes the rows as a run does; only with the fit `whole` are pictures stored as strips.
+
+    Args:
+        model: the run's.
+        table: as for `decode_rows`.
+        out: uint8 [B, *pixel_shape], written in place.
+        pool: threads that decode parts of the rows in parallel; None decodes in this thread.
+        jobs: number of parts.
+    """
+    if model.chosen_fit != "whole" and "grid" in table.column_names:
+        table = table.drop_columns(["grid"])
+    decode_rows(table, out, pool, jobs, outside=mean_colour(model.mean))
 
 
 def decode_rows(
@@ -146,8 +174,7 @@ def _decode_crop(
         pixels_CHW = _decode_whole(encoded)
         _check_size(tuple(pixels_CHW.shape[1:]), size)
         crop_CHW = _resize(pixels_CHW[None, :, top:bottom, left:right], (height, width))[0]
-    # Copied by numpy, because torch would start its own threads inside every decoder thread.
-    np.copyto(out_CHW, crop_CHW[:, :, ::-1] if flipped else crop_CHW)
+    _write(crop_CHW, out_CHW, flipped)
 
 
 def _decode_clip(
@@ -166,8 +193,19 @@ def _decode_clip(
     _check_size(tuple(pixels_THWC.shape[1:3]), size)
     pixels_TCHW = torch.from_numpy(pixels_THWC[:, top:bottom, left:right]).permute(0, 3, 1, 2)
     crop_TCHW = _resize(pixels_TCHW, out_CTHW.shape[-2:])
-    crop_CTHW = crop_TCHW.transpose(1, 0, 2, 3)
-    np.copyto(out_CTHW, crop_CTHW[..., ::-1] if flipped else crop_CTHW)
+    _write(crop_TCHW.transpose(1, 0, 2, 3), out_CTHW, flipped)
+
+
+def _write(crop: U8, out: U8, flipped: bool) -> None:
+    """Copies [..., H, W], mirrored if wanted."""
+    # Copied by numpy, because torch would start its own threads inside every decoder thread.
+    if not flipped or out.shape[-1] % 8 or not out.flags.c_contiguous:
+        np.copyto(out, crop[..., ::-1] if flipped else crop)
+        return
+    np.copyto(out, crop)
+    # Eight pixels at a time: half the time of one by one.
+    words = out.view(np.uint64)
+    words[...] = words[..., ::-1].byteswap()
 
 
 def _inside(
@@ -219,6 +257,11 @@ def _check_size(found: tuple[int, ...], stored: tuple[int, int]) -> None:
 def _resize(crop_TCHW: Tensor, size: tuple[int, ...]) -> U8:
     if crop_TCHW.shape[2:] == size:
         return crop_TCHW.numpy()
+    if len(crop_TCHW) == 1 and crop_TCHW.shape[1] == 3 and crop_TCHW.stride(1) == 1:
+        # One picture with interleaved channels: with the stride of its only picture left as it is,
+        # torch does not see that they are, and spends a tenth of resizing on separating them.
+        strides = (crop_TCHW.shape[2] * crop_TCHW.stride(2), *crop_TCHW.stride()[1:])
+        crop_TCHW = crop_TCHW.as_strided(crop_TCHW.shape, strides, crop_TCHW.storage_offset())
     # Torch's uint8 kernel is over twice as fast as Pillow's (950 against 433 images/s from
     # 500x400).
     resized: U8 = torch.nn.functional.interpolate(

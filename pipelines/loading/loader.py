@@ -1,6 +1,7 @@
 """Deterministic training batches, by a Ray dataset of each rank.
 
     plan -> pieces -> Ray Data tasks: rows + crop boxes + masks -> [decode] -> batches, prefetched
+                      (the first pieces: this process, while Ray Data starts, tables.py)
 
 Every rank runs its own dataset over its own lanes (plan.py). No splitter decides by timing which
 rank gets a row, so order, crops and masks are the same for any number of workers. With
@@ -14,35 +15,28 @@ Shape suffixes: B rows of this rank, N flattened; masks as in `pipelines.loading
 from __future__ import annotations
 
 import contextlib
-import functools
-import itertools
-import logging
 import math
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import torch
 
 from models.keyed_random.arrays import sample_keys
-from models.media.preprocessing import mean_colour
 from models.media.regions import Region
-from pipelines.config.train import ModelConfig, PretrainConfig
-from pipelines.loading.actions import ActionError, action_reader
+from pipelines.config.train import PretrainConfig
+from pipelines.loading.actions import action_reader
 from pipelines.loading.clips import training_sampler
 from pipelines.loading.cpu_share import DataWatch, Share, cluster_share, tell_crowd
-from pipelines.loading.decoding import DecodeError, decode_rows
+from pipelines.loading.decoding import decode_into, pixel_shape
 from pipelines.loading.masks.maskers import MASK_NAMES, Masker, make_masker
 from pipelines.loading.mixing import TrainingSet, merged, training_sets
-from pipelines.loading.plan import Piece, iter_pieces, make_plan, rank_lanes
-from pipelines.loading.prefetch import prefetch
-from pipelines.loading.read_tasks import BLOCK_BYTES, Reader, read_pieces
-
-SEGMENT_PIECES = 512
-"""Read tasks in one Ray dataset: many epochs, so that few of them wait for a dataset to start."""
+from pipelines.loading.plan import make_plan, rank_lanes
+from pipelines.loading.prefetch import Prefetch
+from pipelines.loading.read_tasks import Reader
+from pipelines.loading.tables import iter_tables
 
 
 def train_batches(
@@ -103,7 +97,9 @@ def train_batches(
     threads = cfg.data.decode_threads
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         source = _all_batches(cfg, readers, range(start_step, end_step), share, pool)
-        yield from prefetch(source, cfg.data.prefetch_batches, DataWatch(rank, say))
+        ahead = Prefetch(source, cfg.data.prefetch_batches, DataWatch(rank, say))
+        with contextlib.closing(ahead):
+            yield from ahead
 
 
 def make_reader(
@@ -139,15 +135,6 @@ def make_reader(
     )
 
 
-def _pixel_shape(cfg: PretrainConfig) -> tuple[int, ...]:
-    """Returns the shape of one sample: [C, H, W], or [C, T, H, W] of a clip; or of its strip."""
-    model = cfg.model
-    size = model.height_width
-    if model.chosen_fit == "whole":
-        size = (model.patch_size, model.patch_size * model.grid.per_step)
-    return (3, *size) if cfg.modality == "image" else (3, cfg.clip_frames, *size)
-
-
 def _all_batches(
     cfg: PretrainConfig, readers: list[Reader], steps: range, share: Share, pool: ThreadPoolExecutor
 ) -> Generator[dict[str, Any]]:
@@ -166,108 +153,27 @@ def _all_batches(
 def _batches(
     cfg: PretrainConfig, reader: Reader, steps: range, share: Share, pool: ThreadPoolExecutor
 ) -> Generator[dict[str, Any]]:
-    """Yields the batches of one set, from one dataset for every `SEGMENT_PIECES`."""
-    todo = iter_pieces(reader.plan, steps.start, steps.stop, reader.most_batches)
-    while segment := list(itertools.islice(todo, SEGMENT_PIECES)):
-        step = segment[0].step
-        dataset = _dataset(cfg, reader, segment, share)
-        tables = dataset.iter_batches(
-            batch_size=reader.local_batch, batch_format="pyarrow", prefetch_batches=2
-        )
-        with contextlib.closing(iter(tables)) as tables, _plain_errors():
-            for table in tables:
-                yield to_batch(cfg, reader, table, step, pool)
-                step += 1
-
-
-@contextlib.contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Raises a task's own errors instead of Ray's exception around them."""
-    from ray.exceptions import RayTaskError
-
-    try:
-        yield
-    except RayTaskError as error:
-        if isinstance(error.cause, DecodeError | ActionError):
-            raise error.cause from error
-        raise
-
-
-def _dataset(cfg: PretrainConfig, reader: Reader, segment: list[Piece], share: Share) -> Any:
-    """Returns a Ray dataset of the segment's rows, in order."""
-    import ray.data
-    from ray.data import ExecutionResources
-
-    # Ray would print a line for every execution in the middle of the trainer's progress line.
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    # One block a piece. ray.data.range and from_arrow would run tasks of one CPU each, which a
-    # cluster full of train workers does not have.
-    count = len(segment)
-    dataset = ray.data.from_items([*range(count)], override_num_blocks=count).map_batches(
-        functools.partial(read_pieces, reader.part(segment), segment),
-        batch_size=None,
-        num_cpus=share.read_cpus,
-    )
-    if cfg.data.decode_in == "data":
-        # With the same number of CPUs, Ray would fuse the stages and decode a window on one core.
-        dataset = dataset.map_batches(
-            functools.partial(_decode, cfg.model, _pixel_shape(cfg)),
-            batch_size=None,
-            batch_format="pyarrow",
-            num_cpus=share.decode_cpus,
-        )
-    context = dataset.context
-    context.enable_progress_bars = False
-    context.raise_original_map_exception = True
-    context.target_max_block_size = BLOCK_BYTES
-    context.execution_options.preserve_order = True
-    context.execution_options.resource_limits = ExecutionResources.for_limits(
-        cpu=share.cpus, object_store_memory=share.object_store_bytes
-    )
-    return dataset
-
-
-def _decode(model: ModelConfig, shape: tuple[int, ...], table: pa.Table) -> pa.Table:
-    """Replaces the encoded images or videos by uint8 crops of this shape; a Ray Data task."""
-    torch.set_num_threads(1)
-    pixels = np.empty((table.num_rows, *shape), np.uint8)
-    _decode_into(model, table, pixels)
-    flat = pa.py_buffer(pixels)
-    column = pa.FixedSizeBinaryArray.from_buffers(
-        pa.binary(math.prod(shape)), table.num_rows, [None, flat]
-    )
-    encoded = "video" if "video" in table.column_names else "image"
-    return table.drop_columns([encoded]).append_column("pixels", column)
-
-
-def _decode_into(
-    model: ModelConfig,
-    table: pa.Table,
-    pixels: npt.NDArray[np.uint8],
-    pool: ThreadPoolExecutor | None = None,
-    jobs: int = 1,
-) -> None:
-    """Decodes the rows into `pixels`; only with the fit `whole` are pictures stored as strips."""
-    if model.chosen_fit != "whole" and "grid" in table.column_names:
-        table = table.drop_columns(["grid"])
-    decode_rows(table, pixels, pool, jobs, outside=mean_colour(model.mean))
+    """Yields the batches of one set."""
+    with contextlib.closing(iter_tables(cfg, reader, steps, share)) as tables:
+        for step, table in zip(steps, tables, strict=True):
+            yield to_batch(cfg, reader, table, step, pool)
 
 
 def to_batch(
     cfg: PretrainConfig, reader: Reader, table: pa.Table, step: int, pool: ThreadPoolExecutor
 ) -> dict[str, Any]:
     """Makes the batch of a step, as `train_batches` describes it, of its rows from `read_piece`."""
-    shape, rows = _pixel_shape(cfg), table.num_rows
+    shape, rows = pixel_shape(cfg), table.num_rows
     assert rows == reader.local_batch, f"{rows} rows at step {step}, not {reader.local_batch}"
     assert (table.column("step").to_numpy() == step).all(), f"out of order at step {step}"
     pixels = torch.empty((rows, *shape), dtype=torch.uint8, pin_memory=cfg.run.gpu)
-    if cfg.data.decode_in == "data":
+    if "pixels" in table.column_names:
         column = table.column("pixels").combine_chunks()
         flat_N = np.frombuffer(column.buffers()[1], np.uint8)[column.offset * math.prod(shape) :]
         np.copyto(pixels.numpy().reshape(-1), flat_N[: pixels.numel()])
     else:
         jobs = min(4 * cfg.data.decode_threads, max(1, rows // 8))
-        _decode_into(cfg.model, table, pixels.numpy(), pool, jobs)
+        decode_into(cfg.model, table, pixels.numpy(), pool, jobs)
     ids, epoch = table.column("sample_id").to_pylist(), reader.plan.locate(step)[0]
     keys_B = sample_keys(ids, cfg.run.seed, epoch)
     batch = {

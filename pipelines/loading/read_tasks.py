@@ -41,9 +41,9 @@ COLUMNS = {
     ),
 }
 """Columns that are read from the shards, by modality."""
-BLOCK_BYTES = 4 * 2**20
-"""Encoded bytes of one block: small enough for a quick first batch, and large enough that Ray's
-cost of about 5 ms a block does not matter."""
+BLOCK_BYTES = {"trainer": 32 * 2**20, "data": 4 * 2**20}
+"""Encoded bytes of one block, by where it is decoded: large enough that Ray's cost of about 5 ms a
+block does not matter, and small enough that many tasks can share the decoding of a piece."""
 PIECE_BYTES = 256 * 2**20
 """Encoded bytes of one piece. A larger window is cut into pieces. Each piece reads the window's row
 groups and keeps its own rows, so memory is bounded, but the window is read once for every piece."""
@@ -75,6 +75,12 @@ class Reader:
     def most_batches(self) -> int:
         """Number of this rank's batches in a piece of `PIECE_BYTES`."""
         return max(1, int(PIECE_BYTES / (self.row_bytes * self.local_batch)))
+
+    @property
+    def block_batches(self) -> int:
+        """Number of this rank's batches in a block of `BLOCK_BYTES`."""
+        wanted = BLOCK_BYTES[self.data.decode_in]
+        return max(1, int(wanted / (self.row_bytes * self.local_batch)))
 
     @property
     def modality(self) -> str:
@@ -116,17 +122,15 @@ def read_piece(reader: Reader, piece: Piece) -> Iterator[pa.Table]:
         piece: the batches to read.
 
     Yields:
-        Tables of about BLOCK_BYTES, each of whole batches in order. Columns are the shard's, and
-        `step`, `crop` (left, top, right, bottom, in pixels), `flipped`, the masks (flattened) and,
-        for video, `frames` (the clip's frame numbers) and, for world models, `between` (the actions
-        between them, flattened).
+        Tables of `reader.block_batches`, in order; the last one may have fewer. Columns are the
+        shard's, and `step`, `crop` (left, top, right, bottom, in pixels), `flipped`, the masks
+        (flattened) and, for video, `frames` (the clip's frame numbers) and, for world models,
+        `between` (the actions between them, flattened).
     """
     rows_N3 = lane_windows(reader.plan, piece, reader.lanes)
     table, index_N = _read_rows(reader, rows_N3)
-    row_bytes = max(1, table.column(reader.modality).nbytes // max(1, table.num_rows))
-    batches = max(1, BLOCK_BYTES // (row_bytes * reader.local_batch))
-    for first in range(piece.start, piece.stop, batches):
-        stop = min(first + batches, piece.stop)
+    for first in range(piece.start, piece.stop, reader.block_batches):
+        stop = min(first + reader.block_batches, piece.stop)
         low, high = ((b - piece.start) * reader.local_batch for b in (first, stop))
         block = table.take(pa.array(index_N[low:high]))
         yield _with_draws(reader, block, piece, first, stop)

@@ -21,8 +21,8 @@ from models.media.fit import Fit
 from models.media.preprocessing import mean_colour
 from pipelines.config.data import DataConfig
 from pipelines.config.train import ModelConfig
-from pipelines.loading.decoding import decode_rows
-from pipelines.loading.loader import _decode_into, _layout, _regions
+from pipelines.loading.decoding import decode_into, decode_rows
+from pipelines.loading.loader import _layout, _regions
 from pipelines.loading.masks.crops import fitted_crops
 from pipelines.loading.masks.layouts import make_layout
 
@@ -166,7 +166,7 @@ def test_regions_left_out_of_one_grid_change_no_pixel() -> None:
     height, width = settings.height_width
     picture, pixels = gradient(72, 128), np.empty((1, 3, height, width), np.uint8)
     rows, columns = settings.grid[:2]
-    _decode_into(settings, row_of(picture, [0, 0, 128, 72], grid=[rows, columns]), pixels)
+    decode_into(settings, row_of(picture, [0, 0, 128, 72], grid=[rows, columns]), pixels)
     plain = decoded(row_of(picture, [0, 0, 128, 72]), height, width)
     assert (pixels[0].transpose(1, 2, 0) == plain).all()
 

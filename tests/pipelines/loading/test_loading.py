@@ -28,18 +28,27 @@ from pipelines.config.data import MaskConfig
 from pipelines.config.train import PretrainConfig
 from pipelines.dataset.row_groups import read_row_group
 from pipelines.dataset.shards import hash_bytes
-from pipelines.loading import loader as loading
 from pipelines.loading import read_tasks as reading
+from pipelines.loading import tables
 from pipelines.loading.cpu_share import cluster_share
 from pipelines.loading.loader import make_reader, train_batches
 from pipelines.loading.masks.multiblock import multiblock_masks
-from pipelines.loading.prefetch import prefetch
+from pipelines.loading.plan import Piece
+from pipelines.loading.read_tasks import Reader
 from pipelines.runtime.uris import open_uri
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_samples(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _all_by_ray() -> Iterator[None]:
+    """These data sets are so small that without it Ray Data would read nothing of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "HEAD_ROWS", 0)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -142,9 +151,29 @@ def test_resume_equals_the_tail(alone: list[dict], data: str, start: int) -> Non
 def test_threads_prefetch_and_segments_change_nothing(
     alone: list[dict], data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "SEGMENT_PIECES", 2)
+    monkeypatch.setattr(tables, "SEGMENT_PIECES", 2)
     cfg = config(data, decode_threads=4, prefetch_batches=1)
     assert_equal(global_batches(cfg, 1, 0, 10), alone)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("place", ["trainer", "data"])
+@pytest.mark.parametrize(("rows", "mine"), [(1, 2), (10**6, 5)])
+def test_what_this_process_reads_itself_changes_nothing(
+    alone: list[dict], data: str, monkeypatch: pytest.MonkeyPatch, place: str, rows: int, mine: int
+) -> None:
+    """The first piece of both datasets, or all pieces."""
+    read = []
+
+    def read_piece(reader: Reader, piece: Piece) -> Iterator[pa.Table]:
+        read.append(piece)
+        return reading.read_piece(reader, piece)
+
+    monkeypatch.setattr(tables, "read_piece", read_piece)
+    monkeypatch.setattr(tables, "HEAD_ROWS", rows)
+    monkeypatch.setattr(tables, "SEGMENT_PIECES", 3)
+    assert_equal(global_batches(config(data, decode_in=place), 1, 0, 10), alone)
+    assert len(read) == mine
 
 
 @pytest.mark.ray
@@ -234,6 +263,7 @@ def test_workers_that_leave_a_quarter_cpu(alone: list[dict], data: str) -> None:
 
         def start(self, cfg: PretrainConfig, rank: int) -> None:
             torch.set_num_threads(1)
+            tables.HEAD_ROWS = 0  # in this process too
             self.share = cluster_share(cfg, 2)
             self.batches = train_batches(cfg, rank=rank, world_size=2, start_step=0, end_step=10)
 
@@ -259,36 +289,6 @@ def test_workers_that_leave_a_quarter_cpu(alone: list[dict], data: str) -> None:
     assert_equal(found, alone)
 
 
-# --- prefetching
-
-
-def test_prefetch_passes_items_and_errors_on() -> None:
-    def source() -> Iterator[int]:
-        yield from range(3)
-        raise KeyError("boom")
-
-    items = prefetch(source(), 2, lambda: None)
-    assert [next(items) for _ in range(3)] == [0, 1, 2]
-    with pytest.raises(KeyError, match="boom"):
-        next(items)
-
-
-def test_prefetch_stops_its_source_when_closed() -> None:
-    closed = []
-
-    def source() -> Iterator[int]:
-        try:
-            while True:
-                yield 1
-        finally:
-            closed.append(True)
-
-    items = prefetch(source(), 2, lambda: None)
-    next(items)
-    items.close()
-    assert closed == [True]
-
-
 @pytest.mark.parametrize("count", [130])
 def test_benchmark_pictures_and_plain_loader_still_work(tmp_path: Path, count: int) -> None:
     """The parts of benchmarks/data/loader.py that need no measurement still run."""
@@ -303,6 +303,9 @@ def test_benchmark_pictures_and_plain_loader_still_work(tmp_path: Path, count: i
     assert len({file.read_bytes() for file in files}) == count
     assert {Image.open(file).size for file in files} == {(500, 400)}
     assert bench.Photos(files)[0].shape == (3, 224, 224)
+    crop = np.zeros((3, 224, 224), np.uint8)
+    bench.Photos(files).write_crop(1, np.full(4, 0.5), crop)
+    assert crop.std() > 10
     before = bench.tree_cpu_seconds()
     sum(range(2_000_000))
     assert bench.tree_cpu_seconds() > before > 0

@@ -13,7 +13,7 @@ from helpers.waiting import LIMIT_S, wait_until
 from pipelines.config.data import MaskConfig
 from pipelines.config.train import PretrainConfig
 from pipelines.dataset.shards import read_manifest
-from pipelines.loading import cpu_share, prefetch
+from pipelines.loading import cpu_share, prefetch, tables
 from pipelines.loading.cpu_share import StarvedError
 from pipelines.loading.decoding import DecodeError
 from pipelines.loading.loader import train_batches
@@ -86,16 +86,20 @@ def test_cpus_taken_later_are_told(
         lines.append(line)
         release.set()
 
-    batches = prefetch.prefetch(slow(), 2, cpu_share.DataWatch(3, say))
+    batches = prefetch.Prefetch(slow(), 2, cpu_share.DataWatch(3, say))
     assert list(batches) == [0, 1]
     assert lines[0].startswith("worker 3 has waited for data for 0 s: 4 CPUs are free, ")
     assert ray.is_initialized()
 
 
 @pytest.mark.ray
-def test_closing_early_frees_the_cluster(data: str, ray_local: None) -> None:
+@pytest.mark.parametrize("head_rows", [0, 8192])  # while Ray Data reads, and while it starts
+def test_closing_early_frees_the_cluster(
+    data: str, ray_local: None, monkeypatch: pytest.MonkeyPatch, head_rows: int
+) -> None:
     import ray
 
+    monkeypatch.setattr(tables, "HEAD_ROWS", head_rows)
     batches = train_batches(config(data), rank=0, world_size=1, start_step=0, end_step=100_000)
     next(batches)
     batches.close()
@@ -105,7 +109,13 @@ def test_closing_early_frees_the_cluster(data: str, ray_local: None) -> None:
 # --- data and settings
 
 
+@pytest.fixture(params=[0, 8192], ids=["by Ray Data", "by this process"])
+def _reading(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "HEAD_ROWS", request.param)
+
+
 @pytest.mark.ray
+@pytest.mark.usefixtures("_reading")
 @pytest.mark.parametrize("place", ["trainer", "data"])
 def test_corrupt_image_names_the_sample(tmp_path: Path, ray_local: None, place: str) -> None:
     rows = [row_of(encode(picture(i, 20, 24), "JPEG"), f"file-{i}") for i in range(32)]
@@ -120,6 +130,7 @@ def test_corrupt_image_names_the_sample(tmp_path: Path, ray_local: None, place: 
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("_reading")
 def test_missing_shard_surfaces(tmp_path: Path, ray_local: None) -> None:
     rows = [row_of(encode(picture(i, 20, 24), "PNG"), f"file-{i}") for i in range(32)]
     data = write_rows(tmp_path, rows)
