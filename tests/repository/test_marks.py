@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -25,12 +26,22 @@ class _Item:
 
 def test_the_mark_and_the_process_follow_from_the_fixture() -> None:
     items = [_Item("tests/a.py::x", "s3", "ray_local"), _Item("tests/a.py::y", "s3")]
-    next(ray_marks.pytest_collection_modifyitems(items))
+    next(ray_marks.pytest_collection_modifyitems(SimpleNamespace(), items))
     marks = [[(mark.name, mark.args) for mark in item.marks] for item in items]
     assert marks == [
         [("ray", ()), ("xdist_group", ("ray",))],
         [("xdist_group", ("tests/a.py",))],
     ]
+
+
+def test_what_takes_longest_begins_first_and_files_stay_together() -> None:
+    program = _Item("tests/b.py::program", "tmp_path")
+    program.add_marker(pytest.mark.xdist_group("programs"))
+    others = [_Item(f"tests/{name}", "s3") for name in ("a.py::x", "a.py::y", "c.py::x")]
+    items = [*others[:2], program, others[2], _Item("tests/a.py::z", "ray_local")]
+    next(ray_marks.pytest_collection_modifyitems(SimpleNamespace(workerinput={}), items))
+    assert items[0].nodeid == "tests/a.py::z"
+    assert items[1:] == [program, *others]
 
 
 def test_the_processes_know_which_tests_belong_together(request: pytest.FixtureRequest) -> None:
