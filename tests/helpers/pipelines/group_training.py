@@ -68,6 +68,7 @@ def train_group(cfg: PretrainConfig, folder: Path, size: int, stop: int | None =
     if size == 1:
         _worker(0, *arguments)
     else:
-        # Forked from one process that has imported everything once.
-        multiprocessing.set_forkserver_preload([__name__])
+        # Forked from one process that has imported once what takes seconds. It does not know
+        # tests/, and what it does not find it leaves out without a word.
+        multiprocessing.set_forkserver_preload(["pipelines.training.trainer"])
         mp.start_processes(_worker, arguments, nprocs=size, start_method="forkserver")
