@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
-import torch
 from PIL import Image
 from rich.console import Console
 
+from helpers.embedding import embed_here
 from helpers.pipelines.loading import encode, row_of, write_rows
 from helpers.pipelines.refusals import Told, teller
 from models.artifacts.alignment import alignment_bytes, load_alignment
@@ -194,7 +193,7 @@ def test_embed_writes_aligned_embeddings(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The alignment of a checkpoint is also that of its exported artifact."""
-    monkeypatch.setattr(embed_job, "_run", run_here)
+    monkeypatch.setattr(embed_job, "_run", embed_here)
     artifact = str(tmp_path / "artifact")
     export(ExportConfig(checkpoint=small_checkpoint, out=artifact))
     cfg = EmbedConfig(
@@ -219,12 +218,3 @@ def test_embed_writes_aligned_embeddings(
         embed_job.embed(dataclasses.replace(cfg, align=None))
     with pytest.raises(ValueError, match="is for other features"):
         embed_job.embed(dataclasses.replace(cfg, exclude=(HUD,), out=str(tmp_path / "other")))
-
-
-def run_here(parts, cfg, manifest, console) -> None:
-    """In place of the actor pool: the same actor, in this process."""
-    threads = torch.get_num_threads()
-    actor = embed_job.Embedder(cfg)
-    torch.set_num_threads(threads)
-    for part in parts:
-        assert actor({"part": json.dumps(dataclasses.asdict(part))})["rows"] == part.rows

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from helpers.embedding import embed_here
 from models.artifacts.artifact import save_artifact
 from models.encoders.shape import EncoderShape
 from models.encoders.vit import VisionTransformer
@@ -45,15 +46,6 @@ def artifact(encoder: VisionTransformer, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("embed") / "artifact"
     save_artifact(folder, encoder, PREP, {"run": "r", "step": 7})
     return str(folder)
-
-
-def _run_here(parts, cfg, manifest, console) -> None:
-    """In place of the actor pool: the same actor, in this process."""
-    threads = torch.get_num_threads()
-    actor = job.Embedder(cfg)
-    torch.set_num_threads(threads)
-    for part in parts:
-        assert actor({"part": json.dumps(dataclasses.asdict(part))})["rows"] == part.rows
 
 
 def _read(out: Path, record: dict) -> pa.Table:
@@ -87,7 +79,7 @@ def test_every_row_once_in_order_with_the_encoders_values(
     assert record["manifest_hash"] == read_manifest(cifar_shards[0]).manifest_hash
 
     # Killed after the first file, the next run makes the rest only, and they are the same.
-    monkeypatch.setattr(job, "_run", _run_here)
+    monkeypatch.setattr(job, "_run", embed_here)
     one = tmp_path / "one"
     one.mkdir()
     kept, *_ = [file["file"] for file in record["files"]]
@@ -118,7 +110,7 @@ def test_a_run_on_s3_that_goes_on_finds_what_the_actors_wrote(
     for key, value in s3.items():
         monkeypatch.setenv(key, value)
     monkeypatch.setattr(embeddings, "FILE_ROWS", (100, 8192))
-    monkeypatch.setattr(job, "_run", _run_here)
+    monkeypatch.setattr(job, "_run", embed_here)
     cfg = EmbedConfig(artifact=artifact, data=cifar_shards[0], out=str(tmp_path))
     record = embed(cfg)
 
@@ -141,7 +133,7 @@ def test_patches_keep_their_shape(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(job, "_run", _run_here)
+    monkeypatch.setattr(job, "_run", embed_here)
     cfg = EmbedConfig(artifact=artifact, data=cifar_shards[1], out=str(tmp_path), pooling="patches")
     record = embed(cfg)
     table = _read(tmp_path, record)

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from helpers.embedding import embed_here
 from helpers.models.video_files import write_video
 from models.artifacts.artifact import save_artifact
 from models.encoders.shape import EncoderShape
@@ -30,7 +31,7 @@ from pipelines.config.data import ClipConfig
 from pipelines.config.ingest import IngestConfig, VideoConfig
 from pipelines.config.jobs import EmbedConfig
 from pipelines.dataset.live_set import LiveSet, Timeline
-from pipelines.dataset.shards import Manifest, hash_bytes, read_rows
+from pipelines.dataset.shards import hash_bytes, read_rows
 from pipelines.evaluation.features import extract_features
 from pipelines.loading.clips import ClipSampler
 
@@ -50,18 +51,11 @@ def cfg(
     encoder: VisionTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[EmbedConfig]:
     save_artifact(tmp_path / "artifact", encoder, PREP, {"run": "r", "step": 7})
-    monkeypatch.setattr(job, "_run", _run_here)
+    monkeypatch.setattr(job, "_run", embed_here)
     places = {"artifact": "artifact", "data": "shards", "out": "embeddings"}
     threads = torch.get_num_threads()
     yield EmbedConfig(**{name: str(tmp_path / place) for name, place in places.items()}, stride=2)
     torch.set_num_threads(threads)  # the actor takes the machine's
-
-
-def _run_here(parts: list, cfg: EmbedConfig, manifest: Manifest, console: Any) -> None:
-    """In place of the actor pool: the same actor, in this process."""
-    actor = job.Embedder(cfg)
-    for part in parts:
-        actor({"part": json.dumps(dataclasses.asdict(part))})
 
 
 def live_set(cfg: EmbedConfig) -> LiveSet:

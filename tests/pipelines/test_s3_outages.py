@@ -5,7 +5,6 @@ Ingest has a file of its own, `ingestion/test_s3_hiccups.py`.
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ import pytest
 import s3fs
 from PIL import Image
 
+from helpers.embedding import embed_here
 from helpers.pipelines.fake_training import FolderStore, change
 from helpers.s3_proxy import S3Proxy, proxied
 from models.file_systems import url_to_fs
@@ -87,13 +87,6 @@ def proxy(prepared: S3Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Prox
     prepared.end_trouble()
     yield prepared
     prepared.end_trouble()
-
-
-def embed_here(parts: Any, cfg: EmbedConfig, *_: Any) -> None:
-    """In place of the actor pool: the same actor, in this process."""
-    actor = embed_module.Embedder(cfg)
-    for part in parts:
-        actor({"part": json.dumps(dataclasses.asdict(part))})
 
 
 def run_export(out: str) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
-import json
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from helpers.embedding import embed_here
 from models.file_systems import url_to_fs
 from pipelines import embed as embed_module
 from pipelines.config.ingest import IngestConfig
@@ -38,12 +37,6 @@ def memory() -> Iterator[Any]:
     fs = fsspec.filesystem("memory")
     yield fs
     fs.rm("/other", recursive=True)
-
-
-def embed_here(parts: Any, cfg: EmbedConfig, *_: Any) -> None:
-    actor = embed_module.Embedder(cfg)
-    for part in parts:
-        actor({"part": json.dumps(dataclasses.asdict(part))})
 
 
 def test_every_command_works_there(
