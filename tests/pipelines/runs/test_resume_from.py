@@ -16,6 +16,7 @@ RUN = "s3://went-back/runs/debug"
 LIST = f"{RUN}/checkpoint_manager_snapshot.json"
 
 
+@pytest.mark.slow  # the parts: `test_run_checkpoints.py` goes back, `test_pretrain.py` resumes
 def test_a_run_on_ray_goes_on_from_the_newest_whole_checkpoint_bitwise(
     cifar_shards, s3, monkeypatch
 ):
