@@ -23,7 +23,7 @@ from pipelines.demo import embedding_folder, main
 from pipelines.embed import embed
 from pipelines.fetchers.shipped import SAMPLE_TAR, pack_sample
 
-STEPS = 20
+STEPS = 8
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("programs")]
 
