@@ -1,4 +1,4 @@
-"""The whole way on a cluster: two nodes on this host, jobs by `ray job submit`, everything on S3.
+"""Training on a cluster: two nodes on this host, a job by `ray job submit`, everything on S3.
 
 Two `ray start` nodes with ports, folder and token of their own, so that no other Ray on the host is
 touched, and moto's HTTP server as S3. The commands are those of docs/cluster.md.
@@ -30,12 +30,16 @@ import torch
 from moto.server import ThreadedMotoServer
 from PIL import Image
 
+from helpers.pipelines.ingestion import run_backwards
 from helpers.repository import ROOT
 from helpers.serve.free_ports import free_ports
 from models.artifacts.artifact import load_artifact
+from pipelines import ingest as ingest_module
+from pipelines.config.ingest import IngestConfig
 from pipelines.config.jobs import ExportConfig
 from pipelines.dataset.shards import read_manifest, verify_shards
 from pipelines.export import export
+from pipelines.ingest import ingest
 from pipelines.ingestion.staging import STAGING
 
 BUCKET = "rayjepa-cluster-test"
@@ -211,8 +215,8 @@ def test_a_command_with_another_token_is_told_so(cluster: LocalCluster, tmp_path
 
 
 @pytest.fixture(scope="module")
-def shards(cluster: LocalCluster, cifar_sample: Path) -> str:
-    """URI of 320 images, ingested by a job from a WebDataset tar on S3."""
+def shards(s3: str, cifar_sample: Path) -> str:
+    """URI of 320 images, ingested from a WebDataset tar on S3; by a job in `tests/cluster`."""
     tar = io.BytesIO()
     with tarfile.open(fileobj=tar, mode="w") as archive:
         for folder in sorted((cifar_sample / "train").iterdir()):
@@ -220,10 +224,10 @@ def shards(cluster: LocalCluster, cifar_sample: Path) -> str:
                 archive.add(path, arcname=f"{folder.name}_{path.name}")
     bucket().pipe(f"{BUCKET}/raw/sample.tar", tar.getvalue())
     uri = f"s3://{BUCKET}/shards"
-    cluster.submit(
-        *("python", "pipelines/ingest.py", "--source", f"s3://{BUCKET}/raw", "--out", uri),
-        *("--row-group-rows", "32"),
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ingest_module, "_run", run_backwards)
+        patch.setattr(ingest_module.ray, "is_initialized", lambda: True)
+        ingest(IngestConfig(source=f"s3://{BUCKET}/raw", out=uri, row_group_rows=32))
     assert verify_shards(uri).num_samples == 320
     assert not bucket().exists(f"{BUCKET}/shards/{STAGING}")
     return uri
