@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,7 +17,7 @@ from helpers.cluster.runs import CHECKPOINT_EVERY, check_samples, pretrain
 pytestmark = pytest.mark.slow
 
 WORKER = r"^ray::RayTrainWorker|^ray::_RayTrainWorker"
-GROWN = "there is room for 2 workers instead of 1"
+GROWN = re.compile(r"room for 2 workers instead of 1\n[^$]*training with 2 of [^$]*\nstep \d+/")
 
 
 @contextmanager
@@ -40,12 +41,9 @@ def test_an_elastic_run_goes_on_without_a_host(cluster: RigCluster, shards: str)
         host = cluster.rig["w2"]
         host.power_off()
         lost = watch.restarted(2 * RESTART_S)
-        alone = job.last_step()
-        assert not host.processes(WORKER)
+        assert "training with 1 of at most 2 workers" in watch.new()
         host.power_on()
-        job.wait_until(lambda _: GROWN in watch.new(), 2 * RESTART_S, "grown")
-        job.wait_for_step(alone + CHECKPOINT_EVERY, RESTART_S)
-        assert host.processes(WORKER)
+        job.wait_until(lambda _: bool(GROWN.search(watch.new())), 2 * RESTART_S, "grown")
         watch.record("one worker goes on, and two when the host is back", f"{lost} steps repeated")
 
 
