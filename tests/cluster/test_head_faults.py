@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from pathlib import Path
 
@@ -25,10 +26,11 @@ WORKERS = [url_of(ADDRESSES[name]) for name in ("w1", "w2")]
 def test_the_head_is_lost(cluster: RigCluster, shards: str, tmp_path: Path, how: str) -> None:
     """Without Redis: `ray up`, the same job and the same `serve deploy` bring everything back."""
     run = f"headless-{how}"
+    train = functools.partial(pretrain, shards, run, cpus=1)  # Serve has one of each host
     config = tmp_path / "serve.yaml"
     write_serve_config(config, upload_artifact(cluster.rig.s3, "artifacts/head"))
     cluster.serve_deploy(config)
-    job = cluster.start_job(run, *pretrain(shards, run))
+    job = cluster.start_job(run, *train())
     job.wait_for_step(30, RESTART_S)
     head = cluster.rig["head"]
     started = time.monotonic()
@@ -40,12 +42,12 @@ def test_the_head_is_lost(cluster: RigCluster, shards: str, tmp_path: Path, how:
     if how == "power":
         head.power_on()
     cluster.up()
-    again = cluster.start_job(f"{run}-2", *pretrain(shards, run, "--run.take-over"))
+    again = cluster.start_job(f"{run}-2", *train("--run.take-over"))
     again.wait_until(lambda log: RESUMED.search(log) is not None, RESTART_S, "resumed")
     seconds = time.monotonic() - started
     cluster.stop_job(again)
     stop = again.last_step() + 20
-    cluster.job(*pretrain(shards, run, "--run.stop-after", str(stop)))
+    cluster.job(*train("--run.stop-after", str(stop)))
     check_samples(cluster.rig.s3, run, stop)
     cluster.serve_deploy(config)
     embed(WORKERS[0])

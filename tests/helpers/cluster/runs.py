@@ -10,12 +10,14 @@ from helpers.cluster.s3 import BUCKET, RigS3
 CHECKPOINT_EVERY = 20
 
 
-def pretrain(shards: str, run: str, *more: str, workers: str = "2") -> tuple[str, ...]:
-    """At most one worker a host."""
+def pretrain(
+    shards: str, run: str, *more: str, workers: str = "2", cpus: int = 2
+) -> tuple[str, ...]:
+    """At most one worker a host, which has 3 CPUs; one of all must be free to read data with."""
     return (
         *("python", "pipelines/pretrain.py", "debug", "--data.train", shards),
         *("--run.storage", f"s3://{BUCKET}/runs", "--run.name", run, "--run.log-samples"),
-        *("--run.workers", workers, "--run.cpus-per-worker", "2", "--run.threads", "1"),
+        *("--run.workers", workers, "--run.cpus-per-worker", str(cpus), "--run.threads", "1"),
         *("--run.steps", "100000", "--run.max-failures", "20"),
         *("--run.log-every", str(LOG_EVERY)),
         *("--run.checkpoint-every", str(CHECKPOINT_EVERY), *more),
