@@ -40,6 +40,8 @@ def disturbed(cluster: RigCluster, run: str, command: tuple[str, ...]) -> Iterat
 def test_an_elastic_run_goes_on_without_a_host(cluster: RigCluster, shards: str) -> None:
     command = pretrain(shards, "elastic", workers="1..2")
     with disturbed(cluster, "elastic", command) as job:
+        # The hosts may have had something else to do when it started.
+        job.wait_until(lambda log: "training with 2 of" in log, RESTART_S, "of two workers")
         fault = "elastic run 1..2, a host loses power for 90 s"
         watch = Watch(job, "11", fault, "test_an_elastic_run_goes_on_without_a_host")
         host = cluster.rig["w2"]
