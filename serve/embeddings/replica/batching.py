@@ -48,7 +48,7 @@ class Batcher(Generic[Item, Result]):
         lanes: int = 1,
     ) -> None:
         self._run = run
-        self._batch_size, self._most = batch_size, max(1, batch_size // lanes)
+        self._most = max(1, batch_size // lanes)
         self._max_wait_s = max_wait_s
         self._waiting: deque[_Waiting[Item, Result]] = deque()
         self._arrived, self._turn = asyncio.Event(), asyncio.Lock()

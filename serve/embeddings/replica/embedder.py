@@ -212,11 +212,12 @@ class Embedder:
         """
         size, frames = height_width(self._card.preprocessing.image_size), self._card.frames
         image = EncoderInput(np.zeros((*size, 3), np.uint8))
-        for count in (max(1, batch_size // self._lanes.count), 1):
-            self._lanes.warm_up(partial(self._encoder.run, [(image, "mean")] * count))
+        most = max(1, batch_size // self._lanes.count)
+        one, full = (partial(self._encoder.run, [(image, "mean")] * count) for count in (1, most))
         if frames > 1:
             clip = EncoderInput(np.zeros((frames, *size, 3), np.uint8))
-            self._lanes.warm_up(partial(self._encoder.run, [(clip, "mean")]))
+            one = partial(self._encoder.run, [(image, "mean"), (clip, "mean")])
+        self._lanes.warm_up(one, full)
 
     def _metrics(self, telemetry: Any) -> None:
         registry = CollectorRegistry()

@@ -40,7 +40,8 @@ class Lanes:
         self.count = 1 if settings.gpus else min(threads, settings.batch_size, MOST_LANES)
         each, more = divmod(threads, self.count)
         self._shared = _pool([each + (lane < more) for lane in range(self.count)])
-        self._alone = _pool([threads])
+        # A GPU has one thread for all calls: another one would have memory of its own there.
+        self._alone = _pool([threads]) if self.count > 1 else self._shared
         self._begun: list[float] = []
 
     async def run(self, call: Callable[[], Result], *, is_single: bool) -> Result:
@@ -63,10 +64,10 @@ class Lanes:
         """Returns for how many seconds the oldest call has been running, or 0."""
         return time.monotonic() - min(self._begun) if self._begun else 0.0
 
-    def warm_up(self, call: Callable[[], object]) -> None:
-        """Runs a call in every thread, all at the same time, and waits."""
-        pools = [self._alone] + [self._shared] * self.count
-        for done in [pool.submit(call) for pool in pools]:
+    def warm_up(self, single: Callable[[], object], batch: Callable[[], object]) -> None:
+        """Runs a call of a single item with all threads, then one of a batch in every lane."""
+        self._alone.submit(single).result()
+        for done in [self._shared.submit(batch) for _ in range(self.count)]:
             done.result()
 
 

@@ -99,6 +99,11 @@ def test_a_lone_item_takes_all_threads_and_others_share_them() -> None:
         calls = (lanes.run(together, is_single=single) for single in singles)
         assert sorted(await asyncio.gather(*calls)) == [1, 1, 2, 2]
         assert lanes.longest_s() == 0
+        one_lane = Lanes(ServeSettings(artifact="a", threads=6, gpus=1))
+        found = {
+            await one_lane.run(threading.get_ident, is_single=single) for single in (True, False)
+        }
+        assert len(found) == 1
 
     asyncio.run(main())
     assert Lanes(ServeSettings(artifact="a", threads=6, gpus=1)).count == 1
