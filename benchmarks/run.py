@@ -162,9 +162,10 @@ def result_of(lines: Sequence[str], pattern: str) -> str:
 
 
 def commit() -> str:
-    """Returns the commit, and whether anything differs from it."""
+    """Returns the commit, and whether anything but documents differs from it."""
     short = _git("rev-parse", "--short", "HEAD")
-    return f"{short} with changes" if _git("status", "--porcelain", "-uno") else short
+    changed = _git("status", "--porcelain", "-uno", "--", ":!*.md")
+    return f"{short} with changes" if changed else short
 
 
 def _git(*arguments: str) -> str:
