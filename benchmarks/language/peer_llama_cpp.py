@@ -26,6 +26,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 KEEP = 4
+ORDINARY = 260
+"""A token of SmolLM2's vocabulary that is a word, " the"."""
 
 
 def resident_mib() -> float:
@@ -93,9 +95,10 @@ def mean_loss(server: object, passages: list[list[int]]) -> dict[str, float]:
 
 
 def likeliest(server: object, prompt: list[int], count: int) -> dict[int, float]:
-    # Reported are the probabilities before sampling, which `ignore_eos` does not change; without it
-    # a reply that would be the end token reports none.
-    request = {"prompt": prompt, "n_predict": 1, "n_probs": count, "ignore_eos": True}
+    # A reply that ends, or that ends inside a character, reports no probabilities. The reported ones
+    # are those before sampling, which a bias that forces an ordinary token does not change.
+    request = {"prompt": prompt, "n_predict": 1, "n_probs": count}
+    request |= {"logit_bias": [[ORDINARY, 100.0]], "temperature": 0.0}
     replies: list[dict] = []
     server.handle_completions(request | {"cache_prompt": True}, replies.append)
     content = replies[-1]["choices"][0]["logprobs"]["content"][0]

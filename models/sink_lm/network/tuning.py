@@ -1,7 +1,7 @@
 """Makes a loaded decoder fast on this CPU: matrices in oneDNN's layout, ways chosen by measurement.
 
-oneDNN multiplies a matrix that lies in its own blocks twice as fast as a plain one in float32 and
-1.3 times in bfloat16 (docs/language_model.md). The plain matrix is given up for it.
+oneDNN multiplies a matrix that lies in its own blocks up to twice as fast as a plain one
+(docs/language_model.md has a table). The plain matrix is given up for it.
 
 Legend: B rows (sessions of a decode batch or tokens of a chunk), I inputs, O outputs.
 """
