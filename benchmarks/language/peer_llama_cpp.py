@@ -95,8 +95,8 @@ def mean_loss(server: object, passages: list[list[int]]) -> dict[str, float]:
 
 
 def likeliest(server: object, prompt: list[int], count: int) -> dict[int, float]:
-    # A reply that ends, or that ends inside a character, reports no probabilities. The reported ones
-    # are those before sampling, which a bias that forces an ordinary token does not change.
+    # A reply that ends, or that ends inside a character, reports no probabilities. Those that are
+    # reported are the ones before sampling: a bias that forces an ordinary token changes none.
     request = {"prompt": prompt, "n_predict": 1, "n_probs": count}
     request |= {"logit_bias": [[ORDINARY, 100.0]], "temperature": 0.0}
     replies: list[dict] = []
