@@ -169,7 +169,7 @@ def test_the_critic_knows_that_a_wall_is_in_the_way() -> None:
     torch.manual_seed(0)
     memory, generator = walked(), torch.Generator().manual_seed(1)
     critic, losses = train_critic(
-        memory, CriticTraining(goals=200, steps=200, batch=512, lr=4e-3), generator
+        memory, CriticTraining(goals=100, steps=150, batch=512, lr=4e-3), generator
     )
     assert sum(losses[-20:]) < 0.05 * 20  # in units of the mean way
     (starts, goals), (near, there) = pairs(200, same=False), pairs(200, same=True)
