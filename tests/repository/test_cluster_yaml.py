@@ -243,13 +243,16 @@ def test_completion_does_not_change_what_is_written(written: dict[str, Any]) -> 
 
 
 def pretrain_commands(document: str) -> list[tuple[str, list[str]]]:
-    """(where it runs, arguments of pretrain) of every such command in a document's shell blocks."""
+    """(where it runs, arguments of pretrain) of every run in a document's shell blocks.
+
+    `--dry-run` starts none; its commands are tried in tests/pipelines/capacity.
+    """
     found = []
     for block in re.findall(r"```sh\n(.*?)```", (ROOT / document).read_text(), re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             jobs = [w for w in words if w in ("pipelines.pretrain", "pipelines/pretrain.py")]
-            if jobs:
+            if jobs and "--dry-run" not in words:
                 where = "cluster" if words[:3] == ["ray", "job", "submit"] else "laptop"
                 found.append((where, words[words.index(jobs[0]) + 1 :]))
     return found
