@@ -167,20 +167,23 @@ def cluster(s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # commits checkpoints soon: jobs last seconds
     }
-    ray_folder = Path(f"/tmp/rj{gcs}")  # its sockets' paths may have 107 characters: not pytest's
+    # Not pytest's: its sockets' paths may have 107 characters. One for each node, as on two hosts:
+    # a node unpacks a job's code anew, and takes it away from one that runs it already.
+    ray_folders = [Path(f"/tmp/rj{gcs}-{number}") for number in range(2)]
     local = LocalCluster(folder, env, f"http://127.0.0.1:{dashboard}", token)
     try:
         local.start_node(
             *("--head", f"--port={gcs}", f"--dashboard-port={dashboard}"),
-            *(f"--ray-client-server-port={client}", f"--temp-dir={ray_folder}"),
+            *(f"--ray-client-server-port={client}", f"--temp-dir={ray_folders[0]}"),
         )
         local.wait_for_nodes(1)
-        local.start_node(f"--address=127.0.0.1:{gcs}")
+        local.start_node(f"--address=127.0.0.1:{gcs}", f"--temp-dir={ray_folders[1]}")
         local.wait_for_nodes(2)
         yield local
     finally:
         local.stop()
-        shutil.rmtree(ray_folder, ignore_errors=True)
+        for ray_folder in ray_folders:
+            shutil.rmtree(ray_folder, ignore_errors=True)
 
 
 @pytest.mark.ray
