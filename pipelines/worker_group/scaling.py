@@ -12,7 +12,6 @@ import time
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
     FixedScalingPolicy,
@@ -35,7 +34,6 @@ GROW_ENV = "RAYJEPA_GROW_EVERY_S"
 GROW_S = 60.0
 WAIT_S = 1.0
 """Pause between two looks while no group can start; Ray itself would not pause."""
-ANSWER_S = 10.0
 
 
 def grow_every_s() -> float:
@@ -59,7 +57,7 @@ class FixedGroup(FixedScalingPolicy):
 class ElasticGroup(ElasticScalingPolicy):
     """A group of one of several sizes: the largest for which there is room.
 
-    Ray counts what nodes have, whoever holds it; here only what others do not hold counts.
+    What counts is what nodes have and others do not hold.
 
     Args:
         scaling_config: Ray's, with the range of workers.
@@ -72,22 +70,17 @@ class ElasticGroup(ElasticScalingPolicy):
         self._asked: str | None = None
 
     def _get_reserved_resources(self) -> Any:
-        # Ray's own answer may be 20 s old, and include nodes that are gone by then.
-        asked: Any = self._autoscaling_coordinator.get_reserved_resources
-        try:
-            found = ray.get(asked.remote(self._requester_id, recompute=True), timeout=ANSWER_S)
-        except RayError:  # the next look will do
-            return None
-        return found
+        return {}  # not None, which would be no answer; see `_count_possible_workers`
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
+        # Not by what Ray's coordinator has reserved for this job: it keeps what a job that was
+        # stopped has asked for, for three minutes, and nodes that are gone, for 20 seconds.
         group = this_group()
         need = self.scaling_config._resources_per_worker_not_none
         use = read_use(group.placement)
-        avoided = group.avoided()
         return largest_size(
             group.worth_trying(self._sizes),
-            min(super()._count_possible_workers(reserved_resources), use.fitting(need, avoided)),
+            use.fitting(need, group.avoided()),
             use.cpus - use.held_cpus,
             need.get("CPU", 0.0),
         )

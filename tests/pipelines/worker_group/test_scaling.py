@@ -44,8 +44,6 @@ class Pretended:
         monkeypatch.setattr(scaling.time, "sleep", lambda _: None)
         monkeypatch.setattr(ray, "get", lambda refs: refs)
         monkeypatch.setattr(self.policy, "_maybe_send_resource_request", lambda: None)
-        # Ray's own count goes by what nodes have, whoever holds it.
-        monkeypatch.setattr(self.policy, "_get_reserved_resources", lambda: self.use().nodes)
 
     def use(self) -> ClusterUse:
         names = [f"n{index}" for index in range(self.nodes)]
@@ -94,6 +92,17 @@ def test_what_others_hold_is_not_there(cluster: Pretended) -> None:
     assert cluster.start() == 0
     cluster.nodes = 3
     assert cluster.start() == 2
+
+
+def test_what_a_stopped_job_had_asked_for_is_there(
+    cluster: Pretended, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's coordinator keeps it for minutes, so it has nothing left for the next job."""
+    nothing_left = SimpleNamespace(remote=lambda *_, **__: {})
+    coordinator = SimpleNamespace(get_reserved_resources=nothing_left)
+    monkeypatch.setattr(ElasticGroup, "_autoscaling_coordinator", coordinator, raising=False)
+    monkeypatch.setattr(ray, "get", lambda refs, timeout=None: refs)
+    assert cluster.start() == 4
 
 
 def test_hosts_at_fault_or_about_to_go_are_not_used(cluster: Pretended, group: Group) -> None:
