@@ -37,7 +37,7 @@ def test_the_head_is_lost(cluster: RigCluster, shards: str, tmp_path: Path, how:
     if how == "power":
         head.power_off()
     else:
-        head.signal("gcs_server/gcs_server")
+        head.signal("gcs/gcs_server ")
     embed(WORKERS[0])  # the replicas do not need the head
     if how == "power":
         head.power_on()
