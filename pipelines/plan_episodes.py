@@ -36,7 +36,7 @@ from pipelines.planning.episodes import KINDS, Episodes, Tasks, draw_tasks
 from pipelines.planning.imagination import Readout, encode_walks, open_loop
 from pipelines.planning.picture import Panel, draw
 from pipelines.planning.results import gate, summary
-from pipelines.planning.rows import ROWS, Cast, play
+from pipelines.planning.rows import ROWS, Comparison, run_row
 from pipelines.runs.checkpoints import load_objective, new_objective
 from pipelines.runtime.errors import run_command
 from pipelines.runtime.places import prepare
@@ -100,7 +100,7 @@ def plan_episodes(cfg: PlanEpisodesConfig) -> dict[str, Any]:
         ValueError: It is of another objective.
     """
     cfg = prepare(cfg)
-    parts, facts = make_cast(cfg)
+    parts, facts = make_comparison(cfg)
     world = TwoRooms()
     tasks = {kind: draw_tasks(world, kind, cfg.episodes, HELD_OUT + cfg.seed) for kind in KINDS}
     played = _play_all(cfg, parts, tasks)
@@ -124,7 +124,7 @@ def plan_episodes(cfg: PlanEpisodesConfig) -> dict[str, Any]:
     return results
 
 
-def make_cast(cfg: PlanEpisodesConfig) -> tuple[Cast, dict[str, Any]]:
+def make_comparison(cfg: PlanEpisodesConfig) -> tuple[Comparison, dict[str, Any]]:
     """Loads the models, fits readout and critic, and measures what imagination is worth.
 
     Returns:
@@ -146,7 +146,7 @@ def make_cast(cfg: PlanEpisodesConfig) -> tuple[Cast, dict[str, Any]]:
     critic, _ = train_critic(memory, CriticTraining(steps=cfg.critic_steps), generator)
     seconds = time.perf_counter() - start
     readout = Readout.fit(latents_BTD.flatten(0, 1), places_BT2.flatten(0, 1))
-    parts = Cast(
+    parts = Comparison(
         model=trained,
         untrained=_world_model(new_objective(run), "--checkpoint"),
         control=control,
@@ -170,7 +170,7 @@ def _world_model(objective: torch.nn.Module, flag: str) -> WorldModel:
 
 
 def _play_all(
-    cfg: PlanEpisodesConfig, parts: Cast, tasks: dict[str, Tasks]
+    cfg: PlanEpisodesConfig, parts: Comparison, tasks: dict[str, Tasks]
 ) -> dict[tuple[str, str], tuple[Episodes, float]]:
     """Runs every row on every kind of task, in Ray tasks of `cfg.chunk` episodes."""
     import ray
@@ -178,7 +178,7 @@ def _play_all(
     from pipelines.runtime.cluster import start_ray
 
     start_ray()
-    shared, remote = ray.put(parts), ray.remote(num_cpus=1)(play)
+    shared, remote = ray.put(parts), ray.remote(num_cpus=1)(run_row)
     chunks = [slice(first, first + cfg.chunk) for first in range(0, cfg.episodes, cfg.chunk)]
     # The slowest rows first, so that none of them is left over at the end.
     running = {
@@ -198,7 +198,9 @@ def _joined(found: list[tuple[Episodes, float]]) -> tuple[Episodes, float]:
 
 
 def _panels(
-    parts: Cast, tasks: dict[str, Tasks], played: dict[tuple[str, str], tuple[Episodes, float]]
+    parts: Comparison,
+    tasks: dict[str, Tasks],
+    played: dict[tuple[str, str], tuple[Episodes, float]],
 ) -> list[Panel]:
     world, model = TwoRooms(), cast(WorldModel, parts.model)
     panels = []

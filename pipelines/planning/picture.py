@@ -6,6 +6,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -40,10 +41,7 @@ def draw(panels: Sequence[Panel], world: TwoRooms) -> bytes:
     return file.getvalue()
 
 
-def _draw_panel(axes: object, panel: Panel, world: TwoRooms) -> None:
-    from matplotlib.axes import Axes
-
-    assert isinstance(axes, Axes)
+def _draw_panel(axes: Axes, panel: Panel, world: TwoRooms) -> None:
     (left, right), (top, bottom) = world.wall, world.door
     for low, high in ((0.0, top), (bottom, float(SIDE))):
         axes.add_patch(Rectangle((left, low), right - left, high - low, color="0.75"))

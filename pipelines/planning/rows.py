@@ -38,7 +38,7 @@ ROWS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cast:
+class Comparison:
     """All that rows are made of; goes to every task once, through Ray's object store."""
 
     model: Model
@@ -56,38 +56,38 @@ class Cast:
         return [name for name in ROWS if name != "control" or self.control is not None]
 
 
-def play(cast: Cast, row: str, tasks: Tasks) -> tuple[Episodes, float]:
+def run_row(comparison: Comparison, row: str, tasks: Tasks) -> tuple[Episodes, float]:
     """Runs the episodes of a row; returns them and the seconds that they took."""
     torch.set_num_threads(1)
     world, start = TwoRooms(), time.perf_counter()
-    found = run_episodes(world, _policy(cast, row, tasks, world), tasks, cast.steps)
+    found = run_episodes(world, _policy(comparison, row, tasks, world), tasks, comparison.steps)
     return found, time.perf_counter() - start
 
 
-def _policy(cast: Cast, row: str, tasks: Tasks, world: TwoRooms) -> Policy:
+def _policy(comparison: Comparison, row: str, tasks: Tasks, world: TwoRooms) -> Policy:
     if row == "random":
-        return random_policy(world, cast.seed)
+        return random_policy(world, comparison.seed)
     if row == "map":
         return map_policy(world, tasks)
     true = TrueModel(world=world)
     models: dict[str, Model | None] = {
-        "untrained": cast.untrained,
-        "shuffled": ShuffledModel(model=cast.model),
-        "control": cast.control,
-        "ours": cast.model,
-        "ours_critic": cast.model,
+        "untrained": comparison.untrained,
+        "shuffled": ShuffledModel(model=comparison.model),
+        "control": comparison.control,
+        "ours": comparison.model,
+        "ours_critic": comparison.model,
         "oracle_cem": true,
     }
     model = models[row]
     assert model is not None, row
     observe: Callable[[Tensor], Tensor] = true.encode if row == "oracle_cem" else world.render
     agent = build_agent(
-        cast.config,
+        comparison.config,
         model,
         limit=world.shortened,
         action_width=2,
-        critic=cast.critic if row == "ours_critic" else None,
-        readout=true.encode if row == "oracle_cem" else cast.readout,
-        seed=cast.seed,
+        critic=comparison.critic if row == "ours_critic" else None,
+        readout=true.encode if row == "oracle_cem" else comparison.readout,
+        seed=comparison.seed,
     )
     return agent_policy(agent, observe, tasks)

@@ -18,7 +18,7 @@ FACTOR = 1.5
 LEAST_SHARE = 0.1
 """Share of a step that it has to cost before it counts."""
 PATIENCE = 3
-"""Number of consecutive readings, which must be at least `PATIENCE_S` apart in all."""
+"""Number of consecutive readings that a worker is named after, if they span `PATIENCE_S` too."""
 PATIENCE_S = 30.0
 """Seconds. Where readings follow one another at once, any other work on a host looks like this."""
 WAIT_SHARE = 0.5

@@ -10,15 +10,14 @@ from pathlib import Path
 import pytest
 
 from helpers.cluster.cluster import RigCluster
-from helpers.cluster.data import BATCH, SAMPLES, upload_pictures
+from helpers.cluster.data import upload_pictures
 from helpers.cluster.faults import Begin, Watch
-from helpers.cluster.jobs import ENDED, Job
+from helpers.cluster.jobs import Job
 from helpers.cluster.rig import Rig, missing, running_rig
-from helpers.cluster.runs import CHECKPOINT_EVERY, check_samples, pretrain
+from helpers.cluster.runs import disturbed, pretrain
 from helpers.cluster.s3 import BUCKET, RigS3
 
 TRANSCRIPT = "RAYJEPA_TRANSCRIPT"
-START_S = 240
 DOWN_S = 150
 """Workers end some time after `ray down`: they wait for their head."""
 
@@ -75,15 +74,8 @@ def shards(cluster: RigCluster) -> str:
 @pytest.fixture(scope="module")
 def training(cluster: RigCluster, shards: str) -> Iterator[Job]:
     """A run that all tests of a module disturb; at its end every sample is accounted for."""
-    job = cluster.start_job("disturbed", *pretrain(shards, "disturbed"))
-    job.wait_for_step(2 * CHECKPOINT_EVERY, START_S)  # its first checkpoint is committed
-    yield job
-    if job.status() not in ENDED:
-        cluster.stop_job(job)
-    # The last attempt of the chain: it ends by itself, so that the sample log is complete.
-    stop = job.last_step() + 2 * SAMPLES // BATCH
-    cluster.job(*pretrain(shards, "disturbed", "--run.stop-after", str(stop)))
-    check_samples(cluster.rig.s3, "disturbed", stop)
+    with disturbed(cluster, "disturbed", pretrain(shards, "disturbed")) as job:
+        yield job
 
 
 @pytest.fixture

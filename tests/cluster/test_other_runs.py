@@ -3,38 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 
 from helpers.cluster.cluster import RigCluster
-from helpers.cluster.data import BATCH, SAMPLES
 from helpers.cluster.faults import RESTART_S, Watch
-from helpers.cluster.jobs import ENDED, Job
-from helpers.cluster.runs import CHECKPOINT_EVERY, check_samples, pretrain
+from helpers.cluster.runs import CHECKPOINT_EVERY, WORKER, disturbed, pretrain
 
 pytestmark = pytest.mark.slow
 
-WORKER = r"^ray::RayTrainWorker|^ray::_RayTrainWorker"
 GROWN = re.compile(
     r"room for 2 workers instead of 1\n.*training with 2 of .*\nstep \d+/", re.DOTALL
 )
-
-
-@contextmanager
-def disturbed(cluster: RigCluster, run: str, command: tuple[str, ...]) -> Iterator[Job]:
-    """A run until after its first checkpoint; at its end every sample is accounted for."""
-    job = cluster.start_job(run, *command)
-    try:
-        job.wait_for_step(2 * CHECKPOINT_EVERY, RESTART_S)
-        yield job
-    finally:  # the next test needs its CPUs
-        if job.status() not in ENDED:
-            cluster.stop_job(job)
-    stop = job.last_step() + 2 * SAMPLES // BATCH
-    cluster.job(*command, "--run.stop-after", str(stop))
-    check_samples(cluster.rig.s3, run, stop)
 
 
 def test_an_elastic_run_goes_on_without_a_host(cluster: RigCluster, shards: str) -> None:

@@ -17,12 +17,10 @@ from helpers.cluster.cluster import RigCluster
 from helpers.cluster.faults import RESTART_S, Begin
 from helpers.cluster.jobs import Job
 from helpers.cluster.report import record_job
-from helpers.cluster.runs import pretrain
+from helpers.cluster.runs import WORKER, pretrain
 from helpers.cluster.s3 import RigS3
 
 pytestmark = pytest.mark.slow
-
-WORKER = r"^ray::RayTrainWorker|^ray::_RayTrainWorker"
 
 
 def test_a_worker_is_killed(cluster: RigCluster, begin: Begin) -> None:

@@ -14,9 +14,9 @@ from models.encoders.vit import VisionTransformer
 from models.planning.two_rooms import TwoRooms
 from models.planning.world_model import WorldModel
 from pipelines import plan_episodes as plan_job
-from pipelines.plan_episodes import PlanEpisodesConfig, make_cast, plan_episodes, table
+from pipelines.plan_episodes import PlanEpisodesConfig, make_comparison, plan_episodes, table
 from pipelines.planning.episodes import KINDS, Tasks, draw_tasks
-from pipelines.planning.rows import ROWS, Cast, play
+from pipelines.planning.rows import ROWS, Comparison, run_row
 from pipelines.runs.checkpoints import CheckpointError, load_encoder, load_objective
 
 TINY = {"latent_width": 8, "dynamics_width": 16, "ensemble": 2}
@@ -51,9 +51,9 @@ def test_only_a_vit_can_be_exported(checkpoint: str, tmp_path: Path) -> None:
     assert encoder(torch.zeros(2, 3, 32, 32)).shape == (2, 16, encoder.width)
 
 
-def play_here(cfg: PlanEpisodesConfig, parts: Cast, tasks: dict[str, Tasks]) -> dict:
+def play_here(cfg: PlanEpisodesConfig, parts: Comparison, tasks: dict[str, Tasks]) -> dict:
     """What Ray's tasks do, in this process."""
-    return {(row, kind): play(parts, row, tasks[kind]) for row in parts.rows for kind in KINDS}
+    return {(row, kind): run_row(parts, row, tasks[kind]) for row in parts.rows for kind in KINDS}
 
 
 def test_all_rows_are_compared_written_and_drawn(
@@ -77,7 +77,7 @@ def test_all_rows_are_compared_written_and_drawn(
 @pytest.mark.ray
 def test_tasks_play_the_episodes_that_one_process_plays(checkpoint: str, ray_local: None) -> None:
     cfg = PlanEpisodesConfig(checkpoint=checkpoint, **FEW | {"chunk": 4})
-    parts, _ = make_cast(cfg)
+    parts, _ = make_comparison(cfg)
     tasks = {kind: draw_tasks(TwoRooms(), kind, cfg.episodes, 0) for kind in KINDS}
     found, expected = plan_job._play_all(cfg, parts, tasks), play_here(cfg, parts, tasks)
     assert found.keys() == expected.keys()
@@ -89,11 +89,11 @@ def test_other_objectives_are_refused(tmp_path: Path) -> None:
     run_training(tiny_config(tmp_path, steps=4), tmp_path / "run")
     cfg = PlanEpisodesConfig(checkpoint=str(tmp_path / "run/checkpoint_00000004"), **FEW)
     with pytest.raises(ValueError, match=r"--checkpoint: IJEPA is no world model\.\nTrain one"):
-        make_cast(cfg)
+        make_comparison(cfg)
 
 
 def test_what_rows_are_made_of_is_frozen(checkpoint: str) -> None:
-    parts, facts = make_cast(PlanEpisodesConfig(checkpoint=checkpoint, **FEW))
+    parts, facts = make_comparison(PlanEpisodesConfig(checkpoint=checkpoint, **FEW))
     for network in (parts.model, parts.untrained, parts.critic):
         assert isinstance(network, torch.nn.Module)
         assert not any(p.requires_grad for p in network.parameters())

@@ -8,10 +8,10 @@ import pytest
 
 from helpers.pipelines.walks import train_on_walks, walk_config
 from models.planning.two_rooms import TwoRooms
-from pipelines.plan_episodes import HELD_OUT, PlanEpisodesConfig, make_cast
+from pipelines.plan_episodes import HELD_OUT, PlanEpisodesConfig, make_comparison
 from pipelines.planning.episodes import KINDS, draw_tasks
 from pipelines.planning.results import gate, summary
-from pipelines.planning.rows import play
+from pipelines.planning.rows import run_row
 
 EPISODES, SEED = 20, 5
 NO_REGULARISER = {
@@ -34,10 +34,10 @@ def test_a_world_model_passes_the_gate_and_one_without_regularisers_does_not(
         seed=SEED,
         critic_steps=800,
     )
-    parts, facts = make_cast(cfg)
+    parts, facts = make_comparison(cfg)
     tasks = {kind: draw_tasks(TwoRooms(), kind, EPISODES, HELD_OUT + SEED) for kind in KINDS}
     reached = {
-        row: {kind: play(parts, row, tasks[kind])[0].reached_B.numpy() for kind in KINDS}
+        row: {kind: run_row(parts, row, tasks[kind])[0].reached_B.numpy() for kind in KINDS}
         for row in parts.rows
         if row != "untrained"  # no condition reads it
     }
