@@ -26,10 +26,10 @@ import torch
 import tyro
 
 from models.planning.configurator import TaskSpec, configure
-from models.planning.critic import CriticTraining, train_critic
+from models.planning.costs.critic import CriticTraining, train_critic
 from models.planning.memory import Memory
-from models.planning.two_rooms import TwoRooms
-from models.planning.world_model import WorldModel
+from models.planning.world_model.world_model import WorldModel
+from models.planning.worlds.two_rooms import TwoRooms
 from pipelines.config.checks import require
 from pipelines.config.places import ReadPlace, WrittenPlace
 from pipelines.planning.episodes import KINDS, Episodes, Tasks, draw_tasks

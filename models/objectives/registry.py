@@ -12,7 +12,7 @@ from models.encoders.from_settings import Settings
 from models.objectives.objective import Objective, RegisteredObjective
 from models.objectives.sigreg import Regularized, sigreg_from_settings
 
-PACKAGES = ("models.objectives", "models.planning")
+PACKAGES = ("models.objectives", "models.planning.world_model")
 """Where objectives are defined; named, because planning stands above this package."""
 
 _REGISTERED: dict[str, type[RegisteredObjective]] = {}

@@ -5,7 +5,7 @@
                                  memory <- what was expected, what it cost, how wrong it was
 
 Every part is handed in and can be replaced: anything with `encode` and `rollout` is a world model,
-among them the true simulator (`two_rooms.TrueModel`), which makes the oracle that plans as we do.
+among them the true simulator (`worlds.two_rooms.TrueModel`), which makes the oracle that plans as we do.
 
 Shape legend: B episodes, S plans of each, H steps of a plan, E predictors, D latent width, A action
 width.
@@ -20,9 +20,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from models.planning.actor import Actor
+from models.planning.actors.actor import Actor
 from models.planning.configurator import AgentConfig
-from models.planning.cost import (
+from models.planning.costs.critic import Critic
+from models.planning.costs.intrinsic import (
     Future,
     Hazard,
     IntrinsicCost,
@@ -30,7 +31,6 @@ from models.planning.cost import (
     goal_distance,
     uncertainty,
 )
-from models.planning.critic import Critic
 from models.planning.memory import Memory
 
 

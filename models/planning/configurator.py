@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from models.planning.actor import Search
-from models.planning.cost import Zone
+from models.planning.actors.actor import Search
+from models.planning.costs.intrinsic import Zone
 
 ROUNDS = 3
 """Rounds of the search."""
@@ -34,7 +34,7 @@ class TaskSpec:
     caution: float = 0.0
     """Weight of the disagreement of an ensemble's predictors."""
     method: str = "cem"
-    """Method of the search, one of `models.planning.actor.METHODS`."""
+    """Method of the search, one of `models.planning.actors.actor.METHODS`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@
 
 Row t holds the place that frame t shows and the action taken there; after the last frame's action
 nothing is shown any more. The walk knows nothing of any goal. The world itself is
-`models.planning.two_rooms`.
+`models.planning.worlds.two_rooms`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from rich.progress import track
 
 from models.keyed_random.arrays import key_of
-from models.planning.two_rooms import TwoRooms
+from models.planning.worlds.two_rooms import TwoRooms
 from pipelines.ingestion.preparing.mp4 import Mp4Writer, save_array
 
 RATE = Fraction(10)

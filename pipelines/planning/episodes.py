@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from models.planning.agent import Agent
-from models.planning.two_rooms import TwoRooms
+from models.planning.worlds.two_rooms import TwoRooms
 
 LEAST_DISTANCE = 8.0
 """Least distance of start and goal, pixels. From 8 pixels a random policy finds 8% of the goals in

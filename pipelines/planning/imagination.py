@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from models.planning.agent import Model
-from models.planning.two_rooms import TwoRooms
+from models.planning.worlds.two_rooms import TwoRooms
 from pipelines.evaluation.ranks import effective_rank
 
 STEPS = (1, 5, 10, 20)

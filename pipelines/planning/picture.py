@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from models.planning.two_rooms import SIDE, TwoRooms
+from models.planning.worlds.two_rooms import SIDE, TwoRooms
 from pipelines.planning.episodes import Episodes, Tasks
 
 DRAWN = 6

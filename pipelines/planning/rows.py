@@ -11,8 +11,8 @@ from torch import Tensor
 
 from models.planning.agent import Model, ShuffledModel, build_agent
 from models.planning.configurator import AgentConfig
-from models.planning.critic import Critic
-from models.planning.two_rooms import TrueModel, TwoRooms
+from models.planning.costs.critic import Critic
+from models.planning.worlds.two_rooms import TrueModel, TwoRooms
 from pipelines.planning.episodes import (
     Episodes,
     Policy,

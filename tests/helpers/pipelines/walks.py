@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from helpers.pipelines.fake_training import FolderStore
-from models.planning.two_rooms import TwoRooms
+from models.planning.worlds.two_rooms import TwoRooms
 from pipelines.config.train import PretrainConfig
 from pipelines.recipes.planning import worldmodel_tworooms
 from pipelines.training.contract import DataSource, Worker

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.planning.actor import Actor, Search
+from models.planning.actors.actor import Actor, Search
 from models.planning.agent import Agent, ShuffledModel, build_agent
 from models.planning.configurator import TaskSpec, configure
-from models.planning.cost import (
+from models.planning.costs.critic import CriticTraining, train_critic, ways_to
+from models.planning.costs.intrinsic import (
     Future,
     Hazard,
     IntrinsicCost,
@@ -17,9 +18,8 @@ from models.planning.cost import (
     goal_distance,
     uncertainty,
 )
-from models.planning.critic import CriticTraining, train_critic, ways_to
 from models.planning.memory import Memory
-from models.planning.two_rooms import TrueModel, TwoRooms
+from models.planning.worlds.two_rooms import TrueModel, TwoRooms
 
 WORLD = TwoRooms()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from models.media.videos import decode_frames
-from models.planning.two_rooms import TwoRooms
+from models.planning.worlds.two_rooms import TwoRooms
 from pipelines.fetch import FetchConfig
 from pipelines.fetchers.two_rooms import FRAMES, fetch_tworooms
 

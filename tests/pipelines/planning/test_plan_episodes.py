@@ -11,8 +11,8 @@ import torch
 from helpers.pipelines.fake_training import run_training, tiny_config
 from helpers.pipelines.walks import train_on_walks, walk_config
 from models.encoders.vit import VisionTransformer
-from models.planning.two_rooms import TwoRooms
-from models.planning.world_model import WorldModel
+from models.planning.world_model.world_model import WorldModel
+from models.planning.worlds.two_rooms import TwoRooms
 from pipelines import plan_episodes as plan_job
 from pipelines.plan_episodes import PlanEpisodesConfig, make_comparison, plan_episodes, table
 from pipelines.planning.episodes import KINDS, Tasks, draw_tasks

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.planning.two_rooms import TrueModel, TwoRooms
+from models.planning.worlds.two_rooms import TrueModel, TwoRooms
 from pipelines.plan_episodes import PlanEpisodesConfig
 from pipelines.planning.episodes import (
     LEAST_DISTANCE,

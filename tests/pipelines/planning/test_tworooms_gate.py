@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from helpers.pipelines.walks import train_on_walks, walk_config
-from models.planning.two_rooms import TwoRooms
+from models.planning.worlds.two_rooms import TwoRooms
 from pipelines.plan_episodes import HELD_OUT, PlanEpisodesConfig, make_comparison
 from pipelines.planning.episodes import KINDS, draw_tasks
 from pipelines.planning.results import gate, summary

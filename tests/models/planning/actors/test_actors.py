@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.planning.actor import METHODS, Actor, Search, best, coloured
+from models.planning.actors.actor import METHODS, Actor, Search, best, coloured
 
 TARGETS = torch.tensor([[0.8, -0.4], [-1.0, 0.2], [0.0, 0.5]])
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.planning.two_rooms import SIDE, TwoRooms
+from models.planning.worlds.two_rooms import SIDE, TwoRooms
 
 WORLD = TwoRooms()
 

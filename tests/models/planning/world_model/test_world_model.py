@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from models.objectives.registry import build_objective
-from models.planning.perception import Keypoints
-from models.planning.two_rooms import TwoRooms
-from models.planning.world_model import WorldModel
+from models.planning.world_model.perception import Keypoints
+from models.planning.world_model.world_model import WorldModel
+from models.planning.worlds.two_rooms import TwoRooms
 from pipelines.config.objectives import ObjectiveConfig
 from pipelines.config.train import ModelConfig, PretrainConfig
 from pipelines.recipes.planning import worldmodel_tworooms

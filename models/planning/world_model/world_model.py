@@ -33,8 +33,8 @@ from models.objectives.objective import Batch, Output, RegisteredObjective
 from models.objectives.registry import register_objective
 from models.objectives.sigreg import SIGReg, sigreg_from_settings
 from models.objectives.vicreg import variance_and_covariance
-from models.planning.perception import Perception, perception_from_settings
-from models.planning.predictor import LatentPredictor
+from models.planning.world_model.perception import Perception, perception_from_settings
+from models.planning.world_model.predictor import LatentPredictor
 
 
 @dataclass(frozen=True, kw_only=True)

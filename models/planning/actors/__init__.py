@@ -1,0 +1,1 @@
+"""Actors: what chooses actions. Imports only torch."""

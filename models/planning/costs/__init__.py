@@ -1,0 +1,1 @@
+"""What imagined futures cost: intrinsic costs and the critic. Imports the memory."""

@@ -1,0 +1,1 @@
+"""Worlds that are simulated here. Imports only torch."""
