@@ -5,7 +5,7 @@
                                  memory <- what was expected, what it cost, how wrong it was
 
 Every part is handed in and can be replaced: anything with `encode` and `rollout` is a world model,
-among them the true simulator (`worlds.two_rooms.TrueModel`), which makes the oracle that plans as we do.
+among them the true simulator (`worlds.two_rooms.TrueModel`): the oracle, which plans as we do.
 
 Shape legend: B episodes, S plans of each, H steps of a plan, E predictors, D latent width, A action
 width.
