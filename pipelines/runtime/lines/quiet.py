@@ -33,6 +33,7 @@ EVERYDAY = (
     "worker processes have been started on node",
     "has been marked dead because the detector",  # `pipelines.runtime.lines.hosts` says it
     "cannot be scheduled right now",
+    "ServeController.graceful_shutdown failed",  # with which Serve's controller ends itself
 )
 """What the nodes of a cluster send to every driver and no user needs."""
 

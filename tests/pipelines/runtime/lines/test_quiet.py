@@ -86,6 +86,7 @@ def test_what_nodes_send_is_dropped_or_said_in_words(
     printed("More than 433 types of tasks seen, this may reduce performance.")
     printed("The node with node id: ab has been marked dead because the detector has missed too")
     printed("A worker died or was killed while executing a task by an unexpected system error.")
+    printed("Task ServeController.graceful_shutdown failed. There are infinite retries remaining")
     printed("2 worker(s) were killed due to the node running low on memory. Look at ...")
     printed("something else that nobody has foreseen")
     found = capsys.readouterr()
