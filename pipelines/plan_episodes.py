@@ -33,6 +33,9 @@ from models.planning.worlds.two_rooms import TwoRooms
 from pipelines.config.checks import require
 from pipelines.config.places import ReadPlace, WrittenPlace
 from pipelines.planning.episodes import KINDS, Episodes, Tasks, draw_tasks
+from pipelines.planning.games.job import GameJob, compare
+from pipelines.planning.games.job import table as game_table
+from pipelines.planning.games.worlds import GAME_WORLDS
 from pipelines.planning.imagination import Readout, encode_walks, open_loop
 from pipelines.planning.picture import Panel, draw
 from pipelines.planning.results import gate, summary
@@ -57,8 +60,8 @@ class PlanEpisodesConfig:
     control: ReadPlace | None = None
     """Checkpoint of a world model that should fail, such as one without regularisers; one more
     row."""
-    env: Literal["tworooms"] = "tworooms"
-    """The world."""
+    env: Literal["tworooms", "my_way_home", "breakout"] = "tworooms"
+    """The world. The other two are games (docs/planning_games.md)."""
     out: WrittenPlace = "plans"
     """Folder for results.json and trajectories.png."""
     episodes: int = 100
@@ -69,6 +72,8 @@ class PlanEpisodesConfig:
     """How the actor searches."""
     budget: int = 4800
     """Imagined steps that one action may cost."""
+    budgets: tuple[int, ...] = ()
+    """Games: further budgets of the row with the critic, for success by budget."""
     walks: int = 250
     """Random walks that the critic's memory and the readout of places are fitted on."""
     critic_steps: int = 1500
@@ -81,7 +86,11 @@ class PlanEpisodesConfig:
     def __post_init__(self) -> None:
         for flag in ("episodes", "steps", "walks", "critic_steps", "chunk"):
             require(getattr(self, flag) > 0, flag.replace("_", "-"), "must be positive")
-        configure(self.task)
+        for budget in (self.budget, *self.budgets):
+            configure(dataclasses.replace(self.task, budget=budget))
+        is_game = self.env in GAME_WORLDS
+        require(is_game or not self.budgets, "budgets", "is for games")
+        require(not is_game or self.control is None, "control", "is for tworooms")
 
     @property
     def task(self) -> TaskSpec:
@@ -100,6 +109,8 @@ def plan_episodes(cfg: PlanEpisodesConfig) -> dict[str, Any]:
         ValueError: It is of another objective.
     """
     cfg = prepare(cfg)
+    if cfg.env in GAME_WORLDS:
+        return _play_game(cfg)
     parts, facts = make_comparison(cfg)
     world = TwoRooms()
     tasks = {kind: draw_tasks(world, kind, cfg.episodes, HELD_OUT + cfg.seed) for kind in KINDS}
@@ -121,6 +132,29 @@ def plan_episodes(cfg: PlanEpisodesConfig) -> dict[str, Any]:
     write_atomic(fs, f"{folder}/results.json", json.dumps(results, indent=1).encode())
     picture = draw(_panels(parts, tasks, played), world)
     write_atomic(fs, f"{folder}/trajectories.png", picture)
+    return results
+
+
+def _play_game(cfg: PlanEpisodesConfig) -> dict[str, Any]:
+    """Compares in a game what plans there, and writes the results."""
+    torch.manual_seed(cfg.seed)
+    model, run, info = load_objective(cfg.checkpoint)
+    job = GameJob(
+        env=cfg.env,
+        model=_world_model(model, "--checkpoint"),
+        untrained=_world_model(new_objective(run), "--checkpoint"),
+        task=cfg.task,
+        budgets=cfg.budgets,
+        **{name: getattr(cfg, name) for name in ("episodes", "walks", "critic_steps")},
+        seed=cfg.seed,
+        chunk=cfg.chunk,
+    )
+    found, pictures = compare(job)
+    results = {"checkpoint": info["uri"], **found, "settings": dataclasses.asdict(cfg)}
+    fs, folder = open_uri(cfg.out)
+    write_atomic(fs, f"{folder}/results.json", json.dumps(results, indent=1).encode())
+    for name, picture in pictures.items():
+        write_atomic(fs, f"{folder}/{name}", picture)
     return results
 
 
@@ -222,6 +256,8 @@ def _panels(
 
 def table(results: dict[str, Any]) -> list[str]:
     """Returns the lines that the command prints."""
+    if "open_loop_px" not in results:
+        return game_table(results)
     lines = [f"{'':12} {'same room':>20} {'across rooms':>20}  seconds an episode"]
     for row, kinds in results["rows"].items():
         cells = [

@@ -20,7 +20,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from models.planning.actors.actor import Actor
+from models.planning.actors.actor import Actor, Searcher
+from models.planning.actors.categorical import CategoricalActor
 from models.planning.configurator import AgentConfig
 from models.planning.costs.critic import Critic
 from models.planning.costs.intrinsic import (
@@ -78,7 +79,7 @@ class Agent:
     def __init__(
         self,
         model: Model,
-        actor: Actor,
+        actor: Searcher,
         cost: IntrinsicCost,
         *,
         action_width: int,
@@ -169,6 +170,7 @@ def build_agent(
     action_width: int,
     critic: Critic | None = None,
     readout: Callable[[Tensor], Tensor] | None = None,
+    choices_KA: Tensor | None = None,
     seed: int = 0,
 ) -> Agent:
     """Builds an agent as the configurator asks for it.
@@ -180,6 +182,8 @@ def build_agent(
         action_width: A.
         critic: judges by the ways that it knows, instead of by distance; None judges by distance.
         readout: maps latents to places; needed where there are zones to stay out of.
+        choices_KA: the actions that there are, for games; they are searched by categorical CEM,
+            whatever the method. None where actions are numbers.
         seed: of the search.
     """
     terms: list[tuple[float, Term]] = [] if critic else [(1.0, goal_distance)]
@@ -188,9 +192,12 @@ def build_agent(
         terms.append((config.hazard_weight, Hazard(zones=config.zones, readout=readout)))
     if config.uncertainty_weight:
         terms.append((config.uncertainty_weight, uncertainty))
+    actor: Searcher = Actor(method=config.method, search=config.search, limit=limit)
+    if choices_KA is not None:
+        actor = CategoricalActor(choices_KA=choices_KA, search=config.search)
     return Agent(
         model,
-        Actor(method=config.method, search=config.search, limit=limit),
+        actor,
         IntrinsicCost(terms=tuple(terms)),
         action_width=action_width,
         critic=critic,

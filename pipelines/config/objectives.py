@@ -172,13 +172,22 @@ class MAEConfig(Settings):
 class WorldModelConfig(SIGRegConfig):
     """Settings of the world model (docs/planning.md)."""
 
-    perception: Literal["keypoints", "vit"] = "keypoints"
+    perception: Literal["keypoints", "conv", "vit"] = "keypoints"
     """worldmodel: what encodes a frame. `keypoints` is a small convolutional network that says
-    where things are, which suits worlds of moving points. `vit` is the encoder of --model.encoder,
-    and the only one that can be exported."""
+    where things are, which suits worlds of moving points. `conv` is another one, for views in which
+    everything moves. `vit` is the encoder of --model.encoder, and the only one that can be
+    exported."""
+    predictor: Literal["pooled", "block_causal"] = "pooled"
+    """worldmodel: what predicts. `pooled` has one latent a frame, which actions change.
+    `block_causal` is a transformer over the patches of all frames so far, as in V-JEPA 2-AC."""
     window: int = 9
     """worldmodel: frames of a clip. The model imagines all of them from the first, and must agree
     with what it sees."""
+    history: int = 1
+    """worldmodel: frames that a state is made of, for `pooled`: one does not say how fast things
+    move."""
+    rollout_steps: int = 2
+    """worldmodel: steps that `block_causal` imagines in training from its own predictions."""
     action_width: int = 2
     """worldmodel: numbers that describe what was done between two frames of a clip: those of one
     frame's action, times --clip.stride."""
@@ -212,11 +221,40 @@ class WorldModelConfig(SIGRegConfig):
             "objective.latent-width",
             f"keypoints have two coordinates each, so it must be even, got {self.latent_width}",
         )
+        self._check_predictor()
         require(self.dynamics_depth > 0, "objective.dynamics-depth", "must be positive")
         require(self.ensemble > 0, "objective.ensemble", "must be positive")
         for name in ("isotropy", "variance", "covariance", "smoothness", "inverse"):
             weight = getattr(self, f"{name}_weight")
             require(weight >= 0, f"objective.{name}-weight", "must be >= 0")
+
+    def _check_predictor(self) -> None:
+        require(
+            1 <= self.history < self.window,
+            "objective.history",
+            f"must be positive and below --objective.window ({self.window}), got {self.history}",
+        )
+        require(self.rollout_steps > 0, "objective.rollout-steps", "must be positive")
+        if self.predictor != "block_causal":
+            return
+        require(
+            self.perception != "keypoints",
+            "objective.predictor",
+            "block_causal needs patches: use --objective.perception conv or vit",
+        )
+        require(
+            self.history == 1, "objective.history", "is for `pooled`: block_causal sees all frames"
+        )
+        require(
+            self.rollout_steps < self.window,
+            "objective.rollout-steps",
+            f"must be below --objective.window ({self.window}), got {self.rollout_steps}",
+        )
+        require(
+            self.dynamics_width % 32 == 0,
+            "objective.dynamics-width",
+            f"block_causal needs a multiple of 32, got {self.dynamics_width}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

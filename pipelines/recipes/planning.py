@@ -80,3 +80,31 @@ def worldmodel_tworooms_vit() -> PretrainConfig:
         ),
         run=replace(base.run, name="worldmodel_tworooms_vit"),
     )
+
+
+@recipe
+def worldmodel_doom() -> PretrainConfig:
+    """A world model of the rooms of ViZDoom's `my_way_home`, seen by who walks there.
+
+    python -m pipelines.pretrain worldmodel_doom --data.train SHARDS
+
+    Ingest the output of `pipelines.fetch my_way_home` with --video.fps 10 --video.crf 8. What it
+    reaches, and how long it takes, is in docs/planning_games.md.
+    """
+    base = worldmodel_tworooms()
+    return replace(
+        base,
+        model=replace(base.model, image_size=(48, 64), mean=(0.3, 0.25, 0.2), std=(0.2, 0.2, 0.2)),
+        objective=replace(
+            base.objective,
+            perception="conv",
+            history=2,
+            action_width=7,
+            latent_width=64,
+            dynamics_width=128,
+            smoothness_weight=12.0,
+            inverse_weight=4.0,
+        ),
+        optim=replace(base.optim, lr=1e-3, start_lr=1e-5, final_lr=2e-5),
+        run=replace(base.run, name="worldmodel_doom", steps=2000),
+    )

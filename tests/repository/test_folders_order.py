@@ -63,6 +63,7 @@ ORDER = [
     "pipelines/sweeps",
     "pipelines/capacity",
     "pipelines/fetchers/games",
+    "pipelines/planning/games",
     "pipelines/fetchers",
     "serve/telemetry",
     "serve/ingress",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -50,14 +51,13 @@ class Search:
             raise ValueError("a search needs positive numbers, and no more elites than samples")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Actor:
-    """Searches by one of the methods of `METHODS`."""
+class Searcher(Protocol):
+    """What an agent asks of an actor."""
 
-    method: str = "cem"
-    search: Search = Search()
-    limit: Callable[[Tensor], Tensor] = lambda actions: actions
-    """Brings actions into the range that is allowed."""
+    @property
+    def search(self) -> Search:
+        """How long and how widely it searches."""
+        ...
 
     def plan(self, score: Score, start_BHA: Tensor, generator: torch.Generator) -> Tensor:
         """Returns the plans that were found, [B, H, A].
@@ -67,6 +67,20 @@ class Actor:
             start_BHA: plans to start from, such as what remains of the last ones.
             generator: of the samples.
         """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Actor:
+    """Searches by one of the methods of `METHODS`; a `Searcher`."""
+
+    method: str = "cem"
+    search: Search = Search()
+    limit: Callable[[Tensor], Tensor] = lambda actions: actions
+    """Brings actions into the range that is allowed."""
+
+    def plan(self, score: Score, start_BHA: Tensor, generator: torch.Generator) -> Tensor:
+        """See `Searcher.plan`."""
         return METHODS[self.method](self, score, start_BHA, generator)
 
 

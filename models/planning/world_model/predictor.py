@@ -7,7 +7,11 @@
 Actions modulate every block, as the time of a diffusion model does (AdaLN-Zero, Peebles and Xie
 2023, arXiv 2212.09748). B starts at zero, so the untrained predictor says that nothing changes.
 
-Shape legend: B rows, T steps, D latent width, A action width, P predictor width.
+With a history the state is the latents of the last frames side by side, the newest last: z is their
+newest, and A reads all of them. One frame does not say how fast things move.
+
+Shape legend: B rows, T frames or steps, D latent width, Z = history * D, A action width, P
+predictor width.
 """
 
 from __future__ import annotations
@@ -39,7 +43,30 @@ class ActionBlock(nn.Module):
         return changed_BP
 
 
-class LatentPredictor(nn.Module):
+class Dynamics(nn.Module):
+    """What actions do to latents."""
+
+    history: int
+    """Frames whose latents make a state."""
+
+    def rollout(self, state_BZ: Tensor, actions_BTA: Tensor) -> Tensor:
+        """Returns the states after each of T actions, from one to the next, [B, T, Z]."""
+        raise NotImplementedError
+
+    def errors(self, latents_BTD: Tensor, actions_BTA: Tensor) -> dict[str, Tensor]:
+        """Returns the terms of the loss by name, before their mean over clips and steps.
+
+        Args:
+            latents_BTD: of the T frames of clips.
+            actions_BTA: between them, T - 1.
+
+        Returns:
+            Errors [B, S] of S predicted frames, of which the first is frame number `history`.
+        """
+        raise NotImplementedError
+
+
+class LatentPredictor(Dynamics):
     """Predicts the next latent.
 
     Args:
@@ -47,11 +74,15 @@ class LatentPredictor(nn.Module):
         actions: A.
         width: P.
         depth: number of blocks.
+        history: frames whose latents make a state.
     """
 
-    def __init__(self, *, latent: int, actions: int, width: int, depth: int) -> None:
+    def __init__(
+        self, *, latent: int, actions: int, width: int, depth: int, history: int = 1
+    ) -> None:
         super().__init__()
-        self.embed_latent = nn.Linear(latent, width)
+        self.history, self.latent = history, latent
+        self.embed_latent = nn.Linear(history * latent, width)
         self.embed_action = nn.Sequential(nn.Linear(actions, width), nn.SiLU())
         self.blocks = nn.ModuleList(ActionBlock(width) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
@@ -59,18 +90,25 @@ class LatentPredictor(nn.Module):
         nn.init.zeros_(self.change.weight)
         nn.init.zeros_(self.change.bias)
 
-    def forward(self, latent_BD: Tensor, action_BA: Tensor) -> Tensor:
-        """Returns the latent after the action, [B, D]."""
-        hidden_BP, action_BP = self.embed_latent(latent_BD), self.embed_action(action_BA)
+    def forward(self, state_BZ: Tensor, action_BA: Tensor) -> Tensor:
+        """Returns the state after the action, [B, Z]."""
+        hidden_BP, action_BP = self.embed_latent(state_BZ), self.embed_action(action_BA)
         for block in self.blocks:
             hidden_BP = block(hidden_BP, action_BP)
-        change_BD: Tensor = self.change(self.norm(hidden_BP))
-        return latent_BD + change_BD
+        newest_BD = state_BZ[:, -self.latent :] + self.change(self.norm(hidden_BP))
+        return torch.cat([state_BZ[:, self.latent :], newest_BD], dim=-1)
 
-    def rollout(self, latent_BD: Tensor, actions_BTA: Tensor) -> Tensor:
-        """Returns the latents after each of T actions, from one to the next, [B, T, D]."""
+    def rollout(self, state_BZ: Tensor, actions_BTA: Tensor) -> Tensor:
+        """See `Dynamics.rollout`."""
         found = []
         for action_BA in actions_BTA.unbind(1):
-            latent_BD = self(latent_BD, action_BA)
-            found.append(latent_BD)
+            state_BZ = self(state_BZ, action_BA)
+            found.append(state_BZ)
         return torch.stack(found, dim=1)
+
+    def errors(self, latents_BTD: Tensor, actions_BTA: Tensor) -> dict[str, Tensor]:
+        """See `Dynamics.errors`: the squared error of all frames, imagined from the first ones."""
+        h = self.history
+        future_BTZ = self.rollout(latents_BTD[:, :h].flatten(1), actions_BTA[:, h - 1 :])
+        wrong_BTD = future_BTZ[..., -self.latent :] - latents_BTD[:, h:]
+        return {"prediction": wrong_BTD.square().mean(-1)}

@@ -15,8 +15,13 @@ the batch, step by step, and averaged over steps.
 With E predictors in the ensemble each is trained on its own rollout, and their disagreement says
 how far an imagined future can be trusted.
 
-Shape legend: B clips, C = 3 channels, T frames, H and W pixels, D latent width, A action width,
-E predictors.
+With a history, a state is the latents of the last h frames side by side, and clips are imagined
+from their first h frames. With the predictor over patches (`block_causal`) a frame has a latent of
+its own for every patch; the regularisers take patches as rows, and the prediction's loss is that of
+`BlockCausalPredictor`.
+
+Shape legend: B clips or rows, C = 3 channels, T frames, H and W pixels, N latents of a frame, L
+latent width, D = N * L, h frames of history, Z = h * D, A action width, E predictors.
 """
 
 from __future__ import annotations
@@ -33,8 +38,9 @@ from models.objectives.objective import Batch, Output, RegisteredObjective
 from models.objectives.registry import register_objective
 from models.objectives.sigreg import SIGReg, sigreg_from_settings
 from models.objectives.vicreg import variance_and_covariance
+from models.planning.world_model.block_causal import BlockCausalPredictor
 from models.planning.world_model.perception import Perception, perception_from_settings
-from models.planning.world_model.predictor import LatentPredictor
+from models.planning.world_model.predictor import Dynamics, LatentPredictor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +71,7 @@ class WorldModel(RegisteredObjective):
     def __init__(
         self,
         perception: Perception,
-        predictors: list[LatentPredictor],
+        predictors: list[Dynamics],
         sigreg: SIGReg,
         *,
         actions: int,
@@ -76,9 +82,9 @@ class WorldModel(RegisteredObjective):
         super().__init__()
         self.perception, self.predictors = perception, nn.ModuleList(predictors)
         self.sigreg, self.weights, self.actions = sigreg, weights, actions
-        width = perception.width
+        width, seen = perception.width, 2 * perception.grid.tokens * perception.width
         self.inverse = nn.Sequential(
-            nn.Linear(2 * width, 2 * width), nn.ReLU(), nn.Linear(2 * width, actions)
+            nn.Linear(seen, 2 * width), nn.ReLU(), nn.Linear(2 * width, actions)
         )
         self.mean: Tensor
         self.std: Tensor
@@ -89,15 +95,9 @@ class WorldModel(RegisteredObjective):
     def from_settings(cls, model: Settings, objective: Settings) -> Self:
         """See `RegisteredObjective.from_settings`."""
         perception = perception_from_settings(model, objective)
-        sizes = {
-            "latent": perception.width,
-            "actions": objective["action_width"],
-            "width": objective["dynamics_width"],
-            "depth": objective["dynamics_depth"],
-        }
         return cls(
             perception,
-            [LatentPredictor(**sizes) for _ in range(objective["ensemble"])],
+            [_dynamics(perception, objective) for _ in range(objective["ensemble"])],
             sigreg_from_settings(objective),
             actions=objective["action_width"],
             weights=Weights(**{name: objective[f"{name}_weight"] for name in vars(Weights())}),
@@ -125,42 +125,50 @@ class WorldModel(RegisteredObjective):
         """The latents."""
         return {"latent": self.perception.width}
 
+    @property
+    def history(self) -> int:
+        """h, frames that a state is made of."""
+        return cast(Dynamics, self.predictors[0]).history
+
     def forward(self, batch: Batch) -> Output:
         """Computes the loss of clips uint8 [B, C, T, H, W] and actions [B, T - 1, A].
 
         Actions are NaN where a clip has ended; these steps do not count.
         """
         clips_BCTHW, actions_BTA = batch["clips"], batch["actions"]
-        latents_BTD = self.encode(clips_BCTHW.transpose(1, 2).flatten(0, 1))
-        latents_BTD = latents_BTD.view(len(clips_BCTHW), -1, self.perception.width)
+        latents = self._perceive(clips_BCTHW.transpose(1, 2).flatten(0, 1))
+        latents_BTD = latents.view(len(clips_BCTHW), -1, latents.shape[-1])
         with torch.autocast(latents_BTD.device.type, enabled=False):
             latents_BTD = latents_BTD.float()
             loss, metrics = self.compare(latents_BTD, actions_BTA)
-        return Output(loss, metrics, {"latent": latents_BTD.flatten(0, 1)})
+        return Output(loss, metrics, {"latent": latents_BTD.reshape(-1, self.perception.width)})
 
     def compare(self, latents_BTD: Tensor, actions_BTA: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss of latents and the actions between them, and its parts, detached."""
         real_BT = ~actions_BTA.isnan().any(-1)
         actions_BTA = actions_BTA.nan_to_num()
-        share_BT = real_BT / real_BT.sum().clamp(min=1)  # of each real step in a mean over them
 
-        def over_steps(errors_BTX: Tensor) -> Tensor:
-            return (errors_BTX.square().mean(-1) * share_BT).sum()
+        def over_steps(errors_BT: Tensor, first: int = 0) -> Tensor:
+            """The mean over real steps, the first error being that of step number `first`."""
+            counted_BT = real_BT[:, first : first + errors_BT.shape[1]]
+            return (errors_BT * (counted_BT / counted_BT.sum().clamp(min=1))).sum()
 
-        future_EBTD = self.rollout(latents_BTD[:, 0], actions_BTA)
         change_BTD = latents_BTD[:, 1:] - latents_BTD[:, :-1]
         pairs_BTX = torch.cat([latents_BTD[:, :-1], latents_BTD[:, 1:]], dim=-1)
         parts = {
-            "prediction": torch.stack(
-                [over_steps(future_BTD - latents_BTD[:, 1:]) for future_BTD in future_EBTD]
-            ).mean(),
-            "smoothness": over_steps(change_BTD),
-            "inverse": over_steps(self.inverse(pairs_BTX) - actions_BTA),
+            "smoothness": over_steps(change_BTD.square().mean(-1)),
+            "inverse": over_steps((self.inverse(pairs_BTX) - actions_BTA).square().mean(-1)),
         }
-        steps = latents_BTD.unbind(1)
+        members = cast(Sequence[Dynamics], self.predictors)
+        errors = [one.errors(latents_BTD, actions_BTA) for one in members]
+        for name in errors[0]:
+            of = [over_steps(one[name], self.history - 1) for one in errors]
+            parts[name] = torch.stack(of).mean()
+        steps = latents_BTD.unflatten(-1, (-1, self.perception.width)).unbind(1)
+        rows = [step_BNL.flatten(0, 1) for step_BNL in steps]
         if self.weights.isotropy:
-            parts["isotropy"] = torch.stack([self.sigreg(step_BD) for step_BD in steps]).mean()
-        spread = [variance_and_covariance(step_BD) for step_BD in steps]
+            parts["isotropy"] = torch.stack([self.sigreg(rows_ML) for rows_ML in rows]).mean()
+        spread = [variance_and_covariance(rows_ML) for rows_ML in rows]
         for name, values in zip(("variance", "covariance"), zip(*spread, strict=True), strict=True):
             parts[name] = torch.stack(values).mean()
         weighted = {name: getattr(self.weights, name, 1.0) * part for name, part in parts.items()}
@@ -169,16 +177,54 @@ class WorldModel(RegisteredObjective):
         }
 
     def encode(self, frames_BCHW: Tensor) -> Tensor:
-        """Encodes frames, uint8 [B, C, H, W], as latents [B, D]."""
+        """Encodes what is seen as states [B, Z].
+
+        Args:
+            frames_BCHW: uint8 [B, h * 3, H, W], the last h frames one after the other, the newest
+                last; or [B, 3, H, W], a frame in which nothing moves.
+        """
+        frames_BhCHW = frames_BCHW.unflatten(1, (-1, 3))
+        latents_BhD = self._perceive(frames_BhCHW.flatten(0, 1)).unflatten(
+            0, frames_BhCHW.shape[:2]
+        )
+        if latents_BhD.shape[1] == 1:
+            latents_BhD = latents_BhD.expand(-1, self.history, -1)
+        return latents_BhD.flatten(1)
+
+    def rollout(self, states_BZ: Tensor, actions_BTA: Tensor) -> Tensor:
+        """Imagines what T actions lead to, by each predictor of the ensemble, [E, B, T, Z]."""
+        members = cast(Sequence[Dynamics], self.predictors)
+        return torch.stack([one.rollout(states_BZ, actions_BTA) for one in members])
+
+    def _perceive(self, frames_BCHW: Tensor) -> Tensor:
+        """Returns the latents of single frames, uint8 [B, 3, H, W], as [B, D]."""
         pixels = (frames_BCHW.float() / 255 - self.mean) / self.std
         found: Tensor = self.perception(pixels)
         return found
 
-    def rollout(self, latents_BD: Tensor, actions_BTA: Tensor) -> Tensor:
-        """Imagines what T actions lead to, by each predictor of the ensemble, [E, B, T, D]."""
-        members = cast(Sequence[LatentPredictor], self.predictors)
-        return torch.stack([one.rollout(latents_BD, actions_BTA) for one in members])
-
     def after_step(self, step: int, total_steps: int) -> None:
         """Draws new slices for the next step."""
         self.sigreg.advance()
+
+
+def _dynamics(perception: Perception, objective: Settings) -> Dynamics:
+    """Builds the predictor that `objective["predictor"]` names, with fresh weights."""
+    actions, width = objective["action_width"], objective["dynamics_width"]
+    depth = objective["dynamics_depth"]
+    if objective["predictor"] == "block_causal":
+        return BlockCausalPredictor(
+            grid=perception.grid,
+            latent=perception.width,
+            actions=actions,
+            width=width,
+            depth=depth,
+            context=objective["window"] - 1,
+            steps=objective["rollout_steps"],
+        )
+    return LatentPredictor(
+        latent=perception.width,
+        actions=actions,
+        width=width,
+        depth=depth,
+        history=objective["history"],
+    )

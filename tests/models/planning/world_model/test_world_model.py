@@ -153,3 +153,65 @@ def test_without_a_regulariser_the_latents_collapse_and_with_one_they_do_not() -
     collapsed, kept = trained(60, **none)[0], trained(60)[0]
     assert spread(collapsed) < 0.01
     assert spread(kept) > 0.1
+
+
+@pytest.mark.parametrize("predictor", ["pooled", "block_causal"])
+@pytest.mark.parametrize("perception", ["conv", "vit"])
+def test_latents_of_patches_or_frames_get_gradients(perception: str, predictor: str) -> None:
+    model = made(perception=perception, predictor=predictor, dynamics_width=32)
+    output = model(walks(4, 4))
+    output.loss.backward()
+    patches = 16 if predictor == "block_causal" else 1
+    assert model.encode(walks(3, 1)["clips"][:, :, 0]).shape == (3, patches * 8)
+    assert output.monitored["latent"].shape == (20 * patches, 8)
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    # Before training the change is zero, and so are the gradients of what leads to it, not None.
+    assert not without
+    assert ("rollout" in output.metrics) == (predictor == "block_causal")
+
+
+def test_patches_are_rows_of_the_regularisers() -> None:
+    model, batch = made(perception="conv", predictor="block_causal", dynamics_width=32), walks(5, 4)
+    rows = [
+        model.encode(frame).view(5 * 16, 8) for frame in batch["clips"].transpose(1, 2).unbind(1)
+    ]
+    expected = torch.stack([(1 - (z.var(0) + 1e-4).sqrt()).clamp(min=0).mean() for z in rows])
+    torch.testing.assert_close(model(batch).metrics["variance"], expected.mean().detach())
+
+
+def test_a_state_is_the_latents_of_the_last_frames() -> None:
+    model, batch = made(history=3), walks(4, 4)
+    torch.nn.init.normal_(model.predictors[0].change.weight, std=0.1)
+    frames = batch["clips"].transpose(1, 2)
+    stacked = model.encode(frames[:, 1:4].flatten(1, 2))
+    alone = [model.encode(frames[:, t]) for t in (1, 2, 3)]
+    for place, one in enumerate(alone):
+        # A single frame stands for one in which nothing moves.
+        torch.testing.assert_close(one, one[:, :8].repeat(1, 3))
+        torch.testing.assert_close(stacked[:, 8 * place : 8 * place + 8], one[:, :8])
+    future = model.rollout(stacked, batch["actions"][:, :2])[0]
+    torch.testing.assert_close(future[:, 0, :16], stacked[:, 8:])
+    torch.testing.assert_close(future[:, 1, :16], future[:, 0, 8:])
+    moved = torch.cat([stacked[:, :8] + 1, stacked[:, 8:]], 1)  # the oldest frame counts too
+    assert not torch.allclose(model.rollout(moved, batch["actions"][:, :2])[0, :, 0, 16:],
+                              future[:, 0, 16:])  # fmt: skip
+
+
+def test_with_a_history_the_loss_counts_from_the_first_whole_state() -> None:
+    model, batch = made(history=3), walks(6, 4)
+    torch.nn.init.normal_(model.predictors[0].change.weight, std=0.1)
+    z = torch.stack([model.encode(f)[:, :8] for f in batch["clips"].transpose(1, 2).unbind(1)], 1)
+    state, errors = z[:, :3].flatten(1), []
+    for t in (2, 3):
+        state = model.predictors[0](state, batch["actions"][:, t])
+        errors.append((state[:, -8:] - z[:, t + 1]).square().mean())
+    expected = torch.stack(errors).mean().detach()
+    torch.testing.assert_close(model(batch).metrics["prediction"], expected)
+    batch["actions"][2, 3] = torch.nan  # that clip ends before its last frame
+    batch["clips"][2, :, 4] = 255 - batch["clips"][2, :, 4]
+    counted = torch.ones(6, 2, dtype=torch.bool)
+    counted[2, 1] = False
+    z = torch.stack([model.encode(f)[:, :8] for f in batch["clips"].transpose(1, 2).unbind(1)], 1)
+    future = model.rollout(z[:, :3].flatten(1), batch["actions"][:, 2:].nan_to_num())[0]
+    wrong = (future[..., -8:] - z[:, 3:]).square().mean(-1)[counted].mean()
+    torch.testing.assert_close(model(batch).metrics["prediction"], wrong.detach())

@@ -1,0 +1,1 @@
+"""Games as worlds that an agent plans in. Imports `pipelines.fetchers.games`."""

@@ -1,0 +1,93 @@
+"""The rows that are compared in a game, and one part of one row as a Ray task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from models.planning.agent import ShuffledModel, build_agent
+from models.planning.configurator import AgentConfig
+from models.planning.costs.critic import Critic
+from models.planning.world_model.world_model import WorldModel
+from pipelines.planning.games.floor_plan import FloorPlan
+from pipelines.planning.games.navigation import (
+    Episode,
+    Policy,
+    Task,
+    agent_policy,
+    map_policy,
+    random_policy,
+    run_episode,
+)
+from pipelines.planning.games.worlds import GAME_WORLDS, Player
+
+ROWS = {
+    "random": "choices at random, each held for some steps",
+    "untrained": "the same agent with a model of fresh weights",
+    "shuffled": "the trained model, imagining with the actions of other candidates",
+    "ours": "the trained model, judged by distance in its latents",
+    "ours_critic": "the trained model, judged by the critic",
+    "map": "the shortest way, by who knows map and place",
+}
+"""The rows in the order in which they are printed, and what each one is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GameComparison:
+    """All that rows are made of; goes to every task once, through Ray's object store."""
+
+    env: str
+    model: WorldModel
+    untrained: WorldModel
+    critic: Critic
+    plan: FloorPlan
+    configs: Mapping[int, AgentConfig]
+    """Settings of the agent by budget; all rows have the first, `ours_critic` every one."""
+    steps: int
+
+    @property
+    def rows(self) -> list[tuple[str, int]]:
+        """The rows, each with its budget."""
+        first, *more = self.configs
+        return [(row, first) for row in ROWS] + [("ours_critic", budget) for budget in more]
+
+
+def run_part(comparison: GameComparison, row: str, budget: int, tasks: list[Task]) -> list[Episode]:
+    """Runs some episodes of a row, one after the other in one engine."""
+    torch.set_num_threads(1)
+    player = GAME_WORLDS[comparison.env].start()
+    try:
+        return [
+            run_episode(
+                player,
+                comparison.plan,
+                _policy(comparison, row, budget, task, player),
+                task,
+                comparison.steps,
+            )
+            for task in tasks
+        ]
+    finally:
+        player.close()
+
+
+def _policy(
+    comparison: GameComparison, row: str, budget: int, task: Task, player: Player
+) -> Policy:
+    if row == "random":
+        return random_policy(len(player.choices_KA), task.seed)
+    if row == "map":
+        return map_policy(comparison.plan, task)
+    model = comparison.untrained if row == "untrained" else comparison.model
+    agent = build_agent(
+        comparison.configs[budget],
+        ShuffledModel(model=model) if row == "shuffled" else model,
+        limit=lambda actions: actions,
+        action_width=player.choices_KA.shape[1],
+        critic=comparison.critic if row == "ours_critic" else None,
+        choices_KA=torch.from_numpy(player.choices_KA),
+        seed=task.seed,
+    )
+    return agent_policy(agent, model.history, player.choices_KA, task)
