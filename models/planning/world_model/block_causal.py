@@ -88,7 +88,7 @@ class BlockCausalPredictor(Dynamics):
             actions_BTA: what was done at each of them.
         """
         B, T, _ = latents_BTD.shape
-        patches_BTNL = latents_BTD.unflatten(-1, (self.patches, -1))
+        patches_BTNL = latents_BTD.view(B, T, self.patches, -1)
         patches_BTNP = self.embed_patch(patches_BTNL) + self.places_TNP[:T]
         # An action stands at the mean place of its frame, which says when it was.
         actions_BT1P = (self.embed_action(actions_BTA) + self.places_TNP[:T].mean(1))[:, :, None]

@@ -164,8 +164,8 @@ class WorldModel(RegisteredObjective):
         for name in errors[0]:
             of = [over_steps(one[name], self.history - 1) for one in errors]
             parts[name] = torch.stack(of).mean()
-        steps = latents_BTD.unflatten(-1, (-1, self.perception.width)).unbind(1)
-        rows = [step_BNL.flatten(0, 1) for step_BNL in steps]
+        width = self.perception.width
+        rows = [step_BD.reshape(-1, width) for step_BD in latents_BTD.unbind(1)]
         if self.weights.isotropy:
             parts["isotropy"] = torch.stack([self.sigreg(rows_ML) for rows_ML in rows]).mean()
         spread = [variance_and_covariance(rows_ML) for rows_ML in rows]
@@ -183,13 +183,10 @@ class WorldModel(RegisteredObjective):
             frames_BCHW: uint8 [B, h * 3, H, W], the last h frames one after the other, the newest
                 last; or [B, 3, H, W], a frame in which nothing moves.
         """
-        frames_BhCHW = frames_BCHW.unflatten(1, (-1, 3))
-        latents_BhD = self._perceive(frames_BhCHW.flatten(0, 1)).unflatten(
-            0, frames_BhCHW.shape[:2]
-        )
-        if latents_BhD.shape[1] == 1:
-            latents_BhD = latents_BhD.expand(-1, self.history, -1)
-        return latents_BhD.flatten(1)
+        B, channels, H, W = frames_BCHW.shape
+        latents = self._perceive(frames_BCHW.reshape(-1, 3, H, W))
+        states_BZ = latents.view(B, -1)
+        return states_BZ.repeat(1, self.history) if channels == 3 else states_BZ
 
     def rollout(self, states_BZ: Tensor, actions_BTA: Tensor) -> Tensor:
         """Imagines what T actions lead to, by each predictor of the ensemble, [E, B, T, Z]."""

@@ -48,7 +48,7 @@ def stacked(frames_THW3: U8, history: int) -> Tensor:
 def encode_walk(model: WorldModel, walk: Walk) -> Tensor:
     """Returns the states of a walk's frames, [T, Z]."""
     seen = stacked(walk.frames_THW3, model.history)
-    return torch.cat([model.encode(part) for part in seen.split(ENCODED)])
+    return torch.cat([model.encode(part) for part in torch.split(seen, ENCODED)])
 
 
 def fit_readout(world: GameWorld, states: Sequence[Tensor], walks: Sequence[Walk]) -> Readout:

@@ -63,7 +63,8 @@ def walk(player: Player, seed: int, frames: int = FRAMES) -> Walk:
     rng = np.random.default_rng(seed)
     player.reset(int(rng.integers(2**31)))
     choose = HeldChoices(len(player.choices_KA), rng)
-    seen, pressed, places = [], [], []
+    seen: list[U8] = []
+    pressed, places = list[F32](), list[F32]()
     goes_on = True
     while goes_on and len(seen) < frames:
         choice = choose()

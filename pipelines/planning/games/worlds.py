@@ -97,7 +97,8 @@ class Player:
     def places(self) -> F32:
         """Returns where things are now, [P]."""
         states_1V = np.array([self._game.state()], np.float32)
-        return self.world.places(states_1V, self._game.variables)[0]
+        places_P: F32 = self.world.places(states_1V, self._game.variables)[0]
+        return places_P
 
     def step(self, choice: int) -> bool:
         """Holds a choice for one step; returns whether the episode goes on."""
