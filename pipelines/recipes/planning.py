@@ -94,7 +94,9 @@ def worldmodel_doom() -> PretrainConfig:
     base = worldmodel_tworooms()
     return replace(
         base,
-        model=replace(base.model, image_size=(48, 64), mean=(0.25, 0.18, 0.17), std=(0.17, 0.16, 0.17)),
+        model=replace(
+            base.model, image_size=(48, 64), mean=(0.25, 0.18, 0.17), std=(0.17, 0.16, 0.17)
+        ),
         objective=replace(
             base.objective,
             perception="conv",
