@@ -21,10 +21,19 @@ from pathlib import Path
 NAME = re.compile(r"rayjepa-(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<start>\d+)-.+")
 
 
+def host_name() -> str:
+    """Returns this host's name, as text that every line, file and digest can hold.
+
+    The kernel takes any 64 bytes for a name. What is no letter or sign in UTF-8 becomes U+FFFD.
+    """
+    name = os.fsencode(socket.gethostname()).decode(errors="replace")
+    return "".join(sign if sign.isprintable() else "\ufffd" for sign in name)
+
+
 def machine() -> str:
     """Returns 8 hex digits for this host, its boot, and the namespace in which pids count."""
     boot, space = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
-    parts = [socket.gethostname()]
+    parts = [host_name()]
     if boot.exists():
         parts += [boot.read_text().strip(), str(space.readlink())]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:8]

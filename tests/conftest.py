@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.own_ray import FRUGAL
 from helpers.ray_marks import (  # noqa: F401 (a hook and a fixture of every test)
     only_marked_tests_start_ray,
     pytest_collection_modifyitems,
@@ -20,11 +21,18 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """One thread here and in programs that tests start, since waiting threads burn CPU time."""
+def _frugal() -> Iterator[None]:
+    """Here and in all programs that tests start: what costs CPU time for nothing is left out.
+
+    Waiting threads burn it. A program that may not keep what it has compiled compiles our modules
+    at every start, and so does every worker of Ray. Settings of Ray are in `helpers.own_ray`.
+    """
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+        for key, value in FRUGAL.items():
+            patch.setenv(key, value)
         yield
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from pipelines.capacity.constants import Constant, measured_rate
+from pipelines.worker_group.interface import use_interface_of
 
 EXCHANGED_BYTES, ROUNDS = 2**25, 8
 
@@ -40,6 +41,7 @@ def measure_exchange(workers: int) -> Constant:
 
 def _exchange(rank: int, workers: int, port: int, queue: object) -> None:
     torch.set_num_threads(1)
+    use_interface_of()
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=workers)
     values = torch.ones(EXCHANGED_BYTES // 4)

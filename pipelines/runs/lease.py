@@ -15,13 +15,12 @@ import datetime as dt
 import json
 import math
 import os
-import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 
-from models.scratch import is_alive, machine, start_of
+from models.scratch import host_name, is_alive, machine, start_of
 from pipelines.runs.lease_file import TakenError, lease_file
 
 NAME = "lease.json"
@@ -73,7 +72,7 @@ def this_process() -> Holder:
     return Holder(
         token=uuid.uuid4().hex,
         job=str(job.get("job_submission_id", "")),
-        host=socket.gethostname(),
+        host=host_name(),
         machine=machine(),
         pid=os.getpid(),
         started=start_of(os.getpid()),

@@ -228,9 +228,8 @@ def _fit_from(
 
 
 def _fit(cfg: PretrainConfig, lease: Lease, callbacks: Sequence[Any], stream: Any) -> Outcome:
-    from ray.train.torch import TorchConfig
-
     from pipelines.training.worker import say_into, train_worker
+    from pipelines.worker_group.backend import NodeTorchConfig
     from pipelines.worker_group.trainer import GroupTrainer, group_watch, scaling_of
 
     scaling = scaling_of(cfg)
@@ -239,7 +238,7 @@ def _fit(cfg: PretrainConfig, lease: Lease, callbacks: Sequence[Any], stream: An
         trainer = GroupTrainer(
             functools.partial(train_worker, cfg, queue, lease.token),
             # With GPUs too, gloo is needed for CPU tensors: messages between the processes.
-            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if cfg.run.gpu else "gloo"),
+            torch_config=NodeTorchConfig(backend="cpu:gloo,cuda:nccl" if cfg.run.gpu else "gloo"),
             scaling_config=scaling,
             run_config=_run_config(cfg, [group_watch(cfg, say), *callbacks]),
             sizes=cfg.group_sizes,

@@ -36,6 +36,7 @@ from models.objectives.objective import Objective
 from models.shards import whole
 from pipelines.config.train import PretrainConfig
 from pipelines.training.contract import Say, Worker
+from pipelines.worker_group.interface import use_interface_of
 
 
 @contextlib.contextmanager
@@ -44,6 +45,7 @@ def processes(cfg: PretrainConfig) -> Iterator[None]:
     alone = cfg.run.parallel != "ddp" and not dist.is_initialized()
     if alone:
         backend = "cpu:gloo,cuda:nccl" if cfg.run.gpu else "gloo"
+        use_interface_of()
         store = dist.HashStore()  # type: ignore[attr-defined]  # as its documentation names it
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:

@@ -31,7 +31,6 @@ class Host:
     node: str
     """Ray's id of the node."""
     address: str
-    name: str = ""
 
     def __str__(self) -> str:
         return self.address
@@ -148,7 +147,7 @@ class GroupWatch(WorkerGroupCallback, ReportCallback):
 
 def _host(worker: Any) -> Host:
     told = worker.metadata
-    return Host(node=told.node_id, address=told.node_ip, name=told.hostname)
+    return Host(node=told.node_id, address=told.node_ip)
 
 
 def size_line(hosts: Mapping[int, Host], before: int, most: int) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from models.scratch import host_name
 from pipelines.runtime.faults import faults_of
 from pipelines.worker_group.failures import FULL, FULL_TEXT
 
@@ -78,7 +78,7 @@ def here() -> str:
     """Returns the address and the name of this host."""
     import ray
 
-    name = socket.gethostname()
+    name = host_name()
     if not ray.is_initialized():
         return name
     address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]

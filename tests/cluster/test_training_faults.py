@@ -155,14 +155,25 @@ def test_s3_spoils_requests_in_training(
     assert s3.proxy.spoiled
 
 
-def test_a_disk_is_full(cluster: RigCluster, begin: Begin) -> None:
-    watch = begin("9", "disk of a host full for 60 s")
+@pytest.mark.parametrize(
+    ("number", "fault", "folder", "seconds"),
+    [
+        ("9", "disk of a host full", "/tmp", 60),
+        ("own 5", "shared memory of a host full", "/dev/shm", 30),
+    ],
+    ids=["disk", "shared memory"],
+)
+def test_a_file_system_is_full(
+    cluster: RigCluster, begin: Begin, number: str, fault: str, folder: str, seconds: int
+) -> None:
+    """Checkpoints of a host whose disk is full fail until there is room."""
+    watch = begin(number, f"{fault} for {seconds} s")
     host = cluster.rig["w2"]
-    host.fill("/tmp")
-    time.sleep(60)
-    host.free("/tmp")
+    host.fill(folder)
+    time.sleep(seconds)
+    host.free(folder)
     lost = watch.settled(2 * RESTART_S)
-    watch.record("checkpoints of that host fail until there is room", f"{lost} steps repeated")
+    watch.record("training goes on", f"{lost} steps repeated")
 
 
 def test_two_jobs_of_one_name(cluster: RigCluster, training: Job, shards: str) -> None:
@@ -180,16 +191,6 @@ def test_two_jobs_of_one_name(cluster: RigCluster, training: Job, shards: str) -
     )
     assert "in use by" in told
     training.wait_for_step(training.last_step() + 2, RESTART_S)
-
-
-def test_shared_memory_is_full(cluster: RigCluster, begin: Begin) -> None:
-    watch = begin("own 5", "/dev/shm of a host full for 30 s")
-    host = cluster.rig["w2"]
-    host.fill("/dev/shm")
-    time.sleep(30)
-    host.free("/dev/shm")
-    lost = watch.settled(2 * RESTART_S)
-    watch.record("", f"{lost} steps repeated")
 
 
 def test_the_driver_is_killed(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from helpers.repository import ROOT
-from models.scratch import NAME, machine, make_scratch, remove_stale, scratch, start_of
+from models.scratch import NAME, host_name, machine, make_scratch, remove_stale, scratch, start_of
 
 LEAVE_ONE = "from models.scratch import make_scratch; import os; print(make_scratch('left')); {end}"
 
@@ -32,6 +32,26 @@ def test_what_a_killed_process_left_is_removed_at_the_next_start(tmp_path: Path)
     again = leave_one(tmp_path, "os._exit(0)")
     assert not left.exists()
     assert again.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        (b"Node_A7", "Node_A7"),
+        ("h\u00f6he".encode(), "h\u00f6he"),
+        (b"h\xf6he", "h\ufffdhe"),  # Latin-1
+        (b"two\nlines", "two\ufffdlines"),
+        (b"n" * 64, "n" * 64),
+    ],
+)
+def test_a_host_may_have_any_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: bytes, shown: str
+) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: os.fsdecode(name))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert host_name() == shown
+    assert host_name().encode()
+    assert NAME.fullmatch(make_scratch("odd").name)
 
 
 def test_folders_of_others_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,6 @@ At few steps, in a copy of the checkout whose sample is a fifth of the shipped o
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -16,8 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from helpers.embedding import embed_here
+from helpers.own_ray import without_ray
 from helpers.repository import ROOT
 from models.artifacts.artifact import load_artifact, save_artifact
+from pipelines import demo as demo_module
+from pipelines import embed as embed_module
 from pipelines.config.jobs import EmbedConfig
 from pipelines.demo import embedding_folder, main
 from pipelines.embed import embed
@@ -38,8 +41,7 @@ def demo(cifar_sample: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     archive = folder / SAMPLE_TAR.relative_to(ROOT)
     archive.parent.mkdir()
     pack_sample(cifar_sample, archive, train=50, test=16)
-    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    env |= {"PYTHONPATH": str(folder), "COLUMNS": "200"}
+    env = without_ray() | {"PYTHONPATH": str(folder), "COLUMNS": "200"}
     done = subprocess.run(
         [sys.executable, "-m", "pipelines.demo", "--steps", str(STEPS)],
         cwd=folder,
@@ -76,8 +78,9 @@ def test_it_ends_with_neighbours_asked_for_over_http(demo: tuple[Path, str]) -> 
 
 
 def test_another_encoders_embeddings_have_a_folder_of_their_own(
-    demo: tuple[Path, str], ray_local: None, tmp_path: Path
+    demo: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(embed_module, "_run", embed_here)
     out = demo[0] / "demo-out"
     ours = load_artifact(str(out / "encoder"))
     assert embedding_folder(out, str(out / "encoder")).is_dir()
@@ -92,8 +95,9 @@ def test_another_encoders_embeddings_have_a_folder_of_their_own(
 
 
 def test_other_settings_in_an_old_folder_are_refused_in_a_line(
-    demo: tuple[Path, str], ray_local: None, monkeypatch: pytest.MonkeyPatch
+    demo: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(demo_module, "start_ray", lambda: None)  # refused before Ray is needed
     monkeypatch.chdir(demo[0])
     monkeypatch.setattr(sys, "argv", ["demo", "--steps", str(STEPS + 1)])
     with pytest.raises(SystemExit) as refused:

@@ -60,7 +60,7 @@ def _losses(path: Path) -> list[float]:
 def _cli(arguments: list[str], cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess:
     """Runs `python .../pipelines/pretrain.py` with the project neither installed nor on a path."""
     clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    clean |= {"RAY_ADDRESS": "local", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+    clean |= {"RAY_ADDRESS": "local"}
     command = [sys.executable, str(ROOT / "pipelines" / "pretrain.py"), *arguments]
     return subprocess.run(
         command, cwd=cwd, env=clean | env, text=True, capture_output=True, timeout=300, check=False
@@ -83,7 +83,6 @@ def one_worker(cifar_shards, s3, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for key, value in s3.items():
             patch.setenv(key, value)
-        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
         import s3fs
 
         remote = s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True)
@@ -115,11 +114,8 @@ def two_workers(cifar_shards, tmp_path_factory):
 
     thread = threading.Thread(target=kill_one, daemon=True)
     thread.start()
-    with pytest.MonkeyPatch.context() as patch:
-        # Commit checkpoints soon: these runs last seconds.
-        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-        shown = io.StringIO()
-        result = pretrain(cfg, stream=shown)
+    shown = io.StringIO()
+    result = pretrain(cfg, stream=shown)
     over.set()
     return storage / "two", result, killed, shown.getvalue()
 
@@ -269,7 +265,6 @@ def test_without_a_stopped_target_the_run_collapses_and_the_watch_stops_it(
     common = ["debug", "--data.train", cifar_shards[0], "--run.storage", str(tmp_path)]
     common += ["--run.steps", "200", "--run.log-every", "10", "--run.checkpoint-every", "1000"]
     control = ["pretrain", *common, *overrides, "--run.threads", "1", "--objective.target", "self"]
-    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     monkeypatch.setattr(sys, "argv", control)
     with pytest.raises(SystemExit) as ended:  # its text, on stderr, and status 1
         main()

@@ -187,7 +187,6 @@ def test_a_run_goes_on_after_an_outage_without_using_up_a_failure(
     """Data, checkpoints and metrics on S3, and no failure allowed."""
     for key, value in (s3 | {"AWS_ENDPOINT_URL": ray_s3.url}).items():
         monkeypatch.setenv(key, value)
-    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     s3fs.S3FileSystem.clear_instance_cache()
     fs, _ = url_to_fs("s3://")
     fs.makedirs("outage-runs", exist_ok=True)

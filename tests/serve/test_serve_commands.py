@@ -16,6 +16,7 @@ import httpx
 import pytest
 import yaml
 
+from helpers.own_ray import without_ray
 from helpers.repository import ROOT
 from helpers.serve.embeddings import WIDTH, png_uri, save_tiny_artifact
 from helpers.serve.free_ports import free_ports
@@ -44,7 +45,7 @@ def wait_for_dashboard(url: str, token: str, node: subprocess.Popen[bytes]) -> N
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """Of a shell on the only node of a Ray cluster."""
     gcs, dashboard, client, agent, grpc, metrics = free_ports(6)
-    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    env = without_ray()
     token = tmp_path_factory.mktemp("ray") / "auth_token"
     token.write_text(secrets.token_hex(32))
     env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

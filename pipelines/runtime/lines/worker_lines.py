@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 
 STEP = re.compile(r"step (\d+)/(\d+) ")
 """How a line of `pipelines.training.loggers.progress_line` begins."""
+SHARED = re.compile(r"waiting for a CPU to read data with|worker \d+ has waited for data")
+"""How lines of `pipelines.loading.cpu_share` begin that all workers say when all of them wait."""
+APART_S = 45.0
+"""Seconds between two such lines. A worker says one every 60."""
 
 
 @contextmanager
@@ -44,15 +49,34 @@ def worker_lines(stream: Any) -> Iterator[Queue]:
 def _drain(queue: Queue, show: Callable[[str], None], done: threading.Event) -> None:
     from ray.exceptions import RayActorError
 
-    finished = False
+    finished, echoes = False, Echoes()
     while not finished:
         finished = done.wait(0.3)  # one look more after the end
         try:
             while not queue.empty():
-                show(queue.get())
+                if not echoes.has(line := queue.get(), time.monotonic()):
+                    show(line)
         except RayActorError:
             show("WARNING: the process that brings progress lines here is lost; the run goes on")
             return
+
+
+class Echoes:
+    """Finds lines that another worker has just said, of a kind that is the same for all."""
+
+    def __init__(self) -> None:
+        self._shown: dict[str, float] = {}
+
+    def has(self, line: str, now: float) -> bool:
+        """Returns whether a line that came at a moment, in seconds of any clock, is an echo."""
+        kind = SHARED.match(line)
+        if kind is None:
+            return False
+        words = re.sub(r"\d+", "", kind[0])
+        if now - self._shown.get(words, -APART_S) < APART_S:
+            return True
+        self._shown[words] = now
+        return False
 
 
 class LinePrinter:

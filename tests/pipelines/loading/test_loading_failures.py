@@ -17,6 +17,7 @@ from pipelines.loading import cpu_share, prefetch, tables
 from pipelines.loading.cpu_share import StarvedError
 from pipelines.loading.decoding import DecodeError
 from pipelines.loading.loader import train_batches
+from pipelines.runtime.lines.worker_lines import SHARED
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,7 @@ def test_cpus_taken_by_others_are_waited_for_and_told(
     batches = train_batches(config(data), rank=0, world_size=1, start_step=0, end_step=4, say=say)
     assert len(list(batches)) == 4
     assert lines[0] == "waiting for a CPU to read data with: others hold 4 of 4 CPUs (Hog 4)"
+    assert SHARED.match(lines[0])  # of all workers, one says it
 
 
 @pytest.mark.ray
@@ -89,6 +91,7 @@ def test_cpus_taken_later_are_told(
     batches = prefetch.Prefetch(slow(), 2, cpu_share.DataWatch(3, say))
     assert list(batches) == [0, 1]
     assert lines[0].startswith("worker 3 has waited for data for 0 s: 4 CPUs are free, ")
+    assert SHARED.match(lines[0])
     assert ray.is_initialized()
 
 

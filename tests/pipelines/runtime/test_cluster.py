@@ -30,6 +30,7 @@ import torch
 from moto.server import ThreadedMotoServer
 from PIL import Image
 
+from helpers.own_ray import without_ray
 from helpers.pipelines.ingestion import run_backwards
 from helpers.repository import ROOT
 from helpers.serve.free_ports import free_ports
@@ -155,7 +156,7 @@ def cluster(s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local
     token = secrets.token_hex(32)
     (folder / "auth_token").write_text(token)
     gcs, dashboard, client = free_ports(3)
-    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    env = without_ray()
     env |= {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(folder / "auth_token"),
@@ -165,7 +166,6 @@ def cluster(s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local
         "RAY_ADDRESS": f"127.0.0.1:{gcs}",
         # Nodes that are told to end wait this long for actors that outlive their job.
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # commits checkpoints soon: jobs last seconds
     }
     # Not pytest's: its sockets' paths may have 107 characters. One for each node, as on two hosts:
     # a node unpacks a job's code anew, and takes it away from one that runs it already.

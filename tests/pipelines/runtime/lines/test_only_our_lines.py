@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.own_ray import without_ray
 from helpers.repository import ROOT
 
 OURS = (
@@ -55,8 +56,7 @@ def test_a_run_with_a_lost_worker_prints_only_our_lines(
         *("--run.steps", "60", "--run.checkpoint-every", "5", "--run.log-every", "5"),
         "--run.log-samples",
     ]
-    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    env |= {"RAY_ADDRESS": "local", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+    env = without_ray() | {"RAY_ADDRESS": "local"}
     process = subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
