@@ -13,7 +13,7 @@ from pipelines.worker_group.interface import use_address_of_node
 class NodeBackend(_TorchBackend):
     """Chooses gloo's interface in every worker before torch's processes meet."""
 
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
         """Called by Ray Train's controller when all workers of a group are there."""
         worker_group.execute(use_address_of_node)
         super().on_start(worker_group, backend_config)
