@@ -19,12 +19,12 @@ from serve.embeddings.contract import EMBEDDER, ModelCard
 from serve.embeddings.frontend.client import EmbedderClient
 from serve.embeddings.frontend.routes import create_embeddings_app
 from serve.embeddings.frontend.service import EmbeddingService
-from serve.embeddings.served_model import ServedModel
 from serve.embeddings.settings import ServeSettings
 from serve.embeddings.streams.stream import StreamHub
 from serve.ingress.application import IngressParts
 from serve.ingress.deployment import IngressReplica, build_application, model_options
 from serve.ingress.draining import drained_from_now
+from serve.replicas.served_model import ServedModel
 
 
 @ray_serve.ingress()

@@ -1,4 +1,4 @@
-"""`serve.embeddings.replica.batching.Batcher` against Ray's `@serve.batch`, on a simulated model.
+"""`serve.replicas.batching.Batcher` against Ray's `@serve.batch`, on a simulated model.
 
     python benchmarks/serving/batching.py    # about 5 minutes, no Ray cluster, almost no CPU
 
@@ -27,7 +27,7 @@ if __name__ == "__main__" and not __package__:  # so that it runs from an uninst
 import ray.serve.batching as ray_batching
 from ray import serve as ray_serve
 
-from serve.embeddings.replica.batching import Batcher
+from serve.replicas.batching import Batcher
 
 BATCH_SIZE = 32
 SECONDS, ROUNDS = 2.0, 3

@@ -1,1 +1,1 @@
-"""The embeddings application: what its ingress, embedder and streams share. Imports ingress."""
+"""The embeddings application: what its replicas and streams share. Imports ingress and replicas."""

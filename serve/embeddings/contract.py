@@ -27,7 +27,7 @@ Floats = npt.NDArray[np.float32]
 EmbedFunction = Callable[[Sequence[EncoderInput], Pooling, "ModelCard"], Awaitable[list[Floats]]]
 """Calls `Embedder.embed`, wherever that runs, for inputs that were prepared by a card.
 
-It raises `OtherModel` if no replica is found that serves this card's model.
+It raises `serve.replicas.calls.OtherModel` if no replica is found that serves this card's model.
 """
 
 EMBEDDER = "Embedder"
@@ -74,32 +74,6 @@ class ModelCard:
             )
             raise ApiError(400, "invalid_value", message, param="exclude")
         return dataclasses.replace(self.preprocessing, exclude=exclude)
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """What an embedder returns for inputs that were prepared for another model.
-
-    It is returned and not raised: raised, it would arrive wrapped in an error of Ray's and be
-    logged as a crash.
-
-    Attributes:
-        card: the model that the embedder serves.
-    """
-
-    card: ModelCard
-
-
-class OtherModel(Exception):
-    """Inputs were prepared for a model that no replica was found to serve.
-
-    Args:
-        card: a model that a replica does serve.
-    """
-
-    def __init__(self, card: ModelCard) -> None:
-        super().__init__(f"a replica serves the model {card.name!r} ({card.fingerprint:.12})")
-        self.card = card
 
 
 @dataclass(frozen=True, eq=False)

@@ -67,6 +67,7 @@ ORDER = [
     "pipelines/fetchers",
     "serve/telemetry",
     "serve/ingress",
+    "serve/replicas",
     "serve/embeddings",
     "serve/embeddings/media",
     "serve/embeddings/replica",

@@ -19,16 +19,17 @@ import numpy as np
 from prometheus_client import CollectorRegistry, Counter
 
 from models.media.preprocessing import EncoderInput, Preprocessing
-from serve.embeddings.contract import EmbedFunction, Floats, ModelCard, OtherModel, Pooling
+from serve.embeddings.contract import EmbedFunction, Floats, ModelCard, Pooling
 from serve.embeddings.encoding import encode
 from serve.embeddings.frontend.schemas import EmbeddingRequest, parse_request
 from serve.embeddings.media.fitting import aspect_warning
 from serve.embeddings.media.inputs import Kind, Reference, parse_input
 from serve.embeddings.media.loader import Item, MediaLoader
-from serve.embeddings.served_model import ServedModel
 from serve.embeddings.settings import ServeSettings
 from serve.ingress.errors import ApiError, queue_full
 from serve.ingress.json_text import to_json
+from serve.replicas.calls import OtherModel
+from serve.replicas.served_model import ServedModel
 
 # Up to these sizes a body is parsed and a reply formatted in the event loop: passing it to a thread
 # would cost more.
@@ -75,7 +76,7 @@ class EmbeddingService:
     def __init__(
         self,
         settings: ServeSettings,
-        model: ServedModel,
+        model: ServedModel[ModelCard],
         embed: EmbedFunction,
         registry: CollectorRegistry | None = None,
     ) -> None:

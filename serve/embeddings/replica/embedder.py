@@ -23,10 +23,11 @@ from models.artifacts.artifact import Artifact, load_artifact
 from models.encoders.input_batch import Encoded, InputBatch, encode
 from models.image_size import height_width
 from models.media.preprocessing import EncoderInput, Preprocessing
-from serve.embeddings.contract import Floats, ModelCard, Pooling, Refusal
-from serve.embeddings.replica.batching import Batcher
-from serve.embeddings.replica.lanes import Lanes
+from serve.embeddings.contract import Floats, ModelCard, Pooling
 from serve.embeddings.settings import ServeSettings
+from serve.replicas.batching import Batcher
+from serve.replicas.calls import Refusal
+from serve.replicas.lanes import Lanes
 from serve.telemetry import BATCH_BUCKETS, LATENCY_BUCKETS_S, Reporter
 
 STUCK_AFTER_S = 300.0
@@ -168,7 +169,7 @@ class Embedder:
 
     async def embed(
         self, inputs: Sequence[EncoderInput], pooling: Pooling, fingerprint: str
-    ) -> list[Floats] | Refusal:
+    ) -> list[Floats] | Refusal[ModelCard]:
         """Embeds the images or clips of one request, in batches with those of other requests.
 
         Args:

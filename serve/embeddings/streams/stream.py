@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from models.image_size import height_width
 from models.media.preprocessing import EncoderInput, Preprocessing
-from serve.embeddings.contract import Decoded, EmbedFunction, Floats, OtherModel
+from serve.embeddings.contract import Decoded, EmbedFunction, Floats, ModelCard
 from serve.embeddings.encoding import encode
 from serve.embeddings.media.decode_pool import (
     DIED,
@@ -31,12 +31,13 @@ from serve.embeddings.media.decode_pool import (
 )
 from serve.embeddings.media.fitting import aspect_warning, same_patches
 from serve.embeddings.media.loader import MediaLoader, to_parts
-from serve.embeddings.served_model import ServedModel
 from serve.embeddings.settings import ServeSettings
 from serve.embeddings.streams.frame_queue import Frame, FrameQueue
 from serve.embeddings.streams.messages import StreamStart
 from serve.ingress.errors import ApiError, server_error
 from serve.ingress.websockets import to_text
+from serve.replicas.calls import OtherModel
+from serve.replicas.served_model import ServedModel
 from serve.telemetry import LATENCY_BUCKETS_S
 
 BAD_FRAMES = 16
@@ -92,7 +93,7 @@ class StreamHub:
     def __init__(
         self,
         settings: ServeSettings,
-        model: ServedModel,
+        model: ServedModel[ModelCard],
         embed: EmbedFunction,
         media: MediaLoader,
         registry: CollectorRegistry,

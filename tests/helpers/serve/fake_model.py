@@ -16,11 +16,11 @@ from models.media.preprocessing import EncoderInput, Preprocessing
 from serve.embeddings.contract import ModelCard
 from serve.embeddings.frontend.routes import create_embeddings_app
 from serve.embeddings.frontend.service import EmbeddingService
-from serve.embeddings.served_model import ServedModel
 from serve.embeddings.settings import ServeSettings
 from serve.embeddings.streams.stream import StreamHub
 from serve.ingress.application import IngressParts
 from serve.ingress.middleware import RequestMetrics
+from serve.replicas.served_model import ServedModel
 
 CARD = ModelCard(
     name="tiny",

@@ -22,13 +22,13 @@ from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import EncoderInput, Preprocessing, normalize
 from serve.embeddings.contract import ModelCard
 from serve.embeddings.frontend.service import EmbeddingService
-from serve.embeddings.replica.batching import Batcher
 from serve.embeddings.replica.embedder import Encoder
-from serve.embeddings.served_model import ServedModel
 from serve.embeddings.settings import ServeSettings
 from serve.embeddings.streams.stream import StreamHub
 from serve.ingress.application import IngressParts
 from serve.ingress.middleware import RequestMetrics
+from serve.replicas.batching import Batcher
+from serve.replicas.served_model import ServedModel
 
 WIDTH, SIZE, FRAMES, TUBELET, PATCHES = 32, 32, 4, 2, 16
 

@@ -24,18 +24,19 @@ from helpers.serve.fake_model import CARD, fake_embed
 from helpers.serve.videos import FRAMES, TUBELET, save_clip_artifact
 from models.media.preprocessing import EncoderInput
 from serve import app
-from serve.embeddings.contract import Decoded, OtherModel
+from serve.embeddings.contract import Decoded
 from serve.embeddings.media.decode_pool import DecodePool
 from serve.embeddings.media.inputs import Reference, Sampling
 from serve.embeddings.media.loader import MediaLoader
 from serve.embeddings.replica.embedder import Embedder, Encoder, read_card
-from serve.embeddings.served_model import ServedModel
 from serve.embeddings.settings import ServeSettings
 from serve.embeddings.streams.messages import StreamStart
 from serve.embeddings.streams.stream import LOOKS, Stream, StreamHub
 from serve.ingress.deployment import ingress_deployment
 from serve.ingress.errors import ApiError
 from serve.ingress.websockets import close_code
+from serve.replicas.calls import OtherModel
+from serve.replicas.served_model import ServedModel
 
 RNG = np.random.default_rng(0)
 

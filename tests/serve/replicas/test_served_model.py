@@ -19,15 +19,16 @@ from ray.exceptions import ActorDiedError
 from helpers.serve.embeddings import SIZE, WIDTH, save_tiny_artifact
 from helpers.serve.fake_model import CARD, URI, fake_embed
 from models.media.preprocessing import EncoderInput
-from serve.embeddings import served_model
-from serve.embeddings.contract import ModelCard, OtherModel, Refusal
-from serve.embeddings.frontend.client import MATCHING, EmbedderClient
+from serve.embeddings.contract import ModelCard
+from serve.embeddings.frontend.client import EmbedderClient
 from serve.embeddings.frontend.service import EmbeddingService
 from serve.embeddings.replica.embedder import Embedder, read_card
-from serve.embeddings.served_model import ServedModel
 from serve.embeddings.settings import ServeSettings
 from serve.ingress.deployment import Readiness
 from serve.ingress.errors import ApiError
+from serve.replicas import served_model
+from serve.replicas.calls import MATCHING, OtherModel, Refusal
+from serve.replicas.served_model import ServedModel
 
 
 def other_card(name: str, size: int) -> ModelCard:

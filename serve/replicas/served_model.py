@@ -1,8 +1,8 @@
 """Which model an ingress replica prepares a request for.
 
 During an update, replicas of two models run. The ingress prefers the model that it was deployed
-with. But Serve replaces ingress and embedder replicas independently of one another, so for a while
-there may be no embedder of that model, or none any more. Then requests are prepared for a model
+with. But Serve replaces ingress and model replicas independently of one another, so for a while
+there may be no replica of that model, or none any more. Then requests are prepared for a model
 that is there, so that they are answered by one model from the first pixel to the reply.
 """
 
@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Generic, TypeVar
 
-from serve.embeddings.contract import ModelCard
+from serve.ingress.deployment import Card
 from serve.ingress.errors import ApiError
 
 LOOK_AGAIN_S = 0.2
@@ -21,7 +22,10 @@ GONE_AFTER_S = 5.0
 """Seconds after its last answer for which a model may still have a replica that was not found."""
 
 
-class ServedModel:
+CardT = TypeVar("CardT", bound=Card)
+
+
+class ServedModel(Generic[CardT]):
     """The model that the requests of one ingress replica are prepared for.
 
     Args:
@@ -31,11 +35,11 @@ class ServedModel:
         card: the model that answers now, as far as is known.
     """
 
-    def __init__(self, own: ModelCard) -> None:
+    def __init__(self, own: CardT) -> None:
         self._own = self.card = own
         self._answered_at: float | None = None
 
-    def named(self, name: str | None) -> ModelCard:
+    def named(self, name: str | None) -> CardT:
         """Returns the model of a request.
 
         Args:
@@ -51,12 +55,12 @@ class ServedModel:
         message = f"the model {name!r} does not exist; this server has {self.card.name!r}"
         raise ApiError(404, "model_not_found", message, param="model")
 
-    def answered(self, card: ModelCard) -> None:
+    def answered(self, card: CardT) -> None:
         """Notes that a replica of this model has answered."""
         if card == self._own:
             self.card, self._answered_at = card, time.monotonic()
 
-    def saw(self, card: ModelCard) -> None:
+    def saw(self, card: CardT) -> None:
         """Notes that of the model sought there is no replica, but that there is one of this."""
         self.card = card
 
@@ -65,7 +69,7 @@ class ServedModel:
         last = self._answered_at
         return last is not None and time.monotonic() - last > GONE_AFTER_S
 
-    async def instead(self, name: str | None, found: ModelCard) -> ModelCard:
+    async def instead(self, name: str | None, found: CardT) -> CardT:
         """Returns the model to prepare a refused request for, at once or after a while.
 
         Args:

@@ -13,16 +13,30 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
-
-from serve.embeddings.settings import ServeSettings
 
 MOST_LANES = 4
 """Forward passes at the same time at most, on a CPU."""
 
 Result = TypeVar("Result")
+
+
+class LaneSettings(Protocol):
+    """What of an application's settings decides its lanes."""
+
+    @property
+    def threads(self) -> int | None:
+        """Torch threads in all; None takes every core that the process may use."""
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of the replica."""
+
+    @property
+    def batch_size(self) -> int:
+        """Items that are computed at the same time at most."""
 
 
 class Lanes:
@@ -35,7 +49,7 @@ class Lanes:
         count: the calls that may run at the same time.
     """
 
-    def __init__(self, settings: ServeSettings) -> None:
+    def __init__(self, settings: LaneSettings) -> None:
         threads = settings.threads or len(os.sched_getaffinity(0))
         self.count = 1 if settings.gpus else min(threads, settings.batch_size, MOST_LANES)
         each, more = divmod(threads, self.count)

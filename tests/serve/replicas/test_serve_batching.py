@@ -8,9 +8,9 @@ import threading
 import pytest
 import torch
 
-from serve.embeddings.replica.batching import Batcher
-from serve.embeddings.replica.lanes import Lanes
 from serve.embeddings.settings import ServeSettings
+from serve.replicas.batching import Batcher
+from serve.replicas.lanes import Lanes
 
 
 def test_batches_fill_while_the_model_is_busy() -> None:
