@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,18 +76,20 @@ class Streams:
         self.tokens = torch.arange(cfg.sessions, device=self.slabs.device)
         # As long as it will get, or the clock's own notes would show as growing memory.
         self.times = array("d", [0.0]) * (cfg.tokens // cfg.sessions)
+        self.cpu_times = self.times[:]
         self.decoded = 0
         self._graphs = BucketDecoder(self.model, self.slabs) if cfg.graphs else None
 
     def decode(self, steps: int) -> None:
         for _ in track(range(steps)):
-            started = now(self.slabs.device)
+            started, cpu_started = now(self.slabs.device), time.process_time()
             if self._graphs is not None:
                 logits = self._graphs(self.tokens, self.slots)
             else:
                 logits = self.model.decode(self.tokens, self.slabs, self.slots)
             self.tokens = logits.argmax(-1)
             self.times[self.decoded] = now(self.slabs.device) - started
+            self.cpu_times[self.decoded] = time.process_time() - cpu_started
             self.decoded += 1
 
     def read(self, count: int, chunk: int) -> None:
@@ -124,6 +127,8 @@ def main(cfg: Config) -> None:
         "tokens_per_s": steps * cfg.sessions / seconds,
         "settings": {"cache": cfg.cache, "dtype": cfg.dtype, "device": cfg.device},
         **latency(streams.times[: streams.decoded], cfg.cache, steady, share),
+        "tenths_ms": tenths(streams.times[: streams.decoded], cfg.cache),
+        "tenths_cpu_ms": tenths(streams.cpu_times[: streams.decoded], cfg.cache),
         "memory": {
             name: {"early_mib": early[name] / 2**20, "late_mib": late[name] / 2**20}
             for name in late
@@ -146,6 +151,14 @@ def latency(times: array[float], cache: int, steady: int, share: int) -> dict[st
         "decoded_steps": len(times),
         "p99_ms": ordered[int(0.99 * (len(ordered) - 1))] * 1e3,
     }
+
+
+def tenths(times: array[float], cache: int) -> list[float]:
+    """Median of each tenth of the decoded steps; the first one begins when the cache is full."""
+    size = max(len(times) // 10, cache + 1)
+    starts = range(0, len(times) - size + 1, size)
+    parts = [times[max(start, cache) : start + size] for start in starts]
+    return [round(float(torch.tensor(part).median()) * 1e3, 3) for part in parts]
 
 
 def memory_bytes(device: str) -> dict[str, int]:

@@ -26,9 +26,10 @@ from benchmarks.language.peer_transformers import load_theirs, time_ours, time_t
 from models.sink_lm.checkpoints.dtypes import dtype_of
 from models.sink_lm.checkpoints.loading import load_model
 from models.sink_lm.checkpoints.tokenizer import Tokenizer, load_tokenizer
-from models.sink_lm.dtype_names import DTypeName
+from models.sink_lm.dtype_names import DTypeName, KernelsName
 from models.sink_lm.engine.engine import Engine
 from models.sink_lm.engine.sampling_params import SamplingParams
+from models.sink_lm.network.int4 import INT4
 from models.sink_lm.network.llama import Llama
 from models.sink_lm.network.tuning import tune
 
@@ -45,6 +46,8 @@ class Config:
     steps: int = 6
     threads: int = 1
     dtypes: tuple[DTypeName, ...] = ("int4",)
+    kernels: tuple[KernelsName, ...] = ("auto",)
+    """What decodes with int4."""
 
 
 def engine_speed(
@@ -82,8 +85,11 @@ def main(cfg: Config) -> None:
     torch.manual_seed(0)
     models = {}
     for name in cfg.dtypes:
-        models[name] = load_model(str(cfg.gguf), dtype=dtype_of(name, str(cfg.gguf), "cpu"))
-        tune(models[name])
+        dtype = dtype_of(name, str(cfg.gguf), "cpu")
+        for kernels in cfg.kernels if dtype == INT4 else ("auto",):
+            model = load_model(str(cfg.gguf), dtype=dtype, kernels=kernels)
+            tune(model)
+            models[f"{name} {kernels}" if dtype == INT4 else name] = model
     theirs, tokenizer = load_theirs(cfg.gguf, torch.float32, "cpu"), load_tokenizer(str(cfg.gguf))
     rows: dict[str, list[float]] = {}
 

@@ -5,9 +5,10 @@
 
 All read the same GGUF file; float32 multiplies by its weights exactly. First one stream of
 `--tokens` tokens through a cache of 4 + 252: perplexity, the largest difference of a logit, and how
-often the likeliest token is the same. int4 multiplies with the 4-bit operator throughout, as it
-does for few sessions; its other way, for many rows, is bf16's. Then passages of 512 tokens from an
-empty context, of which the second half counts, beside llama.cpp.
+often the likeliest token is the same. int4 multiplies with its 4-bit weights throughout: torch's
+operator in chunks, the own kernels token by token, as they decode. Its other way, for many rows, is
+bf16's. Then passages of 512 tokens from an empty context, of which the second half counts, beside
+llama.cpp.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from torch import Tensor
 from models.sink_lm.checkpoints.checkpoint import locate
 from models.sink_lm.checkpoints.loading import load_model
 from models.sink_lm.checkpoints.tokenizer import load_tokenizer
+from models.sink_lm.dtype_names import KernelsName
+from models.sink_lm.network.cache import Slabs
 from models.sink_lm.network.int4 import INT4, Int4Linear
 from models.sink_lm.network.llama import Llama
 from models.sink_lm.network.tuning import tune
@@ -43,13 +46,23 @@ class Config:
     passages: int = 8
     peer_python: Path | None = None
     """Python of an environment with xllamacpp; None leaves llama.cpp out."""
+    ways: tuple[str, ...] = ("bf16", "int4, torch", "int4, native")
+    """What is compared with float32."""
     threads: int = 1
 
 
-def models(path: str) -> Iterator[tuple[str, Llama]]:
+WAYS: dict[str, tuple[torch.dtype, KernelsName]] = {
+    "bf16": (torch.bfloat16, "auto"),
+    "int4, torch": (INT4, "torch"),
+    "int4, native": (INT4, "native"),
+}
+
+
+def models(cfg: Config) -> Iterator[tuple[str, Llama]]:
     """The ways to read the file beside float32."""
-    for name, dtype in {"bf16": torch.bfloat16, "int4": INT4}.items():
-        model = load_model(path, dtype=dtype)
+    for name in cfg.ways:
+        dtype, kernels = WAYS[name]
+        model = load_model(cfg.model, dtype=dtype, kernels=kernels)
         tune(model)
         for module in model.modules():
             if isinstance(module, Int4Linear):
@@ -62,9 +75,16 @@ def stream(model: Llama, tokens_T: Tensor) -> Iterator[Tensor]:
     slabs = model.slabs(sessions=1, capacity=CACHE + 1)
     slot = slabs.allocate(SINKS)
     for part_T in tokens_T.split(CHUNK):
-        logits_TV = model.prefill(part_T, slabs, slot, logits="all")
-        assert logits_TV is not None
-        yield logits_TV
+        yield read(model, part_T, slabs, slot)
+
+
+def read(model: Llama, tokens_T: Tensor, slabs: Slabs, slot: int) -> Tensor:
+    """Logits after every token."""
+    if model.decode_step is not None:
+        return torch.cat([model.decode(token, slabs, [slot]) for token in tokens_T.split(1)])
+    logits_TV = model.prefill(tokens_T, slabs, slot, logits="all")
+    assert logits_TV is not None
+    return logits_TV
 
 
 def compare(exact: Llama, others: dict[str, Llama], tokens_T: Tensor) -> list[dict[str, object]]:
@@ -97,8 +117,7 @@ def passage_perplexity(model: Llama, passages: list[list[int]]) -> float:
     for passage in passages:
         slabs = model.slabs(sessions=1, capacity=PASSAGE)
         tokens_T, slot = torch.tensor(passage), slabs.allocate(0)
-        logits_TV = model.prefill(tokens_T[:-1], slabs, slot, logits="all")
-        assert logits_TV is not None
+        logits_TV = read(model, tokens_T[:-1], slabs, slot)
         half = PASSAGE // 2
         losses.append(F.cross_entropy(logits_TV[half - 1 :], tokens_T[half:]))
     return math.exp(float(torch.stack(losses).mean()))
@@ -130,7 +149,7 @@ def main(cfg: Config) -> None:
     exact = load_model(cfg.model)
     tune(exact)
     print(json.dumps({"fp32": passage_perplexity(exact, passages)}), flush=True)
-    others = dict(models(cfg.model))
+    others = dict(models(cfg))
     for name, model in others.items():
         print(json.dumps({name: passage_perplexity(model, passages)}), flush=True)
     for row in compare(exact, others, tokens_T):

@@ -10,7 +10,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from models.sink_lm.dtype_names import DTypeName
+from models.sink_lm.dtype_names import DTypeName, KernelsName
 from serve.ingress.settings import ApplicationSettings, Stored
 
 
@@ -30,6 +30,10 @@ class LMSettings(ApplicationSettings):
     those of a GGUF file in the bits that they have, and both keep the rest in bf16. `auto` takes
     the fastest that suits the file and the processor (docs/language_model.md has the numbers).
     Replicas that share stored sessions need the same type: name it where processors differ."""
+    kernels: KernelsName = "auto"
+    """What decodes with `int4` weights: `native` is this project's own C++, which needs a processor
+    with AVX-512 VNNI and is compiled when first needed; `torch` is torch's operators. `auto` takes
+    the own ones where they can run, and says in the log why not (docs/language_model.md)."""
     sessions: int = Field(16, ge=1)
     """Sessions of a replica that can generate at the same time, each in a slab of memory."""
     cache: int = Field(1024, ge=2)

@@ -34,6 +34,7 @@ ORDER = [
     "models/planning/costs",
     "models/planning",
     "models/hyperoptim",
+    "models/sink_lm/kernels",
     "models/sink_lm/network",
     "models/sink_lm",
     "models/sink_lm/checkpoints",

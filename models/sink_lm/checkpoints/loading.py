@@ -7,6 +7,7 @@ tensor twice.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -17,7 +18,11 @@ from torch import Tensor, nn
 
 from models.sink_lm.checkpoints.checkpoint import Checkpoint, Shape, locate, open_folder
 from models.sink_lm.checkpoints.gguf_file import open_gguf
+from models.sink_lm.dtype_names import KernelsName
+from models.sink_lm.kernels.build import NoKernels, library
+from models.sink_lm.kernels.matrix import KernelMatrix
 from models.sink_lm.network.config import LMConfig
+from models.sink_lm.network.decode_step import MATRICES, NORMS, DecodeStep, check_shape
 from models.sink_lm.network.int4 import INT4, Grid, Int4Linear, TiedWide, fits, is_supported
 from models.sink_lm.network.int8 import ACTIVATIONS, quantised, without_weights
 from models.sink_lm.network.llama import Llama
@@ -26,9 +31,15 @@ from models.sink_lm.network.llama import Llama
 ROTARY_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
+log = logging.getLogger(__name__)
+
 
 def load_model(
-    path: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    path: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    kernels: KernelsName = "auto",
 ) -> Llama:
     """Returns the decoder at `path`, in eval mode and without gradients.
 
@@ -40,16 +51,23 @@ def load_model(
             file in the bits that they have (models/sink_lm/network/int4.py); both compute in
             bfloat16.
         device: where the weights go.
+        kernels: what multiplies `torch.int4` and decodes: the project's own kernels (`native`),
+            torch's operators, or `auto`, the own ones where they can run.
 
     Raises:
         FileNotFoundError: there is no model, or a shard is missing.
         UnsupportedModel: names what cannot stream.
         ValueError: names the file, and every missing, unexpected or mis-shaped tensor; or
-            `torch.int4` does not go with the file or the device.
+            `torch.int4` does not go with the file or the device, or `native` not with the
+            processor or the model.
     """
     source = locate(path)
     if dtype == INT4:
         _check_int4(source, device)
+    elif kernels == "native":
+        raise ValueError(
+            "kernels native multiply 4-bit weights only.\nTake dtype int4, or kernels auto."
+        )
     with ExitStack() as stack:
         checkpoint = open_gguf(source) if source.is_file() else open_folder(source, stack)
         cfg = checkpoint.cfg
@@ -68,7 +86,7 @@ def load_model(
             state |= _stored(name, whole, dtype, cfg)
         model.load_state_dict(state, assign=True)
         if dtype == INT4:
-            _make_int4(model, checkpoint, parts)
+            _make_int4(model, checkpoint, parts, native=_is_native(kernels, cfg))
     return model.requires_grad_(False).eval()
 
 
@@ -85,8 +103,29 @@ def _check_int4(source: Path, device: torch.device | str) -> None:
         )
 
 
+def _is_native(kernels: KernelsName, cfg: LMConfig) -> bool:
+    """Whether the own kernels are wanted and can run here; builds them if need be."""
+    if kernels == "torch":
+        return False
+    try:
+        check_shape(cfg)
+        library()
+    except NoKernels as error:
+        if kernels == "native":
+            raise ValueError(
+                f"kernels native: {error}.\nTake kernels auto or torch, which are slower."
+            ) from error
+        log.warning("decoding by torch's operators, not the faster own kernels: %s", error)
+        return False
+    return True
+
+
 def _make_int4(
-    model: Llama, checkpoint: Checkpoint, parts: Mapping[str, Mapping[str, Shape]]
+    model: Llama,
+    checkpoint: Checkpoint,
+    parts: Mapping[str, Mapping[str, Shape]],
+    *,
+    native: bool,
 ) -> None:
     """Puts 4-bit layers in front of the bfloat16 ones, and one in front of the tied embedding."""
     assert checkpoint.read_grid is not None
@@ -95,11 +134,42 @@ def _make_int4(
             if isinstance(child, nn.Linear) and fits(*child.weight.shape):
                 rows = parts[f"layers.{index}.{name}.weight"]
                 grid = Grid.stacked([checkpoint.read_grid(row) for row in rows])
-                setattr(layer, name, Int4Linear(grid, child, child.bias))
+                setattr(layer, name, Int4Linear(grid, child, child.bias, native=native))
     if fits(*model.embed.weight.shape):
         wide = TiedWide(model.embed) if model.head is None else model.head
         grid = checkpoint.read_grid(EMBED if model.head is None else HEAD)
-        model.head = Int4Linear(grid, wide)
+        model.head = Int4Linear(grid, wide, native=native)
+    if native:
+        model.decode_step = _decode_step(model)
+
+
+def _decode_step(model: Llama) -> DecodeStep:
+    """Returns the decode step of a model whose matrices are all those of own kernels."""
+    layers: list[tuple[dict[str, KernelMatrix], dict[str, Tensor]]] = []
+    for layer in model.layers:
+        norms = {name: getattr(layer, name) for name in NORMS}
+        layers.append(
+            (
+                {name: _matrix(getattr(layer, name)) for name in MATRICES},
+                {name: n.weight for name, n in norms.items() if isinstance(n, nn.RMSNorm)},
+            )
+        )
+    frequencies_F, scale = model.rotary(torch.device("cpu"))
+    return DecodeStep(
+        model.cfg,
+        layers=layers,
+        norm_E=model.norm.weight,
+        head=_matrix(model.head),
+        embedding_VE=model.embed.weight,
+        frequencies_F=frequencies_F,
+        scale=scale,
+    )
+
+
+def _matrix(linear: nn.Module | None) -> KernelMatrix:
+    assert isinstance(linear, Int4Linear)
+    assert linear.matrix is not None
+    return linear.matrix
 
 
 def _make_int8(model: Llama) -> None:

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.sink_lm.kernels.matrix import KernelMatrix
+
 INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # torch's stubs lack it
 ACTIVATIONS = torch.bfloat16
 GROUP = 32
@@ -74,26 +76,41 @@ class Int4Linear(nn.Module):
     Args:
         grid: the weights.
         wide: the same layer in bfloat16, bias included.
+        bias_O: of the type of `wide`, or None.
+        native: multiply by the project's own kernels instead of torch's operator.
 
     Attributes:
         inputs: columns of the weight.
         few_rows: the most rows that the 4-bit operator takes.
+        matrix: what the own kernels read, None without them.
 
     Raises:
         RuntimeError: this torch has no such operator.
+        NoKernels: `native`, and the own kernels cannot run here.
     """
 
     packed: Tensor
     scales_G_O2: Tensor
     bias: Tensor | None
 
-    def __init__(self, grid: Grid, wide: nn.Module, bias_O: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        wide: nn.Module,
+        bias_O: Tensor | None = None,
+        *,
+        native: bool = False,
+    ) -> None:
         super().__init__()
         self.inputs, self.planes = grid.levels_OI.shape[1], 1 if grid.is_narrow else 2
         nibbles_OI, scales_OG, centres_OG = _planes(grid)
-        pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu
-        # The layout differs between processors; the weights are named by the other two.
-        self.register_buffer("packed", pack(nibbles_OI, 1), persistent=False)
+        self.matrix: KernelMatrix | None = None
+        if native:
+            self.matrix = KernelMatrix(grid.levels_OI, grid.scale_OG, grid.centre_OG, bias_O)
+        else:
+            pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu
+            self.register_buffer("packed", pack(nibbles_OI, 1), persistent=False)
+        # Layouts differ between kernels and processors: these and `wide` name the weights.
         pairs_OG2 = torch.stack((scales_OG, centres_OG), dim=-1).to(ACTIVATIONS)
         self.register_buffer("scales_G_O2", pairs_OG2.transpose(0, 1).contiguous())
         self.register_buffer("bias", bias_O)
@@ -108,6 +125,8 @@ class Int4Linear(nn.Module):
 
     def narrow(self, x_BI: Tensor) -> Tensor:
         """Maps bfloat16 [B, I] to [B, O] with the 4-bit weights, whatever B is."""
+        if self.matrix is not None:
+            return self.matrix(x_BI)
         x_BI = x_BI.contiguous() if self.planes == 1 else torch.cat((x_BI, x_BI), dim=1)
         out_BO: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
             x_BI, self.packed, GROUP, self.scales_G_O2

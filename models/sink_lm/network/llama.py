@@ -21,6 +21,7 @@ from models.sink_lm.network.attention import (
 )
 from models.sink_lm.network.cache import Slabs
 from models.sink_lm.network.config import LMConfig
+from models.sink_lm.network.decode_step import DecodeStep
 from models.sink_lm.network.rope import attention_scale, frequencies
 
 
@@ -70,11 +71,15 @@ class Llama(nn.Module):
 
     Args:
         cfg: its shape.
+
+    Attributes:
+        decode_step: what `decode` calls instead of the layers; None without own kernels.
     """
 
     def __init__(self, cfg: LMConfig) -> None:
         super().__init__()
         self.cfg = cfg
+        self.decode_step: DecodeStep | None = None
         self.embed = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
         self.layers = nn.ModuleList(Layer(cfg, index) for index in range(cfg.num_layers))
         self.norm = nn.RMSNorm(cfg.hidden_size, cfg.norm_eps)
@@ -113,13 +118,20 @@ class Llama(nn.Module):
         """
         if len(set(slots)) != len(slots):
             raise ValueError(f"slots {list(slots)} name a session twice")
+        if self.decode_step is not None:
+            logits_BV = self.decode_step(tokens_B, slabs, slots)
+        else:
+            logits_BV = self._decode(tokens_B, slabs, slots)
+        for slot in slots:
+            slabs.advance(slot, 1)
+        return logits_BV
+
+    def _decode(self, tokens_B: Tensor, slabs: Slabs, slots: Sequence[int]) -> Tensor:
         order = sorted(range(len(slots)), key=slots.__getitem__)
         ascending = [slots[row] for row in order]
         attend = DecodeAttention(ascending, slabs, *self.rotary(tokens_B.device))
         order_B = torch.tensor(order, device=tokens_B.device)
         logits_BV = self.logits(self.run(tokens_B[order_B], attend))
-        for slot in slots:
-            slabs.advance(slot, 1)
         return logits_BV[order_B.argsort()] if ascending != list(slots) else logits_BV
 
     @torch.inference_mode()

@@ -51,7 +51,7 @@ class LanguageModel:
         self.calls = CallsInProgress()
         device = "cuda" if settings.gpus else "cpu"
         dtype = dtype_of(settings.dtype, settings.model, device)
-        model = load_model(settings.model, dtype=dtype, device=device)
+        model = load_model(settings.model, dtype=dtype, device=device, kernels=settings.kernels)
         self._tokenizer = load_tokenizer(settings.model)
         self._engine = Engine(
             model,

@@ -1,0 +1,118 @@
+"""Building the kernels: once, by anybody at any time, or a plain word why not."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+
+from helpers.lm.gguf_files import finish, write_gguf
+from helpers.lm.models import make_hf
+from models.sink_lm.checkpoints.loading import load_model
+from models.sink_lm.kernels import build
+from models.sink_lm.kernels.build import NoKernels
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache, and a library that nobody has loaded."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("CXX", raising=False)
+    build.library.cache_clear()
+    yield tmp_path / "cache" / "rayjepa"
+    build.library.cache_clear()
+
+
+def made(cache: Path) -> list[str]:
+    return sorted(path.name for path in cache.iterdir())
+
+
+@pytest.mark.usefixtures("kernels")
+def test_it_is_built_once_for_a_version_of_the_source(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = build.library()
+    assert made(cache) == [f"kernels-{build._version()}.so"]
+    assert cache.stat().st_mode & 0o077 == 0
+    build.library.cache_clear()
+    monkeypatch.setenv("CXX", "false")  # nothing is compiled again
+    assert build.library()._name == first._name
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-g"))
+    build.library.cache_clear()
+    with pytest.raises(NoKernels, match="false fails"):
+        build.library()
+
+
+@pytest.mark.usefixtures("kernels")
+def test_several_that_build_at_the_same_time_leave_one_library(cache: Path) -> None:
+    path = build._cache() / "kernels-of-all.so"
+    builders = [threading.Thread(target=build._build, args=(path,)) for _ in range(3)]
+    for builder in builders:
+        builder.start()
+    for builder in builders:
+        builder.join()
+    assert made(cache) == ["kernels-of-all.so"]
+
+
+def test_without_a_compiler_torch_decodes_and_the_log_says_so(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hf = make_hf("Llama", intermediate_size=128, head_dim=32, vocab_size=112)
+    hf.config.head_dim = 32
+    kinds = dict.fromkeys(("attn_q", "ffn_down"), GGMLQuantizationType.Q4_0)
+    finish(write_gguf(tmp_path / "model.gguf", hf, quantised=kinds))
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    model = load_model(str(tmp_path / "model.gguf"), dtype=torch.int4)
+    assert model.decode_step is None
+    assert [r.getMessage() for r in caplog.records if "no C++ compiler" in r.getMessage()]
+    with pytest.raises(ValueError, match=r"kernels native: .*no C\+\+ compiler.*\nTake kernels"):
+        load_model(str(tmp_path / "model.gguf"), dtype=torch.int4, kernels="native")
+    assert not made(cache)
+
+
+@pytest.mark.parametrize("compiler", ["false", "no-such-compiler", "python3 -c 1/0"])
+def test_a_compiler_that_fails_is_named(
+    compiler: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    monkeypatch.setenv("CXX", compiler)
+    with pytest.raises(NoKernels, match=f"{compiler.split()[0]}.* fails"):
+        build.library()
+    assert not made(cache)
+
+
+def test_other_processors_are_refused_before_anything_is_built(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    with pytest.raises(NoKernels, match="AVX-512 VNNI"):
+        build.library()
+    assert not cache.exists()
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_damaged_library_is_no_crash(cache: Path) -> None:
+    path = build._cache() / f"kernels-{build._version()}.so"
+    path.write_bytes(b"not a library")
+    with pytest.raises(NoKernels, match=r"cannot be loaded"):
+        build.library()
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_home_that_cannot_be_written_takes_a_temporary_folder(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert Path(build.library()._name).parent.name.startswith("rayjepa-kernels-")
+
+
+def test_native_kernels_are_for_4_bits(tmp_path: Path) -> None:
+    make_hf("Llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"4-bit weights only.\nTake dtype int4"):
+        load_model(str(tmp_path), kernels="native")
