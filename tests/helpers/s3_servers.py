@@ -34,7 +34,11 @@ def rclone() -> str | None:
 
 @contextlib.contextmanager
 def rclone_server(folder: Path) -> Iterator[dict[str, str]]:
-    """Serves the folders in a folder as buckets; yields the variables that lead there."""
+    """Serves the folders in a folder as buckets; yields the variables that lead there.
+
+    rclone may keep what it knows of folders, since nothing changes them but its own requests. With
+    `--dir-cache-time 0s` requests side by side make it forget and read folders again without end.
+    """
     program = rclone()
     assert program is not None
     with socket.socket() as free:
@@ -45,7 +49,7 @@ def rclone_server(folder: Path) -> Iterator[dict[str, str]]:
             *(program, "serve", "s3", "--addr", f"127.0.0.1:{port}", "--etag-hash", "md5"),
             *("--auth-key", f"{KEYS['AWS_ACCESS_KEY_ID']},{KEYS['AWS_SECRET_ACCESS_KEY']}"),
             *("--vfs-cache-mode", "full", "--cache-dir", f"{folder}-cache", "--config", ""),
-            *("--dir-cache-time", "0s", "--vfs-write-back", "0s", str(folder)),
+            *("--vfs-write-back", "0s", str(folder)),
         ],
         stdout=subprocess.DEVNULL,
         stderr=(folder.parent / "rclone.log").open("w"),
