@@ -21,7 +21,7 @@ from models.file_systems import url_to_fs
 from models.patient_s3 import PATIENCE_ENV
 
 BUCKET = "patience"
-DOWN_S = 4.0
+DOWN_S = 2.0
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,14 @@ def proxy(through: S3Proxy) -> Iterator[S3Proxy]:
     yield through
     through.refuse = None
     through.end_trouble()
+
+
+@pytest.fixture
+def only_moto(request: pytest.FixtureRequest) -> None:
+    """For what rclone does otherwise than S3: it has one key; an upload in parts is listed nowhere,
+    and is known by another ETag when it is completed."""
+    if request.node.callspec.params["each_s3"] != "moto":
+        pytest.skip("rclone does this otherwise than S3")
 
 
 def test_reading_writing_and_listing_wait_while_s3_refuses(proxy: S3Proxy, tmp_path: Path) -> None:
@@ -235,6 +243,7 @@ def test_errors_name_code_and_object_in_other_processes_too(proxy: S3Proxy) -> N
     assert str(again).endswith(f"(NoSuchKey: s3://{BUCKET}/absent)")
 
 
+@pytest.mark.usefixtures("only_moto")
 def test_credentials_that_are_renewed_on_the_disk_go_on(
     proxy: S3Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,6 +267,7 @@ def test_credentials_that_are_renewed_on_the_disk_go_on(
 PART = 5 * 2**20
 
 
+@pytest.mark.usefixtures("only_moto")
 @pytest.mark.parametrize("request_", ["POST uploads", "POST uploadId", "PUT partNumber"])
 def test_an_upload_in_parts_outlasts_the_loss_of_an_answer(proxy: S3Proxy, request_: str) -> None:
     method, query = request_.split()
