@@ -4,8 +4,9 @@
 
 Every row meets the same starts and goals: a random policy, an untrained model, the trained one with
 shuffled actions, the trained one by distance and by critic, the same search in the true simulator,
-and who knows the map. Ray tasks run the episodes. The job writes OUT/results.json and
-OUT/trajectories.png; docs/planning.md says what the numbers mean.
+and who knows the map. Ray tasks run the episodes. The job writes OUT/results.json,
+OUT/trajectories.png, and OUT/agent, which can be served; docs/planning.md says what the numbers
+mean.
 """
 
 from __future__ import annotations
@@ -25,18 +26,21 @@ if __name__ == "__main__" and not __package__:
 import torch
 import tyro
 
+from models.planning.actors.space import ActionSpace
 from models.planning.configurator import TaskSpec, configure
 from models.planning.costs.critic import CriticTraining, train_critic
 from models.planning.memory import Memory
+from models.planning.saved_agent import SavedAgent, agent_files
+from models.planning.world_model.readout import Readout
 from models.planning.world_model.world_model import WorldModel
-from models.planning.worlds.two_rooms import TwoRooms
+from models.planning.worlds.two_rooms import SIDE, TwoRooms
 from pipelines.config.checks import require
 from pipelines.config.places import ReadPlace, WrittenPlace
 from pipelines.planning.episodes import KINDS, Episodes, Tasks, draw_tasks
 from pipelines.planning.games.job import GameJob, compare
 from pipelines.planning.games.job import table as game_table
 from pipelines.planning.games.worlds import GAME_WORLDS
-from pipelines.planning.imagination import Readout, encode_walks, open_loop
+from pipelines.planning.imagination import encode_walks, open_loop
 from pipelines.planning.picture import Panel, draw
 from pipelines.planning.results import gate, summary
 from pipelines.planning.rows import ROWS, Comparison, run_row
@@ -63,7 +67,7 @@ class PlanEpisodesConfig:
     env: Literal["tworooms", "my_way_home", "breakout"] = "tworooms"
     """The world. The other two are games (docs/planning_games.md)."""
     out: WrittenPlace = "plans"
-    """Folder for results.json and trajectories.png."""
+    """Folder for results.json, trajectories.png and the agent."""
     episodes: int = 100
     """Episodes of every row with start and goal in one room, and as many across rooms."""
     steps: int = 50
@@ -132,6 +136,8 @@ def plan_episodes(cfg: PlanEpisodesConfig) -> dict[str, Any]:
     write_atomic(fs, f"{folder}/results.json", json.dumps(results, indent=1).encode())
     picture = draw(_panels(parts, tasks, played), world)
     write_atomic(fs, f"{folder}/trajectories.png", picture)
+    for name, data in agent_files(saved_agent(cfg, parts, facts)).items():
+        write_atomic(fs, f"{folder}/agent/{name}", data)
     return results
 
 
@@ -158,6 +164,22 @@ def _play_game(cfg: PlanEpisodesConfig) -> dict[str, Any]:
     return results
 
 
+def saved_agent(cfg: PlanEpisodesConfig, parts: Comparison, facts: dict[str, Any]) -> SavedAgent:
+    """Returns the agent of the row `ours_critic`, to be saved."""
+    world = TwoRooms()
+    return SavedAgent(
+        model=cast(WorldModel, parts.model),
+        settings=parts.settings,
+        critic=parts.critic,
+        readout=parts.readout,
+        actions=ActionSpace(width=2, longest=world.max_step),
+        world=cfg.env,
+        frame=(SIDE, SIDE),
+        task=cfg.task,
+        provenance={"checkpoint": facts["checkpoint"], "seed": cfg.seed},
+    )
+
+
 def make_comparison(cfg: PlanEpisodesConfig) -> tuple[Comparison, dict[str, Any]]:
     """Loads the models, fits readout and critic, and measures what imagination is worth.
 
@@ -182,6 +204,11 @@ def make_comparison(cfg: PlanEpisodesConfig) -> tuple[Comparison, dict[str, Any]
     readout = Readout.fit(latents_BTD.flatten(0, 1), places_BT2.flatten(0, 1))
     parts = Comparison(
         model=trained,
+        settings={
+            "name": run.objective.name,
+            "model": run.model_settings,
+            "objective": run.objective_settings,
+        },
         untrained=_world_model(new_objective(run), "--checkpoint"),
         control=control,
         critic=critic,

@@ -5,12 +5,11 @@ Shape suffixes: N frames, B walks, T steps, D latent width, 2 = (x, y) in pixels
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from models.planning.agent import Model
+from models.planning.world_model.readout import Readout
 from models.planning.worlds.two_rooms import TwoRooms
 from pipelines.evaluation.ranks import effective_rank
 
@@ -18,34 +17,6 @@ STEPS = (1, 5, 10, 20)
 """Numbers of steps after which the error is told."""
 WALKS = 300
 """Walks that nothing was trained on."""
-RIDGE = 1e-3
-"""Weight of the readout's ridge, times the number of frames."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Readout:
-    """A linear map from latents to places, fitted by ridge regression."""
-
-    weight_D2: Tensor
-    """The last row is the constant."""
-
-    @classmethod
-    def fit(cls, latents_ND: Tensor, places_N2: Tensor) -> Readout:
-        """Fits the map."""
-        rows_ND = _with_one(latents_ND).double()
-        unit_DD = torch.eye(rows_ND.shape[1], dtype=torch.float64)
-        gram_DD = rows_ND.T @ rows_ND + RIDGE * len(rows_ND) * unit_DD
-        solved_D2 = torch.linalg.solve(gram_DD, rows_ND.T @ places_N2.double())
-        return cls(weight_D2=solved_D2.float())
-
-    def __call__(self, latents: Tensor) -> Tensor:
-        """Reads places: [..., D] to [..., 2]."""
-        places: Tensor = _with_one(latents) @ self.weight_D2
-        return places
-
-
-def _with_one(rows: Tensor) -> Tensor:
-    return torch.cat([rows, torch.ones_like(rows[..., :1])], dim=-1)
 
 
 @torch.no_grad()

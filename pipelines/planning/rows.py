@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from models.planning.agent import Model, ShuffledModel, build_agent
 from models.planning.configurator import AgentConfig
 from models.planning.costs.critic import Critic
+from models.planning.world_model.readout import Readout
 from models.planning.worlds.two_rooms import TrueModel, TwoRooms
 from pipelines.planning.episodes import (
     Episodes,
@@ -22,7 +24,6 @@ from pipelines.planning.episodes import (
     random_policy,
     run_episodes,
 )
-from pipelines.planning.imagination import Readout
 
 ROWS = {
     "random": "full steps in random directions",
@@ -42,6 +43,8 @@ class Comparison:
     """All that rows are made of; goes to every task once, through Ray's object store."""
 
     model: Model
+    settings: Mapping[str, Any]
+    """What the model is built from; see `models.planning.saved_agent`."""
     untrained: Model
     control: Model | None
     critic: Critic

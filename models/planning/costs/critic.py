@@ -35,21 +35,18 @@ class Critic(nn.Module):
     """V(z, g) as an MLP.
 
     Args:
-        latents_ND: latents whose mean and spread become those of the network's input.
-        scale: a typical length of a way, in units of latent distance.
+        latent: D.
         width: of the hidden layers.
     """
 
-    def __init__(self, latents_ND: Tensor, *, scale: float, width: int = 128) -> None:
+    def __init__(self, latent: int, *, width: int = 128) -> None:
         super().__init__()
-        latent = latents_ND.shape[1]
         self.scale: Tensor
         self.mean_D: Tensor
         self.deviation: Tensor
-        self.register_buffer("scale", torch.tensor(scale))
-        self.register_buffer("mean_D", latents_ND.mean(0))
-        # One number for all dimensions, so that what hardly varies stays small.
-        self.register_buffer("deviation", (latents_ND - self.mean_D).square().mean().sqrt())
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("mean_D", torch.zeros(latent))
+        self.register_buffer("deviation", torch.ones(()))
         self.layers = nn.Sequential(
             nn.Linear(3 * latent, width),
             nn.SiLU(),
@@ -57,6 +54,18 @@ class Critic(nn.Module):
             nn.SiLU(),
             nn.Linear(width, 1),
         )
+
+    def adjust(self, latents_ND: Tensor, scale: float) -> None:
+        """Makes the mean and spread of some latents those of the network's input.
+
+        Args:
+            latents_ND: the latents.
+            scale: a typical length of a way, in units of latent distance.
+        """
+        self.scale.fill_(scale)
+        self.mean_D.copy_(latents_ND.mean(0))
+        # One number for all dimensions, so that what hardly varies stays small.
+        self.deviation.copy_((latents_ND - self.mean_D).square().mean().sqrt())
 
     def forward(self, latents_BD: Tensor, goals_BD: Tensor) -> Tensor:
         """Returns the length of the way that is left, [..., D] to [...]."""
@@ -104,7 +113,8 @@ def train_critic(
     ways_NG = ways_to(latents_ND, following_ND, goals_G, reach)
     known_P2 = ways_NG.isfinite().nonzero()
     scale = float(ways_NG[ways_NG.isfinite()].mean())
-    critic = Critic(latents_ND, scale=scale)
+    critic = Critic(latents_ND.shape[1])
+    critic.adjust(latents_ND, scale)
     optimizer = torch.optim.AdamW(critic.parameters(), training.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.steps)
     losses = []

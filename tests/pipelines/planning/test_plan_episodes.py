@@ -11,6 +11,7 @@ import torch
 from helpers.pipelines.fake_training import run_training, tiny_config
 from helpers.pipelines.walks import train_on_walks, walk_config
 from models.encoders.vit import VisionTransformer
+from models.planning.saved_agent import load_agent
 from models.planning.world_model.world_model import WorldModel
 from models.planning.worlds.two_rooms import TwoRooms
 from pipelines import plan_episodes as plan_job
@@ -68,6 +69,7 @@ def test_all_rows_are_compared_written_and_drawn(
     assert written["gate"] == found["gate"]
     assert set(written["open_loop_px"]["model"]) == {"1", "5", "10", "20"}
     assert (tmp_path / "trajectories.png").read_bytes().startswith(b"\x89PNG")
+    assert load_agent(f"{tmp_path}/agent").provenance["checkpoint"] == checkpoint
     lines = "\n".join(table(found))
     assert all(row in lines for row in ROWS)
     # The control is the same checkpoint, and everything is paired.

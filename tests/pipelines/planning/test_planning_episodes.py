@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from models.planning.world_model.readout import Readout
 from models.planning.worlds.two_rooms import TrueModel, TwoRooms
 from pipelines.plan_episodes import PlanEpisodesConfig
 from pipelines.planning.episodes import (
@@ -15,7 +16,7 @@ from pipelines.planning.episodes import (
     random_policy,
     run_episodes,
 )
-from pipelines.planning.imagination import Readout, open_loop
+from pipelines.planning.imagination import open_loop
 from pipelines.planning.results import gate, interval, summary
 
 WORLD = TwoRooms()

@@ -1,0 +1,156 @@
+"""An agent on disk: all that plans, without the shards and checkpoints that it came from.
+
+    DIR/agent.json            what the parts are, the world, its actions and the task
+    DIR/weights.safetensors   tensors of all parts, named part.tensor
+
+`pipelines.plan_episodes` writes one to OUT/agent, and `load_agent` reads it:
+
+    saved = load_agent("plans/agent")
+    agent = saved.agent(dataclasses.replace(saved.task, budget=960))
+    agent.begin(goal_frames)                         # uint8 [B, 3, H, W]
+    plans = agent.plan(frames, torch.arange(B))      # [B, horizon, A]; the first action is taken
+
+`Agent` keeps the goals and plans of its episodes, so concurrent requests each build one of their
+own, which costs microseconds: the weights are shared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from models.digests import DamagedFileError, digest_of_bytes
+from models.file_systems import read_bytes
+from models.objectives.registry import build_objective
+from models.planning.actors.space import ActionSpace
+from models.planning.agent import Agent, build_agent
+from models.planning.configurator import TaskSpec, configure
+from models.planning.costs.critic import Critic
+from models.planning.world_model.readout import Readout
+from models.planning.world_model.world_model import WorldModel
+
+FORMAT = 1
+"""Version of the format."""
+DESCRIPTION, WEIGHTS = "agent.json", "weights.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedAgent:
+    """The parts of an agent, with frozen weights on the CPU."""
+
+    model: WorldModel
+    settings: Mapping[str, Any]
+    """What `models.objectives.registry.build_objective` builds the model from: `name`, `model` and
+    `objective`."""
+    critic: Critic | None
+    """None judges by distance."""
+    readout: Readout | None
+    """Maps latents to places in pixels; needed for zones, and to draw what was imagined."""
+    actions: ActionSpace
+    world: str
+    """Name of the world, such as `tworooms`."""
+    frame: tuple[int, int]
+    """Height and width of an observation, pixels."""
+    task: TaskSpec
+    """What the agent was tried on; requests may replace its fields."""
+    provenance: Mapping[str, Any]
+    """Where the weights come from; anything that JSON can hold."""
+
+    def agent(self, task: TaskSpec | None = None, *, seed: int = 0) -> Agent:
+        """Builds an agent of its own for a task.
+
+        Raises:
+            ValueError: the task's budget is too small for any search.
+        """
+        return build_agent(
+            configure(task or self.task),
+            self.model,
+            limit=self.actions.limited,
+            action_width=self.actions.width,
+            critic=self.critic,
+            readout=self.readout,
+            seed=seed,
+        )
+
+
+def agent_files(saved: SavedAgent) -> dict[str, bytes]:
+    """Returns the files by name, in the order in which they are to be written.
+
+    The description comes last: a folder without one holds no agent.
+    """
+    tensors = {f"model.{name}": value for name, value in saved.model.state_dict().items()}
+    if saved.critic is not None:
+        tensors |= {f"critic.{name}": value for name, value in saved.critic.state_dict().items()}
+    if saved.readout is not None:
+        tensors["readout.weight"] = saved.readout.weight_D2
+    weights = safetensors.torch.save({name: value.contiguous() for name, value in tensors.items()})
+    description = {
+        "format": FORMAT,
+        "world": saved.world,
+        "frame": saved.frame,
+        "actions": dataclasses.asdict(saved.actions),
+        "task": dataclasses.asdict(saved.task),
+        "model": dict(saved.settings),
+        "provenance": dict(saved.provenance),
+        "sha256": digest_of_bytes(weights),
+    }
+    return {WEIGHTS: weights, DESCRIPTION: json.dumps(description, indent=1).encode()}
+
+
+def load_agent(uri: str) -> SavedAgent:
+    """Loads an agent from a local or remote folder.
+
+    Raises:
+        FileNotFoundError: the folder holds no agent.
+        ValueError: it is of another format, or does not fit together.
+        DamagedFileError: the weights are not those that were saved.
+    """
+    folder = uri.rstrip("/")
+    found = json.loads(read_bytes(f"{folder}/{DESCRIPTION}"))
+    if found.get("format") != FORMAT:
+        raise ValueError(f"{uri}: format {found.get('format')}, this version reads {FORMAT}")
+    weights = read_bytes(f"{folder}/{WEIGHTS}")
+    if digest_of_bytes(weights) != found["sha256"]:
+        raise DamagedFileError(f"{folder}/{WEIGHTS} is not the file that was saved")
+    tensors = safetensors.torch.load(weights)
+    settings, task = found["model"], found["task"]
+    model = build_objective(
+        settings["name"], model=settings["model"], objective=settings["objective"]
+    )
+    if not isinstance(model, WorldModel):
+        raise ValueError(f"{uri}: {type(model).__name__} is no world model")
+    model.load_state_dict(_part(tensors, "model"))
+    readout = tensors.get("readout.weight")
+    return SavedAgent(
+        model=model.eval().requires_grad_(False),
+        settings=settings,
+        critic=_critic(_part(tensors, "critic")),
+        readout=None if readout is None else Readout(weight_D2=readout),
+        actions=ActionSpace(**found["actions"]),
+        world=found["world"],
+        frame=(found["frame"][0], found["frame"][1]),
+        task=TaskSpec(**task | {"zones": tuple(map(tuple, task["zones"]))}),
+        provenance=found["provenance"],
+    )
+
+
+def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(f"{part}."): value
+        for name, value in tensors.items()
+        if name.startswith(f"{part}.")
+    }
+
+
+def _critic(tensors: Mapping[str, Tensor]) -> Critic | None:
+    if not tensors:
+        return None
+    critic = Critic(len(tensors["mean_D"]), width=len(tensors["layers.0.bias"]))
+    critic.load_state_dict(tensors)
+    return critic.eval().requires_grad_(False)
