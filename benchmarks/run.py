@@ -59,6 +59,7 @@ PAGES = {
 SMOLLM2 = "--model data/smollm2 (`python -m pipelines.fetch smollm2 --out data/smollm2`)"
 GGUF = "--gguf, a file of data/smollm2 (`python -m pipelines.fetch smollm2 --out data/smollm2`)"
 FILM = "--film FILE (`python -m pipelines.fetch samples --out DIR`)"
+AGENT = "--agent FOLDER, OUT/agent of `python -m pipelines.plan_episodes`"
 GAMES = "--footage FOLDER (`python -m pipelines.fetch gameplay`)"
 CIFAR10 = "--cifar10 FOLDER (`python -m pipelines.fetch cifar10 --out FOLDER`)"
 
@@ -78,6 +79,7 @@ KNOWN = {
     "hyperoptim_lr": Benchmark(arguments=("show",), page="training/hyperoptim.md"),
     "ingest": Benchmark(needs=f"{CIFAR10}, --work FOLDER"),
     "live": Benchmark(needs=FILM),
+    "noise": Benchmark(needs=CIFAR10.replace("--cifar10", "--data")),
     "objectives": Benchmark(
         arguments=("--seconds", "200", "--seeds", "0", "--out", "WORK/rows.jsonl")
     ),
@@ -93,6 +95,7 @@ KNOWN = {
     "plain_app": Benchmark(needs="--artifact FOLDER and --port PORT; serving.py starts it"),
     "plan_run": Benchmark(arguments=("--out", "WORK", "--rounds", "1", "--without-ray")),
     "plan_scale": Benchmark(arguments=("--rows", "1e8", "--shards", "1e4", "--workers", "64")),
+    "planning": Benchmark(needs=AGENT),
     "sessions_http": Benchmark(needs=SMOLLM2),
     "sharded_memory": Benchmark(arguments=("ijepa_vitl16", "--rows", "32"), result="^\\| ijepa.*"),
     "sigreg": Benchmark(result=".*times as fast.*"),

@@ -22,7 +22,7 @@ import hashlib
 import json
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,11 +184,25 @@ def run_folder(args: Args, name: str, seed: int, temporary: Path) -> Path:
     return kept / f"{name}-{seed}-{data}-{args.seconds:g}"
 
 
-def run(args: Args, name: str, seed: int, splits: dict[str, Split]) -> dict[str, Any]:
+Batches = Callable[..., Iterator[dict[str, Any]]]
+"""As `memory_batches`."""
+Measure = Callable[[VisionTransformer, PretrainConfig, dict[str, Split]], dict[str, float]]
+"""As `probe`."""
+
+
+def run(
+    args: Args,
+    name: str,
+    seed: int,
+    splits: dict[str, Split],
+    batches: Batches | None = None,
+    measure: Measure | None = None,
+) -> dict[str, Any]:
+    batches, measure = batches or memory_batches, measure or probe
     with tempfile.TemporaryDirectory() as folder:
         cfg = configured(args, name, seed, folder)
         data = DataSource(
-            lambda cfg, **where: memory_batches(splits["train"], cfg, **where),
+            lambda cfg, **where: batches(splits["train"], cfg, **where),
             len(splits["train"].labels_N) // cfg.data.batch_size,
             "memory",
         )
@@ -227,14 +241,14 @@ def run(args: Args, name: str, seed: int, splits: dict[str, Split]) -> dict[str,
     }
     found |= {"images": outcome.step * cfg.data.batch_size}
     found |= {"precision": args.precision, "compile": args.compile}
-    return found | probe(encoder, cfg, splits) | {"random_init": baseline(cfg, splits)}
+    return found | measure(encoder, cfg, splits) | {"random_init": baseline(cfg, splits, measure)}
 
 
-def baseline(cfg: PretrainConfig, splits: dict[str, Split]) -> dict[str, float]:
+def baseline(cfg: PretrainConfig, splits: dict[str, Split], measure: Measure) -> dict[str, float]:
     state = new_state(cfg, torch.device("cpu"))
     encoder = state.objective.feature_encoder
     assert isinstance(encoder, VisionTransformer)
-    return probe(encoder, cfg, splits)
+    return measure(encoder, cfg, splits)
 
 
 def probe(

@@ -18,6 +18,7 @@ from helpers.repository import ROOT
 from pipelines.recipes.registry import RECIPES
 from serve.embeddings.settings import ServeSettings
 from serve.lm.settings import LMSettings
+from serve.planning.settings import PlanningSettings
 
 FOLDER = ROOT / "deploy/kubernetes"
 PINS = dict(
@@ -156,6 +157,7 @@ def test_serve_accepts_the_service_and_we_its_arguments() -> None:
     settings = {app.name: app.args for app in config.applications}
     assert ServeSettings(**settings["embeddings"]).gpus == 1
     assert LMSettings(**settings["language"]).store is not None
+    assert PlanningSettings(**settings["planning"]).agent.startswith("s3://")
     with pytest.raises(ValueError, match="artifakt"):
         ServeSettings(**settings["embeddings"], artifakt="s3://bucket/a")
 
@@ -163,7 +165,10 @@ def test_serve_accepts_the_service_and_we_its_arguments() -> None:
 def test_the_service_is_the_shipped_configuration() -> None:
     """But for its place, GPUs and two of each replica, which outlive a lost node."""
     apps = {app["name"]: app for app in serve_config()["applications"]}
-    for file, name in (("config.yaml", "embeddings"), ("lm_config.yaml", "language")):
+    files = {"embeddings": "config.yaml", "language": "lm_config.yaml"}
+    files["planning"] = "planning_config.yaml"
+    assert apps.keys() == files.keys()
+    for name, file in files.items():
         shipped = yaml.safe_load((ROOT / "serve" / file).read_text())["applications"][0]
         assert apps[name]["import_path"] == shipped["import_path"]
         for ours, theirs in zip(apps[name]["deployments"], shipped["deployments"], strict=True):
@@ -174,8 +179,9 @@ def test_the_service_is_the_shipped_configuration() -> None:
 
 
 def test_a_pod_ends_after_its_requests() -> None:
-    embeddings, language = (app["args"] for app in serve_config()["applications"])
-    drain_s = max(ServeSettings(**embeddings).drain_s, LMSettings(**language).drain_s)
+    arguments = [app["args"] for app in serve_config()["applications"]]
+    kinds = (ServeSettings, LMSettings, PlanningSettings)
+    drain_s = max(kind(**given).drain_s for kind, given in zip(kinds, arguments, strict=True))
     assert drain_s > 0
     for pod in pods(CLUSTERS["ray_service.yaml"])[1:]:
         hook = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]

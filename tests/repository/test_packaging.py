@@ -111,7 +111,8 @@ def test_every_module_imports_without_starting_ray() -> None:
 
 def test_http_ingress_and_decoders_start_without_torch() -> None:
     """It would triple the time to start one, and their memory."""
-    modules = "serve.app, serve.embeddings.media.decode_worker, models.media.preprocessing"
+    modules = "serve.app, serve.planning_app, serve.embeddings.media.decode_worker"
+    modules += ", models.media.preprocessing"
     assert_imports_none(modules, "torch", "timm")
 
 

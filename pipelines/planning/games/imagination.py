@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.planning.world_model.readout import Readout
 from models.planning.world_model.world_model import WorldModel
 from pipelines.evaluation.ranks import effective_rank
 from pipelines.fetchers.games.engine import U8
 from pipelines.planning.games.walks import Walk
 from pipelines.planning.games.worlds import F32, GameWorld
-from pipelines.planning.imagination import Readout
 from pipelines.planning.results import interval
 
 STEPS = (1, 5, 10)

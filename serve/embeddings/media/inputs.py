@@ -95,6 +95,23 @@ def parse_input(value: Any, *, max_items: int, default: Kind = "image") -> list[
     return [_reference(item, f"input[{index}]", default) for index, item in enumerate(items)]
 
 
+def parse_image(value: Any, param: str) -> Reference:
+    """Turns one image, in any of the forms of an item of `input`, into a reference.
+
+    Args:
+        value: the item.
+        param: its path in the request.
+
+    Raises:
+        ApiError: 400, it is malformed or a video.
+    """
+    reference = _reference(value, param, "image")
+    if reference.kind == "video":
+        message = "must be a single image, not a video"
+        raise ApiError(400, "unsupported_modality", message, param=reference.param)
+    return reference
+
+
 def _reference(item: Any, param: str, default: Kind) -> Reference:
     if isinstance(item, str):
         item = item.strip(BLANK)

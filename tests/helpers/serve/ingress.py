@@ -1,4 +1,4 @@
-"""Both applications without Ray and without a model, and ASGI requests to them."""
+"""All applications without Ray and without a model, and ASGI requests to them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,23 @@ from prometheus_client import CollectorRegistry
 from ray.exceptions import TaskCancelledError
 
 from helpers.serve.fake_model import make_parts
+from models.media.preprocessing import Preprocessing
 from serve.ingress.application import IngressParts
+from serve.ingress.settings import ApplicationSettings
 from serve.lm.frontend.routes import create_lm_app
 from serve.lm.frontend.served_models import ServedModels
 from serve.lm.settings import LMSettings
+from serve.planning.contract import PlanCard
+from serve.planning.frontend.routes import create_planning_app
+from serve.planning.frontend.service import PlanningService
+from serve.planning.settings import PlanningSettings
+from serve.replicas.served_model import ServedModel
 
-POSTS = {"embeddings": "/v1/embeddings", "language": "/v1/completions"}
+POSTS = {
+    "embeddings": "/v1/embeddings",
+    "language": "/v1/completions",
+    "planning": "/v1/plan",
+}
 NAMES = tuple(POSTS)
 
 
@@ -34,25 +45,53 @@ class Made:
 
 
 def make(name: str, *, api_key: str | None = None, **settings: Any) -> Made:
-    """Returns the application of that name. Requests never reach the language model itself."""
+    """Returns the application of that name. Requests never reach a planner or language model."""
     if name == "embeddings":
         parts = make_parts(api_key=api_key, **settings)
         return Made(parts.app(), parts.metrics.registry)
+    if name == "planning":
+        return _make_planning(api_key, settings)
     numbers = ("created", "capacity", "sinks", "sessions", "bytes_per_session", "persistent")
     card = SimpleNamespace(name="tiny", fingerprint="f", release="r", **dict.fromkeys(numbers, 1))
     full = LMSettings(model="m", **settings)
     service: Any = SimpleNamespace(card=card, settings=full, check_model=lambda name: None)
 
+    parts = _parts(full, api_key)
+    client: Any = SimpleNamespace(describe=lambda: asyncio.sleep(0, card))
+    models = ServedModels(full, client, service)
+    return Made(create_lm_app(parts, models, client), parts.metrics.registry)
+
+
+def _parts(settings: ApplicationSettings, api_key: str | None) -> IngressParts:
     async def is_ready() -> bool:
         return True
 
     async def scrape() -> str:
         return "metrics"
 
-    parts = IngressParts(settings=full, scrape=scrape, is_ready=is_ready, api_key=api_key)
-    client: Any = SimpleNamespace(describe=lambda: asyncio.sleep(0, card))
-    models = ServedModels(full, client, service)
-    return Made(create_lm_app(parts, models, client), parts.metrics.registry)
+    return IngressParts(settings=settings, scrape=scrape, is_ready=is_ready, api_key=api_key)
+
+
+def _make_planning(api_key: str | None, settings: dict[str, Any]) -> Made:
+    full = PlanningSettings(agent="a", **settings)
+    card = PlanCard(
+        name="tiny",
+        world="tworooms",
+        preprocessing=Preprocessing(image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3),
+        history=1,
+        state_width=8,
+        action_width=2,
+        actions={},
+        methods=("cem",),
+        judged_by="distance",
+        predictors=1,
+        reads_places=False,
+        task={},
+    )
+    client: Any = None
+    service = PlanningService(full, ServedModel(card), client)
+    parts = _parts(full, api_key)
+    return Made(create_planning_app(parts, service), parts.metrics.registry)
 
 
 @dataclass

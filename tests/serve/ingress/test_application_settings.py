@@ -1,4 +1,4 @@
-"""Settings of both applications: validation, the API key, and Serve's options."""
+"""Settings of all applications: validation, the API key, and Serve's options."""
 
 from __future__ import annotations
 
@@ -10,8 +10,15 @@ from pydantic import ValidationError
 from serve.embeddings.settings import ServeSettings
 from serve.ingress.deployment import MAX_ONGOING, ingress_options, read_api_key
 from serve.lm.settings import LMSettings
+from serve.planning.settings import PlanningSettings
 
 PAGE = "https://app.example.org"
+NAMES: dict[Any, dict[str, str]] = {
+    ServeSettings: {"artifact": "a"},
+    LMSettings: {"model": "m"},
+    PlanningSettings: {"agent": "a"},
+}
+"""The settings of every application, with what they need."""
 
 
 def test_serve_s_own_limits_stand_behind_ours() -> None:
@@ -38,11 +45,11 @@ def test_serve_s_own_limits_stand_behind_ours() -> None:
         ("'k'", "in quotes"),
     ],
 )
-@pytest.mark.parametrize("kind", [ServeSettings, LMSettings])
+@pytest.mark.parametrize("kind", NAMES)
 def test_a_key_that_no_client_can_send_stops_the_server(
     kind: Any, value: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = {"artifact": "a"} if kind is ServeSettings else {"model": "m"}
+    names = NAMES[kind]
     settings = kind(**names, api_key_env="RAYJEPA_TEST_KEY")
     monkeypatch.delenv("RAYJEPA_TEST_KEY", raising=False)
     with pytest.raises(ValueError, match="RAYJEPA_TEST_KEY"):
@@ -69,9 +76,9 @@ def test_a_key_that_no_client_can_send_stops_the_server(
         ("model", " \n", "at least 1 character"),
     ],
 )
-@pytest.mark.parametrize("kind", [ServeSettings, LMSettings])
+@pytest.mark.parametrize("kind", NAMES)
 def test_invalid_settings_are_refused(kind: Any, name: str, value: Any, message: str) -> None:
-    names = {"artifact": "a"} if kind is ServeSettings else {"model": "m"}
+    names = NAMES[kind]
     with pytest.raises(ValidationError, match=message):
         kind.model_validate(names | {name: value})
 

@@ -1,4 +1,4 @@
-"""What both applications do besides their own routes: health, API key, CORS, limits of bodies."""
+"""What all applications do besides their own routes: health, API key, CORS, limits of bodies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from helpers.serve.ingress import NAMES, POSTS, Made, Reply, ask, make
 from serve.embeddings.settings import ServeSettings
 from serve.ingress.deployment import read_api_key
 
-BOTH = pytest.mark.parametrize("name", NAMES)
+EVERY = pytest.mark.parametrize("name", NAMES)
 PAGE = "https://app.example.org"
 
 
@@ -38,7 +38,7 @@ def routes(made: Made) -> dict[str, set[str]]:
     return found
 
 
-@BOTH
+@EVERY
 def test_head_works_wherever_get_does(name: str) -> None:
     made = make(name)
     paths = [path for path, methods in routes(made).items() if "GET" in methods]
@@ -55,7 +55,7 @@ def test_head_works_wherever_get_does(name: str) -> None:
     assert get(made, "HEAD", POSTS[name]).status == 405
 
 
-@BOTH
+@EVERY
 def test_options_names_every_method_and_asks_for_no_key(name: str) -> None:
     made = make(name, api_key="k")
     for path, methods in routes(made).items():
@@ -75,7 +75,7 @@ def test_a_405_names_the_methods_of_all_routes_of_a_path() -> None:
     assert reply.headers["allow"] == "DELETE, GET, HEAD, OPTIONS"
 
 
-@BOTH
+@EVERY
 def test_both_paths_of_the_health_check_and_slashes_at_the_end(name: str) -> None:
     made = make(name, api_key="k")
     for path in ("/healthz", "/health", "/healthz/", "/health/"):
@@ -109,7 +109,7 @@ def test_forms_of_the_authorization_header(header: str, status: int) -> None:
     assert get(made, "GET", "/v1/models", headers={"authorization": header}).status == status
 
 
-@BOTH
+@EVERY
 def test_pages_of_an_allowed_origin_get_cors_headers(name: str) -> None:
     made = make(name, api_key="k", cors_origins=(PAGE,))
     preflight = {
@@ -162,7 +162,7 @@ def test_an_unexpected_error_carries_the_headers_for_browsers_too() -> None:
     assert made.count("/broken", 500) == 1
 
 
-@BOTH
+@EVERY
 def test_half_a_body_is_a_408(name: str) -> None:
     made = make(name, body_timeout_s=0.05)
     reply = get(made, "POST", POSTS[name], pieces=[b"{"], then="stall")
@@ -173,9 +173,9 @@ def test_half_a_body_is_a_408(name: str) -> None:
     assert reply.status == 408
 
 
-@BOTH
+@EVERY
 def test_a_long_body_is_a_413_whether_it_says_so_or_not(name: str) -> None:
-    image = {"max_image_bytes": 100} if name == "embeddings" else {}
+    image = {"max_image_bytes": 100} if name != "language" else {}
     made, path = make(name, max_request_bytes=100, **image), POSTS[name]
     told = {"content-length": "101"}
     replies = [
@@ -190,10 +190,14 @@ def test_a_long_body_is_a_413_whether_it_says_so_or_not(name: str) -> None:
     assert get(made, "POST", "/v1/none", headers=told).status == 404
 
 
-@BOTH
+@EVERY
 def test_half_sent_bodies_keep_nobody_out(name: str) -> None:
-    limits = {"max_queued": 4, "max_items": 4} if name == "embeddings" else {"max_requests": 4}
-    made = make(name, **limits)
+    limits = {
+        "embeddings": {"max_queued": 4, "max_items": 4},
+        "language": {"max_requests": 4},
+        "planning": {"max_queued": 4},
+    }
+    made = make(name, **limits[name])
     path = POSTS[name]
 
     async def run() -> list[Reply]:
@@ -217,7 +221,7 @@ def test_half_sent_bodies_keep_nobody_out(name: str) -> None:
 
 
 @pytest.mark.parametrize("then", ["leave", "cancel"])
-@BOTH
+@EVERY
 def test_a_client_who_leaves_amid_its_body_is_a_499(name: str, then: str) -> None:
     made = make(name)
     reply = get(made, "POST", POSTS[name], pieces=[b"{"], then=then)  # raises nothing
@@ -226,10 +230,10 @@ def test_a_client_who_leaves_amid_its_body_is_a_499(name: str, then: str) -> Non
     assert made.count(POSTS[name], 500) == 0
 
 
-@BOTH
+@EVERY
 def test_bodies_that_arrive_have_a_common_limit(name: str) -> None:
     sizes = {"max_request_bytes": 100, "max_arriving_bytes": 150}
-    made = make(name, **(sizes | ({"max_image_bytes": 100} if name == "embeddings" else {})))
+    made = make(name, **(sizes | ({"max_image_bytes": 100} if name != "language" else {})))
     path = POSTS[name]
 
     async def run() -> tuple[Reply, list[Reply]]:
@@ -309,7 +313,7 @@ def test_a_steady_body_has_time_and_a_dripping_one_has_not(monkeypatch: pytest.M
     assert reader.deadline(started=100.0, received=2**30) == 170  # much came, then nothing
 
 
-@BOTH
+@EVERY
 def test_openapi_has_every_schema_that_it_refers_to(name: str) -> None:
     """Generators of clients and testers follow every reference."""
     described = json.loads(get(make(name), "GET", "/openapi.json").body)

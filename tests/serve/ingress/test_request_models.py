@@ -10,17 +10,20 @@ from typing import Any
 import pytest
 
 from serve.embeddings.frontend.schemas import EmbeddingRequest
-from serve.embeddings.media.inputs import parse_input
+from serve.embeddings.media.inputs import parse_image, parse_input
 from serve.embeddings.streams import messages as stream_messages
 from serve.embeddings.streams.messages import parse_control, parse_start
 from serve.ingress.bodies import RequestModel, parse_body
 from serve.ingress.errors import ApiError
 from serve.lm.frontend import schemas as lm_schemas
 from serve.lm.frontend.schemas import ChatRequest, CompletionRequest, CreateSession, TokenizeRequest
+from serve.planning.frontend.schemas import PlanRequest, PredictRequest
 
 # What a model's body must hold at least.
 LEAST: dict[type[RequestModel], dict[str, Any]] = {
     EmbeddingRequest: {"input": "aGk="},
+    PlanRequest: {"observation": "aGk=", "goal": "aGk="},
+    PredictRequest: {"frames": "aGk=", "actions": [[0.0]]},
     TokenizeRequest: {"prompt": "a"},
     lm_schemas.DetokenizeRequest: {"tokens": [1]},
     lm_schemas.Message: {"role": "user", "content": "a"},
@@ -87,6 +90,11 @@ def test_null_for_a_required_field_is_refused(model: type[RequestModel], name: s
         with pytest.raises(ApiError) as caught:
             parse_input(None, max_items=1)
         assert (caught.value.code, caught.value.param) == ("invalid_type", "input")
+        return
+    if name in ("observation", "goal", "frames"):  # as are those of a frame
+        with pytest.raises(ApiError) as caught:
+            parse_image(None, name)
+        assert (caught.value.code, caught.value.param) == ("invalid_type", name)
         return
     error = refused(model, LEAST[model] | {name: None})
     assert (error.code, error.param) == ("invalid_value", name)

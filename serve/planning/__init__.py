@@ -1,0 +1,1 @@
+"""The planning application: what its ingress and planner share. Imports ingress and replicas."""

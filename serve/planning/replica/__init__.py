@@ -1,0 +1,1 @@
+"""The planner: searches and imaginations in dynamic batches. Imports planning's types."""
