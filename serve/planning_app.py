@@ -76,6 +76,8 @@ def model_deployment(settings: PlanningSettings) -> ray_serve.Deployment:
         max_queued_requests=settings.max_queued,
         request_router_config=RequestRouterConfig(
             request_router_class=ROUTER,  # type: ignore[arg-type]
+            # Otherwise a planner that is slow to tell its queue would lose sessions to the next.
+            request_router_kwargs={"num_fallback_replicas": 0},
         ),
         **model_options(settings),
     )

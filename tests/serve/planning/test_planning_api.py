@@ -33,6 +33,7 @@ from serve.planning.contract import PlanCard, PlanQuery
 from serve.planning.frontend.client import PlannerClient
 from serve.planning.replica.planner import Planner, read_card
 from serve.planning.settings import PlanningSettings
+from serve.planning_app import model_deployment
 from serve.replicas.calls import OtherModel
 
 
@@ -262,6 +263,13 @@ def test_a_lost_planner_costs_a_session_its_place_and_no_request(folder: str) ->
     with pytest.raises(ApiError) as gone:
         asyncio.run(run(*[ActorDiedError()] * 3))
     assert (gone.value.status, gone.value.code) == (503, "no_replica")
+
+
+def test_serve_passes_over_no_planner_that_is_slow(folder: str) -> None:
+    """By default Serve takes the next two of the ring, where the session would begin anew."""
+    made = model_deployment(PlanningSettings(agent=folder))
+    router = made._deployment_config.request_router_config
+    assert router.request_router_kwargs == {"num_fallback_replicas": 0}
 
 
 def test_a_planner_of_another_agent_refuses(folder: str, tmp_path: Path) -> None:

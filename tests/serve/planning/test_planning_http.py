@@ -31,7 +31,13 @@ def url(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
     folder = save_agent(tmp_path_factory.mktemp("agent") / "fresh", fresh_agent())
     (port,) = free_ports(1)
     settings = PlanningSettings(
-        agent=folder, num_replicas=2, threads=1, cpus=0.1, ingress_cpus=0.1, **LIMITS
+        agent=folder,
+        num_replicas=2,
+        threads=1,
+        cpus=0.1,
+        ingress_cpus=0.1,
+        replica_silence_s=100,  # a busy machine is slow, and a call that is repeated goes elsewhere
+        **LIMITS,
     )
     ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
     ray_serve.run(build_app(settings), name=f"planning{os.getpid()}")
