@@ -1,12 +1,14 @@
 """Plans episodes with a trained world model, beside the rows that say what that is worth.
 
     python -m pipelines.plan_episodes --checkpoint runs/worldmodel_tworooms --episodes 100
+    python -m pipelines.plan_episodes --checkpoint runs/worldmodel_tworooms --rows ablations budgets
 
 Every row meets the same starts and goals: a random policy, an untrained model, the trained one with
 shuffled actions, the trained one by distance and by critic, the same search in the true simulator,
-and who knows the map. Ray tasks run the episodes. The job writes OUT/results.json,
-OUT/trajectories.png, and OUT/agent, which can be served; docs/planning.md says what the numbers
-mean.
+and who knows the map. Other tables are of the agent less each of its modules, of success by budget,
+of what remembered plans are worth, and of a policy distilled from the plans. Ray tasks run the
+episodes. The job writes OUT/results.json, pictures, and OUT/agent, which can be served;
+docs/planning.md says what the numbers mean.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import json
 import pathlib
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 # Lets `python pipelines/plan_episodes.py` work from an uninstalled checkout.
@@ -26,33 +28,32 @@ if __name__ == "__main__" and not __package__:
 import torch
 import tyro
 
+from models.encoders.linear import use_linear
 from models.planning.actors.space import ActionSpace
-from models.planning.configurator import TaskSpec, configure
-from models.planning.costs.critic import CriticTraining, train_critic
-from models.planning.memory import Memory
+from models.planning.configurator import Rules, TaskSpec, configure
+from models.planning.costs.slow_distance import SlowDistance
 from models.planning.saved_agent import SavedAgent, agent_files
 from models.planning.world_model.readout import Readout
 from models.planning.world_model.world_model import WorldModel
 from models.planning.worlds.two_rooms import SIDE, TwoRooms
 from pipelines.config.checks import require
 from pipelines.config.places import ReadPlace, WrittenPlace
-from pipelines.planning.episodes import KINDS, Episodes, Tasks, draw_tasks
+from pipelines.planning.fitting import fit, unperceived
 from pipelines.planning.games.job import GameJob, compare
 from pipelines.planning.games.job import table as game_table
 from pipelines.planning.games.worlds import GAME_WORLDS
-from pipelines.planning.imagination import encode_walks, open_loop
-from pipelines.planning.picture import Panel, draw
-from pipelines.planning.results import gate, summary
-from pipelines.planning.rows import ROWS, Comparison, run_row
+from pipelines.planning.imagination import open_loop
+from pipelines.planning.rows import Comparison, in_tasks
+from pipelines.planning.studies import HELD_OUT, STUDIES, Setting
+from pipelines.planning.tables import table
+from pipelines.planning.tuning import search
 from pipelines.runs.checkpoints import load_objective, new_objective
 from pipelines.runtime.errors import run_command
 from pipelines.runtime.places import prepare
-from pipelines.runtime.uris import open_uri, write_atomic
+from pipelines.runtime.uris import join_uri, open_uri, write_atomic
 
 WALK_STEPS = 16
 """Transitions of a walk, as `pipelines.fetch tworooms` writes them."""
-HELD_OUT = 2**20
-"""Added to the seed of what neither critic nor readout is fitted on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +67,13 @@ class PlanEpisodesConfig:
     row."""
     env: Literal["tworooms", "my_way_home", "breakout"] = "tworooms"
     """The world. The other two are games (docs/planning_games.md)."""
+    rows: tuple[Literal["comparison", "ablations", "budgets", "recall", "distilled"], ...] = (
+        "comparison",
+    )
+    """What is compared: the rows of the gate, the agent less each of its modules, success by
+    budget, more or less memory, and a policy distilled from plans."""
     out: WrittenPlace = "plans"
-    """Folder for results.json, trajectories.png and the agent."""
+    """Folder for results.json, pictures and the agent."""
     episodes: int = 100
     """Episodes of every row with start and goal in one room, and as many across rooms."""
     steps: int = 50
@@ -78,6 +84,15 @@ class PlanEpisodesConfig:
     """Imagined steps that one action may cost."""
     budgets: tuple[int, ...] = ()
     """Games: further budgets of the row with the critic, for success by budget."""
+    rules: Rules = field(default_factory=Rules)
+    """The numbers that the configurator goes by."""
+    tune: int = 0
+    """Settings of method and rules that are tried on validation episodes before anything else; the
+    best are taken. 0 takes them as they are."""
+    tune_episodes: int = 20
+    """Validation episodes of each kind that each of them plays."""
+    distil: int = 100
+    """Episodes of each kind that `--rows distilled` learns from."""
     walks: int = 250
     """Random walks that the critic's memory and the readout of places are fitted on."""
     critic_steps: int = 1500
@@ -88,13 +103,18 @@ class PlanEpisodesConfig:
     """Episodes that one Ray task runs side by side."""
 
     def __post_init__(self) -> None:
-        for flag in ("episodes", "steps", "walks", "critic_steps", "chunk"):
+        for flag in ("episodes", "steps", "walks", "critic_steps", "chunk", "tune_episodes"):
             require(getattr(self, flag) > 0, flag.replace("_", "-"), "must be positive")
+        require(self.distil > 1, "distil", "must be at least 2")
+        require(self.tune >= 0, "tune", "must not be negative")
+        require(len(self.rows) > 0, "rows", "must name at least one table")
         for budget in (self.budget, *self.budgets):
-            configure(dataclasses.replace(self.task, budget=budget))
+            configure(dataclasses.replace(self.task, budget=budget), self.rules)
         is_game = self.env in GAME_WORLDS
         require(is_game or not self.budgets, "budgets", "is for games")
         require(not is_game or self.control is None, "control", "is for tworooms")
+        require(not is_game or self.rows == ("comparison",), "rows", "is for tworooms")
+        require(not is_game or not self.tune, "tune", "is for tworooms")
 
     @property
     def task(self) -> TaskSpec:
@@ -115,29 +135,29 @@ def plan_episodes(cfg: PlanEpisodesConfig) -> dict[str, Any]:
     cfg = prepare(cfg)
     if cfg.env in GAME_WORLDS:
         return _play_game(cfg)
+    results: dict[str, Any] = {"settings": dataclasses.asdict(cfg)}
+    files: dict[str, bytes] = {}
     parts, facts = make_comparison(cfg)
-    world = TwoRooms()
-    tasks = {kind: draw_tasks(world, kind, cfg.episodes, HELD_OUT + cfg.seed) for kind in KINDS}
-    played = _play_all(cfg, parts, tasks)
-    reached = {
-        row: {kind: played[row, kind][0].reached_B.numpy() for kind in KINDS} for row in parts.rows
-    }
-    results = {
-        **facts,
-        **summary(reached),
-        "seconds_per_episode": {
-            row: sum(played[row, kind][1] for kind in KINDS) / (cfg.episodes * len(KINDS))
-            for row in parts.rows
-        },
-        "settings": dataclasses.asdict(cfg),
-    }
-    results["gate"] = gate(results["rows"], results["open_loop_px"]["model"]["5"])
+    results |= facts
+    if cfg.tune:
+        parts = _tuned(cfg, parts, results)
+    setting = Setting(
+        parts=parts,
+        open_loop_px=facts["open_loop_px"]["model"]["5"],
+        episodes=cfg.episodes,
+        distilled_from=cfg.distil,
+        chunk=cfg.chunk,
+        each=in_tasks,
+    )
+    for name in dict.fromkeys(cfg.rows):
+        found, drawn = STUDIES[name](setting)
+        results, files = results | found, files | drawn
+    saved = agent_files(saved_agent(cfg, parts, facts))
+    files |= {f"agent/{name}": data for name, data in saved.items()}
     fs, folder = open_uri(cfg.out)
+    for name, data in files.items():
+        write_atomic(fs, f"{folder}/{name}", data)
     write_atomic(fs, f"{folder}/results.json", json.dumps(results, indent=1).encode())
-    picture = draw(_panels(parts, tasks, played), world)
-    write_atomic(fs, f"{folder}/trajectories.png", picture)
-    for name, data in agent_files(saved_agent(cfg, parts, facts)).items():
-        write_atomic(fs, f"{folder}/agent/{name}", data)
     return results
 
 
@@ -166,16 +186,17 @@ def _play_game(cfg: PlanEpisodesConfig) -> dict[str, Any]:
 
 def saved_agent(cfg: PlanEpisodesConfig, parts: Comparison, facts: dict[str, Any]) -> SavedAgent:
     """Returns the agent of the row `ours_critic`, to be saved."""
-    world = TwoRooms()
     return SavedAgent(
-        model=cast(WorldModel, parts.model),
+        model=cast(WorldModel, parts.trained.model),
         settings=parts.settings,
-        critic=parts.critic,
-        readout=parts.readout,
-        actions=ActionSpace(width=2, longest=world.max_step),
+        critic=parts.trained.critic,
+        distance=cast(SlowDistance, parts.trained.distance),
+        readout=cast(Readout, parts.trained.readout),
+        actions=ActionSpace(width=2, longest=TwoRooms().max_step),
         world=cfg.env,
         frame=(SIDE, SIDE),
-        task=cfg.task,
+        task=parts.task,
+        rules=parts.rules,
         provenance={"checkpoint": facts["checkpoint"], "seed": cfg.seed},
     )
 
@@ -194,30 +215,36 @@ def make_comparison(cfg: PlanEpisodesConfig) -> tuple[Comparison, dict[str, Any]
         control = _world_model(load_objective(cfg.control)[0], "--control")
     generator = torch.Generator().manual_seed(cfg.seed)
     world = TwoRooms()
-    places_BT2, _ = world.random_walk(cfg.walks, WALK_STEPS, generator)
-    latents_BTD = encode_walks(trained, world, places_BT2)
-    memory = Memory(cfg.walks * WALK_STEPS)
-    memory.write(latents_BTD[:, :-1].flatten(0, 1), following=latents_BTD[:, 1:].flatten(0, 1))
+    places_BT2, actions_BT2 = world.random_walk(cfg.walks, WALK_STEPS, generator)
     start = time.perf_counter()
-    critic, _ = train_critic(memory, CriticTraining(steps=cfg.critic_steps), generator)
+    fitted = fit(trained, places_BT2, cfg.critic_steps, generator)
     seconds = time.perf_counter() - start
-    readout = Readout.fit(latents_BTD.flatten(0, 1), places_BT2.flatten(0, 1))
+    untrained = _world_model(new_objective(run), "--checkpoint")
+    raw = None
+    if "ablations" in cfg.rows:
+        raw = unperceived(
+            untrained,
+            places_BT2,
+            actions_BT2,
+            steps=run.run.steps,
+            critic_steps=cfg.critic_steps,
+            generator=generator,
+        )
     parts = Comparison(
-        model=trained,
+        trained=fitted,
         settings={
             "name": run.objective.name,
             "model": run.model_settings,
             "objective": run.objective_settings,
         },
-        untrained=_world_model(new_objective(run), "--checkpoint"),
-        control=control,
-        critic=critic,
-        readout=readout,
-        config=configure(cfg.task),
-        steps=cfg.steps,
+        untrained=untrained,
+        control=None if control is None else fit(control, places_BT2, 0, generator),
+        task=cfg.task,
+        rules=cfg.rules,
         seed=cfg.seed,
+        unperceived=raw,
     )
-    measured = open_loop(trained, readout, world, HELD_OUT + cfg.seed)
+    measured = open_loop(trained, fitted.readout, world, HELD_OUT + cfg.seed)
     return parts, {"checkpoint": info["uri"], "critic_seconds": seconds, **measured}
 
 
@@ -227,87 +254,34 @@ def _world_model(objective: torch.nn.Module, flag: str) -> WorldModel:
             f"{flag}: {type(objective).__name__} is no world model.\n"
             "Train one: python -m pipelines.pretrain worldmodel_tworooms"
         )
+    use_linear(objective.predictors, least=0)  # a search gives them thousands of rows
     return objective.eval().requires_grad_(False)
 
 
-def _play_all(
-    cfg: PlanEpisodesConfig, parts: Comparison, tasks: dict[str, Tasks]
-) -> dict[tuple[str, str], tuple[Episodes, float]]:
-    """Runs every row on every kind of task, in Ray tasks of `cfg.chunk` episodes."""
-    import ray
-
-    from pipelines.runtime.cluster import start_ray
-
-    start_ray()
-    shared, remote = ray.put(parts), ray.remote(num_cpus=1)(run_row)
-    chunks = [slice(first, first + cfg.chunk) for first in range(0, cfg.episodes, cfg.chunk)]
-    # The slowest rows first, so that none of them is left over at the end.
-    running = {
-        (row, kind): [remote.remote(shared, row, tasks[kind].part(rows)) for rows in chunks]
-        for row in reversed(parts.rows)
-        for kind in KINDS
-    }
-    return {key: _joined(ray.get(found)) for key, found in running.items()}
+def _tuned(cfg: PlanEpisodesConfig, parts: Comparison, results: dict[str, Any]) -> Comparison:
+    """Searches for settings and returns the parts with the best."""
+    found = search(
+        parts,
+        candidates=cfg.tune,
+        episodes=cfg.tune_episodes,
+        seed=cfg.seed,
+        out=join_uri(cfg.out, "tuning"),
+    )
+    results["tuned"] = [dataclasses.asdict(candidate) for candidate in found]
+    return found[0].applied(parts)
 
 
-def _joined(found: list[tuple[Episodes, float]]) -> tuple[Episodes, float]:
-    names = [field.name for field in dataclasses.fields(Episodes)]
-    columns = {
-        name: torch.cat([getattr(episodes, name) for episodes, _ in found]) for name in names
-    }
-    return Episodes(**columns), sum(seconds for _, seconds in found)
-
-
-def _panels(
-    parts: Comparison,
-    tasks: dict[str, Tasks],
-    played: dict[tuple[str, str], tuple[Episodes, float]],
-) -> list[Panel]:
-    world, model = TwoRooms(), cast(WorldModel, parts.model)
-    panels = []
-    for kind in KINDS:
-        for row in ("random", "ours", "ours_critic", "oracle_cem"):
-            episodes, imagined = played[row, kind][0], list[Any]()
-            if row.startswith("ours"):
-                with torch.no_grad():
-                    starts_BD = model.encode(world.render(tasks[kind].starts_B2))
-                    latents = model.rollout(starts_BD, episodes.first_plans_BH2).mean(0)
-                    imagined = parts.readout(latents).tolist()
-            rate = float(episodes.reached_B.float().mean())
-            title = f"{row}, {kind} room: {rate:.0%}"
-            panels.append(
-                Panel(title=title, tasks=tasks[kind], episodes=episodes, imagined=imagined)
-            )
-    return panels
-
-
-def table(results: dict[str, Any]) -> list[str]:
+def printed(results: dict[str, Any]) -> list[str]:
     """Returns the lines that the command prints."""
-    if "open_loop_px" not in results:
-        return game_table(results)
-    lines = [f"{'':12} {'same room':>20} {'across rooms':>20}  seconds an episode"]
-    for row, kinds in results["rows"].items():
-        cells = [
-            f"{of['rate']:6.0%} ({of['interval'][0]:4.0%} to {of['interval'][1]:4.0%})"
-            for of in kinds.values()
-        ]
-        seconds = results["seconds_per_episode"][row]
-        lines.append(f"{row:12} {cells[0]:>20} {cells[1]:>20}  {seconds:.2f}  {ROWS[row]}")
-    for name, errors in results["open_loop_px"].items():
-        told = ", ".join(f"{step}: {error:.2f}" for step, error in errors.items())
-        lines.append(f"open-loop error in pixels after steps, {name}: {told}")
-    lift = results["critic"]["cross"]
-    low, high = lift["interval"]
-    lines.append(f"the critic adds {lift['lift']:+.0%} ({low:+.0%} to {high:+.0%}) across rooms")
-    lines += [f"{'pass' if held else 'FAIL'}: {name}" for name, held in results["gate"].items()]
-    return lines
+    is_game = results["settings"]["env"] in GAME_WORLDS
+    return game_table(results) if is_game else table(results)
 
 
 def main() -> None:
     """Entry point of `python -m pipelines.plan_episodes`."""
     run_command(
         lambda: tyro.cli(PlanEpisodesConfig, description=__doc__),
-        lambda cfg: print("\n".join(table(plan_episodes(cfg)))),
+        lambda cfg: print("\n".join(printed(plan_episodes(cfg)))),
     )
 
 

@@ -25,21 +25,37 @@ CPUINFO = Path("/proc/cpuinfo")
 class Linear(nn.Linear):
     """`torch.nn.Linear`, computed by `linear`."""
 
+    least = LEAST
+    """See `linear`."""
+
     def forward(self, x: Tensor) -> Tensor:
         """Maps [..., in] to [..., out]."""
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, self.least)
 
 
-def use_linear(module: nn.Module) -> None:
-    """Makes the linear layers of a module `Linear`s, in place; names and weights stay."""
+def use_linear(module: nn.Module, least: int = LEAST) -> None:
+    """Makes the linear layers of a module `Linear`s, in place; names and weights stay.
+
+    Args:
+        module: the module.
+        least: as in `linear`; 0 where every layer gets thousands of rows.
+    """
     for part in module.modules():
-        if type(part) is nn.Linear:
+        if type(part) in (nn.Linear, Linear):
             part.__class__ = Linear
+            part.least = least
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Returns x W^T + b, as `torch.nn.functional.linear`."""
-    if not _takes_onednn(x, weight):
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, least: int = LEAST) -> Tensor:
+    """Returns x W^T + b, as `torch.nn.functional.linear`.
+
+    Args:
+        x: [..., in].
+        weight: [out, in].
+        bias: [out].
+        least: weights below which torch's own library is taken.
+    """
+    if weight.numel() < least or not _takes_onednn(x, weight):
         return functional.linear(x, weight, bias)
     if torch.is_grad_enabled():
         product: Tensor = _Product.apply(x, weight, bias)
@@ -53,7 +69,6 @@ def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
         plain
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and weight.numel() >= LEAST
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and onednn_is_faster()

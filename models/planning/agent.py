@@ -1,8 +1,13 @@
-"""The loop of an agent: perceive, remember, imagine, judge, act, and be surprised.
+"""The loop of an agent: perceive, recall, imagine, judge, act, and remember.
 
     observation -> perception -> latent -> actor( imagination, cost or critic ) -> first action
-                                   |
-                                 memory <- what was expected, what it cost, how wrong it was
+                                   |         ^                                        |
+                                   +------ memory: plans of similar situations <------+
+
+From step to step the agent carries the plan that it follows and where it believes to be. Where a
+frame is hidden, it goes on with what its last action should have led to. The memory keeps what it
+planned, by where it was and where it wanted to be, also of other episodes; the search may begin
+with what it finds there. An agent without a memory carries and keeps nothing.
 
 Every part is handed in and can be replaced: anything with `encode` and `rollout` is a world model,
 among them the true simulator (`worlds.two_rooms.TrueModel`): the oracle, which plans as we do.
@@ -20,7 +25,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from models.planning.actors.actor import Actor, Searcher
+from models.planning.actors.actor import Actor, Searcher, best
 from models.planning.actors.categorical import CategoricalActor
 from models.planning.configurator import AgentConfig
 from models.planning.costs.critic import Critic
@@ -72,7 +77,8 @@ class Agent:
         action_width: A.
         critic: stands in the place of the distance to the goal, which `cost` then must not hold;
             None for none.
-        memory: takes a row for every step; None keeps none.
+        memory: takes a row for every step, if any are recalled; None for an agent without one.
+        recalled: K, plans of similar situations that the search is offered.
         seed: of the search.
     """
 
@@ -85,39 +91,69 @@ class Agent:
         action_width: int,
         critic: Critic | None = None,
         memory: Memory | None = None,
+        recalled: int = 0,
         seed: int = 0,
     ) -> None:
         self.model, self.actor, self.cost = model, actor, cost
-        self.critic, self.memory, self._width = critic, memory, action_width
+        self.critic, self.memory, self.recalled = critic, memory, recalled
+        self._width = action_width
         self._generator = torch.Generator().manual_seed(seed)
 
     @torch.no_grad()
     def begin(self, goals: Tensor) -> None:
-        """Begins episodes, given observations of their goals."""
+        """Begins episodes, given observations of their goals; the memory stays."""
         self._goals_BD = self.model.encode(goals)
         shape = (len(goals), self.actor.search.horizon, self._width)
         self._plans_BHA = torch.zeros(shape)
-        self._expected_BD = torch.full_like(self._goals_BD, torch.nan)
+        self._believed_BD = torch.full_like(self._goals_BD, torch.nan)
 
     @torch.no_grad()
-    def plan(self, observations: Tensor, rows: Tensor) -> Tensor:
+    def plan(self, observations: Tensor, rows: Tensor, hidden_B: Tensor | None = None) -> Tensor:
         """Returns plans whose first action is to be taken now, [len(rows), H, A].
 
         Args:
             observations: of the episodes that still go on.
             rows: the numbers of these episodes, int64.
+            hidden_B: which of the observations show nothing, bool; None for none.
         """
-        latents_BD, goals_BD = self.model.encode(observations), self._goals_BD[rows]
+        latents_BD, goals_BD = self._perceive(observations, rows, hidden_B), self._goals_BD[rows]
 
         def score(plans_BSHA: Tensor) -> Tensor:
             return self.judge(latents_BD, goals_BD, plans_BSHA)
 
-        plans_BHA = self.actor.plan(score, self._plans_BHA[rows], self._generator)
-        # What remains of the plan is where the next search starts.
-        ended_B1A = torch.zeros_like(plans_BHA[:, :1])
-        self._plans_BHA[rows] = torch.cat([plans_BHA[:, 1:], ended_B1A], dim=1)
-        self._remember(latents_BD, goals_BD, plans_BHA[:, 0], rows)
+        situations_BX = torch.cat([latents_BD, goals_BD], dim=-1)
+        starts_BKHA = self._recall(situations_BX, rows)
+        start_BHA = starts_BKHA[:, 0]
+        if starts_BKHA.shape[1] > 1:
+            start_BHA = best(starts_BKHA, score(starts_BKHA), 1)[:, 0]
+        plans_BHA = self.actor.plan(score, start_BHA, self._generator)
+        if self.memory is not None:
+            self._plans_BHA[rows], self._believed_BD[rows] = plans_BHA, latents_BD
+            if self.recalled:
+                self.memory.write(situations_BX, plan=plans_BHA)
         return plans_BHA
+
+    def _perceive(self, observations: Tensor, rows: Tensor, hidden_B: Tensor | None) -> Tensor:
+        """Encodes what is seen; what is hidden is expected, if there is anything to expect from."""
+        latents_BD = self.model.encode(observations)
+        if self.memory is None or hidden_B is None or not hidden_B.any():
+            return latents_BD
+        taken_B1A = self._plans_BHA[rows][:, :1]
+        expected_BD = self.model.rollout(self._believed_BD[rows], taken_B1A).mean(0)[:, 0]
+        known_B = hidden_B & expected_BD.isfinite().all(-1)
+        return torch.where(known_B[:, None], expected_BD, latents_BD)
+
+    def _recall(self, situations_BX: Tensor, rows: Tensor) -> Tensor:
+        """Returns where the search may start, [B, 1 + K, H, A].
+
+        First comes what remains of the last plan, then plans that were made in similar situations.
+        """
+        last_BHA = self._plans_BHA[rows]
+        rest_BHA = torch.cat([last_BHA[:, 1:], torch.zeros_like(last_BHA[:, :1])], dim=1)
+        if self.memory is None or not self.recalled or not len(self.memory):
+            return rest_BHA[:, None]
+        _, found = self.memory.read(situations_BX, self.recalled)
+        return torch.cat([rest_BHA[:, None], found["plan"]], dim=1)
 
     def imagine(self, latents_BD: Tensor, goals_BD: Tensor, plans_BSHA: Tensor) -> Future:
         """Imagines every plan of every episode; rows go by episode, then by plan."""
@@ -144,23 +180,6 @@ class Agent:
         whole_BT: Tensor = cost_BT + to_come_EBT.mean(0)
         return whole_BT
 
-    def _remember(
-        self, latents_BD: Tensor, goals_BD: Tensor, actions_BA: Tensor, rows: Tensor
-    ) -> None:
-        """Writes a row of the memory; `surprise` is NaN in the first step of an episode."""
-        if self.memory is None:
-            return
-        future = self.imagine(latents_BD, goals_BD, actions_BA[:, None, None])
-        surprise_B = (latents_BD - self._expected_BD[rows]).norm(dim=-1)
-        self._expected_BD[rows] = future.latents_EBTD.mean(0)[:, 0]
-        self.memory.write(
-            latents_BD,
-            action=actions_BA,
-            expected=self._expected_BD[rows],
-            cost=self.cost_of(future)[:, 0],
-            surprise=surprise_B,
-        )
-
 
 def build_agent(
     config: AgentConfig,
@@ -169,6 +188,7 @@ def build_agent(
     limit: Callable[[Tensor], Tensor],
     action_width: int,
     critic: Critic | None = None,
+    distance: Term = goal_distance,
     readout: Callable[[Tensor], Tensor] | None = None,
     choices_KA: Tensor | None = None,
     seed: int = 0,
@@ -181,12 +201,13 @@ def build_agent(
         limit: brings actions into the range that is allowed.
         action_width: A.
         critic: judges by the ways that it knows, instead of by distance; None judges by distance.
+        distance: how far an imagined step is from the goal, where there is no critic.
         readout: maps latents to places; needed where there are zones to stay out of.
         choices_KA: the actions that there are, for games; they are searched by categorical CEM,
             whatever the method. None where actions are numbers.
         seed: of the search.
     """
-    terms: list[tuple[float, Term]] = [] if critic else [(1.0, goal_distance)]
+    terms: list[tuple[float, Term]] = [] if critic else [(1.0, distance)]
     if config.zones:
         assert readout is not None, "zones need a readout"
         terms.append((config.hazard_weight, Hazard(zones=config.zones, readout=readout)))
@@ -202,5 +223,6 @@ def build_agent(
         action_width=action_width,
         critic=critic,
         memory=Memory(config.memory),
+        recalled=config.recalled,
         seed=seed,
     )

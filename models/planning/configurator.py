@@ -1,7 +1,8 @@
 """The configurator: what a task asks for, as settings of the agent's other parts.
 
-Rules, not learning: how far to look ahead, how much of the budget goes into breadth, which costs
-count, and how much to remember.
+How far to look ahead, how much of the budget goes into breadth, which costs count, and how much to
+remember. The numbers are `Rules`, which `pipelines.plan_episodes --tune` chooses by a search on
+episodes of their own.
 """
 
 from __future__ import annotations
@@ -11,14 +12,31 @@ from dataclasses import dataclass
 from models.planning.actors.actor import Search
 from models.planning.costs.intrinsic import Zone
 
-ROUNDS = 3
-"""Rounds of the search."""
-ELITES = 0.1
-"""Share of the samples that are elites."""
-HORIZON = 16
-"""Longest look ahead; beyond it the models' errors grow."""
-HAZARD_WEIGHT = 4.0
-"""Weight of a pixel of depth in a zone to stay out of, beside a unit of distance to the goal."""
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """The numbers that the configurator goes by, whatever the task."""
+
+    horizon: int = 16
+    """Longest look ahead, steps; beyond it the models' errors grow."""
+    rounds: int = 3
+    """Rounds of the search."""
+    elites: float = 0.1
+    """Share of the samples that are elites."""
+    hazard_weight: float = 4.0
+    """Weight of a pixel of depth in a zone to stay out of, beside a unit of distance to the
+    goal."""
+    recalled: int = 0
+    """Plans of similar situations that the search is offered; they count in the budget."""
+    memory: int = 40
+    """Steps that are remembered, in steps of an episode."""
+
+    def __post_init__(self) -> None:
+        for name in ("horizon", "rounds", "elites", "memory"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--rules.{name}: must be positive, got {getattr(self, name)}")
+        if self.recalled < 0:
+            raise ValueError(f"--rules.recalled: must not be negative, got {self.recalled}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,25 +66,30 @@ class AgentConfig:
     zones: tuple[Zone, ...]
     memory: int
     """Rows that are remembered."""
+    recalled: int
+    """Remembered plans that the search is offered."""
 
 
-def configure(task: TaskSpec) -> AgentConfig:
+def configure(task: TaskSpec, rules: Rules = Rules()) -> AgentConfig:
     """Chooses the settings for a task.
 
     Raises:
         ValueError: the budget is too small for any search.
     """
-    horizon = min(HORIZON, task.steps)
-    samples = task.budget // (ROUNDS * horizon)
+    horizon = min(rules.horizon, task.steps)
+    # Remembered plans, and what remains of the last one, are imagined before the first round.
+    offered = rules.recalled + 1 if rules.recalled else 0
+    samples = (task.budget // horizon - offered) // rules.rounds
     if samples < 2:
-        least = 2 * ROUNDS * horizon
+        least = (2 * rules.rounds + offered) * horizon
         raise ValueError(f"--budget: needs at least {least} imagined steps, got {task.budget}")
-    elites = min(samples, max(2, round(ELITES * samples)))
+    elites = min(samples, max(2, round(rules.elites * samples)))
     return AgentConfig(
         method=task.method,
-        search=Search(horizon=horizon, samples=samples, elites=elites, rounds=ROUNDS),
-        hazard_weight=HAZARD_WEIGHT if task.zones else 0.0,
+        search=Search(horizon=horizon, samples=samples, elites=elites, rounds=rules.rounds),
+        hazard_weight=rules.hazard_weight if task.zones else 0.0,
         uncertainty_weight=task.caution,
         zones=task.zones,
-        memory=4 * task.steps,
+        memory=rules.memory * task.steps,
+        recalled=rules.recalled,
     )

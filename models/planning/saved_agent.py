@@ -19,19 +19,22 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import safetensors.torch
 from torch import Tensor
 
 from models.digests import DamagedFileError, digest_of_bytes
+from models.encoders.linear import use_linear
 from models.file_systems import read_bytes
 from models.objectives.registry import build_objective
 from models.planning.actors.space import ActionSpace
 from models.planning.agent import Agent, build_agent
-from models.planning.configurator import TaskSpec, configure
+from models.planning.configurator import Rules, TaskSpec, configure
 from models.planning.costs.critic import Critic
+from models.planning.costs.intrinsic import goal_distance
+from models.planning.costs.slow_distance import SlowDistance
 from models.planning.world_model.readout import Readout
 from models.planning.world_model.world_model import WorldModel
 
@@ -50,6 +53,9 @@ class SavedAgent:
     `objective`."""
     critic: Critic | None
     """None judges by distance."""
+    distance: SlowDistance | None = None
+    """How far an imagined step is from the goal, where there is no critic; None for the distance
+    of the latents."""
     readout: Readout | None
     """Maps latents to places in pixels; needed for zones, and to draw what was imagined."""
     actions: ActionSpace
@@ -59,6 +65,8 @@ class SavedAgent:
     """Height and width of an observation, pixels."""
     task: TaskSpec
     """What the agent was tried on; requests may replace its fields."""
+    rules: Rules = field(default_factory=Rules)
+    """The numbers that the configurator goes by."""
     provenance: Mapping[str, Any]
     """Where the weights come from; anything that JSON can hold."""
 
@@ -69,11 +77,12 @@ class SavedAgent:
             ValueError: the task's budget is too small for any search.
         """
         return build_agent(
-            configure(task or self.task),
+            configure(task or self.task, self.rules),
             self.model,
             limit=self.actions.limited,
             action_width=self.actions.width,
             critic=self.critic,
+            distance=self.distance or goal_distance,
             readout=self.readout,
             seed=seed,
         )
@@ -87,6 +96,8 @@ def agent_files(saved: SavedAgent) -> dict[str, bytes]:
     tensors = {f"model.{name}": value for name, value in saved.model.state_dict().items()}
     if saved.critic is not None:
         tensors |= {f"critic.{name}": value for name, value in saved.critic.state_dict().items()}
+    if saved.distance is not None:
+        tensors["distance.features"] = saved.distance.features_DF
     if saved.readout is not None:
         tensors["readout.weight"] = saved.readout.weight_D2
     weights = safetensors.torch.save({name: value.contiguous() for name, value in tensors.items()})
@@ -96,6 +107,7 @@ def agent_files(saved: SavedAgent) -> dict[str, bytes]:
         "frame": saved.frame,
         "actions": dataclasses.asdict(saved.actions),
         "task": dataclasses.asdict(saved.task),
+        "rules": dataclasses.asdict(saved.rules),
         "model": dict(saved.settings),
         "provenance": dict(saved.provenance),
         "sha256": digest_of_bytes(weights),
@@ -126,16 +138,19 @@ def load_agent(uri: str) -> SavedAgent:
     if not isinstance(model, WorldModel):
         raise ValueError(f"{uri}: {type(model).__name__} is no world model")
     model.load_state_dict(_part(tensors, "model"))
-    readout = tensors.get("readout.weight")
+    use_linear(model.predictors, least=0)  # a search gives them thousands of rows
+    readout, features = tensors.get("readout.weight"), tensors.get("distance.features")
     return SavedAgent(
         model=model.eval().requires_grad_(False),
         settings=settings,
         critic=_critic(_part(tensors, "critic")),
+        distance=None if features is None else SlowDistance(features_DF=features),
         readout=None if readout is None else Readout(weight_D2=readout),
         actions=ActionSpace(**found["actions"]),
         world=found["world"],
         frame=(found["frame"][0], found["frame"][1]),
         task=TaskSpec(**task | {"zones": tuple(map(tuple, task["zones"]))}),
+        rules=Rules(**found["rules"]),
         provenance=found["provenance"],
     )
 
@@ -151,6 +166,6 @@ def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
 def _critic(tensors: Mapping[str, Tensor]) -> Critic | None:
     if not tensors:
         return None
-    critic = Critic(len(tensors["mean_D"]), width=len(tensors["layers.0.bias"]))
+    critic = Critic(len(tensors["pairs.mean_D"]), width=len(tensors["pairs.layers.0.bias"]))
     critic.load_state_dict(tensors)
     return critic.eval().requires_grad_(False)

@@ -5,14 +5,16 @@ Shape suffixes: B episodes, T steps, H steps of a plan, 2 = (x, y) in pixels.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from models.planning.agent import Agent
+from models.planning.costs.intrinsic import Zone, depth
 from models.planning.worlds.two_rooms import TwoRooms
 
 LEAST_DISTANCE = 8.0
@@ -22,6 +24,15 @@ DRAWN = 64
 """Pairs that are drawn at a time."""
 KINDS = ("same", "cross")
 """Whether start and goal lie in the same room or in different ones."""
+HARDER = ("hidden", "zone")
+"""In different rooms, and most frames are hidden; in the same room, with a zone to stay out of on
+the straight way."""
+ZONES = ((5.0, 12.0, 11.0, 20.0), (21.0, 12.0, 27.0, 20.0))
+"""The zones, one in each room, in pixels."""
+CLEAR = 1.0
+"""Least distance of starts and goals from the zones, pixels."""
+SEEN, PERIOD = 3, 8
+"""Of so many frames the first so many are seen, where frames are hidden."""
 
 Policy = Callable[[Tensor, Tensor], Tensor]
 """Maps places [B, 2] of episodes, and their numbers int64 [B], to plans [B, H, 2]."""
@@ -33,10 +44,17 @@ class Tasks:
 
     starts_B2: Tensor
     goals_B2: Tensor
+    zones: tuple[Zone, ...] = ()
+    """Regions to stay out of."""
+    hides: bool = False
+    """Whether frames are hidden, by `SEEN` and `PERIOD`."""
+
+    def __len__(self) -> int:
+        return len(self.starts_B2)
 
     def part(self, rows: slice) -> Tasks:
         """Returns some of them."""
-        return Tasks(starts_B2=self.starts_B2[rows], goals_B2=self.goals_B2[rows])
+        return replace(self, starts_B2=self.starts_B2[rows], goals_B2=self.goals_B2[rows])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +63,8 @@ class Episodes:
 
     reached_B: Tensor
     """Whether the goal was reached at any step, bool."""
+    entered_B: Tensor
+    """Whether a zone to stay out of was entered at any step, bool."""
     steps_B: Tensor
     """Steps taken, int64."""
     places_BT2: Tensor
@@ -52,26 +72,43 @@ class Episodes:
     first_plans_BH2: Tensor
     """The plans of the first step."""
 
+    @property
+    def succeeded_B(self) -> Tensor:
+        """Whether the goal was reached and no zone entered, bool."""
+        return self.reached_B & ~self.entered_B
+
 
 def draw_tasks(world: TwoRooms, kind: str, count: int, seed: int) -> Tasks:
     """Draws tasks whose goal is not near the start; the first are the same however many there are.
 
     Args:
         world: the world.
-        kind: one of `KINDS`.
+        kind: one of `KINDS` or `HARDER`.
         count: B.
         seed: of the draws.
     """
-    generator = torch.Generator().manual_seed(seed * len(KINDS) + KINDS.index(kind))
+    same = kind in ("same", "zone")
+    generator = torch.Generator().manual_seed(seed * len(KINDS) + (not same))
     found: list[Tensor] = []
     while sum(map(len, found)) < count:
         pairs_B22 = world.sample_places(2 * DRAWN, generator).view(DRAWN, 2, 2)
         starts_B2, goals_B2 = pairs_B22.unbind(1)
-        same_B = world.room(starts_B2) == world.room(goals_B2)
-        apart_B = (starts_B2 - goals_B2).norm(dim=-1) >= LEAST_DISTANCE
-        found.append(pairs_B22[apart_B & (same_B if kind == "same" else ~same_B)])
+        fits_B = (world.room(starts_B2) == world.room(goals_B2)) == same
+        fits_B &= (starts_B2 - goals_B2).norm(dim=-1) >= LEAST_DISTANCE
+        if kind == "zone":
+            fits_B &= _behind_a_zone(starts_B2, goals_B2)
+        found.append(pairs_B22[fits_B])
     starts_B2, goals_B2 = torch.cat(found)[:count].unbind(1)
-    return Tasks(starts_B2=starts_B2, goals_B2=goals_B2)
+    zones = ZONES if kind == "zone" else ()
+    return Tasks(starts_B2=starts_B2, goals_B2=goals_B2, zones=zones, hides=kind == "hidden")
+
+
+def _behind_a_zone(starts_B2: Tensor, goals_B2: Tensor) -> Tensor:
+    """Returns whether the straight way leads through a zone, and both ends are clear of it."""
+    share_T11 = torch.linspace(0, 1, 33)[:, None, None]
+    ways_TB2 = starts_B2 + share_T11 * (goals_B2 - starts_B2)
+    clear_2B = depth(torch.stack([starts_B2, goals_B2]), ZONES) <= -CLEAR
+    return (depth(ways_TB2, ZONES) > 1).any(0) & clear_2B.all(0)
 
 
 def run_episodes(world: TwoRooms, policy: Policy, tasks: Tasks, steps: int) -> Episodes:
@@ -89,10 +126,12 @@ def run_episodes(world: TwoRooms, policy: Policy, tasks: Tasks, steps: int) -> E
             reached_B = reached_B | world.reached(places_B2, goals_B2)
             steps_B[rows] += 1
         path.append(places_B2)
+    places_BT2 = torch.stack(path, dim=1)
     return Episodes(
         reached_B=reached_B,
+        entered_B=(depth(places_BT2, tasks.zones) > 0).any(1),
         steps_B=steps_B,
-        places_BT2=torch.stack(path, dim=1),
+        places_BT2=places_BT2,
         first_plans_BH2=torch.zeros(0, 1, 2) if first is None else first,
     )
 
@@ -114,7 +153,30 @@ def map_policy(world: TwoRooms, tasks: Tasks) -> Policy:
     return lambda places_B2, rows: world.way_out(places_B2, tasks.goals_B2[rows])[:, None]
 
 
-def agent_policy(agent: Agent, observe: Callable[[Tensor], Tensor], tasks: Tasks) -> Policy:
-    """Returns the policy of an agent that sees places through `observe`."""
+class Planner(Protocol):
+    """What plans, such as `models.planning.agent.Agent`."""
+
+    def begin(self, goals: Tensor) -> None:
+        """Begins episodes, given observations of their goals."""
+        ...
+
+    def plan(self, observations: Tensor, rows: Tensor, hidden_B: Tensor | None = None) -> Tensor:
+        """Returns plans whose first action is taken, [len(rows), H, A]."""
+        ...
+
+
+def agent_policy(agent: Planner, observe: Callable[[Tensor], Tensor], tasks: Tasks) -> Policy:
+    """Returns the policy of an agent that sees places through `observe`.
+
+    Hidden frames are black.
+    """
     agent.begin(observe(tasks.goals_B2))
-    return lambda places_B2, rows: agent.plan(observe(places_B2), rows)
+    moments = itertools.count()
+
+    def act(places_B2: Tensor, rows: Tensor) -> Tensor:
+        frames = observe(places_B2)
+        if not tasks.hides or next(moments) % PERIOD < SEEN:
+            return agent.plan(frames, rows)
+        return agent.plan(torch.zeros_like(frames), rows, torch.ones_like(rows, dtype=torch.bool))
+
+    return act

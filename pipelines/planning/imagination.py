@@ -5,11 +5,12 @@ Shape suffixes: N frames, B walks, T steps, D latent width, 2 = (x, y) in pixels
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from models.planning.agent import Model
-from models.planning.world_model.readout import Readout
 from models.planning.worlds.two_rooms import TwoRooms
 from pipelines.evaluation.ranks import effective_rank
 
@@ -20,7 +21,9 @@ WALKS = 300
 
 
 @torch.no_grad()
-def open_loop(model: Model, readout: Readout, world: TwoRooms, seed: int) -> dict[str, object]:
+def open_loop(
+    model: Model, readout: Callable[[Tensor], Tensor], world: TwoRooms, seed: int
+) -> dict[str, object]:
     """Measures the mean error of imagined places after some steps, in pixels.
 
     Beside it stand the error of saying that nothing moves (`copy_last`), of imagining with another

@@ -1,20 +1,25 @@
-"""Draws trajectories: where episodes went, and what their first plan imagined."""
+"""Draws trajectories, with what the first plan imagined, and success by budget."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from models.planning.worlds.two_rooms import SIDE, TwoRooms
 from pipelines.planning.episodes import Episodes, Tasks
+from pipelines.planning.rows import WORLD, Comparison
 
 DRAWN = 6
 """Episodes that are drawn of each panel."""
+DRAWN_ROWS = ("random", "ours", "ours_critic", "oracle_cem")
+"""The rows that are drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +32,29 @@ class Panel:
     imagined: Sequence[Sequence[Sequence[float]]]
     """Places that the first plan of an episode was expected to lead to, by episode; may be
     empty."""
+
+
+def draw_episodes(
+    parts: Comparison,
+    tasks: Mapping[str, Tasks],
+    played: Mapping[str, Mapping[str, tuple[Episodes, float]]],
+) -> bytes:
+    """Returns a PNG of episodes of `DRAWN_ROWS`, with what the model imagined of first plans."""
+    panels, model = [], parts.trained.model
+    for kind in tasks:
+        for row in DRAWN_ROWS:
+            episodes, imagined = played[row][kind][0], list[Any]()
+            if row.startswith("ours"):
+                with torch.no_grad():
+                    starts_BD = model.encode(WORLD.render(tasks[kind].starts_B2))
+                    latents = model.rollout(starts_BD, episodes.first_plans_BH2).mean(0)
+                    imagined = parts.trained.readout(latents).tolist()
+            rate = float(episodes.reached_B.float().mean())
+            title = f"{row}, {kind} room: {rate:.0%}"
+            panels.append(
+                Panel(title=title, tasks=tasks[kind], episodes=episodes, imagined=imagined)
+            )
+    return draw(panels, WORLD)
 
 
 def draw(panels: Sequence[Panel], world: TwoRooms) -> bytes:
@@ -57,3 +85,28 @@ def _draw_panel(axes: Axes, panel: Panel, world: TwoRooms) -> None:
             axes.plot(x, y, ":", color=colour, linewidth=1)
     axes.set(xlim=(0, SIDE), ylim=(SIDE, 0), xticks=[], yticks=[], aspect="equal")
     axes.set_title(panel.title, fontsize=9)
+
+
+def draw_budgets(curves: Mapping[str, Mapping[str, Any]], kinds: Mapping[str, str]) -> bytes:
+    """Returns a PNG of success by imagined steps an action, with intervals.
+
+    Args:
+        curves: by row and budget, what `pipelines.planning.results.rates` says of each kind.
+        kinds: the kinds and their titles, one panel each.
+    """
+    figure = Figure(figsize=(4.6 * len(kinds), 3.4), layout="constrained")
+    for place, (kind, title) in enumerate(kinds.items()):
+        axes = figure.add_subplot(1, len(kinds), place + 1)
+        for row, points in curves.items():
+            of = [point[kind] for point in points.values()]
+            steps = [int(budget) for budget in points]
+            axes.plot(steps, [one["rate"] for one in of], "o-", label=row, markersize=4)
+            low, high = zip(*(one["interval"] for one in of), strict=True)
+            axes.fill_between(steps, low, high, alpha=0.15)
+        axes.set(xscale="log", ylim=(-0.03, 1.03), xlabel="imagined steps an action", title=title)
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("goals reached")
+    figure.axes[-1].legend(loc="lower right", fontsize=8)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    return file.getvalue()

@@ -27,24 +27,41 @@ def interval(values_B: npt.NDArray[Any], seed: int = 0) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def summary(reached: Mapping[str, Mapping[str, Bools]]) -> dict[str, Any]:
-    """Returns rate and interval by row and kind, and what the critic adds, paired by episode."""
-    rows = {
+def rates(succeeded: Mapping[str, Mapping[str, Bools]]) -> dict[str, Any]:
+    """Returns rate, interval and number of episodes by row and kind."""
+    return {
         row: {
             kind: {"rate": float(of_B.mean()), "interval": interval(of_B), "episodes": len(of_B)}
             for kind, of_B in kinds.items()
         }
-        for row, kinds in reached.items()
+        for row, kinds in succeeded.items()
     }
-    lift = {
-        kind: of_B.astype(np.float64) - reached["ours"][kind]
-        for kind, of_B in reached["ours_critic"].items()
-    }
-    critic = {
+
+
+def lifts(of: Mapping[str, Bools], beside: Mapping[str, Bools]) -> dict[str, Any]:
+    """Returns by kind how much more often one row succeeds than another, paired by episode."""
+    more = {kind: of_B.astype(np.float64) - beside[kind] for kind, of_B in of.items()}
+    return {
         kind: {"lift": float(of_B.mean()), "interval": interval(of_B)}
-        for kind, of_B in lift.items()
+        for kind, of_B in more.items()
     }
-    return {"rows": rows, "critic": critic}
+
+
+def summary(reached: Mapping[str, Mapping[str, Bools]]) -> dict[str, Any]:
+    """Returns the rates of the comparison, and what the critic and slow features add."""
+    found = {"rows": rates(reached), "critic": lifts(reached["ours_critic"], reached["ours"])}
+    if "ours_plain" in reached:
+        found["slow_features"] = lifts(reached["ours"], reached["ours_plain"])
+    return found
+
+
+def share_of(of_B: Bools, whole_B: Bools, seed: int = 0) -> dict[str, Any]:
+    """Returns what share of one row's success another reaches, with a paired bootstrap interval."""
+    drawn_RB = np.random.default_rng(seed).integers(len(of_B), size=(RESAMPLES, len(of_B)))
+    shares_R = of_B[drawn_RB].mean(1) / np.maximum(whole_B[drawn_RB].mean(1), 1 / len(of_B))
+    low, high = np.quantile(shares_R, [0.025, 0.975])
+    whole = max(float(whole_B.mean()), 1 / len(of_B))
+    return {"share": float(of_B.mean()) / whole, "interval": (float(low), float(high))}
 
 
 def gate(rows: Mapping[str, Any], open_loop_px: float) -> dict[str, bool]:

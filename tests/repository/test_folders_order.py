@@ -30,6 +30,7 @@ ORDER = [
     "models/planning/worlds",
     "models/planning/world_model",
     "models/planning/memory",
+    "models/planning/pairs",
     "models/planning/actors",
     "models/planning/costs",
     "models/planning",

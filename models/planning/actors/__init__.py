@@ -1,1 +1,1 @@
-"""Actors: what chooses actions. Imports only torch."""
+"""Actors: what chooses actions. Imports only pairs."""

@@ -4,6 +4,9 @@
     icem    the same with noise of long waves, and with the best samples kept from one round to the
             next (Pinneri et al. 2020, arXiv 2008.06389)
     mppi    all samples count, weighted by exp(-cost) (Williams et al. 2015, arXiv 1509.01149)
+    shooting    the best of all samples, without rounds that learn from each other: a control
+
+Every method imagines `rounds` times `samples` plans.
 
 Shape legend: B problems that are solved side by side, S samples of each, H steps of a plan, A
 action width, K elites.
@@ -72,7 +75,7 @@ class Searcher(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Actor:
-    """Searches by one of the methods of `METHODS`; a `Searcher`."""
+    """Searches by one of the methods of `METHODS` or `CONTROLS`; a `Searcher`."""
 
     method: str = "cem"
     search: Search = Search()
@@ -81,7 +84,7 @@ class Actor:
 
     def plan(self, score: Score, start_BHA: Tensor, generator: torch.Generator) -> Tensor:
         """See `Searcher.plan`."""
-        return METHODS[self.method](self, score, start_BHA, generator)
+        return (METHODS | CONTROLS)[self.method](self, score, start_BHA, generator)
 
 
 def cem(actor: Actor, score: Score, start_BHA: Tensor, generator: torch.Generator) -> Tensor:
@@ -103,7 +106,9 @@ def icem(actor: Actor, score: Score, start_BHA: Tensor, generator: torch.Generat
     spread_BHA = torch.full_like(mean_BHA, search.spread)
     kept_BKHA, found_BHA = mean_BHA[:, None], mean_BHA
     for _ in range(search.rounds):
-        noise_BSHA = coloured(mean_BHA, search.samples, search.waves, generator)
+        # What is kept is judged again, so it is part of what the round may imagine.
+        fresh = max(search.samples - kept_BKHA.shape[1], 1)
+        noise_BSHA = coloured(mean_BHA, fresh, search.waves, generator)
         plans_BSHA = actor.limit(mean_BHA[:, None] + spread_BHA[:, None] * noise_BSHA)
         plans_BSHA = torch.cat([plans_BSHA, kept_BKHA], dim=1)
         elites_BKHA = best(plans_BSHA, score(plans_BSHA), search.elites)
@@ -127,8 +132,18 @@ def mppi(actor: Actor, score: Score, start_BHA: Tensor, generator: torch.Generat
     return actor.limit(mean_BHA)
 
 
+def shooting(actor: Actor, score: Score, start_BHA: Tensor, generator: torch.Generator) -> Tensor:
+    """Random shooting: the control of a search; see the module."""
+    search = actor.search
+    noise_BSHA = search.spread * white(start_BHA, search.rounds * search.samples, generator)
+    plans_BSHA = actor.limit(start_BHA[:, None] + noise_BSHA)
+    return best(plans_BSHA, score(plans_BSHA), 1)[:, 0]
+
+
 METHODS = {"cem": cem, "icem": icem, "mppi": mppi}
 """Methods of search by name."""
+CONTROLS = {"shooting": shooting}
+"""What a search has to be better than, by name."""
 
 
 def best(plans_BSHA: Tensor, cost_BS: Tensor, count: int) -> Tensor:

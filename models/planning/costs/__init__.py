@@ -1,1 +1,1 @@
-"""What imagined futures cost: intrinsic costs and the critic. Imports the memory."""
+"""What imagined futures cost: intrinsic costs and the critic. Imports memory and pairs."""

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.planning.memory import Memory
+from models.planning.pairs import PairNetwork
 
 NEIGHBOURS = 12
 """K, edges of a kind that leave a state at most."""
@@ -41,40 +42,24 @@ class Critic(nn.Module):
 
     def __init__(self, latent: int, *, width: int = 128) -> None:
         super().__init__()
+        self.pairs = PairNetwork(latent, 1, width=width)
         self.scale: Tensor
-        self.mean_D: Tensor
-        self.deviation: Tensor
         self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("mean_D", torch.zeros(latent))
-        self.register_buffer("deviation", torch.ones(()))
-        self.layers = nn.Sequential(
-            nn.Linear(3 * latent, width),
-            nn.SiLU(),
-            nn.Linear(width, width),
-            nn.SiLU(),
-            nn.Linear(width, 1),
-        )
 
     def adjust(self, latents_ND: Tensor, scale: float) -> None:
-        """Makes the mean and spread of some latents those of the network's input.
+        """Adjusts the network to some latents.
 
         Args:
             latents_ND: the latents.
             scale: a typical length of a way, in units of latent distance.
         """
+        self.pairs.adjust(latents_ND)
         self.scale.fill_(scale)
-        self.mean_D.copy_(latents_ND.mean(0))
-        # One number for all dimensions, so that what hardly varies stays small.
-        self.deviation.copy_((latents_ND - self.mean_D).square().mean().sqrt())
 
     def forward(self, latents_BD: Tensor, goals_BD: Tensor) -> Tensor:
         """Returns the length of the way that is left, [..., D] to [...]."""
-        latents_BD = (latents_BD - self.mean_D) / self.deviation
-        goals_BD = (goals_BD - self.mean_D) / self.deviation
-        way_BD = goals_BD - latents_BD
-        pairs = torch.cat([latents_BD.expand_as(way_BD), goals_BD.expand_as(way_BD), way_BD], -1)
-        found: Tensor = functional.softplus(self.layers(pairs).squeeze(-1)) * self.scale
-        return found
+        found: Tensor = functional.softplus(self.pairs(latents_BD, goals_BD).squeeze(-1))
+        return found * self.scale
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ Shape legend: B candidates, T steps, D latent width, A action width, E predictor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -63,14 +63,20 @@ class Hazard:
 
     def __call__(self, future: Future) -> Tensor:
         """Returns the depth of the mean predictor's places in the deepest zone."""
-        places_BT2 = self.readout(future.latents_EBTD.mean(0))
-        deepest_BT = places_BT2.new_zeros(places_BT2.shape[:-1])
-        for left, top, right, bottom in self.zones:
-            low_BT2 = places_BT2 - places_BT2.new_tensor([left, top])
-            high_BT2 = places_BT2.new_tensor([right, bottom]) - places_BT2
-            depth_BT = torch.cat([low_BT2, high_BT2], dim=-1).amin(-1)
-            deepest_BT = torch.maximum(deepest_BT, depth_BT.clamp(min=0))
-        return deepest_BT
+        return depth(self.readout(future.latents_EBTD.mean(0)), self.zones).clamp(min=0)
+
+
+def depth(places_2: Tensor, zones: Sequence[Zone]) -> Tensor:
+    """Returns how deep places lie in the deepest of some zones, [..., 2] to [...].
+
+    It is the distance to the nearest side, negative outside, and minus infinity without zones.
+    """
+    deepest = places_2.new_full(places_2.shape[:-1], -torch.inf)
+    for left, top, right, bottom in zones:
+        low_2 = places_2 - places_2.new_tensor([left, top])
+        high_2 = places_2.new_tensor([right, bottom]) - places_2
+        deepest = torch.maximum(deepest, torch.cat([low_2, high_2], dim=-1).amin(-1))
+    return deepest
 
 
 Term = Callable[[Future], Tensor]

@@ -74,6 +74,7 @@ def test_what_torch_does_as_fast_is_left_to_torch() -> None:
     assert not by_torch(linear(x[:1], weight, bias)), "whatever the rows"
     small = LEAST // 160 - 1
     assert by_torch(linear(x, weight[:small], bias[:small])), "too small a layer"
+    assert not by_torch(linear(x, weight[:small], bias[:small], least=0))
     assert by_torch(linear(x.double(), weight.double(), bias.double()))
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x, weight, bias).dtype == torch.bfloat16

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from models.planning.actors.actor import Actor, Search
 from models.planning.agent import Agent, ShuffledModel, build_agent
-from models.planning.configurator import TaskSpec, configure
+from models.planning.configurator import Rules, TaskSpec, configure
 from models.planning.costs.critic import CriticTraining, train_critic, ways_to
 from models.planning.costs.intrinsic import (
     Future,
     Hazard,
     IntrinsicCost,
+    depth,
     effort,
     goal_distance,
     uncertainty,
@@ -46,7 +47,10 @@ def test_terms_of_the_intrinsic_cost() -> None:
     torch.testing.assert_close(both(future()), 2 * effort(future()) + 0.5 * uncertainty(future()))
 
 
-def run(agent: Agent, starts: Tensor, goals: Tensor, steps: int) -> Tensor:
+def run(
+    agent: Agent, starts: Tensor, goals: Tensor, steps: int, visited: list[Tensor] | None = None
+) -> Tensor:
+    """Returns which goals were reached; `visited` takes the places on the way."""
     agent.begin(goals)
     places, reached = starts, WORLD.reached(starts, goals)
     for _ in range(steps):
@@ -56,6 +60,8 @@ def run(agent: Agent, starts: Tensor, goals: Tensor, steps: int) -> Tensor:
         places = places.clone()
         places[rows] = WORLD.step(places[rows], agent.plan(places[rows], rows)[:, 0])
         reached = reached | WORLD.reached(places, goals)
+        if visited is not None:
+            visited.append(places)
     return reached
 
 
@@ -79,18 +85,52 @@ def test_with_the_true_model_the_agent_arrives_and_with_shuffled_actions_it_does
     assert run(agent(ShuffledModel(model=true)), starts, goals, 40).float().mean() < 0.3
 
 
-def test_memory_holds_every_step_and_its_surprise() -> None:
+def test_memory_holds_every_plan_by_where_it_was_made() -> None:
     starts, goals = pairs(4, same=True)
     memory = Memory(1000)
-    run(agent(TrueModel(world=WORLD), memory=memory), starts, goals, 3)
-    rows = memory.recent(99)
-    assert len(rows["key"]) == 12
-    surprise = rows["surprise"].view(3, 4)  # the newest first
-    assert surprise[2].isnan().all()
-    assert surprise[:2].abs().max() < 1e-4  # the true model is never surprised
-    torch.testing.assert_close(
-        WORLD.step(rows["key"], rows["action"]), rows["expected"], msg="what it expected"
-    )
+    run(agent(TrueModel(world=WORLD), memory=memory, recalled=1), starts, goals, 3)
+    rows = {name: column.flip(0) for name, column in memory.recent(99).items()}  # oldest first
+    assert rows["key"].shape == (12, 4)
+    assert rows["plan"].shape == (12, 8, 2)
+    torch.testing.assert_close(rows["key"][:4], torch.cat([starts, goals], dim=-1))
+    follows = WORLD.step(rows["key"][:-4, :2], rows["plan"][:-4, 0])
+    torch.testing.assert_close(follows, rows["key"][4:, :2])
+
+
+def test_a_remembered_plan_helps_where_the_budget_is_small() -> None:
+    """The way to the goal leads away from it, which a search of four samples hardly finds."""
+    starts, goals = torch.tensor([[13.0, 11.0]] * 20), torch.tensor([[19.0, 11.0]] * 20)
+    config = configure(TaskSpec(budget=96), Rules(rounds=1, recalled=1))
+    place, way = starts[:1], []
+    for _ in range(config.search.horizon):
+        way.append(WORLD.way_out(place, goals[:1]))
+        place = WORLD.step(place, way[-1])
+    reached = {}
+    for known in (False, True):
+        made = build_agent(config, TrueModel(world=WORLD), limit=WORLD.shortened, action_width=2)
+        if known:
+            made.memory.write(torch.cat([starts, goals], -1)[:1], plan=torch.stack(way, 1))
+        reached[known] = float(run(made, starts, goals, 20).float().mean())
+    assert reached[False] < 0.4
+    assert reached[True] > 0.9
+
+
+def test_where_frames_are_hidden_the_agent_goes_on_with_what_it_expected() -> None:
+    starts, goals = pairs(30, same=True)
+    reached = {}
+    for memory in (Memory(50), None):
+        blind = agent(TrueModel(world=WORLD), memory=memory)
+        blind.begin(goals)
+        places, rows = starts, torch.arange(len(starts))
+        done = WORLD.reached(places, goals)
+        for step in range(30):
+            hidden = torch.full((len(rows),), step % 8 >= 2)
+            shown = torch.where(hidden[:, None], torch.full_like(places, 16.0), places)
+            places = WORLD.step(places, blind.plan(shown, rows, hidden)[:, 0])
+            done = done | WORLD.reached(places, goals)
+        reached[memory is not None] = float(done.float().mean())
+    assert reached[True] > 0.9
+    assert reached[False] < 0.6
 
 
 def test_a_zone_is_kept_out_of_only_if_the_task_names_it() -> None:
@@ -106,10 +146,9 @@ def test_a_zone_is_kept_out_of_only_if_the_task_names_it() -> None:
             action_width=2,
             readout=lambda places: places,
         )
-        assert run(made, starts, goals, 40).all()
-        rows = made.memory.recent(999)["key"]
-        inside = (rows[:, 0] > 6) & (rows[:, 0] < 10) & (rows[:, 1] > 14) & (rows[:, 1] < 18)
-        deepest[zones] = int(inside.sum())
+        visited: list[Tensor] = []
+        assert run(made, starts, goals, 40, visited).all()
+        deepest[zones] = int((depth(torch.cat(visited), (zone,)) > 1).sum())
     assert deepest[()] > 6
     assert deepest[zone,] < 0.2 * deepest[()]
 
@@ -121,6 +160,55 @@ def test_the_budget_decides_how_many_plans_are_tried() -> None:
     assert configure(TaskSpec(steps=5)).search.horizon == 5
     with pytest.raises(ValueError, match=r"--budget: needs at least 96 imagined steps, got 50"):
         configure(TaskSpec(budget=50))
+    with pytest.raises(ValueError, match=r"--rules.horizon: must be positive, got 0"):
+        Rules(horizon=0)
+
+
+@pytest.mark.parametrize("method", ["cem", "icem", "mppi", "shooting"])
+@pytest.mark.parametrize("recalled", [0, 4])
+def test_an_action_costs_no_more_than_its_budget(method: str, recalled: int) -> None:
+    imagined = []
+
+    class Counting(TrueModel):
+        def rollout(self, places: Tensor, actions: Tensor) -> Tensor:
+            imagined.append(actions.shape[0] * actions.shape[1])
+            return super().rollout(places, actions)
+
+    config = configure(TaskSpec(budget=1000, method=method), Rules(recalled=recalled))
+    made = build_agent(config, Counting(world=WORLD), limit=WORLD.shortened, action_width=2)
+    starts, goals = torch.tensor([[8.0, 8.0]]), torch.tensor([[24.0, 8.0]])
+    made.begin(goals)
+    for _ in range(6):
+        imagined.clear()
+        made.plan(starts, torch.arange(1))
+    assert 800 < sum(imagined) <= 1000
+
+
+def test_the_same_weights_do_two_tasks_only_if_the_configurator_reads_the_task() -> None:
+    """Reach; and reach while staying out of a zone. Either setting alone fails at one of them."""
+    zone = (5.0, 12.0, 11.0, 20.0)
+    starts = torch.tensor([[8.0, 6.0], [6.5, 7.0], [9.0, 6.0]])
+    inside = torch.tensor([[8.0, 16.0], [8.0, 15.0], [7.5, 16.0]])  # reach: the goal is in the zone
+    behind = torch.tensor([[8.0, 26.0], [7.5, 25.0], [9.0, 26.0]])  # stay out: it is behind it
+    tasks = {"reach": (TaskSpec(), inside), "avoid": (TaskSpec(zones=(zone,)), behind)}
+
+    def success(told: TaskSpec, task: str) -> float:
+        made = build_agent(
+            configure(told),
+            TrueModel(world=WORLD),
+            limit=WORLD.shortened,
+            action_width=2,
+            readout=lambda places: places,
+        )
+        visited: list[Tensor] = []
+        reached = run(made, starts, tasks[task][1], 40, visited)
+        entered = task == "avoid" and bool((depth(torch.cat(visited), (zone,)) > 0.5).any())
+        return float(reached.float().mean()) * (not entered)
+
+    configured = [success(tasks[task][0], task) for task in tasks]
+    fixed = {told: [success(tasks[told][0], task) for task in tasks] for told in tasks}
+    assert configured == [1.0, 1.0]
+    assert all(sum(of) < 1.5 for of in fixed.values()), fixed
 
 
 def walked() -> Memory:

@@ -12,8 +12,9 @@ import torch
 from models.digests import DamagedFileError
 from models.objectives.registry import build_objective
 from models.planning.actors.space import ActionSpace
-from models.planning.configurator import TaskSpec
+from models.planning.configurator import Rules, TaskSpec
 from models.planning.costs.critic import Critic
+from models.planning.costs.slow_distance import SlowDistance
 from models.planning.saved_agent import SavedAgent, agent_files, load_agent
 from models.planning.world_model.readout import Readout
 from models.planning.worlds.two_rooms import TwoRooms
@@ -38,11 +39,13 @@ def saved(**fields) -> SavedAgent:
         model=model.eval(),
         settings=settings,
         critic=critic,
+        distance=SlowDistance(features_DF=torch.randn(8, 5)),
         readout=Readout(weight_D2=torch.randn(9, 2)),
         actions=ActionSpace(width=2, longest=1.5),
         world="tworooms",
         frame=(32, 32),
         task=TaskSpec(steps=4, budget=96, zones=(ZONE,)),
+        rules=Rules(rounds=2),
         provenance={"checkpoint": "runs/x"},
     )
     return dataclasses.replace(made, **fields)
@@ -62,14 +65,17 @@ def plans_of(agent: SavedAgent, task: TaskSpec | None = None) -> torch.Tensor:
     return made.plan(starts, torch.arange(3))
 
 
-@pytest.mark.parametrize("without", [{}, {"critic": None}, {"critic": None, "readout": None}])
+@pytest.mark.parametrize(
+    "without",
+    [{}, {"critic": None}, {"critic": None, "distance": None}, {"critic": None, "readout": None}],
+)
 def test_it_plans_as_before(tmp_path: Path, without: dict) -> None:
     task = TaskSpec(steps=4, budget=96, zones=(ZONE,) if "readout" not in without else ())
     before = saved(**without, task=task)
     again = load_agent(write(tmp_path, before))
     assert torch.equal(plans_of(again), plans_of(before))
     assert plans_of(again).norm(dim=-1).max() <= 1.5 + 1e-5
-    for field in ("actions", "world", "frame", "task", "provenance"):
+    for field in ("actions", "world", "frame", "task", "rules", "provenance"):
         assert getattr(again, field) == getattr(before, field), field
     assert not any(p.requires_grad for p in again.model.parameters())
 

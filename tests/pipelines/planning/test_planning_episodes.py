@@ -6,18 +6,23 @@ import numpy as np
 import pytest
 import torch
 
+from models.planning.costs.intrinsic import depth
 from models.planning.world_model.readout import Readout
 from models.planning.worlds.two_rooms import TrueModel, TwoRooms
 from pipelines.plan_episodes import PlanEpisodesConfig
 from pipelines.planning.episodes import (
+    CLEAR,
     LEAST_DISTANCE,
+    PERIOD,
+    SEEN,
+    agent_policy,
     draw_tasks,
     map_policy,
     random_policy,
     run_episodes,
 )
 from pipelines.planning.imagination import open_loop
-from pipelines.planning.results import gate, interval, summary
+from pipelines.planning.results import gate, interval, share_of, summary
 
 WORLD = TwoRooms()
 
@@ -94,6 +99,7 @@ def rows(**rates: tuple[float, float]) -> dict:
 GOOD = {
     "random": (0.1, 0.0),
     "shuffled": (0.05, 0.0),
+    "ours_plain": (0.6, 0.1),
     "ours": (0.8, 0.4),
     "ours_critic": (0.8, 0.7),
     "oracle_cem": (1.0, 0.7),
@@ -104,6 +110,7 @@ def test_the_gate_holds_for_a_good_model_and_every_condition_can_fail() -> None:
     found = rows(**GOOD)
     assert found["critic"]["cross"]["lift"] == pytest.approx(0.3)
     assert found["critic"]["cross"]["interval"][0] > 0.2
+    assert found["slow_features"]["same"]["lift"] == pytest.approx(0.2)
     assert all(gate(found["rows"], 0.7).values())
     for changed, error in (
         ({"ours": (0.5, 0.4)}, 0.7),
@@ -123,3 +130,43 @@ def test_impossible_jobs_are_refused() -> None:
         PlanEpisodesConfig(checkpoint="runs/x", episodes=0)
     with pytest.raises(ValueError, match="--budget: needs at least 96"):
         PlanEpisodesConfig(checkpoint="runs/x", budget=10)
+
+
+def test_a_share_of_another_rows_success_has_a_paired_interval() -> None:
+    whole = np.arange(100) < 80
+    found = share_of(whole & (np.arange(100) % 4 > 0), whole)
+    assert found["share"] == pytest.approx(0.75)
+    low, high = found["interval"]
+    assert 0.6 < low < 0.75 < high < 0.9
+    assert share_of(whole, whole)["interval"] == (1.0, 1.0)  # pairs vary together
+
+
+def test_harder_episodes_hide_frames_and_lie_behind_zones() -> None:
+    hidden, across = (draw_tasks(WORLD, kind, 30, seed=3) for kind in ("hidden", "cross"))
+    assert hidden.hides
+    assert torch.equal(hidden.starts_B2, across.starts_B2)
+    tasks = draw_tasks(WORLD, "zone", 30, seed=3)
+    assert (WORLD.room(tasks.starts_B2) == WORLD.room(tasks.goals_B2)).all()
+    straight = run_episodes(WORLD, map_policy(WORLD, tasks), tasks, 50)
+    assert straight.reached_B.all()  # the map's way goes straight through
+    assert straight.entered_B.all()
+    assert not straight.succeeded_B.any()
+    ends = torch.cat([tasks.starts_B2, tasks.goals_B2])
+    assert (depth(ends, tasks.zones) <= -CLEAR).all()
+
+
+def test_hidden_frames_are_black_and_told() -> None:
+    seen: list[tuple[bool, bool]] = []
+
+    class Watching:
+        def begin(self, goals: torch.Tensor) -> None:
+            assert goals.any()
+
+        def plan(self, frames, rows, hidden=None):
+            seen.append((not frames.any(), hidden is not None and bool(hidden.all())))
+            return torch.zeros(len(rows), 1, 2)
+
+    tasks = draw_tasks(WORLD, "hidden", 3, seed=0)
+    run_episodes(WORLD, agent_policy(Watching(), WORLD.render, tasks), tasks, 2 * PERIOD)
+    expected = ([False] * SEEN + [True] * (PERIOD - SEEN)) * 2
+    assert seen == [(one, one) for one in expected]

@@ -11,7 +11,8 @@ from models.planning.worlds.two_rooms import TwoRooms
 from pipelines.plan_episodes import HELD_OUT, PlanEpisodesConfig, make_comparison
 from pipelines.planning.episodes import KINDS, draw_tasks
 from pipelines.planning.results import gate, summary
-from pipelines.planning.rows import run_row
+from pipelines.planning.rows import ROWS, Job, run_job
+from pipelines.planning.studies import succeeded
 
 EPISODES, SEED = 20, 5
 NO_REGULARISER = {
@@ -36,15 +37,15 @@ def test_a_world_model_passes_the_gate_and_one_without_regularisers_does_not(
     )
     parts, facts = make_comparison(cfg)
     tasks = {kind: draw_tasks(TwoRooms(), kind, EPISODES, HELD_OUT + SEED) for kind in KINDS}
-    reached = {
-        row: {kind: run_row(parts, row, tasks[kind])[0].reached_B.numpy() for kind in KINDS}
+    played = {
+        row: {kind: run_job(parts, Job(row=ROWS[row], tasks=tasks[kind])) for kind in KINDS}
         for row in parts.rows
         if row != "untrained"  # no condition reads it
     }
+    reached = succeeded(played)
     found = summary(reached)
     held = gate(found["rows"], facts["open_loop_px"]["model"]["5"])
-    # Half of the oracle's rate by distance alone is what the recipe misses (docs/planning.md).
-    wanted = {name: value for name, value in held.items() if name != "cross_room_half_of_oracle"}
-    assert all(wanted.values()), (wanted, found)
-    assert found["critic"]["cross"]["lift"] > 0.2
+    assert all(held.values()), (held, found)
+    assert found["slow_features"]["cross"]["lift"] > 0.1
+    assert found["critic"]["cross"]["lift"] >= 0
     assert all(reached["map"][kind].all() for kind in KINDS)

@@ -1,0 +1,139 @@
+"""A search for the configurator's numbers on validation episodes, as trials of Ray Tune.
+
+Every candidate has the same budget of imagined steps an action; what differs is how it is spent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from models.planning.configurator import Rules, TaskSpec, configure
+from pipelines.planning.episodes import KINDS, Tasks, draw_tasks
+from pipelines.planning.rows import WORLD, Comparison, Job, Row, planner, run_job
+from pipelines.runtime.uris import ray_storage
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "method": ("cem", "icem", "mppi"),
+    "horizon": (8, 12, 16, 24),
+    "rounds": (1, 2, 3, 5),
+    "elites": (0.05, 0.1, 0.2),
+    "hazard_weight": (1.0, 4.0, 16.0),
+    "recalled": (0, 4),
+}
+"""What the search draws from."""
+VALIDATED = (*KINDS, "zone")
+"""The kinds of episodes that candidates are judged on."""
+VALIDATION = 2**21
+"""Added to the seed of the validation episodes; no other episode has one so far away."""
+ROW = Row(
+    says="the trained model, judged by the critic",
+    policy=lambda parts, tasks: planner(parts, tasks, critic=True),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """Settings that are tried, and how they did on the validation episodes."""
+
+    method: str
+    rules: Rules
+    success: float = 0.0
+    """Share of the episodes."""
+    steps: float = 0.0
+    """Mean steps to the goal; an episode that failed counts as all steps. The least is best."""
+
+    def applied(self, parts: Comparison) -> Comparison:
+        """Returns the parts with these settings."""
+        task = dataclasses.replace(parts.task, method=self.method)
+        return dataclasses.replace(parts, task=task, rules=self.rules)
+
+
+def draw_candidates(task: TaskSpec, rules: Rules, count: int, seed: int) -> list[Candidate]:
+    """Draws settings that the budget allows; the first are those that there are."""
+    generator, found = random.Random(seed), [Candidate(method=task.method, rules=rules)]
+    while len(found) < count:
+        drawn = {name: generator.choice(values) for name, values in CHOICES.items()}
+        candidate = Candidate(method=drawn.pop("method"), rules=dataclasses.replace(rules, **drawn))
+        try:
+            configure(task, candidate.rules)
+        except ValueError:
+            continue
+        if candidate not in found:
+            found.append(candidate)
+    return found
+
+
+def judge(parts: Comparison, candidate: Candidate, tasks: Sequence[Tasks]) -> Candidate:
+    """Runs the validation episodes with a candidate's settings."""
+    changed = candidate.applied(parts)
+    played = [run_job(changed, Job(row=ROW, tasks=of))[0] for of in tasks]
+    succeeded = [bool(ok) for episodes in played for ok in episodes.succeeded_B]
+    taken = [int(steps) for episodes in played for steps in episodes.steps_B]
+    counted = [
+        steps if ok else parts.task.steps for ok, steps in zip(succeeded, taken, strict=True)
+    ]
+    return dataclasses.replace(
+        candidate,
+        success=sum(succeeded) / len(succeeded),
+        steps=sum(counted) / len(counted),
+    )
+
+
+def _trial(
+    config: dict[str, int],
+    parts: Comparison,
+    candidates: Sequence[Candidate],
+    tasks: Sequence[Tasks],
+) -> None:
+    from ray import tune
+
+    found = judge(parts, candidates[config["candidate"]], tasks)
+    tune.report({"success": found.success, "steps": found.steps})
+
+
+def search(
+    parts: Comparison, *, candidates: int, episodes: int, seed: int, out: str
+) -> list[Candidate]:
+    """Judges candidates in parallel trials; returns them, the best first.
+
+    Args:
+        parts: what the agent is made of.
+        candidates: how many are tried; the first is the one that there is.
+        episodes: validation episodes of each kind.
+        seed: of the candidates and of the episodes.
+        out: folder for Ray Tune's files.
+
+    Raises:
+        RuntimeError: a trial failed.
+    """
+    from ray import tune
+
+    from pipelines.runtime.cluster import start_ray
+
+    start_ray()
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the newer output cannot be silenced
+    drawn = draw_candidates(parts.task, parts.rules, candidates, seed)
+    tasks = [draw_tasks(WORLD, kind, episodes, VALIDATION + seed) for kind in VALIDATED]
+    trainable = tune.with_parameters(_trial, parts=parts, candidates=drawn, tasks=tasks)
+    path, filesystem = ray_storage(out)
+    grid = tune.Tuner(
+        tune.with_resources(trainable, {"CPU": 1}),
+        param_space={"candidate": tune.grid_search(list(range(len(drawn))))},
+        run_config=tune.RunConfig(
+            name="tune", storage_path=path, storage_filesystem=filesystem, verbose=0
+        ),
+    ).fit()
+    found = []
+    for result in (grid[number] for number in range(len(grid))):
+        if result.error is not None:
+            raise RuntimeError(f"--tune: a trial failed: {result.error}")
+        assert result.metrics is not None
+        number = result.metrics["config"]["candidate"]
+        figures = {name: result.metrics[name] for name in ("success", "steps")}
+        found.append(dataclasses.replace(drawn[number], **figures))
+    return sorted(found, key=lambda candidate: candidate.steps)
