@@ -149,8 +149,8 @@ def plan_episodes(cfg: PlanEpisodesConfig) -> dict[str, Any]:
         chunk=cfg.chunk,
         each=in_tasks,
     )
-    for name in dict.fromkeys(cfg.rows):
-        found, drawn = STUDIES[name](setting)
+    for study in dict.fromkeys(cfg.rows):
+        found, drawn = STUDIES[study](setting)
         results, files = results | found, files | drawn
     saved = agent_files(saved_agent(cfg, parts, facts))
     files |= {f"agent/{name}": data for name, data in saved.items()}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ def use_linear(module: nn.Module, least: int = LEAST) -> None:
     for part in module.modules():
         if type(part) in (nn.Linear, Linear):
             part.__class__ = Linear
-            part.least = least
+            cast(Linear, part).least = least
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, least: int = LEAST) -> Tensor:
