@@ -27,17 +27,28 @@ if __name__ == "__main__" and not __package__:
 import torch
 import tyro
 from rich.console import Console
+from rich.progress import Progress
 
 from models.artifacts.alignment import Alignment, load_alignment
 from models.encoders.vit import VisionTransformer
 from pipelines.config.jobs import EvaluateConfig
 from pipelines.dataset.aspects import fit_notes
+from pipelines.dataset.rows import read_places
 from pipelines.dataset.shards import Manifest
+from pipelines.evaluation.beliefs.study import (
+    LEARNED,
+    MEASURED,
+    PASSES,
+    Study,
+    check_subject,
+    study,
+)
 from pipelines.evaluation.blocks.choice import (
     choose_blocks,
     chosen_encoders,
     with_chosen_blocks,
 )
+from pipelines.evaluation.features import decode_all
 from pipelines.evaluation.input_sets import read_manifests, read_sets
 from pipelines.evaluation.near_duplicates import near_duplicate_notes
 from pipelines.evaluation.probe_sets import SETS, ProbeSet, number_set
@@ -69,8 +80,9 @@ def evaluate(cfg: EvaluateConfig, *, console: Console | None = None) -> dict[str
     Returns:
         What results.json holds: `rows` (the encoder and its baselines, each with what
         `probes.registry.run_probes` measures), with --layers all `blocks` (`blocks.choice.Blocks`),
-        for clips `task` (`validity.task_of`), provenance, settings, data, versions, and `warnings`:
-        reasons why the accuracies may mean nothing.
+        for clips `task` (`validity.task_of`), with --decode-steps `beliefs`
+        (`beliefs.study.Study`), provenance, settings, data, versions, and `warnings`: reasons why
+        the accuracies may mean nothing.
 
     Raises:
         ValueError: there is no such encoder, a set has no labels, or the sets differ in classes.
@@ -81,6 +93,8 @@ def evaluate(cfg: EvaluateConfig, *, console: Console | None = None) -> dict[str
     compared = read_compared(cfg, manifests)
     subject = with_sampler(cfg, load_subject(cfg.checkpoint), manifests[0].modality)
     alignment = _alignment(cfg, subject)
+    if cfg.decode_steps:
+        check_subject(subject)
     for note in _fit_notes(cfg, subject, manifests):
         console.print(note, markup=False, highlight=False, soft_wrap=True)
     subject.encoder.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -93,6 +107,9 @@ def evaluate(cfg: EvaluateConfig, *, console: Console | None = None) -> dict[str
         sets = with_aligned_shift(sets, alignment)
     readouts: Readouts = {}
     measured = measure(subject, sets, cfg, console, readouts)
+    beliefs = _beliefs(subject, sets, cfg, console) if cfg.decode_steps else None
+    if beliefs:
+        measured["beliefs"] = beliefs.results
     if blocks:
         measured["rows"] = with_chosen_blocks(measured["rows"], blocks)
         measured["blocks"] = dataclasses.asdict(blocks)
@@ -112,7 +129,7 @@ def evaluate(cfg: EvaluateConfig, *, console: Console | None = None) -> dict[str
     results["warnings"] = validity_warnings(facts, classes if cfg.has_classes else None)
     show(results, compared, console)
     _write(cfg.out, "results.json", json.dumps(results, indent=2).encode())
-    html = write_report(results, subject, sets[0], sets[1], baseline, compared, readouts)
+    html = write_report(results, subject, sets[0], sets[1], baseline, compared, readouts, beliefs)
     console.print(f"report: {_write(cfg.out, 'report.html', html.encode())}")
     return results
 
@@ -221,6 +238,27 @@ def show(results: dict[str, Any], compared: Sequence[dict[str, Any]], console: C
         console.print(f"warning: {warning}", markup=False, highlight=False, style="yellow")
     if compared:
         console.print(*comparison_tables(results, compared), sep="\n")
+
+
+def _beliefs(
+    subject: Subject, sets: Sequence[ProbeSet], cfg: EvaluateConfig, console: Console
+) -> Study:
+    """Draws and measures what the run's predictor expects, on samples of --data and --test."""
+    pixels = [
+        decode_all(
+            read_places(part.uri, part.places_N3[:most]), subject.preprocessing, subject.sampler
+        ).pixels
+        for part, most in zip(sets, (LEARNED, MEASURED), strict=False)
+    ]
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("training decoders", total=PASSES * cfg.decode_steps)
+        return study(
+            subject,
+            *pixels,
+            steps=cfg.decode_steps,
+            seed=cfg.seed,
+            advance=lambda: progress.advance(task),
+        )
 
 
 def _supervised(subject: Subject, sets: Sequence[ProbeSet], cfg: EvaluateConfig) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
     DIR/model.safetensors             weights under timm's names
     DIR/config.json                   timm's hub form, plus our section `rayjepa`
+    DIR/surprise.safetensors          context encoder, predictor and usual errors, if they were
+                                      exported (models/beliefs/stored.py)
     DIR/digests.json                  digests of these files, which are compared when they are read
     DIR/transformers/                 the same encoder for `transformers.IJepaModel`, with its
                                       config.json and preprocessor_config.json
@@ -21,7 +23,7 @@ import dataclasses
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -85,6 +87,7 @@ def save_artifact(
     preprocessing: Preprocessing,
     provenance: Mapping[str, Any],
     predictor: Predictor | None = None,
+    add: Callable[[Path], object] | None = None,
 ) -> list[str]:
     """Writes an artifact, reads it back, and only then puts it in place.
 
@@ -92,6 +95,7 @@ def save_artifact(
         folder: does not exist, is empty, or holds an earlier artifact, which is replaced.
         provenance: run, step, manifest_hash and anything else that JSON can hold.
         predictor: goes into the `VJEPA2Model`, if one is written.
+        add: writes further files into the new folder.
 
     Returns:
         Sentences that say what timm or transformers cannot do as this project does.
@@ -119,7 +123,7 @@ def save_artifact(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
         new = Path(beside) / "artifact"
-        _write_files(new, export)
+        _write_files(new, export, add)
         _verify(new, encoder, preprocessing)
         if folder.exists():
             folder.rename(Path(beside) / "old")
@@ -167,6 +171,18 @@ def load_predictor(uri: str | Path) -> Predictor:
                 source = known.read_predictor(stored)
                 return _fill(Predictor(**source.shape), source, stored.uri)
     raise ValueError(f"{uri}: not a VJEPA2Model; no predictor to load")
+
+
+@contextmanager
+def local_files(uri: str) -> Iterator[Path]:
+    """Yields a local folder with the files of an artifact, for what stands beside the encoder.
+
+    Raises:
+        FileNotFoundError: there is nothing at the URI.
+        ValueError: a file is not as it was saved.
+    """
+    with _stored(uri) as stored:
+        yield stored.path
 
 
 def load_strict(encoder: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -220,11 +236,13 @@ def _require_replaceable(folder: Path) -> None:
 # --- writing ---------------------------------------------------------------------------------
 
 
-def _write_files(folder: Path, export: Export) -> None:
+def _write_files(folder: Path, export: Export, add: Callable[[Path], object] | None = None) -> None:
     folder.mkdir()
     for known in FORMATS:
         if known.write and known.can_write(export.encoder):
             known.write(folder, export)
+    if add is not None:
+        add(folder)
     for place in {file.parent for file in folder.rglob("*") if file.is_file()}:
         write_digests(place, [file.name for file in place.iterdir() if file.is_file()])
 

@@ -8,12 +8,17 @@ from pathlib import Path
 
 from models.digests import digest_of
 
-READ = ("config.json", "*processor_config.json", "model*.safetensors")
-"""Patterns of the files of a model folder that an encoder is read from."""
+READ = (
+    "config.json",
+    "*processor_config.json",
+    "model*.safetensors",
+    "surprise.safetensors",
+)
+"""Patterns of the files of a model folder that decide what it answers."""
 
 
 def content_fingerprint(path: Path, checked: Mapping[str, str] | None = None) -> str:
-    """Returns a digest of everything that an encoder is read from.
+    """Returns a digest of everything that decides what a model answers.
 
     Args:
         path: local folder of a model, of which the files that match `READ` count and its folders do

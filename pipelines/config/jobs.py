@@ -28,8 +28,7 @@ class EvaluateConfig:
     out: WrittenPlace = "evaluation"
     """Folder for results.json and report.html."""
     align: ReadPlace | None = None
-    """File of `pipelines.align` for --shift-test. One more row reads the same probes on its aligned
-    features."""
+    """File of `pipelines.align` for --shift-test; one more row reads its aligned features."""
     only: str | None = None
     """Use only rows of this class of the shards, for example one game."""
     state: str | None = None
@@ -81,6 +80,9 @@ class EvaluateConfig:
     """Leave out samples of --test and --shift-test that nearly equal one of --data: no cell of
     their grey thumbnails differs by more than so many of 255 levels (4 tells scenes of games
     apart). Of a clip, the middle frame is compared; regions left out do not count."""
+    decode_steps: int = 0
+    """Optimizer steps of decoders (1500 are usual): the report then draws what the run's predictor
+    expects behind masks, and surprise. Needs a checkpoint of ijepa, vjepa or dmjd."""
     batch_size: int = 256
     """Images, or frames of clips, per forward pass."""
     limit: int | None = None
@@ -97,7 +99,8 @@ class EvaluateConfig:
         require(shifted, "align", "maps the features of --shift-test; name that footage too")
         for flag in ("attentive_lrs", "attentive_decays"):
             require(len(getattr(self, flag)) > 0, flag.replace("_", "-"), "needs a value")
-        require(self.supervised_epochs >= 0, "supervised-epochs", "must not be negative")
+        for flag in ("supervised_epochs", "decode_steps"):
+            require(getattr(self, flag) >= 0, flag.replace("_", "-"), "must not be negative")
         levels = self.near_duplicates is None or 0 <= self.near_duplicates < 255
         require(levels, "near-duplicates", "must be at least 0 and below 255")
         given = self.state is not None or bool(self.number) or self.columns is None
@@ -135,8 +138,7 @@ class AlignConfig:
     how: Literal["mean", "covariance"] = "mean"
     """What becomes equal: the means, or also the covariances."""
     only: str | None = None
-    """Use only rows of this class of the shards, for example one game or camera. An alignment is
-    for one of them."""
+    """Use only rows of this class of the shards: the game or camera that the alignment is for."""
     exclude: Annotated[tuple[Region, ...] | None, exclude_flag("exclude")] = None
     """Regions of the picture that are left out, in place of the encoder's own:
     LEFT,TOP,RIGHT,BOTTOM in fractions of the width and height, FILE:SET of a TOML file, or none."""
@@ -172,8 +174,15 @@ class ExportConfig:
     """Regions of the picture that the artifact leaves out unless it is told otherwise, in place of
     the run's own: LEFT,TOP,RIGHT,BOTTOM in fractions of the width and height, FILE:SET of a TOML
     file, or none."""
+    surprise: Literal["none", "own", "future"] = "none"
+    """Export the predictor too, for `pooling: surprise`. `own` hides parts of the input as the run
+    did; `future` hides each time step of a clip behind all that came before."""
+    surprise_data: ReadPlace | None = None
+    """Shards that usual errors are told from. None takes those of training."""
 
     def __post_init__(self) -> None:
+        used = self.surprise != "none" or self.surprise_data is None
+        require(used, "surprise-data", "goes with --surprise own or future")
         if self.background is not None:
             parse_colour("background", self.background)
         if self.deep_range is not None:
@@ -330,8 +339,7 @@ class PlanRunConfig:
     """Estimates what a pretraining run needs and takes on a cluster. Nothing is trained."""
 
     cluster: str = "this"
-    """Type of the hosts: `this` for this machine, or a type of AWS, such as g6.2xlarge, p4d or
-    p5."""
+    """Type of the hosts: `this` for this machine's, or one of AWS such as g6.2xlarge or p5."""
     hosts: int | None = None
     """Number of hosts; None takes as many as --run.workers need."""
     price: float | None = None
@@ -362,8 +370,7 @@ class PlanRunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """Which runs of a recipe are made, and which of them are stopped early. No labels are
-    needed."""
+    """Which runs of a recipe are made, and which are stopped early. No labels are needed."""
 
     space: tuple[str, ...] = ()
     """What varies: `optim.lr=log:1e-4:1e-2`, `views.colour=uniform:0:1`, or a list of choices,

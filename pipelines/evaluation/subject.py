@@ -11,12 +11,13 @@ import torch
 from models.artifacts.artifact import load_artifact
 from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import Preprocessing
+from models.objectives.objective import Objective
 from pipelines.config.data import ClipConfig
 from pipelines.config.jobs import AlignConfig, EvaluateConfig
 from pipelines.config.train import PretrainConfig
 from pipelines.evaluation.features import preprocessing_of, with_regions
 from pipelines.loading.clips import ClipSampler, training_sampler
-from pipelines.runs.checkpoints import CheckpointError, load_encoder
+from pipelines.runs.checkpoints import CheckpointError, encoder_of, load_objective
 from pipelines.runtime.uris import open_uri
 
 
@@ -33,6 +34,8 @@ class Subject:
     """The run's configuration; None for an artifact."""
     sampler: ClipSampler | None = None
     """Chooses the frames of a clip; None for images."""
+    objective: Objective | None = None
+    """The run's whole objective, whose feature encoder is `encoder`; None for an artifact."""
 
     @property
     def name(self) -> str:
@@ -59,10 +62,11 @@ def load_subject(uri: str) -> Subject:
         provenance = {"artifact": uri, **artifact.provenance}
         return Subject(artifact.encoder, artifact.preprocessing, provenance)
     try:
-        encoder, config, info = load_encoder(uri)
+        objective, config, info = load_objective(uri)
+        encoder = encoder_of(objective, config, info)
     except CheckpointError as error:
         raise ValueError(f"--checkpoint: no artifact, and {error}") from error
-    encoder.eval().requires_grad_(False)
+    objective.eval().requires_grad_(False)
     prep = preprocessing_of(config.model)
     checkpoint = str(info["uri"]).rstrip("/")
     provenance = {
@@ -73,7 +77,15 @@ def load_subject(uri: str) -> Subject:
         "checkpoint": checkpoint.rpartition("/")[2],
     }
     run_uri, sampler = checkpoint.rpartition("/")[0], training_sampler(config)
-    return Subject(encoder, prep, provenance, run_uri=run_uri, config=config, sampler=sampler)
+    return Subject(
+        encoder,
+        prep,
+        provenance,
+        run_uri=run_uri,
+        config=config,
+        sampler=sampler,
+        objective=objective,
+    )
 
 
 def _is_artifact(fs: Any, path: str) -> bool:

@@ -213,6 +213,24 @@ def vjepa_motion() -> PretrainConfig:
 
 
 @recipe
+def vjepa_occlusion() -> PretrainConfig:
+    """V-JEPA on moving digits that are hidden for half of the time: where are they meanwhile?
+
+    python -m pipelines.pretrain vjepa_occlusion --data.train SHARDS --data.test TEST_SHARDS
+
+    Ingest the output of `pipelines.fetch movingmnist` with --video.fps 10. As `vjepa_motion`, but
+    the predictor reads every visible token and not their mean, so that it can say where a digit is
+    in the hidden frames. What it expects there, and how surprised it is: docs/beliefs.md.
+    """
+    base = vjepa_motion()
+    return replace(
+        base,
+        model=replace(base.model, predictor_input="tokens"),
+        run=replace(base.run, name="vjepa_occlusion"),
+    )
+
+
+@recipe
 def vjepa_vitl16() -> PretrainConfig:
     """The paper's ViT-L/16: 90,000 steps of 3,072 clips (Bardes et al. 2024, appendix C).
 

@@ -40,6 +40,7 @@ __all__ = [
     "check_resumable",
     "committed_checkpoints",
     "decides_the_run",
+    "encoder_of",
     "flatten",
     "load_encoder",
     "load_objective",
@@ -177,6 +178,17 @@ def load_encoder(uri: str) -> tuple[VisionTransformer, PretrainConfig, dict[str,
     `load_objective`.
     """
     objective, config, info = load_objective(uri)
+    return encoder_of(objective, config, info), config, info
+
+
+def encoder_of(
+    objective: Objective, config: PretrainConfig, info: Mapping[str, Any]
+) -> VisionTransformer:
+    """Returns the encoder of what `load_objective` has loaded.
+
+    Raises:
+        CheckpointError: It is no ViT.
+    """
     encoder = objective.feature_encoder
     if not isinstance(encoder, VisionTransformer):
         raise CheckpointError(
@@ -184,4 +196,4 @@ def load_encoder(uri: str) -> tuple[VisionTransformer, PretrainConfig, dict[str,
             f"{config.objective.perception} has no ViT.\nTrain one with --objective.perception vit,"
             " or use this one with pipelines.plan_episodes."
         )
-    return encoder, config, info
+    return encoder

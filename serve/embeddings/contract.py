@@ -18,7 +18,7 @@ from models.media.preprocessing import EncoderInput, Preprocessing
 from models.media.regions import Region
 from serve.ingress.errors import ApiError
 
-Pooling = Literal["mean", "per_frame", "patches"]
+Pooling = Literal["mean", "per_frame", "patches", "surprise"]
 How = Literal["mean", "covariance", "paired"]
 """As in `models.artifacts.alignment`, which would import the model's code."""
 Pixels = npt.NDArray[np.uint8]
@@ -58,6 +58,8 @@ class ModelCard:
     """Frames in a time step."""
     alignment: How | None = None
     """How the map in front of the embeddings was fitted; None without one."""
+    surprise: bool = False
+    """Whether the predictor was exported, so that the pooling `surprise` can be answered."""
 
     def transform(self, exclude: tuple[Region, ...] | None) -> Preprocessing:
         """Returns the transform with other regions left out; None keeps the artifact's.

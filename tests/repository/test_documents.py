@@ -6,6 +6,7 @@ import re
 
 import models.artifacts.alignment
 import models.artifacts.formats.rayjepa
+import models.beliefs.stored
 import pipelines.dataset.shards
 import pipelines.embed
 import pipelines.runs.checkpoints
@@ -19,6 +20,7 @@ VERSIONS = {
     "artifact": models.artifacts.formats.rayjepa.SCHEMA_VERSION,
     "embeddings": pipelines.embed.SCHEMA_VERSION,
     "alignment": models.artifacts.alignment.SCHEMA_VERSION,
+    "surprise": models.beliefs.stored.SCHEMA_VERSION,
     "stored session of the language model": serve.lm.store.session_store.FORMAT,
 }
 

@@ -56,7 +56,7 @@ def patch_maps(
         maps = by_step(readout.maps(tokens_NTD).cpu().numpy()[..., None], grid)
         maps_NSHW = maps.reshape(len(maps), grid.tubes, grid.rows, grid.columns)
         most = float(np.nanmax(np.abs(maps_NSHW))) or 1.0
-        shades = [_shaded(p, m / most) for p, m in zip(pictures, maps_NSHW, strict=True)]
+        shades = [shaded(p, m / most) for p, m in zip(pictures, maps_NSHW, strict=True)]
         answers = _answers(readout, tokens_NTD, None if number is not None else classes)
         shown = zip(pictures, shades, answers, strict=True)
         drawn.append(
@@ -76,7 +76,7 @@ def _answers(
     return [f"{v:.4g}" for v in values] if classes is None else [classes[v] for v in values]
 
 
-def _shaded(picture: np.ndarray, map_SHW: np.ndarray) -> np.ndarray:
+def shaded(picture: np.ndarray, map_SHW: np.ndarray) -> np.ndarray:
     """Tints a picture or clip, red where its map is positive and blue where it is negative.
 
     Args:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
-
-import jinja2
 
 from models.encoders.vit import VisionTransformer
 from pipelines.config.as_json import to_json
+from pipelines.evaluation.beliefs.study import Study
 from pipelines.evaluation.features import decode_all
 from pipelines.evaluation.near_duplicates import near_duplicate_notes
 from pipelines.evaluation.probe_sets import ProbeSet
@@ -23,6 +21,7 @@ from pipelines.evaluation.probes.registry import (
     scores,
 )
 from pipelines.evaluation.report import samples
+from pipelines.evaluation.report.beliefs import belief_section, environment
 from pipelines.evaluation.report.block_scores import block_charts, block_table
 from pipelines.evaluation.report.confusion import confusions
 from pipelines.evaluation.report.curves import training_curves
@@ -39,8 +38,6 @@ from pipelines.evaluation.report.tables import (
 )
 from pipelines.evaluation.subject import Subject
 
-TEMPLATE = Path(__file__).with_name("page.html.j2")
-
 
 def write_report(
     results: dict[str, Any],
@@ -50,6 +47,7 @@ def write_report(
     baseline: VisionTransformer,
     compared: Sequence[dict[str, Any]] = (),
     readouts: Readouts | None = None,
+    beliefs: Study | None = None,
 ) -> str:
     """Draws everything and fills the template.
 
@@ -61,40 +59,45 @@ def write_report(
         baseline: the randomly initialised encoder of the table.
         compared: results of other evaluations, to stand beside.
         readouts: the encoder's fitted probes, whose maps are drawn.
+        beliefs: what the run's predictor expects; None without --decode-steps.
 
     Returns:
         The HTML.
     """
     shown = samples.shown_rows(test)
     decoded = decode_all(shown, subject.preprocessing, subject.sampler)
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     rows = {name.capitalize(): row for name, row in named_rows(results).items()}
     beside = compared_rows(results, compared) if compared else None
     table, numbers = table_of(rows), number_tables(rows)
-    return environment.from_string(TEMPLATE.read_text()).render(
-        results=results,
-        table=table,
-        meanings=_meanings(table.columns, results),
-        has_classes=bool(scores(results["rows"]["encoder"])),
-        numbers=numbers,
-        number_meanings=_number_meanings(numbers, results),
-        compared=table_of(beside) if beside else None,
-        compared_numbers=number_tables(beside) if beside else {},
-        notes=near_duplicate_notes(results["data"]),
-        headline=[*_headline(results), *_number_headline(results)],
-        sections=training_curves(subject.run_uri),
-        neighbours=samples.neighbours(results, subject, train, test),
-        blocks=block_table(results),
-        block_charts=block_charts(results),
-        confusions=confusions(results),
-        maps=patch_maps(subject, readouts or {}, decoded, results["classes"]),
-        pca=samples.patch_colours(subject, baseline, decoded),
-        masks=samples.masks(subject, shown),
-        mask_note=samples.mask_note(subject.config),
-        noun="clip" if subject.sampler else "image",
-        counts=[len(part.labels_N) for part in (train, test)],
-        provenance=_facts(results["provenance"]),
-        config=to_json(subject.config) if subject.config else None,
+    return (
+        environment()
+        .get_template("page.html.j2")
+        .render(
+            results=results,
+            table=table,
+            meanings=_meanings(table.columns, results),
+            has_classes=bool(scores(results["rows"]["encoder"])),
+            numbers=numbers,
+            number_meanings=_number_meanings(numbers, results),
+            compared=table_of(beside) if beside else None,
+            compared_numbers=number_tables(beside) if beside else {},
+            notes=near_duplicate_notes(results["data"]),
+            headline=[*_headline(results), *_number_headline(results)],
+            sections=training_curves(subject.run_uri),
+            neighbours=samples.neighbours(results, subject, train, test),
+            blocks=block_table(results),
+            block_charts=block_charts(results),
+            confusions=confusions(results),
+            beliefs=belief_section(beliefs) if beliefs else None,
+            maps=patch_maps(subject, readouts or {}, decoded, results["classes"]),
+            pca=samples.patch_colours(subject, baseline, decoded),
+            masks=samples.masks(subject, shown),
+            mask_note=samples.mask_note(subject.config),
+            noun="clip" if subject.sampler else "image",
+            counts=[len(part.labels_N) for part in (train, test)],
+            provenance=_facts(results["provenance"]),
+            config=to_json(subject.config) if subject.config else None,
+        )
     )
 
 

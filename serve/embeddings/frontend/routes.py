@@ -100,4 +100,5 @@ def _model(service: EmbeddingService, card: ModelCard) -> Model:
         frames=card.frames,
         tubelet=card.tubelet,
         alignment=card.alignment,
+        surprise=card.surprise,
     )

@@ -81,11 +81,13 @@ class Embedding(BaseModel):
     index: int
     embedding: list[float] | list[list[float]] | str
     """[dimensions], [steps, dimensions] for `pooling: per_frame`, [tokens, dimensions] for
-    `pooling: patches`; base64 text if asked for."""
+    `pooling: patches`, [steps, patches] for `pooling: surprise`; base64 text if asked for."""
     shape: list[int] | None = None
     """Shape of `embedding`; absent with `pooling: mean`."""
     grid: list[int] | None = None
-    """Rows and columns of the picture's patches; only with `pooling: patches`."""
+    """Rows and columns of the picture's patches; only with `pooling: patches` and `surprise`."""
+    surprise: list[float] | None = None
+    """Surprise of each time step as a whole; only with `pooling: surprise`."""
     kept: list[int] | None = None
     """Numbers of the patches that were encoded, in raster order of the grid and the same in all
     time steps; only with `pooling: patches`, and only if some were left out."""
@@ -157,6 +159,8 @@ class Model(BaseModel):
     alignment: How | None
     """How the map that brings the embeddings to those of old footage was fitted; null without
     one."""
+    surprise: bool
+    """Whether `pooling: surprise` is answered."""
 
 
 class ModelList(BaseModel):

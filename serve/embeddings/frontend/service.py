@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry, Counter
 
 from models.media.preprocessing import EncoderInput, Preprocessing
 from serve.embeddings.contract import EmbedFunction, Floats, ModelCard, Pooling
-from serve.embeddings.encoding import encode
+from serve.embeddings.encoding import check_output, encode
 from serve.embeddings.frontend.schemas import EmbeddingRequest, parse_request
 from serve.embeddings.media.fitting import aspect_warning
 from serve.embeddings.media.inputs import Kind, Reference, parse_input
@@ -201,10 +201,7 @@ def _check(request: EmbeddingRequest, card: ModelCard) -> None:
     if request.modality not in (None, "image", "video"):
         message = f"modality must be image or video, not {request.modality}"
         raise ApiError(400, "unsupported_modality", message, param="modality")
-    dimensions, width = request.dimensions, card.dimensions
-    if dimensions is not None and not 1 <= dimensions <= width:
-        message = f"dimensions must lie between 1 and {width}, got {dimensions}"
-        raise ApiError(400, "invalid_value", message, param="dimensions")
+    check_output(request, request.regions, card)
 
 
 def _entry(
@@ -230,7 +227,7 @@ async def embed_items(
 
     Returns:
         One float32 array for each item: [D] for `mean`, [steps, D] for `per_frame`, [tokens, D] for
-        `patches`.
+        `patches`, [steps, 1 + patches] for `surprise`.
     """
     rows = iter(await embed([part for item in items for part in item.parts], pooling, card))
     return [

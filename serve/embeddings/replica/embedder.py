@@ -20,9 +20,11 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from models.artifacts.alignment import StoredAlignment, load_alignment
 from models.artifacts.artifact import Artifact, load_artifact
+from models.beliefs.expectation import Surprise
+from models.beliefs.stored import load_surprise
 from models.encoders.input_batch import Encoded, InputBatch, encode
 from models.image_size import height_width
-from models.media.preprocessing import EncoderInput, Preprocessing
+from models.media.preprocessing import EncoderInput, Preprocessing, normalize
 from serve.embeddings.contract import Floats, ModelCard, Pooling
 from serve.embeddings.settings import ServeSettings
 from serve.replicas.batching import Batcher
@@ -40,11 +42,15 @@ def read_card(settings: ServeSettings) -> ModelCard:
     Raises as `load_artifact` and, where features are aligned, as `load_alignment`.
     """
     artifact = load_artifact(settings.artifact)
-    return _card_of(settings, artifact, _alignment(settings, artifact))
+    surprise = load_surprise(settings.artifact, artifact.encoder)
+    return _card_of(settings, artifact, _alignment(settings, artifact), surprise)
 
 
 def _card_of(
-    settings: ServeSettings, artifact: Artifact, stored: StoredAlignment | None
+    settings: ServeSettings,
+    artifact: Artifact,
+    stored: StoredAlignment | None,
+    surprise: Surprise | None,
 ) -> ModelCard:
     encoder = artifact.encoder
     card = ModelCard(
@@ -56,6 +62,7 @@ def _card_of(
         frames=encoder.frames,
         tubelet=encoder.tubelet,
         alignment=None if stored is None else stored.origin.how,
+        surprise=surprise is not None,
     )
     aligned = None if stored is None else stored.alignment.hash
     told = (artifact.fingerprint, settings.dtype, card, aligned)
@@ -72,12 +79,14 @@ class Encoder:
     def __init__(self, settings: ServeSettings) -> None:
         artifact = load_artifact(settings.artifact)
         stored = _alignment(settings, artifact)
-        self.card = _card_of(settings, artifact, stored)
+        surprise = load_surprise(settings.artifact, artifact.encoder)
+        self.card = _card_of(settings, artifact, stored, surprise)
         self.preprocessing: Preprocessing = artifact.preprocessing
         self._align = None if stored is None else stored.alignment
         self._device = torch.device("cuda" if settings.gpus else "cpu")
         self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.dtype]
         self._encoder = artifact.encoder.eval().to(self._device, self._dtype)
+        self._surprise = None if surprise is None else surprise.to(self._device, self._dtype)
 
     @torch.inference_mode()
     def run(self, items: list[tuple[EncoderInput, Pooling]]) -> list[Floats]:
@@ -89,13 +98,15 @@ class Encoder:
         Returns:
             float32, after the final LayerNorm and the alignment if there is one: [D] for `mean`
             (over all tokens), [S, D] for `per_frame` (over those of a time step), [N, D] for
-            `patches`.
+            `patches`; for `surprise` see `surprise`.
         """
+        asked = [index for index, (_, pooling) in enumerate(items) if pooling == "surprise"]
+        results = dict(zip(asked, self.surprise([items[i][0] for i in asked]), strict=True))
         alike: dict[int, list[int]] = {}
-        for index, (one, _) in enumerate(items):
-            frames = len(one.pixels) if one.pixels.ndim == 4 else 0
-            alike.setdefault(frames, []).append(index)
-        results: dict[int, Floats] = {}
+        for index, (one, pooling) in enumerate(items):
+            if pooling != "surprise":
+                frames = len(one.pixels) if one.pixels.ndim == 4 else 0
+                alike.setdefault(frames, []).append(index)
         for indices in alike.values():
             batch = InputBatch.of([items[index][0] for index in indices], self.preprocessing)
             encoded = encode(self._encoder, batch, self.preprocessing)
@@ -104,6 +115,35 @@ class Encoder:
                 pooled = [self._align(features) for features in pooled]
             results.update(zip(indices, pooled, strict=True))
         return [results[index] for index in range(len(items))]
+
+    @torch.inference_mode()
+    def surprise(self, inputs: list[EncoderInput]) -> list[Floats]:
+        """Returns how wrong the predictor is, as a multiple of how wrong it usually is.
+
+        A clip that is shorter than the encoder's is continued with its last frame, and only its own
+        time steps are answered.
+
+        Args:
+            inputs: images [H, W, C] or clips [T, H, W, C].
+
+        Returns:
+            float32 [S, 1 + patches] of each: the whole time step's, then every patch's.
+        """
+        if not inputs:
+            return []
+        assert self._surprise is not None, "the ingress refuses what the model cannot answer"
+        frames, tubelet = self.card.frames, self.card.tubelet
+        clips = [one.pixels if one.pixels.ndim == 4 else one.pixels[None] for one in inputs]
+        whole = [np.concatenate([c, c[-1:].repeat(frames - len(c), axis=0)]) for c in clips]
+        pixels = torch.from_numpy(np.stack(whole)).to(self._device).movedim(-1, 1)
+        pixels = pixels[:, :, 0] if frames == 1 else pixels
+        normalised = normalize(pixels, self.preprocessing.mean, self.preprocessing.std)
+        patches = self._surprise.expectation.patches(normalised.to(self._dtype))
+        errors_BN = self._surprise.errors(patches)
+        maps = self._surprise.map(errors_BN).reshape(len(inputs), -1, self.card.num_patches)
+        told = torch.cat([self._surprise.by_step(errors_BN)[..., None], maps], dim=-1)
+        steps = [-(-len(clip) // tubelet) for clip in clips]
+        return [one[:count] for one, count in zip(told.float().cpu().numpy(), steps, strict=True)]
 
     def _pool(self, encoded: Encoded, poolings: list[Pooling]) -> list[Floats]:
         """Pools; the host waits for the device once for all means, and once for tokens if any are

@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from serve.embeddings.contract import ModelCard
 from serve.embeddings.encoding import OutputOptions
 from serve.embeddings.media.inputs import MAX_FPS
 from serve.embeddings.regions import RegionOptions
@@ -76,13 +75,6 @@ def parse_start(text: str) -> StreamStart:
     """
     start: StreamStart = _parse(text, TypeAdapter(StreamStart))
     return start
-
-
-def check_dimensions(start: StreamStart, card: ModelCard) -> None:
-    """Raises a 400 if a stream asks for more dimensions than its model has."""
-    if start.dimensions is not None and start.dimensions > card.dimensions:
-        message = f"dimensions must lie between 1 and {card.dimensions}"
-        raise ApiError(400, "invalid_value", message, param="dimensions")
 
 
 def parse_control(text: str) -> Control:

@@ -10,11 +10,11 @@ from typing import Any
 
 from fastapi import FastAPI, WebSocket, WebSocketDisconnect
 
+from serve.embeddings.encoding import check_output
 from serve.embeddings.media.inputs import Reference, Sampling
 from serve.embeddings.streams.messages import (
     End,
     StreamStart,
-    check_dimensions,
     parse_control,
     parse_start,
     split_timestamp,
@@ -57,7 +57,7 @@ def add_stream_route(app: FastAPI, hub: StreamHub) -> None:
 async def _serve(websocket: WebSocket, hub: StreamHub) -> None:
     start = await _receive_start(websocket, hub)
     stream = Stream(hub, start, websocket.send_text)
-    check_dimensions(start, stream.card)
+    check_output(start, start.regions, stream.card)
     if start.url is not None:
         pieces = hub.media.fetcher.stream(_url_reference(start.url, hub))
         reader = _read_controls(websocket, stream)

@@ -1,0 +1,134 @@
+"""What a world model imagines, drawn beside what really happened.
+
+Shape suffixes: B clips, C channels, T frames, H and W pixels, A action width, D latent width, K
+imagined steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.beliefs.latent_decoder import LatentDecoder, latent_loss
+from models.beliefs.pixels import to_bytes, to_values
+from models.beliefs.retrieval import chance, mean_reciprocal_rank
+from models.planning.world_model.world_model import WorldModel
+from pipelines.evaluation.beliefs.panels import Panel
+
+BATCH, LR, SHOWN, FRAMES = 64, 1e-3, 4, 13
+"""Frames of a batch, the learning rate, clips that are drawn, and their frames at most."""
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """What was found."""
+
+    results: dict[str, Any]
+    """`mrr` by row and number of steps, and counts."""
+    panels: list[Panel]
+    """Real, imagined and controls."""
+    decoder: LatentDecoder
+
+
+def rollout_study(
+    model: WorldModel,
+    train: Tensor,
+    test: Tensor,
+    actions_BTA: Tensor,
+    *,
+    steps: int,
+    seed: int,
+    advance: Callable[[], object] = lambda: None,
+) -> Rollouts:
+    """Trains a decoder of latents, and looks for what is imagined among all real frames.
+
+    Args:
+        model: a trained one.
+        train: clips uint8 [B, C, T, H, W] whose frames the decoder learns from.
+        test: clips to imagine, each from its first frame.
+        actions_BTA: what was done between their frames, [B, T - 1, A].
+        steps: optimizer steps of the decoder.
+        seed: of its weights and batches.
+        advance: is called after each step.
+    """
+    decoder = _fit(model, _frames(train), steps, seed, advance)
+    real_BTD = _encoded(model, test)
+    with torch.no_grad():
+        told = {
+            "real": real_BTD[:, 1:],
+            "imagined": model.rollout(real_BTD[:, 0], actions_BTA).mean(0),
+            "shuffled": model.rollout(real_BTD[:, 0], actions_BTA.roll(1, 0)).mean(0),
+            "copy": real_BTD[:, :1].expand_as(real_BTD[:, 1:]),
+        }
+        drawn = {name: _drawn(decoder, latents) for name, latents in told.items()}
+    count = actions_BTA.shape[1]
+    asked = sorted({k for k in (1, 2, 5, 10, count) if k <= count})
+    mrr = {
+        name: {str(k): _found(model, clips[:, :, k - 1], real_BTD[:, k]) for k in asked}
+        for name, clips in drawn.items()
+    }
+    results = {"mrr": mrr, "chance": chance(len(test)), "samples": len(test), "steps": steps}
+    shown = {"what happened": test[:, :, 1:]} | {
+        title: drawn[name]
+        for name, title in (
+            ("real", "real latents"),
+            ("imagined", "imagined"),
+            ("shuffled", "other actions"),
+        )
+    }
+    panels = [Panel(title, clips[:SHOWN]) for title, clips in shown.items()]
+    return Rollouts(results, panels, decoder)
+
+
+def _frames(clips_BCTHW: Tensor) -> Tensor:
+    return clips_BCTHW.transpose(1, 2).flatten(0, 1)
+
+
+@torch.no_grad()
+def _encoded(model: WorldModel, clips_BCTHW: Tensor) -> Tensor:
+    parts = [model.encode(part) for part in _frames(clips_BCTHW).split(512)]
+    return torch.cat(parts).reshape(len(clips_BCTHW), clips_BCTHW.shape[2], -1)
+
+
+def _drawn(decoder: LatentDecoder, latents_BKD: Tensor) -> Tensor:
+    """Returns clips uint8 [B, C, K, H, W]."""
+    parts = [to_bytes(decoder(part)) for part in latents_BKD.flatten(0, 1).split(512)]
+    frames = torch.cat(parts)
+    return frames.reshape(*latents_BKD.shape[:2], *frames.shape[1:]).transpose(1, 2)
+
+
+@torch.no_grad()
+def _found(model: WorldModel, frames_BCHW: Tensor, real_BD: Tensor) -> float:
+    return mean_reciprocal_rank(model.encode(frames_BCHW), real_BD)
+
+
+def _fit(
+    model: WorldModel,
+    frames_BCHW: Tensor,
+    steps: int,
+    seed: int,
+    advance: Callable[[], object],
+) -> LatentDecoder:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        size = (frames_BCHW.shape[-2], frames_BCHW.shape[-1])
+        decoder = LatentDecoder(model.perception.width, size).to(frames_BCHW.device)
+    mean_CHW = to_values(frames_BCHW).mean(0)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=LR)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        rows = torch.randint(len(frames_BCHW), (BATCH,), generator=generator)
+        batch_BCHW = frames_BCHW[rows]
+        with torch.no_grad():
+            latents_BD = model.encode(batch_BCHW)
+        optimizer.zero_grad(set_to_none=True)
+        latent_loss(decoder, latents_BD, to_values(batch_BCHW), mean_CHW).backward()
+        optimizer.step()
+        schedule.step()
+        advance()
+    return decoder.eval().requires_grad_(False)
