@@ -18,7 +18,9 @@ from models.beliefs.expectation import Expectation
 from models.beliefs.pixels import by_picture
 from pipelines.evaluation.beliefs.tokens import Told, on_device, pixel_values
 
-BATCH, LR, WARMUP, DECAY, CLIP = 64, 2e-3, 50, 0.01, 1.0
+TOKENS, LEAST = 1024, 8
+"""Tokens of a batch, and pictures of it at least."""
+LR, WARMUP, DECAY, CLIP = 2e-3, 50, 0.01, 1.0
 WHOLE = 0.5
 """Share of pictures that are shown with all their tokens, and not only with the hidden ones."""
 EXPECTED = 0.5
@@ -112,12 +114,13 @@ def _fit(
     advance: Callable[[], object],
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
+    size = max(LEAST, TOKENS // pictures.values_MNP.shape[1])
     optimizer = torch.optim.AdamW(decoder.parameters(), weight_decay=DECAY)
     decoder.train()
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = _rate(step, steps)
-        rows = torch.randint(len(pictures.values_MNP), (BATCH,), generator=generator)
+        rows = torch.randint(len(pictures.values_MNP), (size,), generator=generator)
         batch = pictures.batch(rows.to(pictures.values_MNP.device), generator)
         if isinstance(decoder, FlowDecoder):
             loss = flow_loss(decoder, *batch, generator)
