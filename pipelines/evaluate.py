@@ -24,6 +24,7 @@ from typing import Any
 if __name__ == "__main__" and not __package__:
     sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
 
+import numpy as np
 import torch
 import tyro
 from rich.console import Console
@@ -244,12 +245,15 @@ def _beliefs(
     subject: Subject, sets: Sequence[ProbeSet], cfg: EvaluateConfig, console: Console
 ) -> Study:
     """Draws and measures what the run's predictor expects, on samples of --data and --test."""
-    pixels = [
-        decode_all(
-            read_places(part.uri, part.places_N3[:most]), subject.preprocessing, subject.sampler
-        ).pixels
-        for part, most in zip(sets, (LEARNED, MEASURED), strict=False)
-    ]
+
+    def read(part: ProbeSet, most: int) -> torch.Tensor:
+        # At equal distances, because a set may be in the order of its classes.
+        count = len(part.places_N3)
+        rows = np.linspace(0, count - 1, min(count, most)).astype(np.int64)
+        table = read_places(part.uri, part.places_N3[rows])
+        return decode_all(table, subject.preprocessing, subject.sampler).pixels
+
+    pixels = [read(part, most) for part, most in zip(sets, (LEARNED, MEASURED), strict=False)]
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("training decoders", total=PASSES * cfg.decode_steps)
         return study(
