@@ -119,7 +119,9 @@ class Expectation(nn.Module):
         context_ids_BK = mask.context_K.to(device).expand(B, -1)
         context_BKD = self.encoder.forward_patches(patches_BNP, context_ids_BK)
         hidden_ids_B1T = mask.hidden_T.to(device).expand(B, 1, -1)
-        predicted_B1TD = self.predictor(context_BKD, context_ids_BK, hidden_ids_B1T, mask.generator)
+        predicted_B1TD: Tensor = self.predictor(
+            context_BKD, context_ids_BK, hidden_ids_B1T, mask.generator
+        )
         return predicted_B1TD[:, 0].float()
 
     def matched(self, expected_BTD: Tensor) -> Tensor:
