@@ -39,7 +39,9 @@ def save_surprise(folder: Path, surprise: Surprise) -> None:
         "usual": surprise.usual_N.cpu(),
     }
     for number, mask in enumerate(surprise.masks):
-        tensors |= {f"context.{number}": mask.context_K, f"hidden.{number}": mask.hidden_T}
+        # Copies, because masks may be parts of one tensor, which safetensors refuses.
+        ids = {"context": mask.context_K.clone(), "hidden": mask.hidden_T.clone()}
+        tensors |= {f"{name}.{number}": values for name, values in ids.items()}
     told = {
         "schema_version": SCHEMA_VERSION,
         "predictor": _shape(expectation.predictor),
