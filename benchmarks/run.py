@@ -80,6 +80,9 @@ KNOWN = {
     "ingest": Benchmark(needs=f"{CIFAR10}, --work FOLDER"),
     "live": Benchmark(needs=FILM),
     "noise": Benchmark(needs=CIFAR10.replace("--cifar10", "--data")),
+    "measure": Benchmark(
+        needs="--what and --folder, with a run of runs.py there", page="beliefs/beliefs.md"
+    ),
     "objectives": Benchmark(
         arguments=("--seconds", "200", "--seeds", "0", "--out", "WORK/rows.jsonl")
     ),
@@ -96,6 +99,7 @@ KNOWN = {
     "plan_run": Benchmark(arguments=("--out", "WORK", "--rounds", "1", "--without-ray")),
     "plan_scale": Benchmark(arguments=("--rows", "1e8", "--shards", "1e4", "--workers", "64")),
     "planning": Benchmark(needs=AGENT),
+    "runs": Benchmark(needs="--what and --folder, see beliefs.md", page="beliefs/beliefs.md"),
     "sessions_http": Benchmark(needs=SMOLLM2),
     "sharded_memory": Benchmark(arguments=("ijepa_vitl16", "--rows", "32"), result="^\\| ijepa.*"),
     "sigreg": Benchmark(result=".*times as fast.*"),
