@@ -57,7 +57,7 @@ class Scene:
         rows = there_MN.any(1).nonzero()[:, 0]  # nothing is drawn of other time steps
         values_MNP = torch.zeros(*there_MN.shape, self.mean_NP.shape[-1])
         with torch.no_grad():
-            for part in rows.split(PICTURES):
+            for part in torch.split(rows, PICTURES):
                 drawn_MNP = draw(tokens_MND[part].to(device), there_MN[part].to(device))
                 values_MNP[part] = drawn_MNP.cpu()
         return by_sample(values_MNP, encoder)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ def fit_decoders(
         advance: is called after every step.
     """
     encoder = expectation.encoder
-    sizes = {
+    sizes: dict[str, Any] = {
         "grid": encoder.grid,
         "token_width": encoder.width,
         "patch_values": encoder.patch_embed.proj.weight[0].numel(),
@@ -127,7 +128,7 @@ def _fit(
         else:
             loss = regression_loss(decoder, *batch)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(decoder.parameters(), CLIP)
         optimizer.step()
         advance()

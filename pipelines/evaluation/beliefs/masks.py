@@ -26,7 +26,8 @@ def choose_masks(cfg: PretrainConfig) -> list[Mask]:
     They are drawn from keys of their own, so they are the same for every seed of a run.
     """
     found = {_name(mask): mask for mask in _each(_draw(cfg))}
-    left, chosen = list(found.values()), []
+    left = list(found.values())
+    chosen: list[Mask] = []
     times_N = torch.zeros(cfg.model.grid.tokens, dtype=torch.long)
     while left and len(chosen) < MOST:
         gains = [int((times_N[mask.hidden_T] < OFTEN).sum()) for mask in left]

@@ -90,13 +90,13 @@ def _frames(clips_BCTHW: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _encoded(model: WorldModel, clips_BCTHW: Tensor) -> Tensor:
-    parts = [model.encode(part) for part in _frames(clips_BCTHW).split(512)]
+    parts = [model.encode(part) for part in torch.split(_frames(clips_BCTHW), 512)]
     return torch.cat(parts).reshape(len(clips_BCTHW), clips_BCTHW.shape[2], -1)
 
 
 def _drawn(decoder: LatentDecoder, latents_BKD: Tensor) -> Tensor:
     """Returns clips uint8 [B, C, K, H, W]."""
-    parts = [to_bytes(decoder(part)) for part in latents_BKD.flatten(0, 1).split(512)]
+    parts = [to_bytes(decoder(part)) for part in torch.split(latents_BKD.flatten(0, 1), 512)]
     frames = torch.cat(parts)
     return frames.reshape(*latents_BKD.shape[:2], *frames.shape[1:]).transpose(1, 2)
 
@@ -127,7 +127,8 @@ def _fit(
         with torch.no_grad():
             latents_BD = model.encode(batch_BCHW)
         optimizer.zero_grad(set_to_none=True)
-        latent_loss(decoder, latents_BD, to_values(batch_BCHW), mean_CHW).backward()
+        loss = latent_loss(decoder, latents_BD, to_values(batch_BCHW), mean_CHW)
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         advance()

@@ -43,7 +43,7 @@ def normalised_patches(
     """Yields the patches of uint8 images or clips in batches, on the device of the networks."""
     device = next(expectation.parameters()).device
     frames = pixels.shape[2] if pixels.ndim == 5 else 1
-    for part in pixels.split(max(1, BATCH_FRAMES // frames)):
+    for part in torch.split(pixels, max(1, BATCH_FRAMES // frames)):
         yield expectation.patches(normalize(part.to(device), prep.mean, prep.std))
 
 
