@@ -100,13 +100,60 @@ def worldmodel_doom() -> PretrainConfig:
         objective=replace(
             base.objective,
             perception="conv",
-            history=2,
             action_width=7,
-            latent_width=64,
-            dynamics_width=128,
+            latent_width=128,
+            dynamics_width=256,
             smoothness_weight=12.0,
             inverse_weight=4.0,
         ),
         optim=replace(base.optim, lr=1e-3, start_lr=1e-5, final_lr=2e-5),
         run=replace(base.run, name="worldmodel_doom", steps=2000),
+    )
+
+
+@recipe
+def worldmodel_doom_patches() -> PretrainConfig:
+    """The same with the block-causal predictor over patches, after V-JEPA 2-AC.
+
+    python -m pipelines.pretrain worldmodel_doom_patches --data.train SHARDS
+
+    What it reaches, and how long it takes, is in docs/planning_games.md.
+    """
+    base = worldmodel_doom()
+    return replace(
+        base,
+        data=replace(base.data, batch_size=16),
+        objective=replace(
+            base.objective,
+            predictor="block_causal",
+            window=5,
+            latent_width=16,
+            dynamics_width=64,
+            dynamics_depth=3,
+            variance_weight=4.0,
+            covariance_weight=2.0,
+            smoothness_weight=0.0,
+            inverse_weight=2.0,
+        ),
+        run=replace(base.run, name="worldmodel_doom_patches"),
+    )
+
+
+@recipe
+def worldmodel_breakout() -> PretrainConfig:
+    """A world model of Atari's Breakout.
+
+    python -m pipelines.pretrain worldmodel_breakout --data.train SHARDS
+
+    Ingest the output of `pipelines.fetch breakout` with --video.fps 10 --video.crf 8. What it
+    reaches, and how long it takes, is in docs/planning_games.md.
+    """
+    base = worldmodel_tworooms()
+    return replace(
+        base,
+        data=replace(base.data, batch_size=16),
+        model=replace(base.model, image_size=64, mean=(0.12, 0.1, 0.09), std=(0.2, 0.16, 0.15)),
+        objective=replace(base.objective, history=2, action_width=5, smoothness_weight=12.0),
+        optim=replace(base.optim, lr=1e-3, start_lr=1e-5, final_lr=2e-5),
+        run=replace(base.run, name="worldmodel_breakout", steps=1000),
     )
