@@ -32,7 +32,7 @@ def start_ray(cpus: float = 0.0, *, training: bool = False) -> None:
     Args:
         cpus: What the job reserves; CPUs are only a count, so that a machine with fewer cores still
             gets room.
-        training: Starts the dashboard too, which Ray Train asks whether a run is still alive.
+        training: Losses of processes are told by Ray Train's failure policy.
 
     Raises:
         ValueError: RAY_ADDRESS is not the address of a Ray.
@@ -44,7 +44,7 @@ def start_ray(cpus: float = 0.0, *, training: bool = False) -> None:
         return
     settings: dict[str, Any] = {
         "runtime_env": runtime_env(),
-        "include_dashboard": None if training else False,
+        "include_dashboard": False,  # ten processes more, of which no command asks anything
         "logging_level": logging.WARNING,
         # What a worker raises is raised here too, once, and told in words; Ray would print it
         # before.

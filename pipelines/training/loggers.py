@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import resource
+import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from models.scratch import host_name
 from pipelines.runs.run_folder import METRICS, RunFolder, read_metrics
 
 if TYPE_CHECKING:
@@ -66,7 +69,19 @@ def _tensorboard(folder: Path, start_step: int) -> SummaryWriter:
     # Slow to import, and only rank 0 needs it.
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder), purge_step=start_step + 1)
+    with _host_name_for_files():
+        return SummaryWriter(str(folder), purge_step=start_step + 1)
+
+
+@contextlib.contextmanager
+def _host_name_for_files() -> Iterator[None]:
+    """Lets TensorBoard, which names its file after the host, meet a name that a file may have."""
+    asked, name = socket.gethostname, host_name().replace("/", "_")
+    socket.gethostname = lambda: name
+    try:
+        yield
+    finally:
+        socket.gethostname = asked
 
 
 class SampleLog:

@@ -293,6 +293,17 @@ def test_what_is_no_ray_is_told_at_once(foreign: Any, monkeypatch: pytest.Monkey
             start_ray()
 
 
+def test_a_ray_of_its_own_has_room_and_no_dashboard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dashboard takes seconds to start, and no command asks it anything."""
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", lambda *_, **settings: asked.update(settings))
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    start_ray(1000.5, training=True)
+    assert asked["num_cpus"] == 1001
+    assert asked["include_dashboard"] is False
+
+
 def test_workers_are_told_where_the_packages_are_unless_a_job_brings_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ from helpers.s3_proxy import S3Proxy, proxied
 from models.file_systems import url_to_fs
 from models.patient_s3 import PATIENCE_ENV
 from pipelines.runs.run_folder import METRICS, RunFolder
+from pipelines.training import loggers
 from pipelines.training.contract import Worker
 from pipelines.training.trainer import train
 
@@ -65,3 +68,15 @@ def test_a_run_trains_on_without_s3_and_says_so_once(
     assert f"metrics do not reach {STORAGE}/two" in warnings[0]
     fs, path = url_to_fs(f"{STORAGE}/two/{METRICS}")
     assert fs.cat_file(path).decode().splitlines()[-1].startswith('{"step": 12')
+
+
+@pytest.mark.parametrize("name", ["h\u00f6he".encode(), b"h\xf6he", b"a/b"])
+def test_a_host_of_any_name_writes_for_tensorboard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: bytes
+) -> None:
+    """Its name is in the file's, which S3 must be able to have."""
+    monkeypatch.setattr("socket.gethostname", lambda: os.fsdecode(name))
+    loggers._tensorboard(tmp_path, 0).close()
+    (file,) = tmp_path.iterdir()
+    assert file.name.encode().startswith(b"events.out.tfevents.")
+    assert socket.gethostname() == os.fsdecode(name)
