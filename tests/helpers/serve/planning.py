@@ -13,6 +13,7 @@ from typing import Any, cast
 import httpx
 import numpy as np
 import torch
+from fastapi import FastAPI
 from PIL import Image
 from torch import Tensor
 
@@ -151,22 +152,15 @@ class Handle:
         return SimpleNamespace(remote=remote)
 
 
-def requests(
-    folder: str,
-    *asked: tuple[str, str, dict[str, Any]],
-    api_key: str | None = None,
-    saved: SavedAgent | None = None,
-    in_turn: bool = False,
-    **settings: Any,
-) -> list[httpx.Response]:
-    """Sends requests (method, path, httpx arguments) to the application around one planner.
+def application(
+    folder: str, *, saved: SavedAgent | None = None, api_key: str | None = None, **settings: Any
+) -> FastAPI:
+    """Returns the application around one planner of this process; an event loop must run.
 
     Args:
         folder: an agent's.
-        asked: the requests.
-        api_key: key that is asked for.
         saved: plans in place of the agent in the folder.
-        in_turn: one after the other instead of all at once.
+        api_key: key that is asked for.
         settings: of the application.
     """
 
@@ -176,19 +170,34 @@ def requests(
     async def scrape() -> str:
         return "metrics"
 
+    full = PlanningSettings(agent=folder, threads=1, **settings)
+    card = read_card(full)
+    planner = Planner(full, None, card)
+    if saved is not None:
+        planner._saved, planner._imagination = saved, Imagination(saved)
+    service = PlanningService(full, ServedModel(card), PlannerClient(Handle(planner), card))
+    parts = IngressParts(settings=full, scrape=scrape, is_ready=is_ready, api_key=api_key)
+    return create_planning_app(parts, service)
+
+
+def client_of(app: FastAPI) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://test")
+
+
+def requests(
+    folder: str,
+    *asked: tuple[str, str, dict[str, Any]],
+    in_turn: bool = False,
+    **settings: Any,
+) -> list[httpx.Response]:
+    """Sends requests (method, path, httpx arguments), all at once or one after the other.
+
+    The other arguments are those of `application`.
+    """
+
     async def run() -> list[httpx.Response]:
-        full = PlanningSettings(agent=folder, threads=1, **settings)
-        card = read_card(full)
-        planner = Planner(full, None, card)
-        if saved is not None:
-            planner._saved, planner._imagination = saved, Imagination(saved)
-        client = PlannerClient(Handle(planner), card)
-        service = PlanningService(full, ServedModel(card), client)
-        parts = IngressParts(settings=full, scrape=scrape, is_ready=is_ready, api_key=api_key)
-        transport = httpx.ASGITransport(
-            create_planning_app(parts, service), raise_app_exceptions=False
-        )
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+        async with client_of(application(folder, **settings)) as http:
             calls = [http.request(method, path, **kw) for method, path, kw in asked]
             if in_turn:
                 return [await call for call in calls]

@@ -15,10 +15,14 @@ import torch
 from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError
 
+from benchmarks.serving.planning import Config, Player, Readings
 from helpers.serve.bad_plans import LIMITS, PLANS, PREDICTIONS, Case, plan, predict
 from helpers.serve.planning import (
     WIDTH,
+    WORLD,
     Handle,
+    application,
+    client_of,
     frame_at,
     fresh_agent,
     png_of,
@@ -28,6 +32,7 @@ from helpers.serve.planning import (
     save_agent,
     seeing_agent,
 )
+from pipelines.planning.episodes import draw_tasks
 from serve.ingress.errors import ApiError
 from serve.planning.contract import PlanCard, PlanQuery
 from serve.planning.frontend.client import PlannerClient
@@ -183,6 +188,22 @@ def test_a_session_is_remembered_until_its_goal_changes(folder: str) -> None:
     told = [(reply.json()["session"]["step"], "surprise" in reply.json()) for reply in replies]
     first, later = (0, False), (1, True)
     assert told == [first, later, first, (2, True), first, later]
+
+
+def test_sessions_reach_their_goals_in_the_true_world_through_http(folder: str) -> None:
+    async def run() -> Readings:
+        readings, tasks = Readings(), draw_tasks(WORLD, "same", 8, seed=3)
+        async with client_of(application(folder, saved=seeing_agent())) as http:
+            player = Player(Config(agent=Path(folder), steps=40), http, readings)
+            parts = [tasks.part(slice(number, number + 1)) for number in range(8)]
+            await asyncio.gather(*(player.play(*row) for row in zip(
+                range(8), ["same"] * 8, parts, strict=True)))  # fmt: skip
+        return readings
+
+    readings = asyncio.run(run())
+    assert readings.reached["same"] == [True] * 8
+    assert (readings.errors, readings.begun_anew, set(readings.statuses)) == ([], 0, {200})
+    assert len(readings.latency_s) > 8 * 4  # goals are eight pixels away at least
 
 
 def test_a_planner_remembers_no_more_sessions_than_it_may(folder: str) -> None:
