@@ -70,7 +70,7 @@ def samples(job: Measured, cfg: PretrainConfig) -> tuple[Tensor, Tensor]:
     ]
     middle = slice(4, 4 + cfg.clip_frames)
     train, test = (one[:, middle].transpose(1, 2).contiguous() for one in clips)
-    return train[:LEARNED], test[: MEASURED // 2]
+    return train[: LEARNED // 4], test[: MEASURED // 2]
 
 
 def _digits(grey_NTHW: Tensor, count: int, cfg: PretrainConfig) -> Tensor:

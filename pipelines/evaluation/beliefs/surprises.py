@@ -53,9 +53,15 @@ def auroc(ordinary_B: Tensor, odd_B: Tensor) -> float:
 def tells_apart(
     surprises: dict[str, Surprise], prep: Preprocessing, ordinary: Tensor, odd: Tensor
 ) -> dict[str, float]:
-    """Returns the AUROC of each measure of surprise, and of the change of pixels."""
+    """Returns the AUROC of each measure of surprise, and of the change of pixels.
+
+    A clip scores as its most surprising time step, as it does by its greatest change of pixels.
+    """
+
+    def scores(surprise: Surprise, clips: Tensor) -> Tensor:
+        return surprise.by_step(errors_of(surprise, prep, clips)).amax(1)
+
     found = {
-        name: auroc(*(one.whole(errors_of(one, prep, clips)) for clips in (ordinary, odd)))
-        for name, one in surprises.items()
+        name: auroc(scores(one, ordinary), scores(one, odd)) for name, one in surprises.items()
     }
     return found | {"pixel_change": auroc(pixel_change(ordinary), pixel_change(odd))}
