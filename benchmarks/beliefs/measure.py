@@ -42,6 +42,8 @@ from pipelines.runs.checkpoints import load_objective, new_objective
 
 LEARNED, MEASURED, FIRST = 4000, 1000, 3
 """Samples to learn from and to measure on, and the first frame of every clip of digits."""
+GAME_CLIPS = 500
+"""Clips of games to learn from, and to measure on."""
 LEAST_JUMP = 8
 """Pixels that a digit jumps at least, in both directions."""
 
@@ -65,12 +67,17 @@ def samples(job: Measured, cfg: PretrainConfig) -> tuple[Tensor, Tensor]:
         found = moving_digits(job.folder)
         return _digits(found["train"], LEARNED, cfg), _digits(found["test"], MEASURED, cfg)
     clips = [
-        footage(job.folder / f"games_{name}.npz", shards, cfg, GAME_FRAMES)
-        for name, shards in (("train", job.train_shards), ("test", job.shards))
+        footage(job.folder / f"games_{name}.npz", shards, cfg, GAME_FRAMES, limit)
+        for name, shards, limit in (
+            ("train", job.train_shards, 10**6),
+            ("test", job.shards, GAME_CLIPS),
+        )
     ]
     middle = slice(4, 4 + cfg.clip_frames)
     train, test = (one[:, middle].transpose(1, 2).contiguous() for one in clips)
-    return train[: LEARNED // 4], test[: MEASURED // 2]
+    # Spread over the games, which the shards hold one after the other.
+    spread = torch.linspace(0, len(train) - 1, GAME_CLIPS).long()
+    return train[spread], test
 
 
 def _digits(grey_NTHW: Tensor, count: int, cfg: PretrainConfig) -> Tensor:

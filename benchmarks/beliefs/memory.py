@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
 from models.keyed_random.arrays import sample_keys
 from pipelines.config.train import PretrainConfig
-from pipelines.dataset.rows import iter_labelled
+from pipelines.dataset.rows import load_samples
 from pipelines.evaluation.features import decode_all, preprocessing_of
 from pipelines.fetchers.image_sets import CIFAR10_PACKAGE, MNIST_PACKAGE, read_cifar10, read_mnist
 from pipelines.fetchers.moving_mnist import (
@@ -160,19 +159,22 @@ def digit_clips(grey_NTHW: Tensor, rows_B: Tensor, first_B: Tensor, cfg: Pretrai
     return grey_NTHW[rows_B[:, None], frames_BT][:, None].expand(-1, 3, -1, -1, -1)
 
 
-def footage(file: Path, shards: str, cfg: PretrainConfig, frames: int) -> Tensor:
-    """The middle frames of every segment of shards, fitted as a run does, [N, T, C, H, W].
+def footage(
+    file: Path, shards: str, cfg: PretrainConfig, frames: int, limit: int = 10**6
+) -> Tensor:
+    """The middle frames of segments of shards, fitted as a run does, [N, T, C, H, W].
 
     Args:
         file: keeps them.
         shards: of video.
         cfg: the run.
         frames: how many frames of a segment, at the run's rate.
+        limit: how many segments at most.
     """
 
     def make() -> dict[str, np.ndarray]:
         sampler = ClipSampler(frames=frames, settings=cfg.clip)
-        rows = pa.concat_tables(iter_labelled(shards, None))
+        rows = load_samples(shards, limit)
         clips = decode_all(rows, preprocessing_of(cfg.model), sampler).pixels
         return {"clips": clips.transpose(1, 2).numpy()}
 
