@@ -95,7 +95,7 @@ def evaluate(cfg: EvaluateConfig, *, console: Console | None = None) -> dict[str
     subject = with_sampler(cfg, load_subject(cfg.checkpoint), manifests[0].modality)
     alignment = _alignment(cfg, subject)
     if cfg.decode_steps:
-        check_subject(subject)
+        check_subject(subject, "--decode-steps")
     for note in _fit_notes(cfg, subject, manifests):
         console.print(note, markup=False, highlight=False, soft_wrap=True)
     subject.encoder.to("cuda" if torch.cuda.is_available() else "cpu")

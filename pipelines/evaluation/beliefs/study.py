@@ -118,22 +118,26 @@ def study(
     )
 
 
-def check_subject(subject: Subject) -> tuple[Objective, PretrainConfig]:
+def check_subject(subject: Subject, flag: str = "--checkpoint") -> tuple[Objective, PretrainConfig]:
     """Returns the run's objective and configuration.
+
+    Args:
+        subject: the run.
+        flag: what asks for it.
 
     Raises:
         ValueError: there is no run, its objective predicts no tokens, or samples may lack tokens.
     """
     if subject.objective is None or subject.config is None:
         raise ValueError(
-            f"--decode-steps: {subject.name} is an encoder alone, without the predictor whose "
+            f"{flag}: {subject.name} is an encoder alone, without the predictor whose "
             "expectations are drawn.\nGive --checkpoint the run or the checkpoint that it is from."
         )
     try:
         Expectation.of(subject.objective)
         check_whole(subject.preprocessing)
     except ValueError as error:
-        raise ValueError(f"--decode-steps: {error}") from error
+        raise ValueError(f"{flag}: {error}") from error
     return subject.objective, subject.config
 
 

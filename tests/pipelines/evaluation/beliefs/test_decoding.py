@@ -97,11 +97,11 @@ def test_maps_of_surprise_are_of_the_shown_samples(found: Study) -> None:
 
 
 def test_what_cannot_be_drawn_is_refused_by_its_flag() -> None:
-    with pytest.raises(ValueError, match="--decode-steps: r is an encoder alone"):
+    with pytest.raises(ValueError, match="--checkpoint: r is an encoder alone"):
         check_subject(subject(objective=None))
     whole = dataclasses.replace(PREP, fit="whole")
     with pytest.raises(ValueError, match="--decode-steps: fit whole: samples may lack tokens"):
-        check_subject(subject(preprocessing=whole))
+        check_subject(subject(preprocessing=whole), "--decode-steps")
     left_out = dataclasses.replace(PREP, exclude=((0.0, 0.0, 1.0, 0.2),))
-    with pytest.raises(ValueError, match="--decode-steps: --exclude: samples may lack tokens"):
+    with pytest.raises(ValueError, match="--checkpoint: --exclude: samples may lack tokens"):
         check_subject(subject(preprocessing=left_out))
