@@ -42,7 +42,7 @@ from pipelines.runs.checkpoints import load_objective, new_objective
 
 LEARNED, MEASURED, FIRST = 4000, 1000, 3
 """Samples to learn from and to measure on, and the first frame of every clip of digits."""
-GAME_CLIPS = 500
+GAME_CLIPS = 300
 """Clips of games to learn from, and to measure on."""
 LEAST_JUMP = 8
 """Pixels that a digit jumps at least, in both directions."""
