@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,3 +41,21 @@ def settings_for(model: Model, folder: str) -> Any:
         batch_size=model.batch_size,
         max_wait_ms=model.max_wait_ms,
     )
+
+
+def forward_threads(count: int, torch_threads: int) -> ThreadPoolExecutor:
+    """Returns threads for forward passes, each with its number of torch threads.
+
+    The caller itself computes with one torch thread from then on, and so should not have computed
+    before: OpenMP's threads wait for one another without sleeping only while there are no more of
+    them than cores (see `serve/embeddings/replica/lanes.py`).
+    """
+    import torch
+
+    torch.set_num_threads(1)
+
+    def begin() -> None:
+        torch.get_num_threads()  # or the first question would change the thread's own number
+        torch.set_num_threads(torch_threads)
+
+    return ThreadPoolExecutor(count, initializer=begin)

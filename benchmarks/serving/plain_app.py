@@ -23,12 +23,12 @@ if __name__ == "__main__" and not __package__:  # so that it runs from an uninst
     sys.path[0] = str(pathlib.Path(__file__).resolve().parents[2])
 
 import numpy as np
-import torch
 import tyro
 import uvicorn
 from fastapi import FastAPI
 from pydantic import BaseModel
 
+from benchmarks.serving.model import forward_threads
 from serve.embeddings.media.inputs import to_input
 from serve.embeddings.replica.embedder import Encoder
 from serve.embeddings.settings import ServeSettings
@@ -64,11 +64,9 @@ class Model:
 
     def __init__(self, config: Config) -> None:
         dtype: Any = config.dtype
+        self._forward = forward_threads(1, config.threads)
         self._encoder = Encoder(ServeSettings(artifact=config.artifact, dtype=dtype))
         self._decoders = ThreadPoolExecutor(config.decode_threads)
-        self._forward = ThreadPoolExecutor(
-            1, initializer=torch.set_num_threads, initargs=(config.threads,)
-        )
         self._queue: asyncio.Queue[tuple[Any, asyncio.Future[Any]]] = asyncio.Queue()
         self._batch_size = config.batch_size
 

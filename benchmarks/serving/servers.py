@@ -19,8 +19,12 @@ from benchmarks.serving.load import HOST, Target
 from benchmarks.serving.model import Model
 
 STARTED_WITHIN_S, ENDED_WITHIN_S = 240.0, 60.0
-THROUGHPUT = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+THROUGHPUT = {
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": "2147483647",
+}
 HAPROXY = THROUGHPUT | {"RAY_SERVE_ENABLE_HA_PROXY": "1"}
+END_AT_ONCE = {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.1"}
 
 Server = Callable[[Model, str], AbstractContextManager[Target]]
 """Serves the artifact in a folder."""
@@ -37,9 +41,14 @@ def endpoint(environment: Mapping[str, str], batching: str = "ours") -> Server:
     @contextmanager
     def serve(model: Model, folder: str) -> Iterator[Target]:
         target = Target(port=free_port())
+        # Two HAProxies on one machine cannot share these.
+        ports = {
+            f"RAY_SERVE_HAPROXY_{kind}_PORT": str(free_port()) for kind in ("STATS", "METRICS")
+        }
+        env = {**environment, **END_AT_ONCE, **ports}
         options = endpoint_options(model, folder, target.port, batching)
         url = f"http://{HOST}:{target.port}/healthz"
-        with _process(sys.executable, "our_endpoint.py", options, url, environment):
+        with _process(sys.executable, "our_endpoint.py", options, url, env):
             yield target
 
     return serve

@@ -32,7 +32,7 @@ if __name__ == "__main__" and not __package__:  # so that it runs from an uninst
 import tyro
 
 from benchmarks.serving.load import Load, in_process, make_jpegs, make_requests, measure
-from benchmarks.serving.model import Model, settings_for
+from benchmarks.serving.model import Model, forward_threads, settings_for
 from benchmarks.serving.servers import (
     HAPROXY,
     THROUGHPUT,
@@ -95,15 +95,12 @@ def bare_loop(
         images: how many at least.
         lanes: batches side by side, which share the batch size and the threads.
     """
-    import torch
-
     from serve.embeddings.media.inputs import to_input
     from serve.embeddings.replica.embedder import Encoder
 
+    forward = forward_threads(lanes, model.threads // lanes)
     encoder = Encoder(settings_for(model, folder))
     pool, size = ThreadPoolExecutor(model.decode_threads), model.batch_size // lanes
-    threads = (model.threads // lanes,)
-    forward = ThreadPoolExecutor(lanes, initializer=torch.set_num_threads, initargs=threads)
 
     def decode(index: int) -> Any:
         data = jpegs[index % len(jpegs)]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from ray.exceptions import ActorDiedError, RayError
 from ray.serve._private.common import ReplicaID
 from ray.serve._private.request_router.common import PendingRequest
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
@@ -20,6 +21,8 @@ from serve.lm.contract import named_replica
 
 REFUSED_S = 0.05
 """Seconds until a replica that has refused a call gets it again."""
+ANSWERED_S = 1.0
+"""Seconds for which a replica is asked whether it lives."""
 MOST_DRAINING = 64
 
 
@@ -53,6 +56,9 @@ class SessionRouter(ConsistentHashRouter):
             return await super()._choose_replica_for_request(pending_request, is_retry=is_retry)
         if is_retry:
             await asyncio.sleep(REFUSED_S)
+            if await _has_died(replica):
+                self.on_replica_actor_died(replica.replica_id)
+                return await super()._choose_replica_for_request(pending_request, is_retry=True)
         return replica
 
     def _named(self, pending_request: PendingRequest) -> RunningReplica | None:
@@ -62,3 +68,15 @@ class SessionRouter(ConsistentHashRouter):
             return None
         running = {each.unique_id: replica for each, replica in self.curr_replicas.items()}
         return running.get(name) or self._draining.get(name)
+
+
+async def _has_died(replica: RunningReplica) -> bool:
+    """Asks Ray, because a failed call by gRPC does not tell; without an answer it may live."""
+    try:
+        async with asyncio.timeout(ANSWERED_S):
+            await replica.get_queue_len(deadline_s=ANSWERED_S)
+    except ActorDiedError:
+        return True
+    except (RayError, TimeoutError):
+        return False
+    return False

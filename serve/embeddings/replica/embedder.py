@@ -186,6 +186,7 @@ class Embedder:
     """
 
     def __init__(self, settings: ServeSettings, telemetry: Any, card: ModelCard) -> None:
+        self._lanes = Lanes(settings)  # before anything is computed
         self._encoder = Encoder(settings)
         self._card = self._encoder.card
         if self._card != card:
@@ -194,7 +195,6 @@ class Embedder:
                 "Give every model a folder of its own, and deploy that"
             )
         self._metrics(telemetry)
-        self._lanes = Lanes(settings)
         self._warm_up(settings.batch_size)
         self._batcher = Batcher(
             self._run,

@@ -98,6 +98,7 @@ class Planner:
     """
 
     def __init__(self, settings: PlanningSettings, telemetry: Any, card: PlanCard) -> None:
+        self._lanes = Lanes(settings)  # before anything is computed
         self._saved = load_agent(settings.agent)
         self._card = _card_of(settings, self._saved)
         if self._card != card:
@@ -108,7 +109,6 @@ class Planner:
         self._imagination = Imagination(self._saved, settings.seed)
         self._sessions = SessionTable(settings.max_sessions, settings.session_ttl_s)
         self._metrics(telemetry)
-        self._lanes = Lanes(settings)
         self._warm_up(max(1, settings.batch_size // self._lanes.count))
         self._batcher: Batcher[Task, Answer] = Batcher(
             self._run,

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from ray.exceptions import ActorDiedError
 from ray.serve._private.common import (
     DeploymentHandleSource,
     DeploymentID,
@@ -19,7 +20,7 @@ from helpers.waiting import LIMIT_S
 from serve.lm.contract import is_session_id, key_of_replica
 from serve.lm.router import SessionRouter
 
-Route = Callable[[str], Awaitable[str]]
+Route = Callable[..., Awaitable[str]]
 DEPLOYMENT = DeploymentID(name="LanguageModel", app_name="a")
 
 
@@ -28,25 +29,29 @@ class Replica:
 
     def __init__(self, name: str) -> None:
         self.replica_id = ReplicaID(unique_id=name, deployment_id=DEPLOYMENT)
+        self.has_died = False
 
     async def get_queue_len(self, *, deadline_s: float) -> int:
+        if self.has_died:
+            raise ActorDiedError
         return 0
 
 
 def routed(
-    test: Callable[[SessionRouter, Callable[[str], Awaitable[str]]], Awaitable[None]],
+    test: Callable[[SessionRouter, Route], Awaitable[None]],
 ) -> None:
     async def run() -> None:
         router = SessionRouter(DEPLOYMENT, DeploymentHandleSource.REPLICA)
         router.initialize_state(num_fallback_replicas=0)
         numbers = itertools.count()
 
-        async def route(key: str) -> str:
+        async def route(key: str, *, is_retry: bool = False) -> str:
             number = str(next(numbers))
             told = RequestMetadata(number, number, session_id=key)
-            chosen: Any = await asyncio.wait_for(
-                router._choose_replica_for_request(PendingRequest([], {}, told)), LIMIT_S
+            choice = router._choose_replica_for_request(
+                PendingRequest([], {}, told), is_retry=is_retry
             )
+            chosen: Any = await asyncio.wait_for(choice, LIMIT_S)
             return str(chosen.replica_id.unique_id)
 
         await test(router, route)
@@ -75,6 +80,23 @@ def test_an_answer_stays_with_its_replica_and_sessions_share_the_ring() -> None:
         assert await route(key_of_replica("two")) == "two"
         router.update_replicas([])
         assert await route(key_of_replica("two")) == "two"  # even while no replica runs
+
+    routed(test)
+
+
+def test_a_replica_that_fails_a_call_is_asked_whether_it_lives() -> None:
+    """By gRPC, Serve is not told that a replica has died: its calls only fail."""
+
+    async def test(router: SessionRouter, route: Route) -> None:
+        one, two = (Replica(name) for name in ("one", "two"))
+        router.update_replicas([one, two])  # type: ignore[list-item]
+        assert await route(key_of_replica("one"), is_retry=True) == "one"  # it was busy
+        router.update_replicas([two])  # type: ignore[list-item]  # drained, as far as is known
+        assert await route(key_of_replica("one"), is_retry=True) == "one"
+        one.has_died = True
+        assert await route(key_of_replica("one")) == "one"
+        assert await route(key_of_replica("one"), is_retry=True) == "two"
+        assert await route(key_of_replica("one")) == "two"
 
     routed(test)
 
