@@ -148,29 +148,34 @@ def make_batch(cfg: PretrainConfig, samples: int) -> dict[str, Tensor]:
 class _Counted:
     forward_flops: float
     flops: float
+    """Of the backward pass too, if there was one."""
     parts: dict[str, float]
     kept_bytes: float
 
 
 def _run_fake(cfg: PretrainConfig, objective: Objective) -> list[_Counted]:
-    """Runs steps of `COUNTED` samples forward and backward on fake tensors."""
+    """Runs steps of `COUNTED` samples on fake tensors, the last one backward too."""
     batches = [make_batch(cfg, samples) for samples in COUNTED]
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = objective.to_empty(device="cpu")
-        return [
-            _count(cfg, fake, {name: mode.from_tensor(values) for name, values in batch.items()})
-            for batch in batches
-        ]
+        found = []
+        for batch in batches:
+            values = {name: mode.from_tensor(value) for name, value in batch.items()}
+            found.append(_count(cfg, fake, values, backward=batch is batches[-1]))
+        return found
 
 
-def _count(cfg: PretrainConfig, objective: Objective, batch: dict[str, Tensor]) -> _Counted:
+def _count(
+    cfg: PretrainConfig, objective: Objective, batch: dict[str, Tensor], *, backward: bool
+) -> _Counted:
     kept = _KeptStorages(objective)
     bf16 = torch.autocast("cpu", torch.bfloat16, enabled=cfg.run.precision == "bf16")
     with FlopCounterMode(display=False) as counter:
         with torch.autograd.graph.saved_tensors_hooks(kept.keep, _same), bf16:
             loss = objective(batch).loss
         forward, parts = counter.get_total_flops(), _by_network(counter.flop_counts)
-        loss.backward()
+        if backward:
+            loss.backward()
     return _Counted(forward, counter.get_total_flops(), parts, kept.bytes)
 
 
