@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 
 from helpers.embedding import embed_here
@@ -24,6 +25,7 @@ from pipelines import embed as embed_module
 from pipelines.config.jobs import EmbedConfig
 from pipelines.demo import embedding_folder, main
 from pipelines.embed import embed
+from pipelines.fetchers import shipped
 from pipelines.fetchers.shipped import SAMPLE_TAR, pack_sample
 
 STEPS = 8
@@ -97,7 +99,9 @@ def test_another_encoders_embeddings_have_a_folder_of_their_own(
 def test_other_settings_in_an_old_folder_are_refused_in_a_line(
     demo: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo_module, "start_ray", lambda: None)  # refused before Ray is needed
+    # Refused before Ray is needed: the shards of the small sample are there already.
+    monkeypatch.setattr(demo_module, "start_ray", lambda: None)
+    monkeypatch.setattr(shipped, "SAMPLE_TAR", demo[0] / SAMPLE_TAR.relative_to(ROOT))
     monkeypatch.chdir(demo[0])
     monkeypatch.setattr(sys, "argv", ["demo", "--steps", str(STEPS + 1)])
     with pytest.raises(SystemExit) as refused:
@@ -106,3 +110,4 @@ def test_other_settings_in_an_old_folder_are_refused_in_a_line(
     assert message.startswith("error: ")
     assert "--run.steps" in message
     assert "another --out than demo-out" in message
+    assert not ray.is_initialized()
