@@ -160,7 +160,7 @@ def _run_fake(cfg: PretrainConfig, objective: Objective) -> list[_Counted]:
         fake = objective.to_empty(device="cpu")
         found = []
         for batch in batches:
-            values = {name: mode.from_tensor(value) for name, value in batch.items()}
+            values: dict[str, Tensor] = {n: mode.from_tensor(v) for n, v in batch.items()}
             found.append(_count(cfg, fake, values, backward=batch is batches[-1]))
         return found
 
