@@ -138,6 +138,15 @@ def test_a_token_that_does_not_exist_is_refused(tmp_path: Path) -> None:
         assert not slabs.keys_LNHCD.any()
 
 
+def test_stored_sessions_belong_to_the_weights_whichever_kernels_read_them(tmp_path: Path) -> None:
+    """A replica names its sessions by the state that both kinds have."""
+    path = write(tmp_path, "qwen2")
+    ours = native(path).state_dict()
+    theirs = load_model(path, dtype=torch.int4, kernels="torch").state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 def test_a_key_that_is_no_number_is_seen(tmp_path: Path) -> None:
     """It reaches the logits of its own session and of no other."""
     model = native(write(tmp_path, "llama"))
