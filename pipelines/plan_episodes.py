@@ -82,6 +82,9 @@ class PlanEpisodesConfig:
     """How the actor searches."""
     budget: int = 4800
     """Imagined steps that one action may cost."""
+    predictor_steps: int = 0
+    """Games: optimizer steps in which the model's predictors learn on from the walks, its
+    perception as it is."""
     budgets: tuple[int, ...] = ()
     """Games: further budgets of the row with the critic, for success by budget."""
     rules: Rules = field(default_factory=Rules)
@@ -112,6 +115,8 @@ class PlanEpisodesConfig:
             configure(dataclasses.replace(self.task, budget=budget), self.rules)
         is_game = self.env in GAME_WORLDS
         require(is_game or not self.budgets, "budgets", "is for games")
+        require(is_game or not self.predictor_steps, "predictor-steps", "is for games")
+        require(self.predictor_steps >= 0, "predictor-steps", "must not be negative")
         require(not is_game or self.control is None, "control", "is for tworooms")
         require(not is_game or self.rows == ("comparison",), "rows", "is for tworooms")
         require(not is_game or not self.tune, "tune", "is for tworooms")
@@ -171,7 +176,7 @@ def _play_game(cfg: PlanEpisodesConfig) -> dict[str, Any]:
         untrained=_world_model(new_objective(run), "--checkpoint"),
         task=cfg.task,
         budgets=cfg.budgets,
-        **{name: getattr(cfg, name) for name in ("episodes", "walks", "critic_steps")},
+        **{n: getattr(cfg, n) for n in ("episodes", "walks", "critic_steps", "predictor_steps")},
         seed=cfg.seed,
         chunk=cfg.chunk,
     )

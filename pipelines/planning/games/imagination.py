@@ -1,7 +1,7 @@
 """What a world model imagines of a game, beside controls: errors after some steps, open loop.
 
-Shape suffixes: T frames of a walk, N rows, C clips, S steps, Z width of a state, P places, A
-buttons, H and W pixels.
+Shape suffixes: T frames of a walk, N rows, C clips, S steps, Z width of a state, M known
+states, P places, A buttons, H and W pixels.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.planning.world_model.readout import Readout
 from models.planning.world_model.world_model import WorldModel
 from pipelines.evaluation.ranks import effective_rank
 from pipelines.fetchers.games.engine import U8
@@ -24,10 +23,12 @@ from pipelines.planning.results import interval
 
 STEPS = (1, 5, 10)
 """Numbers of steps after which errors are told."""
-EVERY = 4
+EVERY = 8
 """Steps between the beginnings of the clips of a walk."""
 ENCODED = 256
 """Frames that are encoded at a time."""
+KNOWN, NEIGHBOURS = 6000, 5
+"""M, known states of the readout, and how many of them are read."""
 
 
 def stacked(frames_THW3: U8, history: int) -> Tensor:
@@ -51,15 +52,47 @@ def encode_walk(model: WorldModel, walk: Walk) -> Tensor:
     return torch.cat([model.encode(part) for part in torch.split(seen, ENCODED)])
 
 
-def fit_readout(world: GameWorld, states: Sequence[Tensor], walks: Sequence[Walk]) -> Readout:
-    """Fits a linear map from states to places; rows where a place is not known do not count."""
+@dataclass(frozen=True, kw_only=True)
+class PlaceReadout:
+    """Reads places: the mean place of the known states that are nearest.
+
+    A view in a room says little in a linear way about x, y and angle: rooms lie anywhere, and their
+    walls look alike. Which known views it is nearest to says much, and also does for what is
+    imagined, which lies between known states rather than on one of them.
+    """
+
+    known_MZ: Tensor
+    places_MP: Tensor
+    """NaN where a place is not known, which then other states tell."""
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Reads places: [..., Z] to [..., P]."""
+        rows_RZ = states.reshape(-1, states.shape[-1])
+        found_RP = rows_RZ.new_empty(len(rows_RZ), self.places_MP.shape[1])
+        known_MP = ~self.places_MP.isnan()
+        for known_M in known_MP.unique(dim=1).unbind(1):
+            columns = (known_MP == known_M[:, None]).all(0)
+            places_MP = self.places_MP[known_M][:, columns]
+            found_RP[:, columns] = self._nearest(rows_RZ, self.known_MZ[known_M], places_MP)
+        return found_RP.view(*states.shape[:-1], -1)
+
+    @staticmethod
+    def _nearest(rows_RZ: Tensor, known_MZ: Tensor, places_MP: Tensor) -> Tensor:
+        found = []
+        for part_RZ in torch.split(rows_RZ, ENCODED):
+            distance_RM = torch.cdist(part_RZ, known_MZ)
+            nearest_RK = distance_RM.topk(min(NEIGHBOURS, len(known_MZ)), largest=False).indices
+            found.append(places_MP[nearest_RK].mean(1))
+        return torch.cat(found)
+
+
+def fit_readout(states: Sequence[Tensor], walks: Sequence[Walk], seed: int = 0) -> PlaceReadout:
+    """Draws the known states from walks."""
     states_NZ = torch.cat(list(states))
     places_NP = torch.from_numpy(np.concatenate([walk.places_TP for walk in walks]))
-    columns = []
-    for place_N in places_NP.unbind(1):
-        known_N = ~place_N.isnan()
-        columns.append(Readout.fit(states_NZ[known_N], place_N[known_N][:, None]).weight_D2)
-    return Readout(weight_D2=torch.cat(columns, dim=1))
+    generator = torch.Generator().manual_seed(seed)
+    drawn_M = torch.randperm(len(states_NZ), generator=generator)[:KNOWN]
+    return PlaceReadout(known_MZ=states_NZ[drawn_M], places_MP=places_NP[drawn_M])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +127,7 @@ def clips_of(states: Sequence[Tensor], walks: Sequence[Walk]) -> Clips:
 
 @torch.no_grad()
 def open_loop(
-    world: GameWorld, model: WorldModel, readout: Readout, clips: Clips
+    world: GameWorld, model: WorldModel, readout: PlaceReadout, clips: Clips
 ) -> dict[str, Any]:
     """Measures the errors of imagined places after some steps of walks that nothing was fitted on.
 

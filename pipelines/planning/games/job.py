@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from pipelines.planning.games.floor_plan import read_floor_plan
 from pipelines.planning.games.imagination import clips_of, encode_walk, fit_readout, open_loop
 from pipelines.planning.games.navigation import KINDS, Episode, Task, draw_tasks
 from pipelines.planning.games.picture import draw_curve, draw_paths
+from pipelines.planning.games.predictors import tuned
 from pipelines.planning.games.rows import ROWS, GameComparison, run_part
 from pipelines.planning.games.walks import Walk, walk_seed, walks
 from pipelines.planning.games.worlds import GAME_WORLDS
@@ -49,6 +50,8 @@ class GameJob:
     """Episodes of every row and kind."""
     walks: int
     critic_steps: int
+    predictor_steps: int
+    """Steps in which the predictors learn on from the walks; see `predictors.tuned`."""
     seed: int
     chunk: int
     """Episodes of one Ray task."""
@@ -70,8 +73,9 @@ def compare(job: GameJob) -> tuple[dict[str, Any], dict[str, bytes]]:
     start_ray()
     fitted, held = _walks(job)
     states = [encode_walk(job.model, one) for one in fitted]
+    job = replace(job, model=tuned(job.model, states, fitted, job.predictor_steps, job.seed))
     world = GAME_WORLDS[job.env]
-    readout = fit_readout(world, states, fitted)
+    readout = fit_readout(states, fitted)
     clips = clips_of([encode_walk(job.model, one) for one in held], held)
     results = open_loop(world, job.model, readout, clips)
     if not world.rooms:

@@ -48,19 +48,32 @@ def made_walks(count: int, frames: int = 30) -> tuple[list[Walk], list[Tensor]]:
 
 def measured(model: Any) -> dict[str, Any]:
     world, (walks, states) = GAME_WORLDS["my_way_home"], made_walks(12)
-    readout = fit_readout(world, states, walks)
+    readout = fit_readout(states, walks)
     return open_loop(world, model, readout, clips_of(states, walks))["open_loop"]
 
 
-def test_a_model_that_knows_the_world_errs_little_and_its_controls_much() -> None:
+def test_a_model_that_knows_the_world_errs_as_what_is_seen_and_its_controls_more() -> None:
     position = measured(Known())["position"]
     for steps in ("1", "5", "10"):
+        # What it imagines is what comes, so only the readout errs.
+        assert position["model"][steps]["mean"] == pytest.approx(position["seen"][steps]["mean"])
+    for steps in ("5", "10"):
         error = {name: position[name][steps]["mean"] for name in ("model", "shuffled", "copy_last")}
-        assert error["model"] < 0.3 * error["copy_last"]
-        assert error["model"] < 0.3 * error["shuffled"]
+        assert error["model"] < 0.6 * error["copy_last"]
+        assert error["model"] < 0.6 * error["shuffled"]
         assert position["gain"][steps]["interval"][0] > 0
     assert position["copy_true"]["10"]["mean"] > position["copy_true"]["1"]["mean"] > 1
     assert position["model"]["1"]["walks"] == 12
+
+
+def test_the_readout_is_the_mean_place_of_the_nearest_known_states() -> None:
+    walks, states = made_walks(4)
+    readout = fit_readout(states, walks)
+    one = states[2][7]
+    places = torch.from_numpy(np.concatenate([found.places_TP for found in walks]))
+    nearest = (torch.cat(states) - one).norm(dim=-1).argsort()[:5]
+    expected = places[nearest].mean(0)
+    torch.testing.assert_close(readout(one[None])[0], expected, atol=2.0, rtol=0.0)  # ties
 
 
 def test_a_model_that_imagines_no_change_gains_nothing() -> None:
@@ -95,7 +108,7 @@ def test_a_ball_that_is_not_there_has_no_place_and_does_not_count() -> None:
     walks, latents = made_walks(3)
     latents = [one.clone() for one in latents]  # places and states are the same numbers here
     walks[0].places_TP[5:, 1] = np.nan
-    readout = fit_readout(GAME_WORLDS["breakout"], latents, walks)
+    readout = fit_readout(latents, walks)
     assert readout(latents[0]).isfinite().all()
 
 

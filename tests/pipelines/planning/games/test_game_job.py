@@ -42,6 +42,7 @@ def job(env: str, **changes: Any) -> GameJob:
         "episodes": 2,
         "walks": 4,
         "critic_steps": 2,
+        "predictor_steps": 0,
         "seed": 0,
         "chunk": 2,
     }
@@ -108,6 +109,7 @@ def test_the_command_writes_what_was_found(tmp_path: Path, monkeypatch: pytest.M
     ("settings", "told"),
     [
         ({"budgets": (480,)}, "--budgets: is for games"),
+        ({"predictor_steps": 3}, "--predictor-steps: is for games"),
         ({"env": "breakout", "control": "run"}, "--control: is for tworooms"),
         ({"env": "my_way_home", "budgets": (3,)}, "--budget: needs at least 96 imagined steps"),
     ],

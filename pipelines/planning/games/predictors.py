@@ -1,0 +1,76 @@
+"""Goes on training a world model's predictors on the latents of walks, its perception as it is.
+
+Frames are encoded once, so a step costs no perception: that of V-JEPA 2-AC is frozen too (Assran et
+al. 2025, arXiv 2506.09985, section 3). The loss is that of training (`Dynamics.errors`).
+
+Shape suffixes: C clips, B clips of a batch, T frames of a clip, D latent width, A buttons.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from models.planning.world_model.block_causal import BlockCausalPredictor
+from models.planning.world_model.predictor import Dynamics
+from models.planning.world_model.world_model import WorldModel
+from pipelines.planning.games.walks import Walk
+
+FRAMES = 6
+"""T, or fewer where a predictor sees fewer."""
+BATCH = 64
+"""B."""
+LR = 1e-3
+"""Peak learning rate of AdamW; it falls along a half cosine."""
+
+
+def tuned(
+    model: WorldModel, states: Sequence[Tensor], walks: Sequence[Walk], steps: int, seed: int
+) -> WorldModel:
+    """Returns a copy of the model whose predictors have learned on for some steps.
+
+    Args:
+        model: the model.
+        states: of the walks' frames, as `imagination.encode_walk` returns them.
+        walks: what was pressed.
+        steps: optimizer steps; 0 returns the model as it is.
+        seed: of the batches.
+    """
+    if not steps:
+        return model
+    found = copy.deepcopy(model)
+    found.predictors.requires_grad_(True)
+    members = [cast(Dynamics, one) for one in found.predictors]
+    seen = [one.context for one in members if isinstance(one, BlockCausalPredictor)]
+    frames = min([FRAMES, *(context + 1 for context in seen)])
+    latents_CTD, actions_CTA = _clips(model, states, walks, frames)
+    optimizer = torch.optim.AdamW(found.predictors.parameters(), LR)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        drawn_B = torch.randint(len(latents_CTD), (BATCH,), generator=generator)
+        errors = [one.errors(latents_CTD[drawn_B], actions_CTA[drawn_B]) for one in members]
+        loss = torch.stack([part.mean() for one in errors for part in one.values()]).sum()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+    return found.eval().requires_grad_(False)
+
+
+def _clips(
+    model: WorldModel, states: Sequence[Tensor], walks: Sequence[Walk], frames: int
+) -> tuple[Tensor, Tensor]:
+    """Returns all clips of the walks: latents [C, T, D] and actions [C, T - 1, A]."""
+    latents, actions = [], []
+    for states_NZ, walk in zip(states, walks, strict=True):
+        newest_ND = states_NZ[:, -(states_NZ.shape[1] // model.history) :]
+        if len(newest_ND) >= frames:
+            latents.append(newest_ND.unfold(0, frames, 1).mT)
+            pressed_NA = torch.from_numpy(walk.actions_TA)
+            actions.append(pressed_NA.unfold(0, frames, 1).mT[:, :-1])
+    return torch.cat(latents), torch.cat(actions)
