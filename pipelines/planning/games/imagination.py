@@ -70,7 +70,7 @@ class PlaceReadout:
         rows_RZ = states.reshape(-1, states.shape[-1])
         found_RP = rows_RZ.new_empty(len(rows_RZ), self.places_MP.shape[1])
         known_MP = ~self.places_MP.isnan()
-        for known_M in known_MP.unique(dim=1).unbind(1):
+        for known_M in torch.unique(known_MP, dim=1).unbind(1):
             columns = (known_MP == known_M[:, None]).all(0)
             places_MP = self.places_MP[known_M][:, columns]
             found_RP[:, columns] = self._nearest(rows_RZ, self.known_MZ[known_M], places_MP)
