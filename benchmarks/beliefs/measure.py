@@ -31,19 +31,19 @@ from models.beliefs.expectation import Expectation
 from models.beliefs.pixels import to_bytes, unpatchify
 from models.planning.world_model.world_model import WorldModel
 from pipelines.config.train import PretrainConfig
-from pipelines.evaluation.beliefs.figures import Scene
+from pipelines.evaluation.beliefs.figures import Scene, measure
+from pipelines.evaluation.beliefs.fitting import fit_decoders
 from pipelines.evaluation.beliefs.masks import choose_masks
+from pipelines.evaluation.beliefs.panels import Panel, make_panels
 from pipelines.evaluation.beliefs.rollouts import Rollouts, rollout_study
 from pipelines.evaluation.beliefs.study import ORDINARY, check_subject, study
 from pipelines.evaluation.beliefs.surprises import calibrated, spliced, tells_apart
-from pipelines.evaluation.beliefs.tokens import normalised_patches, tell
+from pipelines.evaluation.beliefs.tokens import normalised_patches, pixel_values, tell
 from pipelines.evaluation.subject import Subject, load_subject
 from pipelines.runs.checkpoints import load_objective, new_objective
 
-LEARNED, MEASURED, FIRST = 4000, 1000, 3
-"""Samples to learn from and to measure on, and the first frame of every clip of digits."""
-GAME_CLIPS = 300
-"""Clips of games to learn from, and to measure on."""
+FIRST = 3
+"""The first frame of every clip of digits."""
 LEAST_JUMP = 8
 """Pixels that a digit jumps at least, in both directions."""
 
@@ -56,27 +56,34 @@ class Measured(Job):
     """Games: the shards that the run was trained on."""
     surprise_only: bool = False
     """Train no decoders."""
+    encoder_only: bool = False
+    """Leave random weights and samples of the flow decoder out."""
+    learned: int = 4000
+    """Samples that decoders learn from, at most."""
+    measured: int = 1000
+    """Samples that are measured, at most."""
 
 
 def samples(job: Measured, cfg: PretrainConfig) -> tuple[Tensor, Tensor]:
     """Pixels to learn from and to measure on."""
     if job.what == "cifar10":
         found = cifar10(job.folder)
-        return found["train"][:LEARNED], found["test"][:MEASURED]
+        return found["train"][: job.learned], found["test"][: job.measured]
     if job.what == "digits":
         found = moving_digits(job.folder)
-        return _digits(found["train"], LEARNED, cfg), _digits(found["test"], MEASURED, cfg)
+        train = _digits(found["train"], job.learned, cfg)
+        return train, _digits(found["test"], job.measured, cfg)
     clips = [
         footage(job.folder / f"games_{name}.npz", shards, cfg, GAME_FRAMES, limit)
         for name, shards, limit in (
             ("train", job.train_shards, 10**6),
-            ("test", job.shards, GAME_CLIPS),
+            ("test", job.shards, job.measured),
         )
     ]
     middle = slice(4, 4 + cfg.clip_frames)
     train, test = (one[:, middle].transpose(1, 2).contiguous() for one in clips)
     # Spread over the games, which the shards hold one after the other.
-    spread = torch.linspace(0, len(train) - 1, GAME_CLIPS).long()
+    spread = torch.linspace(0, len(train) - 1, min(job.learned, len(train))).long()
     return train[spread], test
 
 
@@ -102,6 +109,17 @@ def main(job: Measured) -> None:
         keep(job, results | surprise_alone(job, subject, train, test), start)
         return
     steps = job.steps or 1500
+    if job.encoder_only:
+        scene, panels = encoder_alone(subject, train, test, steps, job.seed)
+        results |= {"mrr": measure(scene, job.seed), "steps": steps}
+        results |= {"samples": len(test), "train_samples": len(train)}
+        if job.what == "digits":
+            results["places"] = places({"encoder": scene}, test)
+        keep(job, results, start)
+        clips = test.ndim == 5
+        file = job.folder / f"{name}.png"
+        write_sheet(panels, 3 if clips else 8, file, zoom=2 if clips else 3)
+        return
     found = study(subject, train, test, steps=steps, seed=job.seed)
     results |= found.results
     if job.what == "digits":
@@ -141,12 +159,27 @@ def surprise_alone(
     return found
 
 
+def encoder_alone(
+    subject: Subject, train: Tensor, test: Tensor, steps: int, seed: int
+) -> tuple[Scene, list[Panel]]:
+    """Trains decoders by regression for the run alone, and draws its panels."""
+    objective, cfg = check_subject(subject)
+    prep, masks, expectation = subject.preprocessing, choose_masks(cfg), Expectation.of(objective)
+    with torch.no_grad():
+        expectation.fit(normalised_patches(expectation, prep, train))
+    told = tell(expectation, prep, train, masks)
+    decoders = fit_decoders(expectation, told, steps=steps, seed=seed, flow=False)
+    mean_NP = pixel_values(expectation, train).mean(0)
+    scene = Scene(expectation, prep, decoders, masks, test, mean_NP)
+    return scene, make_panels(scene, told, 8, seed)
+
+
 def rooms(job: Measured, checkpoint: str) -> Rollouts:
     """Imagines walks that nothing was trained on."""
     model = load_objective(checkpoint)[0].eval().requires_grad_(False)
     assert isinstance(model, WorldModel)
     train, _ = walks(job.seed)
-    test, actions = walks(2**20 + job.seed, MEASURED)
+    test, actions = walks(2**20 + job.seed, job.measured)
     both = (one.transpose(1, 2) for one in (train, test))
     return rollout_study(model, *both, actions, steps=job.steps or 1500, seed=job.seed)
 
@@ -188,11 +221,12 @@ def places(scenes: dict[str, Scene], clips_BCTHW: Tensor) -> dict[str, dict[str,
         told_of = {
             "expected": drawn["encoder_expected"][:, frames],
             "true_tokens": drawn["encoder_true"][:, frames],
-            "random_init": drawn["random_init_expected"][:, frames],
             "shuffled": drawn["encoder_expected"].roll(1, 0)[:, frames],
             "copy": true_BT[:, nearest],
             "line": line(true_BT, seen, frames),
         }
+        if "random_init" in scenes:
+            told_of["random_init"] = drawn["random_init_expected"][:, frames]
         hidden = " and ".join(str(frame + 1) for frame in frames)
         found[f"frames {hidden} of 4 hidden"] = {
             name: apart(places_BT, true_BT[:, frames]) for name, places_BT in told_of.items()
