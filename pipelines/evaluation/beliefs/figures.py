@@ -95,6 +95,11 @@ def measure(scene: Scene, seed: int) -> dict[str, Any]:
     return found
 
 
+def _of_others(per_sample: Tensor) -> Tensor:
+    """Gives every sample what is another's, from half the set away: neighbours may be alike."""
+    return per_sample.roll(max(1, len(per_sample) // 2), 0)
+
+
 def _of_all(scene: Scene, told: Told) -> dict[str, float]:
     """Decodes all tokens, those of another sample, and their mean."""
     real_BD = scene.seen_again(pixel_values(scene.expectation, told.pixels))
@@ -111,7 +116,7 @@ def _of_all(scene: Scene, told: Told) -> dict[str, float]:
     return {
         "all_tokens": found(regression, told.targets_BND),
         "pooled": found(pooled, pooled_BND),
-        "shuffled": found(regression, told.targets_BND.roll(1, 0)),
+        "shuffled": found(regression, _of_others(told.targets_BND)),
     }
 
 
@@ -128,7 +133,7 @@ def _of_hidden(scene: Scene, mask: Mask) -> dict[str, dict[str, float]]:
     drawn = {
         "hidden_true": draw(told.targets_BND),
         "hidden_expected": draw(told.expected_BND),
-        "hidden_shuffled": draw(told.expected_BND.roll(1, 0)),
+        "hidden_shuffled": draw(_of_others(told.expected_BND)),
         "hidden_mean_picture": mean_BNP,
     }
 
@@ -152,7 +157,7 @@ def _cosines(told: Told, mask: Mask) -> dict[str, float]:
     same = functional.cosine_similarity
     return {
         "expected": float(same(expected_BTD, targets_BTD, dim=-1).mean()),
-        "shuffled": float(same(expected_BTD.roll(1, 0), targets_BTD, dim=-1).mean()),
+        "shuffled": float(same(_of_others(expected_BTD), targets_BTD, dim=-1).mean()),
         "place": float(same(targets_BTD.mean(0, keepdim=True), targets_BTD, dim=-1).mean()),
     }
 
