@@ -31,6 +31,7 @@ import tyro
 from models.encoders.linear import use_linear
 from models.planning.actors.space import ActionSpace
 from models.planning.configurator import Rules, TaskSpec, configure
+from models.planning.costs.critic import Critic
 from models.planning.costs.slow_distance import SlowDistance
 from models.planning.saved_agent import SavedAgent, agent_files
 from models.planning.world_model.readout import Readout
@@ -42,7 +43,7 @@ from pipelines.planning.fitting import fit, unperceived
 from pipelines.planning.games.job import GameJob, compare
 from pipelines.planning.games.job import table as game_table
 from pipelines.planning.games.worlds import GAME_WORLDS
-from pipelines.planning.imagination import open_loop
+from pipelines.planning.imagination import Distance, follows_the_way, open_loop
 from pipelines.planning.rows import Comparison, in_tasks
 from pipelines.planning.studies import HELD_OUT, STUDIES, Setting
 from pipelines.planning.tables import table
@@ -249,8 +250,19 @@ def make_comparison(cfg: PlanEpisodesConfig) -> tuple[Comparison, dict[str, Any]
         seed=cfg.seed,
         unperceived=raw,
     )
-    measured = open_loop(trained, fitted.readout, world, HELD_OUT + cfg.seed)
-    return parts, {"checkpoint": info["uri"], "critic_seconds": seconds, **measured}
+    seed = HELD_OUT + cfg.seed
+    distances: dict[str, Distance] = {
+        "latents": lambda here, there: (here - there).norm(dim=-1),
+        "slow features": cast(SlowDistance, fitted.distance).between,
+        "critic": cast(Critic, fitted.critic),
+    }
+    facts = {
+        "checkpoint": info["uri"],
+        "critic_seconds": seconds,
+        **open_loop(trained, fitted.readout, world, seed),
+        "rank_correlation_with_the_way": follows_the_way(trained, distances, world, seed),
+    }
+    return parts, facts
 
 
 def _world_model(objective: torch.nn.Module, flag: str) -> WorldModel:

@@ -5,19 +5,26 @@ Shape suffixes: N frames, B walks, T steps, D latent width, 2 = (x, y) in pixels
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
+from scipy import stats
 from torch import Tensor
 
 from models.planning.agent import Model
 from models.planning.worlds.two_rooms import TwoRooms
 from pipelines.evaluation.ranks import effective_rank
 
+Distance = Callable[[Tensor, Tensor], Tensor]
+"""Maps two latents [B, D] to what lies between them, [B]."""
 STEPS = (1, 5, 10, 20)
 """Numbers of steps after which the error is told."""
 WALKS = 300
 """Walks that nothing was trained on."""
+PAIRS = 2000
+"""Pairs of places whose distances are compared with the way."""
+FAR = 12.0
+"""Pixels of way from which two places are far apart."""
 
 
 @torch.no_grad()
@@ -59,3 +66,38 @@ def open_loop(
 def encode_walks(model: Model, world: TwoRooms, places_BT2: Tensor) -> Tensor:
     """Returns the latents of all frames of walks, [B, T, D]."""
     return torch.stack([model.encode(world.render(places_T2)) for places_T2 in places_BT2])
+
+
+@torch.no_grad()
+def follows_the_way(
+    model: Model, distances: Mapping[str, Distance], world: TwoRooms, seed: int
+) -> dict[str, dict[str, float]]:
+    """Measures the rank correlation of distances between latents with the length of the way.
+
+    Args:
+        model: encodes the frames of random pairs of places.
+        distances: map two latents [B, D] to what lies between them [B], by name.
+        world: the way goes straight, or through the middle of the door.
+        seed: of the places.
+
+    Returns:
+        By name, of all pairs (`all`) and of those that are far apart (`far`).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    places_B2, goals_B2 = (world.sample_places(PAIRS, generator) for _ in range(2))
+    way_B = (places_B2 - goals_B2).norm(dim=-1)
+    middle_2 = torch.tensor([sum(world.wall) / 2, sum(world.door) / 2])
+    through_B = (places_B2 - middle_2).norm(dim=-1) + (goals_B2 - middle_2).norm(dim=-1)
+    way_B = torch.where(world.room(places_B2) == world.room(goals_B2), way_B, through_B)
+    latents_BD, aims_BD = (model.encode(world.render(at_B2)) for at_B2 in (places_B2, goals_B2))
+    found = {name: distance(latents_BD, aims_BD) for name, distance in distances.items()}
+    far_B = way_B > FAR
+    return {
+        name: {"all": _alike(of_B, way_B), "far": _alike(of_B[far_B], way_B[far_B])}
+        for name, of_B in found.items()
+    }
+
+
+def _alike(first_B: Tensor, second_B: Tensor) -> float:
+    """Returns the rank correlation."""
+    return float(stats.spearmanr(first_B.numpy(), second_B.numpy()).statistic)

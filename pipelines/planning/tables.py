@@ -56,6 +56,8 @@ def _comparison(results: Mapping[str, Any]) -> Iterator[str]:
     for name, errors in results["open_loop_px"].items():
         told = ", ".join(f"{step}: {error:.2f}" for step, error in errors.items())
         yield f"open-loop error in pixels after steps, {name}: {told}"
+    for name, of in results["rank_correlation_with_the_way"].items():
+        yield f"rank correlation with the way, {name}: {of['all']:.2f}, far apart {of['far']:.2f}"
     for name, says in (("slow_features", "slow features add"), ("critic", "the critic adds")):
         lift = results[name]["cross"]
         low, high = lift["interval"]

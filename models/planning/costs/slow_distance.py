@@ -56,6 +56,9 @@ class SlowDistance:
 
     def __call__(self, future: Future) -> Tensor:
         """Returns the distance from the goal at every step, mean over predictors, [B, T]."""
-        way_EBTD = future.latents_EBTD - future.goals_BD[:, None]
-        distance_EBT: Tensor = (way_EBTD @ self.features_DF).norm(dim=-1)
-        return distance_EBT.mean(0)
+        return self.between(future.latents_EBTD, future.goals_BD[:, None]).mean(0)
+
+    def between(self, latents: Tensor, others: Tensor) -> Tensor:
+        """Returns the distance of latents, [..., D] to [...]."""
+        distance: Tensor = ((latents - others) @ self.features_DF).norm(dim=-1)
+        return distance

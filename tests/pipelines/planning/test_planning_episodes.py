@@ -21,7 +21,7 @@ from pipelines.planning.episodes import (
     random_policy,
     run_episodes,
 )
-from pipelines.planning.imagination import open_loop
+from pipelines.planning.imagination import follows_the_way, open_loop
 from pipelines.planning.results import gate, interval, share_of, summary
 
 WORLD = TwoRooms()
@@ -170,3 +170,33 @@ def test_hidden_frames_are_black_and_told() -> None:
     run_episodes(WORLD, agent_policy(Watching(), WORLD.render, tasks), tasks, 2 * PERIOD)
     expected = ([False] * SEEN + [True] * (PERIOD - SEEN)) * 2
     assert seen == [(one, one) for one in expected]
+
+
+def test_the_true_distance_follows_the_way_and_noise_does_not() -> None:
+    class Seeing(TrueModel):
+        def encode(self, frames: torch.Tensor) -> torch.Tensor:
+            red = frames[:, 0].float()
+            centres, total = torch.arange(32) + 0.5, red.sum((1, 2))
+            return torch.stack([red.sum(1) @ centres, red.sum(2) @ centres], -1) / total[:, None]
+
+    door = torch.tensor([16.0, 16.0])
+
+    def through_the_door(here: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+        around = (here - door).norm(dim=-1) + (there - door).norm(dim=-1)
+        apart = WORLD.room(here) != WORLD.room(there)
+        return torch.where(apart, around, (here - there).norm(dim=-1))
+
+    found = follows_the_way(
+        Seeing(world=WORLD),
+        {
+            "way": through_the_door,
+            "straight": lambda here, there: (here - there).norm(dim=-1),
+            "nothing": lambda here, there: here.sum(-1) % 1,
+        },
+        WORLD,
+        seed=0,
+    )
+    assert found["way"]["all"] > 0.99
+    assert 0.8 < found["straight"]["all"] < 0.97
+    assert found["straight"]["far"] < found["straight"]["all"]
+    assert abs(found["nothing"]["all"]) < 0.1
