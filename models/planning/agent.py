@@ -210,7 +210,8 @@ def build_agent(
     terms: list[tuple[float, Term]] = [] if critic else [(1.0, distance)]
     if config.zones:
         assert readout is not None, "zones need a readout"
-        terms.append((config.hazard_weight, Hazard(zones=config.zones, readout=readout)))
+        hazard = Hazard(zones=config.zones, readout=readout, clearance=config.clearance)
+        terms.append((config.hazard_weight, hazard))
     if config.uncertainty_weight:
         terms.append((config.uncertainty_weight, uncertainty))
     actor: Searcher = Actor(method=config.method, search=config.search, limit=limit)

@@ -26,6 +26,8 @@ class Rules:
     hazard_weight: float = 4.0
     """Weight of a pixel of depth in a zone to stay out of, beside a unit of distance to the
     goal."""
+    clearance: float = 1.0
+    """Distance to keep from zones, in pixels: what is imagined errs by about as much."""
     recalled: int = 0
     """Plans of similar situations that the search is offered; they count in the budget."""
     memory: int = 40
@@ -62,6 +64,7 @@ class AgentConfig:
     method: str
     search: Search
     hazard_weight: float
+    clearance: float
     uncertainty_weight: float
     zones: tuple[Zone, ...]
     memory: int
@@ -88,6 +91,7 @@ def configure(task: TaskSpec, rules: Rules = Rules()) -> AgentConfig:
         method=task.method,
         search=Search(horizon=horizon, samples=samples, elites=elites, rounds=rules.rounds),
         hazard_weight=rules.hazard_weight if task.zones else 0.0,
+        clearance=rules.clearance,
         uncertainty_weight=task.caution,
         zones=task.zones,
         memory=rules.memory * task.steps,

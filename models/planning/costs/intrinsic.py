@@ -55,15 +55,18 @@ def uncertainty(future: Future) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Hazard:
-    """How deep imagined places lie in regions to stay out of, [B, T]; zero outside them."""
+    """How deep imagined places lie in regions to stay out of, [B, T]; zero where they are clear."""
 
     zones: tuple[Zone, ...]
     readout: Callable[[Tensor], Tensor]
     """Maps latents [..., D] to places [..., 2], as a probe does."""
+    clearance: float = 0.0
+    """Distance to keep from the regions: what is imagined and read off is never exact."""
 
     def __call__(self, future: Future) -> Tensor:
-        """Returns the depth of the mean predictor's places in the deepest zone."""
-        return depth(self.readout(future.latents_EBTD.mean(0)), self.zones).clamp(min=0)
+        """Returns the depth of the mean predictor's places in the deepest zone, and clearance."""
+        places_BT2 = self.readout(future.latents_EBTD.mean(0))
+        return (depth(places_BT2, self.zones) + self.clearance).clamp(min=0)
 
 
 def depth(places_2: Tensor, zones: Sequence[Zone]) -> Tensor:
