@@ -50,7 +50,7 @@ class Args:
 
     data: Path
     """Folder `{train,test}/<class>/*.png`."""
-    seconds: float = 60.0
+    seconds: float = 45.0
     """CPU seconds of training."""
     images: tuple[int, int] = (20_000, 5_000)
     """Training and test images that are used."""
