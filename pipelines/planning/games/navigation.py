@@ -29,6 +29,8 @@ KINDS = {"same": 0, "one": 1, "two": 2}
 """How many rooms away the goal is."""
 FORWARD, LEFT, RIGHT, FORWARD_LEFT, FORWARD_RIGHT = range(5)
 """The choices of `worlds.GAME_WORLDS["my_way_home"]`."""
+TRIES = 300
+"""Starts that are drawn for a task at most, on average."""
 LOOK_AHEAD = 6
 """Cells on the shortest way that the oracle looks ahead."""
 STRAIGHT, CURVE = np.deg2rad(12), np.deg2rad(40)
@@ -77,6 +79,9 @@ def draw_tasks(
         kind: one of `KINDS`.
         count: of tasks.
         seed: of the draws.
+
+    Raises:
+        ValueError: the walks show hardly any such goal.
     """
     frames = np.concatenate([walk.frames_THW3 for walk in walks])
     places = np.concatenate([walk.places_TP for walk in walks])
@@ -85,6 +90,11 @@ def draw_tasks(
     found: list[Task] = []
     number = 0
     while len(found) < count:
+        if number >= TRIES * count:
+            raise ValueError(
+                f"--walks: {len(walks)} held-out walks show too few goals {KINDS[kind]} rooms away "
+                "from where episodes start; use more"
+            )
         key = int(key_of(seed, KINDS[kind], number) >> np.uint64(33))
         number += 1
         player.reset(key)

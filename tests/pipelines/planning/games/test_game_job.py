@@ -40,7 +40,7 @@ def job(env: str, **changes: Any) -> GameJob:
         "task": TaskSpec(steps=2, budget=96),
         "budgets": (24,),
         "episodes": 2,
-        "walks": 4,
+        "walks": 40,
         "critic_steps": 2,
         "predictor_steps": 0,
         "seed": 0,
@@ -50,6 +50,7 @@ def job(env: str, **changes: Any) -> GameJob:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_all_rows_are_played_by_the_same_episodes(ray_local: None) -> None:
     pytest.importorskip("vizdoom", reason="needs the extra `games`")
     found, pictures = compare(job("my_way_home"))
@@ -70,6 +71,7 @@ def test_all_rows_are_played_by_the_same_episodes(ray_local: None) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_game_without_rooms_has_its_imagination_measured(ray_local: None) -> None:
     pytest.importorskip("ale_py", reason="needs the extra `games`")
     found, pictures = compare(job("breakout"))

@@ -24,7 +24,7 @@ from pipelines.planning.games.navigation import (
     random_policy,
     run_episode,
 )
-from pipelines.planning.games.walks import walk
+from pipelines.planning.games.walks import Walk, walk
 from pipelines.planning.games.worlds import Player
 
 STEPS = 60
@@ -55,6 +55,14 @@ def test_goals_are_so_many_rooms_away(
     walks = [walk(player, seed) for seed in range(20)]
     fewer = draw_tasks(player, found, walks, kind, 3, seed=1)
     assert [task.seed for task in fewer] == [task.seed for task in tasks[kind][:3]]
+
+
+def test_walks_that_show_no_such_goal_are_refused(player: Player) -> None:
+    seen = walk(player, 0, 5)
+    corridor = np.tile(np.float32([192, 80, 0, 1]), (5, 1))
+    nowhere = Walk(frames_THW3=seen.frames_THW3, actions_TA=seen.actions_TA, places_TP=corridor)
+    with pytest.raises(ValueError, match="--walks: 1 held-out walks show too few goals 2 rooms"):
+        draw_tasks(player, plan(), [nowhere], "two", 2, seed=0)
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
