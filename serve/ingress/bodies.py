@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import codecs
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 import pydantic_core
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from starlette.requests import Request
+from starlette.responses import Response
 
-from serve.ingress.errors import ApiError
+from serve.ingress.errors import ApiError, server_error
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -77,6 +79,22 @@ def read_json(text: bytes, *, what: str) -> Any:
         is_other = text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         why = "send UTF-8, not UTF-16" if is_other else str(error)
         raise ApiError(400, "invalid_json", f"{what} is not valid JSON: {why}") from error
+
+
+async def answer_in_time(
+    request: Request, answer: Callable[[bytes], Awaitable[bytes]], timeout_s: float
+) -> Response:
+    """Reads a body and answers it with JSON, both within a time.
+
+    Raises:
+        ApiError: 504, when the time is over.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            reply = await answer(await request.body())
+    except TimeoutError as error:
+        raise server_error(504, "timeout", f"no reply within {timeout_s:g} s") from error
+    return Response(reply, media_type="application/json")
 
 
 def check_content_type(request: Request) -> None:

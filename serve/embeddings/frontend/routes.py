@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -14,8 +13,7 @@ from serve.embeddings.frontend.service import EmbeddingService
 from serve.embeddings.streams.routes import add_stream_route
 from serve.embeddings.streams.stream import StreamHub
 from serve.ingress.application import IngressParts, create_app
-from serve.ingress.bodies import check_content_type, describe_body
-from serve.ingress.errors import server_error
+from serve.ingress.bodies import answer_in_time, check_content_type, describe_body
 
 
 def create_embeddings_app(
@@ -50,8 +48,6 @@ def create_embeddings_app(
 
 
 def _add_embedding_route(app: FastAPI, service: EmbeddingService) -> None:
-    settings = service.settings
-
     @app.post(
         "/v1/embeddings",
         response_model=None,
@@ -62,14 +58,7 @@ def _add_embedding_route(app: FastAPI, service: EmbeddingService) -> None:
         """Returns the embedding of one image or video, or of each in a list."""
         check_content_type(request)
         service.admission.check(1)  # refuse before reading a body
-        try:
-            async with asyncio.timeout(settings.timeout_s):
-                body = await request.body()
-                reply = await service.answer(body)
-        except TimeoutError as error:
-            message = f"no reply within {settings.timeout_s:g} s"
-            raise server_error(504, "timeout", message) from error
-        return Response(reply, media_type="application/json")
+        return await answer_in_time(request, service.answer, service.settings.timeout_s)
 
 
 def _add_model_routes(app: FastAPI, service: EmbeddingService) -> None:

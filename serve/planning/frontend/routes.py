@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request, Response
 
 from models.image_size import height_width
 from serve.ingress.application import IngressParts, create_app
-from serve.ingress.bodies import check_content_type, describe_body
-from serve.ingress.errors import server_error
+from serve.ingress.bodies import answer_in_time, check_content_type, describe_body
 from serve.planning.contract import PlanCard
 from serve.planning.frontend.schemas import (
     Model,
@@ -59,7 +57,8 @@ def _add_planning_routes(app: FastAPI, service: PlanningService) -> None:
     )
     async def plan(request: Request) -> Response:
         """Returns what to do now on the way to a goal, and what is expected to happen."""
-        return await _answered(request, service.plan, service.settings.timeout_s)
+        check_content_type(request)
+        return await answer_in_time(request, service.plan, service.settings.timeout_s)
 
     @app.post(
         "/v1/predict",
@@ -69,19 +68,8 @@ def _add_planning_routes(app: FastAPI, service: PlanningService) -> None:
     )
     async def predict(request: Request) -> Response:
         """Returns what is expected to follow from actions."""
-        return await _answered(request, service.predict, service.settings.timeout_s)
-
-
-async def _answered(
-    request: Request, answer: Callable[[bytes], Awaitable[bytes]], timeout_s: float
-) -> Response:
-    check_content_type(request)
-    try:
-        async with asyncio.timeout(timeout_s):
-            reply = await answer(await request.body())
-    except TimeoutError as error:
-        raise server_error(504, "timeout", f"no reply within {timeout_s:g} s") from error
-    return Response(reply, media_type="application/json")
+        check_content_type(request)
+        return await answer_in_time(request, service.predict, service.settings.timeout_s)
 
 
 def _add_model_routes(app: FastAPI, service: PlanningService) -> None:
