@@ -70,14 +70,14 @@ def test_an_export_takes_the_settings_of_its_shards_unless_told_otherwise(
     (tmp_path / "a.png").write_bytes(CLEAR)
     run_quietly(settings(tmp_path / "a.png", tmp_path / "s", background="white", deep_range=4095))
     ours = read_manifest(tmp_path / "s")
-    load = export_module.load_encoder
+    load = export_module.load_objective
 
     def trained_on_them(uri: str):  # type: ignore[no-untyped-def]
-        encoder, config, info = load(uri)
+        objective, config, info = load(uri)
         object.__setattr__(config.data, "train", str(tmp_path / "s"))
-        return encoder, config, info | {"manifest_hash": ours.manifest_hash}
+        return objective, config, info | {"manifest_hash": ours.manifest_hash}
 
-    monkeypatch.setattr(export_module, "load_encoder", trained_on_them)
+    monkeypatch.setattr(export_module, "load_objective", trained_on_them)
     cfg = ExportConfig(checkpoint=small_checkpoint, out=str(tmp_path / "artifact"), **asked)  # type: ignore[arg-type]
     prep = load_artifact(export(cfg)).preprocessing
     assert prep.background == ((1, 2, 3) if "background" in asked else (255, 255, 255))
