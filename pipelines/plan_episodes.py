@@ -27,6 +27,7 @@ if __name__ == "__main__" and not __package__:
 
 import torch
 import tyro
+from torch import Tensor
 
 from models.encoders.linear import use_linear
 from models.planning.actors.space import ActionSpace
@@ -44,7 +45,7 @@ from pipelines.planning.games.job import GameJob, compare
 from pipelines.planning.games.job import table as game_table
 from pipelines.planning.games.worlds import GAME_WORLDS
 from pipelines.planning.imagination import Distance, follows_the_way, open_loop
-from pipelines.planning.rows import Comparison, in_tasks
+from pipelines.planning.rows import Comparison, Fitted, in_tasks
 from pipelines.planning.studies import HELD_OUT, STUDIES, Setting
 from pipelines.planning.tables import table
 from pipelines.planning.tuning import search
@@ -216,12 +217,8 @@ def make_comparison(cfg: PlanEpisodesConfig) -> tuple[Comparison, dict[str, Any]
     torch.manual_seed(cfg.seed)
     model, run, info = load_objective(cfg.checkpoint)
     trained = _world_model(model, "--checkpoint")
-    control = None
-    if cfg.control is not None:
-        control = _world_model(load_objective(cfg.control)[0], "--control")
     generator = torch.Generator().manual_seed(cfg.seed)
-    world = TwoRooms()
-    places_BT2, actions_BT2 = world.random_walk(cfg.walks, WALK_STEPS, generator)
+    places_BT2, actions_BT2 = TwoRooms().random_walk(cfg.walks, WALK_STEPS, generator)
     start = time.perf_counter()
     fitted = fit(trained, places_BT2, cfg.critic_steps, generator)
     seconds = time.perf_counter() - start
@@ -244,25 +241,37 @@ def make_comparison(cfg: PlanEpisodesConfig) -> tuple[Comparison, dict[str, Any]
             "objective": run.objective_settings,
         },
         untrained=untrained,
-        control=None if control is None else fit(control, places_BT2, 0, generator),
+        control=_control(cfg, places_BT2, generator),
         task=cfg.task,
         rules=cfg.rules,
         seed=cfg.seed,
         unperceived=raw,
     )
-    seed = HELD_OUT + cfg.seed
+    facts = {"checkpoint": info["uri"], "critic_seconds": seconds}
+    return parts, facts | _worth(trained, fitted, HELD_OUT + cfg.seed)
+
+
+def _control(
+    cfg: PlanEpisodesConfig, places_BT2: Tensor, generator: torch.Generator
+) -> Fitted | None:
+    if cfg.control is None:
+        return None
+    model = _world_model(load_objective(cfg.control)[0], "--control")
+    return fit(model, places_BT2, 0, generator)
+
+
+def _worth(trained: WorldModel, fitted: Fitted, seed: int) -> dict[str, Any]:
+    """Measures what imagination and the distances are worth, on walks of their own."""
+    world = TwoRooms()
     distances: dict[str, Distance] = {
         "latents": lambda here, there: (here - there).norm(dim=-1),
         "slow features": cast(SlowDistance, fitted.distance).between,
         "critic": cast(Critic, fitted.critic),
     }
-    facts = {
-        "checkpoint": info["uri"],
-        "critic_seconds": seconds,
+    return {
         **open_loop(trained, fitted.readout, world, seed),
         "rank_correlation_with_the_way": follows_the_way(trained, distances, world, seed),
     }
-    return parts, facts
 
 
 def _world_model(objective: torch.nn.Module, flag: str) -> WorldModel:
