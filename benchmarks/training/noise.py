@@ -32,9 +32,7 @@ import tyro
 from objectives import Split
 
 from models.encoders.vit import VisionTransformer
-from models.media.preprocessing import normalize
 from pipelines.config.train import PretrainConfig
-from pipelines.evaluation.features import preprocessing_of
 from pipelines.evaluation.probes.linear import linear_probe
 
 NAMES = {"cifar10_demo": "I-JEPA", "mae_cifar10_demo": "MAE"}
@@ -114,17 +112,7 @@ def measure(
     splits: dict[str, Split],
 ) -> dict[str, float]:
     """Returns the accuracy of the label, and R^2 of the distractor's state, both in percent."""
-    prep = preprocessing_of(cfg.model)
-    with torch.no_grad():
-        found = {
-            name: torch.cat(
-                [
-                    encoder(normalize(part, prep.mean, prep.std)).mean(1)
-                    for part in split.pixels.split(500)
-                ]
-            )
-            for name, split in splits.items()
-        }
+    found = objectives.mean_tokens(encoder, cfg, splits)
     train, test = found["train"], found["test"]
     labels = (splits["train"].labels_N, splits["test"].labels_N)
     accuracy = linear_probe(train, labels[0], test, labels[1], seed=0).accuracy

@@ -251,12 +251,13 @@ def baseline(cfg: PretrainConfig, splits: dict[str, Split], measure: Measure) ->
     return measure(encoder, cfg, splits)
 
 
-def probe(
+def mean_tokens(
     encoder: VisionTransformer, cfg: PretrainConfig, splits: dict[str, Split]
-) -> dict[str, float]:
+) -> dict[str, torch.Tensor]:
+    """Returns the mean token of every picture of each split, [N, width]."""
     prep = preprocessing_of(cfg.model)
     with torch.no_grad():
-        features = {
+        return {
             name: torch.cat(
                 [
                     encoder(normalize(part, prep.mean, prep.std)).mean(1)
@@ -265,6 +266,12 @@ def probe(
             )
             for name, split in splits.items()
         }
+
+
+def probe(
+    encoder: VisionTransformer, cfg: PretrainConfig, splits: dict[str, Split]
+) -> dict[str, float]:
+    features = mean_tokens(encoder, cfg, splits)
     sets = (features["train"], splits["train"].labels_N, features["test"], splits["test"].labels_N)
     return {
         "knn": round(100 * knn_accuracy(*sets), 2),
