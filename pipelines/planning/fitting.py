@@ -15,6 +15,7 @@ from torch import Tensor
 from models.planning.agent import Model
 from models.planning.costs.critic import CriticTraining, train_critic
 from models.planning.costs.slow_distance import SlowDistance
+from models.planning.descent import descend
 from models.planning.memory import Memory
 from models.planning.world_model.predictor import LatentPredictor
 from models.planning.world_model.readout import Readout
@@ -91,17 +92,14 @@ def _train_predictors(
     generator: torch.Generator,
 ) -> None:
     members = cast(Sequence[LatentPredictor], model.predictors).requires_grad_(True)  # type: ignore[attr-defined]
-    optimizer = torch.optim.AdamW(members.parameters(), LR)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     walks, length = latents_BTD.shape[:2]
-    for _ in range(steps):
+
+    def loss() -> Tensor:
         which_B = torch.randint(walks, (BATCH,), generator=generator)
         first = int(torch.randint(length + 1 - WINDOW, (), generator=generator))
         clip_BTD = latents_BTD[which_B, first : first + WINDOW]
         between_BTA = actions_BTA[which_B, first : first + WINDOW - 1]
-        loss = (model.rollout(clip_BTD[:, 0], between_BTA) - clip_BTD[:, 1:]).square().mean()
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(members.parameters(), 2.0)
-        optimizer.step()
-        schedule.step()
+        return (model.rollout(clip_BTD[:, 0], between_BTA) - clip_BTD[:, 1:]).square().mean()
+
+    for _ in descend(members.parameters(), loss, steps=steps, lr=LR, max_norm=2.0):
+        pass

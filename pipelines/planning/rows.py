@@ -84,6 +84,7 @@ def planner(
     fitted: Fitted | None = None,
     critic: bool = False,
     rules: Rules | None = None,
+    observe: Callable[[Tensor], Tensor] = WORLD.render,
     change: Callable[[Agent], None] = lambda agent: None,
     **task: Any,
 ) -> Policy:
@@ -95,6 +96,7 @@ def planner(
         fitted: the world model with what was fitted on it; None for the trained one.
         critic: whether the critic judges, in the place of the distance.
         rules: the configurator's numbers; None for those of the parts.
+        observe: what it sees of places; by default pictures.
         change: may change the agent that was built.
         **task: fields of the task that differ.
     """
@@ -111,21 +113,14 @@ def planner(
         seed=parts.seed,
     )
     change(agent)
-    return agent_policy(agent, WORLD.render, tasks)
+    return agent_policy(agent, observe, tasks)
 
 
 def oracle(parts: Comparison, tasks: Tasks) -> Policy:
     """Returns the policy of the same search in the true simulator, judged by distance."""
     true = TrueModel(world=WORLD)
-    agent = build_agent(
-        configure(dataclasses.replace(parts.task, zones=tasks.zones), parts.rules),
-        true,
-        limit=WORLD.shortened,
-        action_width=2,
-        readout=true.encode,
-        seed=parts.seed,
-    )
-    return agent_policy(agent, true.encode, tasks)
+    fitted = Fitted(model=true, critic=None, distance=goal_distance, readout=true.encode)
+    return planner(parts, tasks, fitted=fitted, observe=true.encode)
 
 
 def _with_model(parts: Comparison, model: Model) -> Fitted:

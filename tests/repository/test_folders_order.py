@@ -30,6 +30,7 @@ ORDER = [
     "models/beliefs",
     "models/planning/worlds",
     "models/planning/world_model",
+    "models/planning/descent",
     "models/planning/memory",
     "models/planning/pairs",
     "models/planning/actors",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from models.planning.descent import descend
 from models.planning.pairs import PairNetwork
 
 
@@ -87,18 +88,14 @@ def train_policy(
         examples.latents_ND.shape[1], examples.actions_NA.shape[1], width=training.width
     )
     policy.pairs.adjust(examples.latents_ND)
-    optimizer = torch.optim.AdamW(policy.parameters(), training.lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.steps)
-    losses = []
-    for _ in range(training.steps):
+
+    def loss() -> Tensor:
         drawn_B = torch.randint(rows, (training.batch,), generator=generator)
         said_BA = policy(examples.latents_ND[drawn_B], examples.goals_ND[drawn_B])
-        loss = functional.mse_loss(said_BA, examples.actions_NA[drawn_B])
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
-        losses.append(float(loss.detach()))
+        return functional.mse_loss(said_BA, examples.actions_NA[drawn_B])
+
+    taken = descend(policy.parameters(), loss, steps=training.steps, lr=training.lr)
+    losses = [float(found) for found in taken]
     return policy.eval().requires_grad_(False), losses
 
 

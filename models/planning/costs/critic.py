@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from models.planning.descent import descend
 from models.planning.memory import Memory
 from models.planning.pairs import PairNetwork
 
@@ -100,19 +101,15 @@ def train_critic(
     scale = float(ways_NG[ways_NG.isfinite()].mean())
     critic = Critic(latents_ND.shape[1])
     critic.adjust(latents_ND, scale)
-    optimizer = torch.optim.AdamW(critic.parameters(), training.lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.steps)
-    losses = []
-    for _ in range(training.steps):
+
+    def loss() -> Tensor:
         drawn_B = torch.randint(len(known_P2), (training.batch,), generator=generator)
         state_B, goal_B = known_P2[drawn_B].unbind(1)
         found_B = critic(latents_ND[state_B], latents_ND[goals_G[goal_B]])
-        loss = functional.smooth_l1_loss(found_B / scale, ways_NG[state_B, goal_B] / scale)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
-        losses.append(float(loss.detach()))
+        return functional.smooth_l1_loss(found_B / scale, ways_NG[state_B, goal_B] / scale)
+
+    taken = descend(critic.parameters(), loss, steps=training.steps, lr=training.lr)
+    losses = [float(found) for found in taken]
     return critic.eval().requires_grad_(False), losses
 
 

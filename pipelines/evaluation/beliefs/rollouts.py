@@ -16,6 +16,7 @@ from torch import Tensor
 from models.beliefs.latent_decoder import LatentDecoder, latent_loss
 from models.beliefs.pixels import to_bytes, to_values
 from models.beliefs.retrieval import chance, mean_reciprocal_rank
+from models.planning.descent import descend
 from models.planning.world_model.world_model import WorldModel
 from pipelines.evaluation.beliefs.panels import Panel
 
@@ -119,17 +120,14 @@ def _fit(
         size = (frames_BCHW.shape[-2], frames_BCHW.shape[-1])
         decoder = LatentDecoder(model.perception.width, size).to(frames_BCHW.device)
     mean_CHW = to_values(frames_BCHW).mean(0)
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=LR)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
+
+    def loss() -> Tensor:
         rows = torch.randint(len(frames_BCHW), (BATCH,), generator=generator)
         batch_BCHW = frames_BCHW[rows]
         with torch.no_grad():
             latents_BD = model.encode(batch_BCHW)
-        optimizer.zero_grad(set_to_none=True)
-        loss = latent_loss(decoder, latents_BD, to_values(batch_BCHW), mean_CHW)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
+        return latent_loss(decoder, latents_BD, to_values(batch_BCHW), mean_CHW)
+
+    for _ in descend(decoder.parameters(), loss, steps=steps, lr=LR):
         advance()
     return decoder.eval().requires_grad_(False)

@@ -134,13 +134,9 @@ def _comparison(job: GameJob, critic: Critic) -> GameComparison:
         untrained=job.untrained,
         critic=critic,
         plan=read_floor_plan(GAME_WORLDS[job.env].game),
-        configs={b: configure(_with_budget(job.task, b)) for b in budgets},
+        configs={b: configure(replace(job.task, budget=b)) for b in budgets},
         steps=job.task.steps,
     )
-
-
-def _with_budget(task: TaskSpec, budget: int) -> TaskSpec:
-    return TaskSpec(**{**vars(task), "budget": budget})
 
 
 def _tasks(job: GameJob, comparison: GameComparison, held: Sequence[Walk]) -> dict[str, list[Task]]:

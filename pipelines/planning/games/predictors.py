@@ -15,6 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from models.planning.descent import descend
 from models.planning.world_model.block_causal import BlockCausalPredictor
 from models.planning.world_model.predictor import Dynamics
 from models.planning.world_model.world_model import WorldModel
@@ -48,17 +49,15 @@ def tuned(
     seen = [one.context for one in members if isinstance(one, BlockCausalPredictor)]
     frames = min([FRAMES, *(context + 1 for context in seen)])
     latents_CTD, actions_CTA = _clips(model, states, walks, frames)
-    optimizer = torch.optim.AdamW(found.predictors.parameters(), LR)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
+
+    def loss() -> Tensor:
         drawn_B = torch.randint(len(latents_CTD), (BATCH,), generator=generator)
         errors = [one.errors(latents_CTD[drawn_B], actions_CTA[drawn_B]) for one in members]
-        loss = torch.stack([part.mean() for one in errors for part in one.values()]).sum()
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
+        return torch.stack([part.mean() for one in errors for part in one.values()]).sum()
+
+    for _ in descend(found.predictors.parameters(), loss, steps=steps, lr=LR):
+        pass
     return found.eval().requires_grad_(False)
 
 
