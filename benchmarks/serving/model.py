@@ -48,7 +48,7 @@ def forward_threads(count: int, torch_threads: int) -> ThreadPoolExecutor:
 
     The caller itself computes with one torch thread from then on, and so should not have computed
     before: OpenMP's threads wait for one another without sleeping only while there are no more of
-    them than cores (see `serve/embeddings/replica/lanes.py`).
+    them than cores (see `serve/replicas/batch_threads.py`).
     """
     import torch
 

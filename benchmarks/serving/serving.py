@@ -6,9 +6,9 @@
 The bare loop decodes the same JPEGs with the same number of decoder threads and runs the same
 encoder on full batches with the same number of torch threads, in one process, without HTTP. It
 runs before and after the servers of every round, because machines drift, and a ratio is always to
-the two bare loops of its own round. "In lanes" is the same with as many batches side by side as the
-endpoint runs. Weights are random: speed does not depend on them. Everything stays on this machine;
-every phase ends by count or by time.
+the two bare loops of its own round. "Concurrent batches" is the same with as many batches side by
+side as the endpoint runs. Weights are random: speed does not depend on them. Everything stays on
+this machine; every phase ends by count or by time.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from benchmarks.serving.servers import (
     plain_fastapi,
 )
 
-BARE, IN_LANES = "bare loop", "bare loop, in lanes"
+BARE, CONCURRENT = "bare loop", "bare loop, concurrent batches"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ def write_artifact(model: Model, folder: str) -> None:
 
 
 def bare_loop(
-    model: Model, folder: str, jpegs: list[bytes], images: int, lanes: int
+    model: Model, folder: str, jpegs: list[bytes], images: int, concurrent: int
 ) -> dict[str, float]:
     """Decode and forward, batch after batch, nothing else.
 
@@ -93,14 +93,14 @@ def bare_loop(
         folder: its artifact.
         jpegs: decoded in turn.
         images: how many at least.
-        lanes: batches side by side, which share the batch size and the threads.
+        concurrent: batches side by side, which share the batch size and the threads.
     """
     from serve.embeddings.media.inputs import to_input
     from serve.embeddings.replica.embedder import Encoder
 
-    forward = forward_threads(lanes, model.threads // lanes)
+    forward = forward_threads(concurrent, model.threads // concurrent)
     encoder = Encoder(settings_for(model, folder))
-    pool, size = ThreadPoolExecutor(model.decode_threads), model.batch_size // lanes
+    pool, size = ThreadPoolExecutor(model.decode_threads), model.batch_size // concurrent
 
     def decode(index: int) -> Any:
         data = jpegs[index % len(jpegs)]
@@ -143,14 +143,14 @@ def servers(config: Config) -> dict[str, Server]:
 def one_round(config: Config, folder: str, jpegs: list[bytes]) -> dict[str, Any]:
     """Measures everything once; returns what `table` takes."""
 
-    def bare(lanes: int) -> dict[str, float]:
+    def bare(concurrent: int) -> dict[str, float]:
         if not config.bare_images:
             return {"images_per_s": math.nan, "cpu_ms_per_image": math.nan}
-        found = in_process(bare_loop, config.model, folder, jpegs, config.bare_images, lanes)
-        print(json.dumps({"lanes": lanes} | found), flush=True)
+        found = in_process(bare_loop, config.model, folder, jpegs, config.bare_images, concurrent)
+        print(json.dumps({"concurrent_batches": concurrent} | found), flush=True)
         return dict(found)
 
-    before, in_lanes = bare(1), bare(config.model.threads)
+    before, concurrent = bare(1), bare(config.model.threads)
     levels = {}
     for name, server in servers(config).items():
         with server(config.model, folder) as target:
@@ -160,7 +160,7 @@ def one_round(config: Config, folder: str, jpegs: list[bytes]) -> dict[str, Any]
                 for level in range(len(config.load.concurrency))
             ]
         print(json.dumps({name: levels[name]}), flush=True)
-    return {"bare": [before, bare(1)], "in_lanes": in_lanes, "levels": levels}
+    return {"bare": [before, bare(1)], "concurrent": concurrent, "levels": levels}
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -176,13 +176,13 @@ def table(rounds: list[dict[str, Any]]) -> str:
     def over(value: Callable[[dict[str, Any]], float], digits: int) -> str:
         return spread([value(each) for each in rounds], digits)
 
-    rate = over(lambda each: each["in_lanes"]["images_per_s"], 1)
-    ratio = over(lambda each: each["in_lanes"]["images_per_s"] / _bare(each), 2)
+    rate = over(lambda each: each["concurrent"]["images_per_s"], 1)
+    ratio = over(lambda each: each["concurrent"]["images_per_s"] / _bare(each), 2)
     rows = [
         "| | of bare loop | images/s | p50 ms | p99 ms | errors / requests |",
         "|---|---|---|---|---|---|",
         f"| {BARE} | 1 | {over(_bare, 1)} | | | |",
-        f"| {IN_LANES} | {ratio} | {rate} | | | |",
+        f"| {CONCURRENT} | {ratio} | {rate} | | | |",
     ]
     costs = [f"- {BARE} {over(lambda each: each['bare'][0]['cpu_ms_per_image'], 1)}"]
     for name, levels in rounds[0]["levels"].items():

@@ -1,4 +1,4 @@
-"""Dynamic batching: a batch is closed only when a lane of the model is free to run it.
+"""Dynamic batching: a batch is closed only when the model is free to run it.
 
 So the batches grow with the load. Ray's `@serve.batch` closes a batch `batch_wait_timeout_s` after
 its first item, even while the model still runs the previous one, so that many small batches queue
@@ -26,17 +26,17 @@ class _Waiting(Generic[Item, Result]):
 
 
 class Batcher(Generic[Item, Result]):
-    """Collects single items into batches and runs one batch at a time in every lane.
+    """Collects single items into batches and runs some batches at the same time.
 
-    Items leave in the order in which they came. Lanes that are free at the same time share what
+    Items leave in the order in which they came. Batches that may begin at the same time share what
     waits evenly.
 
     Args:
         run: maps a list of items to the list of their results.
-        batch_size: items in progress at most, in all lanes together.
-        max_wait_s: seconds that a free lane waits for a full batch. It waits only if the batch
-            before had company, that is more than one item: a single client gains nothing from it.
-        lanes: batches that run at the same time.
+        batch_size: items in progress at most, in all batches together.
+        max_wait_s: seconds that a batch waits until it is full. It waits only if the batch before
+            had company, that is more than one item: a single client gains nothing from it.
+        max_concurrent_batches: batches that run at the same time at most.
     """
 
     def __init__(
@@ -45,16 +45,16 @@ class Batcher(Generic[Item, Result]):
         *,
         batch_size: int,
         max_wait_s: float,
-        lanes: int = 1,
+        max_concurrent_batches: int = 1,
     ) -> None:
         self._run = run
-        self._most = max(1, batch_size // lanes)
+        self._most = max(1, batch_size // max_concurrent_batches)
         self._max_wait_s = max_wait_s
         self._waiting: deque[_Waiting[Item, Result]] = deque()
         self._arrived, self._turn = asyncio.Event(), asyncio.Lock()
-        self._had_company, self._free = False, lanes
+        self._had_company, self._free = False, max_concurrent_batches
         loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._lane()) for _ in range(lanes)]
+        self._tasks = [loop.create_task(self._run_batches()) for _ in range(max_concurrent_batches)]
 
     async def submit(self, item: Item) -> Result:
         """Queues an item and returns its result; if cancelled before its batch, it is not run.
@@ -67,7 +67,7 @@ class Batcher(Generic[Item, Result]):
         self._arrived.set()
         return await future
 
-    async def _lane(self) -> None:
+    async def _run_batches(self) -> None:
         while True:
             async with self._turn:
                 batch = await self._next_batch()

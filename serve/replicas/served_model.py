@@ -25,6 +25,24 @@ GONE_AFTER_S = 5.0
 CardT = TypeVar("CardT", bound=Card)
 
 
+def check_deployed(found: Card, deployed: Card, place: str) -> None:
+    """Refuses what a replica has loaded if it is another model than its application was built for.
+
+    Args:
+        found: the model that the replica has loaded.
+        deployed: the model when the application was built.
+        place: where it was loaded from, as its setting, such as `artifact=DIR`.
+
+    Raises:
+        ValueError: they differ, so the replica would mix two models for good.
+    """
+    if found != deployed:
+        raise ValueError(
+            f"{place} holds another model here than when it was deployed. "
+            "Give every model a folder of its own, and deploy that"
+        )
+
+
 class ServedModel(Generic[CardT]):
     """The model that the requests of one ingress replica are prepared for.
 

@@ -8,12 +8,13 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI, Request, Response
 
 from serve.embeddings.contract import ModelCard
-from serve.embeddings.frontend.schemas import EmbeddingRequest, EmbeddingResponse, Model, ModelList
+from serve.embeddings.frontend.schemas import EmbeddingRequest, EmbeddingResponse, Model
 from serve.embeddings.frontend.service import EmbeddingService
 from serve.embeddings.streams.routes import add_stream_route
 from serve.embeddings.streams.stream import StreamHub
 from serve.ingress.application import IngressParts, create_app
 from serve.ingress.bodies import answer_in_time, check_content_type, describe_body
+from serve.replicas.model_routes import add_model_routes
 
 
 def create_embeddings_app(
@@ -32,9 +33,12 @@ def create_embeddings_app(
         yield
         await service.close()
 
+    async def find_model(name: str | None) -> Model:
+        return _model(service, service.model.named(name))
+
     def add_routes(app: FastAPI) -> None:
         _add_embedding_route(app, service)
-        _add_model_routes(app, service)
+        add_model_routes(app, Model, find_model)
         if streams is not None:
             add_stream_route(app, streams)
 
@@ -59,18 +63,6 @@ def _add_embedding_route(app: FastAPI, service: EmbeddingService) -> None:
         check_content_type(request)
         service.admission.check(1)  # refuse before reading a body
         return await answer_in_time(request, service.answer, service.settings.timeout_s)
-
-
-def _add_model_routes(app: FastAPI, service: EmbeddingService) -> None:
-    @app.get("/v1/models")
-    async def list_models() -> ModelList:
-        """Lists the models of this server."""
-        return ModelList(data=[_model(service, service.model.card)])
-
-    @app.get("/v1/models/{name:path}")
-    async def get_model(name: str) -> Model:
-        """Describes one model."""
-        return _model(service, service.model.named(name))
 
 
 def _model(service: EmbeddingService, card: ModelCard) -> Model:

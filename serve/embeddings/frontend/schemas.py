@@ -15,6 +15,7 @@ from serve.embeddings.contract import How
 from serve.embeddings.encoding import OutputOptions
 from serve.embeddings.regions import RegionOptions
 from serve.ingress.bodies import parse_body
+from serve.replicas.model_routes import ModelEntry
 
 _ITEM_SCHEMA: dict[str, Any] = {
     "anyOf": [
@@ -126,16 +127,9 @@ class EmbeddingResponse(BaseModel):
     pictures get grids of their own."""
 
 
-class Model(BaseModel):
-    """One entry of `GET /v1/models`."""
+class Model(ModelEntry):
+    """What `GET /v1/models` tells of an encoder."""
 
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    """Unix time at which this replica was started."""
-    fingerprint: str
-    """Digest of the model's weights, its preprocessing, its type of numbers and its name."""
-    owned_by: str = "rayjepa"
     modality: Literal["image", "video"] = "image"
     """What the encoder was trained on; either kind of encoder accepts both."""
     dimensions: int
@@ -161,13 +155,6 @@ class Model(BaseModel):
     one."""
     surprise: bool
     """Whether `pooling: surprise` is answered."""
-
-
-class ModelList(BaseModel):
-    """Reply of `GET /v1/models`."""
-
-    object: Literal["list"] = "list"
-    data: list[Model]
 
 
 def parse_request(body: bytes) -> EmbeddingRequest:

@@ -27,9 +27,10 @@ from models.image_size import height_width
 from models.media.preprocessing import EncoderInput, Preprocessing, normalize
 from serve.embeddings.contract import Floats, ModelCard, Pooling
 from serve.embeddings.settings import ServeSettings
+from serve.replicas.batch_threads import BatchThreads
 from serve.replicas.batching import Batcher
 from serve.replicas.calls import Refusal
-from serve.replicas.lanes import Lanes
+from serve.replicas.served_model import check_deployed
 from serve.telemetry import BATCH_BUCKETS, LATENCY_BUCKETS_S, Reporter
 
 STUCK_AFTER_S = 300.0
@@ -173,8 +174,8 @@ class Embedder:
     """Serve deployment around an `Encoder`.
 
     Forward passes run in threads of their own, so that requests and health checks are answered
-    meanwhile (see `Lanes`). Requests hold decoded pixels of the right shape: an image that cannot
-    be decoded fails in the ingress, and no batch fails because of it.
+    meanwhile (see `BatchThreads`). Requests hold decoded pixels of the right shape: an image that
+    cannot be decoded fails in the ingress, and no batch fails because of it.
 
     Args:
         settings: see `ServeSettings`.
@@ -186,21 +187,17 @@ class Embedder:
     """
 
     def __init__(self, settings: ServeSettings, telemetry: Any, card: ModelCard) -> None:
-        self._lanes = Lanes(settings)  # before anything is computed
+        self._threads = BatchThreads(settings)  # before anything is computed
         self._encoder = Encoder(settings)
         self._card = self._encoder.card
-        if self._card != card:
-            raise ValueError(
-                f"artifact={settings.artifact} holds another model here than when it was deployed. "
-                "Give every model a folder of its own, and deploy that"
-            )
+        check_deployed(self._card, card, f"artifact={settings.artifact}")
         self._metrics(telemetry)
         self._warm_up(settings.batch_size)
         self._batcher = Batcher(
             self._run,
             batch_size=settings.batch_size,
             max_wait_s=settings.max_wait_ms / 1000,
-            lanes=self._lanes.count,
+            max_concurrent_batches=self._threads.max_concurrent_batches,
         )
 
     async def describe(self) -> ModelCard:
@@ -232,13 +229,13 @@ class Embedder:
         Raises:
             RuntimeError: a forward pass takes too long.
         """
-        if self._lanes.longest_s() > STUCK_AFTER_S:
+        if self._threads.longest_s() > STUCK_AFTER_S:
             raise RuntimeError(f"a forward pass has been running for over {STUCK_AFTER_S:.0f} s")
 
     async def _run(self, items: list[tuple[EncoderInput, Pooling]]) -> list[Floats]:
         started = time.monotonic()
         try:
-            return await self._lanes.run(
+            return await self._threads.run(
                 partial(self._encoder.run, items), is_single=len(items) == 1
             )
         finally:
@@ -253,12 +250,12 @@ class Embedder:
         """
         size, frames = height_width(self._card.preprocessing.image_size), self._card.frames
         image = EncoderInput(np.zeros((*size, 3), np.uint8))
-        most = max(1, batch_size // self._lanes.count)
+        most = max(1, batch_size // self._threads.max_concurrent_batches)
         one, full = (partial(self._encoder.run, [(image, "mean")] * count) for count in (1, most))
         if frames > 1:
             clip = EncoderInput(np.zeros((frames, *size, 3), np.uint8))
             one = partial(self._encoder.run, [(image, "mean"), (clip, "mean")])
-        self._lanes.warm_up(one, full)
+        self._threads.warm_up(one, full)
 
     def _metrics(self, telemetry: Any) -> None:
         registry = CollectorRegistry()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import Body, FastAPI, Header, Response
@@ -20,10 +21,12 @@ from serve.lm.frontend.schemas import (
     CreateSession,
     DetokenizeRequest,
     ForkSession,
+    Model,
     TokenizeRequest,
 )
 from serve.lm.frontend.served_models import ServedModels
 from serve.lm.frontend.service import LanguageService
+from serve.replicas.model_routes import add_model_routes
 
 SessionHeader = Annotated[str | None, Header()]
 """The header `X-Session-ID`, for clients that cannot add `session_id` to the body."""
@@ -42,7 +45,7 @@ def create_lm_app(parts: IngressParts, models: ServedModels, client: LMClient) -
         _add_generation_routes(app, models, client)
         _add_session_routes(app, models, client)
         _add_token_routes(app, models)
-        _add_model_routes(app, models)
+        add_model_routes(app, Model, partial(_model, models))
 
     return create_app(
         parts,
@@ -161,36 +164,21 @@ def _add_token_routes(app: FastAPI, models: ServedModels) -> None:
         return {"prompt": await asyncio.to_thread(service.tokenizer.decode, body.tokens)}
 
 
-def _add_model_routes(app: FastAPI, models: ServedModels) -> None:
-    async def model(name: str | None = None) -> dict[str, Any]:
-        await models.look()
-        card = models.service.card
-        if name is not None:
-            models.service.check_model(name)
-        numbers = {
-            name: getattr(card, name)
-            for name in ("capacity", "sinks", "sessions", "bytes_per_session", "persistent")
-        }
-        return {
-            "id": card.name,
-            "object": "model",
-            "created": card.created,
-            "owned_by": "rayjepa",
-            "modality": "text",
-            "max_model_len": None,  # there is no limit to a stream
-            "fingerprint": card.fingerprint,
-            **numbers,
-        }
-
-    @app.get("/v1/models")
-    async def list_models() -> Any:
-        """Lists the models of this server."""
-        return {"object": "list", "data": [await model()]}
-
-    @app.get("/v1/models/{name:path}")
-    async def get_model(name: str) -> Any:
-        """Describes one model."""
-        return await model(name)
+async def _model(models: ServedModels, name: str | None) -> Model:
+    await models.look()
+    service = models.service
+    service.check_model(name)
+    card = service.card
+    return Model(
+        id=card.name,
+        created=card.created,
+        fingerprint=card.fingerprint,
+        capacity=card.capacity,
+        sinks=card.sinks,
+        sessions=card.sessions,
+        bytes_per_session=card.bytes_per_session,
+        persistent=card.persistent,
+    )
 
 
 def _checked(session_id: str) -> str:

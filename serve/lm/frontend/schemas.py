@@ -15,6 +15,7 @@ from models.sink_lm.engine.sampling_params import SamplingParams
 from serve.ingress.bodies import RequestModel
 from serve.lm.contract import is_session_id
 from serve.lm.frontend.neutral_fields import MESSAGE, REQUEST, Tolerant
+from serve.replicas.model_routes import ModelEntry
 
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20
@@ -278,3 +279,21 @@ class ForkSession(RequestModel):
         if self.session_id is not None and not is_session_id(self.session_id):
             raise ValueError(f"session_id: {self.session_id!r} cannot be a session's name")
         return self
+
+
+class Model(ModelEntry):
+    """What `GET /v1/models` tells of a language model."""
+
+    modality: Literal["text"] = "text"
+    max_model_len: None = None
+    """There is no limit to a stream."""
+    capacity: int
+    """Tokens that a session sees at most."""
+    sinks: int
+    """Sink tokens of a session that does not set them."""
+    sessions: int
+    """Sessions that one replica holds in memory."""
+    bytes_per_session: int
+    """Size of a session's keys and values."""
+    persistent: bool
+    """Whether sessions outlive their replica."""

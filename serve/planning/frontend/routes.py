@@ -13,13 +13,13 @@ from serve.ingress.bodies import answer_in_time, check_content_type, describe_bo
 from serve.planning.contract import PlanCard
 from serve.planning.frontend.schemas import (
     Model,
-    ModelList,
     PlanRequest,
     PlanResponse,
     PredictRequest,
     PredictResponse,
 )
 from serve.planning.frontend.service import PlanningService
+from serve.replicas.model_routes import add_model_routes
 
 
 def create_planning_app(parts: IngressParts, service: PlanningService) -> FastAPI:
@@ -35,9 +35,12 @@ def create_planning_app(parts: IngressParts, service: PlanningService) -> FastAP
         yield
         await service.close()
 
+    async def find_model(name: str | None) -> Model:
+        return _model(service, service.model.named(name))
+
     def add_routes(app: FastAPI) -> None:
         _add_planning_routes(app, service)
-        _add_model_routes(app, service)
+        add_model_routes(app, Model, find_model)
 
     return create_app(
         parts,
@@ -70,18 +73,6 @@ def _add_planning_routes(app: FastAPI, service: PlanningService) -> None:
         """Returns what is expected to follow from actions."""
         check_content_type(request)
         return await answer_in_time(request, service.predict, service.settings.timeout_s)
-
-
-def _add_model_routes(app: FastAPI, service: PlanningService) -> None:
-    @app.get("/v1/models")
-    async def list_models() -> ModelList:
-        """Lists the models of this server."""
-        return ModelList(data=[_model(service, service.model.card)])
-
-    @app.get("/v1/models/{name:path}")
-    async def get_model(name: str) -> Model:
-        """Describes one model."""
-        return _model(service, service.model.named(name))
 
 
 def _model(service: PlanningService, card: PlanCard) -> Model:

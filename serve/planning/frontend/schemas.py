@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, Field, WithJsonSchema, model_validator
 
 from serve.ingress.bodies import RequestModel
+from serve.replicas.model_routes import ModelEntry
 
 _FRAME_SCHEMA: dict[str, Any] = {
     "anyOf": [
@@ -160,16 +161,9 @@ class PredictResponse(BaseModel):
     usage: Used
 
 
-class Model(BaseModel):
-    """One entry of `GET /v1/models`."""
+class Model(ModelEntry):
+    """What `GET /v1/models` tells of an agent."""
 
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    """Unix time at which this replica was started."""
-    fingerprint: str
-    """Digest of the agent's files and its name."""
-    owned_by: str = "rayjepa"
     world: str
     image_size: list[int]
     """Height and width of an observation, pixels."""
@@ -189,10 +183,3 @@ class Model(BaseModel):
     """Whether places can be read off the latents, which `zones` needs."""
     task: dict[str, Any]
     """The fields of a plan's request that hold unless it says otherwise."""
-
-
-class ModelList(BaseModel):
-    """Reply of `GET /v1/models`."""
-
-    object: Literal["list"] = "list"
-    data: list[Model]

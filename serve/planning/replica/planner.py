@@ -30,9 +30,10 @@ from serve.planning.contract import (
 from serve.planning.replica.imagination import Answer, Imagination, PlanTask, Task
 from serve.planning.replica.sessions import Session, SessionTable
 from serve.planning.settings import PlanningSettings
+from serve.replicas.batch_threads import BatchThreads
 from serve.replicas.batching import Batcher
 from serve.replicas.calls import Refusal
-from serve.replicas.lanes import Lanes
+from serve.replicas.served_model import check_deployed
 from serve.telemetry import BATCH_BUCKETS, LATENCY_BUCKETS_S, Reporter
 
 STUCK_AFTER_S = 120.0
@@ -86,7 +87,7 @@ def _state_width(saved: SavedAgent) -> int:
 
 
 class Planner:
-    """Serve deployment around an `Imagination`; batches run in threads of their own (`Lanes`).
+    """Serve deployment around an `Imagination`; its batches run in `BatchThreads`.
 
     Args:
         settings: see `PlanningSettings`.
@@ -98,23 +99,19 @@ class Planner:
     """
 
     def __init__(self, settings: PlanningSettings, telemetry: Any, card: PlanCard) -> None:
-        self._lanes = Lanes(settings)  # before anything is computed
+        self._threads = BatchThreads(settings)  # before anything is computed
         self._saved = load_agent(settings.agent)
         self._card = _card_of(settings, self._saved)
-        if self._card != card:
-            raise ValueError(
-                f"agent={settings.agent} holds another agent here than when it was deployed. "
-                "Give every agent a folder of its own, and deploy that"
-            )
+        check_deployed(self._card, card, f"agent={settings.agent}")
         self._imagination = Imagination(self._saved, settings.seed)
         self._sessions = SessionTable(settings.max_sessions, settings.session_ttl_s)
         self._metrics(telemetry)
-        self._warm_up(max(1, settings.batch_size // self._lanes.count))
+        self._warm_up(max(1, settings.batch_size // self._threads.max_concurrent_batches))
         self._batcher: Batcher[Task, Answer] = Batcher(
             self._run,
             batch_size=settings.batch_size,
             max_wait_s=settings.max_wait_ms / 1000,
-            lanes=self._lanes.count,
+            max_concurrent_batches=self._threads.max_concurrent_batches,
         )
 
     async def describe(self) -> PlanCard:
@@ -168,7 +165,7 @@ class Planner:
         Raises:
             RuntimeError: a batch takes too long.
         """
-        if self._lanes.longest_s() > STUCK_AFTER_S:
+        if self._threads.longest_s() > STUCK_AFTER_S:
             raise RuntimeError(f"a batch has been running for over {STUCK_AFTER_S:.0f} s")
 
     def _spec(self, task: Mapping[str, Any]) -> TaskSpec | ApiError:
@@ -212,7 +209,7 @@ class Planner:
     async def _run(self, tasks: list[Task]) -> list[Answer]:
         started = time.monotonic()
         try:
-            return await self._lanes.run(
+            return await self._threads.run(
                 partial(self._imagination.run, tasks), is_single=len(tasks) == 1
             )
         finally:
@@ -227,7 +224,7 @@ class Planner:
         query = PlanQuery(observation_hHWC=blank_hHWC, goal_HWC=goal_HWC, session=None, task={})
         task = PlanTask(query=query, spec=self._saved.task, session=None)
         one, full = (partial(self._imagination.run, [task] * count) for count in (1, most))
-        self._lanes.warm_up(one, full)
+        self._threads.warm_up(one, full)
 
     def _metrics(self, telemetry: Any) -> None:
         registry = CollectorRegistry()

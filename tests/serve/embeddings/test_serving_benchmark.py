@@ -45,7 +45,7 @@ def test_load_test_s_table_and_client() -> None:
             "p99_ms": 1200.0,
             "cpu_ms_per_request": {"Ingress": 5.0, "client": 0.2},
         }
-        return {"bare": bare, "in_lanes": bare[1], "levels": {"endpoint": [level]}}
+        return {"bare": bare, "concurrent": bare[1], "levels": {"endpoint": [level]}}
 
     text = serving.table([a_round(8.0), a_round(7.0), a_round(8.5)])
     row = "| endpoint, 32 clients | 0.80 (0.70 to 0.85) | 8.0 (7.0 to 8.5) | 900 | 1200 | 3 / 300 |"

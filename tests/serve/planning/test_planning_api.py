@@ -314,7 +314,7 @@ def test_an_agent_that_has_changed_since_the_deployment_does_not_start(tmp_path:
     settings = PlanningSettings(agent=place, threads=1)
     deployed = read_card(settings)
     save_agent(tmp_path / "a", fresh_agent(ensemble=2))
-    with pytest.raises(ValueError, match="another agent here than when it was deployed"):
+    with pytest.raises(ValueError, match=r"agent=.*another model here than when it was deployed"):
         Planner(settings, None, deployed)
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from serve.embeddings.settings import ServeSettings
+from serve.replicas.batch_threads import BatchThreads
 from serve.replicas.batching import Batcher
-from serve.replicas.lanes import Lanes
 
 
 def test_batches_fill_while_the_model_is_busy() -> None:
@@ -37,7 +37,7 @@ def test_batches_fill_while_the_model_is_busy() -> None:
     assert sizes == [1, 8, 4]
 
 
-def test_free_lanes_share_what_waits_in_its_order() -> None:
+def test_concurrent_batches_share_what_waits_in_its_order() -> None:
     seen: list[list[int]] = []
 
     async def main() -> None:
@@ -48,7 +48,7 @@ def test_free_lanes_share_what_waits_in_its_order() -> None:
             await is_free.wait()
             return items
 
-        batcher = Batcher(run, batch_size=8, max_wait_s=0.0, lanes=2)
+        batcher = Batcher(run, batch_size=8, max_wait_s=0.0, max_concurrent_batches=2)
         asked = [asyncio.create_task(batcher.submit(item)) for item in range(6)]
         for _ in range(20):
             await asyncio.sleep(0)
@@ -59,7 +59,7 @@ def test_free_lanes_share_what_waits_in_its_order() -> None:
 
     asyncio.run(main())
     assert [item for items in seen for item in items] == list(range(18))
-    assert max(map(len, seen)) == 4  # a lane's half of the batch size
+    assert max(map(len, seen)) == 4  # half of the batch size each
 
 
 def test_only_a_batch_that_follows_company_waits() -> None:
@@ -85,10 +85,10 @@ def test_only_a_batch_that_follows_company_waits() -> None:
 
 def test_a_lone_item_takes_all_threads_and_others_share_them() -> None:
     async def main() -> None:
-        lanes = Lanes(ServeSettings(artifact="a", threads=6))
-        assert lanes.count == 4
-        assert await lanes.run(torch.get_num_threads, is_single=True) == 6
-        assert await lanes.run(torch.get_num_threads, is_single=False) in (1, 2)
+        threads = BatchThreads(ServeSettings(artifact="a", threads=6))
+        assert threads.max_concurrent_batches == 4
+        assert await threads.run(torch.get_num_threads, is_single=True) == 6
+        assert await threads.run(torch.get_num_threads, is_single=False) in (1, 2)
         barrier = threading.Barrier(4, timeout=20)
 
         def together() -> int:
@@ -96,18 +96,19 @@ def test_a_lone_item_takes_all_threads_and_others_share_them() -> None:
             return torch.get_num_threads()
 
         singles = [False, True, True, True]  # single, but not alone
-        calls = (lanes.run(together, is_single=single) for single in singles)
+        calls = (threads.run(together, is_single=single) for single in singles)
         assert sorted(await asyncio.gather(*calls)) == [1, 1, 2, 2]
-        assert lanes.longest_s() == 0
-        one_lane = Lanes(ServeSettings(artifact="a", threads=6, gpus=1))
+        assert threads.longest_s() == 0
+        of_gpu = BatchThreads(ServeSettings(artifact="a", threads=6, gpus=1))
         found = {
-            await one_lane.run(threading.get_ident, is_single=single) for single in (True, False)
+            await of_gpu.run(threading.get_ident, is_single=single) for single in (True, False)
         }
         assert len(found) == 1
 
     asyncio.run(main())
-    assert Lanes(ServeSettings(artifact="a", threads=6, gpus=1)).count == 1
-    assert Lanes(ServeSettings(artifact="a", threads=6, batch_size=2)).count == 2
+    for more, count in (({"gpus": 1}, 1), ({"batch_size": 2}, 2)):
+        threads = BatchThreads(ServeSettings(artifact="a", threads=6, **more))
+        assert threads.max_concurrent_batches == count
 
 
 def test_cancelled_and_failed_items_leave_the_others_alone() -> None:

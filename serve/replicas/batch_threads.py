@@ -22,14 +22,14 @@ from typing import Protocol, TypeVar
 
 import torch
 
-MOST_LANES = 4
+MOST_CONCURRENT_BATCHES = 4
 """Forward passes at the same time at most, on a CPU."""
 
 Result = TypeVar("Result")
 
 
-class LaneSettings(Protocol):
-    """What of an application's settings decides its lanes."""
+class ThreadSettings(Protocol):
+    """What of an application's settings decides its threads."""
 
     @property
     def threads(self) -> int | None:
@@ -44,30 +44,33 @@ class LaneSettings(Protocol):
         """Items that are computed at the same time at most."""
 
 
-class Lanes:
+class BatchThreads:
     """Runs several calls at the same time, and one that is alone with all torch threads.
 
     The thread that makes it computes with one torch thread from then on.
 
     Args:
-        settings: the torch threads in all, and whether the model is on a GPU, which has one lane.
+        settings: the torch threads in all, and whether the model is on a GPU, which computes
+            one batch after the other.
 
     Attributes:
-        count: the calls that may run at the same time.
+        max_concurrent_batches: calls that may run at the same time.
     """
 
-    def __init__(self, settings: LaneSettings) -> None:
+    def __init__(self, settings: ThreadSettings) -> None:
         threads = settings.threads or len(os.sched_getaffinity(0))
         torch.set_num_threads(1)
-        self.count = 1 if settings.gpus else min(threads, settings.batch_size, MOST_LANES)
-        each, more = divmod(threads, self.count)
-        self._shared = _pool([each + (lane < more) for lane in range(self.count)])
+        most = min(threads, settings.batch_size, MOST_CONCURRENT_BATCHES)
+        self.max_concurrent_batches = count = 1 if settings.gpus else most
+        each, more = divmod(threads, count)
+        self._shared = _pool([each + (number < more) for number in range(count)])
         # A GPU has one thread for all calls: another one would have memory of its own there.
-        self._alone = _pool([threads]) if self.count > 1 else self._shared
+        self._alone = _pool([threads]) if count > 1 else self._shared
         self._begun: list[float] = []
 
     async def run(self, call: Callable[[], Result], *, is_single: bool) -> Result:
-        """Runs a call in a thread; the caller sees to it that no more than `count` run.
+        """Runs a call in a thread; the caller sees to it that no more than
+        `max_concurrent_batches` run.
 
         Args:
             call: a forward pass.
@@ -87,9 +90,9 @@ class Lanes:
         return time.monotonic() - min(self._begun) if self._begun else 0.0
 
     def warm_up(self, single: Callable[[], object], batch: Callable[[], object]) -> None:
-        """Runs a call of a single item with all threads, then one of a batch in every lane."""
+        """Runs a single item with all torch threads, then a batch in each of the other threads."""
         self._alone.submit(single).result()
-        for done in [self._shared.submit(batch) for _ in range(self.count)]:
+        for done in [self._shared.submit(batch) for _ in range(self.max_concurrent_batches)]:
             done.result()
 
 
