@@ -186,8 +186,12 @@ class WorldModelConfig(SIGRegConfig):
     history: int = 1
     """worldmodel: frames that a state is made of, for `pooled`: one does not say how fast things
     move."""
+    recurrent_width: int = 0
+    """worldmodel: width of the state of a recurrent network over the last `history` frames, for
+    `pooled`. It stands beside the newest latent, in the place of the older ones. 0 for none."""
     rollout_steps: int = 2
-    """worldmodel: steps that `block_causal` imagines in training from its own predictions."""
+    """worldmodel: steps that are imagined in training from the model's own predictions, for
+    `block_causal` and recurrent states; else all of the window's are."""
     action_width: int = 2
     """worldmodel: numbers that describe what was done between two frames of a clip: those of one
     frame's action, times --clip.stride."""
@@ -235,8 +239,25 @@ class WorldModelConfig(SIGRegConfig):
             f"must be positive and below --objective.window ({self.window}), got {self.history}",
         )
         require(self.rollout_steps > 0, "objective.rollout-steps", "must be positive")
-        if self.predictor != "block_causal":
-            return
+        require(self.recurrent_width >= 0, "objective.recurrent-width", "must be >= 0")
+        require(
+            self.rollout_steps < self.window or not self._takes_rollout_steps,
+            "objective.rollout-steps",
+            f"must be below --objective.window ({self.window}), got {self.rollout_steps}",
+        )
+        require(
+            self.history > 1 or not self.recurrent_width,
+            "objective.recurrent-width",
+            "needs frames to run over: set --objective.history to more than 1",
+        )
+        if self.predictor == "block_causal":
+            self._check_block_causal()
+
+    @property
+    def _takes_rollout_steps(self) -> bool:
+        return self.predictor == "block_causal" or self.recurrent_width > 0
+
+    def _check_block_causal(self) -> None:
         require(
             self.perception != "keypoints",
             "objective.predictor",
@@ -244,11 +265,6 @@ class WorldModelConfig(SIGRegConfig):
         )
         require(
             self.history == 1, "objective.history", "is for `pooled`: block_causal sees all frames"
-        )
-        require(
-            self.rollout_steps < self.window,
-            "objective.rollout-steps",
-            f"must be below --objective.window ({self.window}), got {self.rollout_steps}",
         )
         require(
             self.dynamics_width % 32 == 0,

@@ -48,8 +48,6 @@ class BlockCausalPredictor(Dynamics):
         ValueError: the width is not such a multiple.
     """
 
-    history = 1
-
     def __init__(
         self,
         *,
@@ -109,13 +107,13 @@ class BlockCausalPredictor(Dynamics):
             frames.append(self(context_BTD, actions_BTA[:, first : step + 1])[:, -1])
         return torch.stack(frames[1:], dim=1)
 
-    def errors(self, latents_BTD: Tensor, actions_BTA: Tensor) -> dict[str, Tensor]:
+    def errors(self, states_BTZ: Tensor, actions_BTA: Tensor) -> dict[str, Tensor]:
         """See `Dynamics.errors`: the absolute error with the true past, and with the imagined."""
-        next_BTD = self(latents_BTD[:, :-1], actions_BTA)
-        future_BKD = self.rollout(latents_BTD[:, 0], actions_BTA[:, : self.steps])
-        true_BKD = latents_BTD[:, 1 : 1 + future_BKD.shape[1]]
+        next_BTD = self(states_BTZ[:, :-1], actions_BTA)
+        future_BKD = self.rollout(states_BTZ[:, 0], actions_BTA[:, : self.steps])
+        true_BKD = states_BTZ[:, 1 : 1 + future_BKD.shape[1]]
         return {
-            "prediction": (next_BTD - latents_BTD[:, 1:]).abs().mean(-1),
+            "prediction": (next_BTD - states_BTZ[:, 1:]).abs().mean(-1),
             "rollout": (future_BKD - true_BKD).abs().mean(-1),
         }
 

@@ -46,22 +46,19 @@ class ActionBlock(nn.Module):
 class Dynamics(nn.Module):
     """What actions do to latents."""
 
-    history: int
-    """Frames whose latents make a state."""
-
     def rollout(self, state_BZ: Tensor, actions_BTA: Tensor) -> Tensor:
         """Returns the states after each of T actions, from one to the next, [B, T, Z]."""
         raise NotImplementedError
 
-    def errors(self, latents_BTD: Tensor, actions_BTA: Tensor) -> dict[str, Tensor]:
+    def errors(self, states_BTZ: Tensor, actions_BTA: Tensor) -> dict[str, Tensor]:
         """Returns the terms of the loss by name, before their mean over clips and steps.
 
         Args:
-            latents_BTD: of the T frames of clips.
+            states_BTZ: at T frames of clips.
             actions_BTA: between them, T - 1.
 
         Returns:
-            Errors [B, S] of S predicted frames, of which the first is frame number `history`.
+            Errors [B, S] of the S frames after the first that are predicted.
         """
         raise NotImplementedError
 
@@ -81,7 +78,7 @@ class LatentPredictor(Dynamics):
         self, *, latent: int, actions: int, width: int, depth: int, history: int = 1
     ) -> None:
         super().__init__()
-        self.history, self.latent = history, latent
+        self.latent = latent
         self.embed_latent = nn.Linear(history * latent, width)
         self.embed_action = nn.Sequential(nn.Linear(actions, width), nn.SiLU())
         self.blocks = nn.ModuleList(ActionBlock(width) for _ in range(depth))
@@ -106,9 +103,8 @@ class LatentPredictor(Dynamics):
             found.append(state_BZ)
         return torch.stack(found, dim=1)
 
-    def errors(self, latents_BTD: Tensor, actions_BTA: Tensor) -> dict[str, Tensor]:
-        """See `Dynamics.errors`: the squared error of all frames, imagined from the first ones."""
-        h = self.history
-        future_BTZ = self.rollout(latents_BTD[:, :h].flatten(1), actions_BTA[:, h - 1 :])
-        wrong_BTD = future_BTZ[..., -self.latent :] - latents_BTD[:, h:]
-        return {"prediction": wrong_BTD.square().mean(-1)}
+    def errors(self, states_BTZ: Tensor, actions_BTA: Tensor) -> dict[str, Tensor]:
+        """See `Dynamics.errors`: the squared error of all frames, imagined from the first state."""
+        future_BTZ = self.rollout(states_BTZ[:, 0], actions_BTA)
+        wrong_BTZ = future_BTZ - states_BTZ[:, 1:]
+        return {"prediction": wrong_BTZ[..., -self.latent :].square().mean(-1)}

@@ -16,9 +16,11 @@ With E predictors in the ensemble each is trained on its own rollout, and their 
 how far an imagined future can be trusted.
 
 With a history, a state is the latents of the last h frames side by side, and clips are imagined
-from their first h frames. With the predictor over patches (`block_causal`) a frame has a latent of
-its own for every patch; the regularisers take patches as rows, and the prediction's loss is that of
-`BlockCausalPredictor`.
+from their first h frames; or it is the newest latent and the state of a recurrent network over them
+(`recurrent`), whose loss is `RecurrentPredictor`'s. Statistics are then taken over all frames of
+the batch at once, because clips are long and few. With the predictor over patches (`block_causal`)
+a frame has a latent of its own for every patch; the regularisers take patches as rows, and the
+prediction's loss is that of `BlockCausalPredictor`.
 
 Shape legend: B clips or rows, C = 3 channels, T frames, H and W pixels, N latents of a frame, L
 latent width, D = N * L, h frames of history, Z = h * D, A action width, E predictors.
@@ -41,6 +43,10 @@ from models.objectives.vicreg import variance_and_covariance
 from models.planning.world_model.block_causal import BlockCausalPredictor
 from models.planning.world_model.perception import Perception, perception_from_settings
 from models.planning.world_model.predictor import Dynamics, LatentPredictor
+from models.planning.world_model.recurrent import RecurrentPredictor, RecurrentStates
+
+ENCODED = 256
+"""Frames of a walk that are encoded at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +68,8 @@ class WorldModel(RegisteredObjective):
         perception: encodes single frames.
         predictors: the ensemble.
         sigreg: computes the statistic of `weights.isotropy`.
+        history: h, frames that a state is made of.
+        recurrent: makes states of latents; None puts the last h latents side by side.
         actions: A.
         weights: of the regularisers.
         mean: channel means that are subtracted from the pixels, of values in [0, 1].
@@ -74,6 +82,8 @@ class WorldModel(RegisteredObjective):
         predictors: list[Dynamics],
         sigreg: SIGReg,
         *,
+        history: int = 1,
+        recurrent: RecurrentStates | None = None,
         actions: int,
         weights: Weights,
         mean: tuple[float, ...],
@@ -81,6 +91,7 @@ class WorldModel(RegisteredObjective):
     ) -> None:
         super().__init__()
         self.perception, self.predictors = perception, nn.ModuleList(predictors)
+        self.history, self.recurrent = history, recurrent
         self.sigreg, self.weights, self.actions = sigreg, weights, actions
         width, seen = perception.width, 2 * perception.grid.tokens * perception.width
         self.inverse = nn.Sequential(
@@ -99,6 +110,8 @@ class WorldModel(RegisteredObjective):
             perception,
             [_dynamics(perception, objective) for _ in range(objective["ensemble"])],
             sigreg_from_settings(objective),
+            history=objective["history"],
+            recurrent=_recurrent(perception, objective),
             actions=objective["action_width"],
             weights=Weights(**{name: objective[f"{name}_weight"] for name in vars(Weights())}),
             mean=model["mean"],
@@ -124,11 +137,6 @@ class WorldModel(RegisteredObjective):
     def watched(self) -> dict[str, int]:
         """The latents."""
         return {"latent": self.perception.width}
-
-    @property
-    def history(self) -> int:
-        """h, frames that a state is made of."""
-        return cast(Dynamics, self.predictors[0]).history
 
     def forward(self, batch: Batch) -> Output:
         """Computes the loss of clips uint8 [B, C, T, H, W] and actions [B, T - 1, A].
@@ -160,12 +168,14 @@ class WorldModel(RegisteredObjective):
             "inverse": over_steps((self.inverse(pairs_BTX) - actions_BTA).square().mean(-1)),
         }
         members = cast(Sequence[Dynamics], self.predictors)
-        errors = [one.errors(latents_BTD, actions_BTA) for one in members]
+        states_BSZ = self.states(latents_BTD)
+        first = latents_BTD.shape[1] - states_BSZ.shape[1]
+        errors = [one.errors(states_BSZ, actions_BTA[:, first:]) for one in members]
         for name in errors[0]:
-            of = [over_steps(one[name], self.history - 1) for one in errors]
-            parts[name] = torch.stack(of).mean()
+            parts[name] = torch.stack([over_steps(one[name], first) for one in errors]).mean()
         width = self.perception.width
-        rows = [step_BD.reshape(-1, width) for step_BD in latents_BTD.unbind(1)]
+        steps = [latents_BTD] if self.recurrent else latents_BTD.unbind(1)
+        rows = [step.reshape(-1, width) for step in steps]
         if self.weights.isotropy:
             parts["isotropy"] = torch.stack([self.sigreg(rows_ML) for rows_ML in rows]).mean()
         spread = [variance_and_covariance(rows_ML) for rows_ML in rows]
@@ -176,6 +186,16 @@ class WorldModel(RegisteredObjective):
             name: part.detach() for name, part in parts.items()
         }
 
+    def states(self, latents_BTD: Tensor) -> Tensor:
+        """Returns the states of clips, from the first frame on that has one, [B, S, Z].
+
+        With a recurrent state that is the first frame, else number h.
+        """
+        if self.recurrent is not None:
+            found_BTZ: Tensor = self.recurrent(latents_BTD)
+            return found_BTZ
+        return latents_BTD.unfold(1, self.history, 1).mT.flatten(2)
+
     def encode(self, frames_BCHW: Tensor) -> Tensor:
         """Encodes what is seen as states [B, Z].
 
@@ -185,8 +205,26 @@ class WorldModel(RegisteredObjective):
         """
         B, channels, H, W = frames_BCHW.shape
         latents = self._perceive(frames_BCHW.reshape(-1, 3, H, W))
+        if self.recurrent is not None:
+            return self.recurrent.last(latents.view(B, -1, latents.shape[-1]))
         states_BZ = latents.view(B, -1)
         return states_BZ.repeat(1, self.history) if channels == 3 else states_BZ
+
+    def walk(self, frames_TCHW: Tensor) -> Tensor:
+        """Returns the states at all frames of one walk, given those before each, [T, Z].
+
+        It is what `encode` returns for each of them, for less: every frame is encoded once. A
+        recurrent network sees all frames so far, also those further back than h.
+
+        Args:
+            frames_TCHW: uint8 [T, 3, H, W].
+        """
+        parts = torch.split(frames_TCHW, ENCODED)
+        latents_TD = torch.cat([self._perceive(part_BCHW) for part_BCHW in parts])
+        if self.recurrent is None:  # before the first frame nothing moved
+            before_hD = latents_TD[:1].expand(self.history - 1, -1)
+            latents_TD = torch.cat([before_hD, latents_TD])
+        return self.states(latents_TD[None])[0]
 
     def rollout(self, states_BZ: Tensor, actions_BTA: Tensor) -> Tensor:
         """Imagines what T actions lead to, by each predictor of the ensemble, [E, B, T, Z]."""
@@ -204,6 +242,11 @@ class WorldModel(RegisteredObjective):
         self.sigreg.advance()
 
 
+def _recurrent(perception: Perception, objective: Settings) -> RecurrentStates | None:
+    width = objective.get("recurrent_width", 0)  # which agents of before do not have
+    return RecurrentStates(perception.width, width) if width else None
+
+
 def _dynamics(perception: Perception, objective: Settings) -> Dynamics:
     """Builds the predictor that `objective["predictor"]` names, with fresh weights."""
     actions, width = objective["action_width"], objective["dynamics_width"]
@@ -216,6 +259,15 @@ def _dynamics(perception: Perception, objective: Settings) -> Dynamics:
             width=width,
             depth=depth,
             context=objective["window"] - 1,
+            steps=objective["rollout_steps"],
+        )
+    if recurrent := objective.get("recurrent_width", 0):
+        return RecurrentPredictor(
+            latent=perception.width,
+            recurrent=recurrent,
+            actions=actions,
+            width=width,
+            depth=depth,
             steps=objective["rollout_steps"],
         )
     return LatentPredictor(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from pipelines.fetchers.games.doom_view import VIEW_VARIABLES, view_values
-from pipelines.fetchers.games.engine import U8, require
+from pipelines.fetchers.games.engine import U8, require, start_doom
 from pipelines.runtime.errors import FetchError
 
 RATE = Fraction(35, 2)  # every second tic
@@ -68,10 +67,9 @@ class DoomGame:
         game.set_render_hud(hud)
         game.set_labels_buffer_enabled(not hud)
         game.set_depth_buffer_enabled(not hud)
-        # The engine leaves its settings in the folder it starts in.
-        with contextlib.chdir(self._folder.name):
-            game.set_doom_config_path(f"{self._folder.name}/vizdoom.ini")
-            game.init()
+        folder = Path(self._folder.name) / ("hud" if hud else "nohud")
+        folder.mkdir()
+        start_doom(game, folder)
         return game
 
     def reset(self, seed: int) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
+import shlex
+import sys
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -49,3 +54,22 @@ def require(module: str) -> Any:
     except ImportError as error:
         install = 'pip install -e ".[games]" -c constraints.txt'
         raise FetchError(f"gameplay needs the extra `games`: {install} ({error})") from error
+
+
+def start_doom(game: Any, folder: Path) -> None:
+    """Starts the engine of a configured `vizdoom.DoomGame`, which ends with this process.
+
+    Args:
+        game: the game; its settings stay, except for the paths of its engine and settings file.
+        folder: empty folder for what the engine leaves behind.
+    """
+    engine = Path(require("vizdoom").__file__).with_name("vizdoom")
+    guard = [sys.executable, "-IS", str(Path(__file__).with_name("guard.py")), str(os.getpid())]
+    starter = folder / "vizdoom"
+    starter.write_text(f'#!/bin/sh\nexec {shlex.join([*guard, str(engine)])} "$@"\n')
+    starter.chmod(0o700)
+    game.set_vizdoom_path(str(starter))
+    game.set_doom_config_path(str(folder / "vizdoom.ini"))
+    # The engine leaves its settings in the folder it starts in.
+    with contextlib.chdir(folder):
+        game.init()

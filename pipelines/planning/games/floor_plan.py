@@ -8,7 +8,6 @@ Shape suffixes: L lines, R and C rows and columns of cells, N cells where one ca
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy.typing as npt
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import dijkstra
 
-from pipelines.fetchers.games.engine import require
+from pipelines.fetchers.games.engine import require, start_doom
 
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
@@ -92,10 +91,8 @@ def doom_lines(scenario: str) -> list[F64]:
     game.load_config(str(Path(doom.scenarios_path) / f"{scenario}.cfg"))
     game.set_window_visible(False)
     game.set_sectors_info_enabled(True)
-    # The engine leaves its settings in the folder it starts in.
-    with tempfile.TemporaryDirectory(prefix="rayjepa-doom-") as folder, contextlib.chdir(folder):
-        game.set_doom_config_path(f"{folder}/vizdoom.ini")
-        game.init()
+    with tempfile.TemporaryDirectory(prefix="rayjepa-doom-") as folder:
+        start_doom(game, Path(folder))
         sectors = game.get_state().sectors
         game.close()
     return [

@@ -48,8 +48,7 @@ def stacked(frames_THW3: U8, history: int) -> Tensor:
 @torch.no_grad()
 def encode_walk(model: WorldModel, walk: Walk) -> Tensor:
     """Returns the states of a walk's frames, [T, Z]."""
-    seen = stacked(walk.frames_THW3, model.history)
-    return torch.cat([model.encode(part) for part in torch.split(seen, ENCODED)])
+    return model.walk(stacked(walk.frames_THW3, 1))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,8 @@
 Frames are encoded once, so a step costs no perception: that of V-JEPA 2-AC is frozen too (Assran et
 al. 2025, arXiv 2506.09985, section 3). The loss is that of training (`Dynamics.errors`).
 
-Shape suffixes: C clips, B clips of a batch, T frames of a clip, D latent width, A buttons.
+Shape suffixes: N frames of a walk, C clips, B clips of a batch, T frames of a clip, Z width of a
+state, A buttons.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from models.planning.world_model.predictor import Dynamics
 from models.planning.world_model.world_model import WorldModel
 from pipelines.planning.games.walks import Walk
 
-FRAMES = 6
-"""T, or fewer where a predictor sees fewer."""
+FRAMES = 11
+"""T, or fewer where a predictor sees fewer; as many steps are imagined as are measured."""
 BATCH = 64
 """B."""
 LR = 1e-3
@@ -48,12 +49,12 @@ def tuned(
     members = [cast(Dynamics, one) for one in found.predictors]
     seen = [one.context for one in members if isinstance(one, BlockCausalPredictor)]
     frames = min([FRAMES, *(context + 1 for context in seen)])
-    latents_CTD, actions_CTA = _clips(model, states, walks, frames)
+    states_CTZ, actions_CTA = _clips(states, walks, frames)
     generator = torch.Generator().manual_seed(seed)
 
     def loss() -> Tensor:
-        drawn_B = torch.randint(len(latents_CTD), (BATCH,), generator=generator)
-        errors = [one.errors(latents_CTD[drawn_B], actions_CTA[drawn_B]) for one in members]
+        drawn_B = torch.randint(len(states_CTZ), (BATCH,), generator=generator)
+        errors = [one.errors(states_CTZ[drawn_B], actions_CTA[drawn_B]) for one in members]
         return torch.stack([part.mean() for one in errors for part in one.values()]).sum()
 
     for _ in descend(found.predictors.parameters(), loss, steps=steps, lr=LR):
@@ -61,15 +62,12 @@ def tuned(
     return found.eval().requires_grad_(False)
 
 
-def _clips(
-    model: WorldModel, states: Sequence[Tensor], walks: Sequence[Walk], frames: int
-) -> tuple[Tensor, Tensor]:
-    """Returns all clips of the walks: latents [C, T, D] and actions [C, T - 1, A]."""
-    latents, actions = [], []
+def _clips(states: Sequence[Tensor], walks: Sequence[Walk], frames: int) -> tuple[Tensor, Tensor]:
+    """Returns all clips of the walks: states [C, T, Z] and actions [C, T - 1, A]."""
+    found, actions = [], []
     for states_NZ, walk in zip(states, walks, strict=True):
-        newest_ND = states_NZ[:, -(states_NZ.shape[1] // model.history) :]
-        if len(newest_ND) >= frames:
-            latents.append(newest_ND.unfold(0, frames, 1).mT)
+        if len(states_NZ) >= frames:
+            found.append(states_NZ.unfold(0, frames, 1).mT)
             pressed_NA = torch.from_numpy(walk.actions_TA)
             actions.append(pressed_NA.unfold(0, frames, 1).mT[:, :-1])
-    return torch.cat(latents), torch.cat(actions)
+    return torch.cat(found), torch.cat(actions)

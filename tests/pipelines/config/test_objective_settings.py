@@ -10,6 +10,7 @@ from pipelines.config.train import PretrainConfig
 ALWAYS = {"slices", "knots", "regularize", "regularizer_weight"}
 WORLD_MODEL = {
     *("perception", "predictor", "window", "history", "rollout_steps", "ensemble"),
+    "recurrent_width",
     *(f"{name}_width" for name in ("action", "latent", "dynamics")),
     "dynamics_depth",
     *(f"{n}_weight" for n in ("isotropy", "variance", "covariance", "smoothness", "inverse")),

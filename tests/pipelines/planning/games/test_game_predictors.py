@@ -41,10 +41,11 @@ def error(model: WorldModel, states: list[torch.Tensor], found: list[Walk]) -> f
 
 def test_predictors_learn_on_and_perception_stays() -> None:
     patches = {"predictor": "block_causal", "window": 4}
-    for objective, share in (({}, 0.9), ({"history": 2}, 0.9), (patches, 1.0)):
+    recurrent = {"recurrent_width": 8, "history": 4}
+    for objective, share in (({}, 0.9), ({"history": 2}, 0.9), (recurrent, 0.9), (patches, 1.0)):
         model, found = made(**objective), walks(12)
         states = [encode_walk(model, one) for one in found]
-        better = tuned(model, states, found, 40, seed=0)
+        better = tuned(model, states, found, 80, seed=0)
         assert error(better, states, found) < share * error(model, states, found), objective
         changed = [n for n, p in better.state_dict().items() if not p.equal(model.state_dict()[n])]
         assert changed
