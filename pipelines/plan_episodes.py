@@ -40,6 +40,7 @@ from models.planning.world_model.world_model import WorldModel
 from models.planning.worlds.two_rooms import SIDE, TwoRooms
 from pipelines.config.checks import require
 from pipelines.config.places import ReadPlace, WrittenPlace
+from pipelines.config.train import PretrainConfig
 from pipelines.planning.fitting import fit, unperceived
 from pipelines.planning.games.job import GameJob, compare
 from pipelines.planning.games.job import table as game_table
@@ -88,7 +89,7 @@ class PlanEpisodesConfig:
     """Games: optimizer steps in which the model's predictors learn on from the walks, its
     perception as it is."""
     budgets: tuple[int, ...] = ()
-    """Games: further budgets of the row with the critic, for success by budget."""
+    """Games: further budgets of the row `ours`, for success by budget."""
     rules: Rules = field(default_factory=Rules)
     """The numbers that the configurator goes by."""
     tune: int = 0
@@ -176,19 +177,31 @@ def _play_game(cfg: PlanEpisodesConfig) -> dict[str, Any]:
         env=cfg.env,
         model=_world_model(model, "--checkpoint"),
         untrained=_world_model(new_objective(run), "--checkpoint"),
+        settings=_settings(run),
+        checkpoint=info["uri"],
         task=cfg.task,
+        rules=cfg.rules,
         budgets=cfg.budgets,
         **{n: getattr(cfg, n) for n in ("episodes", "walks", "critic_steps", "predictor_steps")},
         seed=cfg.seed,
         chunk=cfg.chunk,
     )
-    found, pictures = compare(job)
+    found, files = compare(job)
     results = {"checkpoint": info["uri"], **found, "settings": dataclasses.asdict(cfg)}
     fs, folder = open_uri(cfg.out)
+    for name, data in files.items():
+        write_atomic(fs, f"{folder}/{name}", data)
     write_atomic(fs, f"{folder}/results.json", json.dumps(results, indent=1).encode())
-    for name, picture in pictures.items():
-        write_atomic(fs, f"{folder}/{name}", picture)
     return results
+
+
+def _settings(run: PretrainConfig) -> dict[str, Any]:
+    """Returns what a run's model is built from; see `models.planning.saved_agent`."""
+    return {
+        "name": run.objective.name,
+        "model": run.model_settings,
+        "objective": run.objective_settings,
+    }
 
 
 def saved_agent(cfg: PlanEpisodesConfig, parts: Comparison, facts: dict[str, Any]) -> SavedAgent:
@@ -235,11 +248,7 @@ def make_comparison(cfg: PlanEpisodesConfig) -> tuple[Comparison, dict[str, Any]
         )
     parts = Comparison(
         trained=fitted,
-        settings={
-            "name": run.objective.name,
-            "model": run.model_settings,
-            "objective": run.objective_settings,
-        },
+        settings=_settings(run),
         untrained=untrained,
         control=_control(cfg, places_BT2, generator),
         task=cfg.task,

@@ -84,6 +84,7 @@ class SavedAgent:
             critic=self.critic,
             distance=self.distance or goal_distance,
             readout=self.readout,
+            choices_KA=self.actions.choices_KA,
             seed=seed,
         )
 
@@ -146,7 +147,7 @@ def load_agent(uri: str) -> SavedAgent:
         critic=_critic(_part(tensors, "critic")),
         distance=None if features is None else SlowDistance(features_DF=features),
         readout=None if readout is None else Readout(weight_D2=readout),
-        actions=ActionSpace(**found["actions"]),
+        actions=_actions(found["actions"]),
         world=found["world"],
         frame=(found["frame"][0], found["frame"][1]),
         task=TaskSpec(**task | {"zones": tuple(map(tuple, task["zones"]))}),
@@ -161,6 +162,12 @@ def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
         for name, value in tensors.items()
         if name.startswith(f"{part}.")
     }
+
+
+def _actions(found: Mapping[str, Any]) -> ActionSpace:
+    choices = found.get("choices")  # JSON knows lists, and agents of before have none
+    rows = None if choices is None else tuple(map(tuple, choices))
+    return ActionSpace(**{**found, "choices": rows})
 
 
 def _critic(tensors: Mapping[str, Tensor]) -> Critic | None:

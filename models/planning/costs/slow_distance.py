@@ -15,6 +15,7 @@ Shape legend: B candidates or walks, T steps, D latent width, E predictors, F fe
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -36,15 +37,16 @@ class SlowDistance:
     """Maps latents to features, each divided by its rate."""
 
     @classmethod
-    def fit(cls, latents_BTD: Tensor) -> SlowDistance:
-        """Fits the features to the latents of walks.
+    def fit(cls, latents_BTD: Iterable[Tensor]) -> SlowDistance:
+        """Fits the features to the latents of walks, which may differ in length.
 
         The mean squared length of a step is that in the latents, so that both distances have the
         same units.
         """
-        rows_ND = latents_BTD.flatten(0, 1).double()
+        walks = [latents_TD.double() for latents_TD in latents_BTD]
+        rows_ND = torch.cat(walks)
         rows_ND = rows_ND - rows_ND.mean(0)
-        steps_ND = (latents_BTD[:, 1:] - latents_BTD[:, :-1]).flatten(0, 1).double()
+        steps_ND = torch.cat([latents_TD.diff(dim=0) for latents_TD in walks])
         variance_D, axes_DD = torch.linalg.eigh(rows_ND.T @ rows_ND / len(rows_ND))
         kept_D = variance_D > LEAST_VARIANCE * variance_D.amax()
         white_DF = axes_DD[:, kept_D] / variance_D[kept_D].sqrt()

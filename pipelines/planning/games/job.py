@@ -6,23 +6,27 @@ Shape suffixes: Z width of a state.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from models.planning.configurator import TaskSpec, configure
+from models.planning.actors.space import ActionSpace
+from models.planning.configurator import Rules, TaskSpec, configure
 from models.planning.costs.critic import Critic, CriticTraining, train_critic
+from models.planning.costs.slow_distance import SlowDistance
 from models.planning.memory import Memory
+from models.planning.saved_agent import SavedAgent, agent_files
 from models.planning.world_model.world_model import WorldModel
 from pipelines.planning.games.floor_plan import read_floor_plan
 from pipelines.planning.games.imagination import clips_of, encode_walk, fit_readout, open_loop
 from pipelines.planning.games.navigation import KINDS, Episode, Task, draw_tasks
 from pipelines.planning.games.picture import draw_curve, draw_paths
 from pipelines.planning.games.predictors import tuned
-from pipelines.planning.games.rows import ROWS, GameComparison, run_part
+from pipelines.planning.games.rows import CURVE, ROWS, GameComparison, run_part
 from pipelines.planning.games.walks import Walk, walk_seed, walks
 from pipelines.planning.games.worlds import GAME_WORLDS
 from pipelines.planning.results import interval, summary
@@ -43,9 +47,14 @@ class GameJob:
     env: str
     model: WorldModel
     untrained: WorldModel
+    settings: Mapping[str, Any]
+    """What the model is built from; see `models.planning.saved_agent`."""
+    checkpoint: str
+    """Where it comes from."""
     task: TaskSpec
+    rules: Rules
     budgets: tuple[int, ...]
-    """Further budgets of the row `ours_critic`."""
+    """Further budgets of the row `rows.CURVE`."""
     episodes: int
     """Episodes of every row and kind."""
     walks: int
@@ -61,7 +70,7 @@ def compare(job: GameJob) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Measures what the model imagines and, where a game has rooms, runs all rows.
 
     Returns:
-        The results, and pictures by file name.
+        The results, and files by name: pictures, and the agent of the row `rows.CURVE`.
 
     Raises:
         FetchError: the game's engine is not installed.
@@ -78,12 +87,14 @@ def compare(job: GameJob) -> tuple[dict[str, Any], dict[str, bytes]]:
     readout = fit_readout(states, fitted)
     clips = clips_of([encode_walk(job.model, one) for one in held], held)
     results = open_loop(world, job.model, readout, clips)
+    distance = SlowDistance.fit(states)
+    files = {f"agent/{name}": data for name, data in agent_files(saved(job, distance)).items()}
     if not world.rooms:
-        return results, {}
+        return results, files
     start = time.perf_counter()
     critic = critic_of(states, job.critic_steps, job.seed)
     results["critic_seconds"] = time.perf_counter() - start
-    comparison = _comparison(job, critic)
+    comparison = _comparison(job, critic, distance)
     tasks = _tasks(job, comparison, held)
     shared, remote = ray.put(comparison), ray.remote(num_cpus=1)(run_part)
     running = {
@@ -96,7 +107,27 @@ def compare(job: GameJob) -> tuple[dict[str, Any], dict[str, bytes]]:
     }
     played = {key: [e for part in ray.get(parts) for e in part] for key, parts in running.items()}
     results |= _summary(comparison, played)
-    return results, _pictures(comparison, tasks, played, results)
+    return results, files | _pictures(comparison, tasks, played, results)
+
+
+def saved(job: GameJob, distance: SlowDistance) -> SavedAgent:
+    """Returns the agent of the row `rows.CURVE`, to be saved."""
+    world = GAME_WORLDS[job.env]
+    with closing(world.start()) as player:
+        choices = tuple(map(tuple, player.choices_KA.tolist()))
+    return SavedAgent(
+        model=job.model,
+        settings=job.settings,
+        critic=None,
+        distance=distance,
+        readout=None,
+        actions=ActionSpace(width=len(choices[0]), choices=choices),
+        world=job.env,
+        frame=world.size,
+        task=job.task,
+        rules=job.rules,
+        provenance={"checkpoint": job.checkpoint, "seed": job.seed},
+    )
 
 
 def critic_of(states: Sequence[torch.Tensor], steps: int, seed: int) -> Critic:
@@ -126,28 +157,26 @@ def _walks(job: GameJob) -> tuple[list[Walk], list[Walk]]:
     return found[0], found[1]
 
 
-def _comparison(job: GameJob, critic: Critic) -> GameComparison:
+def _comparison(job: GameJob, critic: Critic, distance: SlowDistance) -> GameComparison:
     budgets = (job.task.budget, *job.budgets)
     return GameComparison(
         env=job.env,
         model=job.model,
         untrained=job.untrained,
         critic=critic,
+        distance=distance,
         plan=read_floor_plan(GAME_WORLDS[job.env].game),
-        configs={b: configure(replace(job.task, budget=b)) for b in budgets},
+        configs={b: configure(replace(job.task, budget=b), job.rules) for b in budgets},
         steps=job.task.steps,
     )
 
 
 def _tasks(job: GameJob, comparison: GameComparison, held: Sequence[Walk]) -> dict[str, list[Task]]:
-    player = GAME_WORLDS[job.env].start()
-    try:
+    with closing(GAME_WORLDS[job.env].start()) as player:
         return {
             kind: draw_tasks(player, comparison.plan, held, kind, job.episodes, job.seed)
             for kind in KINDS
         }
-    finally:
-        player.close()
 
 
 Played = dict[tuple[str, int, str], list[Episode]]
@@ -180,8 +209,8 @@ def _paired(reached_B: np.ndarray[Any, Any], floor_B: np.ndarray[Any, Any]) -> d
 
 
 def _point(comparison: GameComparison, played: Played, budget: int) -> dict[str, Any]:
-    """Returns success and speed of `ours_critic` at one budget."""
-    of = {kind: played["ours_critic", budget, kind] for kind in KINDS}
+    """Returns success and speed of the row `CURVE` at one budget."""
+    of = {kind: played[CURVE, budget, kind] for kind in KINDS}
     episodes = [episode for kind in KINDS for episode in of[kind]]
     decisions = sum(e.steps for e in episodes) / max(sum(e.decisions for e in episodes), 1e-9)
     search = comparison.configs[budget].search
@@ -206,7 +235,7 @@ def _pictures(
     first = next(iter(comparison.configs))
     panels = []
     for kind in ("one", "two"):
-        for row in ("random", "ours_critic"):
+        for row in ("random", CURVE):
             episodes = played[row, first, kind]
             rate = np.mean([e.reached for e in episodes])
             title = f"{row}, goal {KINDS[kind]} room(s) away: {rate:.0%}"

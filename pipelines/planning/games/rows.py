@@ -10,6 +10,8 @@ import torch
 from models.planning.agent import ShuffledModel, build_agent
 from models.planning.configurator import AgentConfig
 from models.planning.costs.critic import Critic
+from models.planning.costs.intrinsic import goal_distance
+from models.planning.costs.slow_distance import SlowDistance
 from models.planning.world_model.world_model import WorldModel
 from pipelines.planning.games.floor_plan import FloorPlan
 from pipelines.planning.games.navigation import (
@@ -27,11 +29,14 @@ ROWS = {
     "random": "choices at random, each held for some steps",
     "untrained": "the same agent with a model of fresh weights",
     "shuffled": "the trained model, imagining with the actions of other candidates",
-    "ours": "the trained model, judged by distance in its latents",
+    "ours_plain": "the trained model, judged by the distance of its latents",
+    "ours": "the trained model, judged by the distance of its slow features",
     "ours_critic": "the trained model, judged by the critic",
     "map": "the shortest way, by who knows map and place",
 }
 """The rows in the order in which they are printed, and what each one is."""
+CURVE = "ours"
+"""The row that is played with further budgets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,16 +47,17 @@ class GameComparison:
     model: WorldModel
     untrained: WorldModel
     critic: Critic
+    distance: SlowDistance
     plan: FloorPlan
     configs: Mapping[int, AgentConfig]
-    """Settings of the agent by budget; all rows have the first, `ours_critic` every one."""
+    """Settings of the agent by budget; all rows have the first, `CURVE` every one."""
     steps: int
 
     @property
     def rows(self) -> list[tuple[str, int]]:
         """The rows, each with its budget."""
         first, *more = self.configs
-        return [(row, first) for row in ROWS] + [("ours_critic", budget) for budget in more]
+        return [(row, first) for row in ROWS] + [(CURVE, budget) for budget in more]
 
 
 def run_part(comparison: GameComparison, row: str, budget: int, tasks: list[Task]) -> list[Episode]:
@@ -87,6 +93,7 @@ def _policy(
         limit=lambda actions: actions,
         action_width=player.choices_KA.shape[1],
         critic=comparison.critic if row == "ours_critic" else None,
+        distance=goal_distance if row == "ours_plain" else comparison.distance,
         choices_KA=torch.from_numpy(player.choices_KA),
         seed=task.seed,
     )

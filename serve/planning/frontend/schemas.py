@@ -174,7 +174,8 @@ class Model(ModelEntry):
     action_width: int
     """Numbers of one action."""
     actions: dict[str, Any]
-    """What else is known of the actions, such as `longest`: their greatest Euclidean length."""
+    """What else is known of the actions: `longest`, their greatest Euclidean length, or `choices`,
+    all that there are."""
     methods: list[str]
     judged_by: Literal["critic", "distance"]
     """What stands for the way that is left to the goal."""

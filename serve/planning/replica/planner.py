@@ -57,6 +57,8 @@ def _card_of(settings: PlanningSettings, saved: SavedAgent) -> PlanCard:
     name = settings.model or saved.world
     digest = hashlib.sha256(repr((digest_of_bytes(described), name)).encode()).hexdigest()
     task = dataclasses.asdict(saved.task)
+    limits = dataclasses.asdict(saved.actions).items()
+    actions = {name: value for name, value in limits if value is not None}
     return PlanCard(
         name=name,
         fingerprint=digest,
@@ -71,8 +73,9 @@ def _card_of(settings: PlanningSettings, saved: SavedAgent) -> PlanCard:
         history=saved.model.history,
         state_width=_state_width(saved),
         action_width=saved.actions.width,
-        actions=dataclasses.asdict(saved.actions),
-        methods=tuple(METHODS),
+        actions=actions,
+        # Choices are searched in one way, whatever the method.
+        methods=tuple(METHODS) if saved.actions.choices is None else (saved.task.method,),
         judged_by="distance" if saved.critic is None else "critic",
         predictors=len(saved.model.predictors),
         reads_places=saved.readout is not None,

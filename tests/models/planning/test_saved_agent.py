@@ -80,6 +80,24 @@ def test_it_plans_as_before(tmp_path: Path, without: dict) -> None:
     assert not any(p.requires_grad for p in again.model.parameters())
 
 
+BUTTONS = ActionSpace(width=2, choices=((1.0, 0.0), (0.0, 1.0), (1.0, 1.0)))
+
+
+def test_an_agent_that_presses_buttons_presses_no_others(tmp_path: Path) -> None:
+    before = saved(critic=None, readout=None, actions=BUTTONS, task=TaskSpec(steps=4, budget=96))
+    again = load_agent(write(tmp_path, before))
+    assert again.actions == BUTTONS
+    plans = plans_of(again)
+    assert torch.equal(plans, plans_of(before))
+    assert {tuple(row) for row in plans.flatten(0, 1).tolist()} <= set(BUTTONS.choices or ())
+
+
+def test_what_is_no_choice_is_brought_to_the_nearest() -> None:
+    given = torch.tensor([[[0.9, 0.2], [0.0, 1.0]], [[0.8, 0.7], [0.1, 0.0]]])
+    nearest = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 1.0], [1.0, 0.0]]])
+    assert torch.equal(BUTTONS.limited(given), nearest)
+
+
 def test_a_request_may_have_a_task_of_its_own() -> None:
     agent = saved()
     other = dataclasses.replace(agent.task, steps=7, budget=999)

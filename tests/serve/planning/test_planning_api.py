@@ -32,6 +32,8 @@ from helpers.serve.planning import (
     save_agent,
     seeing_agent,
 )
+from models.planning.actors.space import ActionSpace
+from models.planning.costs.slow_distance import SlowDistance
 from pipelines.planning.episodes import draw_tasks
 from serve.ingress.errors import ApiError
 from serve.planning.contract import PlanCard, PlanQuery
@@ -178,6 +180,29 @@ def test_a_model_with_a_history_takes_its_last_frames(tmp_path: Path) -> None:
     states = model.encode(torch.stack([torch.cat(frames[:2]), torch.cat(frames[1:])]))
     expected = model.rollout(states[:1], torch.tensor([[[1.0, 0.0]]]))[0, 0, 0]
     assert told["errors"][0] == pytest.approx(float((expected - states[1]).norm()), rel=1e-3)
+
+
+def test_an_agent_of_a_game_answers_with_buttons(tmp_path: Path) -> None:
+    choices = ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0))
+    actions = ActionSpace(width=2, choices=choices)
+    distance = SlowDistance(features_DF=torch.randn(WIDTH, 3))
+    agent = fresh_agent(critic=None, distance=distance, readout=False, actions=actions)
+    folder = save_agent(tmp_path / "game", agent)
+    asked = [
+        post("/v1/plan", **plan()),
+        post("/v1/predict", **predict(actions=[[1, 1], [0, 1]])),
+        post("/v1/predict", **predict(actions=[[1, 1], [0, 0]])),
+        post("/v1/plan", **plan(method="mppi")),
+        ("GET", "/v1/models/tworooms", {}),
+    ]
+    found, imagined, strange, refused, card = requests(folder, *asked)
+    assert found.status_code == imagined.status_code == 200
+    assert {tuple(row) for row in found.json()["path"]["actions"]} <= set(choices)
+    assert (strange.status_code, strange.json()["error"]["param"]) == (400, "actions.1")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "method")
+    told = card.json()
+    assert told["actions"] == {"width": 2, "choices": [list(row) for row in choices]}
+    assert (told["judged_by"], told["methods"]) == ("distance", ["cem"])
 
 
 def test_a_session_is_remembered_until_its_goal_changes(folder: str) -> None:

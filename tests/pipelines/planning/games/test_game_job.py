@@ -5,38 +5,65 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from models.objectives.registry import build_objective
-from models.planning.configurator import TaskSpec
+from models.planning.configurator import Rules, TaskSpec
+from models.planning.saved_agent import load_agent
 from models.planning.world_model.world_model import WorldModel
 from pipelines import plan_episodes as plan_job
 from pipelines.plan_episodes import PlanEpisodesConfig, plan_episodes
 from pipelines.planning.games.job import GameJob, compare, table
 from pipelines.planning.games.navigation import KINDS
 from pipelines.planning.games.rows import ROWS
+from pipelines.planning.games.worlds import GAME_WORLDS, GameWorld
 from pipelines.recipes.planning import worldmodel_breakout, worldmodel_doom
 
 RECIPES = {"my_way_home": worldmodel_doom, "breakout": worldmodel_breakout}
 
 
-def fresh(env: str) -> WorldModel:
-    """A small model with fresh weights, by the game's recipe."""
+def settings_of(env: str) -> dict[str, Any]:
+    """What a small model is built from, by the game's recipe."""
     recipe = RECIPES[env]()
     cfg = replace(recipe, objective=replace(recipe.objective, latent_width=8, dynamics_width=16))
+    return {
+        "name": "worldmodel",
+        "model": cfg.model_settings,
+        "objective": cfg.objective_settings,
+    }
+
+
+def fresh(env: str) -> WorldModel:
+    """A small model with fresh weights, by the game's recipe."""
     torch.manual_seed(0)
-    built = build_objective(
-        "worldmodel", model=cfg.model_settings, objective=cfg.objective_settings
-    )
+    told = settings_of(env)
+    built = build_objective("worldmodel", model=told["model"], objective=told["objective"])
     assert isinstance(built, WorldModel)
     return built.eval().requires_grad_(False)
 
 
+def presses_a_choice(files: dict[str, bytes], folder: Path, world: GameWorld) -> bool:
+    """Whether the agent that was saved plans one of the world's choices."""
+    for name in ("agent.json", "weights.safetensors"):
+        (folder / name).write_bytes(files[f"agent/{name}"])
+    saved = load_agent(str(folder))
+    agent = saved.agent()
+    agent.begin(torch.zeros(1, 3, *world.size, dtype=torch.uint8))
+    seen = torch.zeros(1, 3 * saved.model.history, *world.size, dtype=torch.uint8)
+    pressed = agent.plan(seen, torch.zeros(1, dtype=torch.int64))[0, 0]
+    assert saved.world == world.game
+    return tuple(pressed.tolist()) in set(saved.actions.choices or ())
+
+
 def job(env: str, **changes: Any) -> GameJob:
     settings: dict[str, Any] = {
+        "settings": settings_of(env),
+        "checkpoint": "there",
+        "rules": Rules(),
         "task": TaskSpec(steps=2, budget=96),
         "budgets": (24,),
         "episodes": 2,
@@ -51,9 +78,9 @@ def job(env: str, **changes: Any) -> GameJob:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_all_rows_are_played_by_the_same_episodes(ray_local: None) -> None:
+def test_all_rows_are_played_by_the_same_episodes(ray_local: None, tmp_path: Path) -> None:
     pytest.importorskip("vizdoom", reason="needs the extra `games`")
-    found, pictures = compare(job("my_way_home"))
+    found, files = compare(job("my_way_home"))
     assert list(found["rows"]) == list(ROWS)
     for row in found["rows"].values():
         assert list(row) == list(KINDS)
@@ -62,8 +89,10 @@ def test_all_rows_are_played_by_the_same_episodes(ray_local: None) -> None:
     assert found["rows"]["untrained"] == found["rows"]["ours"]
     assert [point["budget"] for point in found["curve"]] == [24, 96]
     assert all(point["plans_per_second"] > 0 for point in found["curve"])
+    pictures = {name: data for name, data in files.items() if not name.startswith("agent/")}
     assert set(pictures) == {"trajectories.png", "budget.png"}
     assert all(data.startswith(b"\x89PNG") for data in pictures.values())
+    assert presses_a_choice(files, tmp_path, GAME_WORLDS["my_way_home"])
     lines = "\n".join(table(found))
     assert all(f"\n{row:12} same" in lines for row in ROWS)
     assert {"position", "angle"} == set(found["open_loop"])
@@ -72,18 +101,21 @@ def test_all_rows_are_played_by_the_same_episodes(ray_local: None) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_game_without_rooms_has_its_imagination_measured(ray_local: None) -> None:
+def test_a_game_without_rooms_has_its_imagination_measured(ray_local: None, tmp_path: Path) -> None:
     pytest.importorskip("ale_py", reason="needs the extra `games`")
-    found, pictures = compare(job("breakout"))
+    found, files = compare(job("breakout"))
     assert set(found["open_loop"]) == {"paddle", "ball"}
     assert "rows" not in found
-    assert not pictures
+    assert presses_a_choice(files, tmp_path, GAME_WORLDS["breakout"])
     assert len(table(found)) == 2 * 6
 
 
 def test_the_command_writes_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Run:
-        """A run's configuration, of which nothing is read here."""
+        """A run's configuration, of which next to nothing is read here."""
+
+        objective = SimpleNamespace(name="worldmodel")
+        model_settings = objective_settings = MappingProxyType({"of": "the run"})
 
     seen = []
 
@@ -97,10 +129,17 @@ def test_the_command_writes_what_was_found(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(plan_job, "compare", compared)
     monkeypatch.setattr(plan_job, "prepare", lambda cfg: cfg)
     cfg = PlanEpisodesConfig(
-        checkpoint="run", env="my_way_home", out=str(tmp_path), episodes=3, budgets=(480,)
+        checkpoint="run",
+        env="my_way_home",
+        out=str(tmp_path),
+        episodes=3,
+        budgets=(480,),
+        rules=Rules(horizon=12),
     )
     found = plan_episodes(cfg)
     assert (seen[0].env, seen[0].episodes, seen[0].budgets) == ("my_way_home", 3, (480,))
+    assert seen[0].rules.horizon == 12
+    assert seen[0].settings["model"] == {"of": "the run"}
     written = json.loads((tmp_path / "results.json").read_text())
     assert written["checkpoint"] == found["checkpoint"] == "there"
     assert written["settings"]["env"] == "my_way_home"
