@@ -6,14 +6,16 @@
 Every row meets the same starts and goals: a random policy, an untrained model, the trained one with
 shuffled actions, the trained one by distance and by critic, the same search in the true simulator,
 and who knows the map. Other tables are of the agent less each of its modules, of success by budget,
-of what remembered plans are worth, and of a policy distilled from the plans. Ray tasks run the
-episodes. The job writes OUT/results.json, pictures, and OUT/agent, which can be served;
-docs/planning.md says what the numbers mean.
+of the methods of search, of what remembered plans are worth, and of a policy distilled from the
+plans. Ray tasks run the episodes. The job writes OUT/results.json, pictures, and OUT/agent, which
+can be served. What it has played lies in OUT/played until then: a job that was ended goes on when
+it is started again. docs/planning.md says what the numbers mean.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
@@ -45,11 +47,13 @@ from pipelines.planning.fitting import fit, unperceived
 from pipelines.planning.games.job import GameJob, compare
 from pipelines.planning.games.job import table as game_table
 from pipelines.planning.games.worlds import GAME_WORLDS
-from pipelines.planning.imagination import Distance, follows_the_way, open_loop
-from pipelines.planning.rows import Comparison, Fitted, in_tasks
-from pipelines.planning.studies import HELD_OUT, STUDIES, Setting
-from pipelines.planning.tables import table
-from pipelines.planning.tuning import search
+from pipelines.planning.imagination import Distance, disagreement, follows_the_way, open_loop
+from pipelines.planning.journal import Journal
+from pipelines.planning.playing import Player, in_tasks
+from pipelines.planning.rows import Comparison, Fitted
+from pipelines.planning.studies.studies import HELD_OUT, STUDIES, Setting
+from pipelines.planning.studies.tables import table
+from pipelines.planning.tuning import VALIDATED, gain, search
 from pipelines.runs.checkpoints import load_objective, new_objective
 from pipelines.runtime.errors import run_command
 from pipelines.runtime.places import prepare
@@ -70,11 +74,12 @@ class PlanEpisodesConfig:
     row."""
     env: Literal["tworooms", "my_way_home", "breakout"] = "tworooms"
     """The world. The other two are games (docs/planning_games.md)."""
-    rows: tuple[Literal["comparison", "ablations", "budgets", "recall", "distilled"], ...] = (
-        "comparison",
-    )
+    rows: tuple[
+        Literal["comparison", "ablations", "budgets", "methods", "recall", "distilled"], ...
+    ] = ("comparison",)
     """What is compared: the rows of the gate, the agent less each of its modules, success by
-    budget, more or less memory, and a policy distilled from plans."""
+    budget, the methods of search by budget, more or less memory, and a policy distilled from
+    plans."""
     out: WrittenPlace = "plans"
     """Folder for results.json, pictures and the agent."""
     episodes: int = 100
@@ -147,16 +152,22 @@ def plan_episodes(cfg: PlanEpisodesConfig) -> dict[str, Any]:
     files: dict[str, bytes] = {}
     parts, facts = make_comparison(cfg)
     results |= facts
-    if cfg.tune:
-        parts = _tuned(cfg, parts, results)
+    journal = Journal(folder=join_uri(cfg.out, "played"))
     setting = Setting(
         parts=parts,
         open_loop_px=facts["open_loop_px"]["model"]["5"],
         episodes=cfg.episodes,
         distilled_from=cfg.distil,
-        chunk=cfg.chunk,
-        each=in_tasks,
+        player=Player(
+            chunk=cfg.chunk,
+            each=in_tasks,
+            journal=journal,
+            tell=functools.partial(print, flush=True),
+        ),
     )
+    if cfg.tune:
+        setting = _tuned(cfg, setting, results)
+        parts = setting.parts
     for study in dict.fromkeys(cfg.rows):
         found, drawn = STUDIES[study](setting)
         results, files = results | found, files | drawn
@@ -166,6 +177,7 @@ def plan_episodes(cfg: PlanEpisodesConfig) -> dict[str, Any]:
     for name, data in files.items():
         write_atomic(fs, f"{folder}/{name}", data)
     write_atomic(fs, f"{folder}/results.json", json.dumps(results, indent=1).encode())
+    journal.remove()
     return results
 
 
@@ -279,6 +291,7 @@ def _worth(trained: WorldModel, fitted: Fitted, seed: int) -> dict[str, Any]:
     }
     return {
         **open_loop(trained, fitted.readout, world, seed),
+        "disagreement": disagreement(trained, world, seed),
         "rank_correlation_with_the_way": follows_the_way(trained, distances, world, seed),
     }
 
@@ -293,17 +306,21 @@ def _world_model(objective: torch.nn.Module, flag: str) -> WorldModel:
     return objective.eval().requires_grad_(False)
 
 
-def _tuned(cfg: PlanEpisodesConfig, parts: Comparison, results: dict[str, Any]) -> Comparison:
-    """Searches for settings and returns the parts with the best."""
+def _tuned(cfg: PlanEpisodesConfig, setting: Setting, results: dict[str, Any]) -> Setting:
+    """Searches for settings and returns the setting of the studies with the best."""
+    before = setting.parts
     found = search(
-        parts,
+        before,
         candidates=cfg.tune,
         episodes=cfg.tune_episodes,
         seed=cfg.seed,
         out=join_uri(cfg.out, "tuning"),
     )
+    after = found[0].applied(before)
+    tasks = {kind: setting.tasks(kind) for kind in VALIDATED}
     results["tuned"] = [dataclasses.asdict(candidate) for candidate in found]
-    return found[0].applied(parts)
+    results["tuned_gain"] = gain(before, after, tasks, setting.player)
+    return dataclasses.replace(setting, parts=after)
 
 
 def printed(results: dict[str, Any]) -> list[str]:

@@ -63,6 +63,45 @@ def open_loop(
 
 
 @torch.no_grad()
+def disagreement(model: Model, world: TwoRooms, seed: int) -> dict[str, dict[str, float]]:
+    """Measures whether an ensemble knows where it errs, on walks that nothing was fitted on.
+
+    Errors are those of the mean predictor's latents. The quarter of the walks with the greatest is
+    told from the quarter with the least by the disagreement of the predictors and, beside it, by
+    how far the latents have been imagined to move, which needs no ensemble.
+
+    Returns:
+        By number of steps both AUROCs (`disagreement`, `moved`); nothing of a single predictor.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    places_BT2, actions_BT2 = world.random_walk(WALKS, max(STEPS), generator)
+    latents_BTD = encode_walks(model, world, places_BT2)
+    imagined_EBTD = model.rollout(latents_BTD[:, 0], actions_BT2)
+    if len(imagined_EBTD) == 1:
+        return {}
+    mean_BTD = imagined_EBTD.mean(0)
+    error_BT = (mean_BTD - latents_BTD[:, 1:]).norm(dim=-1)
+    apart_BT = imagined_EBTD.var(0, unbiased=False).mean(-1).sqrt()
+    moved_BT = (mean_BTD - latents_BTD[:, :1]).norm(dim=-1)
+    return {
+        str(step): {
+            "disagreement": _tells(apart_BT[:, step - 1], error_BT[:, step - 1]),
+            "moved": _tells(moved_BT[:, step - 1], error_BT[:, step - 1]),
+        }
+        for step in STEPS
+    }
+
+
+def _tells(score_B: Tensor, error_B: Tensor) -> float:
+    """Returns the chance that a score is higher for a great error than for a small one."""
+    quarter = len(error_B) // 4
+    ordered_B = error_B.argsort()
+    small_B, great_B = score_B[ordered_B[:quarter]], score_B[ordered_B[-quarter:]]
+    above = stats.mannwhitneyu(great_B.numpy(), small_B.numpy()).statistic
+    return float(above / quarter**2)
+
+
+@torch.no_grad()
 def encode_walks(model: Model, world: TwoRooms, places_BT2: Tensor) -> Tensor:
     """Returns the latents of all frames of walks, [B, T, D]."""
     return torch.stack([model.encode(world.render(places_T2)) for places_T2 in places_BT2])
@@ -85,10 +124,7 @@ def follows_the_way(
     """
     generator = torch.Generator().manual_seed(seed)
     places_B2, goals_B2 = (world.sample_places(PAIRS, generator) for _ in range(2))
-    way_B = (places_B2 - goals_B2).norm(dim=-1)
-    middle_2 = torch.tensor([sum(world.wall) / 2, sum(world.door) / 2])
-    through_B = (places_B2 - middle_2).norm(dim=-1) + (goals_B2 - middle_2).norm(dim=-1)
-    way_B = torch.where(world.room(places_B2) == world.room(goals_B2), way_B, through_B)
+    way_B = world.way_length(places_B2, goals_B2)
     latents_BD, aims_BD = (model.encode(world.render(at_B2)) for at_B2 in (places_B2, goals_B2))
     found = {name: distance(latents_BD, aims_BD) for name, distance in distances.items()}
     far_B = way_B > FAR

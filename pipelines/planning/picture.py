@@ -90,8 +90,11 @@ def _draw_panel(axes: Axes, panel: Panel, world: TwoRooms) -> None:
 def draw_budgets(curves: Mapping[str, Mapping[str, Any]], kinds: Mapping[str, str]) -> bytes:
     """Returns a PNG of success by imagined steps an action, with intervals.
 
+    On top stand the decisions a second of the first row.
+
     Args:
-        curves: by row and budget, what `pipelines.planning.results.rates` says of each kind.
+        curves: by row and budget, what `pipelines.planning.results.rates` says of each kind, and
+            `decisions_per_second`.
         kinds: the kinds and their titles, one panel each.
     """
     figure = Figure(figsize=(4.6 * len(kinds), 3.4), layout="constrained")
@@ -103,8 +106,18 @@ def draw_budgets(curves: Mapping[str, Mapping[str, Any]], kinds: Mapping[str, st
             axes.plot(steps, [one["rate"] for one in of], "o-", label=row, markersize=4)
             low, high = zip(*(one["interval"] for one in of), strict=True)
             axes.fill_between(steps, low, high, alpha=0.15)
-        axes.set(xscale="log", ylim=(-0.03, 1.03), xlabel="imagined steps an action", title=title)
+        axes.set(xscale="log", ylim=(-0.03, 1.03), xlabel="imagined steps an action")
+        axes.set_title(title, pad=16)
         axes.grid(alpha=0.3)
+        for budget, point in next(iter(curves.values())).items():
+            axes.annotate(
+                f"{point['decisions_per_second']:.0f}/s",
+                (int(budget), 1.0),
+                xycoords=("data", "axes fraction"),
+                ha="center",
+                va="bottom",
+                fontsize=7,
+            )
     figure.axes[0].set_ylabel("goals reached")
     figure.axes[-1].legend(loc="lower right", fontsize=8)
     file = io.BytesIO()

@@ -1,4 +1,4 @@
-"""The rows that are compared: policies by name, made of one set of parts, and run in Ray tasks.
+"""The rows that are compared: policies by name, made of one set of parts.
 
 Shape suffixes: B episodes, 2 = (x, y) in pixels.
 """
@@ -6,12 +6,10 @@ Shape suffixes: B episodes, 2 = (x, y) in pixels.
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from models.planning.actors.policy import Policy as Distilled
@@ -19,16 +17,14 @@ from models.planning.actors.policy import PolicyAgent
 from models.planning.agent import Agent, Model, ShuffledModel, build_agent
 from models.planning.configurator import Rules, TaskSpec, configure
 from models.planning.costs.critic import Critic
-from models.planning.costs.intrinsic import Term, goal_distance
+from models.planning.costs.intrinsic import Future, Term, goal_distance
 from models.planning.worlds.two_rooms import TrueModel, TwoRooms
 from pipelines.planning.episodes import (
-    Episodes,
     Policy,
     Tasks,
     agent_policy,
     map_policy,
     random_policy,
-    run_episodes,
 )
 
 WORLD = TwoRooms()
@@ -123,6 +119,25 @@ def oracle(parts: Comparison, tasks: Tasks) -> Policy:
     return planner(parts, tasks, fitted=fitted, observe=true.encode)
 
 
+@dataclass(frozen=True, kw_only=True)
+class WayDistance:
+    """The length of the way to the goal between places that are read off what is imagined.
+
+    It knows the map, so it is what a critic without error would say of this model's latents.
+    """
+
+    readout: Callable[[Tensor], Tensor]
+
+    def __call__(self, future: Future) -> Tensor:
+        """Returns the length of the way from every step, in pixels, [B, T]."""
+        places_BT2 = self.readout(future.latents_EBTD.mean(0))
+        return WORLD.way_length(places_BT2, self.readout(future.goals_BD)[:, None])
+
+
+def _by_distance(parts: Comparison, distance: Term) -> Fitted:
+    return dataclasses.replace(parts.trained, distance=distance)
+
+
 def _with_model(parts: Comparison, model: Model) -> Fitted:
     return dataclasses.replace(parts.trained, model=model)
 
@@ -157,7 +172,7 @@ ROWS = {
     "ours_plain": Row(
         says="the trained model, judged by the distance of its latents",
         policy=lambda parts, tasks: planner(
-            parts, tasks, fitted=dataclasses.replace(parts.trained, distance=goal_distance)
+            parts, tasks, fitted=_by_distance(parts, goal_distance)
         ),
     ),
     "ours": Row(
@@ -167,6 +182,12 @@ ROWS = {
     "ours_critic": Row(
         says="the trained model, judged by the critic",
         policy=lambda parts, tasks: planner(parts, tasks, critic=True),
+    ),
+    "ours_way": Row(
+        says="the trained model, judged by the way on the map: what a perfect critic would reach",
+        policy=lambda parts, tasks: planner(
+            parts, tasks, fitted=_by_distance(parts, WayDistance(readout=parts.trained.readout))
+        ),
     ),
     "oracle_cem": Row(
         says="the true simulator in place of the model, judged by distance",
@@ -179,67 +200,3 @@ ROWS = {
 }
 """The rows of the comparison in the order in which they are printed."""
 DISTILLED = Row(says="the policy distilled from the plans of `ours_critic`", policy=_distilled)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """Episodes of one row."""
-
-    row: Row
-    tasks: Tasks
-    budget: int | None = None
-    """Imagined steps that one action may cost; None for that of the parts."""
-
-
-def run_job(parts: Comparison, job: Job) -> tuple[Episodes, float]:
-    """Runs the episodes of a job; returns them and the seconds that they took."""
-    torch.set_num_threads(1)
-    if job.budget is not None:
-        task = dataclasses.replace(parts.task, budget=job.budget)
-        parts = dataclasses.replace(parts, task=task)
-    start = time.perf_counter()
-    found = run_episodes(WORLD, job.row.policy(parts, job.tasks), job.tasks, parts.task.steps)
-    return found, time.perf_counter() - start
-
-
-Played = list[tuple[Episodes, float]]
-"""Episodes and seconds of each job."""
-Each = Callable[[Comparison, Callable[[Comparison, Any], Any], Sequence[Any]], list[Any]]
-"""Does some work with the parts for every item, and returns what it found, in order."""
-
-
-def in_tasks(
-    parts: Comparison, work: Callable[[Comparison, Any], Any], items: Sequence[Any]
-) -> list[Any]:
-    """An `Each` that uses one Ray task for every item."""
-    import ray
-
-    from pipelines.runtime.cluster import start_ray
-
-    start_ray()
-    shared, remote = ray.put(parts), ray.remote(num_cpus=1)(work)
-    found: list[Any] = ray.get([remote.remote(shared, item) for item in items])
-    return found
-
-
-def chunked(tasks: Tasks, chunk: int) -> list[Tasks]:
-    """Divides tasks into parts of at most `chunk` episodes."""
-    return [tasks.part(slice(first, first + chunk)) for first in range(0, len(tasks), chunk)]
-
-
-def play(parts: Comparison, jobs: Sequence[Job], chunk: int, each: Each) -> Played:
-    """Runs jobs, `chunk` episodes at a time; returns what `run_job` does of each."""
-    parted = [
-        [dataclasses.replace(job, tasks=tasks) for tasks in chunked(job.tasks, chunk)]
-        for job in jobs
-    ]
-    found = iter(each(parts, run_job, [part for of in parted for part in of]))
-    return [_joined([next(found) for _ in of]) for of in parted]
-
-
-def _joined(found: Played) -> tuple[Episodes, float]:
-    names = [field.name for field in dataclasses.fields(Episodes)]
-    columns: dict[str, Tensor] = {
-        name: torch.cat([getattr(episodes, name) for episodes, _ in found]) for name in names
-    }
-    return Episodes(**columns), sum(seconds for _, seconds in found)

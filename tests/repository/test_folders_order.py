@@ -59,6 +59,7 @@ ORDER = [
     "pipelines/runs",
     "pipelines/evaluation",
     "pipelines/planning",
+    "pipelines/planning/studies",
     "pipelines/evaluation/probes",
     "pipelines/evaluation/blocks",
     "pipelines/evaluation/beliefs",

@@ -151,6 +151,18 @@ class TwoRooms:
         target_B2 = torch.where((here_B == there_B)[:, None], goals_B2, door_B2)
         return self.shortened(target_B2 - places_B2)
 
+    def way_length(self, places_B2: Tensor, goals_B2: Tensor) -> Tensor:
+        """Returns the length of the way: straight, or through the middle of the door.
+
+        Args:
+            places_B2: float [..., 2].
+            goals_B2: float [..., 2], of the same shape or one that broadcasts.
+        """
+        middle_2 = places_B2.new_tensor([sum(self.wall) / 2, sum(self.door) / 2])
+        around_B = (places_B2 - middle_2).norm(dim=-1) + (goals_B2 - middle_2).norm(dim=-1)
+        straight_B = (places_B2 - goals_B2).norm(dim=-1)
+        return torch.where(self.room(places_B2) == self.room(goals_B2), straight_B, around_B)
+
     def reached(self, places_B2: Tensor, goals_B2: Tensor) -> Tensor:
         """Returns whether each point is at its goal, bool [B]."""
         near_B: Tensor = (places_B2 - goals_B2).norm(dim=-1) < REACHED

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,11 +19,14 @@ from models.planning.world_model.world_model import WorldModel
 from models.planning.worlds.two_rooms import TwoRooms
 from pipelines import plan_episodes as plan_job
 from pipelines.plan_episodes import PlanEpisodesConfig, make_comparison, plan_episodes
-from pipelines.planning.ablations import ABLATIONS
 from pipelines.planning.episodes import KINDS, draw_tasks
-from pipelines.planning.recall import RECALL
-from pipelines.planning.rows import ROWS, Comparison, Job, in_tasks, play
-from pipelines.planning.tables import table
+from pipelines.planning.playing import Job, Player, in_order, in_tasks
+from pipelines.planning.rows import ROWS, Comparison
+from pipelines.planning.studies import studies
+from pipelines.planning.studies.ablations import ABLATIONS
+from pipelines.planning.studies.methods import METHODS
+from pipelines.planning.studies.recall import RECALL
+from pipelines.planning.studies.tables import table
 from pipelines.runs.checkpoints import CheckpointError, load_encoder, load_objective
 
 TINY = {"latent_width": 8, "dynamics_width": 16, "ensemble": 2}
@@ -57,16 +61,23 @@ def test_only_a_vit_can_be_exported(checkpoint: str, tmp_path: Path) -> None:
     assert encoder(torch.zeros(2, 3, 32, 32)).shape == (2, 16, encoder.width)
 
 
-def here(parts: Comparison, work: Callable, items: Sequence) -> list:
-    """What Ray's tasks do, in this process."""
-    return [work(parts, item) for item in items]
+@pytest.fixture(autouse=True)
+def few_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(studies, "BUDGETS", (96, 192))
+    monkeypatch.setattr(studies, "FEW", (192,))
+
+
+def here(parts: Comparison, work: Callable, items: Sequence) -> Iterator[tuple[int, Any]]:
+    """What Ray's tasks do, in this process, the last one first."""
+    for number in reversed(range(len(items))):
+        yield number, work(parts, items[number])
 
 
 def test_all_rows_are_compared_written_and_drawn(
     checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan_job, "in_tasks", here)
-    tables = ("comparison", "ablations", "budgets", "recall", "distilled")
+    tables = ("comparison", "ablations", "budgets", "methods", "recall", "distilled")
     cfg = PlanEpisodesConfig(
         checkpoint=checkpoint, control=checkpoint, out=str(tmp_path), rows=tables, distil=4, **FEW
     )
@@ -76,11 +87,13 @@ def test_all_rows_are_compared_written_and_drawn(
     assert all(row["same"]["episodes"] == 4 for row in written["rows"].values())
     assert written["gate"] == found["gate"]
     assert set(written["open_loop_px"]["model"]) == {"1", "5", "10", "20"}
-    for picture in ("trajectories.png", "budgets.png"):
+    for picture in ("trajectories.png", "budgets.png", "methods.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     assert load_agent(f"{tmp_path}/agent").provenance["checkpoint"] == checkpoint
     lines = "\n".join(table(found))
-    assert all(row in lines for row in {**ROWS, **ABLATIONS, **RECALL})
+    assert all(row in lines for row in {**ROWS, **ABLATIONS, **RECALL, **METHODS})
+    assert set(written["disagreement"]["5"]) == {"disagreement", "moved"}  # of two predictors
+    assert not (tmp_path / "played").exists()
     # The control is the same checkpoint, and everything is paired.
     assert written["rows"]["control"] == written["rows"]["ours"]
     ablated = written["ablations"]["rows"]
@@ -99,20 +112,66 @@ def test_what_is_compared_can_be_chosen(
     assert any(line.startswith("ours_critic") for line in table(found))
 
 
+def test_a_job_that_was_ended_goes_on(
+    checkpoint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    played = list[int]()
+
+    def dying_after(count: int) -> Callable[..., Iterator[tuple[int, Any]]]:
+        def each(parts: Comparison, work: Callable, items: Sequence) -> Iterator[tuple[int, Any]]:
+            for number, found in here(parts, work, items):
+                if len(played) == count:
+                    raise KeyboardInterrupt
+                played.append(number)
+                yield number, found
+
+        return each
+
+    def play(name: str, dies_after: int) -> dict[str, Any]:
+        played.clear()
+        monkeypatch.setattr(plan_job, "in_tasks", dying_after(dies_after))
+        out = str(tmp_path / name)
+        cfg = PlanEpisodesConfig(checkpoint=checkpoint, out=out, rows=("methods",), **FEW)
+        curves = plan_episodes(cfg)["methods"]
+        return {
+            (row, budget, kind): of[kind]
+            for row, points in curves.items()
+            for budget, of in points.items()
+            for kind in KINDS
+        }
+
+    expected, everything = play("whole", 10**6), len(played)
+    with pytest.raises(KeyboardInterrupt):
+        play("cut", 10)
+    assert not (tmp_path / "cut/results.json").exists()
+    assert len(list((tmp_path / "cut/played").iterdir())) == 10
+    capsys.readouterr()
+    assert play("cut", 10**6) == expected
+    assert len(played) == everything - 10
+    assert capsys.readouterr().out.count(f"[{len(METHODS) * len(KINDS)}/") == 2
+    assert not (tmp_path / "cut/played").exists()
+
+
 @pytest.mark.ray
 def test_tasks_play_the_episodes_that_one_process_plays(checkpoint: str, ray_local: None) -> None:
     cfg = PlanEpisodesConfig(checkpoint=checkpoint, **FEW)
     parts, _ = make_comparison(cfg)
     jobs = [
-        Job(row=row, tasks=draw_tasks(TwoRooms(), kind, cfg.episodes, 0))
-        for row in (ROWS["ours"], ROWS["map"])
+        Job(row=ROWS[row], tasks=draw_tasks(TwoRooms(), kind, cfg.episodes, 0), name=row + kind)
+        for row in ("ours", "map")
         for kind in KINDS
     ]
-    found, expected = (play(parts, jobs, cfg.episodes, each) for each in (in_tasks, here))
+    found, expected = (
+        Player(chunk=cfg.episodes, each=each).play(parts, jobs) for each in (in_tasks, here)
+    )
     for (episodes, _), (wanted, _) in zip(found, expected, strict=True):
         assert torch.equal(episodes.places_BT2, wanted.places_BT2)
-    parted = play(parts, jobs[-1:], 3, in_tasks)[0][0]  # chunks are joined in their order
-    assert torch.equal(parted.places_BT2, expected[-1][0].places_BT2)
+    parted = Player(chunk=3, each=in_tasks).play(parts, jobs[-1:])[0][0]
+    assert torch.equal(parted.places_BT2, expected[-1][0].places_BT2)  # joined in their order
+    assert in_order(in_tasks(parts, lambda of, item: item**2, [3, 1, 2])) == [9, 1, 4]
 
 
 @pytest.mark.ray
@@ -136,6 +195,8 @@ def test_settings_are_searched_and_a_policy_is_distilled(
     saved = load_agent(f"{tmp_path}/agent")
     assert saved.rules == Rules(**best["rules"])
     assert saved.task.method == best["method"]
+    assert set(found["tuned_gain"]) == {"same", "cross", "zone"}
+    assert any("fewer steps" in line for line in table(found))
     assert found["distilled"]["times_fewer"] > 1
     assert found["distilled"]["rows"]["distilled"]["cross"]["episodes"] == 4
 

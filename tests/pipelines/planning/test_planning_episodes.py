@@ -21,7 +21,7 @@ from pipelines.planning.episodes import (
     random_policy,
     run_episodes,
 )
-from pipelines.planning.imagination import follows_the_way, open_loop
+from pipelines.planning.imagination import disagreement, follows_the_way, open_loop
 from pipelines.planning.results import gate, interval, share_of, summary
 
 WORLD = TwoRooms()
@@ -200,3 +200,33 @@ def test_the_true_distance_follows_the_way_and_noise_does_not() -> None:
     assert 0.8 < found["straight"]["all"] < 0.97
     assert found["straight"]["far"] < found["straight"]["all"]
     assert abs(found["nothing"]["all"]) < 0.1
+
+
+def test_predictors_that_part_where_they_err_tell_great_errors_from_small_ones() -> None:
+    class Parting(TrueModel):
+        """Errs by what the start is numbered by, and its predictors are that far apart."""
+
+        knows: bool = True
+
+        def encode(self, frames: torch.Tensor) -> torch.Tensor:
+            red = frames[:, 0].float()
+            centres, total = torch.arange(32) + 0.5, red.sum((1, 2))
+            return torch.stack([red.sum(1) @ centres, red.sum(2) @ centres], -1) / total[:, None]
+
+        def rollout(self, places: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+            true = WORLD.rollout(places, actions)
+            wrong = torch.linspace(0, 5, len(places))[:, None, None]
+            apart = wrong if self.knows else wrong.flip(0)
+            return torch.stack([true + wrong + apart, true + wrong - apart])
+
+    class Deluded(Parting):
+        knows = False
+
+    class Single(Parting):
+        def rollout(self, places: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+            return super().rollout(places, actions)[:1]
+
+    found, deluded = (disagreement(of(world=WORLD), WORLD, 0)["5"] for of in (Parting, Deluded))
+    assert found["disagreement"] > 0.99
+    assert deluded["disagreement"] < 0.01
+    assert disagreement(Single(world=WORLD), WORLD, 0) == {}

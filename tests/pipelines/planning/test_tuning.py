@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
 import torch
 
 from models.planning.configurator import Rules, TaskSpec, configure
@@ -9,9 +13,10 @@ from models.planning.costs.critic import Critic
 from models.planning.costs.intrinsic import goal_distance
 from models.planning.worlds.two_rooms import TwoRooms
 from pipelines.planning.episodes import draw_tasks
+from pipelines.planning.playing import Player
 from pipelines.planning.rows import Comparison, Fitted
-from pipelines.planning.studies import HELD_OUT, TAUGHT
-from pipelines.planning.tuning import VALIDATION, Candidate, draw_candidates, judge
+from pipelines.planning.studies.studies import HELD_OUT, TAUGHT
+from pipelines.planning.tuning import VALIDATION, Candidate, draw_candidates, gain, judge
 
 WORLD = TwoRooms()
 
@@ -46,25 +51,42 @@ def test_candidates_fit_the_budget_and_begin_with_what_there_is() -> None:
         configure(task, candidate.rules)  # raises where the budget does not do
 
 
+PARTS = Comparison(
+    trained=Fitted(model=Seeing(), critic=Straight(2), distance=goal_distance, readout=lambda z: z),
+    settings={},
+    untrained=Seeing(),
+    control=None,
+    task=TaskSpec(budget=480, steps=30),
+    rules=Rules(),
+    seed=0,
+)
+
+
 def test_a_horizon_that_sees_no_door_is_judged_worse() -> None:
-    parts = Comparison(
-        trained=Fitted(
-            model=Seeing(), critic=Straight(2), distance=goal_distance, readout=lambda z: z
-        ),
-        settings={},
-        untrained=Seeing(),
-        control=None,
-        task=TaskSpec(budget=480, steps=30),
-        rules=Rules(),
-        seed=0,
-    )
     tasks = [draw_tasks(WORLD, "cross", count, VALIDATION) for count in (8, 4)]
     far, near = (
-        judge(parts, Candidate(method="cem", rules=Rules(horizon=steps)), tasks)
+        judge(PARTS, Candidate(method="cem", rules=Rules(horizon=steps)), tasks)
         for steps in (16, 1)
     )
     assert far.success > near.success
     assert far.steps < near.steps <= 30
+
+
+def test_what_a_search_gains_is_paired_and_told_of_success_and_steps() -> None:
+    def in_turn(parts: Comparison, work: Callable, items: Sequence) -> Iterator[tuple[int, Any]]:
+        yield from enumerate(work(parts, item) for item in items)
+
+    player = Player(chunk=8, each=in_turn)
+    tasks = {"cross": draw_tasks(WORLD, "cross", 12, 0)}
+    near = dataclasses.replace(PARTS, rules=Rules(horizon=1))
+    found = gain(near, PARTS, tasks, player)["cross"]
+    back = gain(PARTS, near, tasks, player)["cross"]
+    for name in ("success", "fewer_steps"):
+        assert found[name]["lift"] > 0
+        assert found[name]["interval"][0] <= found[name]["lift"] <= found[name]["interval"][1]
+        assert back[name]["lift"] == -found[name]["lift"]
+    none = gain(PARTS, PARTS, tasks, player)["cross"]
+    assert none["fewer_steps"] == {"lift": 0.0, "interval": (0.0, 0.0)}
 
 
 def test_validation_episodes_are_not_those_that_are_reported() -> None:

@@ -10,9 +10,10 @@ from helpers.pipelines.walks import train_on_walks, walk_config
 from models.planning.worlds.two_rooms import TwoRooms
 from pipelines.plan_episodes import HELD_OUT, PlanEpisodesConfig, make_comparison
 from pipelines.planning.episodes import KINDS, draw_tasks
+from pipelines.planning.playing import Job, run_job
 from pipelines.planning.results import gate, summary
-from pipelines.planning.rows import ROWS, Job, run_job
-from pipelines.planning.studies import succeeded
+from pipelines.planning.rows import ROWS
+from pipelines.planning.studies.studies import succeeded
 
 EPISODES, SEED = 20, 5
 NO_REGULARISER = {
@@ -38,7 +39,9 @@ def test_a_world_model_passes_the_gate_and_one_without_regularisers_does_not(
     parts, facts = make_comparison(cfg)
     tasks = {kind: draw_tasks(TwoRooms(), kind, EPISODES, HELD_OUT + SEED) for kind in KINDS}
     played = {
-        row: {kind: run_job(parts, Job(row=ROWS[row], tasks=tasks[kind])) for kind in KINDS}
+        row: {
+            kind: run_job(parts, Job(row=ROWS[row], tasks=tasks[kind], name=row)) for kind in KINDS
+        }
         for row in parts.rows
         if row != "untrained"  # no condition reads it
     }

@@ -105,3 +105,21 @@ def test_a_seed_fixes_a_walk() -> None:
     assert torch.equal(first[0], again[0])
     assert not torch.equal(first[0], other[0])
     torch.testing.assert_close(WORLD.rollout(first[0][:, 0], first[1]), first[0][:, 1:])
+
+
+def test_the_way_leads_through_the_door_and_the_map_walks_it() -> None:
+    world = TwoRooms()
+    here, there = (world.sample_places(200, torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    way, straight = world.way_length(here, there), (here - there).norm(dim=-1)
+    same = world.room(here) == world.room(there)
+    assert torch.equal(way[same], straight[same])
+    assert (way[~same] >= straight[~same]).all()
+    assert (way[~same] > straight[~same] + 3).any()
+    assert torch.allclose(way, world.way_length(there, here))
+    places, taken = here, torch.zeros(len(here))
+    for _ in range(60):
+        far = ~world.reached(places, there)
+        step = world.step(places, world.way_out(places, there))
+        taken += torch.where(far, (step - places).norm(dim=-1), 0.0)
+        places = torch.where(far[:, None], step, places)
+    assert ((taken - way).abs() < 4).all()  # the map goes to the door's edge, and stops at 2 pixels

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pipelines.planning.ablations import ABLATIONS, EXAMS
-from pipelines.planning.recall import RECALL
 from pipelines.planning.rows import DISTILLED, ROWS, Row
+from pipelines.planning.studies.ablations import ABLATIONS, EXAMS
+from pipelines.planning.studies.recall import RECALL
 
 Table = Mapping[str, Mapping[str, Any]]
 """What `pipelines.planning.results.rates` returns."""
@@ -27,8 +27,9 @@ def table(results: Mapping[str, Any]) -> list[str]:
         lines += _comparison(results)
     if "ablations" in results:
         lines += ["", "less one module:", *_rates(results["ablations"]["rows"], EXAMS, ABLATIONS)]
-    if "budgets" in results:
-        lines += ["", "across rooms by imagined steps an action:", *_budgets(results["budgets"])]
+    for name in ("budgets", "methods"):
+        if name in results:
+            lines += ["", "by imagined steps an action:", *_curves(results[name])]
     for budget, found in results.get("recall", {}).items():
         lines += ["", f"memory, with {budget} imagined steps an action:"]
         lines += _rates(found["rows"], ("cross",), RECALL)
@@ -56,6 +57,9 @@ def _comparison(results: Mapping[str, Any]) -> Iterator[str]:
     for name, errors in results["open_loop_px"].items():
         told = ", ".join(f"{step}: {error:.2f}" for step, error in errors.items())
         yield f"open-loop error in pixels after steps, {name}: {told}"
+    for step, of in results.get("disagreement", {}).items():
+        told = ", ".join(f"{name} {value:.2f}" for name, value in of.items())
+        yield f"AUROC of great errors after {step} steps: {told}"
     for name, of in results["rank_correlation_with_the_way"].items():
         yield f"rank correlation with the way, {name}: {of['all']:.2f}, far apart {of['far']:.2f}"
     for name, says in (("slow_features", "slow features add"), ("critic", "the critic adds")):
@@ -65,10 +69,14 @@ def _comparison(results: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"{'pass' if held else 'FAIL'}: {name}" for name, held in results["gate"].items())
 
 
-def _budgets(curves: Table) -> Iterator[str]:
+def _curves(curves: Table) -> Iterator[str]:
+    for kind in ("same", "cross"):
+        for row, points in curves.items():
+            told = ", ".join(f"{budget}: {of[kind]['rate']:.0%}" for budget, of in points.items())
+            yield f"{row:12}{TITLES[kind]}  {told}"
     for row, points in curves.items():
-        told = ", ".join(f"{budget}: {of['cross']['rate']:.0%}" for budget, of in points.items())
-        yield f"{row:18}{told}"
+        told = ", ".join(f"{b}: {of['decisions_per_second']:.0f}" for b, of in points.items())
+        yield f"{row:12}decisions a second  {told}"
 
 
 def _distilled(found: Mapping[str, Any]) -> Iterator[str]:
@@ -85,3 +93,11 @@ def _tuned(results: Mapping[str, Any]) -> Iterator[str]:
         rules = ", ".join(f"{name} {value}" for name, value in candidate["rules"].items())
         told = f"{candidate['success']:.0%}, {candidate['steps']:.1f} steps"
         yield f"validation: {told}: {candidate['method']}, {rules}"
+    for kind, of in results["tuned_gain"].items():
+        success, steps = of["success"], of["fewer_steps"]
+        yield (
+            f"the first of these beside the settings as they were, {TITLES[kind]}: "
+            f"success {success['lift']:+.0%} ({success['interval'][0]:+.0%} to "
+            f"{success['interval'][1]:+.0%}), {steps['lift']:+.1f} fewer steps "
+            f"({steps['interval'][0]:+.1f} to {steps['interval'][1]:+.1f})"
+        )

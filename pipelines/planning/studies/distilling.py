@@ -15,7 +15,8 @@ from torch import Tensor
 from models.planning.actors.policy import Examples, PolicyTraining, train_policy
 from models.planning.actors.policy import Policy as Distilled
 from pipelines.planning.episodes import KINDS, Policy, Tasks, draw_tasks, run_episodes
-from pipelines.planning.rows import DISTILLED, ROWS, WORLD, Comparison, Each, chunked
+from pipelines.planning.playing import Player, chunked, in_order
+from pipelines.planning.rows import DISTILLED, ROWS, WORLD, Comparison
 
 TEACHER = ROWS["ours_critic"]
 TIMED = 30
@@ -48,7 +49,7 @@ def watched(parts: Comparison, tasks: Tasks, actor: Policy | None = None) -> Exa
     return Examples(latents_ND=latents_ND, goals_ND=goals_ND, actions_NA=actions_NA)
 
 
-def distil(parts: Comparison, episodes: int, seed: int, chunk: int, each: Each) -> Comparison:
+def distil(parts: Comparison, episodes: int, seed: int, player: Player) -> Comparison:
     """Returns the parts with a policy that has learned from the teacher's episodes.
 
     Half of the episodes the teacher plays itself. The other half plays a policy that has learned
@@ -58,13 +59,13 @@ def distil(parts: Comparison, episodes: int, seed: int, chunk: int, each: Each) 
         parts: with the planner that teaches.
         episodes: of each kind.
         seed: of starts, goals and training; not that of the episodes that are reported.
-        chunk: episodes that run side by side.
-        each: runs them.
+        player: runs them.
     """
     found = list[Examples]()
     for rows in (slice(0, episodes // 2), slice(episodes // 2, episodes)):
         drawn = [draw_tasks(WORLD, kind, episodes, seed).part(rows) for kind in KINDS]
-        found += each(parts, _watched_chunk, [one for of in drawn for one in chunked(of, chunk)])
+        divided = [one for of in drawn for one in chunked(of, player.chunk)]
+        found += in_order(player.each(parts, _watched_chunk, divided))
         parts = dataclasses.replace(parts, distilled=learned(found, seed))
     return parts
 

@@ -5,20 +5,23 @@ A study returns its part of results.json, and files by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from pipelines.planning.ablations import ABLATIONS, EXAMS
-from pipelines.planning.distilling import distil, milliseconds_an_action
 from pipelines.planning.episodes import KINDS, Episodes, Tasks, draw_tasks
 from pipelines.planning.picture import draw_budgets, draw_episodes
-from pipelines.planning.recall import BUDGETS as FEW
-from pipelines.planning.recall import RECALL
+from pipelines.planning.playing import Job, Player
 from pipelines.planning.results import Bools, gate, lifts, rates, share_of, summary
-from pipelines.planning.rows import DISTILLED, ROWS, WORLD, Comparison, Each, Job, Row, play
+from pipelines.planning.rows import DISTILLED, ROWS, WORLD, Comparison, Row
+from pipelines.planning.studies.ablations import ABLATIONS, EXAMS
+from pipelines.planning.studies.distilling import distil, milliseconds_an_action
+from pipelines.planning.studies.methods import METHODS
+from pipelines.planning.studies.recall import BUDGETS as FEW
+from pipelines.planning.studies.recall import RECALL
+from pipelines.planning.studies.tables import TITLES
 
 HELD_OUT = 2**20
 """Added to the seed of the episodes that are reported, and of what nothing is fitted on."""
@@ -26,7 +29,7 @@ TAUGHT = 2**22
 """Added to the seed of the episodes that a policy is distilled from."""
 BUDGETS = (192, 480, 960, 1920, 4800, 9600)
 """Imagined steps an action, for success by budget."""
-SEARCHING = ("ours", "ours_critic", "oracle_cem")
+SEARCHING = {name: ROWS[name] for name in ("ours", "ours_critic", "oracle_cem")}
 """The rows of success by budget."""
 
 Found = tuple[dict[str, Any], dict[str, bytes]]
@@ -44,10 +47,8 @@ class Setting:
     """Episodes of each kind."""
     distilled_from: int
     """Episodes of each kind that a policy is distilled from."""
-    chunk: int
-    """Episodes that one task runs."""
-    each: Each
-    """Runs them, such as `pipelines.planning.rows.in_tasks`."""
+    player: Player
+    """Plays the episodes."""
 
     def tasks(self, kind: str) -> Tasks:
         """Returns the episodes that are reported."""
@@ -59,8 +60,12 @@ class Setting:
         """Runs rows on every kind of episodes; returns episodes and seconds by row and kind."""
         named = [(name, kind) for name in rows for kind in kinds]
         named.reverse()  # the last rows are the slowest; started first, none is left over
-        jobs = [Job(row=rows[name], tasks=self.tasks(kind), budget=budget) for name, kind in named]
-        found = dict(zip(named, play(self.parts, jobs, self.chunk, self.each), strict=True))
+        at = "" if budget is None else f", {budget} imagined steps"
+        jobs = [
+            Job(row=rows[name], tasks=self.tasks(kind), name=f"{name}, {kind}{at}", budget=budget)
+            for name, kind in named
+        ]
+        found = dict(zip(named, self.player.play(self.parts, jobs), strict=True))
         return {name: {kind: found[name, kind] for kind in kinds} for name in rows}
 
 
@@ -97,31 +102,56 @@ def ablations(setting: Setting) -> Found:
 
 def budgets(setting: Setting) -> Found:
     """Success by imagined steps an action."""
-    rows = {name: ROWS[name] for name in SEARCHING}
-    by_budget = {
-        str(budget): rates(succeeded(setting.run(rows, KINDS, budget))) for budget in BUDGETS
-    }
-    curves = {row: {budget: found[row] for budget, found in by_budget.items()} for row in SEARCHING}
-    titles = {"same": "same room", "cross": "across rooms"}
-    return {"budgets": curves}, {"budgets.png": draw_budgets(curves, titles)}
+    curves = _curves(setting, SEARCHING)
+    return {"budgets": curves}, {"budgets.png": draw_budgets(curves, _titles())}
+
+
+def methods(setting: Setting) -> Found:
+    """Success of the methods of search by imagined steps an action, beside random shooting."""
+    curves = _curves(setting, METHODS)
+    return {"methods": curves}, {"methods.png": draw_budgets(curves, _titles())}
+
+
+def _titles() -> dict[str, str]:
+    return {kind: TITLES[kind] for kind in KINDS}
+
+
+def _curves(setting: Setting, rows: Mapping[str, Row]) -> dict[str, Any]:
+    """Returns the rates by row and budget, with the decisions a second of one task."""
+    curves: dict[str, Any] = {row: {} for row in rows}
+    for budget in BUDGETS:
+        played = setting.run(rows, KINDS, budget)
+        for row, of in rates(succeeded(played)).items():
+            speed = decisions_per_second(played[row].values())
+            curves[row][str(budget)] = {**of, "decisions_per_second": speed}
+    return curves
+
+
+def decisions_per_second(played: Iterable[tuple[Episodes, float]]) -> float:
+    """Returns the steps that were taken a second, in all of some episodes."""
+    steps, seconds = zip(*((int(of.steps_B.sum()), took) for of, took in played), strict=True)
+    return float(sum(steps) / max(sum(seconds), 1e-9))
 
 
 def recall(setting: Setting) -> Found:
     """More or less memory, with budgets so small that it matters where a search begins."""
     # Experience is gathered once for all episodes of a row, so they are not divided.
-    whole = replace(setting, chunk=setting.episodes)
+    whole = replace(setting, player=replace(setting.player, chunk=setting.episodes))
     found = {}
     for budget in FEW:
         done = succeeded(whole.run(RECALL, ("cross",), budget))
-        more = {name: lifts(of, done["last_plan"]) for name, of in done.items()}
-        found[str(budget)] = {"rows": rates(done), "beside_last_plan": more}
+        beside = {
+            f"beside_{one}": {name: lifts(of, done[one]) for name, of in done.items()}
+            for one in ("nothing", "last_plan")
+        }
+        found[str(budget)] = {"rows": rates(done), **beside}
     return {"recall": found}, {}
 
 
 def distilled(setting: Setting) -> Found:
     """A policy distilled from the plans of the row `ours_critic`, beside it."""
     seed = TAUGHT + setting.parts.seed
-    parts = distil(setting.parts, setting.distilled_from, seed, setting.chunk, setting.each)
+    parts = distil(setting.parts, setting.distilled_from, seed, setting.player)
     rows = {"ours_critic": ROWS["ours_critic"], "distilled": DISTILLED}
     done = succeeded(replace(setting, parts=parts).run(rows, KINDS))
     both = {row: np.concatenate(list(kinds.values())) for row, kinds in done.items()}
@@ -139,6 +169,7 @@ STUDIES = {
     "comparison": comparison,
     "ablations": ablations,
     "budgets": budgets,
+    "methods": methods,
     "recall": recall,
     "distilled": distilled,
 }
