@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 BRIDGE = "rjbr0"
 LAPTOP = "10.77.0.1"
 RELAY = Path(__file__).with_name("slow_cable.py")
+FORWARDING = "3"  # BR_STATE_FORWARDING of linux/if_bridge.h
 
 
 def run(*command: str, check: bool = True) -> str:
@@ -59,6 +61,20 @@ def remove_cable(host: str) -> None:
 
 def plug(host: str) -> None:
     run("ip", "link", "set", f"v-{host}", "up")
+    await_forwarding(f"v-{host}")
+
+
+def await_forwarding(port: str, patience_s: float = 30.0) -> None:
+    """Waits until the bridge carries frames to and from a port.
+
+    The kernel looks at new links at most once a second, and drops what comes before.
+    """
+    state = Path("/sys/class/net", port, "brport", "state")
+    deadline = time.monotonic() + patience_s
+    while state.read_text().strip() != FORWARDING:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the bridge does not forward for {port}")
+        time.sleep(0.01)
 
 
 def unplug(host: str) -> None:
@@ -111,8 +127,10 @@ def slow(host: str, *, ms: float, loss: float) -> Iterator[None]:
         run("ethtool", "-K", tap, *plain, check=False)
         run("ip", "link", "set", tap, "master", BRIDGE)
         run("ip", "link", "set", tap, "up")
+        await_forwarding(tap)
         yield
     finally:
         relay.kill()
         relay.wait()
         run("ip", "link", "set", veth, "master", BRIDGE)
+        await_forwarding(veth)
