@@ -111,7 +111,8 @@ def use_plain_attention(module: nn.Module) -> None:
 
     The function computed is the same. On CPUs in bfloat16, the backward pass of the fused kernel
     takes ten times as long (a whole step of ViT-S/16 takes 1.93 s instead of 1.45 s, see
-    benchmarks/training/step.md). Everywhere else the fused kernel is faster.
+    benchmarks/training/step.md), and an encoder with it 5 to 17% longer
+    (benchmarks/serving/serving.md). Everywhere else the fused kernel is faster.
     """
     for part in module.modules():
         if isinstance(part, Attention):
