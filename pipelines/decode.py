@@ -29,13 +29,13 @@ import torch
 import tyro
 from rich.console import Console
 from rich.progress import Progress
-from torch import nn
+from torch import Tensor, nn
 
 from models.objectives.objective import Objective
 from models.planning.world_model.world_model import WorldModel
 from models.scratch import scratch
 from models.tensor_files import METADATA, detached, save_tensors
-from pipelines.config.checks import require
+from pipelines.config.checks import require, require_seed
 from pipelines.config.places import ReadPlace, WrittenPlace
 from pipelines.config.train import PretrainConfig
 from pipelines.dataset.rows import load_samples
@@ -52,6 +52,11 @@ from pipelines.runs.checkpoints import CheckpointError, load_objective
 from pipelines.runtime.errors import run_command
 from pipelines.runtime.places import prepare
 from pipelines.runtime.uris import open_uri, write_atomic
+
+
+LEAST = 2
+"""Images or clips of --test: one alone is always found first."""
+RANKS = "ranks need others"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +84,8 @@ class DecodeConfig:
     def __post_init__(self) -> None:
         for flag in ("steps", "limit"):
             require(getattr(self, flag) > 0, flag, "must be positive")
-        require(self.test_limit > 1, "test-limit", "must be at least 2: ranks need others")
+        require(self.test_limit >= LEAST, "test-limit", f"must be at least {LEAST}: {RANKS}")
+        require_seed(self.seed)
 
 
 def decode(cfg: DecodeConfig, *, console: Console | None = None) -> dict[str, Any]:
@@ -159,6 +165,8 @@ def of_predictor(
         decode_all(rows, subject.preprocessing, subject.sampler).pixels
         for rows in _rows(cfg, config)
     )
+    if len(test) < LEAST:
+        raise ValueError(f"--test: {cfg.test} holds a single {config.modality}; {RANKS}")
     subject.encoder.to("cuda" if torch.cuda.is_available() else "cpu")
     advance = begin(PASSES * cfg.steps)
     found = study(subject, train, test, steps=cfg.steps, seed=cfg.seed, advance=advance)
@@ -179,18 +187,16 @@ def of_world_model(
 ) -> Drawn:
     """Draws what a world model imagines."""
     assert isinstance(objective, WorldModel)
-    sampler = ClipSampler(frames=FRAMES, settings=config.clip)
-    reader, prep = action_reader(config), preprocessing_of(config.model)
-    assert reader is not None
-    train_rows, test_rows = _rows(cfg, config)
-    frames_NT = sampler.middle(test_rows["num_frames"].to_numpy(), test_rows["fps"].to_numpy())
-    try:
-        actions_NTA = torch.from_numpy(reader.between(test_rows, frames_NT))
-    except ActionError as error:
-        raise ValueError(f"--test: {error}") from error
+    frames = FRAMES - 1 + objective.history
+    sampler, prep = ClipSampler(frames=frames, settings=config.clip), preprocessing_of(config.model)
+    train_rows, test_rows = _rows(cfg, config, beside=("actions",))
+    actions_NTA = _actions(config, test_rows, sampler)
     long = ~actions_NTA.isnan().flatten(1).any(1)
-    if not long.any():
-        raise ValueError(f"--test: no segment of {cfg.test} has {FRAMES} frames to imagine")
+    if long.sum() < LEAST:
+        raise ValueError(
+            f"--test: {int(long.sum())} of the {len(long)} segments read of {cfg.test} have the "
+            f"{frames} frames of a clip.\nRanks need {LEAST}: give longer videos, or more."
+        )
     train, test = (decode_all(rows, prep, sampler).pixels for rows in (train_rows, test_rows))
     advance = begin(cfg.steps)
     found = rollout_study(
@@ -212,8 +218,27 @@ def of_world_model(
     )
 
 
-def _rows(cfg: DecodeConfig, config: PretrainConfig) -> list[pa.Table]:
-    """Reads the rows of --data and --test.
+def _actions(config: PretrainConfig, rows: pa.Table, sampler: ClipSampler) -> Tensor:
+    """Returns what was done between the frames of clips, [N, T - 1, A]; NaN beyond a segment's end.
+
+    Raises:
+        ValueError: a segment has no actions, or others than the model takes.
+    """
+    reader = action_reader(config)
+    assert reader is not None
+    frames_NT = sampler.middle(rows["num_frames"].to_numpy(), rows["fps"].to_numpy())
+    try:
+        return torch.from_numpy(reader.between(rows, frames_NT))
+    except ActionError as error:
+        told = str(error).partition("\n")[0]
+        way_out = f"Give walks of the world that {config.run.name} learned from."
+        raise ValueError(f"--test: {told}\n{way_out}") from error
+
+
+def _rows(
+    cfg: DecodeConfig, config: PretrainConfig, *, beside: tuple[str, ...] = ()
+) -> list[pa.Table]:
+    """Reads the rows of --data and --test, with further columns if some are named.
 
     Raises:
         ValueError: a set is of another modality than the run's.
@@ -229,7 +254,7 @@ def _rows(cfg: DecodeConfig, config: PretrainConfig) -> list[pa.Table]:
                 f"{flag}: {uri} holds {holds}s, but {config.run.name} learned from {wanted}s.\n"
                 f"Give shards of {wanted}s."
             )
-        found.append(load_samples(uri, limit))
+        found.append(load_samples(uri, limit, beside=beside))
     return found
 
 

@@ -14,6 +14,11 @@ def require(condition: bool, flag: str, message: str) -> None:
         raise ValueError(f"--{flag}: {message}")
 
 
+def require_seed(seed: int, flag: str = "seed") -> None:
+    """Raises ValueError unless torch, numpy and Python take the seed."""
+    require(0 <= seed < 2**60, flag, f"must be between 0 and 2^60, got {seed}")
+
+
 def require_range(bounds: tuple[float, float], flag: str, low: float, high: float) -> None:
     """Raises ValueError unless `low < bounds[0] <= bounds[1] <= high`."""
     ok = low < bounds[0] <= bounds[1] <= high

@@ -96,21 +96,33 @@ def load_labelled(uri: str, limit: int | None = None, *, seed: int = 0) -> pa.Ta
     return pa.concat_tables(tables)
 
 
-def load_samples(uri: str, limit: int) -> pa.Table:
-    """Reads `limit` rows as `load_labelled` does, whether they are labelled or not."""
-    return pa.concat_tables(list(iter_labelled(uri, limit, wanted=EVERY)))
+def load_samples(uri: str, limit: int, *, beside: tuple[str, ...] = ()) -> pa.Table:
+    """Reads `limit` rows as `load_labelled` does, whether they are labelled or not.
+
+    Args:
+        uri: shards.
+        limit: most rows.
+        beside: further columns, such as `actions`.
+    """
+    return pa.concat_tables(list(iter_labelled(uri, limit, wanted=EVERY, beside=beside)))
 
 
 def iter_labelled(
-    uri: str, limit: int | None = None, *, seed: int = 0, wanted: Wanted = LABELLED
+    uri: str,
+    limit: int | None = None,
+    *,
+    seed: int = 0,
+    wanted: Wanted = LABELLED,
+    beside: tuple[str, ...] = (),
 ) -> Iterator[pa.Table]:
     """Yields what `load_labelled` returns one row group at a time, for sets larger than memory.
 
-    `wanted` may ask for other rows; the column it names is then in the tables too.
+    `wanted` may ask for other rows; the column it names is then in the tables too, as are those of
+    `beside`.
     """
     manifest = read_manifest(uri)
     fs, root = open_uri(uri)
-    columns = tuple(dict.fromkeys((*COLUMNS[manifest.modality], wanted.column)))
+    columns = tuple(dict.fromkeys((*COLUMNS[manifest.modality], wanted.column, *beside)))
 
     def find(group: tuple[int, int, int]) -> Place:
         file = manifest.shards[group[0]].file

@@ -51,7 +51,8 @@ class ActionReader:
             is too short for it, because nothing is known of what happened then.
 
         Raises:
-            ActionError: a segment has no actions, or too many or too few numbers; it is named.
+            ActionError: a segment has no actions, too many or too few numbers, or NaN or infinity
+                among them; it is named.
         """
         rows = zip(segments["actions"].combine_chunks(), frames_NT, strict=True)
         return np.stack([self._of_clip(row, frames_T, segments, number)
@@ -64,11 +65,22 @@ class ActionReader:
             told = _told(found, self)
             raise ActionError(f"{segments['source_uri'][number].as_py()}: {told}")
         actions_FA = numbers.reshape(-1, found)
+        _check_finite(actions_FA[: frames_T[-1]], frames_T[0], segments, number)
         between = np.full((len(frames_T) - 1, self.width), np.nan, np.float32)
         for place, (first, after) in enumerate(itertools.pairwise(frames_T)):
             if after - first == self.stride:
                 between[place] = actions_FA[first:after].reshape(-1)
         return between
+
+
+def _check_finite(actions_FA: F32, first: int, segments: pa.Table, number: int) -> None:
+    """Raises ActionError if an action from frame number `first` on is no number."""
+    (wrong_F,) = (~np.isfinite(actions_FA[first:]).all(1)).nonzero()
+    if len(wrong_F):
+        raise ActionError(
+            f"{segments['source_uri'][number].as_py()}: the action of frame {first + wrong_F[0]} "
+            "is NaN or infinite.\nIngest the videos again, with numbers in NAME.actions.npy."
+        )
 
 
 def action_reader(cfg: PretrainConfig) -> ActionReader | None:
@@ -79,20 +91,31 @@ def action_reader(cfg: PretrainConfig) -> ActionReader | None:
 
 
 def check_actions(cfg: PretrainConfig, uri: str, manifest: Manifest, flag: str) -> None:
-    """Checks the first segment of a set, so that most mistakes are told before training starts.
+    """Checks the first segments of a set, so that most mistakes are told before training starts.
 
     Raises:
-        ValueError: it has no actions, or others than the objective takes.
+        ValueError: the first has no actions, or others than the objective takes; or all that are
+            read together are too short to show what an action did.
     """
     reader = action_reader(cfg)
     if reader is None:
         return
     fs, root = open_uri(uri)
-    rows = read_row_group(fs, root, manifest.shards[0].file, 0, ("actions", "source_uri"))
+    rows = read_row_group(
+        fs, root, manifest.shards[0].file, 0, ("actions", "source_uri", "num_frames")
+    )
     try:
         reader.between(rows.slice(0, 1), np.zeros((1, 1), np.int32))
     except ActionError as error:
         raise ValueError(f"{flag}: {error}") from error
+    longest = max(rows["num_frames"].to_pylist())
+    needed = cfg.objective.history * cfg.clip.stride + 1
+    if longest < needed:
+        raise ValueError(
+            f"{flag}: the longest of the first {len(rows)} segments of {uri} has {longest} frames, "
+            f"but a state and\nwhat an action makes of it take {needed} (--objective.history "
+            f"{cfg.objective.history}, --clip.stride {cfg.clip.stride}). Ingest longer videos."
+        )
 
 
 def _told(found: int, reader: ActionReader) -> str:

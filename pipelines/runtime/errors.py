@@ -116,8 +116,10 @@ def _explain_other(fault: Fault, found: list[Place]) -> str | None:
 
 def _with_flag(fault: Fault, found: list[Place]) -> str:
     """Returns the error's text, after the flag of the place it is about unless it names one."""
-    place = None if "--" in fault.text else holding(found, fault.text)
-    return f"{place.flag}: {fault.text}" if place else fault.text
+    place = holding(found, fault.text)
+    if place is None or ("--" in fault.text and not fault.text.startswith(place.uri)):
+        return fault.text
+    return f"{place.flag}: {fault.text}"
 
 
 def _whence(fault: Fault) -> str:

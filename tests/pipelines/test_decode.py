@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from helpers.pipelines.clips import segment, write_rows
 from helpers.pipelines.loading import write_samples
+from helpers.pipelines.walks import walk_segment
 from models.artifacts.artifact import load_artifact
 from models.beliefs.stored import load_surprise
 from pipelines.config.data import ClipConfig, VideoMaskConfig
@@ -23,6 +24,7 @@ from pipelines.config.run import RunConfig
 from pipelines.config.train import ModelConfig, PretrainConfig
 from pipelines.decode import DecodeConfig, decode
 from pipelines.export import export
+from pipelines.recipes.planning import worldmodel_tworooms
 from pipelines.runs.checkpoints import CheckpointState, new_objective, save_checkpoint
 
 
@@ -44,6 +46,10 @@ def checkpoint(sets: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) 
         run=RunConfig(name="clips", storage=str(folder.parent.parent)),
     )
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, train=sets[0]))
+    return save_untrained(cfg, folder)
+
+
+def save_untrained(cfg: PretrainConfig, folder: Path) -> str:
     torch.manual_seed(1)
     tensors = {"model": new_objective(cfg).state_dict(), "optimizer": {}, "loop": {}}
     folder.mkdir(parents=True)
@@ -72,6 +78,49 @@ def test_a_run_is_drawn_measured_and_told(
     assert "AUROC" in shown.getvalue()
     names = load_file(tmp_path / "decoder.safetensors")
     assert {name.partition(".")[0] for name in names} == {"regression", "flow"}
+
+
+@pytest.fixture(scope="module")
+def walks(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Eight walks in Two-Rooms, of which every fourth is too short for a clip."""
+    root = tmp_path_factory.mktemp("walks")
+    return write_rows(root, [walk_segment(root / "w", n, 5 if n % 4 else 17) for n in range(8)])
+
+
+@pytest.mark.parametrize(
+    "own",
+    [{}, {"history": 2}, {"perception": "conv", "predictor": "block_causal", "dynamics_width": 32}],
+    ids=["one frame", "two frames", "patches"],
+)
+def test_what_a_world_model_imagines_is_drawn_from_shards(
+    own: dict, walks: str, tmp_path: Path
+) -> None:
+    base = worldmodel_tworooms()
+    objective = dataclasses.replace(base.objective, latent_width=8, **own)
+    cfg = dataclasses.replace(base, objective=objective)
+    checkpoint = save_untrained(cfg, tmp_path / "runs/walks/checkpoint_0")
+    job = DecodeConfig(
+        checkpoint=checkpoint, data=walks, test=walks, out=str(tmp_path / "out"), steps=2
+    )
+    found = decode(job, console=Console(file=io.StringIO()))["rollouts"]
+    assert found["samples"] == 2
+    assert list(found["mrr"]["imagined"]) == ["1", "2", "5", "10", "12"]
+    names = load_file(tmp_path / "out/decoder.safetensors")
+    assert {name.partition(".")[0] for name in names} == {"latent"}
+
+
+def test_walks_that_cannot_be_imagined_are_refused(
+    walks: str, sets: tuple[str, str], tmp_path: Path
+) -> None:
+    checkpoint = save_untrained(worldmodel_tworooms(), tmp_path / "runs/walks/checkpoint_0")
+    cfg = DecodeConfig(checkpoint=checkpoint, data=walks, test=sets[1], out=str(tmp_path / "out"))
+    with pytest.raises(ValueError, match=r"--test: clip-\d+: the segment has no actions.*\nGive"):
+        decode(cfg)
+    few = write_rows(tmp_path / "few", [walk_segment(tmp_path, n, 17 if n else 5) for n in (0, 1)])
+    with pytest.raises(ValueError, match=r"--test: 1 of the 2 segments .* 13 frames.*\nRanks need"):
+        decode(dataclasses.replace(cfg, test=few))
+    with pytest.raises(ValueError, match="--seed: must be between"):
+        dataclasses.replace(cfg, seed=-1)
 
 
 def test_other_data_and_other_encoders_are_refused(

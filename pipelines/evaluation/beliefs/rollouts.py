@@ -1,7 +1,7 @@
 """What a world model imagines, drawn beside what really happened.
 
-Shape suffixes: B clips, C channels, T frames, H and W pixels, A action width, D latent width, K
-imagined steps.
+Shape suffixes: B clips, C channels, T frames, H and W pixels, A action width, D width of a frame's
+latents, h frames of the model's history, Z = h * D width of a state, K = T - h imagined steps.
 """
 
 from __future__ import annotations
@@ -50,30 +50,31 @@ def rollout_study(
     Args:
         model: a trained one.
         train: clips uint8 [B, C, T, H, W] whose frames the decoder learns from.
-        test: clips to imagine, each from its first frame.
+        test: clips to imagine, each from its first h frames.
         actions_BTA: what was done between their frames, [B, T - 1, A].
         steps: optimizer steps of the decoder.
         seed: of its weights and batches.
         advance: is called after each step.
     """
     decoder = _fit(model, _frames(train), steps, seed, advance)
-    real_BTD = _encoded(model, test)
+    real_BTZ, actions_BKA = _states(model, test), actions_BTA[:, model.history - 1 :]
     with torch.no_grad():
         told = {
-            "real": real_BTD[:, 1:],
-            "imagined": model.rollout(real_BTD[:, 0], actions_BTA).mean(0),
-            "shuffled": model.rollout(real_BTD[:, 0], actions_BTA.roll(1, 0)).mean(0),
-            "copy": real_BTD[:, :1].expand_as(real_BTD[:, 1:]),
+            "real": real_BTZ[:, 1:],
+            "imagined": model.rollout(real_BTZ[:, 0], actions_BKA).mean(0),
+            "shuffled": model.rollout(real_BTZ[:, 0], actions_BKA.roll(1, 0)).mean(0),
+            "copy": real_BTZ[:, :1].expand_as(real_BTZ[:, 1:]),
         }
-        drawn = {name: _drawn(decoder, latents) for name, latents in told.items()}
-    count = actions_BTA.shape[1]
+        drawn = {name: _drawn(decoder, _newest(model, states)) for name, states in told.items()}
+    real_BTD = _newest(model, real_BTZ)
+    count = actions_BKA.shape[1]
     asked = sorted({k for k in (1, 2, 5, 10, count) if k <= count})
     mrr = {
         name: {str(k): _found(model, clips[:, :, k - 1], real_BTD[:, k]) for k in asked}
         for name, clips in drawn.items()
     }
     results = {"mrr": mrr, "chance": chance(len(test)), "samples": len(test), "steps": steps}
-    shown = {"what happened": test[:, :, 1:]} | {
+    shown = {"what happened": test[:, :, -count:]} | {
         title: drawn[name]
         for name, title in (
             ("real", "real latents"),
@@ -90,9 +91,18 @@ def _frames(clips_BCTHW: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _encoded(model: WorldModel, clips_BCTHW: Tensor) -> Tensor:
-    parts = [model.encode(part) for part in torch.split(_frames(clips_BCTHW), 512)]
-    return torch.cat(parts).reshape(len(clips_BCTHW), clips_BCTHW.shape[2], -1)
+def _states(model: WorldModel, clips_BCTHW: Tensor) -> Tensor:
+    """Returns the state at every frame that has a history, [B, K + 1, Z]."""
+    B, _, T, _, _ = clips_BCTHW.shape
+    states, frames_BTCHW = T + 1 - model.history, clips_BCTHW.transpose(1, 2)
+    pasts = [frames_BTCHW[:, first : first + states] for first in range(model.history)]
+    parts = torch.split(torch.cat(pasts, dim=2).flatten(0, 1), 512)
+    return torch.cat([model.encode(part) for part in parts]).reshape(B, states, -1)
+
+
+def _newest(model: WorldModel, states: Tensor) -> Tensor:
+    """Returns the latents of a state's newest frame, [..., Z] to [..., D]."""
+    return states[..., -(states.shape[-1] // model.history) :]
 
 
 def _drawn(decoder: LatentDecoder, latents_BKD: Tensor) -> Tensor:
@@ -104,7 +114,7 @@ def _drawn(decoder: LatentDecoder, latents_BKD: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _found(model: WorldModel, frames_BCHW: Tensor, real_BD: Tensor) -> float:
-    return mean_reciprocal_rank(model.encode(frames_BCHW), real_BD)
+    return mean_reciprocal_rank(_newest(model, model.encode(frames_BCHW)), real_BD)
 
 
 def _fit(
@@ -115,17 +125,18 @@ def _fit(
     advance: Callable[[], object],
 ) -> LatentDecoder:
     generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
+        width = _newest(model, model.encode(frames_BCHW[:1])).shape[1]
         size = (frames_BCHW.shape[-2], frames_BCHW.shape[-1])
-        decoder = LatentDecoder(model.perception.width, size).to(frames_BCHW.device)
+        decoder = LatentDecoder(width, size).to(frames_BCHW.device)
     mean_CHW = to_values(frames_BCHW).mean(0)
 
     def loss() -> Tensor:
         rows = torch.randint(len(frames_BCHW), (BATCH,), generator=generator)
         batch_BCHW = frames_BCHW[rows]
         with torch.no_grad():
-            latents_BD = model.encode(batch_BCHW)
+            latents_BD = _newest(model, model.encode(batch_BCHW))
         return latent_loss(decoder, latents_BD, to_values(batch_BCHW), mean_CHW)
 
     for _ in descend(decoder.parameters(), loss, steps=steps, lr=LR):

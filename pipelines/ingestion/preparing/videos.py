@@ -133,7 +133,12 @@ def _load_sidecar(name: str, data: bytes, cfg: IngestConfig) -> F32:
         raise VideoError("bad_sidecar", f"{name}: not an array of numbers")
     if values.ndim not in (1, 2) or not values.size:
         raise VideoError("bad_sidecar", f"{name}: shape {values.shape}, not [frames, values]")
-    return values.reshape(len(values), -1).astype(np.float32)
+    with np.errstate(over="ignore"):  # what is too large becomes infinite
+        values_FD = values.reshape(len(values), -1).astype(np.float32)
+    # What was done at the last frame led to none. A state may be unknown.
+    if name == "actions" and not np.isfinite(values_FD[:-1]).all():
+        raise VideoError("bad_sidecar", f"{name}: NaN or infinity, of which nothing can be learned")
+    return values_FD
 
 
 def _check_sidecars(sidecars: dict[str, F32], path: str, cfg: IngestConfig) -> list[int]:

@@ -1,4 +1,4 @@
-"""Trains world models of Two-Rooms with the real trainer, on walks in memory instead of shards."""
+"""Walks in Two-Rooms: the real trainer learns from some in memory, and shards hold others."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import functools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from helpers.pipelines.fake_training import FolderStore
 from models.planning.worlds.two_rooms import TwoRooms
 from pipelines.config.train import PretrainConfig
+from pipelines.dataset.shards import hash_bytes
+from pipelines.fetchers import two_rooms
 from pipelines.recipes.planning import worldmodel_tworooms
 from pipelines.training.contract import DataSource, Worker
 from pipelines.training.trainer import Outcome, train
@@ -47,6 +51,26 @@ def walk_batches(
             "sample_ids": [b"%016d" % w for w in which],
             "step": step,
         }
+
+
+def walk_segment(folder: Path, number: int, frames: int) -> dict:
+    """A row of video shards: a walk of so many frames, as `fetch tworooms` writes it."""
+    stem = folder / f"{number:05d}"
+    with mock.patch.object(two_rooms, "FRAMES", frames):
+        two_rooms.write_walk(stem, TwoRooms(), torch.Generator().manual_seed(number))
+    return {
+        "sample_id": hash_bytes(b"%d" % number),
+        "video": stem.with_suffix(".mp4").read_bytes(),
+        "num_frames": frames,
+        "fps": 10.0,
+        "start_s": 0.0,
+        "height": 32,
+        "width": 32,
+        "label": None,
+        "source_uri": f"walk-{number}",
+        "actions": np.load(f"{stem}.actions.npy").tolist(),
+        "states": None,
+    }
 
 
 def walk_config(storage: Path, *, objective: dict | None = None, **run) -> PretrainConfig:

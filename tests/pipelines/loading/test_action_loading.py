@@ -107,6 +107,21 @@ def test_between_takes_the_actions_from_each_frame_up_to_the_next() -> None:
     np.testing.assert_equal(found, np.array(expected, np.float32))
 
 
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_what_is_no_number_is_refused_where_a_clip_shows_it(wrong: float) -> None:
+    reader = ActionReader(width=1, stride=1)
+    walk = table([[wrong], [1.0], [2.0], [wrong], [wrong]])
+    assert reader.between(walk, np.array([[1, 2, 3]], np.int32)).tolist() == [[[1.0], [2.0]]]
+    with pytest.raises(ActionError, match=r"walk\.mp4: the action of frame 3 is NaN or infinite"):
+        reader.between(walk, np.array([[2, 3, 4]], np.int32))
+
+
+def test_walks_too_short_to_show_what_an_action_did_are_refused(tmp_path: Path) -> None:
+    rows = [acted(n) | {"num_frames": 2} for n in range(ROWS)]
+    with pytest.raises(ValueError, match=r"--data\.train: the longest .* 2 frames.*\n.* take 3 "):
+        training_sets(config(write_rows(tmp_path, rows)))
+
+
 def test_segments_without_actions_are_refused_before_training(tmp_path: Path, shards: str) -> None:
     silent = write_rows(tmp_path, [segment(n) for n in range(ROWS)])
     with pytest.raises(ValueError, match=r"--data\.train: clip-0: the segment has no actions"):

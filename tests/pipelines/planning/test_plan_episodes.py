@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from helpers.pipelines.fake_training import run_training, tiny_config
+from helpers.pipelines.refusals import teller
 from helpers.pipelines.walks import train_on_walks, walk_config
 from models.encoders.vit import VisionTransformer
 from models.planning.configurator import Rules
@@ -52,7 +53,14 @@ def test_a_world_model_resumes_bit_for_bit(checkpoint: str, tmp_path: Path) -> N
     assert all(torch.equal(whole[name], value) for name, value in parts.items())
 
 
-def test_only_a_vit_can_be_exported(checkpoint: str, tmp_path: Path) -> None:
+def test_only_a_vit_can_be_exported(
+    checkpoint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    told = teller(monkeypatch, capsys)("export", "--checkpoint", checkpoint, "--out", tmp_path)
+    assert told.startswith(f"error: --checkpoint: {checkpoint}: a world model with --objective")
     with pytest.raises(CheckpointError, match=r"(?s)has no ViT.*--objective.perception vit"):
         load_encoder(checkpoint)
     cfg = walk_config(tmp_path, objective=TINY | {"perception": "vit"}, steps=2)

@@ -20,10 +20,10 @@ WALKS, STEPS = 60, 6
 class Perfect(WorldModel):
     """Knows the world: a latent is the place of the dot, read off its pixels."""
 
+    history = 1  # type: ignore[assignment]
+
     def __init__(self) -> None:
         nn.Module.__init__(self)
-        self.perception = nn.Identity()
-        self.perception.width = 2  # type: ignore[assignment]
         self.world = TwoRooms()
 
     def encode(self, frames_BCHW: Tensor) -> Tensor:
@@ -36,12 +36,39 @@ class Perfect(WorldModel):
         return (self.world.rollout((latents_BD + 1) * 16, actions_BTA) / 16 - 1)[None]
 
 
+class Remembering(Perfect):
+    """The same with a state of two frames, the newest last; it knows nothing of the older one."""
+
+    history = 2  # type: ignore[assignment]
+
+    def encode(self, frames_BCHW: Tensor) -> Tensor:
+        newest_BD = super().encode(frames_BCHW[:, -3:])
+        return torch.cat([torch.full_like(newest_BD, torch.nan), newest_BD], dim=-1)
+
+    def rollout(self, states_BZ: Tensor, actions_BTA: Tensor) -> Tensor:
+        newest_EBTD = super().rollout(states_BZ[:, 2:], actions_BTA)
+        return torch.cat([torch.full_like(newest_EBTD, torch.nan), newest_EBTD], dim=-1)
+
+
+def walked(steps: int) -> tuple[Tensor, Tensor]:
+    world = TwoRooms()
+    places, actions = world.random_walk(WALKS, steps, torch.Generator().manual_seed(0))
+    return torch.stack([world.render(one) for one in places]).transpose(1, 2), actions
+
+
 @pytest.fixture(scope="module")
 def found() -> Rollouts:
-    world = TwoRooms()
-    places, actions = world.random_walk(WALKS, STEPS, torch.Generator().manual_seed(0))
-    clips = torch.stack([world.render(one) for one in places]).transpose(1, 2)
+    clips, actions = walked(STEPS)
     return rollout_study(Perfect(), clips, clips, actions, steps=250, seed=0)
+
+
+def test_imagination_starts_from_as_many_frames_as_a_state_has() -> None:
+    clips, actions = walked(4)
+    later = rollout_study(Perfect(), clips, clips[:, :, 1:], actions[:, 1:], steps=3, seed=0)
+    found = rollout_study(Remembering(), clips, clips, actions, steps=3, seed=0)
+    assert found.results == later.results
+    for panel, same in zip(found.panels, later.panels, strict=True):
+        assert torch.equal(panel.pixels, same.pixels)
 
 
 def test_what_is_imagined_is_found_and_other_actions_lead_elsewhere(found: Rollouts) -> None:

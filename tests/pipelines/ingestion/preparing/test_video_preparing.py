@@ -216,6 +216,15 @@ def test_sidecar_that_does_not_fit_is_refused(values: np.ndarray, tmp_path: Path
     assert refusal(write_video(tmp_path / "a.mp4", 40), actions=values) == "bad_sidecar"
 
 
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, 1e300])
+def test_actions_are_numbers_but_for_the_last_frame(wrong: float, tmp_path: Path) -> None:
+    path, values = write_video(tmp_path / "a.mp4", 40), np.zeros(40)
+    values[-1] = wrong
+    assert prepare(path, actions=values, states=np.full(40, np.nan))[0]
+    values[5] = wrong
+    assert refusal(path, actions=values) == "bad_sidecar"
+
+
 def test_sidecar_that_is_no_array_is_refused(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", 3)
     for data in (b"", b"no numpy", npy(np.array([{}], object)), npy(np.zeros(9))[:-9]):
