@@ -53,7 +53,6 @@ from pipelines.runtime.errors import run_command
 from pipelines.runtime.places import prepare
 from pipelines.runtime.uris import open_uri, write_atomic
 
-
 LEAST = 2
 """Images or clips of --test: one alone is always found first."""
 RANKS = "ranks need others"

@@ -75,7 +75,7 @@ class ActionReader:
 
 def _check_finite(actions_FA: F32, first: int, segments: pa.Table, number: int) -> None:
     """Raises ActionError if an action from frame number `first` on is no number."""
-    (wrong_F,) = (~np.isfinite(actions_FA[first:]).all(1)).nonzero()
+    wrong_F = np.flatnonzero(~np.isfinite(actions_FA[first:]).all(axis=1))
     if len(wrong_F):
         raise ActionError(
             f"{segments['source_uri'][number].as_py()}: the action of frame {first + wrong_F[0]} "
