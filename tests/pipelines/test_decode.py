@@ -89,8 +89,13 @@ def walks(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize(
     "own",
-    [{}, {"history": 2}, {"perception": "conv", "predictor": "block_causal", "dynamics_width": 32}],
-    ids=["one frame", "two frames", "patches"],
+    [
+        {},
+        {"history": 2},
+        {"history": 3, "recurrent_width": 12},
+        {"perception": "conv", "predictor": "block_causal", "dynamics_width": 32},
+    ],
+    ids=["one frame", "two frames", "recurrent", "patches"],
 )
 def test_what_a_world_model_imagines_is_drawn_from_shards(
     own: dict, walks: str, tmp_path: Path

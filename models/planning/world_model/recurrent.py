@@ -47,8 +47,8 @@ class RecurrentStates(nn.Module):
         B, T, _ = latents_BTD.shape
         same_BT = (latents_BTD[:, 1:] == latents_BTD[:, :1]).all(-1)
         begun_B = same_BT.long().cumprod(1).sum(1)
-        order_BT = (torch.arange(T) + begun_B[:, None]).clamp(max=T - 1)
-        rows_B = torch.arange(B)
+        times_T, rows_B = (torch.arange(n, device=begun_B.device) for n in (T, B))
+        order_BT = (times_T + begun_B[:, None]).clamp(max=T - 1)
         shifted_BTD = latents_BTD[rows_B[:, None], order_BT]
         states_BZ: Tensor = self(shifted_BTD)[rows_B, T - 1 - begun_B]
         return states_BZ

@@ -138,6 +138,11 @@ class WorldModel(RegisteredObjective):
         """The latents."""
         return {"latent": self.perception.width}
 
+    @property
+    def frame_width(self) -> int:
+        """D, the numbers of a frame's latents, which those of the newest frame end a state with."""
+        return self.perception.grid.tokens * self.perception.width
+
     def forward(self, batch: Batch) -> Output:
         """Computes the loss of clips uint8 [B, C, T, H, W] and actions [B, T - 1, A].
 

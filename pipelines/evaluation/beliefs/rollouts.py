@@ -1,7 +1,7 @@
 """What a world model imagines, drawn beside what really happened.
 
 Shape suffixes: B clips, C channels, T frames, H and W pixels, A action width, D width of a frame's
-latents, h frames of the model's history, Z = h * D width of a state, K = T - h imagined steps.
+latents, h frames of the model's history, Z width of a state, K = T - h imagined steps.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def _states(model: WorldModel, clips_BCTHW: Tensor) -> Tensor:
 
 def _newest(model: WorldModel, states: Tensor) -> Tensor:
     """Returns the latents of a state's newest frame, [..., Z] to [..., D]."""
-    return states[..., -(states.shape[-1] // model.history) :]
+    return states[..., -model.frame_width :]
 
 
 def _drawn(decoder: LatentDecoder, latents_BKD: Tensor) -> Tensor:
@@ -125,11 +125,10 @@ def _fit(
     advance: Callable[[], object],
 ) -> LatentDecoder:
     generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        width = _newest(model, model.encode(frames_BCHW[:1])).shape[1]
         size = (frames_BCHW.shape[-2], frames_BCHW.shape[-1])
-        decoder = LatentDecoder(width, size).to(frames_BCHW.device)
+        decoder = LatentDecoder(model.frame_width, size).to(frames_BCHW.device)
     mean_CHW = to_values(frames_BCHW).mean(0)
 
     def loss() -> Tensor:

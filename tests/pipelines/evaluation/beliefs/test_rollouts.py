@@ -20,7 +20,7 @@ WALKS, STEPS = 60, 6
 class Perfect(WorldModel):
     """Knows the world: a latent is the place of the dot, read off its pixels."""
 
-    history = 1  # type: ignore[assignment]
+    history, frame_width = 1, 2  # type: ignore[assignment]
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
