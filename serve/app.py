@@ -1,8 +1,10 @@
 """The Serve application: `serve run serve.app:build_app artifact=DIR`.
 
 A request goes to an `Ingress` replica, which parses it and decodes and transforms the images on the
-CPU, then to an `Embedder` replica, which runs the forward pass in batches. Both report to
-`Telemetry`. They scale separately, because decoding JPEGs for one GPU takes many cores.
+CPU, then to an `Embedder`, which runs the forward pass in batches. With `placement=separate` that
+is a replica of its own, and the two scale separately, because decoding JPEGs for one GPU takes many
+cores. With `placement=together` every ingress replica holds an `Embedder`. All replicas report to
+`Telemetry`.
 """
 # No `from __future__ import annotations` here: Serve reads `build_app`'s annotation as a class.
 
@@ -33,7 +35,7 @@ class Ingress(IngressReplica[ServeSettings]):
 
     Args:
         settings: see `ServeSettings`.
-        model: handle of the embedder.
+        model: handle of the embedder, or that it is held here.
         telemetry: handle of `Telemetry`.
         card: the model that this replica was deployed with.
     """

@@ -14,6 +14,7 @@ from ray.serve.config import RequestRouterConfig
 
 from serve.ingress.application import IngressParts
 from serve.ingress.deployment import IngressReplica, build_application, model_options
+from serve.ingress.model_handle import DeployedModel
 from serve.lm.contract import LANGUAGE_MODEL
 from serve.lm.frontend.client import LMClient
 from serve.lm.frontend.routes import create_lm_app
@@ -31,8 +32,9 @@ class LMIngress(IngressReplica[LMSettings]):
 
     async def create_app(self, parts: IngressParts) -> FastAPI:
         """See `IngressReplica`."""
+        assert isinstance(self.model, DeployedModel)  # its settings have no placement
         client = LMClient(
-            self.model,
+            self.model.handle,
             persistent=self.settings.store is not None,
             silence_s=self.settings.replica_silence_s,
         )

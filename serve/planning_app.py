@@ -2,7 +2,8 @@
 
 A request goes to a `PlanIngress` replica, which parses it and decodes its frames, then to a
 `Planner` replica, which searches for the plans of many sessions side by side. Requests of one
-session go to the same planner as long as it is there. Both report to `Telemetry`.
+session go to the same planner as long as it is there. With `placement=together` the one ingress
+replica holds the planner. All replicas report to `Telemetry`.
 """
 # No `from __future__ import annotations` here: Serve reads `build_app`'s annotation as a class.
 
@@ -31,7 +32,7 @@ class PlanIngress(IngressReplica[PlanningSettings]):
 
     Args:
         settings: see `PlanningSettings`.
-        model: handle of the planner.
+        model: handle of the planner, or that it is held here.
         telemetry: handle of `Telemetry`.
         card: the agent that this replica was deployed with.
     """

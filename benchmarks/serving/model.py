@@ -29,12 +29,13 @@ class Model:
     """See `ServeSettings.max_wait_ms`."""
 
 
-def settings_for(model: Model, folder: str) -> Any:
+def settings_for(model: Model, folder: str, placement: str = "separate") -> Any:
     """Returns the settings of our endpoint."""
     from serve.embeddings.settings import ServeSettings
 
     return ServeSettings(
         artifact=folder,
+        placement=placement,  # type: ignore[arg-type]
         dtype=model.dtype,  # type: ignore[arg-type]
         threads=model.threads,
         decode_threads=model.decode_threads,

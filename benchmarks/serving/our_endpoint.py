@@ -36,6 +36,8 @@ class Config:
     """Port on loopback."""
     batching: Literal["ours", "serve.batch"] = "ours"
     """Who makes the batches: our batcher, or Ray's `@serve.batch` in its place."""
+    placement: Literal["separate", "together"] = "separate"
+    """See `ServeSettings.placement`."""
     model: Model = field(default_factory=Model)
 
 
@@ -45,7 +47,7 @@ def application(config: Config) -> ray_serve.Application:
     from serve.embeddings.replica.embedder import read_card
     from serve.ingress.deployment import build_application
 
-    settings = settings_for(config.model, config.folder)
+    settings = settings_for(config.model, config.folder, config.placement)
     if config.batching == "ours":
         return build_app(settings)
     from benchmarks.serving.serve_batch import ServeBatchEmbedder

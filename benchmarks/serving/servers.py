@@ -23,19 +23,23 @@ THROUGHPUT = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": "2147483647",
 }
-HAPROXY = THROUGHPUT | {"RAY_SERVE_ENABLE_HA_PROXY": "1"}
+HAPROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1"}
+ONE_LOOP = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
 END_AT_ONCE = {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.1"}
 
 Server = Callable[[Model, str], AbstractContextManager[Target]]
 """Serves the artifact in a folder."""
 
 
-def endpoint(environment: Mapping[str, str], batching: str = "ours") -> Server:
+def endpoint(
+    environment: Mapping[str, str], *, placement: str = "separate", batching: str = "ours"
+) -> Server:
     """Returns our endpoint.
 
     Args:
         environment: of Ray and Serve.
-        batching: see `our_endpoint.Config`.
+        placement: see `our_endpoint.Config`.
+        batching: as well.
     """
 
     @contextmanager
@@ -46,7 +50,7 @@ def endpoint(environment: Mapping[str, str], batching: str = "ours") -> Server:
             f"RAY_SERVE_HAPROXY_{kind}_PORT": str(free_port()) for kind in ("STATS", "METRICS")
         }
         env = {**environment, **END_AT_ONCE, **ports}
-        options = endpoint_options(model, folder, target.port, batching)
+        options = endpoint_options(model, folder, target.port, placement, batching)
         url = f"http://{HOST}:{target.port}/healthz"
         with _process(sys.executable, "our_endpoint.py", options, url, env):
             yield target
@@ -54,11 +58,14 @@ def endpoint(environment: Mapping[str, str], batching: str = "ours") -> Server:
     return serve
 
 
-def endpoint_options(model: Model, folder: str, port: int, batching: str) -> dict[str, Any]:
+def endpoint_options(
+    model: Model, folder: str, port: int, placement: str, batching: str
+) -> dict[str, Any]:
     """Returns the options of `our_endpoint.py`."""
     fields = dataclasses.asdict(model).items()
     options = {f"model.{name.replace('_', '-')}": value for name, value in fields}
-    return {"folder": folder, "port": port, "batching": batching} | options
+    served = {"folder": folder, "port": port, "placement": placement, "batching": batching}
+    return served | options
 
 
 @contextmanager

@@ -35,6 +35,7 @@ from benchmarks.serving.load import Load, in_process, make_jpegs, make_requests,
 from benchmarks.serving.model import Model, forward_threads, settings_for
 from benchmarks.serving.servers import (
     HAPROXY,
+    ONE_LOOP,
     THROUGHPUT,
     Server,
     endpoint,
@@ -131,8 +132,13 @@ def servers(config: Config) -> dict[str, Server]:
     known: dict[str, Server] = {
         "endpoint": endpoint({}),
         "endpoint, throughput mode": endpoint(THROUGHPUT),
-        "endpoint, HAProxy": endpoint(HAPROXY),
-        "@serve.batch": endpoint({}, "serve.batch"),
+        "endpoint, HAProxy": endpoint(HAPROXY | THROUGHPUT),
+        "together": endpoint({}, placement="together"),
+        "together, one loop": endpoint(ONE_LOOP, placement="together"),
+        "together, throughput mode": endpoint(THROUGHPUT, placement="together"),
+        "together, HAProxy": endpoint(HAPROXY | ONE_LOOP, placement="together"),
+        "together, HAProxy, throughput": endpoint(HAPROXY | THROUGHPUT, placement="together"),
+        "@serve.batch": endpoint({}, batching="serve.batch"),
         "FastAPI": plain_fastapi,
     }
     if config.infinity:

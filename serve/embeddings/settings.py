@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from serve.ingress.settings import ApplicationSettings, Stored, split_list
+from serve.ingress.settings import PlacedSettings, Stored, split_list
 
 # [private:]host[:port]; a leading dot means "any subdomain of", a lone * any public host.
 _HOST_RULE = re.compile(
@@ -29,7 +29,7 @@ def _split_hosts(value: object) -> object:
     return hosts
 
 
-class ServeSettings(ApplicationSettings):
+class ServeSettings(PlacedSettings):
     """Settings of the embeddings application: the artifact, batching and all limits."""
 
     artifact: Stored

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
-import time
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from collections.abc import Callable
+from typing import Any, ClassVar, Generic, TypeVar
 
 from fastapi import FastAPI
 from ray import serve as ray_serve
-from ray.exceptions import RayError
-from ray.serve.config import BackpressureConfig
-from ray.serve.exceptions import RayServeException
+from ray.serve.config import BackpressureConfig, RequestRouterConfig
 
 from serve.ingress.application import IngressParts
 from serve.ingress.middleware import RequestMetrics
-from serve.ingress.settings import ApplicationSettings
+from serve.ingress.model_handle import Card, DeployedModel, InProcess, LocalModel, ModelHandle
+from serve.ingress.settings import ApplicationSettings, PlacedSettings
 from serve.telemetry import Reporter, Telemetry
 
-READY_CACHE_S = 1.0
 QUIET = {"enable_access_log": False}
 MAX_ONGOING = 65_536
 """Requests that Serve passes to an ingress replica at the same time. It is large because a request
@@ -45,6 +42,8 @@ def build_application(
 ) -> ray_serve.Application:
     """Returns an application of HTTP replicas, model replicas and one replica of `Telemetry`.
 
+    With `placement=together` the HTTP replicas hold the model, and there are no others.
+
     Args:
         settings: the application's.
         model: deployment of a class that takes the settings and a handle of `Telemetry`.
@@ -55,6 +54,10 @@ def build_application(
         name=Telemetry.__name__, ray_actor_options={"num_cpus": 0}, logging_config=QUIET
     )
     telemetry = make(Telemetry).bind()
+    if isinstance(settings, PlacedSettings) and settings.placement == "together":
+        kind: type[Any] = model.func_or_class  # type: ignore[assignment]
+        both = with_model(ingress, settings, model)
+        return both.bind(settings, InProcess(kind), telemetry, **known)
     bound = model.bind(settings, telemetry, **known)
     return ingress_deployment(ingress, settings).bind(settings, bound, telemetry, **known)
 
@@ -63,6 +66,22 @@ def ingress_deployment(ingress: type[Any], settings: ApplicationSettings) -> ray
     """Returns the deployment of an application's HTTP replicas."""
     make = ray_serve.deployment(name=ingress.__name__, **ingress_options(settings))
     return make(ingress)
+
+
+def with_model(
+    ingress: type[Any], settings: ApplicationSettings, model: ray_serve.Deployment
+) -> ray_serve.Deployment:
+    """Returns the deployment of HTTP replicas that hold the model.
+
+    They are as many, and have as many CPUs and GPUs, as the model's own replicas would. In all else
+    they are HTTP replicas.
+    """
+    return model.options(
+        func_or_class=ingress,
+        name=ingress.__name__,
+        request_router_config=RequestRouterConfig(),
+        **http_options(settings),
+    )
 
 
 def model_options(settings: ApplicationSettings) -> dict[str, Any]:
@@ -81,6 +100,13 @@ def ingress_options(settings: ApplicationSettings) -> dict[str, Any]:
     return {
         "num_replicas": settings.ingress_replicas,
         "ray_actor_options": {"num_cpus": settings.ingress_cpus},
+        **http_options(settings),
+    }
+
+
+def http_options(settings: ApplicationSettings) -> dict[str, Any]:
+    """Returns the options of every deployment that answers HTTP."""
+    return {
         "max_ongoing_requests": MAX_ONGOING,
         # No limit: Serve counts a request as queued until it has found a replica, so that a limit
         # would refuse requests of a burst although every replica is idle.
@@ -116,76 +142,6 @@ def read_api_key(settings: ApplicationSettings) -> str | None:
     return key
 
 
-class Card(Protocol):
-    """What an application knows of a model."""
-
-    @property
-    def name(self) -> str:
-        """Its name in requests."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Digest of everything that makes it another model."""
-
-
-class Readiness:
-    """Tells whether a model replica is running, looked up at most once a second.
-
-    Serve's controller is asked first, because under load a call to the model would wait behind the
-    requests, and a busy model is ready. But the controller forgets the deployments of an
-    application whose latest config it could not build, although they go on serving. So if it says
-    no, a replica's own answer counts. The answer also tells which model it serves.
-
-    Args:
-        model: handle of the model's deployment, which has `describe`.
-        name: name of that deployment.
-        own: the model that this ingress was deployed with; None if it takes any.
-    """
-
-    def __init__(self, model: Any, name: str, own: Card | None = None) -> None:
-        self._model, self._name, self._own = model, name, own
-        self._app_name = ray_serve.get_replica_context().app_name
-        self._checked_at = -READY_CACHE_S
-        self._ready: bool | str = False
-
-    async def __call__(self) -> bool | str:
-        """Returns whether requests can be served, or what else there is to say if they can."""
-        if time.monotonic() - self._checked_at >= READY_CACHE_S:
-            self._checked_at = time.monotonic()
-            self._ready = await self._look()
-        return self._ready
-
-    async def _look(self) -> bool | str:
-        found, listed = await asyncio.gather(self._ask(), asyncio.to_thread(self._is_listed))
-        if found is None:
-            return listed
-        if self._own is None or found.fingerprint == self._own.fingerprint:
-            return True
-        return (
-            f"ok, but a replica serves {_told(found)}, and this one was deployed with "
-            f"{_told(self._own)}: an update goes on, or new replicas do not start"
-        )
-
-    async def _ask(self) -> Card | None:
-        try:
-            async with asyncio.timeout(READY_CACHE_S):
-                card: Card = await self._model.describe.remote()
-        except (TimeoutError, RayError, RayServeException):
-            return None
-        return card
-
-    def _is_listed(self) -> bool:
-        application = ray_serve.status().applications.get(self._app_name)
-        deployment = application and application.deployments.get(self._name)
-        # Annotated as an enum, but the controller sends plain strings.
-        states: dict[Any, int] = dict(deployment.replica_states) if deployment else {}
-        return states.get("RUNNING", 0) > 0
-
-
-def _told(card: Card) -> str:
-    return f"{card.name} ({card.fingerprint[:12]})"
-
-
 class IngressReplica(ABC, Generic[Settings]):
     """HTTP replica of an application.
 
@@ -193,18 +149,25 @@ class IngressReplica(ABC, Generic[Settings]):
 
     Args:
         settings: the application's.
-        model: handle of the model's deployment, which has `describe`.
+        model: handle of the model's deployment, which has `describe`; or the model to hold.
         telemetry: handle of `Telemetry`.
         card: the model that the application was built for; None if it takes any.
     """
 
     model_name: ClassVar[str]
+    check_health: Callable[[], None]
+    """Serve's hook. Only a replica that holds the model has it: the model's own."""
 
     def __init__(
         self, settings: Settings, model: Any, telemetry: Any, card: Card | None = None
     ) -> None:
-        self.settings, self.model, self._own = settings, model, card
-        self._telemetry = telemetry
+        self.settings, self._telemetry = settings, telemetry
+        self.model: ModelHandle
+        if isinstance(model, InProcess):
+            held = model.kind(settings, telemetry, card=card)
+            self.model, self.check_health = LocalModel(held), held.check_health
+        else:
+            self.model = DeployedModel(model, self.model_name, card)
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         """Returns the application; called by Serve once."""
@@ -214,7 +177,7 @@ class IngressReplica(ABC, Generic[Settings]):
             settings=self.settings,
             metrics=metrics,
             scrape=self._reporter.scrape,
-            is_ready=Readiness(self.model, self.model_name, self._own),
+            is_ready=self.model.is_ready,
             api_key=read_api_key(self.settings),
         )
         return await self.create_app(parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -102,3 +102,22 @@ class ApplicationSettings(BaseModel):
         if name is not None and not _VARIABLE.fullmatch(name):
             raise ValueError("give the name of an environment variable, not the key itself")
         return name
+
+
+class PlacedSettings(ApplicationSettings):
+    """Settings of an application whose model may run in its HTTP replicas."""
+
+    placement: Literal["separate", "together"] = "separate"
+    """Where the model runs. `separate`: in replicas of its own, which the HTTP replicas call; the
+    two scale by themselves, and a request outlives a model replica that dies. `together`: in the
+    HTTP replicas, of which there are `num_replicas` with `cpus` and `gpus` each; a request has one
+    process fewer to go through, and fails if that dies."""
+
+    @model_validator(mode="after")
+    def _placed(self) -> Self:
+        stray = sorted({"ingress_replicas", "ingress_cpus"} & self.model_fields_set)
+        if self.placement == "together" and stray:
+            message = "with placement=together there are no replicas for HTTP alone; set"
+            instead = stray[0].replace("ingress_replicas", "num_replicas").removeprefix("ingress_")
+            raise ValueError(f"{stray[0]}: {message} {instead}, or placement=separate")
+        return self

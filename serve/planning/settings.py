@@ -10,10 +10,10 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from serve.ingress.settings import ApplicationSettings, Stored
+from serve.ingress.settings import PlacedSettings, Stored
 
 
-class PlanningSettings(ApplicationSettings):
+class PlanningSettings(PlacedSettings):
     """Settings of the planning application: the agent, batching, sessions and all limits."""
 
     agent: Stored
@@ -60,6 +60,9 @@ class PlanningSettings(ApplicationSettings):
     def _consistent(self) -> Self:
         if self.gpus:
             raise ValueError(f"gpus is {self.gpus:g}, but planners run on CPUs; leave it at 0")
+        if self.placement == "together" and self.num_replicas > 1:
+            message = "a session would meet another planner with each request"
+            raise ValueError(f"placement=together and num_replicas={self.num_replicas}: {message}")
         if self.max_image_bytes > self.max_request_bytes:
             raise ValueError("max_image_bytes exceeds max_request_bytes")
         return self

@@ -10,9 +10,9 @@ from typing import Generic, TypeVar
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from serve.ingress.deployment import Card
 from serve.ingress.errors import queue_full, server_error
-from serve.ingress.patience import first_answer
+from serve.ingress.model_handle import Card, ModelHandle
+from serve.replicas.patience import first_answer
 
 ATTEMPTS = 3
 """Calls made for one request when replicas die or are silent while they serve it."""
@@ -54,15 +54,16 @@ class OtherModel(Exception, Generic[CardT]):
 
 
 class ModelClient(Generic[CardT]):
-    """Calls a model's deployment and turns its failures into API errors.
+    """Calls a model and turns its failures into API errors.
 
     Args:
+        model: how it is called.
         own: the model that this ingress was deployed with.
         silence_s: seconds without an answer after which another replica is asked, too.
     """
 
-    def __init__(self, own: CardT, *, silence_s: float) -> None:
-        self._own, self._silence_s = own, silence_s
+    def __init__(self, model: ModelHandle, own: CardT, *, silence_s: float = 15.0) -> None:
+        self.model, self._own, self._silence_s = model, own, silence_s
 
     async def ask(self, call: Callable[[], Awaitable[Result | Refusal[CardT]]]) -> Result:
         """Returns the answer of a replica that serves the model which a call names.
@@ -85,7 +86,8 @@ class ModelClient(Generic[CardT]):
 
     async def _call(self, call: Callable[[], Awaitable[Result]]) -> Result:
         try:
-            return await first_answer(call, calls=ATTEMPTS, silence_s=self._silence_s)
+            attempts = ATTEMPTS if self.model.repeats else 1
+            return await first_answer(call, calls=attempts, silence_s=self._silence_s)
         except BackPressureError as error:
             raise queue_full() from error
         except (RayActorError, DeploymentUnavailableError) as error:

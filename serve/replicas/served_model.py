@@ -12,8 +12,8 @@ import asyncio
 import time
 from typing import Generic, TypeVar
 
-from serve.ingress.deployment import Card
 from serve.ingress.errors import ApiError
+from serve.ingress.model_handle import Card
 
 LOOK_AGAIN_S = 0.2
 """Seconds until a request that names a model looks again for a replica of it."""

@@ -24,7 +24,6 @@ from ray.serve.exceptions import (
 
 from models.sink_lm.engine.output import End
 from serve.ingress.errors import ApiError, queue_full, server_error
-from serve.ingress.patience import ReplicaSilent, while_alive
 from serve.lm.contract import (
     LMCard,
     Piece,
@@ -35,6 +34,7 @@ from serve.lm.contract import (
     Taken,
     key_of_replica,
 )
+from serve.replicas.patience import ReplicaSilent, while_alive
 
 TAKE_WAIT_S = 1.0
 TAKE_TOKENS = 64

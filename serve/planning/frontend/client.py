@@ -11,17 +11,7 @@ from serve.replicas.calls import ModelClient, Refusal
 
 
 class PlannerClient(ModelClient[PlanCard]):
-    """See `ModelClient`. A session's calls go to the same replica, as far as there is one.
-
-    Args:
-        handle: Serve handle of `Planner`.
-        own: the agent that this ingress was deployed with.
-        silence_s: seconds without an answer after which another replica is asked, too.
-    """
-
-    def __init__(self, handle: Any, own: PlanCard, *, silence_s: float = 15.0) -> None:
-        super().__init__(own, silence_s=silence_s)
-        self._handle = handle
+    """See `ModelClient`. A session's calls go to the same replica, as far as there is one."""
 
     async def plan(self, query: PlanQuery, card: PlanCard) -> Plan:
         """See `Planner.plan`; raises as `ModelClient.ask`, and what the planner objects to."""
@@ -41,8 +31,7 @@ class PlannerClient(ModelClient[PlanCard]):
         async def call() -> Any | Refusal[PlanCard]:
             nonlocal key
             where, key = key or uuid.uuid4().hex, None
-            handle = self._handle.options(session_id=where, method_name=method)
-            return await handle.remote(query, card.fingerprint)
+            return await self.model.call(method, query, card.fingerprint, session_id=where)
 
         found = await self.ask(call)
         if isinstance(found, ApiError):

@@ -107,20 +107,6 @@ def same_text(kept: str, whole: str) -> bool:
     return whole in (kept, kept + "\ufffd")
 
 
-def replica_pids(app: str, name: str) -> list[int]:
-    """Returns the process ids of a deployment's replicas, found by Ray's name for them."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                command = (entry / "cmdline").read_bytes().decode(errors="replace")
-            except OSError:
-                continue
-            if command.startswith(f"ray::ServeReplica:{app}:{name}"):
-                found.append(int(entry.name))
-    return found
-
-
 class Remote:
     """`handle.method.remote(...)`."""
 

@@ -27,6 +27,7 @@ from models.planning.world_model.world_model import WorldModel
 from models.planning.worlds.two_rooms import SIDE, TwoRooms
 from pipelines.recipes.planning import worldmodel_tworooms
 from serve.ingress.application import IngressParts
+from serve.ingress.model_handle import LocalModel
 from serve.planning.frontend.client import PlannerClient
 from serve.planning.frontend.routes import create_planning_app
 from serve.planning.frontend.service import PlanningService
@@ -175,7 +176,7 @@ def application(
     planner = Planner(full, None, card)
     if saved is not None:
         planner._saved, planner._imagination = saved, Imagination(saved)
-    service = PlanningService(full, ServedModel(card), PlannerClient(Handle(planner), card))
+    service = PlanningService(full, ServedModel(card), PlannerClient(LocalModel(planner), card))
     parts = IngressParts(settings=full, scrape=scrape, is_ready=is_ready, api_key=api_key)
     return create_planning_app(parts, service)
 

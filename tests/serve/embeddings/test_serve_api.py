@@ -15,8 +15,10 @@ from ray.serve.exceptions import BackPressureError
 from helpers.serve.embeddings import PATCHES, SIZE, WIDTH, unit
 from helpers.serve.fake_model import CARD, URI, call, embed, fake_embed, make_parts
 from models.media.preprocessing import EncoderInput
+from serve.embeddings.contract import EMBEDDER
 from serve.embeddings.frontend.client import EmbedderClient
 from serve.ingress.errors import ApiError
+from serve.ingress.model_handle import DeployedModel
 
 
 def test_truncates_first_then_normalises() -> None:
@@ -161,7 +163,8 @@ def test_a_dying_replica_is_retried_a_full_queue_is_not() -> None:
     image = EncoderInput(np.zeros((SIZE, SIZE, 3), np.uint8))
 
     def run(*failures: Exception) -> list[np.ndarray]:
-        return asyncio.run(EmbedderClient(_Handle(*failures), CARD).embed([image], "mean", CARD))
+        model = DeployedModel(_Handle(*failures), EMBEDDER)
+        return asyncio.run(EmbedderClient(model, CARD).embed([image], "mean", CARD))
 
     assert [row.shape for row in run(ActorDiedError(), ActorDiedError())] == [(WIDTH,)]
     with pytest.raises(ApiError) as gone:

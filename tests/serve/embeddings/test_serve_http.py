@@ -42,6 +42,7 @@ from helpers.serve.embeddings import (
     unit,
 )
 from helpers.serve.free_ports import free_ports
+from helpers.serve.processes import replica_pids
 from helpers.waiting import wait_until
 
 pytestmark = pytest.mark.ray
@@ -325,18 +326,6 @@ def test_streams_and_videos_through_serve(served: Served, http: httpx.Client) ->
     assert len(entry["times_s"]) == 4
 
 
-def replica_pids(deployment: str) -> list[int]:
-    found = []
-    for folder in Path("/proc").iterdir():
-        try:
-            name = (folder / "cmdline").read_bytes()
-        except OSError:  # not a process, or gone
-            continue
-        if name.startswith(f"ray::ServeReplica:{APP}:{deployment}".encode()):
-            found.append(int(folder.name))
-    return found
-
-
 def test_killed_replicas_lose_no_request(served: Served) -> None:
     """SIGKILL a model replica, then the only ingress, while eight clients ask without pause."""
     client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="x", max_retries=5, timeout=60)
@@ -358,7 +347,7 @@ def test_killed_replicas_lose_no_request(served: Served) -> None:
     try:
         wait_until(lambda: all(answered))
         for deployment in ("Embedder", "Ingress"):
-            os.kill(replica_pids(deployment)[0], signal.SIGKILL)
+            os.kill(replica_pids(APP, deployment)[0], signal.SIGKILL)
             before = sum(answered)
             wait_until(lambda before=before: sum(answered) >= before + 50)  # it came back
     finally:
@@ -366,4 +355,4 @@ def test_killed_replicas_lose_no_request(served: Served) -> None:
         for thread in threads:
             thread.join()
     assert not failures
-    assert len(replica_pids("Embedder")) >= 1
+    assert len(replica_pids(APP, "Embedder")) >= 1

@@ -1,4 +1,7 @@
-"""An update of the model under load, over real HTTP on a real Ray: two replicas of each kind."""
+"""An update of the model under load, over real HTTP on a real Ray: two replicas of each kind.
+
+Once with the model in replicas of its own, and once in the HTTP replicas.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +36,10 @@ from helpers.waiting import LIMIT_S, wait_until
 pytestmark = pytest.mark.ray
 
 APP = f"updates{os.getpid()}"
+PLACED: dict[str, dict[str, Any]] = {
+    "separate": {"ingress_replicas": 2, "ingress_cpus": 0.1},
+    "together": {},
+}
 PICTURES = [encoded(picture(seed, (56, 40))) for seed in range(4)]
 # Of another part of a picture and of the same size: nothing but the vector would tell a mixture.
 MODELS: dict[str, dict[str, Any]] = {
@@ -89,22 +96,17 @@ def url(ray_local: None) -> Iterator[str]:
         ray_serve.shutdown()
 
 
-def deploy(artifact: Path) -> None:
+def deploy(artifact: Path, placement: str) -> None:
     from ray import serve as ray_serve
 
     from serve import app
     from serve.embeddings.settings import ServeSettings
 
-    settings = ServeSettings(
-        artifact=str(artifact),
-        num_replicas=2,
-        ingress_replicas=2,
-        threads=1,
-        cpus=0.1,
-        ingress_cpus=0.1,
-        decode_processes=0,
-    )
-    ray_serve.run(app.build_app(settings), name=APP)
+    chosen = {"artifact": str(artifact), "placement": placement, **PLACED[placement]}
+    chosen |= {"num_replicas": 2, "threads": 1, "cpus": 0.1, "decode_processes": 0}
+    # An application of its own for each placement: a change of placement is no update.
+    name, prefix = f"{APP}-{placement}", f"/{placement}"
+    ray_serve.run(app.build_app(ServeSettings(**chosen)), name=name, route_prefix=prefix)
 
 
 def streamed(url: str) -> tuple[set[str], int]:
@@ -130,10 +132,14 @@ def streamed(url: str) -> tuple[set[str], int]:
     return told, socket.close_code or 0
 
 
+@pytest.mark.parametrize("placement", PLACED)
 def test_no_request_fails_or_is_answered_by_two_models_during_an_update(
-    url: str, artifacts: dict[str, Path], expected: dict[str, np.ndarray]
+    placement: str, url: str, artifacts: dict[str, Path], expected: dict[str, np.ndarray]
 ) -> None:
-    deploy(artifacts["wide"])
+    from ray import serve as ray_serve
+
+    url = f"{url}/{placement}"
+    deploy(artifacts["wide"], placement)
     loads = [Load(url) for _ in range(2)]
     threads = [threading.Thread(target=load.run) for load in loads]
     streams: list[tuple[set[str], int]] = []
@@ -141,7 +147,7 @@ def test_no_request_fails_or_is_answered_by_two_models_during_an_update(
     for thread in threads:
         thread.start()
     wait_until(lambda: all(load.replies for load in loads))
-    deploy(artifacts["tight"])
+    deploy(artifacts["tight"], placement)
     with httpx.Client(base_url=url, timeout=60) as http:
         after = [http.get("/v1/models").json()["data"][0] for _ in range(8)]
         health = [http.get("/healthz") for _ in range(8)]
@@ -154,6 +160,7 @@ def test_no_request_fails_or_is_answered_by_two_models_during_an_update(
         load.stop.set()
     for thread in threads:
         thread.join(LIMIT_S)
+    ray_serve.delete(f"{APP}-{placement}")
 
     replies = [reply for load in loads for reply in load.replies]
     assert {reply.status_code for _, reply in replies} == {200}

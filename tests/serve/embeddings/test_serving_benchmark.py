@@ -14,23 +14,32 @@ from benchmarks.serving.serve_batch import ServeBatchEmbedder
 from benchmarks.serving.servers import arguments, endpoint_options
 from helpers.serve.embeddings import save_tiny_artifact
 from serve.embeddings.replica.embedder import Embedder
+from serve.ingress.model_handle import InProcess
 
 
 @pytest.mark.parametrize(
-    ("batching", "embedder"), [("ours", Embedder), ("serve.batch", ServeBatchEmbedder)]
+    ("placement", "batching", "embedder"),
+    [
+        ("separate", "ours", Embedder),
+        ("separate", "serve.batch", ServeBatchEmbedder),
+        ("together", "ours", Embedder),
+    ],
 )
 def test_our_endpoint_understands_what_it_is_given(
-    batching: str, embedder: type, tmp_path: Path
+    placement: str, batching: str, embedder: type, tmp_path: Path
 ) -> None:
     save_tiny_artifact(tmp_path / "tiny")
     model = Model(dtype="fp32", threads=3, max_wait_ms=1.5)
-    given = arguments(endpoint_options(model, str(tmp_path / "tiny"), 1234, batching))
+    options = endpoint_options(model, str(tmp_path / "tiny"), 1234, placement, batching)
+    given = arguments(options)
     config = tyro.cli(our_endpoint.Config, args=given)
     assert (config.model, config.port) == (model, 1234)
     ingress = our_endpoint.application(config)._bound_deployment
     settings, bound = ingress.init_args[:2]
     assert (settings.dtype, settings.threads, settings.max_wait_ms) == ("fp32", 3, 1.5)
-    assert bound._bound_deployment.func_or_class is embedder
+    held = isinstance(bound, InProcess)
+    assert (bound.kind if held else bound._bound_deployment.func_or_class) is embedder
+    assert held == (placement == "together")
 
 
 def test_load_test_s_table_and_client() -> None:

@@ -22,9 +22,10 @@ import s3fs
 
 from helpers.lm import served as one_server
 from helpers.lm.served import text_of
-from helpers.lm.serving import events, replica_pids, same_text
+from helpers.lm.serving import events, same_text
 from helpers.serve.embeddings import WIDTH, miss_killed_replicas_soon, png_uri, save_tiny_artifact
 from helpers.serve.free_ports import free_ports
+from helpers.serve.processes import replica_pids
 from helpers.waiting import LIMIT_S, wait_until
 from pipelines.chat import ChatClient, ChatConfig, chat
 

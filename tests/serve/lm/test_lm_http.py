@@ -25,7 +25,8 @@ from helpers.lm.served import (
     serve_tiny_lm,
     text_of,
 )
-from helpers.lm.serving import MODEL, events, replica_pids, same_text
+from helpers.lm.serving import MODEL, events, same_text
+from helpers.serve.processes import replica_pids
 from helpers.waiting import wait_until
 
 pytestmark = pytest.mark.ray

@@ -36,7 +36,8 @@ from models.planning.actors.space import ActionSpace
 from models.planning.costs.slow_distance import SlowDistance
 from pipelines.planning.episodes import draw_tasks
 from serve.ingress.errors import ApiError
-from serve.planning.contract import PlanCard, PlanQuery
+from serve.ingress.model_handle import DeployedModel
+from serve.planning.contract import PLANNER, PlanCard, PlanQuery
 from serve.planning.frontend.client import PlannerClient
 from serve.planning.replica.planner import Planner, read_card
 from serve.planning.settings import PlanningSettings
@@ -297,7 +298,7 @@ def test_a_lost_planner_costs_a_session_its_place_and_no_request(folder: str) ->
         settings = PlanningSettings(agent=folder, threads=1)
         card = read_card(settings)
         handle = Handle(Planner(settings, None, card), failures=failures)
-        return handle, await asked(PlannerClient(handle, card), card)
+        return handle, await asked(PlannerClient(DeployedModel(handle, PLANNER), card), card)
 
     handle, found = asyncio.run(run(ActorDiedError()))
     assert found.step == 0
@@ -324,8 +325,9 @@ def test_a_planner_of_another_agent_refuses(folder: str, tmp_path: Path) -> None
     async def run() -> tuple[PlanCard, PlanCard, Exception]:
         old, new = (PlanningSettings(agent=place, threads=1) for place in (folder, other))
         handle = Handle(Planner(new, None, read_card(new)))
+        client = PlannerClient(DeployedModel(handle, PLANNER), read_card(old))
         with pytest.raises(OtherModel) as caught:
-            await asked(PlannerClient(handle, read_card(old)), read_card(old))
+            await asked(client, read_card(old))
         return read_card(old), read_card(new), caught.value
 
     mine, theirs, error = asyncio.run(run())
@@ -347,6 +349,7 @@ def test_an_agent_that_has_changed_since_the_deployment_does_not_start(tmp_path:
     ("name", "value", "message"),
     [
         ("gpus", 1, "planners run on CPUs"),
+        ("placement", "apart", "separate.*together"),
         ("max_image_bytes", 2**30, "exceeds max_request_bytes"),
         ("max_session", 3, "Extra inputs"),
         ("batch_size", 0, "greater than or equal to 1"),
@@ -355,6 +358,13 @@ def test_an_agent_that_has_changed_since_the_deployment_does_not_start(tmp_path:
 def test_settings_that_make_no_sense_are_refused(name: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PlanningSettings.model_validate({"agent": "a", name: value})
+
+
+def test_sessions_of_one_process_need_one_planner() -> None:
+    placed = {"agent": "a", "placement": "together"}
+    assert PlanningSettings.model_validate(placed).num_replicas == 1
+    with pytest.raises(ValueError, match="another planner with each request"):
+        PlanningSettings.model_validate(placed | {"num_replicas": 2})
 
 
 def test_replies_are_json_that_every_parser_reads(folder: str) -> None:

@@ -9,7 +9,6 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,13 +18,13 @@ from ray.exceptions import ActorDiedError
 from helpers.serve.embeddings import SIZE, WIDTH, save_tiny_artifact
 from helpers.serve.fake_model import CARD, URI, fake_embed
 from models.media.preprocessing import EncoderInput
-from serve.embeddings.contract import ModelCard
+from serve.embeddings.contract import EMBEDDER, ModelCard
 from serve.embeddings.frontend.client import EmbedderClient
 from serve.embeddings.frontend.service import EmbeddingService
 from serve.embeddings.replica.embedder import Embedder, read_card
 from serve.embeddings.settings import ServeSettings
-from serve.ingress.deployment import Readiness
 from serve.ingress.errors import ApiError
+from serve.ingress.model_handle import DeployedModel
 from serve.replicas import served_model
 from serve.replicas.calls import MATCHING, OtherModel, Refusal
 from serve.replicas.served_model import ServedModel
@@ -59,8 +58,8 @@ class Replicas:
 
 
 def ingress(own: ModelCard, replicas: Replicas) -> EmbeddingService:
-    settings = ServeSettings(artifact="a")
-    return EmbeddingService(settings, ServedModel(own), EmbedderClient(replicas, own).embed)
+    client = EmbedderClient(DeployedModel(replicas, EMBEDDER), own)
+    return EmbeddingService(ServeSettings(artifact="a"), ServedModel(own), client.embed)
 
 
 def ask(service: EmbeddingService, **body: Any) -> Any:
@@ -120,11 +119,12 @@ def test_a_request_that_names_a_model_waits_for_it_or_is_told_that_it_has_gone(
 
 def test_what_is_refused_is_never_an_answer() -> None:
     image = EncoderInput(np.zeros((SIZE, SIZE, 3), np.uint8))
-    client = EmbedderClient(Replicas(NEW), OLD)
+    client = EmbedderClient(DeployedModel(Replicas(NEW), EMBEDDER), OLD)
     with pytest.raises(OtherModel) as other:
         asyncio.run(client.embed([image], "mean", OLD))
     assert other.value.card == NEW
-    (vector,) = asyncio.run(EmbedderClient(Replicas(OLD), OLD).embed([image], "mean", OLD))
+    there = EmbedderClient(DeployedModel(Replicas(OLD), EMBEDDER), OLD)
+    (vector,) = asyncio.run(there.embed([image], "mean", OLD))
     assert vector.shape == (WIDTH,)
 
 
@@ -191,8 +191,6 @@ def test_health_tells_when_a_replica_serves_another_model(
                 raise ActorDiedError
             return found
 
-    context = SimpleNamespace(app_name="a")
-    monkeypatch.setattr("ray.serve.get_replica_context", lambda: context)
-    monkeypatch.setattr(Readiness, "_is_listed", lambda self: listed)
-    ready = asyncio.run(Readiness(Model(), "Embedder", OLD)())
+    monkeypatch.setattr(DeployedModel, "_is_listed", lambda self: listed)
+    ready = asyncio.run(DeployedModel(Model(), EMBEDDER, OLD).is_ready())
     assert ready == told if isinstance(told, bool) else str(ready).startswith(told)

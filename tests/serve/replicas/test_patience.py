@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 from ray.exceptions import ActorDiedError
 
-from serve.ingress.patience import ReplicaSilent, first_answer, while_alive
+from serve.replicas.patience import ReplicaSilent, first_answer, while_alive
 
 SILENCE_S = 0.1
 
