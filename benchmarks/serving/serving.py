@@ -62,12 +62,17 @@ class Config:
         "endpoint",
         "endpoint, throughput mode",
         "endpoint, HAProxy",
+        "together",
+        "together, HAProxy",
+        "together, HAProxy, one loop",
         "@serve.batch",
         "FastAPI",
         "infinity",
     )
-    """Servers to measure, in this order. The throughput mode is Serve's
-    (`RAY_SERVE_THROUGHPUT_OPTIMIZED`); HAProxy is that and `RAY_SERVE_ENABLE_HA_PROXY`."""
+    """Servers to measure, in this order. The endpoint's model has replicas of its own, and with
+    `together` it runs in the HTTP replicas. The throughput mode is Serve's
+    (`RAY_SERVE_THROUGHPUT_OPTIMIZED`), HAProxy `RAY_SERVE_ENABLE_HA_PROXY` (of the endpoint in the
+    throughput mode), and one loop `RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD=0`."""
     out: str = ""
     """Add the rounds to this JSON-lines file; the table is of all rounds in it."""
 
@@ -134,10 +139,8 @@ def servers(config: Config) -> dict[str, Server]:
         "endpoint, throughput mode": endpoint(THROUGHPUT),
         "endpoint, HAProxy": endpoint(HAPROXY | THROUGHPUT),
         "together": endpoint({}, placement="together"),
-        "together, one loop": endpoint(ONE_LOOP, placement="together"),
-        "together, throughput mode": endpoint(THROUGHPUT, placement="together"),
-        "together, HAProxy": endpoint(HAPROXY | ONE_LOOP, placement="together"),
-        "together, HAProxy, throughput": endpoint(HAPROXY | THROUGHPUT, placement="together"),
+        "together, HAProxy": endpoint(HAPROXY, placement="together"),
+        "together, HAProxy, one loop": endpoint(HAPROXY | ONE_LOOP, placement="together"),
         "@serve.batch": endpoint({}, batching="serve.batch"),
         "FastAPI": plain_fastapi,
     }

@@ -27,15 +27,20 @@ AGAIN = (408, 429, 500, 502, 503, 504)
 
 
 def serve_config(artifact: str, **arguments: Any) -> str:
-    """serve/config.yaml for an artifact: two embedders, one a host, and two ingresses."""
+    """serve/config.yaml for an artifact: two embedders, one a host, and two ingresses.
+
+    The model has replicas of its own, which can be killed by themselves.
+    """
     config = yaml.safe_load((ROOT / "serve/config.yaml").read_text())
     (application,) = config["applications"]
-    application["args"] |= {"artifact": artifact, "model": "encoder"} | arguments
+    placed = {"placement": "separate", "artifact": artifact, "model": "encoder"}
+    application["args"] |= placed | arguments
+    application["deployments"].append({"name": "Embedder"})
     for deployment in application["deployments"]:
         options = deployment.setdefault("ray_actor_options", {})
         options["num_cpus"] = min(options.get("num_cpus", 0.5), 0.5)
         if deployment["name"] in ("Ingress", "Embedder"):
-            deployment.pop("autoscaling_config")
+            deployment.pop("autoscaling_config", None)
             one_a_host = {"max_replicas_per_node": 1, "max_surge_percent": 0}
             deployment |= {"num_replicas": 2} | one_a_host
     return yaml.safe_dump(config)

@@ -307,9 +307,23 @@ def test_shipped_config_is_valid() -> None:
     assert application.import_path == "serve.app:build_app"
     assert schema.http_options.request_timeout_s > settings.timeout_s
     deployments = {deployment.name: deployment for deployment in application.deployments}
-    assert set(deployments) == {Ingress.__name__, EMBEDDER, Telemetry.__name__}
-    fields = deployments["Ingress"].model_fields_set  # Serve's limits would count half-sent bodies
-    assert not fields & {"max_ongoing_requests", "max_queued_requests"}
+    assert settings.placement == "together"
+    assert set(deployments) == {Ingress.__name__, Telemetry.__name__}
+    # Serve's limits would count half-sent bodies, and the others stand against our settings.
+    ours = {"graceful_shutdown_timeout_s", "ray_actor_options"}
+    ours |= {"max_ongoing_requests", "max_queued_requests"}
+    assert not ours & deployments["Ingress"].model_fields_set
     assert settings.drain_s > settings.timeout_s
-    for name in ("Ingress", EMBEDDER):  # or Serve's value would stand against that of the settings
-        assert "graceful_shutdown_timeout_s" not in deployments[name].model_fields_set
+
+
+def test_the_shipped_config_s_other_placement_is_valid() -> None:
+    """What its end says in comments."""
+    from ray.serve.schema import DeploymentSchema
+
+    text = (ROOT / "serve" / "config.yaml").read_text().partition("\n#     - name: Embedder")
+    lines = [line.removeprefix("#") for line in "".join(text[1:]).splitlines()]
+    (given,) = yaml.safe_load("\n".join(lines))
+    embedder = DeploymentSchema.model_validate(given)
+    assert embedder.name == EMBEDDER
+    ours = {"graceful_shutdown_timeout_s", "ray_actor_options"}
+    assert not ours & embedder.model_fields_set
