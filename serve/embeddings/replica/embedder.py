@@ -24,6 +24,7 @@ from models.beliefs.expectation import Surprise
 from models.beliefs.stored import load_surprise
 from models.encoders.blocks import use_plain_attention
 from models.encoders.input_batch import Encoded, InputBatch, encode
+from models.encoders.linear import pack_linear
 from models.image_size import height_width
 from models.media.preprocessing import EncoderInput, Preprocessing, normalize
 from serve.embeddings.contract import Floats, ModelCard, Pooling
@@ -92,6 +93,7 @@ class Encoder:
         self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.dtype]
         self._encoder = artifact.encoder.eval().to(self._device, self._dtype)
         self._surprise = None if surprise is None else surprise.to(self._device, self._dtype)
+        pack_linear(self._encoder)
         if not settings.gpus and settings.dtype == "bf16":
             self._use_plain_attention()
 

@@ -11,7 +11,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 from models.encoders import linear as module
-from models.encoders.linear import LEAST, Linear, linear, onednn_is_faster
+from models.encoders.linear import (
+    LEAST,
+    Linear,
+    PackedLinear,
+    linear,
+    onednn_is_faster,
+    pack_linear,
+)
+from models.encoders.shape import EncoderShape
+from models.encoders.vit import VisionTransformer
 from pipelines.recipes.registry import RECIPES
 from pipelines.runs.checkpoints import new_objective
 
@@ -109,3 +118,32 @@ def test_every_linear_layer_of_a_run_is_one(name: str) -> None:
     layers = [p for p in new_objective(RECIPES[name][1]).modules() if isinstance(p, nn.Linear)]
     assert layers
     assert {type(layer) for layer in layers} == {Linear}
+
+
+@needs_onednn
+@pytest.mark.usefixtures("faster")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_encoder_computes_the_same(dtype: torch.dtype) -> None:
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN has no bf16 on this processor")
+    torch.manual_seed(0)
+    shape = EncoderShape(image_size=32, patch_size=8, width=160, depth=2, heads=2)
+    encoder = VisionTransformer(shape).eval().to(dtype)
+    images = torch.randn(3, 3, 32, 32, dtype=dtype)
+    with torch.inference_mode():
+        expected = encoder(images)
+        pack_linear(encoder)
+        found = encoder(images)
+    assert sum(isinstance(part, PackedLinear) for part in encoder.modules()) == 8
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    assert not torch.equal(found[0], found[1])
+
+
+def test_only_what_onednn_computes_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "onednn_is_faster", lambda: False)
+    small, other = nn.Linear(8, 8).bfloat16(), nn.Linear(160, 224)
+    double = nn.Linear(160, 224).double()
+    layers = nn.Sequential(small, other, double)
+    pack_linear(layers)
+    assert list(layers) == [small, other, double]
