@@ -8,7 +8,7 @@ from models.planning.agent import Agent
 from pipelines.planning.episodes import Policy, Tasks, agent_policy, draw_tasks, run_episodes
 from pipelines.planning.rows import WORLD, Comparison, Row, planner
 
-BUDGETS = (192, 288, 576, 1152, 4800)
+BUDGETS = (192, 288, 480, 960, 4800)
 """Imagined steps an action: from so few that it matters where the search begins, up to enough."""
 OFFERED = 4
 """Remembered plans that the search is offered."""

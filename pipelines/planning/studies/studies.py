@@ -27,7 +27,7 @@ HELD_OUT = 2**20
 """Added to the seed of the episodes that are reported, and of what nothing is fitted on."""
 TAUGHT = 2**22
 """Added to the seed of the episodes that a policy is distilled from."""
-BUDGETS = (192, 480, 960, 1920, 4800, 9600)
+BUDGETS = (192, 288, 480, 960, 1920, 4800)
 """Imagined steps an action, for success by budget."""
 SEARCHING = {name: ROWS[name] for name in ("ours", "ours_critic", "oracle_cem")}
 """The rows of success by budget."""
