@@ -80,11 +80,9 @@ def configure(task: TaskSpec, rules: Rules = Rules()) -> AgentConfig:
         ValueError: the budget is too small for any search.
     """
     horizon = min(rules.horizon, task.steps)
-    # Remembered plans, and what remains of the last one, are imagined before the first round.
-    offered = rules.recalled + 1 if rules.recalled else 0
-    samples = (task.budget // horizon - offered) // rules.rounds
+    samples = (task.budget // horizon - _offered(rules)) // rules.rounds
     if samples < 2:
-        least = (2 * rules.rounds + offered) * horizon
+        least = least_budget(task, rules)
         raise ValueError(f"--budget: needs at least {least} imagined steps, got {task.budget}")
     elites = min(samples, max(2, round(rules.elites * samples)))
     return AgentConfig(
@@ -97,3 +95,13 @@ def configure(task: TaskSpec, rules: Rules = Rules()) -> AgentConfig:
         memory=rules.memory * task.steps,
         recalled=rules.recalled,
     )
+
+
+def least_budget(task: TaskSpec, rules: Rules) -> int:
+    """Returns the imagined steps an action that a search by these rules needs at least."""
+    return (2 * rules.rounds + _offered(rules)) * min(rules.horizon, task.steps)
+
+
+def _offered(rules: Rules) -> int:
+    """Returns the plans that are imagined before the first round: remembered ones and the last."""
+    return rules.recalled + 1 if rules.recalled else 0

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from models.planning.configurator import least_budget
 from pipelines.planning.episodes import KINDS, Episodes, Tasks, draw_tasks
 from pipelines.planning.picture import draw_budgets, draw_episodes
 from pipelines.planning.playing import Job, Player
@@ -20,15 +21,15 @@ from pipelines.planning.studies.ablations import ABLATIONS, EXAMS
 from pipelines.planning.studies.distilling import distil, milliseconds_an_action
 from pipelines.planning.studies.methods import METHODS
 from pipelines.planning.studies.recall import BUDGETS as FEW
-from pipelines.planning.studies.recall import RECALL
+from pipelines.planning.studies.recall import OFFERED, RECALL
 from pipelines.planning.studies.tables import TITLES
 
 HELD_OUT = 2**20
 """Added to the seed of the episodes that are reported, and of what nothing is fitted on."""
 TAUGHT = 2**22
 """Added to the seed of the episodes that a policy is distilled from."""
-BUDGETS = (192, 288, 480, 960, 1920, 4800)
-"""Imagined steps an action, for success by budget."""
+BUDGETS = (96, 192, 288, 480, 960, 1920, 4800)
+"""Imagined steps an action, for success by budget; too small ones for the rules are left out."""
 SEARCHING = {name: ROWS[name] for name in ("ours", "ours_critic", "oracle_cem")}
 """The rows of success by budget."""
 
@@ -119,12 +120,18 @@ def _titles() -> dict[str, str]:
 def _curves(setting: Setting, rows: Mapping[str, Row]) -> dict[str, Any]:
     """Returns the rates by row and budget, with the decisions a second of one task."""
     curves: dict[str, Any] = {row: {} for row in rows}
-    for budget in BUDGETS:
+    for budget in _enough(setting.parts, BUDGETS):
         played = setting.run(rows, KINDS, budget)
         for row, of in rates(succeeded(played)).items():
             speed = decisions_per_second(played[row].values())
             curves[row][str(budget)] = {**of, "decisions_per_second": speed}
     return curves
+
+
+def _enough(parts: Comparison, budgets: Sequence[int]) -> list[int]:
+    """Returns the budgets that are enough for a search by the rules, or the least that is."""
+    least = least_budget(parts.task, parts.rules)
+    return [budget for budget in budgets if budget >= least] or [least]
 
 
 def decisions_per_second(played: Iterable[tuple[Episodes, float]]) -> float:
@@ -138,7 +145,8 @@ def recall(setting: Setting) -> Found:
     # Experience is gathered once for all episodes of a row, so they are not divided.
     whole = replace(setting, player=replace(setting.player, chunk=setting.episodes))
     found = {}
-    for budget in FEW:
+    offered = replace(setting.parts.rules, recalled=OFFERED)
+    for budget in _enough(replace(setting.parts, rules=offered), FEW):
         done = succeeded(whole.run(RECALL, ("cross",), budget))
         beside = {
             f"beside_{one}": {name: lifts(of, done[one]) for name, of in done.items()}

@@ -113,8 +113,15 @@ def test_what_is_compared_can_be_chosen(
     checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan_job, "in_tasks", here)
-    cfg = PlanEpisodesConfig(checkpoint=checkpoint, out=str(tmp_path), rows=("budgets",), **FEW)
+    cfg = PlanEpisodesConfig(
+        checkpoint=checkpoint,
+        out=str(tmp_path),
+        rows=("budgets",),
+        rules=Rules(rounds=20),  # needs 120 imagined steps
+        **FEW | {"budget": 120},
+    )
     found = plan_episodes(cfg)
+    assert set(found["budgets"]["ours"]) == {"192"}
     assert "gate" not in found
     assert not (tmp_path / "trajectories.png").exists()
     assert any(line.startswith("ours_critic") for line in table(found))
