@@ -84,7 +84,7 @@ def configure(task: TaskSpec, rules: Rules = Rules()) -> AgentConfig:
     if samples < 2:
         least = least_budget(task, rules)
         raise ValueError(f"--budget: needs at least {least} imagined steps, got {task.budget}")
-    elites = min(samples, max(2, round(rules.elites * samples)))
+    elites = min(samples - 1, max(2, round(rules.elites * samples)))  # all would select nothing
     return AgentConfig(
         method=task.method,
         search=Search(horizon=horizon, samples=samples, elites=elites, rounds=rules.rounds),

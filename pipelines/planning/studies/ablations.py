@@ -40,7 +40,8 @@ def _no_world_model(parts: Comparison, tasks: Tasks) -> Policy:
     return planner(parts, tasks, fitted=still, critic=True)
 
 
-def _without_memory(agent: Agent) -> None:
+def without_memory(agent: Agent) -> None:
+    """Makes an agent plan every step anew."""
     agent.memory = None
 
 
@@ -81,7 +82,7 @@ ABLATIONS = {
     ),
     "no_memory": Row(
         says="every step plans anew, from what this frame shows",
-        policy=lambda parts, tasks: planner(parts, tasks, critic=True, change=_without_memory),
+        policy=lambda parts, tasks: planner(parts, tasks, critic=True, change=without_memory),
     ),
 }
 """The rows of the table in the order in which they are printed."""

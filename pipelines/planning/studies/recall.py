@@ -7,6 +7,7 @@ import dataclasses
 from models.planning.agent import Agent
 from pipelines.planning.episodes import Policy, Tasks, agent_policy, draw_tasks, run_episodes
 from pipelines.planning.rows import WORLD, Comparison, Row, planner
+from pipelines.planning.studies.ablations import without_memory
 
 BUDGETS = (192, 288, 480, 960, 4800)
 """Imagined steps an action: from so few that it matters where the search begins, up to enough."""
@@ -29,14 +30,10 @@ def _recalling(parts: Comparison, tasks: Tasks, earlier: int) -> Policy:
     return agent_policy(made[0], WORLD.render, tasks)
 
 
-def _forgetting(agent: Agent) -> None:
-    agent.memory = None
-
-
 RECALL = {
     "nothing": Row(
         says="no memory: every search begins with standing still",
-        policy=lambda parts, tasks: planner(parts, tasks, critic=True, change=_forgetting),
+        policy=lambda parts, tasks: planner(parts, tasks, critic=True, change=without_memory),
     ),
     "last_plan": Row(
         says="the search begins with what remains of the last plan",

@@ -135,7 +135,7 @@ def _enough(parts: Comparison, budgets: Sequence[int]) -> list[int]:
 
 
 def decisions_per_second(played: Iterable[tuple[Episodes, float]]) -> float:
-    """Returns the steps that were taken a second, in all of some episodes."""
+    """Returns the steps that were taken in a second of CPU time, in all of some episodes."""
     steps, seconds = zip(*((int(of.steps_B.sum()), took) for of, took in played), strict=True)
     return float(sum(steps) / max(sum(seconds), 1e-9))
 

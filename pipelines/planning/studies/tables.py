@@ -73,10 +73,10 @@ def _curves(curves: Table) -> Iterator[str]:
     for kind in ("same", "cross"):
         for row, points in curves.items():
             told = ", ".join(f"{budget}: {of[kind]['rate']:.0%}" for budget, of in points.items())
-            yield f"{row:12}{TITLES[kind]}  {told}"
+            yield f"{row:14}{TITLES[kind]}  {told}"
     for row, points in curves.items():
         told = ", ".join(f"{b}: {of['decisions_per_second']:.0f}" for b, of in points.items())
-        yield f"{row:12}decisions a second  {told}"
+        yield f"{row:14}decisions a second  {told}"
 
 
 def _distilled(found: Mapping[str, Any]) -> Iterator[str]:

@@ -159,6 +159,8 @@ def test_the_budget_decides_how_many_plans_are_tried() -> None:
     small, large = (configure(TaskSpec(budget=budget)).search for budget in (960, 9600))
     assert (small.samples, large.samples) == (20, 200)
     assert (small.elites, large.elites) == (2, 20)
+    for rules in (Rules(), Rules(elites=1.0)):  # a search that keeps all its samples selects none
+        assert configure(TaskSpec(budget=96), rules).search.elites == 1
     assert configure(TaskSpec(steps=5)).search.horizon == 5
     with pytest.raises(ValueError, match=r"--budget: needs at least 96 imagined steps, got 50"):
         configure(TaskSpec(budget=50))
