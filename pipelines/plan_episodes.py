@@ -29,7 +29,6 @@ if __name__ == "__main__" and not __package__:
 
 import torch
 import tyro
-from torch import Tensor
 
 from models.encoders.linear import use_linear
 from models.planning.actors.space import ActionSpace
@@ -241,7 +240,9 @@ def make_comparison(cfg: PlanEpisodesConfig) -> tuple[Comparison, dict[str, Any]
     """
     torch.manual_seed(cfg.seed)
     model, run, info = load_objective(cfg.checkpoint)
-    trained = _world_model(model, "--checkpoint")
+    trained, control = _world_model(model, "--checkpoint"), None
+    if cfg.control is not None:  # before anything is fitted, so that what is wrong is said at once
+        control = _world_model(load_objective(cfg.control)[0], "--control")
     generator = torch.Generator().manual_seed(cfg.seed)
     places_BT2, actions_BT2 = TwoRooms().random_walk(cfg.walks, WALK_STEPS, generator)
     start = time.perf_counter()
@@ -262,7 +263,7 @@ def make_comparison(cfg: PlanEpisodesConfig) -> tuple[Comparison, dict[str, Any]
         trained=fitted,
         settings=_settings(run),
         untrained=untrained,
-        control=_control(cfg, places_BT2, generator),
+        control=None if control is None else fit(control, places_BT2, 0, generator),
         task=cfg.task,
         rules=cfg.rules,
         seed=cfg.seed,
@@ -270,15 +271,6 @@ def make_comparison(cfg: PlanEpisodesConfig) -> tuple[Comparison, dict[str, Any]
     )
     facts = {"checkpoint": info["uri"], "critic_seconds": seconds}
     return parts, facts | _worth(trained, fitted, HELD_OUT + cfg.seed)
-
-
-def _control(
-    cfg: PlanEpisodesConfig, places_BT2: Tensor, generator: torch.Generator
-) -> Fitted | None:
-    if cfg.control is None:
-        return None
-    model = _world_model(load_objective(cfg.control)[0], "--control")
-    return fit(model, places_BT2, 0, generator)
 
 
 def _worth(trained: WorldModel, fitted: Fitted, seed: int) -> dict[str, Any]:

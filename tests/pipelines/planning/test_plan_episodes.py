@@ -223,6 +223,18 @@ def test_other_objectives_are_refused(tmp_path: Path) -> None:
         make_comparison(cfg)
 
 
+def test_a_control_that_cannot_be_read_is_refused_before_anything_is_fitted(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fitting(*_: Any) -> None:
+        raise AssertionError("it is fitted already")
+
+    monkeypatch.setattr(plan_job, "fit", fitting)
+    cfg = PlanEpisodesConfig(checkpoint=checkpoint, control=str(tmp_path), **FEW)
+    with pytest.raises(CheckpointError, match="neither a checkpoint nor a run folder"):
+        make_comparison(cfg)
+
+
 def test_what_rows_are_made_of_is_frozen(checkpoint: str) -> None:
     parts, facts = make_comparison(PlanEpisodesConfig(checkpoint=checkpoint, **FEW))
     for network in (parts.trained.model, parts.untrained, parts.trained.critic):
