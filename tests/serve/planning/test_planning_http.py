@@ -1,4 +1,4 @@
-"""The planning application over real HTTP on a real Ray: two planners, one ingress."""
+"""The planning application over real HTTP on a real Ray: with two planners, and with one inside."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import os
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -21,8 +22,16 @@ pytestmark = pytest.mark.ray
 SESSIONS, STEPS = 32, 4
 
 
-@pytest.fixture(scope="module")
-def url(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+PLACED: dict[str, dict[str, Any]] = {
+    "separate": {"num_replicas": 2, "ingress_cpus": 0.1},
+    "together": {},
+}
+
+
+@pytest.fixture(scope="module", params=PLACED)
+def url(
+    request: pytest.FixtureRequest, ray_local: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
     from ray import serve as ray_serve
 
     from serve.planning.settings import PlanningSettings
@@ -32,10 +41,10 @@ def url(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
     (port,) = free_ports(1)
     settings = PlanningSettings(
         agent=folder,
-        num_replicas=2,
+        placement=request.param,
         threads=1,
         cpus=0.1,
-        ingress_cpus=0.1,
+        **PLACED[request.param],
         replica_silence_s=100,  # a busy machine is slow, and a call that is repeated goes elsewhere
         **LIMITS,
     )
