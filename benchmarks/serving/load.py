@@ -107,8 +107,14 @@ def client(
             began = time.perf_counter()
             if began > deadline:
                 break
-            writer.write(requests[number % len(requests)])
-            head = await reader.readuntil(b"\r\n\r\n")
+            try:
+                writer.write(requests[number % len(requests)])
+                head = await reader.readuntil(b"\r\n\r\n")
+            except (ConnectionError, asyncio.IncompleteReadError):
+                # A proxy that is replaced closes connections that are idle; clients connect again.
+                reader, writer = await asyncio.open_connection(HOST, port)
+                writer.write(requests[number % len(requests)])
+                head = await reader.readuntil(b"\r\n\r\n")
             length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
             body = await reader.readexactly(length)
             if head[9:12] == b"200":
