@@ -35,7 +35,6 @@ from benchmarks.serving.load import Load, in_process, make_jpegs, make_requests,
 from benchmarks.serving.model import Model, forward_threads, settings_for
 from benchmarks.serving.servers import (
     HAPROXY,
-    ONE_LOOP,
     THROUGHPUT,
     Server,
     endpoint,
@@ -64,15 +63,14 @@ class Config:
         "endpoint, HAProxy",
         "together",
         "together, HAProxy",
-        "together, HAProxy, one loop",
         "@serve.batch",
         "FastAPI",
         "infinity",
     )
     """Servers to measure, in this order. The endpoint's model has replicas of its own, and with
     `together` it runs in the HTTP replicas. The throughput mode is Serve's
-    (`RAY_SERVE_THROUGHPUT_OPTIMIZED`), HAProxy `RAY_SERVE_ENABLE_HA_PROXY` (of the endpoint in the
-    throughput mode), and one loop `RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD=0`."""
+    (`RAY_SERVE_THROUGHPUT_OPTIMIZED`), and HAProxy `RAY_SERVE_ENABLE_HA_PROXY`, of the endpoint in
+    the throughput mode."""
     out: str = ""
     """Add the rounds to this JSON-lines file; the table is of all rounds in it."""
 
@@ -140,7 +138,6 @@ def servers(config: Config) -> dict[str, Server]:
         "endpoint, HAProxy": endpoint(HAPROXY | THROUGHPUT),
         "together": endpoint({}, placement="together"),
         "together, HAProxy": endpoint(HAPROXY, placement="together"),
-        "together, HAProxy, one loop": endpoint(HAPROXY | ONE_LOOP, placement="together"),
         "@serve.batch": endpoint({}, batching="serve.batch"),
         "FastAPI": plain_fastapi,
     }
