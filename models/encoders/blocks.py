@@ -9,14 +9,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers.attention import Attention
-from timm.models.vision_transformer import Block
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from models.encoders.linear import use_linear
 from models.encoders.positions import Rotation
+from models.encoders.timm_parts import Attention, Block
 
 LN_EPS = 1e-6
 

@@ -10,10 +10,10 @@ import math
 from typing import NamedTuple
 
 import torch
-from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import nn
 from torch.nn import functional
 
+from models.encoders.timm_parts import resample_abs_pos_embed
 from models.image_size import Grid
 
 POSITIONS = ("sincos", "rope", "rope_released")

@@ -21,10 +21,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-import torchvision.io  # registers torch.ops.image
 from PIL import Image
 from torch import Tensor
 
+from models.encoders.lazy_compiler import compiler_on_demand
 from models.media.fit import inner_part
 from models.media.images import BLACK, Rgb, decode_image
 from models.media.pictures.colour import is_of_other_colours
@@ -34,6 +34,9 @@ from models.media.preprocessing import mean_colour
 from models.media.video.containers import VideoError
 from models.media.videos import decode_frames
 from pipelines.config.train import ModelConfig, PretrainConfig
+
+with compiler_on_demand():
+    import torchvision.io  # registers torch.ops.image
 
 U8 = npt.NDArray[np.uint8]
 Box = tuple[int, int, int, int]

@@ -20,7 +20,6 @@ from contextlib import AbstractContextManager
 
 import torch
 import torch.distributed as dist
-from timm.models.vision_transformer import Block
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
@@ -31,6 +30,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 
+from models.encoders.timm_parts import Block
 from models.encoders.vit import VisionTransformer
 from models.objectives.objective import Objective
 from models.shards import whole

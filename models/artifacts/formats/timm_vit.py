@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 
 from models.artifacts.formats.format import Export, Format, Source, Stored, write_json
 from models.artifacts.formats.processors import IMAGENET_MEAN, IMAGENET_STD
+from models.encoders import timm_parts
 from models.encoders.blocks import LN_EPS
 from models.encoders.vit import VisionTransformer
 from models.image_size import ImageSize, height_width, image_size
@@ -70,8 +70,8 @@ def _timm_shape(config: Mapping[str, Any], uri: str) -> dict[str, Any]:
     """Takes the shape from timm's model, built on the meta device; refuses what we cannot run."""
     arguments = {"num_classes": 0, **config.get("model_args", {})}
     with torch.device("meta"):
-        model: Any = timm.create_model(config["architecture"], pretrained=False, **arguments)
-    if not isinstance(model, timm.models.VisionTransformer):
+        model: Any = timm_parts.create_model(config["architecture"], pretrained=False, **arguments)
+    if not isinstance(model, timm_parts.VisionTransformer):
         raise ValueError(f"{uri}: {config['architecture']} is not a vision transformer")
     block: Any = model.blocks[0]
     wanted = {
