@@ -49,9 +49,9 @@ from pipelines.loading.masks.crops import random_crops
 from pipelines.loading.masks.maskers import make_masker
 from pipelines.recipes.registry import RECIPES
 from pipelines.runs.checkpoints import load_encoder
-from pipelines.training.contract import DataSource, Worker
+from pipelines.training.contract import DataSource, Outcome, Worker
 from pipelines.training.state import new_state
-from pipelines.training.trainer import Outcome, train
+from pipelines.training.trainer import train
 
 TIMED_STEPS = 100
 CONTROLS: dict[str, dict[str, Any]] = {

@@ -64,6 +64,26 @@ class DataSource:
 
 
 @dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How training ended.
+
+    Collapse and refusal are returned rather than raised, because Ray Train restarts workers that
+    raise, and a restart could not help here.
+    """
+
+    step: int
+    metrics: dict[str, float]
+    collapsed: str | None = None
+    refused: str | None = None
+    damaged: str | None = None
+    """URI of the run's own checkpoint, if training was refused because that is damaged."""
+    taken_over: str | None = None
+    """Who has taken the run over, if another job has."""
+    stopped: str | None = None
+    """Why the group stopped after a checkpoint, if it was asked to."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Worker:
     """This process: its rank among the training processes, and its device."""
 

@@ -25,13 +25,13 @@ from pipelines.runs.lease import Lease, RunInUseError, held, taken_over
 from pipelines.runs.resuming import Start, find_start, go_back
 from pipelines.runtime.cluster import check_fits, cpus_needed, start_ray
 from pipelines.runtime.lines.watch import Group, cluster_lines
-from pipelines.runtime.lines.worker_lines import worker_lines
+from pipelines.runtime.lines.worker_lines import say_into, worker_lines
 from pipelines.runtime.places import prepare
 from pipelines.runtime.uris import join_uri, local_copy, ray_storage
 
 if TYPE_CHECKING:
     from pipelines.loading.mixing import TrainingSet
-    from pipelines.training.trainer import Outcome
+    from pipelines.training.contract import Outcome
 
 
 class CollapseError(RuntimeError):
@@ -228,7 +228,7 @@ def _fit_from(
 
 
 def _fit(cfg: PretrainConfig, lease: Lease, callbacks: Sequence[Any], stream: Any) -> Outcome:
-    from pipelines.training.worker import say_into, train_worker
+    from pipelines.training.worker import train_worker
     from pipelines.worker_group.backend import NodeTorchConfig
     from pipelines.worker_group.trainer import GroupTrainer, group_watch, scaling_of
 

@@ -17,9 +17,10 @@ import torch
 from models.scratch import make_scratch
 from pipelines.config.train import PretrainConfig
 from pipelines.runs.lease import LeaseWatch
+from pipelines.runtime.lines.worker_lines import say_into
 from pipelines.runtime.uris import join_uri, open_uri
-from pipelines.training.contract import DataSource, SavedCheckpoint, Say, Worker
-from pipelines.training.trainer import Outcome, train
+from pipelines.training.contract import DataSource, Outcome, SavedCheckpoint, Worker
+from pipelines.training.trainer import train
 from pipelines.worker_group.room import here, is_full, no_room, require_room, telling_room
 from pipelines.worker_group.stopping import GroupStoppedError, stop_reason, wait_until_committed
 
@@ -71,23 +72,6 @@ def train_worker(
             wait_until_committed()
             raise GroupStoppedError(outcome.stopped)
         return outcome
-
-
-def say_into(progress: Queue) -> Say:
-    """Returns a function that sends lines to the driver, and prints them here if the queue is lost.
-
-    Losing the queue must not end a run.
-    """
-    return functools.partial(_put_or_print, progress)
-
-
-def _put_or_print(progress: Queue, line: str) -> None:
-    from ray.exceptions import RayActorError
-
-    try:
-        progress.put(line)
-    except RayActorError:
-        print(line)
 
 
 def _quiet() -> None:

@@ -15,9 +15,9 @@ from pipelines.loading.loader import train_batches
 from pipelines.loading.plan import make_plan
 from pipelines.recipes.registry import RECIPES
 from pipelines.runs.checkpoints import committed_checkpoints, load_objective
-from pipelines.training.contract import DataSource, Worker
+from pipelines.training.contract import DataSource, Outcome, Worker
 from pipelines.training.launch import pretrain
-from pipelines.training.trainer import Outcome, train
+from pipelines.training.trainer import train
 
 pytestmark = pytest.mark.ray
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import threading
 import time
@@ -44,6 +45,23 @@ def worker_lines(stream: Any) -> Iterator[Queue]:
         thread.join()
         printer.end()
         queue.shutdown()
+
+
+def say_into(progress: Queue) -> Callable[[str], None]:
+    """Returns a function that sends lines to the driver, and prints them here if the queue is lost.
+
+    Losing the queue must not end a run.
+    """
+    return functools.partial(_put_or_print, progress)
+
+
+def _put_or_print(progress: Queue, line: str) -> None:
+    from ray.exceptions import RayActorError
+
+    try:
+        progress.put(line)
+    except RayActorError:
+        print(line)
 
 
 def _drain(queue: Queue, show: Callable[[str], None], done: threading.Event) -> None:

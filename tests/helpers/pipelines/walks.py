@@ -18,8 +18,8 @@ from pipelines.config.train import PretrainConfig
 from pipelines.dataset.shards import hash_bytes
 from pipelines.fetchers import two_rooms
 from pipelines.recipes.planning import worldmodel_tworooms
-from pipelines.training.contract import DataSource, Worker
-from pipelines.training.trainer import Outcome, train
+from pipelines.training.contract import DataSource, Outcome, Worker
+from pipelines.training.trainer import train
 
 WALKS, STEPS = 250, 16
 

@@ -18,9 +18,9 @@ from pipelines.runs.initial_weights import load_initial
 from pipelines.runs.integrity import find_fault
 from pipelines.runs.resuming import find_start
 from pipelines.training import launch
-from pipelines.training.contract import Worker
+from pipelines.training.contract import Outcome, Worker
 from pipelines.training.state import new_state
-from pipelines.training.trainer import Outcome, train
+from pipelines.training.trainer import train
 
 CPU = Worker().device
 NO_LEASE: Any = None

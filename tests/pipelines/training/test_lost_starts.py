@@ -13,7 +13,7 @@ from helpers.pipelines.fake_training import change, tiny_config
 from helpers.pipelines.loading import write_samples
 from pipelines.config.train import PretrainConfig
 from pipelines.training import launch
-from pipelines.training.trainer import Outcome
+from pipelines.training.contract import Outcome
 
 
 @pytest.fixture

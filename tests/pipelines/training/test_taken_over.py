@@ -13,8 +13,8 @@ from pipelines.config.train import PretrainConfig
 from pipelines.runs.lease import BEAT_ENV, LeaseWatch, RunInUseError, held
 from pipelines.runtime.errors import explain
 from pipelines.training import launch
-from pipelines.training.contract import Worker
-from pipelines.training.trainer import Outcome, train
+from pipelines.training.contract import Outcome, Worker
+from pipelines.training.trainer import train
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -15,8 +15,8 @@ from helpers.pipelines.fake_training import (
     run_training,
     tiny_config,
 )
-from pipelines.training.contract import Worker
-from pipelines.training.trainer import Outcome, train
+from pipelines.training.contract import Outcome, Worker
+from pipelines.training.trainer import train
 from pipelines.worker_group.stopping import ask_to_stop, notice_line, stop_request
 
 EVERY_STEP = "0"
