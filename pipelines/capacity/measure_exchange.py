@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-import socket
+import tempfile
 import time
 
 import torch
@@ -21,29 +21,27 @@ def measure_exchange(workers: int) -> Constant:
     Args:
         workers: number of processes, which run on this machine; two or more.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
-    processes = [
-        context.Process(target=_exchange, args=(rank, workers, port, queue))
-        for rank in range(workers)
-    ]
-    for process in processes:
-        process.start()
-    seconds = queue.get()
-    for process in processes:
-        process.join()
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            context.Process(target=_exchange, args=(rank, workers, folder, queue))
+            for rank in range(workers)
+        ]
+        for process in processes:
+            process.start()
+        seconds = queue.get()
+        for process in processes:
+            process.join()
     sent = 2 * EXCHANGED_BYTES * (1 - 1 / workers)
     return measured_rate(sent, seconds, f"measured here, gloo between {workers} processes")
 
 
-def _exchange(rank: int, workers: int, port: int, queue: object) -> None:
+def _exchange(rank: int, workers: int, folder: str, queue: object) -> None:
     torch.set_num_threads(1)
     use_interface_of()
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=workers)
+    meeting = f"file://{folder}/meeting"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=workers)
     values = torch.ones(EXCHANGED_BYTES // 4)
     seconds = []
     for _ in range(ROUNDS + 1):

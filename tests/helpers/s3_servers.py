@@ -16,6 +16,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from helpers.serve.free_ports import free_ports
+
 KEYS = {
     "AWS_ACCESS_KEY_ID": "test",
     "AWS_SECRET_ACCESS_KEY": "testtest",
@@ -41,9 +43,7 @@ def rclone_server(folder: Path) -> Iterator[dict[str, str]]:
     """
     program = rclone()
     assert program is not None
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     server = subprocess.Popen(
         [
             *(program, "serve", "s3", "--addr", f"127.0.0.1:{port}", "--etag-hash", "md5"),

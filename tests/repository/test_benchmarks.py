@@ -6,7 +6,6 @@ import dataclasses
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ import pytest
 from benchmarks import run as runner
 from benchmarks.run import BEGIN, END, KNOWN, Benchmark, benchmarks, result_of, run, write
 from helpers.repository import ROOT
+from helpers.waiting import LIMIT_S, wait_until
 
 SCRIPTS = sorted(
     script
@@ -91,7 +91,6 @@ def is_gone(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return True
-    time.sleep(0.1)
     return False
 
 
@@ -114,8 +113,8 @@ def test_a_benchmark_ends_with_the_runner(made: Benchmark, tmp_path: Path) -> No
     process.stdout.readline()  # the command
     child = int(process.stdout.readline())
     process.terminate()
-    assert process.wait(20) == 143
-    assert any(is_gone(child) for _ in range(200))
+    assert process.wait(LIMIT_S) == 143
+    wait_until(lambda: is_gone(child))
 
 
 def test_what_needs_something_says_so(

@@ -16,6 +16,7 @@ import uvicorn
 
 from helpers.serve.fake_model import Parts
 from helpers.serve.free_ports import free_ports
+from helpers.waiting import LIMIT_S
 from models.artifacts.artifact import load_artifact, save_artifact
 from models.encoders.shape import EncoderShape
 from models.encoders.vit import VisionTransformer
@@ -110,10 +111,10 @@ def local_server(
 
     thread = threading.Thread(target=asyncio.run, args=(main(),), daemon=True)
     thread.start()
-    assert ready.wait(30)
+    assert ready.wait(LIMIT_S)
     yield started["server"]
     started["http"].should_exit = True
-    thread.join(20)
+    thread.join(LIMIT_S)
     assert not thread.is_alive()
 
 

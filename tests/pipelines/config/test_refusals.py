@@ -221,13 +221,13 @@ def test_no_credentials(
 def test_an_endpoint_that_is_dead(
     told: Told, pictures: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        dead = f"http://127.0.0.1:{closed.getsockname()[1]}"
-    monkeypatch.setenv("AWS_ENDPOINT_URL", dead)
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
-    s3fs.S3FileSystem.clear_instance_cache()
-    said = told("ingest", "--source", pictures, "--out", f"s3://{bucket}/x")
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        dead = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        monkeypatch.setenv("AWS_ENDPOINT_URL", dead)
+        s3fs.S3FileSystem.clear_instance_cache()
+        said = told("ingest", "--source", pictures, "--out", f"s3://{bucket}/x")
     assert f"--out: s3://{bucket}/x: no answer from {dead}" in said
     assert "AWS_ENDPOINT_URL" in said
 

@@ -225,11 +225,11 @@ def test_export_takes_relative_places_and_file_uris(
 
 def test_errors_that_a_command_itself_defines_are_told() -> None:
     """Run as a program its module is `__main__`, and so is that of its errors."""
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{closed.getsockname()[1]}/v1"
-    command = [sys.executable, "-m", "pipelines.chat", "--url", url]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}/v1"
+        command = [sys.executable, "-m", "pipelines.chat", "--url", url]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: --url: no answer from {url}")
     assert len(done.stderr.splitlines()) == 1

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from helpers.pipelines.fake_training import (
     tiny_config,
 )
 from pipelines.runs.checkpoints import load_tensors
-from pipelines.training import recorder
+from pipelines.training import loggers, recorder
 from pipelines.training.contract import DataSource, Worker
 from pipelines.training.loggers import StepTimer, progress_line
 from pipelines.training.parallel import wrap
@@ -318,18 +319,17 @@ def test_probe_without_labels_is_skipped_with_a_line(tmp_path):
     assert "knn" not in outcome.metrics
 
 
-def test_step_time_is_split_into_phases_and_time_between_steps_is_not_counted():
+def test_step_time_is_split_into_phases_and_time_between_steps_is_not_counted(monkeypatch):
+    now = [7.0]
+    monkeypatch.setattr(loggers, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     timer = StepTimer(CPU)
     for _ in range(3):
+        now[0] += 100
         timer.start()
-        timer.mark("data")
-        timer.mark("forward")
-        sum(range(200_000))
-        timer.mark("backward")
-        timer.mark("optimizer")
-        sum(range(400_000))
-    seconds = timer.totals()
-    assert seconds["backward"] > 10 * (seconds["data"] + seconds["forward"] + seconds["optimizer"])
+        for phase, seconds in (("data", 1), ("forward", 2), ("backward", 8), ("optimizer", 4)):
+            now[0] += seconds
+            timer.mark(phase)
+    assert timer.totals() == {"data": 3, "forward": 6, "backward": 24, "optimizer": 12}
     assert sum(timer.totals().values()) == 0
 
 

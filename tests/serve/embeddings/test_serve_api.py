@@ -14,6 +14,7 @@ from ray.serve.exceptions import BackPressureError
 
 from helpers.serve.embeddings import PATCHES, SIZE, WIDTH, unit
 from helpers.serve.fake_model import CARD, URI, call, embed, fake_embed, make_parts
+from helpers.waiting import eventually
 from models.media.preprocessing import EncoderInput
 from serve.embeddings.contract import EMBEDDER
 from serve.embeddings.frontend.client import EmbedderClient
@@ -67,8 +68,12 @@ def test_api_key_guards_all_but_the_open_paths_under_any_route_prefix(prefix: st
 
 def test_overload_is_shed_with_429_and_the_rest_served() -> None:
     async def slow(inputs: Sequence[EncoderInput], *_: Any) -> list[np.ndarray]:
-        await asyncio.sleep(0.2)
+        await eventually(lambda: count("429") == 8)
         return await fake_embed(inputs, "mean")
+
+    def count(status: str) -> float | None:
+        labels = {"route": "/v1/embeddings", "status": status}
+        return parts.metrics.registry.get_sample_value("rayjepa_requests_total", labels)
 
     parts = make_parts(slow, max_queued=4, max_items=4)
     post = ("POST", "/v1/embeddings", {"json": {"input": [URI, URI]}})

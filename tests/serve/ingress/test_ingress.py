@@ -11,6 +11,7 @@ import pytest
 from starlette.routing import Route
 
 from helpers.serve.ingress import NAMES, POSTS, Made, Reply, ask, make
+from helpers.waiting import LIMIT_S
 from serve.embeddings.settings import ServeSettings
 from serve.ingress.deployment import read_api_key
 
@@ -19,7 +20,7 @@ PAGE = "https://app.example.org"
 
 
 def get(made: Made, method: str, path: str, **more: Any) -> Reply:
-    return asyncio.run(asyncio.wait_for(ask(made.app, method, path, **more), 20))
+    return asyncio.run(asyncio.wait_for(ask(made.app, method, path, **more), LIMIT_S))
 
 
 async def settle() -> None:

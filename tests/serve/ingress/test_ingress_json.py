@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from helpers.serve.ingress import NAMES, POSTS, ask, make
+from helpers.waiting import LIMIT_S
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -18,7 +19,7 @@ def test_byte_order_marks_and_encodings_of_bodies(name: str) -> None:
     def post(body: bytes, **headers: str) -> dict[str, Any]:
         headers = {key.replace("_", "-"): value for key, value in headers.items()}
         asked = ask(made.app, "POST", POSTS[name], headers=headers, pieces=[body])
-        return asyncio.run(asyncio.wait_for(asked, 20)).error
+        return asyncio.run(asyncio.wait_for(asked, LIMIT_S)).error
 
     wrong = {"type": "object", "k" * 9_000: 1, "temperature": "x"}
     text = json.dumps(wrong)

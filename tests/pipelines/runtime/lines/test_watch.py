@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import pytest
 
+from helpers.waiting import LIMIT_S, wait_until
 from pipelines.runtime.lines import waiting, watch
 from pipelines.runtime.lines.watch import Group, cluster_lines, room_of
 
@@ -18,13 +18,8 @@ def often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def wait_for(lines: list[str], holds: Callable[[str], bool]) -> str:
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        found = [line for line in lines if holds(line)]
-        if found:
-            return found[0]
-        time.sleep(0.1)
-    raise AssertionError(lines)
+    wait_until(lambda: any(map(holds, lines)))
+    return next(filter(holds, lines))
 
 
 @pytest.mark.ray
@@ -41,7 +36,7 @@ def test_a_group_waits_for_room_and_gets_it(ray_local: None, often: None) -> Non
         assert "the cluster has 4 CPUs on 1 host" in line
         placed = placement_group([{"CPU": 3.0}], strategy="PACK")
         try:
-            assert placed.wait(30)
+            assert placed.wait(LIMIT_S)
             assert room_of(group, ray.nodes()).placed
             assert not room_of(Group({"CPU": 2.0}, 2), ray.nodes()).placed
             wait_for(lines, lambda line: line.startswith("there is room for the workers after"))
