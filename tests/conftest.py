@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from helpers.own_ray import FRUGAL
+from helpers.own_ray import FRUGAL, python_path
 from helpers.ray_marks import (  # noqa: F401 (a hook and a fixture of every test)
     only_marked_tests_start_ray,
     pytest_collection_modifyitems,
@@ -18,6 +19,25 @@ from helpers.s3_proxy import S3Proxy
 from helpers.s3_servers import rclone, rclone_server
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Collects tests without collecting garbage, and keeps what has been made out of it for good.
+
+    A million objects come with the imports and are never garbage; every search would look at all.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Leaves long values out of the names of tests, which go with every report, whole pictures."""
+    return "long" if isinstance(val, str | bytes) and len(val) > 80 else None
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,6 +51,7 @@ def _frugal() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+        patch.setenv("PYTHONPATH", python_path(*filter(None, [os.environ.get("PYTHONPATH")])))
         for key, value in FRUGAL.items():
             patch.setenv(key, value)
         yield
@@ -56,7 +77,8 @@ def ray_local(s3: dict[str, str], ray_s3: S3Proxy) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for key, value in (s3 | {"AWS_ENDPOINT_URL": ray_s3.url}).items():
             patch.setenv(key, value)
-        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=True)
+        # "local": another Ray on this machine is none of ours.
+        ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=True)
     yield
     ray.shutdown()
 

@@ -17,7 +17,7 @@ import ray
 import torch
 
 from helpers.embedding import embed_here
-from helpers.own_ray import without_ray
+from helpers.own_ray import python_path, without_ray
 from helpers.repository import ROOT
 from models.artifacts.artifact import load_artifact, save_artifact
 from pipelines import demo as demo_module
@@ -43,7 +43,7 @@ def demo(cifar_sample: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     archive = folder / SAMPLE_TAR.relative_to(ROOT)
     archive.parent.mkdir()
     pack_sample(cifar_sample, archive, train=50, test=16)
-    env = without_ray() | {"PYTHONPATH": str(folder), "COLUMNS": "200"}
+    env = without_ray() | {"PYTHONPATH": python_path(folder), "COLUMNS": "200"}
     done = subprocess.run(
         [sys.executable, "-m", "pipelines.demo", "--steps", str(STEPS)],
         cwd=folder,

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.own_ray import python_path
 from helpers.pipelines.fake_training import FolderStore, change
 from helpers.pipelines.sample_logs import chain, samples, samples_so_far
 from helpers.repository import ROOT
@@ -35,12 +36,11 @@ from pipelines.recipes.registry import RECIPES
 from pipelines.runs.checkpoints import CheckpointError, load_encoder, load_tensors
 from pipelines.runs.run_folder import read_metrics
 from pipelines.runtime.cluster import check_fits
-from pipelines.runtime.lines.worker_lines import LinePrinter, worker_lines
+from pipelines.runtime.lines.worker_lines import LinePrinter, say_into, worker_lines
 from pipelines.training import launch
 from pipelines.training.contract import DataSource, Worker
 from pipelines.training.launch import pretrain
 from pipelines.training.trainer import train
-from pipelines.training.worker import say_into
 
 STEPS = 48  # three epochs of 512 images
 EPOCH = 16
@@ -59,8 +59,7 @@ def _losses(path: Path) -> list[float]:
 
 def _cli(arguments: list[str], cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess:
     """Runs `python .../pipelines/pretrain.py` with the project neither installed nor on a path."""
-    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    clean |= {"RAY_ADDRESS": "local"}
+    clean = os.environ | {"PYTHONPATH": python_path(), "RAY_ADDRESS": "local"}
     command = [sys.executable, str(ROOT / "pipelines" / "pretrain.py"), *arguments]
     return subprocess.run(
         command, cwd=cwd, env=clean | env, text=True, capture_output=True, timeout=300, check=False

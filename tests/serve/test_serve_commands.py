@@ -16,7 +16,7 @@ import httpx
 import pytest
 import yaml
 
-from helpers.own_ray import without_ray
+from helpers.own_ray import python_path, without_ray
 from helpers.repository import ROOT
 from helpers.serve.embeddings import WIDTH, png_uri, save_tiny_artifact
 from helpers.serve.free_ports import free_ports
@@ -48,7 +48,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
     env = without_ray()
     token = tmp_path_factory.mktemp("ray") / "auth_token"
     token.write_text(secrets.token_hex(32))
-    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env |= {"PYTHONPATH": python_path(ROOT), "OMP_NUM_THREADS": "1"}
     env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     folder = Path(f"/tmp/rs{gcs}")  # its sockets' paths may have 107 characters: not pytest's
     command = [

@@ -15,7 +15,6 @@ import pytest
 
 from helpers.lm.serving import MODEL
 from helpers.serve.embeddings import miss_killed_replicas_soon
-from helpers.serve.free_ports import free_ports
 from helpers.waiting import LIMIT_S
 
 APP = f"lm{os.getpid()}"
@@ -29,14 +28,13 @@ class Served:
 
 
 @contextmanager
-def serve_tiny_lm(model: Path, store: Path) -> Iterator[Served]:
-    """One replica and one ingress on the Ray that is running."""
+def serve_tiny_lm(url: str, model: Path, store: Path) -> Iterator[Served]:
+    """One replica and one ingress on the Serve that listens at `url`."""
     from ray import serve as ray_serve
 
     from serve import lm_app
     from serve.lm.settings import LMSettings
 
-    (port,) = free_ports(1)
     settings = LMSettings(
         model=str(model),
         store=str(store),
@@ -56,12 +54,11 @@ def serve_tiny_lm(model: Path, store: Path) -> Iterator[Served]:
         max_request_bytes=100_000,
         max_stream_bytes=20_000_000,
     )
-    ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
     with pytest.MonkeyPatch.context() as patch:
         miss_killed_replicas_soon(patch, lm_app)
         ray_serve.run(lm_app.build_app(settings), name=APP)
-    yield Served(f"http://127.0.0.1:{port}", store)
-    ray_serve.shutdown()
+    yield Served(url, store)
+    ray_serve.delete(APP)
 
 
 def complete(http: httpx.Client, **body: Any) -> Any:

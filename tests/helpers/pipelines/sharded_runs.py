@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch.distributed.tensor.debug import CommDebugMode
 
+from helpers.own_ray import python_path
 from helpers.pipelines.fake_training import FolderStore, change, memory_batches, tiny_config
 from helpers.repository import ROOT
 from models.encoders.shape import PRESETS, Preset
@@ -233,7 +234,7 @@ def main(folder: Path, more: bool) -> None:
 
 def make_runs(folder: Path, *arguments: str) -> None:
     """Runs this file in a process of its own."""
-    paths = {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
+    paths = {"PYTHONPATH": python_path(ROOT, ROOT / "tests")}
     done = subprocess.run(
         [sys.executable, __file__, str(folder), *arguments],
         env={**os.environ, **paths, "OMP_NUM_THREADS": "1"},

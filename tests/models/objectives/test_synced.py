@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from helpers.own_ray import python_path
 from helpers.repository import ROOT
 
 BATCH = 16
@@ -131,7 +132,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, An
     folder = tmp_path_factory.mktemp("worlds")
     env = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
+        "PYTHONPATH": python_path(ROOT, ROOT / "tests"),
         "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run(

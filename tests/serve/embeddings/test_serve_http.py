@@ -41,7 +41,6 @@ from helpers.serve.embeddings import (
     save_tiny_artifact,
     unit,
 )
-from helpers.serve.free_ports import free_ports
 from helpers.serve.processes import replica_pids
 from helpers.waiting import wait_until
 
@@ -58,7 +57,7 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(serve_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     from ray import serve as ray_serve
 
     from serve import app
@@ -66,7 +65,6 @@ def served(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
     folder = tmp_path_factory.mktemp("artifact") / "tiny"
     save_tiny_artifact(folder)
-    (port,) = free_ports(1)
     with image_server() as images_port, pytest.MonkeyPatch.context() as patch:
         miss_killed_replicas_soon(patch, app)
         settings = ServeSettings(
@@ -82,10 +80,9 @@ def served(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             body_timeout_s=3,
             allow_hosts=(f"private:127.0.0.1:{images_port}", "localhost"),
         )
-        ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
         ray_serve.run(app.build_app(settings), name=APP)
-        yield Served(f"http://127.0.0.1:{port}", folder, images_port)
-        ray_serve.shutdown()
+        yield Served(serve_url, folder, images_port)
+        ray_serve.delete(APP)
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,6 @@ from helpers.serve.embeddings import (
     png_uri,
     save_tiny_artifact,
 )
-from helpers.serve.free_ports import free_ports
 from helpers.serve.processes import replica_pids
 from helpers.waiting import wait_until
 
@@ -42,7 +41,7 @@ PICTURES = [png_uri(seed) for seed in range(6)]
 
 
 @pytest.fixture(scope="module")
-def urls(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def urls(serve_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """Where an application of each placement answers, for the same artifact."""
     from ray import serve as ray_serve
 
@@ -52,16 +51,15 @@ def urls(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     folder: Path = tmp_path_factory.mktemp("artifact") / "tiny"
     save_tiny_artifact(folder)
     shared = {"artifact": str(folder), "threads": 1, "cpus": 0.1, "max_items": 4}
-    (port,) = free_ports(1)
     with pytest.MonkeyPatch.context() as patch:
         miss_killed_replicas_soon(patch, app)
-        ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
         for placement, own in PLACED.items():
             chosen = ServeSettings.model_validate(shared | own | {"placement": placement})
             name, prefix = f"{APP}-{placement}", f"/{placement}"
             ray_serve.run(app.build_app(chosen), name=name, route_prefix=prefix)
-        yield {placement: f"http://127.0.0.1:{port}/{placement}" for placement in PLACED}
-        ray_serve.shutdown()
+        yield {placement: f"{serve_url}/{placement}" for placement in PLACED}
+        for placement in PLACED:
+            ray_serve.delete(f"{APP}-{placement}")
 
 
 @pytest.fixture(scope="module")

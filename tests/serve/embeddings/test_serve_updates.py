@@ -30,7 +30,6 @@ from helpers.serve.embeddings import (
     save_tiny_artifact,
     unit,
 )
-from helpers.serve.free_ports import free_ports
 from helpers.waiting import LIMIT_S, wait_until
 
 pytestmark = pytest.mark.ray
@@ -62,7 +61,7 @@ class Load:
                 which = len(self.replies) % len(PICTURES)
                 body = {"input": data_uri(PICTURES[which])}
                 self.replies.append((which, http.post("/v1/embeddings", json=body)))
-                time.sleep(0.02)
+                time.sleep(0.1)  # more would take the CPU from the replicas that start
 
 
 @pytest.fixture(scope="module")
@@ -83,17 +82,15 @@ def expected(artifacts: dict[str, Path]) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def url(ray_local: None) -> Iterator[str]:
+def url(serve_url: str) -> Iterator[str]:
     from ray import serve as ray_serve
 
     from serve import app
 
-    (port,) = free_ports(1)
     with pytest.MonkeyPatch.context() as patch:
         miss_killed_replicas_soon(patch, app)
-        ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
-        yield f"http://127.0.0.1:{port}"
-        ray_serve.shutdown()
+        yield serve_url
+        ray_serve.delete(APP)
 
 
 def deploy(artifact: Path, placement: str) -> None:

@@ -24,14 +24,14 @@ from helpers.lm import served as one_server
 from helpers.lm.served import text_of
 from helpers.lm.serving import events, same_text
 from helpers.serve.embeddings import WIDTH, miss_killed_replicas_soon, png_uri, save_tiny_artifact
-from helpers.serve.free_ports import free_ports
 from helpers.serve.processes import replica_pids
 from helpers.waiting import LIMIT_S, wait_until
 from pipelines.chat import ChatClient, ChatConfig, chat
 
 pytestmark = pytest.mark.ray
 
-APP = f"lm{os.getpid()}"
+APP = f"lmcluster{os.getpid()}"
+IMAGES_APP = f"images{APP}"
 GREEDY = one_server.GREEDY | {"ignore_eos": True}
 STREAM_BYTES = 10_000
 
@@ -44,7 +44,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(
-    ray_local: None,
+    serve_url: str,
     tiny_lm: Path,
     s3: dict[str, str],
     tmp_path_factory: pytest.TempPathFactory,
@@ -57,7 +57,6 @@ def served(
 
     encoder = tmp_path_factory.mktemp("encoder") / "tiny"
     save_tiny_artifact(encoder)
-    (port,) = free_ports(1)
     settings = LMSettings(
         model=str(tiny_lm),
         store="s3://lm-sessions/here",
@@ -78,13 +77,11 @@ def served(
         miss_killed_replicas_soon(patch, lm_app)
         fs = s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True)
         fs.mkdir("lm-sessions")
-        ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
-        beside = ray_serve.RunTarget(
-            app.build_app(images), name=f"images{APP}", route_prefix="/images"
-        )
+        beside = ray_serve.RunTarget(app.build_app(images), name=IMAGES_APP, route_prefix="/images")
         ray_serve.run_many([beside, ray_serve.RunTarget(lm_app.build_app(settings), name=APP)])
-        yield Served(f"http://127.0.0.1:{port}", fs)
-        ray_serve.shutdown()
+        yield Served(serve_url, fs)
+        ray_serve.delete(APP)
+        ray_serve.delete(IMAGES_APP)
 
 
 @pytest.fixture(scope="module")

@@ -36,9 +36,9 @@ EMOJI = "🎉"
 
 @pytest.fixture(scope="module")
 def served(
-    ray_local: None, tiny_lm: Path, tmp_path_factory: pytest.TempPathFactory
+    serve_url: str, tiny_lm: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
-    with serve_tiny_lm(tiny_lm, tmp_path_factory.mktemp("sessions")) as served:
+    with serve_tiny_lm(serve_url, tiny_lm, tmp_path_factory.mktemp("sessions")) as served:
         yield served
 
 

@@ -14,7 +14,6 @@ import pytest
 
 from helpers.lm.serving import events, save_tiny_lm
 from helpers.serve.embeddings import miss_killed_replicas_soon
-from helpers.serve.free_ports import free_ports
 from helpers.waiting import LIMIT_S, wait_until
 
 pytestmark = pytest.mark.ray
@@ -37,18 +36,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def http(ray_local: None) -> Iterator[httpx.Client]:
+def http(serve_url: str) -> Iterator[httpx.Client]:
     from ray import serve as ray_serve
 
     from serve import lm_app
 
-    (port,) = free_ports(1)
     with pytest.MonkeyPatch.context() as patch:
         miss_killed_replicas_soon(patch, lm_app)
-        ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        with httpx.Client(base_url=serve_url, timeout=60) as client:
             yield client
-        ray_serve.shutdown()
+        ray_serve.delete(APP)
 
 
 def deploy(model: Path, store: Path) -> None:

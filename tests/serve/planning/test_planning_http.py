@@ -13,12 +13,12 @@ import pytest
 
 from helpers.repository import ROOT
 from helpers.serve.bad_plans import LIMITS, plan, predict
-from helpers.serve.free_ports import free_ports
 from helpers.serve.planning import WORLD, fresh_agent, png_of, save_agent, walk
 from helpers.waiting import wait_until
 
 pytestmark = pytest.mark.ray
 
+APP = f"planning{os.getpid()}"
 SESSIONS, STEPS = 32, 4
 
 
@@ -30,7 +30,7 @@ PLACED: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", params=PLACED)
 def url(
-    request: pytest.FixtureRequest, ray_local: None, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, serve_url: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
     from ray import serve as ray_serve
 
@@ -38,7 +38,6 @@ def url(
     from serve.planning_app import build_app
 
     folder = save_agent(tmp_path_factory.mktemp("agent") / "fresh", fresh_agent())
-    (port,) = free_ports(1)
     settings = PlanningSettings(
         agent=folder,
         placement=request.param,
@@ -48,10 +47,9 @@ def url(
         replica_silence_s=100,  # a busy machine is slow, and a call that is repeated goes elsewhere
         **LIMITS,
     )
-    ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
-    ray_serve.run(build_app(settings), name=f"planning{os.getpid()}")
-    yield f"http://127.0.0.1:{port}"
-    ray_serve.shutdown()
+    ray_serve.run(build_app(settings), name=APP)
+    yield serve_url
+    ray_serve.delete(APP)
 
 
 def test_32_sessions_at_once_each_on_its_own_planner(url: str) -> None:
