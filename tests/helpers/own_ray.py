@@ -8,6 +8,9 @@ from pathlib import Path
 FRUGAL = {
     # Ray's workers run at nice 15 by default. Beside the other half of the suite they would starve.
     "RAY_worker_niceness": "0",
+    # No processes before there is work for them: most jobs have an environment of their own, and
+    # cannot use those that are there.
+    "RAY_prestart_worker_first_driver": "0",
     # How often Ray Train looks at its workers and commits checkpoints: runs last seconds here.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     # Its watch for machines that are taken away is one process more for every run; where machines
