@@ -70,7 +70,7 @@ def samples(job: Measured, cfg: PretrainConfig) -> tuple[Tensor, Tensor]:
         found = cifar10(job.folder)
         return found["train"][: job.learned], found["test"][: job.measured]
     if job.what == "digits":
-        found = moving_digits(job.folder)
+        found = moving_digits(job.folder / "digits.npz")
         train = _digits(found["train"], job.learned, cfg)
         return train, _digits(found["test"], job.measured, cfg)
     clips = [

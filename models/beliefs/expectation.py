@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from models.encoders.predictor import Predictor
 from models.encoders.vit import VisionTransformer, gather_tokens
 from models.objectives.latent import (
+    OVER_BATCHES,
     TARGET_EPS,
     LatentPrediction,
-    batch_standardised,
     layer_normalised,
+    without_common,
 )
 from models.objectives.objective import Objective, WrappedObjective
 
@@ -36,15 +37,15 @@ class Mask:
 class Expectation(nn.Module):
     """Context encoder, predictor and target encoder of a trained objective, frozen.
 
-    A target is a token of the target encoder, layer-normalised. An objective that standardises its
-    targets over the batch gets the statistics of a sample instead, so that what is expected of one
-    picture does not depend on others.
+    A target is a token of the target encoder, normalised as the objective does it. One that
+    standardises its targets over the batch gets the statistics of a sample instead, so that what is
+    expected of one picture does not depend on others.
 
     Args:
         encoder: the context encoder.
         predictor: was trained with it.
         target_encoder: may be `encoder` itself.
-        standardised: whether targets are standardised; see `fit`.
+        target_norm: entry of `models.objectives.latent.TARGET_NORMS`; see `fit`.
     """
 
     def __init__(
@@ -53,11 +54,11 @@ class Expectation(nn.Module):
         predictor: Predictor,
         target_encoder: VisionTransformer,
         *,
-        standardised: bool = False,
+        target_norm: str = "token",
     ) -> None:
         super().__init__()
         self.encoder, self.predictor, self.target_encoder = encoder, predictor, target_encoder
-        self.standardised = standardised
+        self.target_norm, self.standardised = target_norm, target_norm in OVER_BATCHES
         self.place_mean_ND: Tensor
         self.variance_D: Tensor
         count, width = encoder.num_patches, encoder.width
@@ -79,12 +80,11 @@ class Expectation(nn.Module):
             raise ValueError(
                 f"{name} has no predictor of hidden tokens; ijepa, vjepa and dmjd have one"
             )
-        standardised = objective.normalise_targets is batch_standardised
         return cls(
             objective.encoder,
             objective.predictor,
             objective.feature_encoder,
-            standardised=standardised,
+            target_norm=objective.target_norm,
         )
 
     def fit(self, batches: Iterable[Tensor]) -> None:
@@ -94,7 +94,7 @@ class Expectation(nn.Module):
         total_ND = torch.zeros_like(self.place_mean_ND, dtype=torch.float64)
         squares_D, count = torch.zeros_like(self.variance_D, dtype=torch.float64), 0
         for patches_BNP in batches:
-            tokens_BND = layer_normalised(self.target_encoder.forward_patches(patches_BNP).float())
+            tokens_BND = self._tokens(patches_BNP)
             total_ND += tokens_BND.double().sum(0)
             squares_D += tokens_BND.double().square().mean(1).sum(0)
             count += len(tokens_BND)
@@ -108,10 +108,15 @@ class Expectation(nn.Module):
 
     def targets(self, patches_BNP: Tensor) -> Tensor:
         """Returns what the tokens really are, fp32 [B, N, D]."""
-        tokens_BND = layer_normalised(self.target_encoder.forward_patches(patches_BNP).float())
+        tokens_BND = self._tokens(patches_BNP)
         if not self.standardised:
             return tokens_BND
         return (tokens_BND - self.place_mean_ND) * (self.variance_D + TARGET_EPS).rsqrt()
+
+    def _tokens(self, patches_BNP: Tensor) -> Tensor:
+        """Returns the target encoder's tokens before they are standardised, fp32 [B, N, D]."""
+        tokens_BND = self.target_encoder.forward_patches(patches_BNP).float()
+        return (without_common if self.target_norm == "local" else layer_normalised)(tokens_BND)
 
     def expect(self, patches_BNP: Tensor, mask: Mask) -> Tensor:
         """Returns what the predictor says of the hidden tokens, fp32 [B, T, D]."""

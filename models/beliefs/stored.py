@@ -22,7 +22,7 @@ from models.image_size import Grid
 from models.tensor_files import METADATA, detached, save_tensors
 
 FILE = "surprise.safetensors"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PARTS = ("encoder", "predictor")
 
 
@@ -45,7 +45,7 @@ def save_surprise(folder: Path, surprise: Surprise) -> None:
     told = {
         "schema_version": SCHEMA_VERSION,
         "predictor": _shape(expectation.predictor),
-        "standardised": expectation.standardised,
+        "target_norm": expectation.target_norm,
         "generators": [mask.generator for mask in surprise.masks],
     }
     save_tensors(tensors, folder / FILE, METADATA | {"rayjepa": json.dumps(told)})
@@ -86,8 +86,7 @@ def _assemble(
         start = f"{name}."
         state = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
         load_strict(module, state, source)
-    standardised = told["standardised"]
-    expectation = Expectation(encoder, predictor, target, standardised=standardised)
+    expectation = Expectation(encoder, predictor, target, target_norm=told["target_norm"])
     expectation.place_mean_ND.copy_(tensors["place_mean"])
     expectation.variance_D.copy_(tensors["variance"])
     masks = [

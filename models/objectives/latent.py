@@ -43,14 +43,34 @@ def layer_normalised(tokens_BND: torch.Tensor) -> torch.Tensor:
     return functional.layer_norm(tokens_BND, tokens_BND.shape[-1:], eps=LN_EPS)
 
 
+def without_common(tokens_BND: torch.Tensor) -> torch.Tensor:
+    """Layer-normalises every token and takes the mean of its sample's tokens away."""
+    tokens_BND = layer_normalised(tokens_BND)
+    return tokens_BND - tokens_BND.mean(1, keepdim=True)
+
+
 def batch_standardised(tokens_BND: torch.Tensor) -> torch.Tensor:
-    """Centres every dimension at every place of the grid over the batches of all processes, and
-    divides it by its standard deviation over the batch and the grid; fp32 [B, N, D].
+    """Standardises layer-normalised tokens, see `standardised`; fp32 [B, N, D].
 
     What remains to be predicted is how a sample differs from others at that place. A mean squared
     error of 1 is that of predicting nothing but the place.
     """
-    tokens_BND = layer_normalised(tokens_BND.float())
+    return standardised(layer_normalised(tokens_BND.float()))
+
+
+def place_standardised(tokens_BND: torch.Tensor) -> torch.Tensor:
+    """Like `batch_standardised`, but of tokens `without_common`; fp32 [B, N, D].
+
+    What remains to be predicted is how a place differs from the others of its sample. A mean
+    squared error of 1 is that of knowing the place and everything that all tokens of a sample say.
+    """
+    return standardised(without_common(tokens_BND.float()))
+
+
+def standardised(tokens_BND: torch.Tensor) -> torch.Tensor:
+    """Centres every dimension at every place of the grid over the batches of all processes, and
+    divides it by its standard deviation over the batch and the grid.
+    """
     centred_BND = tokens_BND - mean_over_processes(tokens_BND.mean(0))
     variance_D = mean_over_processes(centred_BND.square().mean((0, 1)))
     return centred_BND * (variance_D + TARGET_EPS).rsqrt()
@@ -59,7 +79,10 @@ def batch_standardised(tokens_BND: torch.Tensor) -> torch.Tensor:
 TARGET_NORMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "token": layer_normalised,
     "batch": batch_standardised,
+    "local": place_standardised,
 }
+OVER_BATCHES = ("batch", "local")
+"""Those of `TARGET_NORMS` that compare the samples of a batch."""
 
 
 class LatentPrediction(EncoderObjective):
@@ -94,6 +117,7 @@ class LatentPrediction(EncoderObjective):
         self.target_encoder: VisionTransformer | None
         self.target_encoder = make_target(encoder) if target == "ema" else None
         self.distance, self.normalise_targets = DISTANCES[loss], TARGET_NORMS[target_norm]
+        self.target_norm = target_norm
         self.ema = ema
 
     @classmethod
@@ -142,10 +166,10 @@ class LatentPrediction(EncoderObjective):
         Raises:
             ValueError: targets are standardised over the batch, but samples lack tokens.
         """
-        if kept is not None and self.normalise_targets is batch_standardised:
+        if kept is not None and self.target_norm in OVER_BATCHES:
             raise ValueError(
-                "--objective.target-norm batch: places are compared over the batch, but here "
-                "samples lack tokens (--data.fit whole or pad, or --data.exclude)"
+                f"--objective.target-norm {self.target_norm}: places are compared over the batch, "
+                "but here samples lack tokens (--data.fit whole or pad, or --data.exclude)"
             )
         if self.target_encoder is None:
             tokens_BND, pooled_BD = _encode(self.encoder, patches_BNP, kept)

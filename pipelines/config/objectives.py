@@ -86,12 +86,13 @@ class LatentPredictionConfig(Settings):
     target: Literal["ema", "self"] = "ema"
     """`ema` is the method. `self` is the negative control: the context encoder is its own target,
     gradients flow through both, and the features must collapse."""
-    target_norm: Literal["token", "batch"] = "token"
+    target_norm: Literal["token", "batch", "local"] = "token"
     """`token` layer-normalises every target token, as I-JEPA and V-JEPA do. `batch` then subtracts
     its mean over the batch at the same place of the grid and divides every dimension by its
     deviation, so that what is the same in all samples, as a fixed background is, does not count.
     data2vec (arXiv 2202.03555) too normalises targets against collapse, over the tokens of one
-    sample."""
+    sample. `local` does both: it first takes the mean of the sample's tokens away, so that what all
+    of them say does not count either, and where things are has to be predicted."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -220,12 +220,14 @@ def vjepa_occlusion() -> PretrainConfig:
 
     Ingest the output of `pipelines.fetch movingmnist` with --video.fps 10. As `vjepa_motion`, but
     the predictor reads every visible token and not their mean, so that it can say where a digit is
-    in the hidden frames. What it expects there, and how surprised it is: docs/beliefs.md.
+    in the hidden frames. Targets lack what all tokens of a clip say, and positions are relative.
+    What it expects in hidden frames, and how surprised it is: docs/beliefs.md.
     """
     base = vjepa_motion()
     return replace(
         base,
-        model=replace(base.model, predictor_input="tokens"),
+        model=replace(base.model, predictor_input="tokens", positions="rope"),
+        objective=replace(base.objective, target_norm="local", regularize=None),
         run=replace(base.run, name="vjepa_occlusion"),
     )
 

@@ -21,7 +21,7 @@ from helpers.models.beliefs import (
 from models.beliefs.expectation import Expectation, Surprise
 from models.encoders.vit import VisionTransformer
 from models.media.preprocessing import normalize
-from models.objectives.latent import batch_standardised
+from models.objectives.latent import TARGET_NORMS
 from models.objectives.mae import MAE
 from models.objectives.objective import WrappedObjective
 
@@ -60,8 +60,9 @@ def test_what_is_hidden_cannot_leak_into_what_is_expected() -> None:
     assert not torch.allclose(both[0][:, 4:], both[1][:, 4:], atol=1e-2)
 
 
-def test_standardised_targets_are_the_batches_own() -> None:
-    built, pixels = objective(CLIPS, target_norm="batch"), random_pixels(CLIPS, 6)
+@pytest.mark.parametrize("norm", ["batch", "local"])
+def test_standardised_targets_are_the_batches_own(norm: str) -> None:
+    built, pixels = objective(CLIPS, target_norm=norm), random_pixels(CLIPS, 6)
     found = Expectation.of(built)
     patches_BNP = patches_of(found, pixels)
     found.fit([patches_BNP[:4], patches_BNP[4:]])
@@ -70,7 +71,7 @@ def test_standardised_targets_are_the_batches_own() -> None:
     with torch.no_grad():
         tokens_BND = encoder(normalize(pixels, GREY["mean"], GREY["std"]))
     torch.testing.assert_close(
-        found.targets(patches_BNP), batch_standardised(tokens_BND), atol=1e-4, rtol=1e-4
+        found.targets(patches_BNP), TARGET_NORMS[norm](tokens_BND), atol=1e-4, rtol=1e-4
     )
 
 

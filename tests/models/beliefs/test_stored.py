@@ -21,9 +21,9 @@ PREP = Preprocessing(image_size=16, **GREY)
 PROVENANCE = {"run": "r", "step": 1, "manifest_hash": ""}
 
 
-@pytest.fixture
-def surprise() -> Surprise:
-    found = Expectation.of(objective(CLIPS, target_norm="batch"))
+@pytest.fixture(params=["batch", "local"])
+def surprise(request: pytest.FixtureRequest) -> Surprise:
+    found = Expectation.of(objective(CLIPS, target_norm=request.param))
     measure = Surprise(found, HALVES)
     patches_BNP = patches_of(found, random_pixels(CLIPS, 6))
     found.fit([patches_BNP])
@@ -69,5 +69,5 @@ def test_a_file_of_another_version_or_that_was_changed_is_refused(
     with pytest.raises(ValueError, match=f"{FILE} is damaged"):
         load_surprise(uri, encoder)
     (Path(uri) / DIGESTS).unlink()
-    with pytest.raises(ValueError, match="schema 99, this code reads 1"):
+    with pytest.raises(ValueError, match="schema 99, this code reads 2"):
         load_surprise(uri, encoder)

@@ -6,6 +6,7 @@ Shape legend: B clips, N tokens, K context tokens, T target tokens, D width.
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import torch
 from models.encoders.kept_tokens import KeptTokens
 from models.encoders.positions import Grid
 from models.encoders.predictor import Predictor
-from models.objectives.latent import batch_standardised
+from models.objectives.latent import batch_standardised, place_standardised
 from models.objectives.registry import build_objective
 from models.objectives.vjepa import VJEPA
 from pipelines.config.objectives import ObjectiveConfig
@@ -23,7 +24,7 @@ from pipelines.config.train import ModelConfig
 GRID = Grid(4, 4, 4)
 
 
-def make_objective(**model: object) -> VJEPA:
+def make_objective(target_norm: Literal["batch", "local"] = "batch", **model: object) -> VJEPA:
     torch.manual_seed(0)
     settings = ModelConfig(
         encoder="video_micro",
@@ -32,7 +33,7 @@ def make_objective(**model: object) -> VJEPA:
         frames=4,
         **model,  # type: ignore[arg-type]
     )
-    objective = ObjectiveConfig(name="vjepa", loss="l2", target_norm="batch")
+    objective = ObjectiveConfig(name="vjepa", loss="l2", target_norm=target_norm)
     made = build_objective(
         "vjepa",
         model=dataclasses.asdict(settings) | {"mask_tokens": 1},
@@ -49,13 +50,18 @@ def make_batch(size: int = 6) -> dict[str, torch.Tensor]:
     return {"clips": clips, "context_ids_0": order[:, :20], "target_ids_0": order[:, 20:50]}
 
 
-def test_standardised_targets_follow_the_formula() -> None:
+@pytest.mark.parametrize("local", [False, True])
+def test_standardised_targets_follow_the_formula(local: bool) -> None:
     rng = np.random.default_rng(0)
     tokens = rng.normal(size=(5, 7, 12)) * np.linspace(0.5, 3, 12) + rng.normal(size=(1, 7, 12))
-    found = batch_standardised(torch.from_numpy(tokens).float()).double().numpy()
+    standardise = place_standardised if local else batch_standardised
+    found = standardise(torch.from_numpy(tokens).float()).double().numpy()
 
     normed = tokens - tokens.mean(-1, keepdims=True)
     normed /= np.sqrt((normed**2).mean(-1, keepdims=True) + 1e-6)
+    if local:
+        for sample in normed:
+            sample -= sample.sum(0) / 7
     expected = np.empty_like(tokens)
     for d in range(12):
         at_place = normed[:, :, d] - normed[:, :, d].mean(0)
@@ -66,10 +72,26 @@ def test_standardised_targets_follow_the_formula() -> None:
 def test_constant_targets_stay_finite_and_zero() -> None:
     tokens = torch.randn(1, 7, 12).expand(5, -1, -1)
     assert batch_standardised(tokens).abs().max() < 1e-3
+    assert place_standardised(tokens).abs().max() < 1e-3
 
 
-def test_guessing_nothing_but_the_place_costs_one() -> None:
-    objective = make_objective()
+def test_what_all_tokens_of_a_sample_say_is_no_part_of_local_targets() -> None:
+    """It is nearly all of targets that are only compared over the batch."""
+    generator = torch.Generator().manual_seed(0)
+    common, own = (torch.randn(8, count, 12, generator=generator) for count in (1, 16))
+    share = [
+        (found.mean(1).square().mean() / found.square().mean()).item()
+        for found in (place_standardised(common + own / 4), batch_standardised(common + own / 4))
+    ]
+    assert share[0] < 1e-6
+    assert share[1] > 0.8
+    # And what a place says for itself is all that is left, at the scale of 1.
+    assert place_standardised(common + own / 4).square().mean().item() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("norm", ["batch", "local"])
+def test_guessing_nothing_but_the_place_costs_one(norm: Literal["batch", "local"]) -> None:
+    objective = make_objective(norm)
     with torch.no_grad():
         objective.predictor.proj.weight.zero_()
     batch = make_batch()
@@ -89,10 +111,11 @@ def test_default_targets_are_layer_normalised() -> None:
     assert targets_BND.mean(-1).abs().max() < 1e-5
 
 
-def test_batches_whose_samples_lack_tokens_are_refused() -> None:
-    objective = make_objective()
+@pytest.mark.parametrize("norm", ["batch", "local"])
+def test_batches_whose_samples_lack_tokens_are_refused(norm: Literal["batch", "local"]) -> None:
+    objective = make_objective(norm)
     kept = KeptTokens.of_mask(torch.tensor([[4, 4], [4, 4]]), torch.arange(16).expand(2, -1) > 3, 4)
-    with pytest.raises(ValueError, match="target-norm batch"):
+    with pytest.raises(ValueError, match=f"target-norm {norm}"):
         objective.encode_target(torch.randn(2, GRID.tokens, 192), kept)
 
 
