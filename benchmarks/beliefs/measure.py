@@ -56,6 +56,8 @@ class Measured(Job):
     """Games: the shards that the run was trained on."""
     surprise_only: bool = False
     """Train no decoders."""
+    flow: bool = True
+    """Measure samples of the flow decoder, too."""
     encoder_only: bool = False
     """Leave random weights and samples of the flow decoder out."""
     learned: int = 4000
@@ -109,12 +111,13 @@ def main(job: Measured) -> None:
         keep(job, results | surprise_alone(job, subject, train, test), start)
         return
     steps = job.steps or 1500
-    if job.encoder_only:
-        scene, panels = encoder_alone(subject, train, test, steps, job.seed)
-        results |= {"mrr": measure(scene, job.seed), "steps": steps}
+    if job.encoder_only or not job.flow:
+        scenes, panels = by_regression(job, subject, train, test, steps)
+        rows = {one: measure(scene, job.seed) for one, scene in scenes.items()}
+        results |= {"rows": rows, "steps": steps}
         results |= {"samples": len(test), "train_samples": len(train)}
         if job.what == "digits":
-            results["places"] = places({"encoder": scene}, test)
+            results["places"] = places(scenes, test)
         keep(job, results, start)
         clips = test.ndim == 5
         file = job.folder / f"{name}.png"
@@ -159,19 +162,31 @@ def surprise_alone(
     return found
 
 
-def encoder_alone(
-    subject: Subject, train: Tensor, test: Tensor, steps: int, seed: int
-) -> tuple[Scene, list[Panel]]:
-    """Trains decoders by regression for the run alone, and draws its panels."""
+def by_regression(
+    job: Measured, subject: Subject, train: Tensor, test: Tensor, steps: int
+) -> tuple[dict[str, Scene], list[Panel]]:
+    """Trains decoders by regression for the run, and for random weights if they are wanted.
+
+    Returns:
+        What is measured, by row, and the run's panels.
+    """
     objective, cfg = check_subject(subject)
-    prep, masks, expectation = subject.preprocessing, choose_masks(cfg), Expectation.of(objective)
-    with torch.no_grad():
-        expectation.fit(normalised_patches(expectation, prep, train))
-    told = tell(expectation, prep, train, masks)
-    decoders = fit_decoders(expectation, told, steps=steps, seed=seed, flow=False)
-    mean_NP = pixel_values(expectation, train).mean(0)
-    scene = Scene(expectation, prep, decoders, masks, test, mean_NP)
-    return scene, make_panels(scene, told, 8, seed)
+    prep, masks, objectives = subject.preprocessing, choose_masks(cfg), {"encoder": objective}
+    if not job.encoder_only:
+        torch.manual_seed(job.seed)
+        objectives["random_init"] = new_objective(cfg)
+    scenes: dict[str, Scene] = {}
+    panels: list[Panel] = []
+    for name, one in objectives.items():
+        expectation = Expectation.of(one)
+        with torch.no_grad():
+            expectation.fit(normalised_patches(expectation, prep, train))
+        told = tell(expectation, prep, train, masks)
+        decoders = fit_decoders(expectation, told, steps=steps, seed=job.seed, flow=False)
+        mean_NP = pixel_values(expectation, train).mean(0)
+        scenes[name] = Scene(expectation, prep, decoders, masks, test, mean_NP)
+        panels = panels or make_panels(scenes[name], told, 8, job.seed)
+    return scenes, panels
 
 
 def rooms(job: Measured, checkpoint: str) -> Rollouts:
