@@ -104,7 +104,7 @@ class Agent:
         """Begins episodes, given observations of their goals; the memory stays."""
         self._goals_BD = self.model.encode(goals)
         shape = (len(goals), self.actor.search.horizon, self._width)
-        self._plans_BHA = torch.zeros(shape)
+        self._plans_BHA = self._goals_BD.new_zeros(shape)
         self._believed_BD = torch.full_like(self._goals_BD, torch.nan)
 
     @torch.no_grad()

@@ -43,7 +43,8 @@ class Memory:
             raise ValueError(f"rows have {sorted(rows)}, the memory has {sorted(self._columns)}")
         count = len(key_BD)
         last = min(count, self.capacity)  # of more rows than there is room for, the newest stay
-        places = (self._written + torch.arange(count - last, count)) % self.capacity
+        newest = torch.arange(count - last, count, device=key_BD.device)
+        places = (self._written + newest) % self.capacity
         for name, column in rows.items():
             self._columns[name][places] = column[count - last :].detach()
         self._written += count

@@ -120,24 +120,58 @@ def load_agent(uri: str) -> SavedAgent:
     """Loads an agent from a local or remote folder.
 
     Raises:
-        FileNotFoundError: the folder holds no agent.
+        FileNotFoundError: the folder holds no agent, or not all of it.
         ValueError: it is of another format, or does not fit together.
-        DamagedFileError: the weights are not those that were saved.
+        DamagedFileError: a file is not as it was saved.
     """
     folder = uri.rstrip("/")
-    found = json.loads(read_bytes(f"{folder}/{DESCRIPTION}"))
-    if found.get("format") != FORMAT:
-        raise ValueError(f"{uri}: format {found.get('format')}, this version reads {FORMAT}")
-    weights = read_bytes(f"{folder}/{WEIGHTS}")
-    if digest_of_bytes(weights) != found["sha256"]:
-        raise DamagedFileError(f"{folder}/{WEIGHTS} is not the file that was saved")
-    tensors = safetensors.torch.load(weights)
+    found = _described(folder)
+    weights = _read(folder, WEIGHTS)
+    try:
+        if digest_of_bytes(weights) != found["sha256"]:
+            raise DamagedFileError(f"{folder}/{WEIGHTS} is not the file that was saved")
+        return _assembled(found, safetensors.torch.load(weights))
+    except DamagedFileError:
+        raise
+    except MISFITS as error:
+        told = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{folder}/{DESCRIPTION} describes no agent ({type(error).__name__}: {told})"
+        ) from error
+
+
+MISFITS = (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError)
+"""What is raised of a description that was written by hand, or by another version."""
+
+
+def _described(folder: str) -> dict[str, Any]:
+    try:
+        found = json.loads(_read(folder, DESCRIPTION))
+    except ValueError as error:
+        raise DamagedFileError(f"{folder}/{DESCRIPTION} is no JSON: {error}") from error
+    version = found.get("format") if isinstance(found, dict) else None
+    if version != FORMAT:
+        raise ValueError(f"{folder}: format {version}, this version reads {FORMAT}")
+    return dict(found)
+
+
+def _read(folder: str, name: str) -> bytes:
+    try:
+        return read_bytes(f"{folder}/{name}")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(
+            f"{folder}: no {name}, so no agent. `python -m pipelines.plan_episodes` writes one to "
+            "OUT/agent."
+        ) from error
+
+
+def _assembled(found: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SavedAgent:
     settings, task = found["model"], found["task"]
     model = build_objective(
         settings["name"], model=settings["model"], objective=settings["objective"]
     )
     if not isinstance(model, WorldModel):
-        raise ValueError(f"{uri}: {type(model).__name__} is no world model")
+        raise ValueError(f"{type(model).__name__} is no world model")
     model.load_state_dict(_part(tensors, "model"))
     use_linear(model.predictors, least=0)  # a search gives them thousands of rows
     readout, features = tensors.get("readout.weight"), tensors.get("distance.features")

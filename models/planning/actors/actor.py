@@ -157,7 +157,7 @@ def best(plans_BSHA: Tensor, cost_BS: Tensor, count: int) -> Tensor:
 def white(like_BHA: Tensor, samples: int, generator: torch.Generator) -> Tensor:
     """Draws standard normal noise, [B, S, H, A]."""
     B, H, A = like_BHA.shape
-    return torch.randn(B, samples, H, A, generator=generator)
+    return torch.randn(B, samples, H, A, generator=generator).to(like_BHA.device)
 
 
 def coloured(like_BHA: Tensor, samples: int, exponent: float, generator: torch.Generator) -> Tensor:
@@ -166,7 +166,7 @@ def coloured(like_BHA: Tensor, samples: int, exponent: float, generator: torch.G
     H = noise_BSHA.shape[2]
     if H < 2 or not exponent:
         return noise_BSHA
-    waves_F = torch.fft.rfftfreq(H).clamp(min=1 / H)
+    waves_F = torch.fft.rfftfreq(H, device=noise_BSHA.device).clamp(min=1 / H)
     shaped = torch.fft.rfft(noise_BSHA, dim=2) * waves_F[:, None] ** (-exponent / 2)
     coloured_BSHA = torch.fft.irfft(shaped, n=H, dim=2)
     # The variance of white noise is 1 for weights of 1 a frequency, so their mean square divides.

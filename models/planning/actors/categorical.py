@@ -53,36 +53,36 @@ class CategoricalActor:
             generator: of the samples.
         """
         search, K = self.search, len(self.choices_KA)
+        choices_KA = self.choices_KA.to(start_BHA.device)
         found_BH, known_BH = self.numbers(start_BHA)
         chance_BHK = start_BHA.new_full((*found_BH.shape, K), 1 / K)
         for _ in range(search.rounds):
             plans_BSH = self.sampled(chance_BHK, search.samples, generator)
             # The best so far takes part, where it is known; elsewhere the sample stands.
             plans_BSH[:, 0] = torch.where(known_BH, found_BH, plans_BSH[:, 0])
-            cost_BS = score(self.choices_KA[plans_BSH])
+            cost_BS = score(choices_KA[plans_BSH])
             ids_BE = cost_BS.topk(search.elites, dim=1, largest=False).indices
             elites_BEH = plans_BSH.gather(1, ids_BE[..., None].expand(-1, -1, plans_BSH.shape[2]))
             found_BH, known_BH = elites_BEH[:, 0], torch.ones_like(known_BH)
             share_BHK = functional.one_hot(elites_BEH, K).to(chance_BHK.dtype).mean(1)
             chance_BHK = (1 - K * self.least_chance) * share_BHK + self.least_chance
-        best_BHA: Tensor = self.choices_KA[found_BH]
+        best_BHA: Tensor = choices_KA[found_BH]
         return best_BHA
 
     def sampled(self, chance_BHK: Tensor, samples: int, generator: torch.Generator) -> Tensor:
-        """Draws plans as numbers of choices, int64 [B, S, H]."""
+        """Draws plans as numbers of choices, int64 [B, S, H], on the host."""
         B, H, K = chance_BHK.shape
-        drawn_RS = torch.multinomial(
-            chance_BHK.reshape(B * H, K), samples, replacement=True, generator=generator
-        )
+        chance_RK = chance_BHK.reshape(B * H, K).cpu()
+        drawn_RS = torch.multinomial(chance_RK, samples, replacement=True, generator=generator)
         plans_BSH = drawn_RS.view(B, H, samples).transpose(1, 2).contiguous()
         held_BSH = torch.rand(B, samples, H, generator=generator) < self.hold
         for step in range(1, H):
             plans_BSH[:, :, step] = torch.where(
                 held_BSH[:, :, step], plans_BSH[:, :, step - 1], plans_BSH[:, :, step]
             )
-        return plans_BSH
+        return plans_BSH.to(chance_BHK.device)
 
     def numbers(self, plans_BHA: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the numbers of the choices in plans, int64 [B, H], and where there is one."""
-        same_BHK = (plans_BHA[:, :, None] == self.choices_KA).all(-1)
+        same_BHK = (plans_BHA[:, :, None] == self.choices_KA.to(plans_BHA.device)).all(-1)
         return same_BHK.long().argmax(-1), same_BHK.any(-1)

@@ -33,6 +33,7 @@ class ActionSpace:
         """
         choices_KA = self.choices_KA
         if choices_KA is not None:
+            choices_KA = choices_KA.to(actions.device)
             nearest = torch.cdist(actions.reshape(-1, self.width), choices_KA).argmin(1)
             return choices_KA[nearest].view_as(actions)
         if self.longest is None:

@@ -29,6 +29,8 @@ from models.planning.pairs import PairNetwork
 
 NEIGHBOURS = 12
 """K, edges of a kind that leave a state at most."""
+PAIRS = 2**26
+"""Distances that are in memory at the same time, 256 MiB."""
 ROUNDS = 200
 """Most rounds of value iteration: edges of the longest way."""
 
@@ -140,6 +142,11 @@ def ways_to(latents_ND: Tensor, following_ND: Tensor, goals_G: Tensor, reach: fl
 
 def _edges(from_ND: Tensor, to_ND: Tensor, reach: float) -> tuple[Tensor, Tensor]:
     """Returns the nearest states of each, and their distance, infinite beyond `reach`, [N, K]."""
-    found = torch.cdist(from_ND, to_ND).topk(min(NEIGHBOURS, len(to_ND)), dim=1, largest=False)
-    length_NK = found.values.masked_fill(found.values > reach, torch.inf)
-    return found.indices, length_NK
+    K, rows = min(NEIGHBOURS, len(to_ND)), max(1, PAIRS // len(to_ND))
+    found = [
+        torch.cdist(part_ND, to_ND).topk(K, dim=1, largest=False)
+        for part_ND in torch.split(from_ND, rows)
+    ]
+    length_NK = torch.cat([part.values for part in found])
+    ids_NK = torch.cat([part.indices for part in found])
+    return ids_NK, length_NK.masked_fill(length_NK > reach, torch.inf)

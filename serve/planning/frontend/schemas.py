@@ -27,7 +27,8 @@ Frame = Annotated[Any, WithJsonSchema(_FRAME_SCHEMA)]
 GREATEST = 1e6
 """Greatest number of an action, a zone or a weight, so that nothing that is computed of them
 overflows."""
-MOST_STEPS = 10_000
+MOST_STEPS, MOST_BUDGET = 10_000, 10**9
+"""Greatest numbers that are read; what a server allows is less."""
 Number = Annotated[float, Field(ge=-GREATEST, le=GREATEST)]
 _SESSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}")
 
@@ -56,7 +57,7 @@ class PlanRequest(Output):
     plan of this name with the same goal. Letters, digits and `_.:-`, at most 128."""
     steps: int | None = Field(None, ge=1, le=MOST_STEPS)
     """Actions that may still be taken; the plan is no longer."""
-    budget: int | None = Field(None, ge=1)
+    budget: int | None = Field(None, ge=1, le=MOST_BUDGET)
     """Imagined steps that the plan may cost."""
     method: str | None = None
     """Method of the search, one of the model's `methods`."""

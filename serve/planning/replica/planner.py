@@ -46,9 +46,16 @@ def read_card(settings: PlanningSettings) -> PlanCard:
     """Reads what is known of the agent.
 
     Raises:
-        ValueError: there is no agent, or it cannot be read.
+        FileNotFoundError: there is no agent.
+        ValueError: it cannot be read, or plans for more than `max_budget`.
     """
-    return _card_of(settings, load_agent(settings.agent))
+    saved = load_agent(settings.agent)
+    if saved.task.budget > settings.max_budget:
+        raise ValueError(
+            f"max_budget={settings.max_budget}: the agent's own plans cost {saved.task.budget} "
+            "imagined steps. Raise it, or save the agent with a smaller --budget"
+        )
+    return _card_of(settings, saved)
 
 
 def _card_of(settings: PlanningSettings, saved: SavedAgent) -> PlanCard:

@@ -83,6 +83,7 @@ PLANS: list[Case] = [
     ("steps as bool", plan(steps=True), 400, "invalid_value", "steps"),
     ("no budget", plan(budget=0), 400, "invalid_value", "budget"),
     ("budget for no search", plan(budget=23), 400, "invalid_value", "budget"),
+    ("a budget of 301 digits", plan(budget=10**300), 400, "invalid_value", "budget"),
     ("budget above the limit", plan(budget=1001), 400, "invalid_value", "budget"),
     ("unknown method", plan(method="dreaming"), 400, "invalid_value", "method"),
     ("negative caution", plan(caution=-1), 400, "invalid_value", "caution"),

@@ -9,6 +9,7 @@ from torch import Tensor
 from models.planning.actors.actor import Actor, Search
 from models.planning.agent import Agent, ShuffledModel, build_agent
 from models.planning.configurator import Rules, TaskSpec, configure
+from models.planning.costs import critic as critic_module
 from models.planning.costs.critic import CriticTraining, train_critic, ways_to
 from models.planning.costs.intrinsic import (
     Future,
@@ -246,6 +247,15 @@ def test_ways_lead_round_the_wall() -> None:
     through = around(places[:, None], places[goals])
     assert ((ways / through)[across] > 0.85).float().mean() > 0.99
     assert (ways / through)[across].median() < 1.25
+
+
+def test_distances_are_measured_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = torch.randn(90, 3, generator=torch.Generator().manual_seed(0))
+    following, goals = states.roll(1, 0), torch.arange(5)
+    whole = ways_to(states, following, goals, reach=1.5)
+    monkeypatch.setattr(critic_module, "PAIRS", 30 * 90)
+    torch.testing.assert_close(ways_to(states, following, goals, reach=1.5), whole)
+    assert whole.isfinite().float().mean() > 0.5
 
 
 def test_a_sparse_memory_with_long_edges_would_leap_over_the_wall() -> None:

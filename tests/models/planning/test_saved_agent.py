@@ -106,7 +106,7 @@ def test_a_request_may_have_a_task_of_its_own() -> None:
 
 
 def test_damage_and_strangers_are_found(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"no agent\.json, so no agent"):
         load_agent(str(tmp_path))
     uri = write(tmp_path, saved())
     weights = tmp_path / "weights.safetensors"
@@ -118,4 +118,47 @@ def test_damage_and_strangers_are_found(tmp_path: Path) -> None:
     told = json.loads((tmp_path / "agent.json").read_text())
     (tmp_path / "agent.json").write_text(json.dumps(told | {"format": 9}))
     with pytest.raises(ValueError, match="format 9, this version reads 1"):
+        load_agent(uri)
+
+
+def described(change: dict) -> str:
+    def altered(value: dict, by: dict) -> dict:
+        found = {key: one for key, one in value.items() if by.get(key, one) is not None}
+        return found | {
+            key: altered(value[key], one) if isinstance(one, dict) else one
+            for key, one in by.items()
+            if one is not None
+        }
+
+    return json.dumps(altered(json.loads(agent_files(saved())["agent.json"]), change))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", r"agent\.json is no JSON"),
+        (described({})[:-20], r"agent\.json is no JSON"),
+        ("[1]", "format None, this version reads 1"),
+        (described({"model": None}), r"describes no agent \(KeyError: 'model'\)"),
+        (described({"task": {"hurry": 3}}), r"describes no agent \(TypeError: .*'hurry'"),
+        (described({"rules": {"elites": 7}}), r"describes no agent \(ValueError: --rules.elites"),
+        (described({"rules": {"elites": "many"}}), r"describes no agent \(TypeError"),
+        (described({"frame": [32]}), r"describes no agent \(IndexError"),
+        (described({"model": {"objective": {"latent_width": 4}}}), r"describes no agent \(Runt"),
+        (described({"model": {"name": "ijepa"}}), "describes no agent"),
+    ],
+)
+def test_a_description_that_was_changed_is_told_with_its_place(
+    tmp_path: Path, text: str, told: str
+) -> None:
+    uri = write(tmp_path, saved())
+    (tmp_path / "agent.json").write_text(text)
+    with pytest.raises((ValueError, DamagedFileError), match=rf"{tmp_path}.*{told}"):
+        load_agent(uri)
+
+
+def test_weights_that_are_missing_are_named(tmp_path: Path) -> None:
+    uri = write(tmp_path, saved())
+    (tmp_path / "weights.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no weights\.safetensors"):
         load_agent(uri)
