@@ -28,7 +28,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def made(cache: Path) -> list[str]:
-    return sorted(path.name for path in cache.iterdir())
+    return sorted(path.name for path in cache.iterdir()) if cache.exists() else []
 
 
 @pytest.mark.usefixtures("kernels")
@@ -49,13 +49,13 @@ def test_it_is_built_once_for_a_version_of_the_source(
 
 @pytest.mark.usefixtures("kernels")
 def test_several_that_build_at_the_same_time_leave_one_library(cache: Path) -> None:
-    path = build._cache() / "kernels-of-all.so"
-    builders = [threading.Thread(target=build._build, args=(path,)) for _ in range(3)]
+    builders = [threading.Thread(target=build.built) for _ in range(3)]
     for builder in builders:
         builder.start()
     for builder in builders:
         builder.join()
-    assert made(cache) == ["kernels-of-all.so"]
+    assert made(cache) == [f"kernels-{build._version()}.so"]
+    assert build._is_whole(cache / made(cache)[0])
 
 
 def test_without_a_compiler_torch_decodes_and_the_log_says_so(
@@ -75,7 +75,7 @@ def test_without_a_compiler_torch_decodes_and_the_log_says_so(
     assert not made(cache)
 
 
-@pytest.mark.parametrize("compiler", ["false", "no-such-compiler", "python3 -c 1/0"])
+@pytest.mark.parametrize("compiler", ["false", "true", "no-such-compiler", "python3 -c 1/0"])
 def test_a_compiler_that_fails_is_named(
     compiler: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,6 +84,19 @@ def test_a_compiler_that_fails_is_named(
     with pytest.raises(NoKernels, match=f"{compiler.split()[0]}.* fails"):
         build.library()
     assert not made(cache)
+
+
+def test_a_compiler_that_hangs_is_left(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stuck = tmp_path / "stuck"
+    stuck.write_text("#!/bin/sh\nexec sleep 60\n")
+    stuck.chmod(0o700)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    monkeypatch.setattr(build, "COMPILE_S", 0.2)
+    monkeypatch.setenv("CXX", str(stuck))
+    with pytest.raises(NoKernels, match=r"stuck fails.*timed out"):
+        build.library()
 
 
 def test_other_processors_are_refused_before_anything_is_built(
@@ -96,20 +109,62 @@ def test_other_processors_are_refused_before_anything_is_built(
 
 
 @pytest.mark.usefixtures("kernels")
-def test_a_damaged_library_is_no_crash(cache: Path) -> None:
-    path = build._cache() / f"kernels-{build._version()}.so"
-    path.write_bytes(b"not a library")
-    with pytest.raises(NoKernels, match=r"cannot be loaded"):
-        build.library()
+@pytest.mark.parametrize("left", [0, 100, 4096, -1], ids=["empty", "begun", "a page", "but a byte"])
+def test_a_library_that_is_cut_off_is_never_loaded_and_built_anew(cache: Path, left: int) -> None:
+    path = build.built()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:left])
+    assert not build._is_whole(path)
+    assert build.library().decode_step
+    assert build._is_whole(path)
 
 
 @pytest.mark.usefixtures("kernels")
-def test_a_home_that_cannot_be_written_takes_a_temporary_folder(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_cache_that_is_read_only_is_read(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = build.built()
+    monkeypatch.setenv("CXX", "false")
+    monkeypatch.setattr(build, "_keep", pytest.fail)
+    monkeypatch.setattr(build, "scratch", pytest.fail)
+    assert build.library()._name == str(path)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_cache_that_cannot_be_written_costs_every_process_a_build_and_says_so(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert Path(build.library()._name).parent.name.startswith("rayjepa-kernels-")
+    found = build.library()
+    assert found.decode_step
+    assert not Path(found._name).exists()  # it is loaded, and its folder removed
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "every process builds its own" in told
+    with pytest.raises(NoKernels, match="cannot be written"):
+        build.built()
+
+
+def test_no_folder_for_temporary_files_is_no_crash(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+
+    def full(kind: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(build, "scratch", full)
+    monkeypatch.setenv("CXX", "true")
+    with pytest.raises(NoKernels, match="No space left"):
+        build.library()
+
+
+def test_what_is_no_library_of_ours_is_named(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = next(Path("/lib").rglob("libm.so.6"), None)
+    if other is None:
+        pytest.skip("needs a library of the system")
+    with pytest.raises(NoKernels, match="has no multiply_matrix and no decode_step"):
+        build._loaded(other)
 
 
 def test_native_kernels_are_for_4_bits(tmp_path: Path) -> None:
