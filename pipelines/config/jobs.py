@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -363,8 +364,10 @@ class PlanRunConfig:
     def __post_init__(self) -> None:
         for flag in ("hosts", "images", "image_bytes"):
             value = getattr(self, flag)
-            require(value is None or value > 0, flag.replace("_", "-"), "must be positive")
-        require(self.price is None or self.price >= 0, "price", "must not be negative")
+            fits = value is None or 0 < value < math.inf
+            require(fits, flag.replace("_", "-"), f"must be positive and finite, got {value}")
+        fits = self.price is None or 0 <= self.price < math.inf
+        require(fits, "price", f"must be finite and not negative, got {self.price}")
         require(self.save is None or self.measure, "save", "keeps what --measure measures; add it")
 
 

@@ -142,6 +142,8 @@ def try_writing(place: Place) -> None:
         with contextlib.suppress(PermissionError):  # some may write and not remove
             fs.rm_file(f"{path}/{name}")
         return
+    if place.field.file and Path(path).is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
     folder = Path(path).parent if place.field.file else Path(path)
     while not folder.exists():
         folder = folder.parent

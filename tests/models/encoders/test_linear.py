@@ -85,6 +85,8 @@ def test_what_torch_does_as_fast_is_left_to_torch() -> None:
     assert by_torch(linear(x, weight[:small], bias[:small])), "too small a layer"
     assert not by_torch(linear(x, weight[:small], bias[:small], least=0))
     assert by_torch(linear(x.double(), weight.double(), bias.double()))
+    for odd in (x[0], x[:0]):
+        assert torch.equal(linear(odd, weight, bias), functional.linear(odd, weight, bias))
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x, weight, bias).dtype == torch.bfloat16
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # whose FLOPs are counted

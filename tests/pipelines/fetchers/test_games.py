@@ -126,7 +126,7 @@ def test_broadcast_leaves_the_sides_free() -> None:
 )
 def test_flags_are_checked(flags: dict, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        FetchConfig(dataset="gameplay", out=tmp_path, **flags)
+        FetchConfig(dataset="gameplay", out=str(tmp_path), **flags)
 
 
 def test_policies() -> None:

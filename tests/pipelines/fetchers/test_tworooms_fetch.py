@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from helpers.pipelines.refusals import teller
 from models.media.videos import decode_frames
 from models.planning.worlds.two_rooms import TwoRooms
 from pipelines.fetch import FetchConfig
@@ -52,6 +55,28 @@ def test_walks_do_not_depend_on_their_number_and_splits_differ(tmp_path: Path) -
     assert video.read_bytes() == b"kept"
 
 
-def test_no_walks_are_refused() -> None:
-    with pytest.raises(ValueError, match="--walks: must be at least 1, got 0"):
-        FetchConfig(dataset="tworooms", out=Path("rooms"), walks=0)
+@pytest.mark.parametrize(
+    ("dataset", "flags", "told"),
+    [
+        ("tworooms", {"walks": 0}, "--walks: must be at least 1, got 0"),
+        ("tworooms", {"out": "s3://bucket/rooms"}, "--out: needs a folder .* s3://bucket/rooms"),
+        ("tworooms", {"games": ("pong",)}, "--games: is for gameplay"),
+        ("sample", {"seed": 3}, "--seed: is for gameplay, movingmnist, tworooms"),
+        ("movingmnist", {"clips": 0}, "--clips: must be positive, got 0"),
+        ("movingmnist", {"walks": 3}, "--walks: is for tworooms, my_way_home, breakout"),
+        ("gameplay", {"minutes": 0.0}, "--minutes: must be positive, got 0"),
+        ("gameplay", {"minutes": math.nan}, "--minutes: must be positive, got nan"),
+    ],
+)
+def test_what_cannot_be_fetched_is_refused(dataset: Any, flags: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        FetchConfig(**{"dataset": dataset, "out": "rooms"} | flags)
+
+
+def test_a_folder_without_a_name_is_not_the_one_you_are_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = teller(monkeypatch, capsys)("fetch", "tworooms", "--out", "", "--walks", "1")
+    assert told.startswith("error: --out: it is empty")
+    assert not list(tmp_path.iterdir())

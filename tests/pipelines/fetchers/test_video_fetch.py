@@ -163,9 +163,10 @@ def test_fetch_sends_each_set_to_its_own(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(moving_mnist, "read_mnist", lambda *a: iter(()))
     monkeypatch.setattr(moving_mnist, "write_moving", lambda *a: calls.append(a[1:]))
     games = {"minutes": 3.0, "games": ("pong",), "seed": 2, "side": 64}
-    fetch.fetch(FetchConfig(dataset="gameplay", out=tmp_path, **games))
-    fetch.fetch(FetchConfig(dataset="movingmnist", out=tmp_path, clips=10, edges="bounce", seed=1))
-    fetch.fetch(FetchConfig(dataset="samples", out=tmp_path))
+    out = str(tmp_path)
+    fetch.fetch(FetchConfig(dataset="gameplay", out=out, **games))
+    fetch.fetch(FetchConfig(dataset="movingmnist", out=out, clips=10, edges="bounce", seed=1))
+    fetch.fetch(FetchConfig(dataset="samples", out=out))
     assert calls == [
         (tmp_path, 3.0, 2, ("pong",), Footage(size=(64, 64), squeeze=True)),
         (tmp_path, 10, 1, "bounce"),
