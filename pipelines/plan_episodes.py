@@ -30,7 +30,6 @@ if __name__ == "__main__" and not __package__:
 import torch
 import tyro
 
-from models.encoders.linear import use_linear
 from models.planning.actors.space import ActionSpace
 from models.planning.configurator import Rules, TaskSpec, configure
 from models.planning.costs.critic import Critic
@@ -39,25 +38,38 @@ from models.planning.saved_agent import SavedAgent, agent_files
 from models.planning.world_model.readout import Readout
 from models.planning.world_model.world_model import WorldModel
 from models.planning.worlds.two_rooms import SIDE, TwoRooms
-from pipelines.config.checks import require
+from pipelines.config.checks import require, require_seed
 from pipelines.config.places import ReadPlace, WrittenPlace
 from pipelines.config.train import PretrainConfig
-from pipelines.planning.fitting import fit, unperceived
+from pipelines.planning.fitting import check_ablations, fit, unperceived
 from pipelines.planning.games.job import GameJob, compare
 from pipelines.planning.games.job import table as game_table
 from pipelines.planning.games.worlds import GAME_WORLDS
 from pipelines.planning.imagination import Distance, disagreement, follows_the_way, open_loop
 from pipelines.planning.journal import Journal
+from pipelines.planning.loading import frozen, load_world_model
 from pipelines.planning.playing import Player, in_tasks
 from pipelines.planning.rows import Comparison, Fitted
 from pipelines.planning.studies.studies import HELD_OUT, STUDIES, Setting
 from pipelines.planning.studies.tables import table
-from pipelines.planning.tuning import VALIDATED, gain, search
-from pipelines.runs.checkpoints import load_objective, new_objective
+from pipelines.planning.tuning import VALIDATED, draw_candidates, gain, search
+from pipelines.runs.checkpoints import new_objective
 from pipelines.runtime.errors import run_command
 from pipelines.runtime.places import prepare
 from pipelines.runtime.uris import join_uri, open_uri, write_atomic
 
+LIMITS = {
+    "episodes": (1, 100_000),
+    "steps": (1, 10_000),
+    "predictor_steps": (0, 10_000_000),
+    "tune": (0, 1_000),
+    "tune_episodes": (1, 100_000),
+    "distil": (2, 100_000),
+    "walks": (1, 20_000),
+    "critic_steps": (1, 10_000_000),
+    "chunk": (1, 100_000),
+}
+"""Least and greatest numbers of flags. What is beyond is a slip, which would fill the memory."""
 WALK_STEPS = 16
 """Transitions of a walk, as `pipelines.fetch tworooms` writes them."""
 
@@ -113,17 +125,25 @@ class PlanEpisodesConfig:
     """Episodes that one Ray task runs side by side."""
 
     def __post_init__(self) -> None:
-        for flag in ("episodes", "steps", "walks", "critic_steps", "chunk", "tune_episodes"):
-            require(getattr(self, flag) > 0, flag.replace("_", "-"), "must be positive")
-        require(self.distil > 1, "distil", "must be at least 2")
-        require(self.tune >= 0, "tune", "must not be negative")
+        for name, (least, most) in LIMITS.items():
+            value, flag = getattr(self, name), name.replace("_", "-")
+            require(least <= value <= most, flag, f"must be {least} to {most:,}, got {value:,}")
+        require_seed(self.seed)
         require(len(self.rows) > 0, "rows", "must name at least one table")
-        for budget in (self.budget, *self.budgets):
-            configure(dataclasses.replace(self.task, budget=budget), self.rules)
+        configure(self.task, self.rules)
+        for budget in self.budgets:
+            try:
+                configure(dataclasses.replace(self.task, budget=budget), self.rules)
+            except ValueError as error:
+                raise ValueError(str(error).replace("--budget:", "--budgets:")) from error
+        if self.tune:
+            draw_candidates(self.task, self.rules, self.tune, self.seed)
+        self._check_env()
+
+    def _check_env(self) -> None:
         is_game = self.env in GAME_WORLDS
         require(is_game or not self.budgets, "budgets", "is for games")
         require(is_game or not self.predictor_steps, "predictor-steps", "is for games")
-        require(self.predictor_steps >= 0, "predictor-steps", "must not be negative")
         require(not is_game or self.control is None, "control", "is for tworooms")
         require(not is_game or self.rows == ("comparison",), "rows", "is for tworooms")
         require(not is_game or not self.tune, "tune", "is for tworooms")
@@ -180,14 +200,15 @@ def plan_episodes(cfg: PlanEpisodesConfig) -> dict[str, Any]:
     return results
 
 
+@torch.random.fork_rng(devices=[])
 def _play_game(cfg: PlanEpisodesConfig) -> dict[str, Any]:
     """Compares in a game what plans there, and writes the results."""
     torch.manual_seed(cfg.seed)
-    model, run, info = load_objective(cfg.checkpoint)
+    model, run, info = _load(cfg, "--checkpoint", cfg.checkpoint)
     job = GameJob(
         env=cfg.env,
-        model=_world_model(model, "--checkpoint"),
-        untrained=_world_model(new_objective(run), "--checkpoint"),
+        model=model,
+        untrained=frozen(new_objective(run)),
         settings=_settings(run),
         checkpoint=info["uri"],
         task=cfg.task,
@@ -232,23 +253,24 @@ def saved_agent(cfg: PlanEpisodesConfig, parts: Comparison, facts: dict[str, Any
     )
 
 
+@torch.random.fork_rng(devices=[])
 def make_comparison(cfg: PlanEpisodesConfig) -> tuple[Comparison, dict[str, Any]]:
     """Loads the models, fits readout and critic, and measures what imagination is worth.
 
     Returns:
         What the rows are made of; and what is measured before any episode.
     """
+    control = None if cfg.control is None else _load(cfg, "--control", cfg.control)[0]
     torch.manual_seed(cfg.seed)
-    model, run, info = load_objective(cfg.checkpoint)
-    trained, control = _world_model(model, "--checkpoint"), None
-    if cfg.control is not None:  # before anything is fitted, so that what is wrong is said at once
-        control = _world_model(load_objective(cfg.control)[0], "--control")
+    trained, run, info = _load(cfg, "--checkpoint", cfg.checkpoint)
+    if "ablations" in cfg.rows:
+        check_ablations(trained, "--rows ablations")
     generator = torch.Generator().manual_seed(cfg.seed)
     places_BT2, actions_BT2 = TwoRooms().random_walk(cfg.walks, WALK_STEPS, generator)
     start = time.perf_counter()
     fitted = fit(trained, places_BT2, cfg.critic_steps, generator)
     seconds = time.perf_counter() - start
-    untrained = _world_model(new_objective(run), "--checkpoint")
+    untrained = frozen(new_objective(run))
     raw = None
     if "ablations" in cfg.rows:
         raw = unperceived(
@@ -288,14 +310,12 @@ def _worth(trained: WorldModel, fitted: Fitted, seed: int) -> dict[str, Any]:
     }
 
 
-def _world_model(objective: torch.nn.Module, flag: str) -> WorldModel:
-    if not isinstance(objective, WorldModel):
-        raise ValueError(
-            f"{flag}: {type(objective).__name__} is no world model.\n"
-            "Train one: python -m pipelines.pretrain worldmodel_tworooms"
-        )
-    use_linear(objective.predictors, least=0)  # a search gives them thousands of rows
-    return objective.eval().requires_grad_(False)
+def _load(
+    cfg: PlanEpisodesConfig, flag: str, uri: str
+) -> tuple[WorldModel, PretrainConfig, dict[str, Any]]:
+    game = GAME_WORLDS.get(cfg.env)
+    there = (SIDE, SIDE, 2) if game is None else game.shape()
+    return load_world_model(uri, flag, cfg.env, there)
 
 
 def _tuned(cfg: PlanEpisodesConfig, setting: Setting, results: dict[str, Any]) -> Setting:

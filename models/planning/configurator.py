@@ -12,6 +12,20 @@ from dataclasses import dataclass
 from models.planning.actors.actor import Search
 from models.planning.costs.intrinsic import Zone
 
+LIMITS = {
+    "horizon": (1, 10_000),
+    "rounds": (1, 10_000),
+    "elites": (0.001, 1),
+    "hazard_weight": (0, 1e6),
+    "clearance": (0, 1e6),
+    "recalled": (0, 10_000),
+    "memory": (1, 10_000),
+}
+"""Least and greatest value of each of the rules."""
+MOST_BUDGET = 1_000_000
+"""Most imagined steps of an action: they lie in memory at the same time, a third of them or so, for
+every episode."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
@@ -34,11 +48,11 @@ class Rules:
     """Steps that are remembered, in steps of an episode."""
 
     def __post_init__(self) -> None:
-        for name in ("horizon", "rounds", "elites", "memory"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"--rules.{name}: must be positive, got {getattr(self, name)}")
-        if self.recalled < 0:
-            raise ValueError(f"--rules.recalled: must not be negative, got {self.recalled}")
+        for name, (least, most) in LIMITS.items():
+            value = getattr(self, name)
+            if not least <= value <= most:  # nor is NaN
+                flag = f"--rules.{name.replace('_', '-')}"
+                raise ValueError(f"{flag}: must be between {least:g} and {most:g}, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +91,10 @@ def configure(task: TaskSpec, rules: Rules = Rules()) -> AgentConfig:
     """Chooses the settings for a task.
 
     Raises:
-        ValueError: the budget is too small for any search.
+        ValueError: the budget is too small for any search, or beyond `MOST_BUDGET`.
     """
+    if task.budget > MOST_BUDGET:
+        raise ValueError(f"--budget: at most {MOST_BUDGET:,} imagined steps, got {task.budget}")
     horizon = min(rules.horizon, task.steps)
     samples = (task.budget // horizon - _offered(rules)) // rules.rounds
     if samples < 2:

@@ -51,6 +51,19 @@ def fit(model: Model, places_BT2: Tensor, critic_steps: int, generator: torch.Ge
     )
 
 
+def check_ablations(model: WorldModel, flag: str) -> None:
+    """Checks that everything but perception can be fitted anew for a model (`unperceived`).
+
+    Raises:
+        ValueError: its states are more than one latent.
+    """
+    if model.history > 1 or model.perception.grid.tokens > 1:
+        raise ValueError(
+            f"{flag}: the row no_perception needs a state of one latent.\n"
+            "Train with --objective.predictor pooled and --objective.history 1, or leave it out."
+        )
+
+
 def unperceived(
     fresh: WorldModel,
     places_BT2: Tensor,
@@ -74,7 +87,8 @@ def unperceived(
     """
     model = copy.deepcopy(fresh)
     latents_BTD = encode_walks(model, TwoRooms(), places_BT2)
-    mixed = cast(torch.nn.Linear, model.perception.mixed)
+    layers = cast(torch.nn.Module, model.perception.mixed).modules()
+    mixed = [layer for layer in layers if isinstance(layer, torch.nn.Linear)][-1]
     with torch.no_grad():
         deviation_D, mean_D = torch.std_mean(latents_BTD, dim=(0, 1))
         mixed.weight.div_(deviation_D[:, None])

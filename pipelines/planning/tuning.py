@@ -6,9 +6,10 @@ Every candidate has the same budget of imagined steps an action; what differs is
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,18 +60,41 @@ class Candidate:
 
 
 def draw_candidates(task: TaskSpec, rules: Rules, count: int, seed: int) -> list[Candidate]:
-    """Draws settings that the budget allows; the first are those that there are."""
+    """Draws settings that the budget allows; the first are those that there are.
+
+    Raises:
+        ValueError: it does not allow so many.
+    """
+    possible = len({Candidate(method=task.method, rules=rules), *_fitting(task, rules)})
+    if count > possible:
+        raise ValueError(
+            f"--tune: {count} settings are more than the {possible} that --budget {task.budget} "
+            "leaves"
+        )
     generator, found = random.Random(seed), [Candidate(method=task.method, rules=rules)]
     while len(found) < count:
         drawn = {name: generator.choice(values) for name, values in CHOICES.items()}
         candidate = Candidate(method=drawn.pop("method"), rules=dataclasses.replace(rules, **drawn))
-        try:
-            configure(task, candidate.rules)
-        except ValueError:
-            continue
-        if candidate not in found:
+        if _fit(task, candidate) and candidate not in found:
             found.append(candidate)
     return found
+
+
+def _fitting(task: TaskSpec, rules: Rules) -> Iterator[Candidate]:
+    """Yields all that can be drawn."""
+    for values in itertools.product(*CHOICES.values()):
+        drawn = dict(zip(CHOICES, values, strict=True))
+        candidate = Candidate(method=drawn.pop("method"), rules=dataclasses.replace(rules, **drawn))
+        if _fit(task, candidate):
+            yield candidate
+
+
+def _fit(task: TaskSpec, candidate: Candidate) -> bool:
+    try:
+        configure(task, candidate.rules)
+    except ValueError:
+        return False
+    return True
 
 
 def judge(parts: Comparison, candidate: Candidate, tasks: Sequence[Tasks]) -> Candidate:
@@ -138,7 +162,12 @@ def _trial(
 
 
 def search(
-    parts: Comparison, *, candidates: int, episodes: int, seed: int, out: str
+    parts: Comparison,
+    *,
+    candidates: int,
+    episodes: int,
+    seed: int,
+    out: str,
 ) -> list[Candidate]:
     """Judges candidates in parallel trials; returns them, the best first.
 
@@ -150,15 +179,16 @@ def search(
         out: folder for Ray Tune's files.
 
     Raises:
+        ValueError: there are not so many.
         RuntimeError: a trial failed.
     """
     from ray import tune
 
     from pipelines.runtime.cluster import start_ray
 
+    drawn = draw_candidates(parts.task, parts.rules, candidates, seed)
     start_ray()
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the newer output cannot be silenced
-    drawn = draw_candidates(parts.task, parts.rules, candidates, seed)
     tasks = [draw_tasks(WORLD, kind, episodes, VALIDATION + seed) for kind in VALIDATED]
     trainable = tune.with_parameters(_trial, parts=parts, candidates=drawn, tasks=tasks)
     path, filesystem = ray_storage(out)

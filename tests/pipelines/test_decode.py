@@ -8,12 +8,12 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
 from helpers.pipelines.clips import segment, write_rows
 from helpers.pipelines.loading import write_samples
+from helpers.pipelines.run_folders import save_untrained
 from helpers.pipelines.walks import walk_segment
 from models.artifacts.artifact import load_artifact
 from models.beliefs.stored import load_surprise
@@ -25,7 +25,6 @@ from pipelines.config.train import ModelConfig, PretrainConfig
 from pipelines.decode import DecodeConfig, decode
 from pipelines.export import export
 from pipelines.recipes.planning import worldmodel_tworooms
-from pipelines.runs.checkpoints import CheckpointState, new_objective, save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -47,15 +46,6 @@ def checkpoint(sets: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) 
     )
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, train=sets[0]))
     return save_untrained(cfg, folder)
-
-
-def save_untrained(cfg: PretrainConfig, folder: Path) -> str:
-    torch.manual_seed(1)
-    tensors = {"model": new_objective(cfg).state_dict(), "optimizer": {}, "loop": {}}
-    folder.mkdir(parents=True)
-    state = CheckpointState(step=30, position=7680, epoch=15.0, manifest_hash="abc")
-    save_checkpoint(folder, tensors, state, cfg)
-    return str(folder)
 
 
 def test_a_run_is_drawn_measured_and_told(

@@ -72,6 +72,18 @@ class GameWorld:
         footage = Footage(variants=("nohud",), size=self.size, squeeze=True)
         return Player(self, footage.start(self.game))
 
+    def shape(self) -> tuple[int, int, int]:
+        """Starts the game; returns the height and width of what is seen, and its buttons.
+
+        Raises:
+            FetchError: its engine is not installed.
+        """
+        player = self.start()
+        try:
+            return (*self.size, player.choices_KA.shape[1])
+        finally:
+            player.close()
+
 
 class Player:
     """A running game, step by step.

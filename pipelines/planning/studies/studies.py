@@ -145,7 +145,8 @@ def recall(setting: Setting) -> Found:
     # Experience is gathered once for all episodes of a row, so they are not divided.
     whole = replace(setting, player=replace(setting.player, chunk=setting.episodes))
     found = {}
-    offered = replace(setting.parts.rules, recalled=OFFERED)
+    rules = setting.parts.rules
+    offered = replace(rules, recalled=max(OFFERED, rules.recalled))
     for budget in _enough(replace(setting.parts, rules=offered), FEW):
         done = succeeded(whole.run(RECALL, ("cross",), budget))
         beside = {

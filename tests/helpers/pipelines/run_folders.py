@@ -7,10 +7,19 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
+
 import pipelines.training.trainer
 from helpers.pipelines.fake_training import MEMORY, FolderStore, tiny_config
 from pipelines.config.train import PretrainConfig
-from pipelines.runs.checkpoint_format import load_tensors, read_config, read_state, save_checkpoint
+from pipelines.runs.checkpoint_format import (
+    CheckpointState,
+    load_tensors,
+    read_config,
+    read_state,
+    save_checkpoint,
+)
+from pipelines.runs.checkpoints import new_objective
 from pipelines.training.contract import SavedCheckpoint, Worker
 
 LIST = "checkpoint_manager_snapshot.json"
@@ -45,6 +54,16 @@ class RunStore(FolderStore):
             "failed_validation_checkpoint_dir_names": [],
         }
         (self.folder / LIST).write_text(json.dumps(listed))
+
+
+def save_untrained(cfg: PretrainConfig, folder: Path) -> str:
+    """Writes a checkpoint of fresh weights; returns its place."""
+    torch.manual_seed(1)
+    tensors = {"model": new_objective(cfg).state_dict(), "optimizer": {}, "loop": {}}
+    folder.mkdir(parents=True)
+    state = CheckpointState(step=30, position=7680, epoch=15.0, manifest_hash="abc")
+    save_checkpoint(folder, tensors, state, cfg)
+    return str(folder)
 
 
 def train_run(cfg: PretrainConfig) -> tuple[RunStore, list[str]]:

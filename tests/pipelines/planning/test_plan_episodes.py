@@ -12,6 +12,7 @@ import torch
 
 from helpers.pipelines.fake_training import run_training, tiny_config
 from helpers.pipelines.refusals import teller
+from helpers.pipelines.run_folders import save_untrained
 from helpers.pipelines.walks import train_on_walks, walk_config
 from models.encoders.vit import VisionTransformer
 from models.planning.configurator import Rules
@@ -214,6 +215,38 @@ def test_settings_are_searched_and_a_policy_is_distilled(
     assert any("fewer steps" in line for line in table(found))
     assert found["distilled"]["times_fewer"] > 1
     assert found["distilled"]["rows"]["distilled"]["cross"]["episodes"] == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"seed": -1}, r"--seed: must be between"),
+        ({"steps": 10**9}, r"--steps: must be 1 to 10,000"),
+        ({"budget": 10**9}, r"--budget: at most 1,000,000"),
+        ({"env": "my_way_home", "budgets": (3,)}, r"--budgets: needs at least 96"),
+        ({"tune": 900}, r"--tune: 900 settings are more than the 864"),
+        ({"tune": 200, "budget": 96}, r"--tune: 200 settings are more than"),
+    ],
+)
+def test_numbers_that_cannot_work_are_told_before_anything_is_loaded(
+    flags: dict, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        PlanEpisodesConfig(checkpoint="none", **flags)
+
+
+def test_models_of_another_world_are_refused(tmp_path: Path) -> None:
+    cfg = walk_config(tmp_path, objective=TINY | {"action_width": 3})
+    wide = save_untrained(cfg, tmp_path / "wide/checkpoint_0")
+    job = PlanEpisodesConfig(checkpoint=wide, **FEW)
+    with pytest.raises(ValueError, match=r"--checkpoint: .* 3 numbers an action\.\n--env tworooms"):
+        make_comparison(job)
+
+
+def test_the_state_of_the_global_generator_stays(checkpoint: str) -> None:
+    before = torch.random.get_rng_state()
+    make_comparison(PlanEpisodesConfig(checkpoint=checkpoint, **FEW))
+    assert torch.equal(before, torch.random.get_rng_state())
 
 
 def test_other_objectives_are_refused(tmp_path: Path) -> None:

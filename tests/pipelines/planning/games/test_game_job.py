@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from helpers.pipelines.run_folders import save_untrained
 from models.objectives.registry import build_objective
 from models.planning.configurator import Rules, TaskSpec
 from models.planning.saved_agent import load_agent
@@ -111,25 +111,17 @@ def test_a_game_without_rooms_has_its_imagination_measured(ray_local: None, tmp_
 
 
 def test_the_command_writes_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Run:
-        """A run's configuration, of which next to nothing is read here."""
-
-        objective = SimpleNamespace(name="worldmodel")
-        model_settings = objective_settings = MappingProxyType({"of": "the run"})
-
     seen = []
 
     def compared(asked: GameJob) -> tuple[dict[str, Any], dict[str, bytes]]:
         seen.append(asked)
         return {"open_loop": {}}, {"budget.png": b"PNG"}
 
-    model = fresh("my_way_home")
-    monkeypatch.setattr(plan_job, "load_objective", lambda uri: (model, Run(), {"uri": "there"}))
-    monkeypatch.setattr(plan_job, "new_objective", lambda run: model)
+    checkpoint = save_untrained(worldmodel_doom(), tmp_path / "run/checkpoint_0")
+    monkeypatch.setattr(GameWorld, "shape", lambda world: (*world.size, 7))  # without the engine
     monkeypatch.setattr(plan_job, "compare", compared)
-    monkeypatch.setattr(plan_job, "prepare", lambda cfg: cfg)
     cfg = PlanEpisodesConfig(
-        checkpoint="run",
+        checkpoint=checkpoint,
         env="my_way_home",
         out=str(tmp_path),
         episodes=3,
@@ -139,11 +131,14 @@ def test_the_command_writes_what_was_found(tmp_path: Path, monkeypatch: pytest.M
     found = plan_episodes(cfg)
     assert (seen[0].env, seen[0].episodes, seen[0].budgets) == ("my_way_home", 3, (480,))
     assert seen[0].rules.horizon == 12
-    assert seen[0].settings["model"] == {"of": "the run"}
+    assert seen[0].settings["model"]["image_size"] == (48, 64)
     written = json.loads((tmp_path / "results.json").read_text())
-    assert written["checkpoint"] == found["checkpoint"] == "there"
+    assert written["checkpoint"] == found["checkpoint"] == checkpoint
     assert written["settings"]["env"] == "my_way_home"
     assert (tmp_path / "budget.png").read_bytes() == b"PNG"
+    other = replace(cfg, env="breakout")
+    with pytest.raises(ValueError, match=r"--checkpoint: .* 7 numbers .*\n--env breakout has 64"):
+        plan_episodes(other)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +147,7 @@ def test_the_command_writes_what_was_found(tmp_path: Path, monkeypatch: pytest.M
         ({"budgets": (480,)}, "--budgets: is for games"),
         ({"predictor_steps": 3}, "--predictor-steps: is for games"),
         ({"env": "breakout", "control": "run"}, "--control: is for tworooms"),
-        ({"env": "my_way_home", "budgets": (3,)}, "--budget: needs at least 96 imagined steps"),
+        ({"env": "my_way_home", "budgets": (3,)}, "--budgets: needs at least 96 imagined steps"),
     ],
 )
 def test_settings_of_another_world_are_refused(settings: dict[str, Any], told: str) -> None:
