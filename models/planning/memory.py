@@ -1,6 +1,6 @@
 """A short-term memory of bounded size: a ring of rows that are found by their keys.
 
-It feeds the critic (`sample`) and lends plans to similar situations (`read`).
+It feeds the critic (`recent`) and lends plans to similar situations (`read`).
 
 Shape legend: N rows in the memory, B rows at once, D key width, K neighbours.
 """
@@ -65,11 +65,6 @@ class Memory:
         """Returns the newest rows, the newest first."""
         count = min(count, len(self))
         places = (self._written - 1 - torch.arange(count)) % self.capacity
-        return {name: column[places] for name, column in self._stored().items()}
-
-    def sample(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Draws rows with replacement."""
-        places = torch.randint(len(self), (count,), generator=generator)
         return {name: column[places] for name, column in self._stored().items()}
 
     def _stored(self) -> dict[str, Tensor]:

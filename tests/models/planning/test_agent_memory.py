@@ -32,13 +32,6 @@ def test_reading_finds_the_nearest_keys() -> None:
     assert memory.read(torch.zeros(1, 2), 99)[0].shape == (1, 3)
 
 
-def test_samples_are_rows_that_were_written() -> None:
-    memory = Memory(3)
-    memory.write(torch.randn(2, 2), value=torch.tensor([4, 5]))
-    drawn = memory.sample(200, torch.Generator().manual_seed(0))["value"]
-    assert set(drawn.tolist()) == {4, 5}  # never the empty third place
-
-
 def test_mistakes_are_told() -> None:
     memory = Memory(3)
     with pytest.raises(LookupError, match="empty"):
