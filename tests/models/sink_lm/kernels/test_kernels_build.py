@@ -108,24 +108,41 @@ def test_other_processors_are_refused_before_anything_is_built(
     assert not cache.exists()
 
 
-@pytest.mark.usefixtures("kernels")
+@pytest.fixture(scope="session")
+def built_before(kernels: None) -> bytes:
+    return build.built().read_bytes()
+
+
+@pytest.fixture
+def kept(built_before: bytes, cache: Path) -> Path:
+    """The library in an empty cache, without compiling it again."""
+    path = cache / f"kernels-{build._version()}.so"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(built_before)
+    return path
+
+
 @pytest.mark.parametrize("left", [0, 100, 4096, -1], ids=["empty", "begun", "a page", "but a byte"])
-def test_a_library_that_is_cut_off_is_never_loaded_and_built_anew(cache: Path, left: int) -> None:
-    path = build.built()
-    whole = path.read_bytes()
-    path.write_bytes(whole[:left])
-    assert not build._is_whole(path)
-    assert build.library().decode_step
-    assert build._is_whole(path)
-
-
-@pytest.mark.usefixtures("kernels")
-def test_a_cache_that_is_read_only_is_read(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = build.built()
+def test_a_library_that_is_cut_off_is_never_loaded(
+    kept: Path, left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert build._is_whole(kept)
+    kept.write_bytes(kept.read_bytes()[:left])
     monkeypatch.setenv("CXX", "false")
+    with pytest.raises(NoKernels, match="false fails"):  # it is built anew
+        build.library()
+
+
+def test_a_library_that_is_cut_off_is_built_anew(kept: Path) -> None:
+    kept.write_bytes(kept.read_bytes()[:4096])
+    assert build.library()._name == str(kept)
+    assert build._is_whole(kept)
+
+
+def test_a_cache_that_is_read_only_is_read(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "_keep", pytest.fail)
     monkeypatch.setattr(build, "scratch", pytest.fail)
-    assert build.library()._name == str(path)
+    assert build.library()._name == str(kept)
 
 
 @pytest.mark.usefixtures("kernels")
@@ -157,9 +174,7 @@ def test_no_folder_for_temporary_files_is_no_crash(
         build.library()
 
 
-def test_what_is_no_library_of_ours_is_named(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_no_library_of_ours_is_named() -> None:
     other = next(Path("/lib").rglob("libm.so.6"), None)
     if other is None:
         pytest.skip("needs a library of the system")
