@@ -1,7 +1,7 @@
 """What a world model imagines of a game, beside controls: errors after some steps, open loop.
 
-Shape suffixes: T frames of a walk, N rows, C clips, S steps, Z width of a state, M known
-states, P places, A buttons, H and W pixels.
+Shape suffixes: T frames of a walk, N rows, C clips, S steps, Z width of a state, P places, A
+buttons, H and W pixels.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from models.planning.world_model.world_model import WorldModel
 from pipelines.evaluation.ranks import effective_rank
 from pipelines.fetchers.games.engine import U8
+from pipelines.planning.games.readout import PlaceReadout
 from pipelines.planning.games.walks import Walk
 from pipelines.planning.games.worlds import F32, GameWorld
 from pipelines.planning.results import interval
@@ -25,10 +26,6 @@ STEPS = (1, 5, 10)
 """Numbers of steps after which errors are told."""
 EVERY = 8
 """Steps between the beginnings of the clips of a walk."""
-ENCODED = 256
-"""Frames that are encoded at a time."""
-KNOWN, NEIGHBOURS = 6000, 5
-"""M, known states of the readout, and how many of them are read."""
 
 
 def stacked(frames_THW3: U8, history: int) -> Tensor:
@@ -49,49 +46,6 @@ def stacked(frames_THW3: U8, history: int) -> Tensor:
 def encode_walk(model: WorldModel, walk: Walk) -> Tensor:
     """Returns the states of a walk's frames, [T, Z]."""
     return model.walk(stacked(walk.frames_THW3, 1))
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlaceReadout:
-    """Reads places: the mean place of the known states that are nearest.
-
-    A view in a room says little in a linear way about x, y and angle: rooms lie anywhere, and their
-    walls look alike. Which known views it is nearest to says much, and also does for what is
-    imagined, which lies between known states rather than on one of them.
-    """
-
-    known_MZ: Tensor
-    places_MP: Tensor
-    """NaN where a place is not known, which then other states tell."""
-
-    def __call__(self, states: Tensor) -> Tensor:
-        """Reads places: [..., Z] to [..., P]."""
-        rows_RZ = states.reshape(-1, states.shape[-1])
-        found_RP = rows_RZ.new_empty(len(rows_RZ), self.places_MP.shape[1])
-        known_MP = ~self.places_MP.isnan()
-        for known_M in torch.unique(known_MP, dim=1).unbind(1):
-            columns = (known_MP == known_M[:, None]).all(0)
-            places_MP = self.places_MP[known_M][:, columns]
-            found_RP[:, columns] = self._nearest(rows_RZ, self.known_MZ[known_M], places_MP)
-        return found_RP.view(*states.shape[:-1], -1)
-
-    @staticmethod
-    def _nearest(rows_RZ: Tensor, known_MZ: Tensor, places_MP: Tensor) -> Tensor:
-        found = []
-        for part_RZ in torch.split(rows_RZ, ENCODED):
-            distance_RM = torch.cdist(part_RZ, known_MZ)
-            nearest_RK = distance_RM.topk(min(NEIGHBOURS, len(known_MZ)), largest=False).indices
-            found.append(places_MP[nearest_RK].mean(1))
-        return torch.cat(found)
-
-
-def fit_readout(states: Sequence[Tensor], walks: Sequence[Walk], seed: int = 0) -> PlaceReadout:
-    """Draws the known states from walks."""
-    states_NZ = torch.cat(list(states))
-    places_NP = torch.from_numpy(np.concatenate([walk.places_TP for walk in walks]))
-    generator = torch.Generator().manual_seed(seed)
-    drawn_M = torch.randperm(len(states_NZ), generator=generator)[:KNOWN]
-    return PlaceReadout(known_MZ=states_NZ[drawn_M], places_MP=places_NP[drawn_M])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,10 +22,11 @@ from models.planning.memory import Memory
 from models.planning.saved_agent import SavedAgent, agent_files
 from models.planning.world_model.world_model import WorldModel
 from pipelines.planning.games.floor_plan import read_floor_plan
-from pipelines.planning.games.imagination import clips_of, encode_walk, fit_readout, open_loop
+from pipelines.planning.games.imagination import clips_of, encode_walk, open_loop
 from pipelines.planning.games.navigation import KINDS, Episode, Task, draw_tasks
 from pipelines.planning.games.picture import draw_curve, draw_paths
 from pipelines.planning.games.predictors import tuned
+from pipelines.planning.games.readout import fit_readout
 from pipelines.planning.games.rows import CURVE, ROWS, GameComparison, run_part
 from pipelines.planning.games.walks import Walk, walk_seed, walks
 from pipelines.planning.games.worlds import GAME_WORLDS

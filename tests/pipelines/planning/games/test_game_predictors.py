@@ -18,6 +18,7 @@ def made(**objective: object) -> WorldModel:
     cfg = worldmodel_doom()
     settings = cfg.objective_settings | {
         **{"latent_width": 8, "dynamics_width": 32, "action_width": 3},
+        **{"recurrent_width": 0, "history": 1, "window": 9},
         **objective,
     }
     torch.manual_seed(0)
