@@ -44,6 +44,7 @@ from pipelines.config.train import PretrainConfig
 from pipelines.planning.fitting import check_ablations, fit, unperceived
 from pipelines.planning.games.job import GameJob, compare
 from pipelines.planning.games.job import table as game_table
+from pipelines.planning.games.predictors import with_recurrent_states
 from pipelines.planning.games.worlds import GAME_WORLDS
 from pipelines.planning.imagination import Distance, disagreement, follows_the_way, open_loop
 from pipelines.planning.journal import Journal
@@ -102,8 +103,11 @@ class PlanEpisodesConfig:
     budget: int = 4800
     """Imagined steps that one action may cost."""
     predictor_steps: int = 0
-    """Games: optimizer steps in which the model's predictors learn on from the walks, its
-    perception as it is."""
+    """Games: optimizer steps in which what is behind the model's perception learns on from the
+    walks, the perception as it is."""
+    recurrent_width: int = 0
+    """Games: width of the recurrent states that a model without any is given before that; 0 for
+    none."""
     budgets: tuple[int, ...] = ()
     """Games: further budgets of the row `ours`, for success by budget."""
     rules: Rules = field(default_factory=Rules)
@@ -144,6 +148,13 @@ class PlanEpisodesConfig:
         is_game = self.env in GAME_WORLDS
         require(is_game or not self.budgets, "budgets", "is for games")
         require(is_game or not self.predictor_steps, "predictor-steps", "is for games")
+        require(is_game or not self.recurrent_width, "recurrent-width", "is for games")
+    
+        require(
+            self.predictor_steps > 0 or not self.recurrent_width,
+            "recurrent-width",
+            "states of fresh weights tell nothing: set --predictor-steps as well",
+        )
         require(not is_game or self.control is None, "control", "is for tworooms")
         require(not is_game or self.rows == ("comparison",), "rows", "is for tworooms")
         require(not is_game or not self.tune, "tune", "is for tworooms")
@@ -205,6 +216,9 @@ def _play_game(cfg: PlanEpisodesConfig) -> dict[str, Any]:
     """Compares in a game what plans there, and writes the results."""
     torch.manual_seed(cfg.seed)
     model, run, info = _load(cfg, "--checkpoint", cfg.checkpoint)
+    if cfg.recurrent_width:
+        recurrent, run = with_recurrent_states(model, run, cfg.recurrent_width)
+        model = frozen(recurrent)
     job = GameJob(
         env=cfg.env,
         model=model,

@@ -99,6 +99,8 @@ def agent_files(saved: SavedAgent) -> dict[str, bytes]:
         tensors |= {f"critic.{name}": value for name, value in saved.critic.state_dict().items()}
     if saved.distance is not None:
         tensors["distance.features"] = saved.distance.features_DF
+        if saved.distance.goals is not None:
+            tensors["distance.goals"] = saved.distance.goals.weight_D2
     if saved.readout is not None:
         tensors["readout.weight"] = saved.readout.weight_D2
     weights = safetensors.torch.save({name: value.contiguous() for name, value in tensors.items()})
@@ -179,7 +181,7 @@ def _assembled(found: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Saved
         model=model.eval().requires_grad_(False),
         settings=settings,
         critic=_critic(_part(tensors, "critic")),
-        distance=None if features is None else SlowDistance(features_DF=features),
+        distance=None if features is None else _distance(features, tensors.get("distance.goals")),
         readout=None if readout is None else Readout(weight_D2=readout),
         actions=_actions(found["actions"]),
         world=found["world"],
@@ -202,6 +204,11 @@ def _actions(found: Mapping[str, Any]) -> ActionSpace:
     choices = found.get("choices")  # JSON knows lists, and agents of before have none
     rows = None if choices is None else tuple(map(tuple, choices))
     return ActionSpace(**{**found, "choices": rows})
+
+
+def _distance(features_DF: Tensor, goals: Tensor | None) -> SlowDistance:
+    readout = None if goals is None else Readout(weight_D2=goals)
+    return SlowDistance(features_DF=features_DF, goals=readout)
 
 
 def _critic(tensors: Mapping[str, Tensor]) -> Critic | None:

@@ -94,25 +94,20 @@ def worldmodel_doom() -> PretrainConfig:
     base = worldmodel_tworooms()
     return replace(
         base,
-        data=replace(base.data, batch_size=16),
         model=replace(
             base.model, image_size=(48, 64), mean=(0.25, 0.18, 0.17), std=(0.17, 0.16, 0.17)
         ),
         objective=replace(
             base.objective,
             perception="conv",
-            window=25,
-            history=24,
-            recurrent_width=256,
-            rollout_steps=8,
             action_width=7,
             latent_width=128,
             dynamics_width=256,
-            smoothness_weight=4.0,
+            smoothness_weight=12.0,
             inverse_weight=4.0,
         ),
         optim=replace(base.optim, lr=1e-3, start_lr=1e-5, final_lr=2e-5),
-        run=replace(base.run, name="worldmodel_doom", steps=3000),
+        run=replace(base.run, name="worldmodel_doom", steps=2000),
     )
 
 
@@ -127,13 +122,11 @@ def worldmodel_doom_patches() -> PretrainConfig:
     base = worldmodel_doom()
     return replace(
         base,
+        data=replace(base.data, batch_size=16),
         objective=replace(
             base.objective,
             predictor="block_causal",
             window=5,
-            history=1,
-            recurrent_width=0,
-            rollout_steps=2,
             latent_width=16,
             dynamics_width=64,
             dynamics_depth=3,
@@ -142,7 +135,7 @@ def worldmodel_doom_patches() -> PretrainConfig:
             smoothness_weight=0.0,
             inverse_weight=2.0,
         ),
-        run=replace(base.run, name="worldmodel_doom_patches", steps=2000),
+        run=replace(base.run, name="worldmodel_doom_patches"),
     )
 
 

@@ -41,10 +41,12 @@ class Critic(nn.Module):
     Args:
         latent: D.
         width: of the hidden layers.
+        told: last dimensions of a goal that count, those that its picture tells; None for all.
     """
 
-    def __init__(self, latent: int, *, width: int = 128) -> None:
+    def __init__(self, latent: int, *, width: int = 128, told: int | None = None) -> None:
         super().__init__()
+        self.told = told
         self.pairs = PairNetwork(latent, 1, width=width)
         self.scale: Tensor
         self.register_buffer("scale", torch.ones(()))
@@ -61,6 +63,9 @@ class Critic(nn.Module):
 
     def forward(self, latents_BD: Tensor, goals_BD: Tensor) -> Tensor:
         """Returns the length of the way that is left, [..., D] to [...]."""
+        if self.told is not None:
+            hidden_D = torch.arange(goals_BD.shape[-1]) < goals_BD.shape[-1] - self.told
+            goals_BD = goals_BD.masked_fill(hidden_D, 0)
         found: Tensor = functional.softplus(self.pairs(latents_BD, goals_BD).squeeze(-1))
         return found * self.scale
 
@@ -79,6 +84,8 @@ class CriticTraining:
     """B, pairs of a state and a goal in a step."""
     lr: float = 2e-3
     """Peak learning rate of AdamW; it falls along a half cosine."""
+    told: int | None = None
+    """Last dimensions of a goal that its picture tells; None for all."""
 
 
 def train_critic(
@@ -101,7 +108,7 @@ def train_critic(
     ways_NG = ways_to(latents_ND, following_ND, goals_G, reach)
     known_P2 = ways_NG.isfinite().nonzero()
     scale = float(ways_NG[ways_NG.isfinite()].mean())
-    critic = Critic(latents_ND.shape[1])
+    critic = Critic(latents_ND.shape[1], told=training.told)
     critic.adjust(latents_ND, scale)
 
     def loss() -> Tensor:

@@ -143,6 +143,14 @@ class WorldModel(RegisteredObjective):
         """D, the numbers of a frame's latents, which those of the newest frame end a state with."""
         return self.perception.grid.tokens * self.perception.width
 
+    @property
+    def told(self) -> int | None:
+        """Last dimensions of a state that a single picture tells, the newest latents; None for all.
+
+        They are not all where a recurrent network keeps what it saw before.
+        """
+        return None if self.recurrent is None else self.perception.width
+
     def forward(self, batch: Batch) -> Output:
         """Computes the loss of clips uint8 [B, C, T, H, W] and actions [B, T - 1, A].
 

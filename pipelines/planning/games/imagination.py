@@ -6,7 +6,7 @@ buttons, H and W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,13 @@ from torch import Tensor
 from models.planning.world_model.world_model import WorldModel
 from pipelines.evaluation.ranks import effective_rank
 from pipelines.fetchers.games.engine import U8
-from pipelines.planning.games.readout import PlaceReadout
+from pipelines.planning.games.readout import PlaceReadout, fit_readout
 from pipelines.planning.games.walks import Walk
 from pipelines.planning.games.worlds import F32, GameWorld
 from pipelines.planning.results import interval
 
+ENCODED = 256
+"""Clips that are imagined at a time."""
 STEPS = (1, 5, 10)
 """Numbers of steps after which errors are told."""
 EVERY = 8
@@ -36,7 +38,7 @@ def stacked(frames_THW3: U8, history: int) -> Tensor:
     Returns:
         uint8 [T, history * 3, H, W].
     """
-    frames = torch.from_numpy(frames_THW3).permute(0, 3, 1, 2)
+    frames = torch.tensor(frames_THW3).permute(0, 3, 1, 2)  # a copy: those of Ray cannot be written
     ages = torch.arange(history - 1, -1, -1)
     which = (torch.arange(len(frames))[:, None] - ages).clamp(min=0)
     return frames[which].flatten(1, 2)
@@ -79,41 +81,110 @@ def clips_of(states: Sequence[Tensor], walks: Sequence[Walk]) -> Clips:
 
 
 @torch.no_grad()
+def imagined(model: WorldModel, clips: Clips, actions_CSA: Tensor | None = None) -> Tensor:
+    """Returns the states that a model imagines of clips after each step, [C, S, Z].
+
+    Args:
+        model: the model.
+        clips: where imagination starts.
+        actions_CSA: what is done; None for what was done in the clips.
+    """
+    actions_CSA = clips.actions_CSA if actions_CSA is None else actions_CSA
+    return torch.cat(
+        [
+            model.rollout(clips.states_CSZ[part, 0], actions_CSA[part]).mean(0)
+            for part in torch.split(torch.arange(len(clips.walk_C)), ENCODED)
+        ]
+    )
+
+
+def read_places(
+    model: WorldModel, states: Sequence[Tensor], walks: Sequence[Walk], seed: int = 0
+) -> PlaceReadout:
+    """Fits a readout of places to the states of walks, and to what is imagined of them."""
+    clips = clips_of(states, walks)
+    seen = [walk.places_TP for walk in walks]
+    return fit_readout([*states, *imagined(model, clips)], [*seen, *clips.places_CSP[:, 1:]], seed)
+
+
+def read_changes(world: GameWorld, model: WorldModel, clips: Clips, seed: int = 0) -> PlaceReadout:
+    """Fits a readout of what has changed since the first state, imagined or seen."""
+    changes_CSP = world.changes(clips.places_CSP[:, 1:], clips.places_CSP[:, :1])
+    after = [imagined(model, clips), clips.states_CSZ[:, 1:]]
+    pairs = [pair for states_CSZ in after for pair in _pairs(clips, states_CSZ)]
+    return fit_readout(pairs, [*changes_CSP, *changes_CSP], seed)
+
+
+@torch.no_grad()
 def open_loop(
-    world: GameWorld, model: WorldModel, readout: PlaceReadout, clips: Clips
+    world: GameWorld,
+    model: WorldModel,
+    places: Callable[[Tensor], Tensor],
+    changes: Callable[[Tensor], Tensor],
+    clips: Clips,
 ) -> dict[str, Any]:
-    """Measures the errors of imagined places after some steps of walks that nothing was fitted on.
+    """Measures what is imagined after some steps of walks that nothing was fitted on.
 
     Beside the model stand imagining with another clip's actions (`shuffled`), the readout of the
     clip's first frame (`copy_last`), its true place (`copy_true`), and the readout of the frame
-    that came (`seen`), which no imagination can be expected to beat.
+    that came (`seen`). `composed` is copy_last, moved by what is read of the imagined change. Of
+    changes there is no copy_last: `copy_true` says that nothing changes.
+
+    Args:
+        world: what is read.
+        model: what imagines.
+        places: reads places off states.
+        changes: reads what has changed off two states side by side.
+        clips: the walks.
 
     Returns:
-        By quantity: the errors by row and number of steps, with 95% intervals by resampling walks;
-        and `gain`, how much less the model errs than copy_last, paired.
+        `open_loop` and `changes`, by quantity: the errors by row and number of steps, with 95%
+        intervals by resampling walks; and `gain`, how much less the model errs than copy_last,
+        of changes than copy_true, paired, and `gain_composed` of the row composed.
     """
-    start_CZ = clips.states_CSZ[:, 0]
-    other_CSA = clips.actions_CSA.roll(len(start_CZ) // 2, 0)
-    seen_CSP = readout(clips.states_CSZ).numpy()
-    found = {
-        "model": readout(model.rollout(start_CZ, clips.actions_CSA).mean(0)).numpy(),
-        "shuffled": readout(model.rollout(start_CZ, other_CSA).mean(0)).numpy(),
-        "copy_last": np.broadcast_to(seen_CSP[:, :1], seen_CSP[:, 1:].shape),
-        "copy_true": np.broadcast_to(clips.places_CSP[:, :1], seen_CSP[:, 1:].shape),
-        "seen": seen_CSP[:, 1:],
+    other_CSA = clips.actions_CSA.roll(len(clips.walk_C) // 2, 0)
+    after = {
+        "model": imagined(model, clips),
+        "shuffled": imagined(model, clips, other_CSA),
+        "seen": clips.states_CSZ[:, 1:],
     }
-    true_CSP = clips.places_CSP[:, 1:]
+    true_CSP, first_CSP = clips.places_CSP[:, 1:], clips.places_CSP[:, :1]
+    shape = true_CSP.shape
+    found = {name: places(states_CSZ).numpy() for name, states_CSZ in after.items()}
+    found["copy_last"] = np.broadcast_to(places(clips.states_CSZ[:, :1]).numpy(), shape)
+    found["copy_true"] = np.broadcast_to(first_CSP, shape)
+    moved = {name: changes(_pairs(clips, states)).numpy() for name, states in after.items()}
+    moved["copy_true"] = np.broadcast_to(world.changes(first_CSP, first_CSP), shape)
+    found["composed"] = world.changed(found["copy_last"], moved["model"])
+    flat_NZ = clips.states_CSZ.flatten(0, 1)
+    singular_Z = torch.linalg.svdvals(flat_NZ - flat_NZ.mean(0))
+    true_moved_CSP = world.changes(true_CSP, first_CSP)
+    return {
+        "open_loop": _told(world, found, true_CSP, clips.walk_C, "copy_last"),
+        "changes": _told(world, moved, true_moved_CSP, clips.walk_C, "copy_true"),
+        "effective_rank": effective_rank(singular_Z),
+    }
+
+
+def _pairs(clips: Clips, states_CSZ: Tensor) -> Tensor:
+    """Returns first states and later ones side by side."""
+    return torch.cat([clips.states_CSZ[:, :1].expand_as(states_CSZ), states_CSZ], dim=-1)
+
+
+def _told(
+    world: GameWorld, found: dict[str, F32], true_CSP: F32, walk_C: Sequence[int], base: str
+) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for quantity in world.quantities:
         errors = {name: quantity.error(of_CSP, true_CSP) for name, of_CSP in found.items()}
-        errors["gain"] = errors["copy_last"] - errors["model"]
+        errors["gain"] = errors[base] - errors["model"]
+        if "composed" in errors:
+            errors["gain_composed"] = errors[base] - errors["composed"]
         results[quantity.name] = {"unit": quantity.unit} | {
-            name: {str(step): _mean(of_CS[:, step - 1], clips.walk_C) for step in STEPS}
+            name: {str(step): _mean(of_CS[:, step - 1], walk_C) for step in STEPS}
             for name, of_CS in errors.items()
         }
-    flat_NZ = clips.states_CSZ.flatten(0, 1)
-    singular_Z = torch.linalg.svdvals(flat_NZ - flat_NZ.mean(0))
-    return {"open_loop": results, "effective_rank": effective_rank(singular_Z)}
+    return results
 
 
 def _mean(errors_C: F32, walk_C: Sequence[int]) -> dict[str, Any]:

@@ -12,31 +12,36 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from models.planning.actors.space import ActionSpace
 from models.planning.configurator import Rules, TaskSpec, configure
-from models.planning.costs.critic import Critic, CriticTraining, train_critic
+from models.planning.costs.critic import Critic
 from models.planning.costs.slow_distance import SlowDistance
-from models.planning.memory import Memory
 from models.planning.saved_agent import SavedAgent, agent_files
 from models.planning.world_model.world_model import WorldModel
+from pipelines.planning.games.fitting import critic_of, distance_of
 from pipelines.planning.games.floor_plan import read_floor_plan
-from pipelines.planning.games.imagination import clips_of, encode_walk, open_loop
+from pipelines.planning.games.imagination import (
+    clips_of,
+    encode_walk,
+    open_loop,
+    read_changes,
+    read_places,
+)
 from pipelines.planning.games.navigation import KINDS, Episode, Task, draw_tasks
 from pipelines.planning.games.picture import draw_curve, draw_paths
-from pipelines.planning.games.predictors import tuned
-from pipelines.planning.games.readout import fit_readout
+from pipelines.planning.games.predictors import restated, tuned
 from pipelines.planning.games.rows import CURVE, ROWS, GameComparison, run_part
 from pipelines.planning.games.walks import Walk, walk_seed, walks
 from pipelines.planning.games.worlds import GAME_WORLDS
 from pipelines.planning.results import interval, summary
 
-MEMORY = 6000
-"""Transitions that the critic's graph is made of, spread evenly over the walks."""
-REACH = 1.5
-"""Length of the graph's longest edge, in median steps. Through a wall one sees another picture, so
-that a longer edge than in Two-Rooms leads through none."""
+SHOWN = (
+    *("model", "composed", "copy_last", "shuffled", "copy_true", "seen"),
+    *("gain", "gain_composed"),
+)
+"""Rows of what is imagined, in the order in which they are printed."""
 HELD_OUT = 4
 """Share of the walks, one in so many, that nothing is fitted on: they give errors and goals."""
 
@@ -76,39 +81,40 @@ def compare(job: GameJob) -> tuple[dict[str, Any], dict[str, bytes]]:
     Raises:
         FetchError: the game's engine is not installed.
     """
-    import ray
-
     from pipelines.runtime.cluster import start_ray
 
     start_ray()
     fitted, held = _walks(job)
+    tasks = _tasks(job, held)  # before anything that takes long: the walks may show too few goals
     states = [encode_walk(job.model, one) for one in fitted]
     job = replace(job, model=tuned(job.model, states, fitted, job.predictor_steps, job.seed))
-    world = GAME_WORLDS[job.env]
-    readout = fit_readout(states, fitted)
-    clips = clips_of([encode_walk(job.model, one) for one in held], held)
-    results = open_loop(world, job.model, readout, clips)
-    distance = SlowDistance.fit(states)
+    states = [restated(job.model, one) for one in states]
+    results = _imagination(job, states, fitted, held)
+    distance = distance_of(job.model, states)
     files = {f"agent/{name}": data for name, data in agent_files(saved(job, distance)).items()}
-    if not world.rooms:
-        return results, files
-    start = time.perf_counter()
-    critic = critic_of(states, job.critic_steps, job.seed)
-    results["critic_seconds"] = time.perf_counter() - start
-    comparison = _comparison(job, critic, distance)
-    tasks = _tasks(job, comparison, held)
-    shared, remote = ray.put(comparison), ray.remote(num_cpus=1)(run_part)
-    running = {
-        (row, budget, kind): [
-            remote.remote(shared, row, budget, tasks[kind][first : first + job.chunk])
-            for first in range(0, job.episodes, job.chunk)
-        ]
-        for row, budget in reversed(comparison.rows)
-        for kind in KINDS
-    }
-    played = {key: [e for part in ray.get(parts) for e in part] for key, parts in running.items()}
-    results |= _summary(comparison, played)
-    return results, files | _pictures(comparison, tasks, played, results)
+    if tasks:
+        start = time.perf_counter()
+        critic = critic_of(job.model, states, job.critic_steps, job.seed)
+        results["critic_seconds"] = time.perf_counter() - start
+        comparison = _comparison(job, critic, distance)
+        played = _played(job, comparison, tasks)
+        results |= _summary(comparison, played)
+        files |= _pictures(comparison, tasks, played, results)
+    return results, files
+
+
+def _imagination(
+    job: GameJob, states: list[Tensor], fitted: list[Walk], held: list[Walk]
+) -> dict[str, Any]:
+    """Measures what is imagined of walks that nothing was fitted on."""
+    world = GAME_WORLDS[job.env]
+    return open_loop(
+        world,
+        job.model,
+        read_places(job.model, states, fitted),
+        read_changes(world, job.model, clips_of(states, fitted)),
+        clips_of([encode_walk(job.model, one) for one in held], held),
+    )
 
 
 def saved(job: GameJob, distance: SlowDistance) -> SavedAgent:
@@ -129,17 +135,6 @@ def saved(job: GameJob, distance: SlowDistance) -> SavedAgent:
         rules=job.rules,
         provenance={"checkpoint": job.checkpoint, "seed": job.seed},
     )
-
-
-def critic_of(states: Sequence[torch.Tensor], steps: int, seed: int) -> Critic:
-    """Trains the critic on transitions of walks, given the states of each walk."""
-    keys_NZ = torch.cat([one[:-1] for one in states])
-    following_NZ = torch.cat([one[1:] for one in states])
-    kept = torch.linspace(0, len(keys_NZ) - 1, min(MEMORY, len(keys_NZ))).long()
-    memory = Memory(len(kept))
-    memory.write(keys_NZ[kept], following=following_NZ[kept])
-    training = CriticTraining(steps=steps, reach=REACH)
-    return train_critic(memory, training, torch.Generator().manual_seed(seed))[0]
 
 
 def _walks(job: GameJob) -> tuple[list[Walk], list[Walk]]:
@@ -172,16 +167,36 @@ def _comparison(job: GameJob, critic: Critic, distance: SlowDistance) -> GameCom
     )
 
 
-def _tasks(job: GameJob, comparison: GameComparison, held: Sequence[Walk]) -> dict[str, list[Task]]:
-    with closing(GAME_WORLDS[job.env].start()) as player:
+def _tasks(job: GameJob, held: Sequence[Walk]) -> dict[str, list[Task]]:
+    """Draws the tasks of every kind; there are none where there are no rooms."""
+    world = GAME_WORLDS[job.env]
+    if not world.rooms:
+        return {}
+    plan = read_floor_plan(world.game)
+    with closing(world.start()) as player:
         return {
-            kind: draw_tasks(player, comparison.plan, held, kind, job.episodes, job.seed)
-            for kind in KINDS
+            kind: draw_tasks(player, plan, held, kind, job.episodes, job.seed) for kind in KINDS
         }
 
 
 Played = dict[tuple[str, int, str], list[Episode]]
 """Episodes by row, budget and kind."""
+
+
+def _played(job: GameJob, comparison: GameComparison, tasks: dict[str, list[Task]]) -> Played:
+    """Plays all rows in Ray tasks."""
+    import ray
+
+    shared, remote = ray.put(comparison), ray.remote(num_cpus=1)(run_part)
+    running = {
+        (row, budget, kind): [
+            remote.remote(shared, row, budget, tasks[kind][first : first + job.chunk])
+            for first in range(0, job.episodes, job.chunk)
+        ]
+        for row, budget in reversed(comparison.rows)
+        for kind in KINDS
+    }
+    return {key: [e for part in ray.get(parts) for e in part] for key, parts in running.items()}
 
 
 def _summary(comparison: GameComparison, played: Played) -> dict[str, Any]:
@@ -247,16 +262,23 @@ def _pictures(
     }
 
 
+def _cells(steps: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{step}: {e['mean']:.2f} ({e['interval'][0]:.2f} to {e['interval'][1]:.2f})"
+        for step, e in steps.items()
+    )
+
+
 def table(results: dict[str, Any]) -> list[str]:
     """Returns the lines that the command prints."""
     lines = []
-    for name, rows in results["open_loop"].items():
-        for row in ("model", "copy_last", "shuffled", "copy_true", "seen", "gain"):
-            told = ", ".join(
-                f"{step}: {e['mean']:.2f} ({e['interval'][0]:.2f} to {e['interval'][1]:.2f})"
-                for step, e in rows[row].items()
-            )
-            lines.append(f"{name}, {rows['unit']} after steps, {row}: {told}")
+    for what, quantities in (("", "open_loop"), ("change of ", "changes")):
+        for name, rows in results[quantities].items():
+            lines += [
+                f"{what}{name}, {rows['unit']} after steps, {row}: {_cells(rows[row])}"
+                for row in SHOWN
+                if row in rows
+            ]
     for row, kinds in results.get("rows", {}).items():
         cells = [
             f"{kind} {of['rate']:.0%} ({of['interval'][0]:.0%} to {of['interval'][1]:.0%}; "

@@ -1,7 +1,9 @@
 """Reads places off states: a small network, fitted on walks that the world model never saw.
 
 It measures what states hold. No model and no agent sees a place, and every row of a comparison is
-read by the same network.
+read by the same network. It is fitted to states that were seen and to states that were imagined,
+each with the place that was true then: what is imagined is a mean of what may come, which lies
+beside all that was seen, and a network that never met one reads it badly.
 
 Shape suffixes: N states, B states of a batch, Z width of a state, P places.
 """
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.planning.descent import descend
-from pipelines.planning.games.walks import Walk
+from pipelines.planning.games.worlds import F32
 
 WIDTH, DROPOUT = 256, 0.2
 """Of the two hidden layers."""
@@ -46,18 +48,18 @@ class PlaceReadout:
 
 
 def fit_readout(
-    states: Sequence[Tensor], walks: Sequence[Walk], seed: int = 0, steps: int = STEPS
+    states: Sequence[Tensor], places: Sequence[F32], seed: int = 0, steps: int = STEPS
 ) -> PlaceReadout:
-    """Fits the network to walks.
+    """Fits the network.
 
     Args:
-        states: of the walks' frames.
-        walks: their places, NaN where one is not known, which then does not count.
+        states: seen or imagined, [N, Z] each.
+        places: what was true then, [N, P] each; NaN where it is not known, which does not count.
         seed: of the weights and the batches.
         steps: optimizer steps.
     """
     states_NZ = torch.cat(list(states))
-    places_NP = torch.from_numpy(np.concatenate([walk.places_TP for walk in walks]))
+    places_NP = torch.from_numpy(np.concatenate(list(places)))
     scales_2Z = torch.stack([states_NZ.mean(0), states_NZ.std(0).clamp(min=1e-3)])
     centre_P = places_NP.nanmean(0)
     scale_P = (places_NP - centre_P).square().nanmean(0).sqrt().clamp(min=1e-3)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from models.planning.agent import ShuffledModel, build_agent
 from models.planning.configurator import AgentConfig
 from models.planning.costs.critic import Critic
-from models.planning.costs.intrinsic import goal_distance
+from models.planning.costs.intrinsic import Future, goal_distance
 from models.planning.costs.slow_distance import SlowDistance
 from models.planning.world_model.world_model import WorldModel
 from pipelines.planning.games.floor_plan import FloorPlan
@@ -37,6 +37,20 @@ ROWS = {
 """The rows in the order in which they are printed, and what each one is."""
 CURVE = "ours"
 """The row that is played with further budgets."""
+
+
+@dataclass(frozen=True)
+class Plain:
+    """The distance of latents, where states hold more than a goal's picture tells, of the rest."""
+
+    told: int | None
+    """See `WorldModel.told`."""
+
+    def __call__(self, future: Future) -> torch.Tensor:
+        """Returns the distance from the goal at every step, [B, T]."""
+        told = slice(None if self.told is None else -self.told, None)
+        latents_EBTD, goals_BD = future.latents_EBTD[..., told], future.goals_BD[..., told]
+        return goal_distance(replace(future, latents_EBTD=latents_EBTD, goals_BD=goals_BD))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +107,7 @@ def _policy(
         limit=lambda actions: actions,
         action_width=player.choices_KA.shape[1],
         critic=comparison.critic if row == "ours_critic" else None,
-        distance=goal_distance if row == "ours_plain" else comparison.distance,
+        distance=Plain(model.told) if row == "ours_plain" else comparison.distance,
         choices_KA=torch.from_numpy(player.choices_KA),
         seed=task.seed,
     )

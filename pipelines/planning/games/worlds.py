@@ -9,6 +9,7 @@ pixels.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -60,6 +61,11 @@ class GameWorld:
     """Maps states [T, V] and the names of their columns to places [T, P]."""
     quantities: tuple[Quantity, ...]
     """What is read out of the places."""
+    changes: Callable[[F32, F32], F32] = operator.sub
+    """Maps places after and before, [..., P] each, to what has changed, which has the same
+    columns."""
+    changed: Callable[[F32, F32], F32] = operator.add
+    """Maps places before, and what has changed, to places after."""
     rooms: bool = False
     """Whether there are rooms to go to, that is, whether episodes are played."""
 
@@ -131,6 +137,30 @@ def pose(states_TV: F32, names: tuple[str, ...]) -> F32:
     return np.stack([x_T, y_T, np.sin(angle_T), np.cos(angle_T)], axis=1)
 
 
+def steps_made(after: F32, before: F32) -> F32:
+    """Returns how far Doom's player went ahead and to the left, and sine and cosine of its turn.
+
+    Directions are those in which it looked before.
+    """
+    x, y, sine, cosine = np.moveaxis(before, -1, 0)
+    later_x, later_y, later_sine, later_cosine = np.moveaxis(after, -1, 0)
+    ahead = (later_x - x) * cosine + (later_y - y) * sine
+    left = (later_y - y) * cosine - (later_x - x) * sine
+    turn = later_sine * cosine - later_cosine * sine, later_cosine * cosine + later_sine * sine
+    return np.stack([ahead, left, *turn], axis=-1).astype(np.float32)
+
+
+def stepped(before: F32, steps: F32) -> F32:
+    """Returns where Doom's player is after such steps; see `steps_made`."""
+    x, y, sine, cosine = np.moveaxis(before, -1, 0)
+    length = np.hypot(sine, cosine).clip(min=1e-6)  # of what was read off states
+    sine, cosine = sine / length, cosine / length
+    ahead, left, turn_sine, turn_cosine = np.moveaxis(steps, -1, 0)
+    place = x + ahead * cosine - left * sine, y + ahead * sine + left * cosine
+    angle = sine * turn_cosine + cosine * turn_sine, cosine * turn_cosine - sine * turn_sine
+    return np.stack([*place, *angle], axis=-1).astype(np.float32)
+
+
 PADDLE_X, BALL_X, BALL_Y = "ram_72", "ram_99", "ram_101"
 """Bytes of Breakout's memory (after the table of Anand et al. 2019, *Unsupervised state
 representation learning in Atari*, arXiv 1906.08226)."""
@@ -151,6 +181,8 @@ GAME_WORLDS = {
         hold=4,  # 8 tics: 0.23 s
         choices=(0, 4, 5, 7, 8),  # forward, turn left, turn right, and forward in a curve
         places=pose,
+        changes=steps_made,
+        changed=stepped,
         rooms=True,
         quantities=(
             Quantity(name="position", columns=(0, 1), unit="map units"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -69,3 +70,40 @@ def test_what_does_not_vary_is_no_feature() -> None:
     noise = 1e-4 * torch.randn(states.shape, generator=torch.Generator().manual_seed(2))
     padded = SlowDistance.fit(torch.cat([states, noise], dim=-1))
     assert padded.features_DF.shape == (2 * (WAVES**2 - 1), WAVES**2 - 1)
+
+
+def test_a_lag_finds_what_goes_far_behind_what_trembles() -> None:
+    """The first goes far and trembles at every step; the second is smoother but soon comes back."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(3, 60, 80, generator=generator)
+    far = drawn[0].cumsum(1) / 4 + 0.6 * drawn[1]
+    near = torch.zeros(60, 80)
+    for step in range(1, 80):
+        near[:, step] = 0.9 * near[:, step - 1] + 0.44 * drawn[2, :, step]
+    seen = torch.stack([far, near], dim=-1)
+    quick, slow = (
+        SlowDistance.fit(seen, lag=lag, most=1).features_DF[:, 0].abs() for lag in (1, 20)
+    )
+    assert quick[1] > 3 * quick[0]
+    assert slow[0] > 3 * slow[1]
+
+
+def test_goals_are_read_off_what_their_picture_tells() -> None:
+    """States hold the place twice; a goal's picture gives it once, beside nonsense."""
+    places = walks()
+    states = torch.cat([latents(places), latents(places)], dim=-1)
+    width = states.shape[-1] // 2
+    slow = SlowDistance.fit(states, told=width)
+    whole = SlowDistance.fit(states)
+    generator = torch.Generator().manual_seed(1)
+    here, there = (TwoRooms().sample_places(500, generator) for _ in range(2))
+    seen = torch.cat([latents(here), latents(here)], dim=-1)
+    wanted = torch.cat([torch.randn(500, width, generator=generator), latents(there)], dim=-1)
+    straight = (here - there).norm(dim=-1)
+    assert correlation(slow.between(seen, wanted), straight) > 0.9
+    assert correlation(whole.between(seen, wanted), straight) < 0.8  # the control
+
+
+def test_walks_must_be_longer_than_the_lag() -> None:
+    with pytest.raises(ValueError, match="over 16 steps need longer walks"):
+        SlowDistance.fit(latents(walks())[:, :16], lag=16)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -11,11 +11,24 @@ import torch
 from torch import Tensor
 
 from helpers.pipelines.fake_doom import fake_world
+from models.planning.world_model.world_model import WorldModel
 from pipelines.planning.games import walks as walks_module
-from pipelines.planning.games.imagination import clips_of, open_loop, stacked
+from pipelines.planning.games.imagination import (
+    clips_of,
+    open_loop,
+    read_changes,
+    read_places,
+    stacked,
+)
 from pipelines.planning.games.readout import fit_readout
 from pipelines.planning.games.walks import HeldChoices, Walk, fetch_game_walks, walk
-from pipelines.planning.games.worlds import GAME_WORLDS, Quantity, paddle_and_ball
+from pipelines.planning.games.worlds import (
+    GAME_WORLDS,
+    Quantity,
+    paddle_and_ball,
+    stepped,
+    steps_made,
+)
 
 SHIFT = torch.tensor([[5.0, 0.0, 0.0, 0.0], [0.0, 3.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
 """What each of three buttons adds to a state."""
@@ -49,12 +62,18 @@ def made_walks(count: int, frames: int = 30) -> tuple[list[Walk], list[Tensor]]:
 
 def measured(model: Any) -> dict[str, Any]:
     world, (walks, states) = GAME_WORLDS["my_way_home"], made_walks(12)
-    readout = fit_readout(states, walks, steps=200)
-    return open_loop(world, model, readout, clips_of(states, walks))["open_loop"]
+    readout = fit_readout(states, [one.places_TP for one in walks], steps=200)
+    clips = clips_of(states, walks)
+
+    def changes(pairs: torch.Tensor) -> torch.Tensor:
+        before, after = pairs.numpy()[..., :4], pairs.numpy()[..., 4:]
+        return torch.from_numpy(world.changes(after, before))
+
+    return open_loop(world, model, readout, changes, clips)
 
 
 def test_a_model_that_knows_the_world_errs_as_what_is_seen_and_its_controls_more() -> None:
-    position = measured(Known())["position"]
+    position = measured(Known())["open_loop"]["position"]
     for steps in ("1", "5", "10"):
         # What it imagines is what comes, so only the readout errs.
         assert position["model"][steps]["mean"] == pytest.approx(position["seen"][steps]["mean"])
@@ -69,10 +88,36 @@ def test_a_model_that_knows_the_world_errs_as_what_is_seen_and_its_controls_more
 
 def test_a_model_that_imagines_no_change_gains_nothing() -> None:
     """The negative control."""
-    position = measured(Known(moves=0.0))["position"]
+    position = measured(Known(moves=0.0))["open_loop"]["position"]
     for steps in ("1", "5", "10"):
         assert position["gain"][steps]["mean"] == pytest.approx(0, abs=1e-5)
         assert position["model"][steps] == position["copy_last"][steps]
+
+
+def test_changes_are_told_as_who_walks_sees_them() -> None:
+    look = np.deg2rad(90)
+    before = np.array([[10, 20, np.sin(look), np.cos(look)]], np.float32)
+    after = np.array([[7, 25, np.sin(look + 0.3), np.cos(look + 0.3)]], np.float32)
+    found = steps_made(after, before)
+    np.testing.assert_allclose(found, [[5, 3, np.sin(0.3), np.cos(0.3)]], atol=1e-5)
+    np.testing.assert_allclose(steps_made(after, after), [[0, 0, 0, 1]], atol=1e-5)
+    np.testing.assert_allclose(stepped(before, found), after, atol=1e-5)
+    np.testing.assert_allclose(stepped(0.5 * before, found)[:, 2:], after[:, 2:], atol=1e-5)
+    known, still = (measured(Known(moves))["changes"]["position"] for moves in (1.0, 0.0))
+    assert "copy_last" not in known
+    for step in ("1", "5", "10"):
+        assert known["model"][step]["mean"] == pytest.approx(0, abs=1e-3)
+        assert known["gain"][step]["interval"][0] > 0
+        assert still["gain"][step]["mean"] == pytest.approx(0, abs=1e-3)
+
+
+def test_readouts_learn_from_what_was_seen_and_what_was_imagined() -> None:
+    world, (walks, states) = GAME_WORLDS["my_way_home"], made_walks(12)
+    clips, model = clips_of(states, walks), cast(WorldModel, Known())
+    changes = read_changes(world, model, clips)
+    found = open_loop(world, model, read_places(model, states, walks), changes, clips)
+    for of in (found["open_loop"], found["changes"]):
+        assert of["position"]["gain"]["10"]["interval"][0] > 0
 
 
 def test_frames_are_stacked_with_those_before_them() -> None:

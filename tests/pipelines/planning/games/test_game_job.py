@@ -107,7 +107,7 @@ def test_a_game_without_rooms_has_its_imagination_measured(ray_local: None, tmp_
     assert set(found["open_loop"]) == {"paddle", "ball"}
     assert "rows" not in found
     assert presses_a_choice(files, tmp_path, GAME_WORLDS["breakout"])
-    assert len(table(found)) == 2 * 6
+    assert len(table(found)) == 2 * 8 + 2 * 5
 
 
 def test_the_command_writes_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,6 +146,8 @@ def test_the_command_writes_what_was_found(tmp_path: Path, monkeypatch: pytest.M
     [
         ({"budgets": (480,)}, "--budgets: is for games"),
         ({"predictor_steps": 3}, "--predictor-steps: is for games"),
+        ({"recurrent_width": 8}, "--recurrent-width: is for games"),
+        ({"env": "my_way_home", "recurrent_width": 8}, "set --predictor-steps as well"),
         ({"env": "breakout", "control": "run"}, "--control: is for tworooms"),
         ({"env": "my_way_home", "budgets": (3,)}, "--budgets: needs at least 96 imagined steps"),
     ],

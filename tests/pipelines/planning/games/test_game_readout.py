@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from pipelines.planning.games.readout import fit_readout
-from pipelines.planning.games.walks import Walk
+from pipelines.planning.games.worlds import F32
 
 
-def walks_in(count: int, seed: int, *, shown: bool = True) -> tuple[list[Walk], list[Tensor]]:
+def walks_in(count: int, seed: int, *, shown: bool = True) -> tuple[list[F32], list[Tensor]]:
     """Walks whose states hold the places, bent and mixed; or noise, unless shown."""
     generator = torch.Generator().manual_seed(seed)
     mixed = torch.randn(3, 24, generator=torch.Generator().manual_seed(7))
@@ -19,9 +19,7 @@ def walks_in(count: int, seed: int, *, shown: bool = True) -> tuple[list[Walk], 
         places = torch.rand(40, 3, generator=generator) * torch.tensor([900.0, 300.0, 2.0])
         held = (places / torch.tensor([900.0, 300.0, 2.0]) - 0.5) if shown else torch.rand(40, 3)
         states.append(torch.tanh(held @ mixed))
-        blank = np.zeros((40, 1, 1, 3), np.uint8)
-        pressed = np.zeros((40, 2), np.float32)
-        found.append(Walk(frames_THW3=blank, actions_TA=pressed, places_TP=places.numpy()))
+        found.append(places.numpy())
     return found, states
 
 
@@ -29,10 +27,10 @@ def error(shown: bool, hidden: int = 0) -> Tensor:
     """The mean error of each place on new walks, as a share of its range."""
     walks, states = walks_in(30, 0, shown=shown)
     for walk in walks[:hidden]:
-        walk.places_TP[:, 1] = np.nan
+        walk[:, 1] = np.nan
     readout = fit_readout(states, walks, steps=300)
     others, seen = walks_in(10, 1, shown=shown)
-    true = torch.from_numpy(np.concatenate([walk.places_TP for walk in others]))
+    true = torch.from_numpy(np.concatenate(others))
     found = readout(torch.cat(seen))
     assert torch.equal(readout(torch.stack(seen)).flatten(0, 1), found)
     return (found - true).abs().mean(0) / torch.tensor([900.0, 300.0, 2.0])
