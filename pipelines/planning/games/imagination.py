@@ -17,6 +17,7 @@ from torch import Tensor
 from models.planning.world_model.world_model import WorldModel
 from pipelines.evaluation.ranks import effective_rank
 from pipelines.fetchers.games.engine import U8
+from pipelines.planning.games.readout import STEPS as STEPS_OF_FIT
 from pipelines.planning.games.readout import PlaceReadout, fit_readout
 from pipelines.planning.games.walks import Walk
 from pipelines.planning.games.worlds import F32, GameWorld
@@ -99,20 +100,24 @@ def imagined(model: WorldModel, clips: Clips, actions_CSA: Tensor | None = None)
 
 
 def read_places(
-    model: WorldModel, states: Sequence[Tensor], walks: Sequence[Walk], seed: int = 0
+    model: WorldModel, states: Sequence[Tensor], walks: Sequence[Walk], steps: int = STEPS_OF_FIT
 ) -> PlaceReadout:
     """Fits a readout of places to the states of walks, and to what is imagined of them."""
     clips = clips_of(states, walks)
     seen = [walk.places_TP for walk in walks]
-    return fit_readout([*states, *imagined(model, clips)], [*seen, *clips.places_CSP[:, 1:]], seed)
+    return fit_readout(
+        [*states, *imagined(model, clips)], [*seen, *clips.places_CSP[:, 1:]], steps=steps
+    )
 
 
-def read_changes(world: GameWorld, model: WorldModel, clips: Clips, seed: int = 0) -> PlaceReadout:
+def read_changes(
+    world: GameWorld, model: WorldModel, clips: Clips, steps: int = STEPS_OF_FIT
+) -> PlaceReadout:
     """Fits a readout of what has changed since the first state, imagined or seen."""
     changes_CSP = world.changes(clips.places_CSP[:, 1:], clips.places_CSP[:, :1])
     after = [imagined(model, clips), clips.states_CSZ[:, 1:]]
     pairs = [pair for states_CSZ in after for pair in _pairs(clips, states_CSZ)]
-    return fit_readout(pairs, [*changes_CSP, *changes_CSP], seed)
+    return fit_readout(pairs, [*changes_CSP, *changes_CSP], steps=steps)
 
 
 @torch.no_grad()

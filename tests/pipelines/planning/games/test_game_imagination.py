@@ -114,8 +114,9 @@ def test_changes_are_told_as_who_walks_sees_them() -> None:
 def test_readouts_learn_from_what_was_seen_and_what_was_imagined() -> None:
     world, (walks, states) = GAME_WORLDS["my_way_home"], made_walks(12)
     clips, model = clips_of(states, walks), cast(WorldModel, Known())
-    changes = read_changes(world, model, clips)
-    found = open_loop(world, model, read_places(model, states, walks), changes, clips)
+    changes = read_changes(world, model, clips, steps=150)
+    places = read_places(model, states, walks, steps=150)
+    found = open_loop(world, model, places, changes, clips)
     for of in (found["open_loop"], found["changes"]):
         assert of["position"]["gain"]["10"]["interval"][0] > 0
 
