@@ -63,6 +63,7 @@ LIMITS = {
     "episodes": (1, 100_000),
     "steps": (1, 10_000),
     "predictor_steps": (0, 10_000_000),
+    "recurrent_width": (0, 10_000),
     "tune": (0, 1_000),
     "tune_episodes": (1, 100_000),
     "distil": (2, 100_000),
@@ -149,7 +150,6 @@ class PlanEpisodesConfig:
         require(is_game or not self.budgets, "budgets", "is for games")
         require(is_game or not self.predictor_steps, "predictor-steps", "is for games")
         require(is_game or not self.recurrent_width, "recurrent-width", "is for games")
-    
         require(
             self.predictor_steps > 0 or not self.recurrent_width,
             "recurrent-width",

@@ -64,7 +64,8 @@ class Critic(nn.Module):
     def forward(self, latents_BD: Tensor, goals_BD: Tensor) -> Tensor:
         """Returns the length of the way that is left, [..., D] to [...]."""
         if self.told is not None:
-            hidden_D = torch.arange(goals_BD.shape[-1]) < goals_BD.shape[-1] - self.told
+            D, device = goals_BD.shape[-1], goals_BD.device
+            hidden_D = torch.arange(D, device=device) < D - self.told
             goals_BD = goals_BD.masked_fill(hidden_D, 0)
         found: Tensor = functional.softplus(self.pairs(latents_BD, goals_BD).squeeze(-1))
         return found * self.scale

@@ -106,7 +106,7 @@ def restated(model: WorldModel, states_NZ: Tensor) -> Tensor:
 
 def _newest(model: WorldModel, states_NZ: Tensor) -> Tensor:
     """Returns the latents of the frame that each state is that of."""
-    return states_NZ[:, -model.perception.width * model.perception.grid.tokens :]
+    return states_NZ[:, -model.frame_width :]
 
 
 def _clips(
