@@ -126,7 +126,7 @@ def test_the_gate_holds_for_a_good_model_and_every_condition_can_fail() -> None:
 
 
 def test_impossible_jobs_are_refused() -> None:
-    with pytest.raises(ValueError, match="--episodes: must be positive"):
+    with pytest.raises(ValueError, match="--episodes: must be 1 to"):
         PlanEpisodesConfig(checkpoint="runs/x", episodes=0)
     with pytest.raises(ValueError, match="--budget: needs at least 96"):
         PlanEpisodesConfig(checkpoint="runs/x", budget=10)
