@@ -153,7 +153,13 @@ def worldmodel_breakout() -> PretrainConfig:
         base,
         data=replace(base.data, batch_size=16),
         model=replace(base.model, image_size=64, mean=(0.17, 0.15, 0.13), std=(0.26, 0.23, 0.21)),
-        objective=replace(base.objective, history=2, action_width=5, smoothness_weight=12.0),
+        objective=replace(
+            base.objective,
+            history=2,
+            action_width=5,
+            dynamics_width=128,
+            smoothness_weight=12.0,
+        ),
         optim=replace(base.optim, lr=1e-3, start_lr=1e-5, final_lr=2e-5),
         run=replace(base.run, name="worldmodel_breakout", steps=1000),
     )
