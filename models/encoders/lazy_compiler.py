@@ -59,7 +59,7 @@ def _make_way() -> None:
 def _disable(function: Callable[..., Any] | None = None, *given: Any, **named: Any) -> Any:
     """As `torch._dynamo.disable`; the compiler is loaded at the first call of the function."""
     if function is None:
-        return functools.partial(_disable, **named)
+        return lambda decorated: _disable(decorated, *given, **named)
 
     @functools.cache
     def disabled() -> Callable[..., Any]:

@@ -165,7 +165,7 @@ def test_the_budget_decides_how_many_plans_are_tried() -> None:
     assert configure(TaskSpec(steps=5)).search.horizon == 5
     with pytest.raises(ValueError, match=r"--budget: needs at least 96 imagined steps, got 50"):
         configure(TaskSpec(budget=50))
-    with pytest.raises(ValueError, match=r"--rules.horizon: must be positive, got 0"):
+    with pytest.raises(ValueError, match=r"--rules.horizon: must be between 1 and 10000, got 0"):
         Rules(horizon=0)
 
 
