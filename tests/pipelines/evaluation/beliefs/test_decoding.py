@@ -20,7 +20,7 @@ from pipelines.evaluation.beliefs.study import PASSES, Study, check_subject, stu
 from pipelines.evaluation.subject import Subject
 from pipelines.runs.checkpoints import new_objective
 
-SIZE, STEPS, TRAIN, TEST = 16, 60, 256, 100
+SIZE, STEPS, TRAIN, TEST = 16, 40, 256, 100
 PREP = Preprocessing(image_size=SIZE, patch_size=4, **GREY)
 
 
