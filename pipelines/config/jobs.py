@@ -346,8 +346,7 @@ class PlanRunConfig:
     price: float | None = None
     """US dollars for one host and hour. None takes the price that is noted for the type."""
     images: int | None = None
-    """Images, or segments of video. None counts those of --data.train; without it, 1,281,167 as in
-    ImageNet-1k."""
+    """Images or segments. None counts those of --data.train, or takes 1,281,167 (ImageNet)."""
     image_bytes: float | None = None
     """Mean bytes of an encoded image or segment. None takes those of --data.train; without it,
     110,000 for images and 500,000 for segments."""

@@ -25,6 +25,7 @@ from websockets.sync.client import connect
 
 from helpers.models.video_files import write_video
 from helpers.repository import ROOT
+from helpers.serve.asking import asking
 from helpers.serve.bad_requests import MALFORMED, PNG, URI
 from helpers.serve.embeddings import (
     PATCHES,
@@ -325,31 +326,10 @@ def test_streams_and_videos_through_serve(served: Served, http: httpx.Client) ->
 
 def test_killed_replicas_lose_no_request(served: Served) -> None:
     """SIGKILL a model replica, then the only ingress, while eight clients ask without pause."""
-    client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="x", max_retries=5, timeout=60)
-    failures: list[Exception] = []
-    answered = [0] * 8
-    stop = threading.Event()
-
-    def ask(number: int) -> None:
-        while not stop.is_set():
-            try:
-                client.embeddings.create(model="tiny", input=png_uri(number))
-                answered[number] += 1
-            except openai.OpenAIError as error:
-                failures.append(error)
-
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(answered))]
-    for thread in threads:
-        thread.start()
-    try:
-        wait_until(lambda: all(answered))
+    with asking(served.url, [png_uri(number) for number in range(8)]) as clients:
+        clients.wait_for_all()
         for deployment in ("Embedder", "Ingress"):
             os.kill(replica_pids(APP, deployment)[0], signal.SIGKILL)
-            before = sum(answered)
-            wait_until(lambda before=before: sum(answered) >= before + 50)  # it came back
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
-    assert not failures
+            clients.wait_for_more(50)  # it came back
+    assert not clients.failures
     assert len(replica_pids(APP, "Embedder")) >= 1

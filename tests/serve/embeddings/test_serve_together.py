@@ -6,7 +6,6 @@ import io
 import json
 import os
 import signal
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,11 +13,11 @@ from typing import Any
 
 import httpx
 import numpy as np
-import openai
 import pytest
 from websockets.sync.client import connect
 
 from helpers.models.video_files import write_video
+from helpers.serve.asking import asking
 from helpers.serve.embeddings import (
     data_uri,
     encoded,
@@ -138,29 +137,8 @@ def test_health_and_metrics_of_one_process(together: httpx.Client) -> None:
 
 
 def test_a_killed_replica_loses_no_request_that_is_sent_again(urls: dict[str, str]) -> None:
-    client = openai.OpenAI(base_url=f"{urls['together']}/v1", api_key="x", max_retries=5)
-    failures: list[Exception] = []
-    answered = [0] * 4
-    stop = threading.Event()
-
-    def ask(number: int) -> None:
-        while not stop.is_set():
-            try:
-                client.embeddings.create(model="tiny", input=PICTURES[number])
-                answered[number] += 1
-            except openai.OpenAIError as error:
-                failures.append(error)
-
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(answered))]
-    for thread in threads:
-        thread.start()
-    try:
-        wait_until(lambda: all(answered))
+    with asking(urls["together"], PICTURES[:4]) as clients:
+        clients.wait_for_all()
         os.kill(replica_pids(f"{APP}-together", "Ingress")[0], signal.SIGKILL)
-        before = sum(answered)
-        wait_until(lambda: sum(answered) >= before + 50)
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
-    assert not failures
+        clients.wait_for_more(50)
+    assert not clients.failures
