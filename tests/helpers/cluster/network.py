@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 BRIDGE = "rjbr0"
+BRIDGE_MAC = "02:00:0a:4d:00:01"
+"""Its own, because a bridge without one takes the least of its cables', and so another one whenever
+a cable comes or goes; hosts would go on sending to the old one."""
 LAPTOP = "10.77.0.1"
 RELAY = Path(__file__).with_name("slow_cable.py")
 FORWARDING = "3"  # BR_STATE_FORWARDING of linux/if_bridge.h
@@ -32,7 +35,7 @@ def namespace(host: str) -> str:
 
 def add_bridge() -> None:
     remove_bridge()
-    run("ip", "link", "add", BRIDGE, "type", "bridge")
+    run("ip", "link", "add", BRIDGE, "address", BRIDGE_MAC, "type", "bridge")
     run("ip", "addr", "add", f"{LAPTOP}/24", "dev", BRIDGE)
     run("ip", "link", "set", BRIDGE, "up")
 
