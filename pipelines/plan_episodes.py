@@ -217,8 +217,7 @@ def _play_game(cfg: PlanEpisodesConfig) -> dict[str, Any]:
     torch.manual_seed(cfg.seed)
     model, run, info = _load(cfg, "--checkpoint", cfg.checkpoint)
     if cfg.recurrent_width:
-        recurrent, run = with_recurrent_states(model, run, cfg.recurrent_width)
-        model = frozen(recurrent)
+        model, run = with_recurrent_states(model, run, cfg.recurrent_width)
     job = GameJob(
         env=cfg.env,
         model=model,

@@ -24,6 +24,7 @@ from models.planning.world_model.predictor import Dynamics
 from models.planning.world_model.world_model import WorldModel
 from pipelines.config.train import PretrainConfig
 from pipelines.planning.games.walks import Walk
+from pipelines.planning.loading import frozen
 from pipelines.runs.checkpoints import new_objective
 
 FRAMES, HISTORY = 11, 24
@@ -58,10 +59,9 @@ def with_recurrent_states(
         rollout_steps=ROLLOUT_STEPS,
     )
     changed = replace(run, objective=objective)
-    found = new_objective(changed)
-    assert isinstance(found, WorldModel)
+    found = frozen(new_objective(changed))
     found.perception.load_state_dict(model.perception.state_dict())
-    return found.eval().requires_grad_(False), changed
+    return found, changed
 
 
 def tuned(
@@ -105,7 +105,7 @@ def restated(model: WorldModel, states_NZ: Tensor) -> Tensor:
 
 
 def _newest(model: WorldModel, states_NZ: Tensor) -> Tensor:
-    """Returns the latents of the frame that each state is that of."""
+    """Returns the latents of each state's newest frame."""
     return states_NZ[:, -model.frame_width :]
 
 
