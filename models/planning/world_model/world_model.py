@@ -209,6 +209,10 @@ class WorldModel(RegisteredObjective):
             return found_BTZ
         return latents_BTD.unfold(1, self.history, 1).mT.flatten(2)
 
+    def newest(self, states: Tensor) -> Tensor:
+        """Returns the latents of each state's newest frame, [..., Z] to [..., D]."""
+        return states[..., -self.frame_width :]
+
     def encode(self, frames_BCHW: Tensor) -> Tensor:
         """Encodes what is seen as states [B, Z].
 

@@ -65,8 +65,8 @@ def rollout_study(
             "shuffled": model.rollout(real_BTZ[:, 0], actions_BKA.roll(1, 0)).mean(0),
             "copy": real_BTZ[:, :1].expand_as(real_BTZ[:, 1:]),
         }
-        drawn = {name: _drawn(decoder, _newest(model, states)) for name, states in told.items()}
-    real_BTD = _newest(model, real_BTZ)
+        drawn = {name: _drawn(decoder, model.newest(states)) for name, states in told.items()}
+    real_BTD = model.newest(real_BTZ)
     count = actions_BKA.shape[1]
     asked = sorted({k for k in (1, 2, 5, 10, count) if k <= count})
     mrr = {
@@ -100,11 +100,6 @@ def _states(model: WorldModel, clips_BCTHW: Tensor) -> Tensor:
     return torch.cat([model.encode(part) for part in parts]).reshape(B, states, -1)
 
 
-def _newest(model: WorldModel, states: Tensor) -> Tensor:
-    """Returns the latents of a state's newest frame, [..., Z] to [..., D]."""
-    return states[..., -model.frame_width :]
-
-
 def _drawn(decoder: LatentDecoder, latents_BKD: Tensor) -> Tensor:
     """Returns clips uint8 [B, C, K, H, W]."""
     parts = [to_bytes(decoder(part)) for part in torch.split(latents_BKD.flatten(0, 1), 512)]
@@ -114,7 +109,7 @@ def _drawn(decoder: LatentDecoder, latents_BKD: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _found(model: WorldModel, frames_BCHW: Tensor, real_BD: Tensor) -> float:
-    return mean_reciprocal_rank(_newest(model, model.encode(frames_BCHW)), real_BD)
+    return mean_reciprocal_rank(model.newest(model.encode(frames_BCHW)), real_BD)
 
 
 def _fit(
@@ -135,7 +130,7 @@ def _fit(
         rows = torch.randint(len(frames_BCHW), (BATCH,), generator=generator)
         batch_BCHW = frames_BCHW[rows]
         with torch.no_grad():
-            latents_BD = _newest(model, model.encode(batch_BCHW))
+            latents_BD = model.newest(model.encode(batch_BCHW))
         return latent_loss(decoder, latents_BD, to_values(batch_BCHW), mean_CHW)
 
     for _ in descend(decoder.parameters(), loss, steps=steps, lr=LR):

@@ -101,12 +101,7 @@ def restated(model: WorldModel, states_NZ: Tensor) -> Tensor:
     """Returns a walk's states again, whose latents stay, once the recurrent network has changed."""
     if model.recurrent is None:
         return states_NZ
-    return model.states(_newest(model, states_NZ)[None])[0]
-
-
-def _newest(model: WorldModel, states_NZ: Tensor) -> Tensor:
-    """Returns the latents of each state's newest frame."""
-    return states_NZ[:, -model.frame_width :]
+    return model.states(model.newest(states_NZ)[None])[0]
 
 
 def _clips(
@@ -118,7 +113,7 @@ def _clips(
     latents, actions = [], []
     for states_NZ, walk in zip(states, walks, strict=True):
         if len(states_NZ) >= frames:
-            latents.append(_newest(model, states_NZ).unfold(0, frames, 1).mT)
+            latents.append(model.newest(states_NZ).unfold(0, frames, 1).mT)
             pressed_NA = torch.tensor(walk.actions_TA)
             actions.append(pressed_NA.unfold(0, frames, 1).mT[:, :-1])
     return torch.cat(latents), torch.cat(actions)
