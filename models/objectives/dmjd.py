@@ -38,14 +38,13 @@ class DMJD(LatentPrediction):
         patches_BNP = self.encoder.patch_embed.patchify(images)
         kept = KeptTokens.of(batch)
         pooled_BD, targets_BND = self.encode_target(patches_BNP, kept)
-        targets = gather_tokens(targets_BND, target_ids_BCT.flatten(1)).view(B * C, T, -1)
+        targets = gather_tokens(targets_BND, target_ids_BCT.flatten(1)).view(B * C, 1, T, -1)
         seen = gather_tokens(patches_BNP, context_ids_BCK.flatten(1)).view(B * C, K, -1)
         context_ids = context_ids_BCK.flatten(0, 1)
         grids = None if kept is None else kept.grids_B2.repeat_interleave(C, dim=0)
         context = self.encoder.forward_tokens(seen, context_ids, grids)  # [B * C, K, D]
         target_ids = target_ids_BCT.flatten(0, 1)[:, None]
-        predicted = self.predictor(context, context_ids, target_ids, grids_B2=grids)
-        loss = self.distance(predicted[:, 0].float(), targets.float())
+        loss = self.prediction_loss(context, context_ids, targets, target_ids, grids_B2=grids)
         monitored = {
             "target_pooled": pooled_BD,
             "context_pooled": context.mean(1).float(),

@@ -32,10 +32,12 @@ class IJEPA(LatentPrediction):
         kept = KeptTokens.of(batch)
         pooled_BD, targets_BND = self.encode_target(patches_BNP, kept)
         targets_BLD = gather_tokens(targets_BND, target_ids_BMT.flatten(1))
+        targets_BMTD = targets_BLD.view(*target_ids_BMT.shape, -1)
         grids = grids_of(kept)
         context_BKD = self.encoder.forward_patches(patches_BNP, context_ids_BK, grids)
-        predicted_BMTD = self.predictor(context_BKD, context_ids_BK, target_ids_BMT, grids_B2=grids)
-        loss = self.distance(predicted_BMTD.flatten(1, 2).float(), targets_BLD.float())
+        loss = self.prediction_loss(
+            *(context_BKD, context_ids_BK, targets_BMTD, target_ids_BMT), grids_B2=grids
+        )
         monitored = {
             "target_pooled": pooled_BD,
             "context_pooled": context_BKD.mean(1).float(),

@@ -1,13 +1,14 @@
 """What I-JEPA, V-JEPA and DMJD have in common: context encoder, EMA target encoder and predictor.
 
-Shape legend: B images or clips, N tokens of the whole input, P pixel values per token, D width.
+Shape legend: B images or clips, N tokens of the whole input, P pixel values per token, K context
+tokens, M target blocks, T tokens of a block, D width.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Self, TypeVar
+from typing import Literal, Self, TypeVar
 
 import torch
 from torch import nn
@@ -83,6 +84,8 @@ TARGET_NORMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 OVER_BATCHES = ("batch", "local")
 """Those of `TARGET_NORMS` that compare the samples of a batch."""
+Predicted = Literal["tokens", "mean"]
+"""What is predicted of hidden tokens: every one of them, or their mean."""
 
 
 class LatentPrediction(EncoderObjective):
@@ -96,6 +99,7 @@ class LatentPrediction(EncoderObjective):
         target: `ema`, or `self` for a negative control that must collapse: it has no target encoder
             and does not stop the gradient of the targets.
         target_norm: entry of `TARGET_NORMS`.
+        predict: `tokens` predicts every hidden token, `mean` the mean of those of a block.
         mean: channel means that are subtracted from the pixels, of values in [0, 1].
         std: channel standard deviations that the pixels are divided by.
     """
@@ -111,12 +115,15 @@ class LatentPrediction(EncoderObjective):
         ema: tuple[float, float],
         target: str = "ema",
         target_norm: str = "token",
+        predict: Predicted = "tokens",
     ) -> None:
         super().__init__(encoder, mean=mean, std=std)
-        self.predictor = predictor
+        self.predictor, self.predict = predictor, predict
         self.target_encoder: VisionTransformer | None
         self.target_encoder = make_target(encoder) if target == "ema" else None
-        self.distance, self.normalise_targets = DISTANCES[loss], TARGET_NORMS[target_norm]
+        self.distance = DISTANCES[loss]
+        # Means are compared over the batch only after they were taken.
+        self.normalise_targets = TARGET_NORMS["token" if predict == "mean" else target_norm]
         self.target_norm = target_norm
         self.ema = ema
 
@@ -131,6 +138,7 @@ class LatentPrediction(EncoderObjective):
             ema=tuple(objective["ema"]),
             target=objective["target"],
             target_norm=objective.get("target_norm", "token"),
+            predict=objective.get("predict", "tokens"),
             **pixel_statistics(model),
         )
 
@@ -166,7 +174,8 @@ class LatentPrediction(EncoderObjective):
         Raises:
             ValueError: targets are standardised over the batch, but samples lack tokens.
         """
-        if kept is not None and self.target_norm in OVER_BATCHES:
+        by_place = self.target_norm in OVER_BATCHES and self.predict == "tokens"
+        if kept is not None and by_place:
             raise ValueError(
                 f"--objective.target-norm {self.target_norm}: places are compared over the batch, "
                 "but here samples lack tokens (--data.fit whole or pad, or --data.exclude)"
@@ -177,6 +186,33 @@ class LatentPrediction(EncoderObjective):
             with torch.no_grad():
                 tokens_BND, pooled_BD = _encode(self.target_encoder, patches_BNP, kept)
         return pooled_BD.float(), self.normalise_targets(tokens_BND)
+
+    def prediction_loss(
+        self,
+        context_BKD: torch.Tensor,
+        context_ids_BK: torch.Tensor,
+        targets_BMTD: torch.Tensor,
+        target_ids_BMT: torch.Tensor,
+        *,
+        mask: int = 0,
+        grids_B2: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Returns the distance of what is predicted of hidden tokens from what they are, a scalar.
+
+        Args:
+            context_BKD: output of the context encoder.
+            targets_BMTD: the target encoder's tokens of every block, from `encode_target`.
+
+        The other arguments are those of `Predictor.forward`.
+        """
+        if self.predict == "mean":
+            means_BMD = targets_BMTD.float().mean(2)
+            over_batch = self.target_norm == "batch"
+            targets_BMTD = (standardised(means_BMD) if over_batch else means_BMD)[:, :, None]
+            # The mean belongs to no place. It is asked for at that of token 0 in every sample.
+            target_ids_BMT = torch.zeros_like(target_ids_BMT[:, :, :1])
+        predicted_BMTD = self.predictor(context_BKD, context_ids_BK, target_ids_BMT, mask, grids_B2)
+        return self.distance(predicted_BMTD.float(), targets_BMTD.float())
 
     def momentum(self, step: int, total_steps: int) -> float:
         """Returns the momentum of the target encoder at optimizer step `step` (0-based)."""

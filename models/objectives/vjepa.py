@@ -78,9 +78,10 @@ class VJEPA(LatentPrediction):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the loss of one mask and the mean of its context tokens, fp32 [B, D]."""
         context_BKD = self.encoder.forward_patches(patches_BNP, context_ids_BK, grids_B2)
-        predicted_B1TD = self.predictor(
-            context_BKD, context_ids_BK, target_ids_BT[:, None], mask, grids_B2
-        )
         targets_BTD = gather_tokens(targets_BND, target_ids_BT)
-        loss = self.distance(predicted_B1TD[:, 0].float(), targets_BTD.float())
+        loss = self.prediction_loss(
+            *(context_BKD, context_ids_BK, targets_BTD[:, None], target_ids_BT[:, None]),
+            mask=mask,
+            grids_B2=grids_B2,
+        )
         return loss, context_BKD.mean(1).float()

@@ -93,10 +93,18 @@ class LatentPredictionConfig(Settings):
     data2vec (arXiv 2202.03555) too normalises targets against collapse, over the tokens of one
     sample. `local` does both: it first takes the mean of the sample's tokens away, so that what all
     of them say does not count either, and where things are has to be predicted."""
+    predict: Literal["tokens", "mean"] = "tokens"
+    """What is predicted of the hidden tokens of a block: `tokens` every one of them, as in I-JEPA
+    and V-JEPA; `mean` their mean, which probes of the mean gain from."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(0.0 <= self.ema[0] <= self.ema[1] <= 1.0, "objective.ema", "0 <= start <= end <= 1")
+        require(
+            self.predict == "tokens" or self.target_norm != "local",
+            "objective.predict",
+            "mean: --objective.target-norm local takes the mean away; use batch or token",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

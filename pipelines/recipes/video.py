@@ -66,13 +66,20 @@ def levjepa_gameplay() -> PretrainConfig:
     accuracy is 55.0% by kNN (48.6% with random weights) and 62.1% by attentive probe (60.1% with
     random weights); see benchmarks/training/gameplay.md.
     """
-    base, games = levjepa_movingmnist(), vjepa_gameplay()
+    base = levjepa_movingmnist()
     return replace(
         base,
-        data=replace(base.data, shuffle_window=games.data.shuffle_window),
-        clip=games.clip,
-        video_mask=games.video_mask,
-        model=replace(games.model, frames=4),
+        data=replace(base.data, shuffle_window=64),
+        clip=ClipConfig(fps=7.5),
+        video_mask=VideoMaskConfig(),
+        model=ModelConfig(
+            encoder="video_tiny",
+            image_size=64,
+            patch_size=8,
+            frames=4,
+            tubelet=2,
+            patch_std=0.14,
+        ),
         views=replace(base.views, time_window=1.0, token_drop=0.75),
         optim=replace(
             base.optim,
@@ -138,28 +145,34 @@ def levjepa_movingmnist() -> PretrainConfig:
 
 @recipe
 def vjepa_gameplay() -> PretrainConfig:
-    """V-JEPA on half an hour or more of recorded games, for tens of minutes of two CPU cores.
+    """V-JEPA on a recorded game: a quarter of a clip's patches tells what the rest says on average.
 
     python -m pipelines.pretrain vjepa_gameplay --data.train SHARDS
 
-    Ingest with --video.fps 15 and a short side of at least 64 pixels. Expected time and result: not
-    run with these settings; `levjepa_gameplay` was run.
+    Ingest the output of `pipelines.fetch gameplay --size 48x80` with --video.segment-seconds 2
+    --video.key-frame-every 1. What is predicted is the mean of the hidden tokens, compared over the
+    batch; SIGReg keeps the mean of the visible ones spread out. It takes 5 minutes of one CPU core.
+    In Doom it reads places and the direction of view 12 points better than random weights by ridge
+    regression and 6 by kNN (benchmarks/training/vjepa.md); LeVJEPA reads them better still.
     """
-    base = vjepa_movingmnist()
+    base, games = vjepa_motion(), levjepa_gameplay()
     return replace(
         base,
-        data=replace(base.data, crop_scale=(0.3, 1.0), shuffle_window=64),
-        clip=ClipConfig(fps=7.5),
-        video_mask=VideoMaskConfig(),
-        model=ModelConfig(
-            encoder="video_tiny",
-            image_size=64,
-            patch_size=8,
-            frames=8,
-            tubelet=2,
-            patch_std=0.14,
+        data=replace(base.data, batch_size=64, shuffle_window=games.data.shuffle_window),
+        clip=games.clip,
+        video_mask=VideoMaskConfig(kind="tube", tube_ratio=0.75),
+        model=replace(
+            games.model,
+            encoder="video_micro",
+            image_size=(48, 80),
+            predictor_input="mean",
+            predictor_width=96,
         ),
-        run=replace(base.run, name="vjepa_gameplay", steps=4000, probe_every=0),
+        objective=replace(base.objective, predict="mean", ema=(0.9, 0.99)),
+        optim=games.optim,
+        run=replace(
+            games.run, name="vjepa_gameplay", steps=900, checkpoint_every=300, probe_every=0
+        ),
     )
 
 

@@ -24,7 +24,11 @@ from pipelines.config.train import ModelConfig
 GRID = Grid(4, 4, 4)
 
 
-def make_objective(target_norm: Literal["batch", "local"] = "batch", **model: object) -> VJEPA:
+def make_objective(
+    target_norm: Literal["token", "batch", "local"] = "batch",
+    predict: Literal["tokens", "mean"] = "tokens",
+    **model: object,
+) -> VJEPA:
     torch.manual_seed(0)
     settings = ModelConfig(
         encoder="video_micro",
@@ -33,7 +37,7 @@ def make_objective(target_norm: Literal["batch", "local"] = "batch", **model: ob
         frames=4,
         **model,  # type: ignore[arg-type]
     )
-    objective = ObjectiveConfig(name="vjepa", loss="l2", target_norm=target_norm)
+    objective = ObjectiveConfig(name="vjepa", loss="l2", target_norm=target_norm, predict=predict)
     made = build_objective(
         "vjepa",
         model=dataclasses.asdict(settings) | {"mask_tokens": 1},
@@ -117,6 +121,54 @@ def test_batches_whose_samples_lack_tokens_are_refused(norm: Literal["batch", "l
     kept = KeptTokens.of_mask(torch.tensor([[4, 4], [4, 4]]), torch.arange(16).expand(2, -1) > 3, 4)
     with pytest.raises(ValueError, match=f"target-norm {norm}"):
         objective.encode_target(torch.randn(2, GRID.tokens, 192), kept)
+
+
+def mean_objective(norm: Literal["token", "batch"]) -> VJEPA:
+    return make_objective(norm, predict="mean", predictor_input="mean")
+
+
+@pytest.mark.parametrize("norm", ["token", "batch"])
+def test_the_mean_of_hidden_tokens_is_what_is_predicted(norm: Literal["token", "batch"]) -> None:
+    objective, batch = mean_objective(norm), make_batch()
+    with torch.no_grad():
+        objective.predictor.proj.weight.zero_()  # predicts zeros, the bias
+    found = objective(batch).loss.item()
+
+    clips = (batch["clips"].float() / 255 - objective.mean.view(3, 1, 1, 1)) / objective.std.view(
+        3, 1, 1, 1
+    )
+    with torch.no_grad():
+        tokens = objective.feature_encoder(clips).double().numpy()
+    tokens -= tokens.mean(-1, keepdims=True)
+    tokens /= np.sqrt((tokens**2).mean(-1, keepdims=True) + 1e-6)
+    hidden = np.stack(
+        [own[ids] for own, ids in zip(tokens, batch["target_ids_0"].numpy(), strict=True)]
+    )
+    means = hidden.mean(1)
+    if norm == "batch":
+        means -= means.mean(0)
+        means /= np.sqrt((means**2).mean(0) + 1e-4)
+    assert found == pytest.approx((means**2).mean(), rel=1e-4)
+
+
+def test_a_predicted_mean_does_not_depend_on_the_order_of_hidden_tokens() -> None:
+    batch = make_batch()
+    turned = batch | {"target_ids_0": batch["target_ids_0"].flip(1)}
+    others = batch | {"target_ids_0": batch["target_ids_0"].roll(1, 0)}
+    losses = [mean_objective("batch")(part).loss.item() for part in (batch, turned, others)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    assert losses[0] != pytest.approx(losses[2], abs=1e-4)  # the control: other tokens
+
+
+def test_means_can_be_compared_where_samples_lack_tokens() -> None:
+    kept = KeptTokens.of_mask(torch.tensor([[4, 4], [4, 4]]), torch.arange(16).expand(2, -1) > 3, 4)
+    _, tokens_BND = mean_objective("batch").encode_target(torch.randn(2, GRID.tokens, 192), kept)
+    assert tokens_BND.isfinite().all()
+
+
+def test_local_targets_have_no_mean_to_predict() -> None:
+    with pytest.raises(ValueError, match=r"--objective\.predict.*target-norm local"):
+        ObjectiveConfig(name="vjepa", target_norm="local", predict="mean")
 
 
 def make_predictor(*, pool_context: bool) -> Predictor:

@@ -17,9 +17,9 @@ WORLD_MODEL = {
 }
 OWN = {
     "worldmodel": WORLD_MODEL,
-    "ijepa": {"loss", "ema", "target", "target_norm"},
-    "vjepa": {"loss", "ema", "target", "target_norm"},
-    "dmjd": {"loss", "ema", "target", "target_norm"},
+    "ijepa": {"loss", "ema", "target", "target_norm", "predict"},
+    "vjepa": {"loss", "ema", "target", "target_norm", "predict"},
+    "dmjd": {"loss", "ema", "target", "target_norm", "predict"},
     "mae": {"norm_pixels"},
     "videomae": {"norm_pixels"},
     "lejepa": {"projector", "sigreg_weight"},

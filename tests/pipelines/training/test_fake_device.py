@@ -83,6 +83,7 @@ VARIANTS = {
     "regularized": of("cifar10_demo", objective={"regularize": "context_pooled"}),
     "self": of("cifar10_demo", objective={"target": "self"}),
     "batch-norm": of("cifar10_demo", objective={"target_norm": "batch"}),
+    "predicted-mean": of("cifar10_demo", objective={"target_norm": "batch", "predict": "mean"}),
     "whole": of("cifar10_demo", model={"image_size": (48, 64), "fit": "whole"}),
     "excluded": of("cifar10_demo", model={"exclude": ((0.0, 0.0, 1.0, 0.25),)}),
     "excluded-clips": of("vjepa_movingmnist", model={"exclude": ((0.0, 0.0, 1.0, 0.25),)}),
