@@ -169,13 +169,15 @@ class LatentPrediction(EncoderObjective):
 
         Returns:
             The mean of the target encoder's tokens, fp32 [B, D], and the tokens themselves,
-            normalised, from which targets are gathered, [B, N, D].
+            normalised, from which targets are gathered, [B, N, D]; if means are predicted, only
+            layer-normalised.
 
         Raises:
-            ValueError: targets are standardised over the batch, but samples lack tokens.
+            ValueError: targets are standardised at their places over the batch, but samples lack
+                tokens.
         """
-        by_place = self.target_norm in OVER_BATCHES and self.predict == "tokens"
-        if kept is not None and by_place:
+        compares_places = self.target_norm in OVER_BATCHES and self.predict == "tokens"
+        if kept is not None and compares_places:
             raise ValueError(
                 f"--objective.target-norm {self.target_norm}: places are compared over the batch, "
                 "but here samples lack tokens (--data.fit whole or pad, or --data.exclude)"

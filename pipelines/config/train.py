@@ -318,7 +318,8 @@ class PretrainConfig:
     def compares_rows(self) -> bool:
         """Whether the loss compares the rows of a micro-batch, instead of being a mean over
         rows."""
-        return self.masks == "none" or self.objective.regularize is not None
+        over_batch = self.objective.own.get("target_norm", "token") != "token"
+        return self.masks == "none" or self.objective.regularize is not None or over_batch
 
     @property
     def model_settings(self) -> dict[str, Any]:

@@ -210,8 +210,8 @@ def test_changed_settings_that_make_another_run_are_refused_by_flag(cfg, changes
 
 def test_accumulation_must_not_change_if_the_loss_compares_rows(cfg):
     other = {"run": {"accumulate": 2}}
-    for changes in ({"objective": {"name": "lejepa"}}, {"objective": {"regularize": "x"}}):
-        compares = change(cfg, **changes)
+    for settings in ({"name": "lejepa"}, {"regularize": "x"}, {"target_norm": "batch"}):
+        compares = change(cfg, objective=settings)
         with pytest.raises(CheckpointError, match=r"--run\.accumulate was 1, is now 2"):
             check_resumable(compares, _saved(), change(compares, **other), "memory-hash")
         with pytest.raises(ValueError, match=r"--run\.accumulate: .* two rows"):
