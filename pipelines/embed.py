@@ -68,7 +68,7 @@ from pipelines.evaluation.features import (
     with_regions,
 )
 from pipelines.loading.clips import ClipSampler
-from pipelines.runtime.cluster import start_ray
+from pipelines.runtime.cluster import configure_data, start_ray
 from pipelines.runtime.errors import run_command
 from pipelines.runtime.lines.quiet import RESTARTS, stderr_without
 from pipelines.runtime.lines.watch import cluster_lines, plainly
@@ -254,8 +254,7 @@ def _missing(out: str, record: dict[str, Any], parts: list[Part]) -> list[Part]:
 def _run(parts: list[Part], cfg: EmbedConfig, manifest: Manifest, console: Console) -> None:
     start_ray()
     context = DataContext.get_current().copy()
-    context.enable_progress_bars = False  # ours counts images and bytes
-    context.print_on_execution_start = False
+    configure_data(context)
     items = [{"part": json.dumps(dataclasses.asdict(part))} for part in parts]
     with DataContext.current(context):
         dataset = ray.data.from_items(items, override_num_blocks=len(items))

@@ -78,7 +78,7 @@ from pipelines.ingestion.staging import (
     read_tally,
     stage_chunk,
 )
-from pipelines.runtime.cluster import start_ray
+from pipelines.runtime.cluster import configure_data, start_ray
 from pipelines.runtime.errors import run_command
 from pipelines.runtime.lines.watch import cluster_lines, plainly
 from pipelines.runtime.places import prepare
@@ -177,8 +177,7 @@ def _run(
     if not rows:
         return
     context = DataContext.get_current().copy()
-    context.enable_progress_bars = False  # ours counts images and bytes
-    context.print_on_execution_start = False
+    configure_data(context)
     with DataContext.current(context):
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
         results = dataset.map(function, fn_kwargs={"cfg": cfg}, num_cpus=1)

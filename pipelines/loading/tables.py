@@ -29,6 +29,7 @@ from pipelines.loading.decoding import DecodeError, decode_into, pixel_shape
 from pipelines.loading.plan import Piece, iter_pieces
 from pipelines.loading.prefetch import Prefetch
 from pipelines.loading.read_tasks import Reader, read_piece, read_pieces
+from pipelines.runtime.cluster import configure_data
 
 SEGMENT_PIECES = 512
 """Read tasks in one Ray dataset: many epochs, so that few of them wait for a dataset to start."""
@@ -127,7 +128,7 @@ def make_dataset(cfg: PretrainConfig, reader: Reader, pieces: list[Piece], share
             num_cpus=share.decode_cpus,
         )
     context = dataset.context
-    context.enable_progress_bars = False
+    configure_data(context)
     context.raise_original_map_exception = True
     # Ray would join blocks that are smaller, and cut those of more than 1.5 times as much.
     block_bytes = reader.block_batches * reader.local_batch * reader.row_bytes

@@ -62,6 +62,18 @@ def start_ray(cpus: float = 0.0, *, training: bool = False) -> None:
             _join_or_start(settings, own)
 
 
+def configure_data(context: Any) -> None:
+    """Sets what every Ray dataset of ours needs in its `ray.data.DataContext`.
+
+    Ray 2.60 ends an execution that for half an hour neither gave nor took a block. Ours may well:
+    a trainer can take longer over one (its steps are slow, or a set has a small share of them), and
+    so can a cluster that waits for machines. What waits is said by `pipelines.runtime.lines`.
+    """
+    context.enable_progress_bars = False  # ours count images and bytes
+    context.print_on_execution_start = False
+    context.execution_no_progress_timeout_s = -1
+
+
 def _join(address: str, settings: dict[str, Any]) -> None:
     import ray
     from ray._private.authentication.authentication_token_setup import (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
+from ray.data import DataContext
 
 from helpers.pipelines.loading import (
     assert_equal,
@@ -33,7 +36,7 @@ from pipelines.loading import tables
 from pipelines.loading.cpu_share import cluster_share
 from pipelines.loading.loader import make_reader, train_batches
 from pipelines.loading.masks.multiblock import multiblock_masks
-from pipelines.loading.plan import Piece
+from pipelines.loading.plan import Piece, iter_pieces
 from pipelines.loading.read_tasks import Reader
 from pipelines.runtime.uris import open_uri
 
@@ -174,6 +177,24 @@ def test_what_this_process_reads_itself_changes_nothing(
     monkeypatch.setattr(tables, "SEGMENT_PIECES", 3)
     assert_equal(global_batches(config(data, decode_in=place), 1, 0, 10), alone)
     assert len(read) == mine
+
+
+@pytest.mark.ray
+def test_a_step_may_take_longer_than_ray_data_waits_for_progress(
+    alone: list[dict], data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray ends an execution that did nothing for half an hour; here, for a second."""
+    monkeypatch.setattr(DataContext.get_current(), "execution_no_progress_timeout_s", 1.0)
+    reader = make_reader(config(data), 0, 1)
+    pieces = list(iter_pieces(reader.plan, 0, 40, 1))
+    # So little room that what is not taken keeps other blocks from being read.
+    share = dataclasses.replace(cluster_share(config(data), 1), object_store_bytes=1)
+    blocks = tables._blocks(config(data), reader.part(pieces), pieces, share)
+    with contextlib.closing(blocks):
+        rows = next(blocks).num_rows
+        time.sleep(3)
+        rows += sum(block.num_rows for block in blocks)
+    assert rows == 40 * len(alone[0]["sample_ids"])
 
 
 @pytest.mark.ray
