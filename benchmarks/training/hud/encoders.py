@@ -114,7 +114,7 @@ def pretrained(
         shares = [f"{1 / len(sets):.4f}"] * len(mixed)
         flags += ["--data.mix", *mixed, "--data.mix-shares", *shares]
     if exclude:
-        flags += ["--model.exclude", *(side for region in exclude for side in region)]
+        flags += ["--model.exclude", *(",".join(map(str, region)) for region in exclude)]
     flags += ["--run.steps", cfg.steps, "--run.checkpoint-every", cfg.steps, *extra]
     return _run(cfg, "pretrain", name, seed, [RECIPE, *flags, "--run.seed", seed])
 
