@@ -117,9 +117,11 @@ def main(run: Run) -> None:
         part: pa.concat_tables(list(iter_labelled(str(uri), beside=("states",))))
         for part, uri in (("data", run.data), ("test", run.test))
     }
-    for seed, path in enumerate(run.runs):
+    for path in run.runs:
         cfg = EvaluateConfig(checkpoint=str(path), data="", test="")
         trained = with_sampler(cfg, load_subject(str(path)), "video")
+        assert trained.config is not None, f"{path} is no run"
+        seed = trained.config.run.seed
         untrained = dataclasses.replace(trained, encoder=random_init(trained.encoder, seed))
         rows = {"trained": trained, "random": untrained}
         scores = {row: read(run, subject, tables, seed) for row, subject in rows.items()}
