@@ -71,7 +71,7 @@ class Expectation(nn.Module):
         """Takes the networks of an objective.
 
         Raises:
-            ValueError: it predicts no tokens.
+            ValueError: it predicts no tokens, or only their mean.
         """
         while isinstance(objective, WrappedObjective):
             objective = objective.objective
@@ -79,6 +79,11 @@ class Expectation(nn.Module):
             name = type(objective).__name__
             raise ValueError(
                 f"{name} has no predictor of hidden tokens; ijepa, vjepa and dmjd have one"
+            )
+        if objective.predict == "mean":
+            raise ValueError(
+                "the run predicts the mean of hidden tokens (--objective.predict mean), so that it "
+                "expects nothing of a place; --objective.predict tokens does"
             )
         return cls(
             objective.encoder,

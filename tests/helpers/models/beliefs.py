@@ -5,6 +5,8 @@ Shape legend: B images or clips, C channels, T frames, H and W pixels, N tokens,
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -24,14 +26,26 @@ CLIPS = EncoderShape(
 
 
 def objective(
-    shape: EncoderShape, *, target_norm: str = "token", seed: int = 0
+    shape: EncoderShape,
+    *,
+    target_norm: str = "token",
+    predict: Literal["tokens", "mean"] = "tokens",
+    seed: int = 0,
 ) -> LatentPrediction:
     """I-JEPA of images or V-JEPA of clips with random weights; both encoders differ."""
     torch.manual_seed(seed)
     encoder = VisionTransformer(shape)
     predictor = Predictor(grid=shape.grid, encoder_width=shape.width, width=24, depth=1, heads=2)
     kind = IJEPA if shape.frames == 1 else VJEPA
-    built = kind(encoder, predictor, **GREY, loss="l2", ema=(0.9, 1.0), target_norm=target_norm)
+    built = kind(
+        encoder,
+        predictor,
+        **GREY,
+        loss="l2",
+        ema=(0.9, 1.0),
+        target_norm=target_norm,
+        predict=predict,
+    )
     with torch.no_grad():
         for parameter in [*encoder.parameters(), *predictor.parameters()]:
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -50,6 +50,11 @@ def test_the_error_is_the_objectives_loss() -> None:
     assert not torch.allclose((other - targets_BTD).square().mean(), loss)
 
 
+def test_a_run_that_predicts_means_expects_nothing_of_a_place() -> None:
+    with pytest.raises(ValueError, match=r"--objective\.predict mean"):
+        Expectation.of(Wrapped(objective(CLIPS, predict="mean")))
+
+
 def test_what_is_hidden_cannot_leak_into_what_is_expected() -> None:
     found, pixels = Expectation.of(objective(CLIPS)), random_pixels(CLIPS, 2)
     changed = pixels.clone()
