@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 import tyro
 from torch.nn import functional as F
@@ -29,20 +30,17 @@ from torch.nn import functional as F
 if __name__ == "__main__" and not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-import pyarrow as pa
-
 from pipelines.config.jobs import EvaluateConfig
 from pipelines.dataset.rows import iter_labelled
-from pipelines.evaluation.arrays import standardise
+from pipelines.evaluation.arrays import accuracy_of, standardise
 from pipelines.evaluation.features import extract_features
 from pipelines.evaluation.probes.knn import knn_predict
-from pipelines.evaluation.probes.linear import PROBE_LRS, PROBE_WEIGHT_DECAYS, fit_linear
+from pipelines.evaluation.probes.linear import linear_probe
 from pipelines.evaluation.ridge import fit_ridge
 from pipelines.evaluation.state_labels import Bins, find_column, state_reader
 from pipelines.evaluation.subject import Subject, load_subject, random_init, with_sampler
 
 BINS = 4
-HEADS = [(lr, decay) for lr in PROBE_LRS for decay in PROBE_WEIGHT_DECAYS]
 PROBES = ("linear", "ridge", "kNN")
 
 
@@ -53,9 +51,9 @@ class Run:
     runs: tuple[Path, ...]
     """Run folders, all with the same clips and size of input."""
     data: Path
-    """Shards with labels."""
+    """Shards of the game's footage, of which some clips count as labelled."""
     test: Path
-    """Shards of other episodes."""
+    """Shards of other episodes of it."""
     columns: Path
     """columns.json of the footage."""
     game: str
@@ -72,15 +70,15 @@ def accuracies(
     bank_LD: torch.Tensor, classes_L: torch.Tensor, query_QD: torch.Tensor, asked_Q: torch.Tensor
 ) -> list[float]:
     """Returns the accuracy in % of each of `PROBES`."""
-    linear = fit_linear(bank_LD, classes_L, HEADS, epochs=50).predict(query_QD)
+    linear = linear_probe(bank_LD, classes_L, query_QD, asked_Q).accuracy
     scaled_LD, scaled_QD = standardise(bank_LD, query_QD)
     one_hot_LC = F.one_hot(classes_L, BINS).double()
     ridge = fit_ridge(scaled_LD.double(), one_hot_LC).predict(scaled_QD.double()).argmax(1)
     nearest = knn_predict(bank_LD, classes_L, query_QD)
-    return [100 * float((p == asked_Q).float().mean()) for p in (linear, ridge, nearest)]
+    return [100 * linear, *(100 * accuracy_of(p, asked_Q) for p in (ridge, nearest))]
 
 
-def read(run: Run, subject: Subject, tables: dict[str, Any], seed: int) -> dict[str, Any]:
+def read(run: Run, cfg: EvaluateConfig, subject: Subject, tables: dict[str, Any]) -> dict[str, Any]:
     """Scores one encoder: the mean over draws, for every state."""
     assert subject.sampler is not None
     features = {
@@ -89,10 +87,7 @@ def read(run: Run, subject: Subject, tables: dict[str, Any], seed: int) -> dict[
         )
         for part, table in tables.items()
     }
-    cfg = EvaluateConfig(
-        checkpoint="", data="", test="", state="0", columns=str(run.columns), only=run.game
-    )
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(cfg.seed)
     drawn = [rng.permutation(len(features["data"]))[: run.labelled] for _ in range(run.draws)]
     found = {}
     for name in run.states:
@@ -118,13 +113,21 @@ def main(run: Run) -> None:
         for part, uri in (("data", run.data), ("test", run.test))
     }
     for path in run.runs:
-        cfg = EvaluateConfig(checkpoint=str(path), data="", test="")
-        trained = with_sampler(cfg, load_subject(str(path)), "video")
-        assert trained.config is not None, f"{path} is no run"
-        seed = trained.config.run.seed
-        untrained = dataclasses.replace(trained, encoder=random_init(trained.encoder, seed))
+        subject = load_subject(str(path))
+        assert subject.config is not None, f"{path} is no run"
+        cfg = EvaluateConfig(
+            checkpoint=str(path),
+            data=str(run.data),
+            test=str(run.test),
+            state=run.states[0],
+            columns=str(run.columns),
+            only=run.game,
+            seed=subject.config.run.seed,
+        )
+        trained = with_sampler(cfg, subject, "video")
+        untrained = dataclasses.replace(trained, encoder=random_init(trained.encoder, cfg.seed))
         rows = {"trained": trained, "random": untrained}
-        scores = {row: read(run, subject, tables, seed) for row, subject in rows.items()}
+        scores = {row: read(run, cfg, one, tables) for row, one in rows.items()}
         means = {
             row: {p: float(np.mean([s[p] for s in found.values()])) for p in PROBES}
             for row, found in scores.items()

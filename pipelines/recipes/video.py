@@ -149,11 +149,12 @@ def vjepa_gameplay() -> PretrainConfig:
 
     python -m pipelines.pretrain vjepa_gameplay --data.train SHARDS
 
-    Ingest the output of `pipelines.fetch gameplay --size 48x80` with --video.segment-seconds 2
-    --video.key-frame-every 1. What is predicted is the mean of the hidden tokens, compared over the
-    batch; SIGReg keeps the mean of the visible ones spread out. It takes 5 minutes of one CPU core.
-    In Doom it reads places and the direction of view 9 to 13 points better than random weights by
-    ridge regression and 1 to 9 by kNN (benchmarks/training/vjepa.md); LeVJEPA reads them better.
+    Ingest the output of `pipelines.fetch gameplay --size 48x80 --games my_way_home` with
+    --video.segment-seconds 2 --video.key-frame-every 1. What is predicted is the mean of the hidden
+    tokens, compared over the batch; SIGReg keeps the mean of the visible ones spread out. It takes
+    4 minutes or more of a CPU core. In Doom it reads places and the direction of view 9 to 13
+    points better than random weights by ridge regression and 1 to 9 by kNN
+    (benchmarks/training/vjepa.md); LeVJEPA reads them better.
     """
     base, games = vjepa_motion(), levjepa_gameplay()
     return replace(

@@ -67,7 +67,7 @@ def configure_data(context: Any) -> None:
 
     Ray 2.60 ends an execution that for half an hour neither gave nor took a block. Ours may well:
     a trainer can take longer over one (its steps are slow, or a set has a small share of them), and
-    so can a cluster that waits for machines. What waits is said by `pipelines.runtime.lines`.
+    so can a cluster that waits for machines. A line a minute says what a job waits for.
     """
     context.enable_progress_bars = False  # ours count images and bytes
     context.print_on_execution_start = False
